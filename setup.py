@@ -1,0 +1,22 @@
+"""The two compiled modules; everything else is said in pyproject.toml."""
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+FASTPATH = Extension(
+    "udptun._fastpath",
+    sources=["udptun/_fastpath.pyx"],
+    include_dirs=["udptun/csrc"],
+    depends=["udptun/csrc/checksum.h", "udptun/csrc/shm.h"],
+    # Python's own CFLAGS carry -O2 or -O3 and -g; the last flag wins.
+    extra_compile_args=["-O3", "-g1", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+)
+
+setup(
+    ext_modules=cythonize(
+        [FASTPATH],
+        build_dir="build/cython",
+        language_level="3str",
+    ),
+    cffi_modules=["udptun/_kabi_build.py:ffi"],
+)

@@ -1,0 +1,6 @@
+"""`python -m udptun` is the `udptun` command."""
+
+from udptun.cli import main
+
+if __name__ == "__main__":
+    main()

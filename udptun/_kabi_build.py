@@ -1,0 +1,95 @@
+"""Builds `udptun._kabi`: what the kernel's headers on the building machine say, and system calls Python 3.11 lacks.
+
+The C compiler fills in every `...` below, so a number here can't drift from the kernel's; tests hold the numbers
+written in the Cython source against these.  Calls take and return what the C functions do: -1 means failure,
+`ffi.errno` says why.
+
+`_fastpath` doesn't use this module (a call through it costs half a microsecond); set-up code and tests do.
+"""
+
+from cffi import FFI
+
+# On distributions older than the feature the name is missing from the header though the running kernel may have it;
+# the numbers are kernel ABI and never change.
+_FALLBACKS = {
+    "UDP_SEGMENT": "103",
+    "UDP_GRO": "104",
+    "TUN_F_USO4": "0x20",
+    "TUN_F_USO6": "0x40",
+    "IFF_NAPI": "0x0010",
+    "IFF_NAPI_FRAGS": "0x0020",
+    "VIRTIO_NET_HDR_GSO_UDP_L4": "5",
+    "IP_PMTUDISC_INTERFACE": "4",
+    "IP_PMTUDISC_OMIT": "5",
+}
+
+_CONSTANTS = """
+    TUNSETIFF TUNGETIFF TUNSETOFFLOAD TUNSETPERSIST TUNSETVNETHDRSZ TUNGETVNETHDRSZ TUNGETFEATURES TUNSETQUEUE
+    TUNSETSNDBUF
+    IFF_TUN IFF_TAP IFF_NO_PI IFF_VNET_HDR IFF_MULTI_QUEUE IFF_PERSIST IFF_ATTACH_QUEUE IFF_DETACH_QUEUE
+    IFF_NAPI IFF_NAPI_FRAGS IFNAMSIZ
+    TUN_F_CSUM TUN_F_TSO4 TUN_F_TSO6 TUN_F_TSO_ECN TUN_F_USO4 TUN_F_USO6
+    VIRTIO_NET_HDR_F_NEEDS_CSUM VIRTIO_NET_HDR_F_DATA_VALID
+    VIRTIO_NET_HDR_GSO_NONE VIRTIO_NET_HDR_GSO_TCPV4 VIRTIO_NET_HDR_GSO_TCPV6 VIRTIO_NET_HDR_GSO_UDP_L4
+    VIRTIO_NET_HDR_GSO_ECN
+    SOL_UDP UDP_SEGMENT UDP_GRO
+    SO_RCVBUFFORCE SO_SNDBUFFORCE SO_ATTACH_FILTER SO_DETACH_FILTER SO_ATTACH_BPF
+    IP_MTU IP_MTU_DISCOVER IP_PMTUDISC_DONT IP_PMTUDISC_WANT IP_PMTUDISC_DO IP_PMTUDISC_PROBE
+    IP_PMTUDISC_INTERFACE IP_PMTUDISC_OMIT IP_RECVERR
+    CLONE_NEWNS CLONE_NEWNET CLONE_NEWPID CLONE_NEWUTS
+    PR_SET_PDEATHSIG
+    MS_BIND MS_REC MS_PRIVATE MS_NOSUID MS_NODEV MS_NOEXEC
+"""
+
+ffi = FFI()
+
+ffi.cdef(
+    "\n".join(f"#define {name} ..." for name in _CONSTANTS.split())
+    + """
+    /* drivers/net/tun.c puts this before every packet of a device opened with IFF_VNET_HDR. */
+    struct virtio_net_hdr {
+        uint8_t flags;
+        uint8_t gso_type;
+        uint16_t hdr_len;
+        uint16_t gso_size;
+        uint16_t csum_start;
+        uint16_t csum_offset;
+        ...;
+    };
+    struct ifreq { ...; };
+
+    int setns(int fd, int nstype);
+    int unshare(int flags);
+    int prctl_pdeathsig(int signal);
+    int mount(const char *source, const char *target, const char *type, unsigned long flags, const char *options);
+    """
+)
+
+ffi.set_source(
+    "udptun._kabi",
+    """
+    /* Python.h has defined it already where the compiler is told to build an extension. */
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <stdint.h>
+    #include <sched.h>
+    #include <net/if.h>
+    #include <netinet/in.h>
+    #include <netinet/udp.h>
+    #include <sys/ioctl.h>   /* _IOW, before linux/if_tun.h uses it */
+    #include <sys/mount.h>
+    #include <sys/prctl.h>
+    #include <sys/socket.h>
+    #include <linux/if_tun.h>
+    #include <linux/virtio_net.h>
+    """
+    + "".join(f"#ifndef {name}\n#define {name} {value}\n#endif\n" for name, value in _FALLBACKS.items())
+    + """
+    /* prctl() is variadic, which cffi would have to call through libffi. */
+    static int prctl_pdeathsig(int signal)
+    {
+        return prctl(PR_SET_PDEATHSIG, (unsigned long)signal, 0UL, 0UL, 0UL);
+    }
+    """,
+)

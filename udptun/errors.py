@@ -1,0 +1,62 @@
+"""Every failure udptun reports, as one small tree.
+
+A message says what was attempted, with what, what the system answered and what to do next.  It is one line.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class UdptunError(Exception):
+    """Base of all; `exit_status` is what the command ends with when nobody handles it."""
+
+    exit_status = 1
+
+
+class UsageError(UdptunError):
+    """A flag, environment variable or combination of them that cannot be obeyed (exit status 2)."""
+
+    exit_status = 2
+
+
+class ConfigError(UdptunError):
+    """A configuration that a person has to mend (exit status 2).
+
+    `problems` holds one line per problem, each naming its key; str() joins them with "; ".
+    """
+
+    exit_status = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class LeaseError(UdptunError):
+    """A lease could not be had, kept or given back."""
+
+
+class SubnetExhaustedError(LeaseError):
+    """No free subnet is left between SubnetMin and SubnetMax (flannel: "out of subnets")."""
+
+
+class LeaseLostError(LeaseError):
+    """Our own lease is gone from the store or belongs to another node now."""
+
+
+class StoreUnavailableError(LeaseError):
+    """The store did not answer; the caller may retry."""
+
+
+class KernelError(UdptunError):
+    """The kernel refused an operation.  `errno` is the number it answered with, 0 when it gave none."""
+
+    def __init__(self, operation: str, errno: int, hint: str = "") -> None:
+        answer = _errno.errorcode.get(errno, str(errno)) if errno else "no reason given"
+        super().__init__(f"{operation}: {answer}" + (f"; {hint}" if hint else ""))
+        self.errno = errno
+
+
+class DatapathError(UdptunError):
+    """The datapath process could not be started, adopted or reached."""
