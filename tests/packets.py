@@ -1,0 +1,195 @@
+"""Packets for tests: builders that can also build what is wrong, an oracle for ICMP answers, and a small overlay.
+
+The builders share no code with udptun.  Addresses are text here, as a reader of a test wants them; checksums are
+right unless a test asks for another value.
+"""
+
+from __future__ import annotations
+
+import struct
+from ipaddress import IPv4Address, IPv4Network
+
+from scapy.layers.inet import ICMP, IP
+from scapy.packet import Raw
+
+from udptun._reference import Peer, Table
+
+NO_VNET_HDR = bytes(10)
+"""The virtio header of a packet that nothing is special about."""
+
+FULL, PARTIAL = "full", "partial"
+"""A transport checksum over everything, or the pseudo-header's sum that an offloading sender leaves."""
+
+TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK, TCP_URG = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+
+
+def internet_sum(data: bytes) -> int:
+    """The folded ones' complement sum, by arithmetic modulo 65,535 instead of carries."""
+    value = int.from_bytes(data + b"\0" * (len(data) % 2))
+    return value % 0xFFFF or (0xFFFF if value else 0)
+
+
+def internet_checksum(data: bytes) -> int:
+    return 0xFFFF - internet_sum(data)
+
+
+def address(text: str) -> bytes:
+    return IPv4Address(text).packed
+
+
+def ipv4(
+    source: str,
+    destination: str,
+    payload: bytes = b"",
+    *,
+    protocol: int = 17,
+    ttl: int = 64,
+    tos: int = 0,
+    ident: int = 0x1234,
+    flags: str = "",
+    offset: int = 0,
+    options: bytes = b"",
+    version: int = 4,
+    ihl: int | None = None,
+    total_len: int | None = None,
+    checksum: int | None = None,
+) -> bytes:
+    """An IPv4 packet.  `flags` of "DF", "MF", "DF+MF" or ""; `offset` in bytes, a multiple of 8.
+
+    The checksum covers the header as given by `ihl`, so that a wrong ihl meets its own check and not that one.
+    """
+    header_len = 20 + len(options)
+    ihl = header_len // 4 if ihl is None else ihl
+    total_len = header_len + len(payload) if total_len is None else total_len
+    fragment = offset // 8 | 0x4000 * ("DF" in flags) | 0x2000 * ("MF" in flags)
+    packet = (
+        struct.pack(">BBHHHBBH", version << 4 | ihl, tos, total_len, ident, fragment, ttl, protocol, 0)
+        + address(source)
+        + address(destination)
+        + options
+        + payload
+    )
+    return with_header_checksum(packet, checksum)
+
+
+def with_header_checksum(packet: bytes, checksum: int | None = None) -> bytes:
+    """`packet` with `checksum`, or the right one, in its header, whatever stood there."""
+    if checksum is None:
+        header = packet[: (packet[0] & 0xF) * 4]
+        checksum = internet_checksum(header[:10] + bytes(2) + header[12:])
+    return packet[:10] + struct.pack(">H", checksum) + packet[12:]
+
+
+def _transport_check(source: str, destination: str, protocol: int, segment: bytes, kind: str | int) -> int:
+    if isinstance(kind, int):
+        return kind
+    pseudo = address(source) + address(destination) + struct.pack(">HH", protocol, len(segment))
+    if kind == PARTIAL:
+        return internet_sum(pseudo)
+    return internet_checksum(pseudo + segment + b"\0" * (len(segment) % 2)) or 0xFFFF
+
+
+def udp(source: str, destination: str, data: bytes = b"", *, check: str | int = FULL, ttl: int = 64) -> bytes:
+    """An IPv4 packet with a UDP datagram in it."""
+    return ipv4(source, destination, udp_segment(source, destination, data, check=check), ttl=ttl)
+
+
+def udp_segment(source: str, destination: str, data: bytes = b"", *, check: str | int = FULL) -> bytes:
+    segment = struct.pack(">HHHH", 5353, 53, 8 + len(data), 0) + data
+    value = _transport_check(source, destination, 17, segment, check)
+    return segment[:6] + struct.pack(">H", value) + segment[8:]
+
+
+def tcp_segment(
+    source: str,
+    destination: str,
+    data: bytes = b"",
+    *,
+    flags: int = TCP_ACK,
+    options: bytes = b"",
+    data_offset: int | None = None,
+    check: str | int = FULL,
+) -> bytes:
+    data_offset = 5 + len(options) // 4 if data_offset is None else data_offset
+    header = struct.pack(">HHIIBBHHH", 40000, 443, 1, 2, data_offset << 4, flags, 64240, 0, 0)
+    segment = header + options + data
+    value = _transport_check(source, destination, 6, segment, check)
+    return segment[:16] + struct.pack(">H", value) + segment[18:]
+
+
+def tcp(source: str, destination: str, data: bytes = b"", *, ttl: int = 64, **segment: object) -> bytes:
+    """An IPv4 packet with a TCP segment in it; `segment` as `tcp_segment` takes it."""
+    body = tcp_segment(source, destination, data, **segment)  # type: ignore[arg-type]
+    return ipv4(source, destination, body, protocol=6, ttl=ttl)
+
+
+def icmp_message(type_: int, code: int = 0, rest: bytes = b"\0\x01\0\x01", data: bytes = b"ping") -> bytes:
+    body = struct.pack(">BBH", type_, code, 0) + rest + data
+    return body[:2] + struct.pack(">H", internet_checksum(body)) + body[4:]
+
+
+def stepped(packet: bytes) -> bytes:
+    """`packet`, whose header checksum is right, as it looks one hop later."""
+    return with_header_checksum(packet[:8] + bytes([packet[8] - 1]) + packet[9:])
+
+
+def icmp_answer(type_: int, code: int, offender: bytes, *, source: str, next_hop_mtu: int = 0) -> bytes:
+    """The whole ICMP error that `offender` must bring about, as scapy builds it."""
+    message = ICMP(type=type_, code=code)
+    if next_hop_mtu:
+        message.nexthopmtu = next_hop_mtu
+    destination = str(IPv4Address(offender[12:16]))
+    header = IP(src=source, dst=destination, tos=0xC0, id=0, flags=0, ttl=64, proto=1)
+    return bytes(header / message / Raw(offender[: 576 - 28]))
+
+
+# The overlay of the datapath tests.  Outer addresses are loopback's, so that real sockets can stand for the peers.
+OWN = "10.244.1.0"
+"""Our tunnel address, first of 10.244.1.0/24."""
+POD = "10.244.1.10"
+"""A pod of ours."""
+UNDERLAY = "192.0.2.1"
+
+NEAR, NEAR_POD = "127.0.0.2", "10.244.2.10"
+NARROW, NARROW_POD, NARROW_MTU = "127.0.0.3", "10.244.3.10", 1200
+"""A peer whose path takes less than our device."""
+TWIN, TWIN_POD, TWIN_OTHER_POD = "127.0.0.4", "10.244.4.10", "10.244.5.70"
+"""Two leases of one host; the second is a /26."""
+WIDE, WIDE_POD = "127.0.0.5", "10.244.31.254"
+"""A lease of a /20."""
+DEAF, DEAF_POD = "192.0.2.9", "10.244.9.10"
+"""A peer that the kernel refuses to send to: a socket bound to a loopback address cannot leave the machine."""
+STRANGER = "127.0.0.99"
+"""An outer address that no lease names."""
+OUTSIDE = "198.51.100.7"
+"""An inner address outside Network."""
+UNLEASED = "10.244.200.1"
+"""Inside Network, leased by nobody."""
+
+MTU = 1472
+PORT = 8285
+
+
+def overlay(ports: dict[str, int] | None = None) -> Table:
+    """The table; `ports` says where peers really listen, by public IP."""
+    leases = (
+        ("10.244.2.0/24", NEAR, MTU),
+        ("10.244.3.0/24", NARROW, NARROW_MTU),
+        ("10.244.4.0/24", TWIN, MTU),
+        ("10.244.5.64/26", TWIN, MTU),
+        ("10.244.16.0/20", WIDE, MTU),
+        ("10.244.9.0/24", DEAF, MTU),
+    )
+    ports = ports or {}
+    return Table(
+        network=IPv4Network("10.244.0.0/16"),
+        own_subnet=IPv4Network("10.244.1.0/24"),
+        tunnel_address=IPv4Address(OWN),
+        underlay_address=IPv4Address(UNDERLAY),
+        mtu=MTU,
+        source_check="peer",
+        peers=tuple(
+            Peer(index, IPv4Network(subnet), (IPv4Address(ip), ports.get(ip, PORT)), mtu)
+            for index, (subnet, ip, mtu) in enumerate(leases, start=1)
+        ),
+    )

@@ -1,0 +1,378 @@
+"""net-conf.json: flannel's defaults, its leniency, and one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udptun.config import NetConf, SourceCheck, UdpBackend, check_underlay, mtu_for, parse_net_conf
+from udptun.errors import ConfigError
+
+
+def parse(text: str) -> NetConf:
+    return parse_net_conf(text, "net-conf.json")
+
+
+def problems(text: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert caught.value.exit_status == 2
+    assert all("\n" not in problem for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def test_config_gets_flannels_defaults_when_only_a_lower_case_network_is_given() -> None:
+    conf = parse('{"network":"10.3.0.0/16"}')
+    assert conf == NetConf(
+        enable_ipv4=True,
+        enable_ipv6=False,
+        enable_nftables=False,
+        network=IPv4Network("10.3.0.0/16"),
+        subnet_min=IPv4Address("10.3.1.0"),
+        subnet_max=IPv4Address("10.3.255.0"),
+        subnet_len=24,
+        ipv6_network=None,
+        ipv6_subnet_min=None,
+        ipv6_subnet_max=None,
+        ipv6_subnet_len=None,
+        backend=UdpBackend(port=8285, mtu=None, workers=None, source_check=SourceCheck.PEER),
+        notes=(),
+    )
+
+
+def test_config_takes_overrides_of_the_ipv4_range() -> None:
+    conf = parse(
+        '{"Network":"10.3.0.0/16","SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0","SubnetLen":28,'
+        '"Backend":{"Type":"udp","Port":7890}}'
+    )
+    assert (str(conf.subnet_min), str(conf.subnet_max), conf.subnet_len) == ("10.3.5.0", "10.3.8.0", 28)
+    assert conf.backend.port == 7890
+
+
+def test_config_gets_flannels_ipv6_defaults() -> None:
+    conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}')
+    assert conf.ipv6_network == IPv6Network("fc00::/48")
+    assert conf.ipv6_subnet_min == IPv6Address("fc00:0:0:1::")
+    assert conf.ipv6_subnet_max == IPv6Address("fc00:0:0:ffff::")
+    assert conf.ipv6_subnet_len == 64
+
+
+def test_config_takes_overrides_of_the_ipv6_range() -> None:
+    conf = parse(
+        '{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00:0:0:1::",'
+        '"IPv6SubnetMax":"fc00:0:0:f::","IPv6SubnetLen":124}'
+    )
+    assert conf.ipv6_subnet_max == IPv6Address("fc00:0:0:f::")
+    assert conf.ipv6_subnet_len == 124
+
+
+@pytest.mark.parametrize(
+    ("network", "subnet_len", "first", "last"),
+    [
+        ("10.0.0.0/8", 24, "10.0.1.0", "10.255.255.0"),
+        ("10.244.0.0/22", 24, "10.244.1.0", "10.244.3.0"),
+        ("10.244.0.0/23", 25, "10.244.0.128", "10.244.1.128"),
+        ("10.244.0.0/26", 28, "10.244.0.16", "10.244.0.48"),
+        ("10.244.0.0/28", 30, "10.244.0.4", "10.244.0.12"),
+    ],
+)
+def test_config_derives_the_subnets_from_the_network(network: str, subnet_len: int, first: str, last: str) -> None:
+    conf = parse(json.dumps({"Network": network}))
+    assert (conf.subnet_len, str(conf.subnet_min), str(conf.subnet_max)) == (subnet_len, first, last)
+
+
+def test_config_masks_host_bits_of_the_network() -> None:
+    assert parse('{"Network":"10.3.4.5/16"}').network == IPv4Network("10.3.0.0/16")
+
+
+def test_config_reads_keys_and_backend_type_in_any_letter_case() -> None:
+    conf = parse('{"NETWORK":"10.3.0.0/16","backend":{"type":"UDP","port":9000,"sourcecheck":"strict"}}')
+    assert conf.backend == UdpBackend(port=9000, source_check=SourceCheck.STRICT)
+
+
+def test_config_takes_every_backend_key() -> None:
+    conf = parse(
+        '{"Network":"10.3.0.0/16","EnableNFTables":true,'
+        '"Backend":{"Type":"udp","Port":1,"MTU":9000,"Workers":16,"SourceCheck":"off"}}'
+    )
+    assert conf.backend == UdpBackend(1, 9000, 16, SourceCheck.OFF)
+    assert conf.enable_nftables
+
+
+def test_config_counts_null_and_zero_values_as_not_given() -> None:
+    conf = parse(
+        '{"Network":"10.3.0.0/16","SubnetLen":0,"SubnetMin":"0.0.0.0","SubnetMax":null,"EnableIPv4":null,'
+        '"Backend":{"Type":"udp","Port":null,"MTU":0}}'
+    )
+    assert conf == parse('{"Network":"10.3.0.0/16"}')
+
+
+def test_config_ignores_unknown_keys_and_notes_what_they_may_mean() -> None:
+    conf = parse('{"Network":"10.3.0.0/16","SubnetLength":25,"Zebra":[{}],"Backend":{"Type":"udp","Prt":9}}')
+    assert conf.subnet_len == 24
+    assert conf.notes == (
+        "net-conf.json: SubnetLength: unknown key, ignored; did you mean SubnetLen?",
+        "net-conf.json: Zebra: unknown key, ignored",
+        "net-conf.json: Backend.Prt: unknown key, ignored; did you mean Backend.Port?",
+    )
+
+
+def test_config_ignores_what_is_wrong_with_the_range_of_a_disabled_family() -> None:
+    assert parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/127","IPv6SubnetLen":3}').ipv6_network is None
+
+
+def test_config_says_that_udp_carries_no_ipv6() -> None:
+    conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}')
+    assert any("carries no IPv6" in note for note in conf.notes)
+
+
+def net(**keys: object) -> str:
+    return json.dumps({"Network": "10.244.0.0/16", **keys})
+
+
+def udp(**keys: object) -> str:
+    return net(Backend={"Type": "udp", **keys})
+
+
+DUAL = {"EnableIPv6": True, "IPv6Network": "fc00::/48"}
+NO_CIDR = "invalid IPv4 CIDR format: must be like 10.244.0.0/16, not "
+TYPES = "error decoding Backend property of config: must be "
+BUILT = "backend type {} is not built yet; built: udp"
+
+# One row per malformed configuration: the text and the only line it shall give, without the source's name.
+MALFORMED = [
+    ("", "not JSON: line 1 column 1: Expecting value"),
+    ("{", "not JSON: line 1 column 2: Expecting property name enclosed in double quotes"),
+    ('{"Network":"10.0.0.0/8"\n "SubnetLen":24}', "not JSON: line 2 column 2: Expecting ',' delimiter"),
+    ('{"Network":"10.0.0.0/8",}', None),  # the column and wording differ between Python versions
+    ('{"Network":"10.0.0.0/8"} x', "not JSON: line 1 column 26: Extra data"),
+    ("\ufeff{}", "not JSON: line 1 column 1: Unexpected UTF-8 BOM (decode using utf-8-sig)"),
+    ('{"Network":NaN}', "not JSON: NaN is not a JSON value"),
+    ('{"Network":"10.0.0.0/8","SubnetLen":-Infinity}', "not JSON: -Infinity is not a JSON value"),
+    ("[" * 100_000, None),
+    ('{"SubnetLen":' + "9" * 5000 + "}", None),
+    ("null", "not a configuration: a JSON object is needed, not null"),
+    ("[]", "not a configuration: a JSON object is needed, not an array"),
+    ('"x"', 'not a configuration: a JSON object is needed, not "x"'),
+    ("{}", "Network: please define a correct Network parameter in the flannel config"),
+    ('{"Network":null}', "Network: please define a correct Network parameter in the flannel config"),
+    ('{"Network":""}', f'Network: {NO_CIDR}""'),
+    ('{"Network":10}', f"Network: {NO_CIDR}10"),
+    ('{"Network":["10.0.0.0/8"]}', f"Network: {NO_CIDR}an array"),
+    ('{"Network":"10.0.0.0"}', f'Network: {NO_CIDR}"10.0.0.0"'),
+    ('{"Network":"10.0.0.0/33"}', f'Network: {NO_CIDR}"10.0.0.0/33"'),
+    ('{"Network":"10.0.0.256/8"}', f'Network: {NO_CIDR}"10.0.0.256/8"'),
+    ('{"Network":"010.0.0.0/8"}', f'Network: {NO_CIDR}"010.0.0.0/8"'),
+    ('{"Network":"10.0.0.0/255.0.0.0"}', f'Network: {NO_CIDR}"10.0.0.0/255.0.0.0"'),
+    ('{"Network":"fc00::/48"}', f'Network: {NO_CIDR}"fc00::/48"'),
+    ('{"Network":"10.0.0.0/8","Network":"10.0.0.0/8"}', "Network: given twice; keep one"),
+    ('{"Network":"10.0.0.0/8","network":"10.1.0.0/16"}', "Network: given twice (as Network and network); keep one"),
+    ('{"Network":"10.0.0.0/8","zz":1,"zz":2}', "zz: given twice; keep one"),
+    (
+        '{"Network":"10.0.0.0/8","Backend":{"Type":"udp","Port":1,"PORT":2}}',
+        "Backend.Port: given twice (as Port and PORT); keep one",
+    ),
+    (
+        '{"Network":"10.0.0.0/7"}',
+        "Network: 10.0.0.0/7 is wider than /8, the most that the datapath's direct index covers",
+    ),
+    (
+        '{"Network":"127.0.0.0/8"}',
+        "Network: 127.0.0.0/8 overlaps 127.0.0.0/8 (loopback addresses), which no host can route",
+    ),
+    (
+        '{"Network":"127.5.0.0/16"}',
+        "Network: 127.5.0.0/16 overlaps 127.0.0.0/8 (loopback addresses), which no host can route",
+    ),
+    (
+        '{"Network":"224.0.0.0/8"}',
+        "Network: 224.0.0.0/8 overlaps 224.0.0.0/4 (multicast addresses), which no host can route",
+    ),
+    (
+        '{"Network":"250.0.0.0/16"}',
+        "Network: 250.0.0.0/16 overlaps 240.0.0.0/4 (reserved addresses), which no host can route",
+    ),
+    (
+        '{"Network":"0.0.0.0/8"}',
+        "Network: 0.0.0.0/8 overlaps 0.0.0.0/8 (this-network addresses), which no host can route",
+    ),
+    (
+        '{"Network":"10.244.0.0/29"}',
+        "Network: network is too small. Minimum useful network prefix is /28, not /29",
+    ),
+    (net(SubnetLen=31), "SubnetLen: SubnetLen must be less than /31, not /31"),
+    (net(SubnetLen=300), "SubnetLen: SubnetLen must be less than /31, not /300"),
+    (
+        net(SubnetLen=17),
+        "SubnetLen: network must be able to accommodate at least four subnets: "
+        "10.244.0.0/16 takes SubnetLen 18 or more, not 17",
+    ),
+    (
+        '{"Network":"10.0.0.0/8","SubnetLen":15}',
+        "SubnetLen: /15 is shorter than /16, the largest subnet that the datapath's direct index takes",
+    ),
+    (net(SubnetLen=-1), "SubnetLen: must not be negative, not -1"),
+    (net(SubnetLen="24"), 'SubnetLen: must be a JSON integer, not "24"'),
+    (net(SubnetLen=24.0), "SubnetLen: must be a JSON integer, not 24.0"),
+    (net(SubnetLen=True), "SubnetLen: must be a JSON integer, not true"),
+    (net(SubnetMin=1), "SubnetMin: must be an IPv4 address like 10.244.1.0, not 1"),
+    (net(SubnetMin="10.244.1"), 'SubnetMin: must be an IPv4 address like 10.244.1.0, not "10.244.1"'),
+    (net(SubnetMax="fc00::1"), 'SubnetMax: must be an IPv4 address like 10.244.1.0, not "fc00::1"'),
+    (
+        net(SubnetMin="10.243.0.0"),
+        "SubnetMin: SubnetMin is not in the range of the Network: 10.243.0.0 in 10.244.0.0/16",
+    ),
+    (
+        net(SubnetMax="10.245.0.0"),
+        "SubnetMax: SubnetMax is not in the range of the Network: 10.245.0.0 in 10.244.0.0/16",
+    ),
+    (
+        net(SubnetMin="10.244.1.1"),
+        "SubnetMin: SubnetMin is not on a SubnetLen boundary: 10.244.1.1 for /24",
+    ),
+    (
+        net(SubnetMax="10.244.9.128"),
+        "SubnetMax: SubnetMax is not on a SubnetLen boundary: 10.244.9.128 for /24",
+    ),
+    (
+        net(SubnetMin="10.244.9.0", SubnetMax="10.244.5.0"),
+        "SubnetMin: 10.244.9.0 is above SubnetMax 10.244.5.0, so no subnet is left",
+    ),
+    (net(EnableIPv4="yes"), 'EnableIPv4: must be true or false, not "yes"'),
+    (net(EnableIPv6=1), "EnableIPv6: must be true or false, not 1"),
+    (net(EnableNFTables={}), "EnableNFTables: must be true or false, not an object"),
+    (net(EnableIPv4=False), "EnableIPv4: none defined stack: set EnableIPv4 or EnableIPv6 to true"),
+    (
+        net(EnableIPv4=False, **DUAL),
+        "EnableIPv4: cannot be false: the udp backend carries IPv4; IPv6 alone is not built yet",
+    ),
+    (net(EnableIPv6=True), "IPv6Network: please define a correct IPv6Network parameter in the flannel config"),
+    (
+        net(EnableIPv6=True, IPv6Network="10.0.0.0/8"),
+        'IPv6Network: invalid IPv6 CIDR format: must be like fd00:244::/48, not "10.0.0.0/8"',
+    ),
+    (
+        net(EnableIPv6=True, IPv6Network="fc00::/125"),
+        "IPv6Network: IPv6Network is too small. Minimum useful network prefix is /124, not /125",
+    ),
+    (net(**DUAL, IPv6SubnetLen=127), "IPv6SubnetLen: SubnetLen must be less than /127, not /127"),
+    (
+        net(**DUAL, IPv6SubnetLen=49),
+        "IPv6SubnetLen: network must be able to accommodate at least four subnets: "
+        "fc00::/48 takes SubnetLen 50 or more, not 49",
+    ),
+    (
+        net(**DUAL, IPv6SubnetMin="fd00::"),
+        "IPv6SubnetMin: IPv6SubnetMin is not in the range of the IPv6Network: fd00:: in fc00::/48",
+    ),
+    (
+        net(**DUAL, IPv6SubnetMax="fc00::1"),
+        "IPv6SubnetMax: IPv6SubnetMax is not on a SubnetLen boundary: fc00::1 for /64",
+    ),
+    (
+        net(**DUAL, IPv6SubnetMin="fe80::%eth0"),
+        'IPv6SubnetMin: must be an IPv6 address like fd00:244:0:1::, not "fe80::%eth0"',
+    ),
+    (net(Backend="udp"), f'Backend: {TYPES}an object, not "udp"'),
+    (net(Backend=[]), f"Backend: {TYPES}an object, not an array"),
+    (
+        net(Backend={}),
+        'Backend.Type: unknown backend type: "" (name one, or leave Backend out to get udp); built: udp',
+    ),
+    (
+        net(Backend=None),
+        'Backend.Type: unknown backend type: "" (name one, or leave Backend out to get udp); built: udp',
+    ),
+    (net(Backend={"Type": 7}), f"Backend.Type: {TYPES}a string, not 7"),
+    (net(Backend={"Type": "nope"}), "Backend.Type: unknown backend type: nope; built: udp"),
+    (net(Backend={"Type": "upd"}), "Backend.Type: unknown backend type: upd; did you mean udp?"),
+    (net(Backend={"Type": "vxlam"}), "Backend.Type: unknown backend type: vxlam; did you mean vxlan?"),
+    (net(Backend={"Type": "VXLAN", "VNI": "x"}), "Backend.Type: " + BUILT.format("vxlan")),
+    (net(Backend={"Type": "host-gw"}), "Backend.Type: " + BUILT.format("host-gw")),
+    (net(Backend={"Type": "alloc"}), "Backend.Type: " + BUILT.format("alloc")),
+    (net(Backend={"Type": "wireguard"}), "Backend.Type: backend type wireguard is flannel's alone; built: udp"),
+    (udp(Port=0), "Backend.Port: must be 1..65535, not 0"),
+    (udp(Port=65536), "Backend.Port: must be 1..65535, not 65536"),
+    (udp(Port=-1), "Backend.Port: must be 1..65535, not -1"),
+    (udp(Port="8285"), 'Backend.Port: must be a JSON integer, not "8285"'),
+    (udp(Port=8285.5), "Backend.Port: must be a JSON integer, not 8285.5"),
+    (udp(MTU=95), "Backend.MTU: must be 96..65535, not 95"),
+    (udp(MTU=65536), "Backend.MTU: must be 96..65535, not 65536"),
+    (udp(MTU=False), "Backend.MTU: must be a JSON integer, not false"),
+    (udp(Workers=0), "Backend.Workers: must be 1..16, not 0"),
+    (udp(Workers=17), "Backend.Workers: must be 1..16, not 17"),
+    (udp(SourceCheck="none"), 'Backend.SourceCheck: must be "off", "peer" or "strict", not "none"'),
+    (udp(SourceCheck=True), 'Backend.SourceCheck: must be "off", "peer" or "strict", not true'),
+]
+
+
+@pytest.mark.parametrize(("text", "line"), MALFORMED, ids=[f"{i:02}" for i in range(len(MALFORMED))])
+def test_config_gives_one_clear_line_when_one_thing_is_wrong(text: str, line: str | None) -> None:
+    found = problems(text)
+    if line is None:
+        assert len(found) == 1
+        assert found[0].startswith("net-conf.json: not JSON: ")
+    else:
+        assert found == (f"net-conf.json: {line}",)
+
+
+def test_config_reports_all_problems_at_once() -> None:
+    found = problems(
+        '{"network":"10.0.0.0/6","SubnetLen":12,"SubnetMin":"10.0.0.1","EnableNFTables":3,'
+        '"Backend":{"Type":"udp","Port":0,"MTU":1,"Workers":99,"SourceCheck":""}}'
+    )
+    assert [problem.split(": ")[1] for problem in found] == [
+        "EnableNFTables",
+        "Backend.SourceCheck",
+        "Backend.Port",
+        "Backend.MTU",
+        "Backend.Workers",
+        "SubnetMin",
+        "Network",
+        "SubnetLen",
+    ]
+
+
+def test_config_error_text_shortens_a_long_value() -> None:
+    assert len(problems(net(SubnetMin="x" * 10_000))[0]) < 160
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["10.0.0.0/8", "udp"]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(["Network", "SubnetLen", "SubnetMin", "SubnetMax", "EnableIPv6", "IPv6Network", "Backend"])
+BACKENDS = st.dictionaries(st.sampled_from(["Type", "Port", "MTU", "Workers", "SourceCheck"]), JSON_VALUES)
+
+
+@given(st.text() | st.dictionaries(KEYS, JSON_VALUES | BACKENDS).map(json.dumps))
+def test_config_parser_never_raises_anything_but_config_error(text: str) -> None:
+    try:
+        conf = parse(text)
+    except ConfigError as exc:
+        assert exc.problems  # noqa: PT017 - the point is that this type alone may come
+    else:
+        assert conf.subnet_min <= conf.subnet_max
+        assert conf.subnet_min in conf.network
+
+
+def test_check_underlay_refuses_a_network_that_holds_the_hosts_own_address() -> None:
+    conf = parse('{"Network":"10.244.0.0/16"}')
+    check_underlay(conf, IPv4Address("192.168.1.5"))
+    with pytest.raises(ConfigError, match=r"Network: 10\.244\.0\.0/16 contains .* address 10\.244\.7\.1;"):
+        check_underlay(conf, IPv4Address("10.244.7.1"))
+
+
+def test_mtu_for_takes_off_the_28_bytes_of_the_outer_headers() -> None:
+    assert mtu_for(1500) == 1472
+    assert mtu_for(96) == 68
+
+
+def test_mtu_for_refuses_less_than_ipv4_needs() -> None:
+    with pytest.raises(ConfigError, match="an underlay MTU of 95 leaves 67 bytes"):
+        mtu_for(95)

@@ -1,0 +1,199 @@
+"""The executable specification itself: arithmetic over all values, ICMP answers, and what the kernel refuses.
+
+What becomes of each kind of packet is tested in tests/datapath, over the reference and the fast path alike.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.packets import (
+    MTU,
+    NARROW_MTU,
+    NARROW_POD,
+    NEAR,
+    NEAR_POD,
+    NO_VNET_HDR,
+    OWN,
+    POD,
+    TWIN,
+    TWIN_OTHER_POD,
+    TWIN_POD,
+    UNLEASED,
+    icmp_answer,
+    internet_checksum,
+    internet_sum,
+    ipv4,
+    overlay,
+    stepped,
+    udp,
+    with_header_checksum,
+)
+from udptun import _reference as reference
+from udptun._reference import COUNTERS, Outcome
+
+TABLE = overlay()
+NEAR_REMOTE = TABLE.peers[0].remote
+WIRE_FORMAT = Path(__file__).parents[2] / "docs" / "wire-format.md"
+
+
+# ---------------------------------------------------------------------------------------------------- the TTL step
+
+
+def test_the_ttl_step_equals_a_recomputation_for_every_ttl_and_protocol() -> None:
+    for word in range(0x0100, 0x10000):
+        packet = ipv4(POD, NEAR_POD, ttl=word >> 8, protocol=word & 0xFF)
+        assert reference.step_ttl(packet) == stepped(packet)
+
+
+@pytest.mark.parametrize("ttl", [1, 2, 64, 128, 255])
+def test_the_ttl_step_equals_a_recomputation_for_every_checksum(ttl: int) -> None:
+    # With ident 0 the checksum is some value; every other ident moves it on, through all values but one zero.
+    packet = ipv4(POD, NEAR_POD, ttl=ttl)
+    seen = set()
+    for ident in range(0x10000):
+        header = packet[:4] + ident.to_bytes(2) + packet[6:]
+        header = with_header_checksum(header)
+        seen.add(header[10:12])
+        assert reference.step_ttl(header) == stepped(header)
+    assert len(seen) == 0xFFFF
+
+
+def test_the_ttl_step_keeps_every_wrong_checksum_wrong_by_the_same_amount() -> None:
+    packet = udp(POD, NEAR_POD)
+    before, after = int.from_bytes(packet[10:12]), int.from_bytes(stepped(packet)[10:12])
+    for check in range(0x10000):
+        got = reference.step_ttl(packet[:10] + check.to_bytes(2) + packet[12:])
+        assert (int.from_bytes(got[10:12]) - after - (check - before)) % 0xFFFF == 0
+        assert internet_sum(got[:20]) == 0xFFFF or (check - before) % 0xFFFF
+
+
+def test_the_ttl_step_changes_nothing_but_ttl_and_checksum() -> None:
+    packet = ipv4(POD, NEAR_POD, b"payload", tos=0xB9, flags="DF", options=b"\1" * 8)
+    got = reference.step_ttl(packet)
+    assert (got[:8], got[9:10], got[12:]) == (packet[:8], packet[9:10], packet[12:])
+    assert got[8] == packet[8] - 1
+
+
+@given(st.binary(max_size=200))
+def test_the_sum_with_carries_equals_arithmetic_modulo_65535(data: bytes) -> None:
+    assert reference.fold_sum(data) == internet_sum(data)
+
+
+# ----------------------------------------------------------------------------------------------------------- ICMP
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, 7, 8, 519, 520, 521, 1400])
+@pytest.mark.parametrize("reason", [(3, 0), (3, 4), (11, 0)])
+def test_icmp_error_is_what_scapy_builds(n_bytes: int, reason: tuple[int, int]) -> None:
+    offender = udp(POD, NEAR_POD, bytes(i & 0xFF for i in range(n_bytes)), ttl=1)
+    mtu = 1372 if reason == (3, 4) else 0
+    answer = reference.icmp_error(IPv4Address(OWN), offender, reason, mtu)
+    assert answer == icmp_answer(*reason, offender, source=OWN, next_hop_mtu=mtu)
+
+
+def test_icmp_error_is_no_longer_than_every_host_must_take_and_sums_up() -> None:
+    answer = reference.icmp_error(IPv4Address(OWN), udp(POD, NEAR_POD, bytes(1400)), (11, 0))
+    assert len(answer) == int.from_bytes(answer[2:4]) == 576
+    assert internet_checksum(answer[:20]) == internet_checksum(answer[20:]) == 0
+
+
+# ------------------------------------------------------------------------------------------ what the kernel refuses
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "flags", "counter"),
+    [
+        (1000 - 28, "DF", "encap_sent"),
+        (1000 - 27, "DF", "encap_drop_too_big"),
+        (1000 - 27, "", "encap_sent"),
+        (MTU, "DF", "encap_drop_too_big"),
+        (MTU, "", "encap_sent"),
+    ],
+)
+def test_encap_respects_the_path_mtu_only_for_packets_with_df(n_bytes: int, flags: str, counter: str) -> None:
+    packet = ipv4(POD, NEAR_POD, bytes(n_bytes - 20), flags=flags)
+    outcome = reference.encap(TABLE, NO_VNET_HDR + packet, path_mtu=1000)
+    if counter == "encap_sent":
+        assert outcome == Outcome(counter, sends=((NEAR_REMOTE, stepped(packet)),))
+    else:
+        answer = NO_VNET_HDR + icmp_answer(3, 4, packet, source=OWN, next_hop_mtu=1000 - 28)
+        assert outcome == Outcome(counter, writes=(answer,), icmp="icmp_sent")
+
+
+def test_encap_names_the_peers_mtu_when_both_it_and_the_path_are_too_small() -> None:
+    packet = ipv4(POD, NARROW_POD, bytes(MTU - 20), flags="DF")
+    outcome = reference.encap(TABLE, NO_VNET_HDR + packet, path_mtu=1000)
+    answer = NO_VNET_HDR + icmp_answer(3, 4, packet, source=OWN, next_hop_mtu=NARROW_MTU)
+    assert outcome == Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
+
+
+def test_encap_counts_a_refused_datagram_and_answers_nobody() -> None:
+    outcome = reference.encap(TABLE, NO_VNET_HDR + udp(POD, NEAR_POD), is_refused=True)
+    assert outcome == Outcome("encap_drop_send")
+
+
+def test_encap_suppresses_an_answer_that_the_tun_refuses() -> None:
+    outcome = reference.encap(TABLE, NO_VNET_HDR + udp(POD, UNLEASED), is_refused=True)
+    assert outcome == Outcome("encap_drop_no_route", icmp="icmp_suppressed")
+
+
+def test_decap_counts_a_refused_write() -> None:
+    outcome = reference.decap(TABLE, udp(NEAR_POD, POD), IPv4Address(NEAR), is_refused=True)
+    assert outcome == Outcome("decap_drop_tun")
+
+
+# ----------------------------------------------------------------------------------------------------------- table
+
+
+def test_leasing_finds_the_peer_whose_subnet_holds_the_address() -> None:
+    found = {pod: TABLE.leasing(IPv4Address(pod)) for pod in (NEAR_POD, TWIN_POD, TWIN_OTHER_POD, UNLEASED, POD)}
+    assert {pod: peer and peer.index for pod, peer in found.items()} == {
+        NEAR_POD: 1,
+        TWIN_POD: 3,
+        TWIN_OTHER_POD: 4,
+        UNLEASED: None,
+        POD: None,
+    }
+
+
+def test_a_public_ip_is_known_whichever_of_its_leases_is_asked_for() -> None:
+    assert TABLE.has_public_ip(IPv4Address(TWIN))
+    assert not TABLE.has_public_ip(IPv4Address("127.0.0.1"))
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+
+
+@given(st.binary(max_size=120))
+def test_every_read_of_the_tun_ends_in_one_known_counter(raw: bytes) -> None:
+    outcome = reference.encap(TABLE, raw)
+    assert outcome.counter in COUNTERS
+    assert outcome.counter.startswith("encap_")
+    assert len(outcome.sends) == (outcome.counter == "encap_sent")
+
+
+@given(st.binary(max_size=120).map(lambda data: b"\x45" + data) | st.binary(max_size=120))
+def test_every_datagram_ends_in_one_known_counter(payload: bytes) -> None:
+    outcome = reference.decap(TABLE, payload, IPv4Address(NEAR))
+    assert outcome.counter in COUNTERS
+    assert outcome.counter.startswith("decap_")
+    assert len(outcome.writes) == (outcome.counter == "decap_delivered")
+
+
+def test_the_counters_are_those_that_the_contract_names() -> None:
+    named = re.findall(r"`((?:encap|decap|icmp)_[a-z_0-9]+)`", WIRE_FORMAT.read_text())
+    assert set(named) == set(COUNTERS)
+    assert len(set(COUNTERS)) == len(COUNTERS)
+
+
+def test_the_drops_are_in_the_order_of_the_contract() -> None:
+    rows = re.findall(r"^\| \d+ \|.*`((?:encap|decap)_drop_[a-z_0-9]+)`", WIRE_FORMAT.read_text(), re.MULTILINE)
+    drops = [name for name in COUNTERS if "_drop_" in name]
+    assert list(dict.fromkeys(rows)) == drops

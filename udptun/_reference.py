@@ -1,0 +1,410 @@
+"""The datapath in plain Python, one packet at a time: the executable form of docs/wire-format.md.
+
+`encap` and `decap` follow that page's two tables row by row, in its order; the row numbers stand at the
+branches.  `_fastpath.pyx` must give the same Outcome for every packet, and tests/datapath holds it to that.
+
+Pure: no I/O, no clock; what the kernel answers is an argument.  The token bucket that limits ICMP needs a
+clock and is not here.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Literal, NamedTuple, Self
+
+COUNTERS = (
+    "encap_packets",
+    "encap_sent",
+    "encap_drop_short",
+    "encap_drop_ipv6",
+    "encap_drop_malformed",
+    "encap_drop_no_route",
+    "encap_drop_ttl",
+    "encap_drop_too_big",
+    "encap_drop_send",
+    "decap_packets",
+    "decap_delivered",
+    "decap_drop_empty",
+    "decap_drop_short",
+    "decap_drop_ipv6",
+    "decap_drop_version",
+    "decap_drop_ihl",
+    "decap_drop_length",
+    "decap_drop_checksum",
+    "decap_drop_options",
+    "decap_drop_fragment",
+    "decap_drop_unknown_peer",
+    "decap_drop_source_martian",
+    "decap_drop_source_own",
+    "decap_drop_source_spoofed",
+    "decap_drop_source_outside",
+    "decap_drop_foreign_destination",
+    "decap_drop_ttl",
+    "decap_drop_oversize",
+    "decap_drop_tun",
+    "icmp_sent",
+    "icmp_suppressed",
+)
+"""Every counter, in the order of the shared memory."""
+
+Remote = tuple[IPv4Address, int]
+"""Where a peer listens: public IP and UDP port."""
+
+Reason = tuple[int, int]
+"""ICMP type and code."""
+
+OUTER_LEN = 28
+"""Bytes around an inner packet on the wire: IPv4 header 20 + UDP header 8."""
+
+_IPV4_HDR_MIN = 20
+_ICMP_HDR_LEN = 8
+_ICMP_ANSWER_MAX = 576
+"""Largest ICMP answer, bytes: what every IPv4 host must take (RFC 1812 4.3.2.3)."""
+
+_ICMP, _TCP, _UDP = 1, 6, 17
+_ICMP_QUERIES = (0, 8, 13, 14)
+"""Echo reply, echo, timestamp, timestamp reply."""
+_NET_UNREACHABLE: Reason = (3, 0)
+_FRAGMENTATION_NEEDED: Reason = (3, 4)
+_TIME_EXCEEDED: Reason = (11, 0)
+
+_CSUM_OFFSET = {_TCP: 16, _UDP: 6}
+"""Where the check field lies in the transport header."""
+_TCP_SYN, _TCP_RST, _TCP_URG = 0x02, 0x04, 0x20
+
+_OPTION_END, _OPTION_NOP, _OPTION_LSRR, _OPTION_SSRR = 0, 1, 131, 137
+
+_VNET_NEEDS_CSUM = 1
+_VNET_GSO_TCPV4 = 1
+
+_MARTIAN_SOURCES = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"), IPv4Network("224.0.0.0/3"))
+_MULTICAST_OR_BROADCAST = IPv4Network("224.0.0.0/3")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One lease.  `mtu` is the largest inner packet (bytes) its path takes; several may share a public IP."""
+
+    index: int
+    subnet: IPv4Network
+    remote: Remote
+    mtu: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What the datapath knows.  The subnets of the peers are disjoint; `mtu` is flannel0's, bytes."""
+
+    network: IPv4Network
+    own_subnet: IPv4Network
+    tunnel_address: IPv4Address
+    underlay_address: IPv4Address
+    mtu: int
+    source_check: Literal["off", "peer", "strict"]
+    peers: tuple[Peer, ...]
+
+    def leasing(self, address: IPv4Address) -> Peer | None:
+        """The peer whose subnet holds the inner `address`."""
+        return next((peer for peer in self.peers if address in peer.subnet), None)
+
+    def has_public_ip(self, address: IPv4Address) -> bool:
+        """Whether any peer is at the outer `address`; its port does not matter."""
+        return any(peer.remote[0] == address for peer in self.peers)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one packet.
+
+    `sends` are UDP payloads and where they go, `writes` what goes into the TUN, virtio header first.  `icmp`
+    is the ICMP counter that moved beside `counter`, None where the row of the table has no answer.
+    """
+
+    counter: str
+    sends: tuple[tuple[Remote, bytes], ...] = ()
+    writes: tuple[bytes, ...] = ()
+    icmp: Literal["icmp_sent", "icmp_suppressed"] | None = None
+
+
+class VnetHdr(NamedTuple):
+    """`struct virtio_net_hdr` (linux/virtio_net.h), little endian, 10 bytes; all zero: a plain packet."""
+
+    flags: int = 0
+    gso_type: int = 0
+    hdr_len: int = 0
+    gso_size: int = 0
+    csum_start: int = 0
+    csum_offset: int = 0
+
+    def pack(self) -> bytes:
+        return _VNET_HDR.pack(*self)
+
+
+_VNET_HDR = struct.Struct("<BBHHHH")
+
+
+_IPV4_HDR = struct.Struct(">BxHxxHBBxxII")
+"""Version and ihl, total length, flags and offset, TTL, protocol, source, destination."""
+
+
+class _Ipv4(NamedTuple):
+    """The fields of an IPv4 header, lengths in bytes; nothing is checked."""
+
+    version: int
+    header_len: int
+    total_len: int
+    dont_fragment: bool
+    more_fragments: bool
+    fragment_offset: int
+    ttl: int
+    protocol: int
+    source: IPv4Address
+    destination: IPv4Address
+
+    @classmethod
+    def read(cls, data: bytes) -> Self:
+        """`data` has at least 20 bytes."""
+        first, total_len, fragment, ttl, protocol, source, destination = _IPV4_HDR.unpack_from(data)
+        return cls(
+            version=first >> 4,
+            header_len=(first & 0xF) * 4,
+            total_len=total_len,
+            dont_fragment=bool(fragment & 0x4000),
+            more_fragments=bool(fragment & 0x2000),
+            fragment_offset=(fragment & 0x1FFF) * 8,
+            ttl=ttl,
+            protocol=protocol,
+            source=IPv4Address(source),
+            destination=IPv4Address(destination),
+        )
+
+    @property
+    def is_fragment(self) -> bool:
+        return self.more_fragments or self.fragment_offset > 0
+
+
+def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: bool = False) -> Outcome:
+    """What becomes of `raw`, one read of the TUN: a 10-byte virtio header, then the packet.
+
+    `path_mtu`: the kernel knows this MTU (outer bytes) for the way to the peer and answers EMSGSIZE to a
+    larger datagram.  `is_refused`: it refuses what would come out, for another reason: the datagram or the answer.
+    """
+    data = raw[_VNET_HDR.size :]
+    if len(data) < _IPV4_HDR_MIN:  # 1
+        return Outcome("encap_drop_short")
+    ip = _Ipv4.read(data)
+    if ip.version == 6:  # 2
+        return Outcome("encap_drop_ipv6")
+    if ip.version != 4 or not _IPV4_HDR_MIN <= ip.header_len <= ip.total_len <= len(data):  # 3
+        return Outcome("encap_drop_malformed")
+    packet = data[: ip.total_len]
+
+    def refuse(counter: str, reason: Reason, mtu: int = 0) -> Outcome:
+        """Drop the packet, and tell its sender by way of the TUN where that is allowed."""
+        if is_refused or not _may_be_answered(packet):
+            return Outcome(counter, icmp="icmp_suppressed")
+        answer = icmp_error(table.tunnel_address, packet, reason, mtu)
+        return Outcome(counter, writes=(VnetHdr().pack() + answer,), icmp="icmp_sent")
+
+    peer = table.leasing(ip.destination)
+    if peer is None:  # 4
+        return refuse("encap_drop_no_route", _NET_UNREACHABLE)
+    if ip.ttl <= 1:  # 5
+        return refuse("encap_drop_ttl", _TIME_EXCEEDED)
+    if ip.dont_fragment:
+        if ip.total_len > peer.mtu:  # 6
+            return refuse("encap_drop_too_big", _FRAGMENTATION_NEEDED, peer.mtu)
+        if path_mtu is not None and ip.total_len + OUTER_LEN > path_mtu:  # 7
+            return refuse("encap_drop_too_big", _FRAGMENTATION_NEEDED, path_mtu - OUTER_LEN)
+    if is_refused:  # 8
+        return Outcome("encap_drop_send")
+    return Outcome("encap_sent", sends=((peer.remote, step_ttl(packet)),))  # 9
+
+
+def decap(table: Table, payload: bytes, source: IPv4Address, *, is_refused: bool = False) -> Outcome:
+    """What becomes of `payload`, one datagram from the outer address `source`.
+
+    `is_refused`: the kernel refuses what would come out: the write to the TUN device, or the answer.
+    """
+    if not payload:  # 1
+        return Outcome("decap_drop_empty")
+    if len(payload) < _IPV4_HDR_MIN:  # 2
+        return Outcome("decap_drop_short")
+    ip = _Ipv4.read(payload)
+    if ip.version == 6:  # 3
+        return Outcome("decap_drop_ipv6")
+    if ip.version != 4:  # 4
+        return Outcome("decap_drop_version")
+    if not _IPV4_HDR_MIN <= ip.header_len <= len(payload):  # 5
+        return Outcome("decap_drop_ihl")
+    if not ip.header_len <= ip.total_len <= len(payload):  # 6
+        return Outcome("decap_drop_length")
+    packet = payload[: ip.total_len]
+
+    if fold_sum(packet[: ip.header_len]) != 0xFFFF:  # 7
+        return Outcome("decap_drop_checksum")
+    if not _are_options_acceptable(packet[_IPV4_HDR_MIN : ip.header_len]):  # 8
+        return Outcome("decap_drop_options")
+    if not _is_fragment_possible(ip):  # 9
+        return Outcome("decap_drop_fragment")
+
+    is_checked = table.source_check != "off"
+    if is_checked and not table.has_public_ip(source):  # 10
+        return Outcome("decap_drop_unknown_peer")
+    if _is_martian(ip.source):  # 11
+        return Outcome("decap_drop_source_martian")
+    if ip.source in table.own_subnet or ip.source == table.underlay_address:  # 12
+        return Outcome("decap_drop_source_own")
+    sender = table.leasing(ip.source)
+    if ip.source in table.network:
+        if is_checked and (sender is None or sender.remote[0] != source):  # 13
+            return Outcome("decap_drop_source_spoofed")
+    elif table.source_check == "strict":  # 14
+        return Outcome("decap_drop_source_outside")
+    if ip.destination not in table.own_subnet:  # 15
+        return Outcome("decap_drop_foreign_destination")
+
+    if ip.ttl <= 1:  # 16
+        if is_refused or sender is None or not _may_be_answered(packet):
+            return Outcome("decap_drop_ttl", icmp="icmp_suppressed")
+        answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED)
+        return Outcome("decap_drop_ttl", sends=((sender.remote, answer),), icmp="icmp_sent")
+    vnet_hdr = _vnet_hdr_for(table, packet)
+    if vnet_hdr is None:  # 17
+        return Outcome("decap_drop_oversize")
+    if is_refused:  # 18
+        return Outcome("decap_drop_tun")
+    return Outcome("decap_delivered", writes=(vnet_hdr.pack() + step_ttl(packet),))  # 19
+
+
+def step_ttl(packet: bytes) -> bytes:
+    """`packet` with one off its TTL (at least 1) and its header checksum updated: a wrong one stays wrong.
+
+    RFC 1624 equation 3, HC' = ~(~HC + ~m + m'), where m is the 16-bit word that holds TTL and protocol.
+    """
+    word, check = struct.unpack_from(">HH", packet, 8)
+    new_word = word - 0x0100
+    new_check = 0xFFFF ^ _fold((0xFFFF ^ check) + (0xFFFF ^ word) + new_word)
+    return packet[:8] + struct.pack(">HH", new_word, new_check) + packet[12:]
+
+
+def icmp_error(tunnel_address: IPv4Address, offender: bytes, reason: Reason, mtu: int = 0) -> bytes:
+    """The IPv4 packet that tells the sender of `offender` why it was dropped (RFC 792).
+
+    `offender` is a whole packet, TTL as received; as much of it is quoted as an answer may hold.  `mtu` is
+    the next hop's, bytes, 0 where the reason has none (RFC 1191).
+    """
+    quote = offender[: _ICMP_ANSWER_MAX - _IPV4_HDR_MIN - _ICMP_HDR_LEN]
+    icmp = struct.pack(">BBHHH", *reason, 0, 0, mtu) + quote
+    icmp = icmp[:2] + _checksum(icmp) + icmp[4:]
+    destination = _Ipv4.read(offender).source
+    header = struct.pack(
+        ">BBHHHBBH4s4s",
+        *(0x45, 0xC0, _IPV4_HDR_MIN + len(icmp), 0, 0, 64, _ICMP, 0),
+        tunnel_address.packed,
+        destination.packed,
+    )
+    return header[:10] + _checksum(header) + header[12:] + icmp
+
+
+def fold_sum(data: bytes) -> int:
+    """The ones' complement sum of `data` as 16-bit big-endian words, an odd byte padded with zero (RFC 1071).
+
+    0xFFFF over data that holds its own correct checksum; 0 only where every byte is zero.
+    """
+    padded = data + b"\0" * (len(data) % 2)
+    return _fold(sum(struct.unpack(f">{len(padded) // 2}H", padded)))
+
+
+def _may_be_answered(packet: bytes) -> bool:
+    """Whether an ICMP error may be sent about `packet` (RFC 1122 3.2.2)."""
+    ip = _Ipv4.read(packet)
+    if ip.fragment_offset > 0 or _is_martian(ip.source) or ip.destination in _MULTICAST_OR_BROADCAST:
+        return False
+    if ip.protocol != _ICMP:
+        return True
+    icmp = packet[ip.header_len :]
+    return len(icmp) >= _ICMP_HDR_LEN and icmp[0] in _ICMP_QUERIES
+
+
+def _is_martian(source: IPv4Address) -> bool:
+    """Whether no host can have `source`: "this network", loopback, multicast, reserved, broadcast."""
+    return any(source in network for network in _MARTIAN_SOURCES)
+
+
+def _are_options_acceptable(options: bytes) -> bool:
+    """Whether the options are well formed (RFC 791 3.1) and hold no source route (RFC 7126 4.3, 4.4)."""
+    at = 0
+    while at < len(options) and options[at] != _OPTION_END:
+        kind = options[at]
+        if kind == _OPTION_NOP:
+            at += 1
+            continue
+        if kind in (_OPTION_LSRR, _OPTION_SSRR) or at + 1 == len(options):
+            return False
+        length = options[at + 1]
+        if length < 2 or at + length > len(options):
+            return False
+        at += length
+    return True
+
+
+def _is_fragment_possible(ip: _Ipv4) -> bool:
+    """Whether some datagram can be cut so that `ip` is a part of it; true of what is no fragment."""
+    payload_len = ip.total_len - ip.header_len
+    if ip.more_fragments and (payload_len == 0 or payload_len % 8 != 0):
+        return False
+    return ip.fragment_offset + payload_len <= 0xFFFF
+
+
+def _vnet_hdr_for(table: Table, packet: bytes) -> VnetHdr | None:
+    """The virtio header that delivers `packet`; None when it is too large and nobody may cut it."""
+    ip = _Ipv4.read(packet)
+    if not _has_partial_checksum(packet):
+        return VnetHdr() if ip.total_len <= table.mtu else None
+    csum_offset = _CSUM_OFFSET[ip.protocol]
+    csum = VnetHdr(flags=_VNET_NEEDS_CSUM, csum_start=ip.header_len, csum_offset=csum_offset)
+    if ip.total_len <= table.mtu:
+        return csum
+    if ip.protocol != _TCP:
+        return None
+    tcp = packet[ip.header_len :]
+    hdr_len = ip.header_len + _tcp_header_len(tcp)
+    if hdr_len == ip.total_len or hdr_len >= table.mtu or tcp[13] & (_TCP_SYN | _TCP_RST | _TCP_URG):
+        return None
+    return csum._replace(gso_type=_VNET_GSO_TCPV4, hdr_len=hdr_len, gso_size=table.mtu - hdr_len)
+
+
+def _has_partial_checksum(packet: bytes) -> bool:
+    """Whether the transport checksum is only the pseudo-header's sum, left for hardware that never came."""
+    ip = _Ipv4.read(packet)
+    transport = packet[ip.header_len :]
+    if ip.is_fragment or not _is_transport_header_complete(ip.protocol, transport):
+        return False
+    pseudo = ip.source.packed + ip.destination.packed + struct.pack(">HH", ip.protocol, len(transport))
+    (check,) = struct.unpack_from(">H", transport, _CSUM_OFFSET[ip.protocol])
+    return bool(check == fold_sum(pseudo))
+
+
+def _is_transport_header_complete(protocol: int, transport: bytes) -> bool:
+    if protocol == _UDP:
+        return len(transport) >= 8
+    return protocol == _TCP and len(transport) >= 20 and 20 <= _tcp_header_len(transport) <= len(transport)
+
+
+def _tcp_header_len(tcp: bytes) -> int:
+    return (tcp[12] >> 4) * 4
+
+
+def _checksum(data: bytes) -> bytes:
+    """The Internet checksum of `data`, whose own checksum field is zero, in network byte order."""
+    return struct.pack(">H", 0xFFFF ^ fold_sum(data))
+
+
+def _fold(total: int) -> int:
+    """A sum of 16-bit words brought back to 16 bits by adding the carries in."""
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total
