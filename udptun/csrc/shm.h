@@ -1,0 +1,120 @@
+/* Layout of the two memory files that the control plane and the datapath share, and the atomics that guard them.
+ *
+ * One writer each: the control plane writes the table, worker i writes block i of the statistics.  Both files are
+ * sparse and sealed against resizing; a page that nobody touches costs nothing.  Integers are in host order unless
+ * their name ends in _be.  udptun/datapath/table.py and stats.py describe the same bytes to numpy; a test holds
+ * the two descriptions together through LAYOUT in _fastpath.pyx.
+ */
+#ifndef UDPTUN_SHM_H
+#define UDPTUN_SHM_H
+
+#include <netinet/in.h>
+#include <stdint.h>
+
+#define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
+#define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
+#define UT_LAYOUT_VERSION 1u
+
+#define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
+#define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
+#define UT_L2_ENTRIES 256u        /* one per address of a /24 that holds longer prefixes */
+#define UT_L2_PAGES 65536u
+#define UT_L2_FLAG 0x80000000u    /* an L1 entry with it names an L2 page, without it a peer */
+#define UT_MAX_WORKERS 16u
+#define UT_MAX_COUNTERS 56u
+#define UT_TABLE_HEADER_BYTES 4096u
+#define UT_STATS_HEADER_BYTES 4096u
+
+/* Where one peer is and what it leases; one cache line.  The reserved bytes are for the encapsulation header of
+ * backends that have one. */
+struct ut_peer {
+    struct sockaddr_in remote;    /* ready for sendmsg: family, port and address in network order */
+    uint32_t subnet, mask;        /* of the lease */
+    uint32_t mtu;                 /* largest inner packet the path carries, bytes */
+    uint32_t flags;               /* UT_PEER_* */
+    uint8_t reserved[32];
+};
+#define UT_PEER_UDPTUN 1u         /* the lease says that udptun wrote it */
+
+/* One complete, immutable-while-published picture of the overlay. */
+struct ut_slot {
+    uint32_t network, network_mask;
+    uint32_t own_subnet, own_mask;
+    uint32_t tunnel_address;      /* of our TUN device: the first of own_subnet */
+    uint32_t underlay_address;    /* of our UDP socket */
+    uint32_t mtu;                 /* of our TUN device, bytes */
+    uint32_t source_check;        /* UT_SOURCE_* */
+    uint32_t n_l1;                /* L1 entries in use: /24s in Network, at least one */
+    uint32_t n_remotes;           /* entries in use in remotes[] */
+    uint32_t reserved[6];
+    uint32_t l1[UT_L1_ENTRIES];
+    uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
+    struct ut_peer peers[UT_MAX_PEERS];
+    uint32_t l2[UT_L2_PAGES][UT_L2_ENTRIES];
+};
+enum { UT_SOURCE_OFF = 0, UT_SOURCE_PEER = 1, UT_SOURCE_STRICT = 2 };
+
+struct ut_table {
+    uint32_t magic, layout_version;
+    /* Slot (generation & 1) is the published one.  0: nothing published yet. */
+    uint64_t generation;
+    uint8_t pad[UT_TABLE_HEADER_BYTES - 16];
+    struct ut_slot slot[2];
+};
+
+/* One worker's words; nobody else writes them.  Whole cache lines. */
+struct ut_worker {
+    uint64_t generation_seen;     /* what it works with now; 0 while it sleeps and after it ended */
+    uint64_t pid;                 /* of the process that runs it; 0: nobody does */
+    uint64_t state;               /* UT_STATE_* */
+    uint64_t turns;               /* rounds of the loop, to tell a spinning worker from a waiting one */
+    uint64_t reserved[4];
+    uint64_t counter[UT_MAX_COUNTERS];
+};
+enum { UT_STATE_STOPPED = 0, UT_STATE_RUNNING = 1, UT_STATE_TUN_LOST = 2 };
+
+/* Inner bytes and packets exchanged with one peer, by one worker. */
+struct ut_peer_stats {
+    uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes;
+};
+
+struct ut_stats {
+    uint32_t magic, layout_version;
+    uint8_t pad[UT_STATS_HEADER_BYTES - 8];
+    struct ut_worker worker[UT_MAX_WORKERS];
+    struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
+};
+
+/* A reader announces the generation it is about to use and looks again: the writer may have flipped in between and,
+ * not having seen the announcement, have begun to rewrite the slot.  Both sides need sequential consistency: the
+ * announcement must be visible before the second look. */
+static inline const struct ut_slot *ut_table_enter(const struct ut_table *table, struct ut_worker *worker)
+{
+    uint64_t generation = __atomic_load_n(&table->generation, __ATOMIC_ACQUIRE);
+
+    for (;;) {
+        __atomic_store_n(&worker->generation_seen, generation, __ATOMIC_SEQ_CST);
+        uint64_t now = __atomic_load_n(&table->generation, __ATOMIC_SEQ_CST);
+        if (now == generation)
+            return &table->slot[generation & 1];
+        generation = now;
+    }
+}
+
+static inline void ut_table_leave(struct ut_worker *worker)
+{
+    __atomic_store_n(&worker->generation_seen, 0, __ATOMIC_RELEASE);
+}
+
+/* The writer's half, on memory that numpy or mmap hands out. */
+static inline void ut_store_u64(uint64_t *word, uint64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_SEQ_CST);
+}
+
+static inline uint64_t ut_load_u64(const uint64_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_SEQ_CST);
+}
+
+#endif
