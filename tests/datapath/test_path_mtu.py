@@ -1,0 +1,100 @@
+"""What the fast path makes of a path whose MTU is smaller than ours: rows 7 and 9 of the encap table.
+
+    127.0.0.1 (worker) --lo, MTU 65,536--> 127.0.0.2 (peer)     route mtu 1000
+
+In a network namespace without a name that lives only as long as the test's sockets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from tests.datapath.harness import FastDatapath, skip_unless_built
+from tests.packets import NEAR, NEAR_POD, NO_VNET_HDR, OWN, POD, icmp_answer, ipv4, stepped, with_header_checksum
+from udptun import _reference as reference
+from udptun._reference import Outcome
+
+PATH_MTU = 1000
+FITS = PATH_MTU - 28
+
+pytestmark = pytest.mark.netns
+
+
+@pytest.fixture
+def narrow_path(fast_in_namespace: FastDatapath) -> FastDatapath:
+    run_ip("route", "replace", "local", NEAR, "dev", "lo", "mtu", str(PATH_MTU), "table", "local")
+    return fast_in_namespace
+
+
+@pytest.fixture
+def fast_in_namespace() -> Iterator[FastDatapath]:
+    """The fast path with all its sockets in a namespace of their own."""
+    skip_unless_built()
+    libc = ctypes.CDLL(None, use_errno=True)
+    with Path("/proc/thread-self/ns/net").open() as home:
+        clone_newnet = 0x40000000
+        if libc.unshare(clone_newnet) != 0:
+            raise OSError(ctypes.get_errno(), "cannot make a network namespace")
+        try:
+            run_ip("link", "set", "lo", "up")
+            with FastDatapath() as datapath:
+                yield datapath
+        finally:
+            if libc.setns(home.fileno(), clone_newnet) != 0:
+                pytest.exit(f"cannot go back to the network namespace: {os.strerror(ctypes.get_errno())}")
+
+
+def run_ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True)
+
+
+def oversize(n_bytes: int, flags: str = "") -> bytes:
+    return ipv4(POD, NEAR_POD, bytes(n_bytes - 20), flags=flags)
+
+
+def test_a_packet_that_just_fits_the_path_is_sent(narrow_path: FastDatapath) -> None:
+    packet = oversize(FITS, "DF")
+    assert narrow_path.encap(NO_VNET_HDR + packet) == outcome(narrow_path, packet)
+
+
+@pytest.mark.parametrize("n_bytes", [FITS + 1, 1472])
+def test_the_sender_is_told_the_path_mtu_when_df_forbids_fragments(narrow_path: FastDatapath, n_bytes: int) -> None:
+    packet = oversize(n_bytes, "DF")
+    answer = NO_VNET_HDR + icmp_answer(3, 4, packet, source=OWN, next_hop_mtu=FITS)
+    expected = Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
+    assert narrow_path.encap(NO_VNET_HDR + packet) == expected == outcome(narrow_path, packet)
+
+
+@pytest.mark.parametrize("checksum", [0x0000, 0xFFFF])
+def test_the_answer_quotes_the_packet_as_it_came_even_with_a_wrong_checksum(
+    narrow_path: FastDatapath, checksum: int
+) -> None:
+    packet = with_header_checksum(oversize(1472, "DF"), checksum)
+    assert narrow_path.encap(NO_VNET_HDR + packet) == outcome(narrow_path, packet)
+
+
+def test_the_outer_packet_is_fragmented_when_the_inner_one_may_be(narrow_path: FastDatapath) -> None:
+    packet = oversize(1472)
+    assert narrow_path.encap(NO_VNET_HDR + packet) == outcome(narrow_path, packet)
+
+
+def test_fragmenting_one_packet_does_not_change_what_becomes_of_the_next(narrow_path: FastDatapath) -> None:
+    small, may, may_not = oversize(100, "DF"), oversize(1472), oversize(1472, "DF")
+    packets = [small, may, may_not, small, may, may_not, small]
+    batch = narrow_path.encap_batch([NO_VNET_HDR + packet for packet in packets])
+    assert batch.counts == {"encap_packets": 7, "encap_sent": 5, "encap_drop_too_big": 2, "icmp_sent": 2}
+    (remote, _payload) = outcome(narrow_path, small).sends[0]
+    assert batch.sends == {remote: [stepped(packet) for packet in packets if packet is not may_not]}
+
+
+def outcome(datapath: FastDatapath, packet: bytes) -> Outcome:
+    """The reference's, with the namespace's path MTU."""
+    assert any(peer.remote[0] == IPv4Address(NEAR) for peer in datapath.table.peers)
+    return reference.encap(datapath.table, NO_VNET_HDR + packet, path_mtu=PATH_MTU)

@@ -1,0 +1,222 @@
+"""The shared peer table: what a worker finds in it, and that it never finds half of a change."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import threading
+import time
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pytest
+
+from udptun._fastpath import LAYOUT, TableReader
+from udptun.config import SourceCheck
+from udptun.datapath.stats import Stats
+from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.errors import DatapathError
+
+NETWORK = IPv4Network("10.0.0.0/8")
+HERE = IPv4Address("192.0.2.1")
+
+
+def settings(network: IPv4Network = NETWORK) -> Settings:
+    own = next(network.subnets(new_prefix=max(24, network.prefixlen)))
+    return Settings(network, own, HERE, 1472, SourceCheck.PEER)
+
+
+@pytest.fixture
+def stats() -> Iterator[Stats]:
+    stats = Stats.create()
+    yield stats
+    stats.close()
+
+
+@pytest.fixture
+def table(stats: Stats) -> Iterator[TableWriter]:
+    table = TableWriter.create()
+    table.configure(settings())
+    yield table
+    table.close()
+
+
+def remote(n: int) -> Remote:
+    return Remote(IPv4Address(0xC6120000 + n), 8285, True)
+
+
+def look_up(table: TableWriter, stats: Stats, addresses: list[IPv4Address]) -> list[IPv4Address | None]:
+    """Where a worker would send to these addresses; None: nowhere."""
+    asked = np.array([int(address) for address in addresses], np.uint32)
+    peers, remotes = np.zeros_like(asked), np.zeros_like(asked)
+    TableReader(table.fd, stats.fd, 0).lookup(asked, peers, remotes)
+    return [
+        IPv4Address(int(where)) if peer else None
+        for peer, where in zip(peers.tolist(), remotes.byteswap().tolist(), strict=True)
+    ]
+
+
+def test_lookup_agrees_with_ipaddress_for_leases_of_every_allowed_length(table: TableWriter, stats: Stats) -> None:
+    rng = random.Random(7)
+    leases: dict[IPv4Network, Remote] = {}
+    for i, block in enumerate(rng.sample(list(NETWORK.subnets(new_prefix=16)), 40)):
+        length = 16 + i % 15
+        for subnet in rng.sample(list(block.subnets(new_prefix=length)), min(6, 1 << (length - 16))):
+            leases[subnet] = remote(len(leases))
+    for subnet, where in leases.items():
+        table.set_peer(subnet, where, 1472)
+    # Some come and go, so that pages of the second level are given back and used again.
+    gone = rng.sample(list(leases), len(leases) // 3)
+    for subnet in gone:
+        table.remove_peer(subnet)
+        del leases[subnet]
+    for subnet in gone[::2]:
+        leases[subnet] = remote(1000 + len(leases))
+        table.set_peer(subnet, leases[subnet], 1472)
+    assert table.publish(stats)
+
+    addresses = [IPv4Address(rng.randrange(1 << 32)) for _ in range(2000)]
+    for subnet in [*leases, *gone]:
+        first, last = int(subnet.network_address), int(subnet.broadcast_address)
+        addresses += [IPv4Address(n & 0xFFFFFFFF) for n in (first - 1, first, (first + last) // 2, last, last + 1)]
+    expected = [next((leases[s].address for s in leases if address in s), None) for address in addresses]
+    assert look_up(table, stats, addresses) == expected
+
+
+@pytest.mark.parametrize("network", ["10.244.0.0/16", "10.244.8.0/22", "10.244.8.0/24", "10.244.8.128/25"])
+def test_addresses_outside_a_small_network_lead_nowhere(network: str, stats: Stats) -> None:
+    inside = IPv4Network(network)
+    table = TableWriter.create()
+    table.configure(settings(inside))
+    subnet = list(inside.subnets(new_prefix=30))[-1]
+    table.set_peer(subnet, remote(1), 1472)
+    assert table.publish(stats)
+    first, last = int(inside.network_address), int(inside.broadcast_address)
+    outside = [IPv4Address(n) for n in (first - 1, first - 256, last + 1, last + 256, 0, 0xFFFFFFFF)]
+    assert look_up(table, stats, [*outside, subnet.network_address]) == [None] * 6 + [remote(1).address]
+    table.close()
+
+
+def test_peer_keeps_its_index_while_others_come_and_go(table: TableWriter, stats: Stats) -> None:
+    subnets = list(IPv4Network("10.1.0.0/16").subnets(new_prefix=24))
+    for i, subnet in enumerate(subnets):
+        table.set_peer(subnet, remote(i), 1472)
+    index = table.index_of(subnets[9])
+    for subnet in subnets[:9]:
+        table.remove_peer(subnet)
+    table.set_peer(subnets[9], remote(77), 1400)
+    assert table.publish(stats)
+    assert table.index_of(subnets[9]) == index
+
+
+def test_index_of_a_removed_peer_rests_until_no_worker_can_count_under_it(table: TableWriter, stats: Stats) -> None:
+    a, b, c = list(IPv4Network("10.1.0.0/16").subnets(new_prefix=24))[:3]
+    index = table.set_peer(a, remote(1), 1472)
+    assert table.publish(stats)
+    table.remove_peer(a)
+    assert table.set_peer(b, remote(2), 1472) != index
+    assert table.publish(stats)
+    assert table.set_peer(c, remote(3), 1472) == index
+
+
+def test_table_refuses_more_peers_than_it_holds_and_keeps_the_others(stats: Stats) -> None:
+    table = TableWriter.create()
+    table.configure(settings())
+    subnets = IPv4Network("10.0.0.0/8").subnets(new_prefix=24)
+    for i in range(LAYOUT["max_peers"] - 1):
+        table.set_peer(next(subnets), remote(i), 1472)
+    with pytest.raises(DatapathError, match="holds 65535 at most"):
+        table.set_peer(next(subnets), remote(0), 1472)
+    assert table.publish(stats)
+    last = IPv4Address(int(IPv4Address("10.0.0.0")) + (LAYOUT["max_peers"] - 2) * 256)
+    assert look_up(table, stats, [last]) == [remote(LAYOUT["max_peers"] - 2).address]
+    table.close()
+
+
+def test_next_control_plane_goes_on_with_the_published_peers_and_their_indexes(stats: Stats) -> None:
+    first = TableWriter.create()
+    first.configure(settings())
+    subnets = [IPv4Network(text) for text in ("10.1.0.0/24", "10.2.0.0/16", "10.3.0.0/26", "10.3.0.64/26")]
+    indexes = [first.set_peer(subnet, remote(i), 1472) for i, subnet in enumerate(subnets)]
+    assert first.publish(stats)
+    first.set_peer(IPv4Network("10.9.0.0/24"), remote(9), 1472)  # never published: died with its writer
+
+    second = TableWriter(first.fd)
+    assert [second.index_of(subnet) for subnet in subnets] == indexes
+    assert set(second.subnets) == set(subnets)
+    second.remove_peer(subnets[2])
+    second.set_peer(IPv4Network("10.4.0.128/25"), remote(8), 1472)
+    assert second.publish(stats)
+    asked = [subnet.network_address for subnet in subnets] + [IPv4Address("10.4.0.200"), IPv4Address("10.9.0.1")]
+    expected = [remote(0).address, remote(1).address, None, remote(3).address, remote(8).address, None]
+    assert look_up(second, stats, asked) == expected
+    second.close()
+
+
+def test_writer_waits_while_a_worker_is_in_the_slot_to_be_written(table: TableWriter, stats: Stats) -> None:
+    table.set_peer(IPv4Network("10.1.0.0/24"), remote(1), 1472)
+    assert table.publish(stats)
+    asked = np.full(20_000_000, int(IPv4Address("10.1.0.1")), np.uint32)
+    peers, remotes = np.zeros_like(asked), np.zeros_like(asked)
+    reader = TableReader(table.fd, stats.fd, 3)
+    thread = threading.Thread(target=reader.lookup, args=(asked, peers, remotes))
+    thread.start()
+    while not any(stats.generations_seen()):
+        assert thread.is_alive(), "the reader was done before the writer looked; make `asked` longer"
+    table.set_peer(IPv4Network("10.1.0.0/24"), remote(2), 1472)
+    # The other slot is free; after that the reader's own would be the next.
+    assert table.publish(stats)
+    assert not table.publish(stats)
+    thread.join()
+    assert table.publish(stats)
+    assert set(remotes.byteswap().tolist()) == {int(remote(1).address)}
+
+
+def read_batches(table_fd: int, stats_fd: int, n_peers: int, seconds: float, result: Connection) -> None:
+    """In another process: look all peers up again and again; count batches, and those that mix two tables."""
+    asked = np.arange(n_peers, dtype=np.uint32) * 256 + np.uint32(int(NETWORK.network_address))
+    peers, remotes = np.zeros_like(asked), np.zeros_like(asked)
+    reader = TableReader(table_fd, stats_fd, 1)
+    seen: set[int] = set()
+    batches = torn = 0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        reader.lookup(asked, peers, remotes)
+        batches += 1
+        torn += bool((remotes != remotes[0]).any())
+        seen.add(int(remotes[0]))
+    result.send((batches, torn, len(seen)))
+
+
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(20.0, marks=pytest.mark.full)])
+def test_no_batch_is_torn_under_a_writer_in_another_process_at_full_rate(
+    seconds: float, table: TableWriter, stats: Stats
+) -> None:
+    n_peers = 64
+    subnets = [IPv4Network((int(NETWORK.network_address) + 256 * i, 24)) for i in range(n_peers)]
+
+    def write(number: int) -> bool:
+        for subnet in subnets:
+            table.set_peer(subnet, remote(number), 1472)
+        return table.publish(stats)
+
+    assert write(0)
+    ours, theirs = multiprocessing.Pipe()
+    reader = multiprocessing.get_context("fork").Process(
+        target=read_batches, args=(table.fd, stats.fd, n_peers, seconds, theirs)
+    )
+    reader.start()
+    flips = refused = 0
+    while reader.is_alive():
+        if write(flips % 200):
+            flips += 1
+        else:
+            refused += 1
+    reader.join()
+    batches, torn, different = ours.recv()
+    print(f"{batches} batches of {n_peers}, {flips} flips, waited {refused}, {different} tables seen, {torn} torn")
+    assert torn == 0
+    assert flips > 100
+    assert different > 20

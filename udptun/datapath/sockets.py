@@ -1,0 +1,69 @@
+"""The UDP sockets of the tunnel, one a worker, all on the same address and port."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+from ipaddress import IPv4Address
+
+from udptun._kabi import lib
+from udptun.errors import KernelError
+
+_RECEIVE_BUFFER_BYTES = 8 << 20
+"""Holds what arrives while no process reads: about 0.1 s at 60,000 small datagrams a second (the kernel books
+some 1.3 KiB for each)."""
+
+
+def open_sockets(
+    address: IPv4Address, port: int, n: int, beside: Sequence[socket.socket] = ()
+) -> list[socket.socket]:
+    """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError.
+
+    `beside` are sockets of ours that have the port already.  A peer's datagrams always reach the same one of all
+    these (the kernel picks by the addresses and ports), so that the packets of one flow stay in order.
+    """
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(n):
+            ours = [*beside, *opened]
+            for udp in ours:
+                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            # The first must have the port to itself: sharing, it would bind beside a stranger.
+            opened.append(_open_socket(address, port, shared=bool(ours)))
+    except BaseException:
+        for udp in opened:
+            udp.close()
+        raise
+    finally:
+        for udp in [*beside, *opened]:
+            if udp.fileno() >= 0:
+                # Nobody else may join.
+                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    return opened
+
+
+def _open_socket(address: IPv4Address, port: int, *, shared: bool) -> socket.socket:
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        if shared:
+            udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        udp.bind((str(address), port))
+    except OSError as exc:
+        udp.close()
+        raise KernelError(
+            f"cannot bind the tunnel's socket to {address} UDP port {port}",
+            exc.errno or 0,
+            "`ss -ulpn` shows who has the port"
+            if exc.errno == errno.EADDRINUSE
+            else "is the address still on the interface?",
+        ) from exc
+    # DF on every datagram, as flannel's have it by default, and EMSGSIZE for those that a path is too narrow for: with
+    # IP_PMTUDISC_WANT the kernel would fragment them in silence.
+    udp.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_DO)
+    try:
+        udp.setsockopt(socket.SOL_SOCKET, lib.SO_RCVBUFFORCE, _RECEIVE_BUFFER_BYTES)
+    except PermissionError:
+        # Without CAP_NET_ADMIN in the initial user namespace the system's limit applies.
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+    return udp

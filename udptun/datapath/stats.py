@@ -1,0 +1,98 @@
+"""What the workers count, read by the control plane.
+
+One block a worker and one row of per-peer counters a worker; only that worker writes them, so that reading is a sum.
+The counters live as long as the memory file: a datapath process that takes over from a dead one counts on.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from udptun._fastpath import COUNTERS, LAYOUT, store_u64
+from udptun.datapath import shm
+
+_WORKER = np.dtype(
+    {
+        "names": ["generation_seen", "pid", "state", "turns", "counter"],
+        "formats": [np.uint64, np.uint64, np.uint64, np.uint64, (np.uint64, len(COUNTERS))],
+        "offsets": [0, 8, 16, 24, LAYOUT["worker.counter"]],
+        "itemsize": LAYOUT["worker"],
+    }
+)
+_PEER_STATS = np.dtype(
+    [(name, np.uint64) for name in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStats:
+    """Inner packets and bytes exchanged with one peer since it was added; encap is towards it."""
+
+    encap_packets: int = 0
+    encap_bytes: int = 0
+    decap_packets: int = 0
+    decap_bytes: int = 0
+
+
+class WorkerState(Enum):
+    STOPPED = 0
+    RUNNING = 1
+    TUN_LOST = 2
+
+
+class Stats:
+    """Owns `fd`, the memory file of the statistics."""
+
+    def __init__(self, fd: int) -> None:
+        """Take over an existing file.  Raises ValueError when it is of another layout."""
+        memory = shm.map_whole(fd, LAYOUT["stats"], LAYOUT["stats_magic"], LAYOUT["version"], "statistics")
+        n = LAYOUT["max_workers"]
+        self.fd = fd
+        self._workers: NDArray[np.void] = np.frombuffer(memory, _WORKER, n, LAYOUT["stats.worker"])
+        words = np.frombuffer(memory, np.uint64, n * LAYOUT["worker"] // 8, LAYOUT["stats.worker"])
+        self._first_words = words.reshape(n, -1)[:, 0]
+        self._peers: NDArray[np.void] = np.frombuffer(
+            memory, _PEER_STATS, n * LAYOUT["max_peers"], LAYOUT["stats.peer"]
+        ).reshape(n, -1)
+
+    @classmethod
+    def create(cls) -> Stats:
+        """All zero, in a new memory file."""
+        return cls(shm.create("udptun-stats", LAYOUT["stats"], LAYOUT["stats_magic"], LAYOUT["version"]))
+
+    def close(self) -> None:
+        """Let go of the descriptor; the mapping goes with the object."""
+        os.close(self.fd)
+
+    def generations_seen(self) -> list[int]:
+        """What each worker works with right now; 0 for those asleep or gone."""
+        words: list[int] = self._first_words.tolist()
+        return words
+
+    def forget_workers(self) -> None:
+        """Say that no worker runs.  Only when every datapath process is known to be dead."""
+        for i in range(len(self._first_words)):
+            store_u64(self._first_words[i : i + 1], 0, 0)
+        self._workers["state"] = WorkerState.STOPPED.value
+        self._workers["pid"] = 0
+
+    def states(self, n_workers: int) -> list[WorkerState]:
+        return [WorkerState(value) for value in self._workers["state"][:n_workers].tolist()]
+
+    def counters(self) -> dict[str, int]:
+        """Every counter of docs/wire-format.md, summed over the workers."""
+        return dict(zip(COUNTERS, self._workers["counter"].sum(axis=0).tolist(), strict=True))
+
+    def peer(self, index: int) -> PeerStats:
+        """One peer's counters, summed over the workers; index 0 collects senders outside Network."""
+        row = self._peers[:, index]
+        return PeerStats(*(int(row[name].sum()) for name in _PEER_STATS.names or ()))
+
+    def clear_peer(self, index: int) -> None:
+        """Start the peer's counters at zero; only while no worker can count under the index."""
+        self._peers[:, index] = np.zeros((), _PEER_STATS)

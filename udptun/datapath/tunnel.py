@@ -1,0 +1,168 @@
+"""Everything of the datapath that the control plane holds: memory files, TUN queues, sockets and processes.
+
+`Tunnel.open` finds what an earlier control plane left running and goes on with it, or makes it all new.  From then on
+the datapath needs nobody: leaving with `detach` changes nothing for the packets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from udptun._fastpath import LAYOUT
+from udptun.datapath import client
+from udptun.datapath.client import Datapath, Descriptors, Process
+from udptun.datapath.sockets import open_sockets
+from udptun.datapath.stats import Stats
+from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.tun import TUN_NAME, Tun, open_queues
+
+log = logging.getLogger(__name__)
+
+_PUBLISH_RETRY_S = 0.0005
+_PUBLISH_PATIENCE_S = 1.0
+
+
+class Tunnel:
+    """One host's udp tunnel.  Made by `open`; not safe for use from more than one event loop."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        table: TableWriter,
+        stats: Stats,
+        lock_fd: int,
+        tun: Tun,
+        sockets: list[socket.socket],
+        processes: list[Process],
+    ) -> None:
+        self.table = table
+        self.stats = stats
+        self.tun = tun
+        self.is_adopted = bool(processes)
+        """Whether a datapath was running already when we came."""
+        self._lock_fd = lock_fd
+        self._sockets = sockets
+        self._mtu = 0
+        self._publishing = asyncio.Lock()
+        self.datapath = Datapath(run_dir, self._descriptors(), processes)
+
+    @classmethod
+    async def open(cls, run_dir: Path, address: IPv4Address, port: int, n_workers: int) -> Tunnel:
+        """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
+
+        No process is started yet (`start`).  Raises KernelError, DatapathError.
+        """
+        processes = await client.find(run_dir)
+        if not processes:
+            tun = open_queues(TUN_NAME, n_workers)
+            try:
+                sockets = open_sockets(address, port, n_workers)
+            except BaseException:
+                tun.close()
+                raise
+            return cls(run_dir, TableWriter.create(), Stats.create(), client.new_lock(), tun, sockets, [])
+        held = _take_one_set(processes)
+        log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in processes))
+        tun = Tun(TUN_NAME, held.tun)
+        sockets = [socket.socket(fileno=fd) for fd in held.udp]
+        if processes[0].layout_version == LAYOUT["version"]:
+            table, stats = TableWriter(held.table), Stats(held.stats)
+        else:
+            # Its processes read on from theirs until `start` replaces them.
+            table, stats = TableWriter.create(), Stats.create()
+            os.close(held.table)
+            os.close(held.stats)
+        tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, processes)
+        if not tun.is_attached():
+            tun.reattach()
+        await tunnel.rebind(address, port, n_workers)
+        return tunnel
+
+    async def rebind(self, address: IPv4Address, port: int, n_workers: int) -> None:
+        """Have `n_workers` workers on this address and port; nothing happens when it is so already."""
+        there = self._sockets[0].getsockname()
+        if there == (str(address), port) and n_workers == len(self.tun.fds):
+            return
+        stays = self._sockets[:n_workers] if there == (str(address), port) else []
+        sockets = stays + open_sockets(address, port, n_workers - len(stays), stays)
+        left_sockets = [udp for udp in self._sockets if udp not in sockets]
+        queues, left_queues = self.tun.fds[:n_workers], self.tun.fds[n_workers:]
+        queues += open_queues(TUN_NAME, n_workers - len(queues)).fds
+        # In place: others hold on to the Tun.
+        self._sockets, self.tun.fds = sockets, queues
+        await self.datapath.replace(self._descriptors())
+        for udp in left_sockets:
+            udp.close()
+        Tun(TUN_NAME, left_queues).close()
+
+    async def start(self) -> None:
+        """Have an active process and a standby; a table must have been published."""
+        await self.datapath.start()
+
+    def configure(self, settings: Settings) -> None:
+        """Set what applies to all packets, from the next `publish` on; peers of another Network go."""
+        self.remove_peers([subnet for subnet in self.table.subnets if not subnet.subnet_of(settings.network)])
+        self.table.configure(settings)
+        self._mtu = settings.mtu
+
+    def set_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
+        """Make `peers` the whole truth, from the next `publish` on."""
+        self.remove_peers([subnet for subnet in self.table.subnets if subnet not in peers])
+        self.add_peers(peers)
+
+    def add_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
+        """Add peers, or change where they are, from the next `publish` on."""
+        for subnet, remote in peers.items():
+            self.table.set_peer(subnet, remote, self._mtu)
+
+    def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
+        """Forget peers, from the next `publish` on."""
+        for subnet in subnets:
+            self.table.remove_peer(subnet)
+
+    async def publish(self) -> None:
+        """Show the workers what was set since the last time; returns when they can see it."""
+        async with self._publishing:
+            impatient_at = time.monotonic() + _PUBLISH_PATIENCE_S
+            while not self.table.publish(self.stats, len(self.tun.fds)):
+                if all(process.is_gone for process in self.datapath.processes):
+                    self.stats.forget_workers()
+                if time.monotonic() > impatient_at:
+                    impatient_at += 60
+                    log.error("a datapath worker has not moved on to the last peer table; changes wait for it")
+                await asyncio.sleep(_PUBLISH_RETRY_S)
+
+    def detach(self) -> None:
+        """Let go of processes and descriptors; the datapath forwards on."""
+        self.datapath.detach()
+        for udp in self._sockets:
+            udp.close()
+        self.tun.close()
+        self.table.close()
+        self.stats.close()
+        os.close(self._lock_fd)
+
+    def _descriptors(self) -> Descriptors:
+        return Descriptors(
+            self.table.fd,
+            self.stats.fd,
+            self._lock_fd,
+            self.tun.fds,
+            tuple(udp.fileno() for udp in self._sockets),
+        )
+
+
+def _take_one_set(processes: list[Process]) -> Descriptors:
+    """The descriptors of the first process; those that the others sent are the same ones, and closed here."""
+    first, *others = [process.descriptors for process in processes if process.descriptors is not None]
+    for descriptors in others:
+        for fd in descriptors.as_list():
+            os.close(fd)
+    return first
