@@ -1,0 +1,238 @@
+"""What the contract test needs from a store under test.  Another store joins by another Harness in HARNESSES.
+
+A harness makes store objects on one shared place, as separate daemons would, and has "hands": changes from outside
+any store object (an operator, another tool).  What a store cannot do it declares in `lacks`, with the reason; the
+contract test then asks nothing of it, and the store's own test shows what it does instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from enum import Enum
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any, Protocol
+
+from udptun.lease import EventType, Lease, LeaseAttrs, Subnets
+from udptun.stores.base import Choice, Store, WatchBatch
+from udptun.stores.file import FileStore
+from udptun.stores.local import LocalStore
+
+NETWORK = IPv4Network("10.0.0.0/8")
+NET_CONF = '{"Network": "10.0.0.0/8", "Backend": {"Type": "udp"}}'
+SUBNETS = [Subnets(subnet) for subnet in list(NETWORK.subnets(new_prefix=24))[:12_000]]
+DEADLINE_S = 30.0
+
+
+def host(number: int, port: int = 8285) -> LeaseAttrs:
+    """What host `number` writes into its lease."""
+    return LeaseAttrs(
+        IPv4Address(0xC6120000 + number),  # 198.18.0.0/15, for benchmarks (RFC 2544)
+        backend_type="udp",
+        backend_data={"Port": port, "NodeID": f"{number:032x}", "Udptun": 1},
+    )
+
+
+def first_free(leases: Sequence[Lease]) -> Choice:
+    taken = {lease.key for lease in leases}
+    return Choice(next(subnets for subnets in SUBNETS if subnets.key not in taken))
+
+
+def exactly(number: int, *drop: str) -> Callable[[Sequence[Lease]], Choice]:
+    return lambda leases: Choice(SUBNETS[number], drop)
+
+
+class Can(Enum):
+    ALLOCATE = "a claim takes what the chooser picks"
+    EXPIRE = "leases end by themselves"
+    RESUME = "a watch resumes exactly from an earlier revision, as long as the history is kept"
+    SHARE = "what one store object writes, others see"
+
+
+class Harness(Protocol):
+    name: str
+    lacks: Mapping[Can, str]
+
+    def store(self) -> Store:
+        """One more store object on the same place."""
+
+    def write(self, leases: Iterable[tuple[int, int]]) -> None:
+        """By hand: subnet number -> host number; replaces everything."""
+
+    def spoil(self, number: int) -> str:
+        """By hand: make the item of subnet `number` unreadable; returns what a `skipped` line must name."""
+
+    def lose_history(self) -> None:
+        """Forget old events (only where Can.RESUME)."""
+
+
+class LocalHarness:
+    name = "local"
+    lacks: Mapping[Can, str] = {}
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "leases.db"
+        self.net_conf = directory / "net-conf.json"
+        self.net_conf.write_text(NET_CONF)
+
+    def store(self) -> LocalStore:
+        return LocalStore(self.path, self.net_conf)
+
+    def sql(self, *statements: str, rows: Sequence[Sequence[Any]] | None = None) -> list[tuple[Any, ...]]:
+        """As an operator with the sqlite3 shell; `rows` are the parameters of the last statement."""
+        db = sqlite3.connect(self.path, timeout=DEADLINE_S, isolation_level=None)
+        try:
+            db.execute("begin immediate")
+            for statement in statements[:-1]:
+                db.execute(statement)
+            if rows is not None:
+                db.executemany(statements[-1], rows)
+                answer = []
+            else:
+                answer = db.execute(statements[-1]).fetchall()
+            db.execute("commit")
+            return answer
+        finally:
+            db.close()
+
+    def write(self, leases: Iterable[tuple[int, int]]) -> None:
+        asyncio.run(self._create())
+        self.sql(
+            "delete from leases",
+            "insert into leases (key, value) values (?, ?)",
+            rows=[(SUBNETS[subnet].key, host(number).to_json()) for subnet, number in leases],
+        )
+
+    async def _create(self) -> None:
+        store = self.store()
+        await store.snapshot()
+        await store.aclose()
+
+    def spoil(self, number: int) -> str:
+        key = SUBNETS[number].key
+        self.sql(f"update leases set value = '{{\"PublicIP\":\"2001:db8::1\"}}' where key = '{key}'")
+        return key
+
+    def lose_history(self) -> None:
+        self.sql("delete from events")
+
+
+class FileHarness:
+    name = "file"
+    lacks: Mapping[Can, str] = {
+        Can.ALLOCATE: "the file is the allocation",
+        Can.EXPIRE: "what a person wrote stays until a person removes it",
+        Can.RESUME: "only the last good reading is kept; the watch starts with a snapshot",
+        Can.SHARE: "a store never writes the file",
+    }
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "leases.json"
+        self.net_conf = directory / "net-conf.json"
+        self.net_conf.write_text(NET_CONF)
+        self.entries: dict[int, dict[str, Any]] = {}
+
+    def store(self) -> FileStore:
+        return FileStore(self.path, self.net_conf)
+
+    def write(self, leases: Iterable[tuple[int, int]]) -> None:
+        self.entries = {
+            subnet: {"Subnet": str(SUBNETS[subnet].ipv4), "PublicIP": str(host(number).public_ip), "Port": 8285}
+            for subnet, number in leases
+        }
+        self._replace()
+
+    def spoil(self, number: int) -> str:
+        self.entries[number]["PublicIP"] = "2001:db8::1"
+        self._replace()
+        return f"entry {list(self.entries).index(number) + 1}"
+
+    def lose_history(self) -> None:
+        raise AssertionError("keeps none")
+
+    def _replace(self) -> None:
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(json.dumps(list(self.entries.values())))
+        temporary.replace(self.path)
+
+
+HARNESSES: tuple[type[LocalHarness | FileHarness], ...] = (LocalHarness, FileHarness)
+
+
+class Watcher:
+    """Follows a store as a daemon does: a snapshot, then a watch from its revision, folded into one table."""
+
+    def __init__(self) -> None:
+        self.leases: dict[str, Lease] = {}
+        self.batches: list[WatchBatch] = []
+        self.revision = -1
+        self._changed = asyncio.Event()
+
+    async def follow(self, store: Store, after: int | None) -> None:
+        if after is None:
+            snapshot = await store.snapshot()
+            self._take_all(snapshot.leases)
+            after = snapshot.revision
+        self.revision = after
+        async with aclosing(store.watch(after)) as batches:
+            async for batch in batches:
+                assert batch.revision >= self.revision
+                self.batches.append(batch)
+                self.revision = batch.revision
+                if batch.snapshot is not None:
+                    self._take_all(batch.snapshot.leases)
+                for event in batch.events:
+                    if event.type is EventType.ADDED:
+                        self.leases[event.lease.key] = event.lease
+                    else:
+                        self.leases.pop(event.lease.key, None)
+                self._changed.set()
+
+    def _take_all(self, leases: Iterable[Lease]) -> None:
+        self.leases = {lease.key: lease for lease in leases}
+        self._changed.set()
+
+    async def until(self, met: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not met():
+                self._changed.clear()
+                await self._changed.wait()
+
+    @property
+    def numbers(self) -> set[int]:
+        """Which of SUBNETS are there."""
+        return {_NUMBER[key] for key in self.leases}
+
+    def events(self, kind: EventType) -> list[Lease]:
+        return [event.lease for batch in self.batches for event in batch.events if event.type is kind]
+
+    def skipped(self) -> list[str]:
+        return [
+            line
+            for batch in self.batches
+            for line in (*batch.skipped, *(batch.snapshot.skipped if batch.snapshot else ()))
+        ]
+
+
+_NUMBER = {subnets.key: number for number, subnets in enumerate(SUBNETS)}
+
+
+@asynccontextmanager
+async def watching(store: Store, after: int | None = None, known: Iterable[Lease] = ()) -> AsyncIterator[Watcher]:
+    """A Watcher that is following `store`: from a snapshot of its own, or from revision `after`, knowing `known`."""
+    watcher = Watcher()
+    watcher.leases = {lease.key: lease for lease in known}
+    task = asyncio.create_task(watcher.follow(store, after))
+    try:
+        while watcher.revision == -1 and not task.done():
+            await asyncio.sleep(0.001)
+        yield watcher
+        if task.done():
+            task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,162 @@
+"""The state directory: NodeID and the last good lease table."""
+
+from __future__ import annotations
+
+import json
+import stat
+import threading
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from udptun.errors import ConfigError, KernelError
+from udptun.lease import Lease, LeaseAttrs, Subnets
+from udptun.state import LastLeases, load, node_id, parse, render, save
+
+NETWORK = IPv4Network("10.244.0.0/16")
+NOW_S = 1_700_000_000.0
+
+
+def lease(number: int, expires_s: float | None = NOW_S + 100) -> Lease:
+    attrs = LeaseAttrs(IPv4Address(f"192.0.2.{number}"), backend_type="udp", backend_data={"Port": 8285, "Udptun": 1})
+    return Lease(Subnets(IPv4Network(f"10.244.{number}.0/24")), attrs, expires_s)
+
+
+LAST = LastLeases(NETWORK, lease(1), (lease(2), lease(3, NOW_S + 10), lease(4, None)))
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, LAST, NOW_S)
+    found = load(tmp_path, NETWORK, NOW_S)
+    assert (found.last, found.reason) == (LAST, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["last-leases.json"]
+
+
+def test_only_unexpired_peers_are_loaded(tmp_path: Path) -> None:
+    save(tmp_path, LAST, NOW_S)
+    found = load(tmp_path, NETWORK, NOW_S + 10)
+    assert found.last is not None
+    assert found.last.peers == (lease(2), lease(4, None))
+
+
+def test_nothing_is_used_when_the_own_lease_has_expired() -> None:
+    found = parse(render(LAST, NOW_S), NETWORK, NOW_S + 100)
+    assert (found.last, found.reason) == (None, "our lease 10.244.1.0/24 in it has expired")
+
+
+def test_nothing_is_used_of_another_network() -> None:
+    found = parse(render(LAST, NOW_S), IPv4Network("10.0.0.0/8"), NOW_S)
+    assert (found.last, found.reason) == (None, "it is about Network 10.244.0.0/16, not 10.0.0.0/8")
+
+
+def test_nothing_is_used_when_the_clock_is_far_behind_the_time_of_saving() -> None:
+    text = render(LAST, NOW_S)
+    assert parse(text, NETWORK, NOW_S - 60).last == LAST
+    found = parse(text, NETWORK, 1000.0)
+    assert found.last is None
+    assert "in the future: the clock is wrong" in found.reason
+
+
+CONTENT = json.loads(render(LAST, NOW_S))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        [],
+        {},
+        "last leases",
+        {**CONTENT, "schema": 2},
+        {**CONTENT, "saved_at": "yesterday"},
+        {**CONTENT, "saved_at": float("nan")},
+        {**CONTENT, "network": 10},
+        {**CONTENT, "network": "fd00::/48"},
+        {**CONTENT, "own": None},
+        {**CONTENT, "own": {**CONTENT["own"], "key": 7}},
+        {**CONTENT, "own": {**CONTENT["own"], "key": "10.244.1.7-24"}},
+        {**CONTENT, "own": {**CONTENT["own"], "value": {}}},
+        {**CONTENT, "own": {**CONTENT["own"], "value": "{}"}},
+        {**CONTENT, "own": {**CONTENT["own"], "expires": "never"}},
+        {**CONTENT, "peers": 3},
+        {**CONTENT, "peers": [{}]},
+        {**CONTENT, "peers": [CONTENT["own"], 7]},
+    ],
+)
+def test_damaged_content_is_ignored_with_one_line(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "last-leases.json").write_text(json.dumps(content))
+    found = load(tmp_path, NETWORK, NOW_S)
+    assert found.last is None
+    assert found.reason.startswith(f"ignoring {tmp_path}/last-leases.json: ")
+    assert "\n" not in found.reason
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, render(LAST, NOW_S).encode()[:-20]])
+def test_a_file_that_is_no_json_is_ignored_with_one_line(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "last-leases.json").write_bytes(data)
+    found = load(tmp_path, NETWORK, NOW_S)
+    assert found.last is None
+    assert "last-leases.json" in found.reason
+    assert "\n" not in found.reason
+
+
+def test_a_missing_file_is_a_reason_and_no_error(tmp_path: Path) -> None:
+    found = load(tmp_path, NETWORK, NOW_S)
+    assert found.last is None
+    assert "No such file" in found.reason
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    save(tmp_path, LAST, NOW_S)
+    (tmp_path / "last-leases.json").unlink()
+    (tmp_path / "last-leases.json").mkdir()
+    with pytest.raises(KernelError, match=r"cannot write .*last-leases\.json: EISDIR; a restart will wait"):
+        save(tmp_path, LAST, NOW_S)
+    assert [path.name for path in tmp_path.iterdir()] == ["last-leases.json"]
+    with pytest.raises(KernelError, match="ENOENT"):
+        save(tmp_path / "missing", LAST, NOW_S)
+
+
+def test_the_node_id_is_made_once_and_kept(tmp_path: Path) -> None:
+    made = node_id(tmp_path)
+    assert len(made) == 32
+    assert node_id(tmp_path) == made
+    assert [path.name for path in tmp_path.iterdir()] == ["node-id"]
+    other = tmp_path / "other"
+    other.mkdir()
+    assert node_id(other) != made
+
+
+def test_the_node_id_is_one_when_many_make_it_at_once(tmp_path: Path) -> None:
+    found: list[str] = []
+    start = threading.Barrier(8)
+
+    def make() -> None:
+        start.wait()
+        found.append(node_id(tmp_path))
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert stat.S_ISREG((tmp_path / "node-id").stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["node-id"]
+
+
+@pytest.mark.parametrize("data", [b"", b"host-a\n", b"\xff" * 32, b"0" * 31, b"0" * 33, b"G" * 32, b"\0" * 4096])
+def test_a_damaged_node_id_is_refused_and_left_alone(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "node-id"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"node-id holds .*, not the 32 hexadecimal digits .*; restore it, or delete"):
+        node_id(tmp_path)
+    assert path.read_bytes() == data
+
+
+def test_a_node_id_that_cannot_be_kept_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot keep the node id .*: No such file or directory; --state-dir must"):
+        node_id(tmp_path / "missing")

@@ -1,0 +1,170 @@
+"""What a host remembers across restarts, in its state directory: who it is and the last good lease table.
+
+`node-id` holds the NodeID of our leases.  `last-leases.json` lets a daemon forward before its store has
+answered. Everything is replaced as a whole (temporary file, fsync, rename, fsync of the directory): a crash
+leaves the old content or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from udptun.errors import ConfigError, KernelError
+from udptun.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
+
+SCHEMA = 1
+"""Of last-leases.json.  Another number is ignored, not guessed at."""
+
+CLOCK_SLACK_S = 60.0
+"""How far the clock may be behind the time of saving before the saved expiries mean nothing, seconds."""
+
+_NODE_ID = "node-id"
+_LAST_LEASES = "last-leases.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LastLeases:
+    """The lease table as it was good last: our own lease, and the peers as the store had them."""
+
+    network: IPv4Network
+    own: Lease
+    peers: tuple[Lease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What `load` found: either leases that may be used now, or the reason why there are none."""
+
+    last: LastLeases | None
+    reason: str = ""
+
+
+def render(last: LastLeases, now_s: float) -> str:
+    """The text of last-leases.json: each lease as flannel's key and JSON value, times in Unix seconds.  Pure."""
+    content = {
+        "schema": SCHEMA,
+        "saved_at": now_s,
+        "network": str(last.network),
+        "own": _to_json(last.own),
+        "peers": [_to_json(peer) for peer in last.peers],
+    }
+    return json.dumps(content, separators=(",", ":")) + "\n"
+
+
+def parse(text: str, network: IPv4Network, now_s: float) -> Remembered:
+    """The inverse of `render`, without what has expired by `now_s`.  Pure; no content makes it raise.
+
+    Nothing is used of a file that is damaged anywhere, of another Network, or whose own lease has expired:
+    each means that the store has to be asked first.
+    """
+    try:
+        content = json.loads(text)
+        if content["schema"] != SCHEMA:
+            return Remembered(None, f"it has schema {content['schema']!r}, not {SCHEMA}")
+        saved_at_s = float(content["saved_at"])
+        saved_network = IPv4Network(content["network"])
+        own = _from_json(content["own"])
+        peers = tuple(_from_json(item) for item in content["peers"])
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as exc:
+        return Remembered(None, f"it is damaged: {type(exc).__name__}: {exc}")
+    if saved_network != network:
+        return Remembered(None, f"it is about Network {saved_network}, not {network}")
+    if not now_s >= saved_at_s - CLOCK_SLACK_S:
+        return Remembered(None, f"it was saved {saved_at_s - now_s:.0f} s in the future: the clock is wrong")
+    if own.is_expired(now_s):
+        return Remembered(None, f"our lease {own.subnet} in it has expired")
+    return Remembered(LastLeases(network, own, tuple(peer for peer in peers if not peer.is_expired(now_s))))
+
+
+def _to_json(lease: Lease) -> dict[str, Any]:
+    return {"key": lease.key, "value": lease.attrs.to_json(), "expires": lease.expires_s}
+
+
+def _from_json(item: Any) -> Lease:
+    """`item` as `_to_json` made it; what else it may be ends in one of the errors that `parse` catches."""
+    expires = item["expires"]
+    if expires is not None and type(expires) not in (int, float):
+        raise LeaseFormatError(f"expires is {expires!r}")
+    return Lease(Subnets.from_key(item["key"]), LeaseAttrs.from_json(item["value"]), expires)
+
+
+def load(directory: Path, network: IPv4Network, now_s: float) -> Remembered:
+    """The leases that the last run saved in `directory`.  Never raises; the reason is one line for the log."""
+    path = directory / _LAST_LEASES
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        return Remembered(None, f"cannot read {path}: {exc}")
+    found = parse(text, network, now_s)
+    return found if found.last is not None else Remembered(None, f"ignoring {path}: {found.reason}")
+
+
+def save(directory: Path, last: LastLeases, now_s: float) -> None:
+    """Replace last-leases.json in `directory`.  Raises KernelError; the caller decides how often to call."""
+    path = directory / _LAST_LEASES
+    try:
+        with _written(path, render(last, now_s)) as temporary:
+            temporary.replace(path)
+    except OSError as exc:
+        raise KernelError(f"cannot write {path}", exc.errno or 0, "a restart will wait for the store") from exc
+
+
+def node_id(directory: Path) -> str:
+    """This host's NodeID, 32 hexadecimal digits: the one in `directory`, made at the first call.
+
+    Of several processes that make it at once one wins and all return the same.  Raises ConfigError when it
+    cannot be read or written, or is damaged: a new one in its stead would make our own lease look like
+    another host's.
+    """
+    path = directory / _NODE_ID
+    try:
+        if not path.exists():
+            # FileExistsError: another process was first, and its id counts.
+            with _written(path, f"{uuid.uuid4().hex}\n") as temporary, suppress(FileExistsError):
+                path.hardlink_to(temporary)
+        text = path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot keep the node id in {path}: {exc.strerror}; --state-dir must name a directory that we may write to"
+        ) from exc
+    if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
+        raise ConfigError(
+            f"{path} holds {text[:40]!r}, not the 32 hexadecimal digits of a node id; restore it, or delete it to "
+            "become a new node (the old node's lease then stays until it expires)"
+        )
+    return text
+
+
+def files(directory: Path, *, with_identity: bool) -> list[Path]:
+    """The files kept in `directory`; without the NodeID the host stays the node that it is."""
+    return [directory / name for name in (_LAST_LEASES, *([_NODE_ID] if with_identity else []))]
+
+
+@contextmanager
+def _written(path: Path, text: str) -> Iterator[Path]:
+    """A temporary file beside `path` that has `text` on disk, for the caller to rename or link to `path`."""
+    # Not named by pid: containers that share the directory may all be process 1.
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+        directory_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory_fd)
+        finally:
+            os.close(directory_fd)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Where leases live.  `base` has the contract; each other module is one store."""

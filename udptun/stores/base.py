@@ -1,0 +1,123 @@
+"""What every lease store promises.
+
+A store is a shared map from lease key to lease with one revision that only grows.  Three operations read it
+(`snapshot`, `watch`, `network_config`), three change it (`claim`, `renew`, `release`).  All may be called
+from one event loop; none is called from two tasks at once except `watch`, which runs beside the others.
+
+Two errors tell who has to act.  StoreUnavailableError: nobody, trying again may help.  ConfigError: a person
+has to mend the store (a corrupt file, a missing directory); trying again is harmless and useless.  A running
+daemon keeps its table over both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from udptun.errors import ConfigError
+from udptun.lease import Lease, LeaseAttrs, LeaseEvent, Subnets
+
+LEASE_TTL_S = 86_400
+"""How long a lease lasts without renewal, seconds (flannel pkg/subnet/etcd subnetTTL)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Every valid lease at `revision`.  `skipped`: a line per refused item, its key and the reason."""
+
+    revision: int
+    leases: tuple[Lease, ...]
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WatchBatch:
+    """What changed up to and including `revision`, in order.
+
+    `snapshot` set: the store could not tell the difference (compaction, a replaced file); the caller takes
+    the snapshot as the whole truth and ignores `events`.
+    """
+
+    revision: int
+    events: tuple[LeaseEvent, ...] = ()
+    snapshot: Snapshot | None = None
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a claim shall do: take `subnets`, after deleting the keys in `drop` (own, unfit leases)."""
+
+    subnets: Subnets
+    drop: tuple[str, ...] = ()
+
+
+Chooser = Callable[[Sequence[Lease]], Choice]
+"""Given every lease, decide what to claim.  Pure: a store may call it on another thread, and
+again when it lost a race.
+
+Raises SubnetExhaustedError; the store lets it through and changes nothing.
+"""
+
+
+class Store(Protocol):
+    """See the module's text.  Every method may raise StoreUnavailableError or ConfigError."""
+
+    name: str
+    """How the store was named on the command line, for messages: `local:/path`, `etcd`."""
+
+    async def network_config(self) -> str:
+        """The text of net-conf.json.  Raises ConfigError when there is none, saying where it should be."""
+
+    async def snapshot(self) -> Snapshot: ...
+
+    def watch(self, after: int) -> AsyncGenerator[WatchBatch, None]:
+        """Changes after revision `after`, as they come; expiry is reported as a removal.
+
+        Never ends by itself; closing it (`contextlib.aclosing`) frees what it holds.  It ends with the error
+        that it raises; the caller starts another from the last revision it saw.
+        """
+
+    async def claim(self, attrs: LeaseAttrs, choose: Chooser, ttl_s: int = LEASE_TTL_S) -> Lease:
+        """Take the subnet that `choose` picks, atomically against every other claimer.
+
+        A lease that `choose` picked and that is already there is rewritten with `attrs` and a fresh expiry; a
+        reservation (no expiry) stays one.  A claim that was cancelled may have happened all the same.
+        """
+
+    async def renew(self, lease: Lease, ttl_s: int = LEASE_TTL_S) -> Lease:
+        """Write `lease` again with a fresh expiry.  LeaseLostError when it is gone or another node's."""
+
+    async def release(self, lease: Lease) -> None:
+        """Give the lease back if it is still ours.  A reservation stays; a lease that is gone is no error."""
+
+    async def aclose(self) -> None:
+        """Free threads, connections and files; no call may follow.  Closing twice does no harm."""
+
+
+def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
+    """Whether one host wrote both: by NodeID where both have one, else by PublicIP, flannel's identity."""
+    if a.node_id is not None and b.node_id is not None:
+        return a.node_id == b.node_id
+    return a.public_ip == b.public_ip
+
+
+def read_network_config(path: Path) -> str:
+    """The text of the net-conf.json at `path`, for stores that keep it in a file.  Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as exc:
+        raise ConfigError(
+            f"no network config at {path}: write it, for example "
+            '{"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}, '
+            "or name another file with --net-config-path"
+        ) from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read the network config {path}: {reason(exc)}") from exc
+
+
+def reason(exc: OSError | UnicodeDecodeError) -> str:
+    """What the system said, without the path that the message around it names already."""
+    return (exc.strerror or str(exc)) if isinstance(exc, OSError) else f"not UTF-8 at byte {exc.start}"

@@ -1,0 +1,337 @@
+"""The `file` store: leases that a person wrote down, the same file on each host.
+
+For a few real hosts without a server.  The file is a JSON list, one entry a host:
+
+    [
+      {"Subnet": "10.244.1.0/24", "PublicIP": "192.0.2.1", "Port": 8285, "Node": "alpha"},
+      {"Subnet": "10.244.2.0/24", "PublicIP": "192.0.2.2"}
+    ]
+
+Subnet and PublicIP are required.  Port is where that host listens, this host's own configured port when
+absent.  Node is a name for --node.  Keys are matched without regard to case, as in net-conf.json; an unknown
+one is refused, because a mistyped Port would send packets to the wrong one in silence.  All hosts in the file
+run udptun.
+
+The file is the allocation: nothing here ever writes it, a claim finds the own entry and never asks the
+chooser, and the daemon checks the subnet against Network as it does with a lease from any other store.
+
+Read in the event loop, without a thread: one stat each POLL_S, and parsing only what has changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from bisect import bisect
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from udptun.errors import ConfigError, LeaseLostError
+from udptun.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, read_network_config, reason
+
+POLL_S = 0.2
+"""How often a watch looks whether the file has changed, seconds."""
+
+_SETTLED_NS = 1_000_000_000
+"""A file changed more recently than this is read again at the next look: another edit of the same length within
+one tick of the filesystem's clock would leave the same stat behind.  ctime, because editors set mtime back."""
+
+_STARTER = """\
+[
+  {"Subnet": "10.244.1.0/24", "PublicIP": "192.0.2.1", "Port": 8285, "Node": "alpha"},
+  {"Subnet": "10.244.2.0/24", "PublicIP": "192.0.2.2", "Port": 8285, "Node": "beta"}
+]
+"""
+
+_KEYS = {"subnet": "Subnet", "publicip": "PublicIP", "port": "Port", "node": "Node"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One usable entry; `number` counts from 1, as the messages do."""
+
+    number: int
+    lease: Lease
+    node: str | None
+
+    def is_at(self, attrs: LeaseAttrs) -> bool:
+        return self.lease.attrs.public_ip == attrs.public_ip
+
+
+@dataclass(frozen=True, slots=True)
+class Leases:
+    """What a leases file says: its usable entries and a line for each of the others."""
+
+    entries: tuple[Entry, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+def parse(text: str) -> Leases:
+    """Read a leases file.  Pure.  Raises ConfigError when it is no JSON list.
+
+    An entry that cannot be used costs only itself; of two that overlap the first is used, so that all hosts
+    agree.
+    """
+    try:
+        items = json.loads(text, object_pairs_hook=_Object)
+    except json.JSONDecodeError as exc:
+        raise ConfigError(f"line {exc.lineno} column {exc.colno}: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:  # a number of thousands of digits, thousands of brackets
+        raise ConfigError(f"not usable JSON: {exc}") from exc
+    if not isinstance(items, list):
+        raise ConfigError('not a JSON list; write [{"Subnet": ..., "PublicIP": ...}, ...]')
+    entries: list[Entry] = []
+    skipped: list[str] = []
+    taken: list[tuple[int, int, int]] = []  # first address, last address, entry number; sorted, disjoint
+    for number, item in enumerate(items, 1):
+        try:
+            entry = _entry(number, item)
+            _take(taken, entry)
+        except ValueError as exc:
+            skipped.append(f"entry {number}: {exc}")
+        else:
+            entries.append(entry)
+    return Leases(tuple(entries), tuple(skipped))
+
+
+class _Object(tuple[tuple[str, Json], ...]):
+    """A JSON object as its pairs: a dict would hide a key that is there twice."""
+
+
+def _entry(number: int, item: Json) -> Entry:
+    """Raises ValueError with the reason why the item cannot be used."""
+    if not isinstance(item, _Object):
+        raise ValueError('not a JSON object; write {"Subnet": ..., "PublicIP": ...}')
+    fields: dict[str, Json] = {}
+    for written, value in item:
+        key = _KEYS.get(written.lower())
+        if key is None:
+            raise ValueError(f"unknown key {written!r}; known are {', '.join(_KEYS.values())}")
+        if key in fields:
+            raise ValueError(f"{key} is there twice")
+        fields[key] = value
+    subnet = IPv4Network(_text(fields, "Subnet"))
+    if subnet.prefixlen == 32:  # also what IPv4Network makes of an address without a length
+        raise ValueError(f"Subnet {subnet.network_address} has no prefix length; write it as 10.244.1.0/24")
+    public_ip = IPv4Address(_text(fields, "PublicIP"))
+    backend_data: dict[str, Json] = {"Udptun": 1}
+    port = fields.get("Port")
+    if port is not None:
+        if type(port) is not int or not 0 < port < 65536:
+            raise ValueError(f"Port {json.dumps(port)} is not a whole number from 1 to 65535")
+        backend_data["Port"] = port
+    node = None if fields.get("Node") is None else _text(fields, "Node")
+    attrs = LeaseAttrs(public_ip, backend_type="udp", backend_data=backend_data)
+    return Entry(number, Lease(Subnets(subnet), attrs), node)
+
+
+def _text(fields: dict[str, Json], key: str) -> str:
+    value = fields.get(key)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key} is missing" if value is None else f"{key} {json.dumps(value)} is not a text")
+    return value
+
+
+def _take(taken: list[tuple[int, int, int]], entry: Entry) -> None:
+    """Add the entry's addresses to those taken.  Raises ValueError when some are."""
+    subnet = entry.lease.subnet
+    first, last = int(subnet.network_address), int(subnet.broadcast_address)
+    at = bisect(taken, (first,))
+    for other_first, other_last, number in taken[max(at - 1, 0) : at + 1]:
+        if other_first <= last and first <= other_last:
+            raise ValueError(f"subnet {subnet} overlaps entry {number}")
+    taken.insert(at, (first, last, entry.number))
+
+
+class FileStore:
+    """See the module's text and `udptun.stores.base.Store`.
+
+    Before the first good reading every call raises ConfigError; afterwards a file that is gone or unreadable
+    as a whole leaves the last good leases in force, and the watch says why, once for each reason.
+
+    The own entry is the one named `node`; without a name, the one whose PublicIP is the public IP of the
+    attributes claimed with, and whose Port is theirs where several entries share that address.  Once claimed
+    it appears in snapshots and events with the attributes it was claimed with.
+
+    The revision counts the accepted changes that this object has seen.
+    """
+
+    def __init__(self, path: Path, net_config_path: Path, node: str | None = None) -> None:
+        self.name = f"file:{path}"
+        self._path = path
+        self._net_config_path = net_config_path
+        self._node = node
+        self._own_attrs: LeaseAttrs | None = None
+        self._revision = 0
+        self._leases = Leases()
+        self._text: str | None = None
+        self._stat: tuple[int, ...] | None = None  # of what _text was read from; None: read again
+        self._problem: str | None = None
+
+    async def network_config(self) -> str:
+        return read_network_config(self._net_config_path)
+
+    async def snapshot(self) -> Snapshot:
+        self._refresh()
+        return self._snapshot()
+
+    async def watch(self, after: int) -> AsyncGenerator[WatchBatch, None]:
+        self._refresh()
+        known = self._by_key()
+        told = set(self._leases.skipped)
+        if self._revision != after:
+            # What lay between is not kept.
+            yield WatchBatch(self._revision, snapshot=self._snapshot())
+        after = self._revision
+        while True:
+            self._refresh()
+            skipped = self._skipped()
+            news = tuple(line for line in skipped if line not in told)
+            told = set(skipped)
+            if self._revision != after:
+                before, known, after = known, self._by_key(), self._revision
+                yield WatchBatch(after, _difference(before, known), skipped=news)
+            elif news:
+                yield WatchBatch(after, skipped=news)
+            await asyncio.sleep(POLL_S)
+
+    async def claim(self, attrs: LeaseAttrs, choose: Chooser, ttl_s: int = LEASE_TTL_S) -> Lease:
+        """The own entry as a lease with `attrs`.  `choose` is not called and `ttl_s` not used: see the module.
+
+        Raises ConfigError when no entry or more than one is ours, saying what to write.
+        """
+        self._refresh()
+        own = self._find_own(attrs)
+        port = attrs.port(0)
+        if own.is_at(attrs) and port and own.lease.attrs.port(port) != port:
+            raise ConfigError(
+                f"{self._path} entry {own.number} says Port {own.lease.attrs.port(0)} for {attrs.public_ip} and "
+                f"this daemon listens on {port}: peers would send to the wrong port; make the two equal"
+            )
+        self._own_attrs = attrs
+        return replace(own.lease, attrs=attrs)
+
+    async def renew(self, lease: Lease, ttl_s: int = LEASE_TTL_S) -> Lease:
+        """The own entry again, if its subnet is still the lease's.  Nothing is written, nothing expires."""
+        self._refresh()
+        try:
+            own = self._find_own(lease.attrs)
+        except ConfigError as exc:
+            raise LeaseLostError(str(exc)) from exc
+        if own.lease.key != lease.key:
+            raise LeaseLostError(
+                f"cannot keep {lease.subnet}: {self._path} entry {own.number} now gives this host "
+                f"{own.lease.subnet}; claim again"
+            )
+        self._own_attrs = lease.attrs
+        return replace(own.lease, attrs=lease.attrs)
+
+    async def release(self, lease: Lease) -> None:
+        """Does nothing: the file is the operator's, who takes the entry out on every host."""
+
+    async def aclose(self) -> None:
+        """Nothing is held open between calls."""
+
+    def _refresh(self) -> None:
+        """Read the file if it may have changed.  Raises ConfigError while there has been no good reading."""
+        try:
+            status = self._path.stat()
+            signature = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+            if signature == self._stat:
+                return
+            self._stat = signature if time.time_ns() - status.st_ctime_ns > _SETTLED_NS else None
+            text = self._path.read_text(encoding="utf-8-sig")
+            if text != self._text:
+                self._accept(parse(text))
+                self._text = text
+            self._problem = None
+        except FileNotFoundError:
+            self._stat = None
+            self._refuse(f"there is no leases file {self._path}; write a starter with: udptun lease init {self._path}")
+        except OSError as exc:
+            self._stat = None
+            self._refuse(f"cannot read the leases file {self._path}: {reason(exc)}")
+        except UnicodeDecodeError as exc:
+            self._refuse(f"cannot use the leases file {self._path}: {reason(exc)}")
+        except ConfigError as exc:
+            self._refuse(f"cannot use the leases file {self._path}: {exc}")
+
+    def _accept(self, leases: Leases) -> None:
+        if leases != self._leases or self._revision == 0:
+            self._leases = leases
+            self._revision += 1
+
+    def _refuse(self, problem: str) -> None:
+        self._problem = problem
+        if self._revision == 0:
+            self._stat = None
+            raise ConfigError(problem)
+
+    def _find_own(self, attrs: LeaseAttrs) -> Entry:
+        entries = self._leases.entries
+        if self._node is not None:
+            found = [entry for entry in entries if entry.node == self._node]
+            sought = f"Node {self._node!r}"
+            advice = f'"Node": {json.dumps(self._node)}'
+        else:
+            found = [entry for entry in entries if entry.is_at(attrs)]
+            sought = f"PublicIP {attrs.public_ip}"
+            advice = f'"PublicIP": "{attrs.public_ip}"'
+            if len(found) > 1:
+                port = attrs.port(0)
+                found = [entry for entry in found if entry.lease.attrs.port(port) == port] or found
+                sought += f" and Port {port}"
+        if len(found) == 1:
+            return found[0]
+        if found:
+            numbers = ", ".join(str(entry.number) for entry in found)
+            raise ConfigError(
+                f"{self._path} entries {numbers} all have {sought}: which is this host's? "
+                "give each its own Node and start with --node"
+            )
+        refused = f" ({'; '.join(self._leases.skipped)})" if self._leases.skipped else ""
+        raise ConfigError(
+            f"{self._path} has no usable entry with {sought}{refused}: add one with {advice} for this host"
+            + ("" if self._node is not None else ", or name its entry with --node")
+        )
+
+    def _by_key(self) -> dict[str, Lease]:
+        """The leases, the own one with the attributes it was claimed with."""
+        leases = {entry.lease.key: entry.lease for entry in self._leases.entries}
+        if self._own_attrs is not None:
+            # No entry, or several: an edit took ours away; renew() tells.
+            with suppress(ConfigError):
+                own = self._find_own(self._own_attrs).lease
+                leases[own.key] = replace(own, attrs=self._own_attrs)
+        return leases
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self._revision, tuple(self._by_key().values()), self._skipped())
+
+    def _skipped(self) -> tuple[str, ...]:
+        if self._problem is None:
+            return self._leases.skipped
+        return (*self._leases.skipped, f"{self._problem}; the last good leases stay in force")
+
+
+def _difference(before: dict[str, Lease], after: dict[str, Lease]) -> tuple[LeaseEvent, ...]:
+    """Removals first: a subnet may go from one entry to another of a different length."""
+    removed = [LeaseEvent(EventType.REMOVED, lease) for key, lease in before.items() if key not in after]
+    added = [LeaseEvent(EventType.ADDED, lease) for key, lease in after.items() if before.get(key) != lease]
+    return (*removed, *added)
+
+
+def write_starter(path: Path, force: bool = False) -> None:
+    """Write a leases file of two example hosts to edit.  Raises ConfigError; overwrites only with `force`."""
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(_STARTER)
+    except FileExistsError as exc:
+        raise ConfigError(f"{path} exists already and was left as it is; edit it, or name another file") from exc
+    except OSError as exc:
+        raise ConfigError(f"cannot write the leases file {path}: {reason(exc)}") from exc
