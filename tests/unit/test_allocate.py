@@ -1,0 +1,237 @@
+"""Which subnet a host takes: its own, the one before, or a random free one."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udptun.allocate import CANDIDATES, Identity, chooser
+from udptun.config import NetConf, parse_net_conf
+from udptun.errors import SubnetExhaustedError
+from udptun.lease import Json, Lease, LeaseAttrs, Subnets
+from udptun.stores.base import Choice
+
+ME = Identity(IPv4Address("192.0.2.1"), 8285, "me")
+DUAL = '"EnableIPv6":true,"IPv6Network":"fc00::/48"'
+
+
+def conf(keys: str = "") -> NetConf:
+    return parse_net_conf('{"Network":"10.244.0.0/16"' + (f",{keys}" if keys else "") + "}", "test")
+
+
+def subnets(ipv4: str, ipv6: str | None = None) -> Subnets:
+    return Subnets(IPv4Network(ipv4), None if ipv6 is None else IPv6Network(ipv6))
+
+
+def lease(ipv4: str, public_ip: str, ipv6: str | None = None, **data: Json) -> Lease:
+    attrs = LeaseAttrs(IPv4Address(public_ip), backend_type="udp" if data else "", backend_data=data or None)
+    return Lease(subnets(ipv4, ipv6), attrs)
+
+
+def choose(
+    config: NetConf, leases: Iterable[Lease], previous: Subnets | None = None, me: Identity = ME, seed: int = 1
+) -> Choice:
+    return chooser(config, me, previous, random.Random(seed))(list(leases))
+
+
+def test_choice_is_the_own_lease_when_it_fits() -> None:
+    leases = [lease("10.244.3.0/24", "192.0.2.9"), lease("10.244.7.0/24", "192.0.2.1")]
+    assert choose(conf(), leases, previous=subnets("10.244.9.0/24")) == Choice(subnets("10.244.7.0/24"))
+
+
+def test_own_lease_is_known_by_public_ip_and_port() -> None:
+    leases = [
+        lease("10.244.3.0/24", "192.0.2.1", Port=9000, NodeID="other"),
+        lease("10.244.7.0/24", "192.0.2.1", Port=8285, NodeID="me"),
+    ]
+    assert choose(conf(), leases) == Choice(subnets("10.244.7.0/24"))
+
+
+def test_own_lease_without_a_port_has_the_configured_one() -> None:
+    config = conf('"Backend":{"Type":"udp","Port":9000}')
+    theirs = choose(config, [lease("10.244.7.0/24", "192.0.2.1")], me=Identity(ME.public_ip, 8285, "me"))
+    mine = choose(config, [lease("10.244.7.0/24", "192.0.2.1")], me=Identity(ME.public_ip, 9000, "me"))
+    assert theirs.subnets != subnets("10.244.7.0/24")
+    assert mine == Choice(subnets("10.244.7.0/24"))
+
+
+def test_own_lease_is_reused_when_the_node_id_was_lost() -> None:
+    leases = [lease("10.244.7.0/24", "192.0.2.1", Port=8285, NodeID="before the disk was replaced")]
+    assert choose(conf(), leases) == Choice(subnets("10.244.7.0/24"))
+
+
+@pytest.mark.parametrize(
+    "own", ["10.244.7.0/25", "10.244.0.0/24", "10.245.7.0/24", "10.244.0.0/20"], ids=lambda own: own
+)
+def test_own_lease_is_dropped_when_the_configuration_no_longer_has_it(own: str) -> None:
+    choice = choose(conf(), [lease(own, "192.0.2.1")])
+    assert choice.drop == (subnets(own).key,)
+    assert choice.subnets.ipv4.subnet_of(IPv4Network("10.244.0.0/16"))
+    assert choice.subnets.ipv4.prefixlen == 24
+
+
+def test_first_fitting_own_lease_in_key_order_is_kept_and_the_others_dropped() -> None:
+    leases = [lease(f"10.244.{n}.0/{length}", "192.0.2.1") for n, length in ((9, 24), (5, 24), (4, 25), (7, 24))]
+    assert choose(conf(), leases) == Choice(
+        subnets("10.244.5.0/24"), ("10.244.4.0-25", "10.244.7.0-24", "10.244.9.0-24")
+    )
+
+
+def test_ground_of_a_dropped_own_lease_is_free_again() -> None:
+    config = conf('"SubnetMin":"10.244.5.0","SubnetMax":"10.244.5.0"')
+    assert choose(config, [lease("10.244.5.128/25", "192.0.2.1")]) == Choice(
+        subnets("10.244.5.0/24"), ("10.244.5.128-25",)
+    )
+
+
+def test_previous_subnet_is_taken_again_when_it_is_free() -> None:
+    others = [lease(f"10.244.{n}.0/24", f"192.0.2.{n}") for n in range(2, 200)]
+    assert choose(conf(), others, subnets("10.244.222.0/24")) == Choice(subnets("10.244.222.0/24"))
+
+
+@pytest.mark.parametrize("held", ["10.244.222.0/24", "10.244.222.64/26", "10.244.208.0/20"], ids=lambda held: held)
+def test_previous_subnet_is_left_alone_when_another_lease_overlaps_it(held: str) -> None:
+    choice = choose(conf(), [lease(held, "192.0.2.9")], subnets("10.244.222.0/24"))
+    assert not choice.subnets.ipv4.overlaps(IPv4Network(held))
+    assert choice.drop == ()
+
+
+@pytest.mark.parametrize("had", ["10.99.3.0/24", "10.244.222.0/25", "10.244.0.0/24"], ids=lambda had: had)
+def test_previous_subnet_is_ignored_when_the_configuration_no_longer_has_it(had: str) -> None:
+    choice = choose(conf(), [], subnets(had))
+    assert choice.subnets.ipv4.prefixlen == 24
+    assert choice.subnets.ipv4.subnet_of(IPv4Network("10.244.0.0/16"))
+    assert choice.subnets != subnets(had)
+
+
+def test_a_host_that_moved_keeps_the_subnet_that_its_node_id_and_subnet_env_both_name() -> None:
+    held = lease("10.244.7.0/24", "192.0.2.99", Port=8285, NodeID="me")
+    assert choose(conf(), [held], subnets("10.244.7.0/24")) == Choice(subnets("10.244.7.0/24"))
+
+
+def test_a_node_id_alone_takes_no_lease_because_a_cloned_disk_has_it_too() -> None:
+    held = lease("10.244.7.0/24", "192.0.2.99", Port=8285, NodeID="me")
+    choice = choose(conf(), [held])
+    assert choice.subnets != held.subnets
+    assert choice.drop == ()
+
+
+def test_new_subnet_is_a_uniform_choice_of_the_first_hundred_free() -> None:
+    taken = [lease("10.244.1.0/24", "192.0.2.9"), lease("10.244.4.0/23", "192.0.2.8")]
+    bases = Counter(
+        int(choose(conf(), taken, seed=seed).subnets.ipv4.network_address) >> 8 & 0xFF for seed in range(5_000)
+    )
+    expected = [n for n in range(2, 200) if n not in (4, 5)][:CANDIDATES]
+    assert sorted(bases) == expected
+    # 50 expected for each; 5 standard deviations of a binomial are 35.
+    assert all(15 < count < 85 for count in bases.values())
+
+
+def test_last_free_subnet_is_found_between_leases_of_other_lengths() -> None:
+    config = conf('"SubnetMin":"10.244.1.0","SubnetMax":"10.244.8.0"')
+    taken = [
+        lease("10.244.0.0/23", "192.0.2.2"),
+        lease("10.244.2.0/24", "192.0.2.3"),
+        lease("10.244.3.128/26", "192.0.2.4"),
+        lease("10.244.4.0/22", "192.0.2.5"),
+    ]
+    assert choose(config, taken).subnets == subnets("10.244.8.0/24")
+
+
+def test_exhaustion_says_how_many_leases_take_how_many_subnets() -> None:
+    config = conf('"SubnetMin":"10.244.1.0","SubnetMax":"10.244.3.0"')
+    taken = [lease(f"10.244.{n}.0/24", f"192.0.2.{n}") for n in range(1, 6) if n != 4]
+    with pytest.raises(SubnetExhaustedError) as caught:
+        choose(config, [*taken[:3], lease("10.245.0.0/16", "192.0.2.7"), *taken[3:]], me=Identity(ME.public_ip, 1, "x"))
+    assert str(caught.value).startswith(
+        "out of subnets: 3 leases take all 3 subnets between 10.244.1.0 and 10.244.3.0 (/24);"
+    )
+
+
+def test_ipv6_is_chosen_on_its_own() -> None:
+    config = conf(DUAL)
+    taken = [lease("10.244.1.0/24", "192.0.2.9", "fc00:0:0:5::/64")]
+    choices = [choose(config, taken, seed=seed).subnets for seed in range(200)]
+    assert all(choice.ipv6 is not None and choice.ipv6.prefixlen == 64 for choice in choices)
+    assert IPv6Network("fc00:0:0:5::/64") not in {choice.ipv6 for choice in choices}
+    offsets = {
+        (int(choice.ipv4.network_address) >> 8 & 0xFF) - (int(choice.ipv6.network_address) >> 64 & 0xFFFF)
+        for choice in choices
+        if choice.ipv6 is not None
+    }
+    assert len(offsets) > 20
+
+
+def test_own_lease_keeps_its_ipv4_part_when_ipv6_is_switched_on() -> None:
+    choice = choose(conf(DUAL), [lease("10.244.7.0/24", "192.0.2.1")], subnets("10.244.7.0/24"))
+    assert choice.drop == ("10.244.7.0-24",)
+    assert choice.subnets.ipv4 == IPv4Network("10.244.7.0/24")
+    assert choice.subnets.ipv6 is not None
+
+
+def test_own_lease_is_dropped_when_ipv6_is_switched_off() -> None:
+    own = lease("10.244.7.0/24", "192.0.2.1", "fc00:0:0:5::/64")
+    assert choose(conf(), [own], own.subnets) == Choice(subnets("10.244.7.0/24"), (own.key,))
+
+
+def test_dual_stack_lease_and_previous_subnets_are_taken_again() -> None:
+    own = lease("10.244.7.0/24", "192.0.2.1", "fc00:0:0:5::/64")
+    assert choose(conf(DUAL), [own]) == Choice(own.subnets)
+    assert choose(conf(DUAL), [], own.subnets) == Choice(own.subnets)
+
+
+def test_exhaustion_of_ipv6_alone_names_the_ipv6_range() -> None:
+    config = conf(DUAL + ',"IPv6SubnetMin":"fc00:0:0:1::","IPv6SubnetMax":"fc00:0:0:1::"')
+    with pytest.raises(SubnetExhaustedError, match="between fc00:0:0:1:: and fc00:0:0:1::"):
+        choose(config, [lease("10.244.1.0/24", "192.0.2.9", "fc00:0:0:1::/64")])
+
+
+def test_chooser_may_be_asked_again_after_a_lost_race() -> None:
+    choose_again = chooser(conf(), ME, None, random.Random(7))
+    taken: list[Lease] = []
+    for n in range(2, 250):
+        taken.append(Lease(choose_again(taken).subnets, LeaseAttrs(IPv4Address(f"192.0.2.{n}"))))
+    assert len({one.key for one in taken}) == 248
+
+
+def test_choice_is_quick_among_ten_thousand_leases() -> None:
+    config = parse_net_conf('{"Network":"10.0.0.0/8"}', "test")
+    base = int(config.subnet_min)
+    taken = [
+        Lease(Subnets(IPv4Network((base + n * 256, 24))), LeaseAttrs(IPv4Address(0xC6120000 + n)))
+        for n in range(10_000)
+    ]
+    random.Random(3).shuffle(taken)
+    began = time.perf_counter()
+    choice = choose(config, taken)
+    # 25 ms here; the limit is there to notice a quadratic search, which takes minutes.
+    assert time.perf_counter() - began < 2
+    assert int(choice.subnets.ipv4.network_address) >= base + 10_000 * 256
+
+
+@given(st.lists(st.tuples(st.integers(0, 4095), st.integers(20, 28))), st.integers(22, 28), st.integers(0, 1 << 32))
+def test_choice_never_overlaps_a_lease_and_is_exhausted_only_when_nothing_is_free(
+    held: list[tuple[int, int]], length: int, seed: int
+) -> None:
+    config = parse_net_conf(f'{{"Network":"10.0.0.0/20","SubnetLen":{length}}}', "test")
+    taken = [
+        Lease(Subnets(IPv4Network((0x0A000000 + at, bits), strict=False)), LeaseAttrs(IPv4Address("192.0.2.7")))
+        for at, bits in held
+    ]
+    every = [
+        IPv4Network((base, length))
+        for base in range(int(config.subnet_min), int(config.subnet_max) + 1, 1 << 32 - length)
+    ]
+    free = [one for one in every if not any(one.overlaps(other.subnet) for other in taken)]
+    if free:
+        assert choose(config, taken, seed=seed).subnets.ipv4 in free[:CANDIDATES]
+    else:
+        with pytest.raises(SubnetExhaustedError):
+            choose(config, taken, seed=seed)

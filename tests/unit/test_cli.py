@@ -1,0 +1,264 @@
+"""The command line: which command runs with what, what it prints, and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import udptun
+from udptun import __version__, cli
+from udptun.errors import ConfigError, KernelError
+from udptun.options import Options, StoreKind
+
+UDPTUN = [sys.executable, "-m", "udptun"]
+
+
+class Fakes:
+    """Stands in for the modules that the commands dispatch to, and notes how they are called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self.calls: list[tuple[Any, ...]] = []
+
+    def put(self, name: str, function: str, result: object = 0) -> None:
+        """Make `udptun.<name>.<function>` return `result`, or raise it."""
+
+        def fake(*args: object, **kwargs: object) -> object:
+            self.calls.append((*args, kwargs) if kwargs else args)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        module = sys.modules.get(f"udptun.{name}")
+        if not isinstance(module, FakeModule):
+            module = FakeModule(f"udptun.{name}")
+        setattr(module, function, fake)
+        package, _, leaf = f"udptun.{name}".rpartition(".")
+        self._monkeypatch.setitem(sys.modules, f"udptun.{name}", module)
+        self._monkeypatch.setattr(importlib.import_module(package), leaf, module, raising=False)
+
+
+class FakeModule(ModuleType):
+    pass
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    for name in [name for name in os.environ if name.startswith("FLANNELD_")] + ["NOTIFY_SOCKET"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/udptun"])
+    return Fakes(monkeypatch)
+
+
+def status_of(*argv: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def test_daemon_runs_with_its_options_and_gives_its_status(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLANNELD_NODE", "n1")
+    fakes.put("daemon", "run", 7)
+    assert status_of("daemon", "-iface=eth0", "--store=file:/l") == 7
+    ((options,),) = fakes.calls
+    assert isinstance(options, Options)
+    assert (options.iface, str(options.store), options.node) == (("eth0",), "file:/l", "n1")
+
+
+def test_flanneld_is_the_daemon_and_demands_a_store(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/flanneld", "--store=local"])
+    fakes.put("daemon", "run")
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    assert fakes.calls[0][0].store.kind is StoreKind.LOCAL
+    assert status_of() == 2
+    assert capsys.readouterr().err.startswith("flanneld: error: no store named means etcd")
+
+
+@pytest.mark.parametrize("name", ["flanneld", "udptun"])
+def test_version_flag_of_the_daemon_prints_to_stderr_as_flannels(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
+    assert status_of(*([] if name == "flanneld" else ["daemon"]), "-version") == 0
+    assert capsys.readouterr() == ("", f"udptun {__version__}\n")
+
+
+@pytest.mark.parametrize("argv", [["version"], ["--version"], ["-version"], ["cleanup", "--version"]])
+def test_version_prints_to_stdout(fakes: Fakes, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    assert status_of(*argv) == 0
+    assert capsys.readouterr() == (f"udptun {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["-h"], ["usage: udptun COMMAND", "daemon", "status", "cleanup", "lease", "lab", "version"]),
+        (["--help"], ["usage: udptun COMMAND"]),
+        (["help"], ["usage: udptun COMMAND"]),
+        (["daemon", "-h"], ["usage: udptun daemon [FLAG...]", "--subnet-file FILE"]),
+        (["cleanup", "--help"], ["usage: udptun cleanup [--release] [FLAG...]", "--run-dir DIR"]),
+        (["status", "--help"], ["usage: udptun status", "--json"]),
+        (["lease", "init", "--help"], ["usage: udptun lease init", "--force"]),
+    ],
+    ids=" ".join,
+)
+def test_help_is_printed_and_is_no_error(
+    fakes: Fakes, capsys: pytest.CaptureFixture[str], argv: list[str], words: list[str]
+) -> None:
+    assert status_of(*argv) == 0
+    out, err = capsys.readouterr()
+    assert all(word in out for word in words)
+    assert err == ""
+
+
+def test_overview_goes_to_stderr_with_status_2_when_there_is_no_command(
+    fakes: Fakes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: udptun COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["stauts"], "unknown command stauts; did you mean status? (udptun --help lists the commands)"),
+        (["--jsn"], "unknown flag --jsn (udptun --help lists the commands)"),
+        (["daemon", "--ifcae=x"], "unknown flag --ifcae; did you mean --iface?"),
+        (["daemon", "a\nb"], r"unexpected argument 'a\nb'; the daemon takes flags only"),
+        (["daemon", "--a\nb"], r"unknown flag --a\nb"),
+        (["cleanup", "--store=etcd"], "--store etcd is not built yet; built: local, file"),
+        (["status", "--jsn"], "status: unrecognized arguments: --jsn"),
+        (["status", "--js"], "status: unrecognized arguments: --js"),
+        (["lease"], "lease: the following arguments are required: ACTION"),
+        (["lease", "init"], "lease init: the following arguments are required: PATH"),
+        (["version", "x"], "version: unrecognized arguments: x"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors_are_one_line_with_status_2(
+    fakes: Fakes, capsys: pytest.CaptureFixture[str], argv: list[str], line: str
+) -> None:
+    assert status_of(*argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"udptun: error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_each_problem_of_a_configuration_has_its_line(fakes: Fakes, capsys: pytest.CaptureFixture[str]) -> None:
+    fakes.put("daemon", "run", ConfigError("Network: bad", "SubnetLen: worse"))
+    assert status_of("daemon") == 2
+    assert capsys.readouterr().err == "udptun: error: Network: bad\nudptun: error: SubnetLen: worse\n"
+
+
+def test_a_run_time_failure_has_status_1(fakes: Fakes, capsys: pytest.CaptureFixture[str]) -> None:
+    fakes.put("daemon", "run", KernelError("cannot open /dev/net/tun", 1, "run as root"))
+    assert status_of("daemon") == 1
+    assert capsys.readouterr().err == "udptun: error: cannot open /dev/net/tun: EPERM; run as root\n"
+
+
+def test_an_interrupt_has_status_130(fakes: Fakes) -> None:
+    fakes.put("daemon", "run", KeyboardInterrupt())
+    assert status_of("daemon") == 130
+
+
+def test_a_broken_pipe_that_is_not_stdouts_is_not_hidden(fakes: Fakes) -> None:
+    fakes.put("daemon", "run", BrokenPipeError("some socket"))
+    with pytest.raises(BrokenPipeError, match="some socket"):
+        cli.main(["daemon"])
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_reader_that_goes_away_gives_status_141_and_no_traceback(unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as stdout:
+        done = subprocess.run(
+            [*UDPTUN, "daemon", "-h"],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    done = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&-', "sh", *UDPTUN, "version"], capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "call"),
+    [
+        ([], {}, (Path("/run/udptun"), False)),
+        (["--json"], {"FLANNELD_RUN_DIR": "/e"}, (Path("/e"), True)),
+        (["--run-dir", "/d", "--json"], {"FLANNELD_RUN_DIR": "/e"}, (Path("/d"), True)),
+    ],
+)
+def test_status_shows_what_the_daemon_of_the_run_dir_says(
+    fakes: Fakes,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    environ: dict[str, str],
+    call: tuple[Path, bool],
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    fakes.put("status", "show", 1)
+    assert status_of("status", *argv) == 1
+    assert fakes.calls == [call]
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_cleanup_takes_the_daemons_flags_and_release(fakes: Fakes, release: bool) -> None:
+    fakes.put("cleanup", "cleanup")
+    assert status_of("cleanup", "--run-dir=/r", *(["--release"] if release else [])) == 0
+    ((options, given),) = fakes.calls
+    assert (options.run_dir, given) == (Path("/r"), release)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_lease_init_writes_a_starter(fakes: Fakes, force: bool) -> None:
+    fakes.put("stores.file", "write_starter", None)
+    assert status_of("lease", "init", "/etc/leases.json", *(["--force"] if force else [])) == 0
+    assert fakes.calls == [(Path("/etc/leases.json"), {"force": force})]
+
+
+def test_lab_parses_and_runs_with_its_own_parser(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes.put("lab.cli", "run", 3)
+
+    def add_parser(subparsers: Any) -> None:
+        lab = subparsers.add_parser("lab")
+        lab.add_argument("--hosts", type=int)
+
+    monkeypatch.setattr(sys.modules["udptun.lab.cli"], "add_parser", add_parser, raising=False)
+    assert status_of("lab", "--hosts", "2") == 3
+    ((namespace,),) = fakes.calls
+    assert isinstance(namespace, argparse.Namespace)
+    assert namespace.hosts == 2
+    assert status_of("lab", "--hosts", "x") == 2
+    assert capsys.readouterr().err == "udptun: error: lab: argument --hosts: invalid int value: 'x'\n"
+
+
+def test_module_can_be_run_and_says_its_version() -> None:
+    done = subprocess.run([*UDPTUN, "version"], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"udptun {udptun.__version__}\n"

@@ -1,0 +1,69 @@
+"""The import rule: pure modules import no shell, and each dependency has one owner."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import udptun
+
+PACKAGE = Path(udptun.__file__).parent
+
+PURE = ["allocate", "config", "errors", "lease", "options", "subnet_env"]
+SHELL = {
+    "asyncio",
+    "cffi",
+    "fcntl",
+    "numpy",
+    "pyroute2",
+    "pytun",
+    "select",
+    "socket",
+    "sqlite3",
+    "subprocess",
+    "threading",
+}
+OWNERS = {"pyroute2": "netlink.py", "pytun": "tun.py"}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names that the file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_module_loads_no_shell(module: str) -> None:
+    script = f"import sys, udptun.{module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert f"udptun.{module}" in loaded
+    assert not SHELL.intersection(loaded)
+    allowed = {"udptun", "udptun.stores", "udptun.stores.base", *(f"udptun.{pure}" for pure in PURE)}
+    assert {name for name in loaded if name.partition(".")[0] == "udptun"} <= allowed
+
+
+def test_each_kernel_library_is_imported_by_its_owner_only() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for library in OWNERS.keys() & imported(path):
+            assert path.name == OWNERS[library], f"{path} imports {library}"
+
+
+def test_cli_alone_reads_argv_and_the_environment() -> None:
+    """Besides the programs of their own: the datapath worker, and the lab with its namespace holder."""
+    others = {PACKAGE / "cli.py", PACKAGE / "_kabi_build.py", PACKAGE / "datapath" / "worker.py"}
+    for path in {*PACKAGE.rglob("*.py")} - others - {*(PACKAGE / "lab").rglob("*.py")}:
+        for word in ("sys.argv", "os.environ", "os.getenv", "sys.exit"):
+            assert word not in path.read_text(), f"{path} uses {word}"
+
+
+def test_cli_starts_without_the_daemons_libraries() -> None:
+    script = "import sys, udptun.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert SHELL.intersection(loaded) <= {"select"}
+    assert "udptun.options" not in loaded

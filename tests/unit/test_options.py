@@ -1,0 +1,335 @@
+"""Flags in Go's forms, their environment variables, and one line for everything that cannot be obeyed."""
+
+from __future__ import annotations
+
+import dataclasses
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+import pytest
+
+from udptun.config import SourceCheck
+from udptun.errors import UsageError
+from udptun.options import (
+    FLAGS,
+    Options,
+    StoreKind,
+    StoreSpec,
+    flag_help,
+    parse_cleanup_flags,
+    parse_daemon_flags,
+)
+
+ALL_FLAGS = [flag for flags in FLAGS.values() for flag in flags]
+
+
+def parse(*argv: str, **environ: str) -> Options:
+    return parse_daemon_flags(argv, environ)
+
+
+def refusal(*argv: str, **environ: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse(*argv, **environ)
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_given() -> None:
+    assert parse() == Options(
+        iface=(),
+        iface_regex=(),
+        iface_can_reach=None,
+        public_ip=None,
+        public_ipv6=None,
+        subnet_file=Path("/run/flannel/subnet.env"),
+        subnet_lease_renew_margin=60,
+        net_config_path=Path("/etc/kube-flannel/net-conf.json"),
+        ip_masq=False,
+        healthz_ip="0.0.0.0",
+        healthz_port=0,
+        v=0,
+        store=StoreSpec(StoreKind.LOCAL, Path("/var/lib/udptun/leases.db")),
+        mtu=None,
+        workers=None,
+        source_check=None,
+        run_dir=Path("/run/udptun"),
+        state_dir=Path("/var/lib/udptun"),
+        node="",
+        store_is_named=False,
+        notify_socket="",
+        warnings=(),
+        help=False,
+        version=False,
+    )
+
+
+def test_flags_are_those_of_flannel_and_ours() -> None:
+    flannel = """etcd-endpoints etcd-prefix etcd-keyfile etcd-certfile etcd-cafile etcd-username etcd-password
+        iface iface-regex iface-can-reach subnet-file public-ip public-ipv6 subnet-lease-renew-margin ip-masq
+        ip-masq-fully-random-disable kube-subnet-mgr kube-api-url kubeconfig-file kube-annotation-prefix
+        net-config-path set-node-network-unavailable version healthz-ip healthz-port iptables-resync
+        iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at"""
+    ours = "store mtu workers source-check run-dir state-dir node"
+    assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
+
+
+def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
+    options = parse()
+    by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
+    shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
+    assert len(shared) == 20
+    for name in shared:
+        if name != "store":
+            assert getattr(options, name) == by_field[name].default
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-healthz-port=8081"],
+        ["--healthz-port=8081"],
+        ["-healthz-port", "8081"],
+        ["--healthz-port", "8081"],
+        ["--healthz-port=1", "--healthz-port=8081"],
+        ["--healthz-port=0x1f91"],
+        ["--healthz-port=017621"],
+        ["--healthz-port=8_081"],
+        ["--healthz-port=8081", "--"],
+    ],
+)
+def test_a_flag_is_read_in_each_of_gos_forms(argv: list[str]) -> None:
+    assert parse(*argv).healthz_port == 8081
+
+
+def test_a_list_flag_takes_one_element_each_time() -> None:
+    options = parse("-iface=eth0", "--iface", "10.0.0.1", "--iface=", "--iface-regex", "eth[01]")
+    assert options.iface == ("eth0", "10.0.0.1")
+    assert options.iface_regex == ("eth[01]",)
+
+
+def test_a_value_may_look_like_a_flag_when_it_is_the_next_word() -> None:
+    assert parse("--node", "--mtu").node == "--mtu"
+
+
+@pytest.mark.parametrize("text", ["1", "t", "T", "TRUE", "true", "True"])
+def test_a_boolean_is_true_for_each_of_gos_spellings(text: str) -> None:
+    assert parse(f"--version={text}").version
+
+
+@pytest.mark.parametrize("text", ["0", "f", "F", "FALSE", "false", "False"])
+def test_a_boolean_is_false_for_each_of_gos_spellings(text: str) -> None:
+    assert not parse("--version", f"--version={text}").version
+
+
+def test_options_take_addresses_and_paths() -> None:
+    options = parse(
+        "--public-ip=192.0.2.1",
+        "--public-ipv6=2001:db8::1",
+        "--iface-can-reach=192.0.2.9",
+        "--subnet-file=/a/b",
+        "--net-config-path=/c",
+        "--run-dir=/d",
+        "--source-check=strict",
+        "--mtu=1400",
+        "--workers=4",
+        "-v=4",
+    )
+    assert options.public_ip == IPv4Address("192.0.2.1")
+    assert options.public_ipv6 == IPv6Address("2001:db8::1")
+    assert options.iface_can_reach == IPv4Address("192.0.2.9")
+    assert (options.subnet_file, options.net_config_path, options.run_dir) == (Path("/a/b"), Path("/c"), Path("/d"))
+    assert (options.source_check, options.mtu, options.workers, options.v) == (SourceCheck.STRICT, 1400, 4, 4)
+
+
+def test_an_empty_address_counts_as_none_as_in_flannel() -> None:
+    assert parse("--public-ip=", "--public-ipv6", "").public_ip is None
+
+
+@pytest.mark.parametrize(
+    ("text", "store"),
+    [
+        ("local", StoreSpec(StoreKind.LOCAL, Path("/s/leases.db"))),
+        ("local:/x/y.db", StoreSpec(StoreKind.LOCAL, Path("/x/y.db"))),
+        ("file:/etc/leases.json", StoreSpec(StoreKind.FILE, Path("/etc/leases.json"))),
+        ("file:/with:colon", StoreSpec(StoreKind.FILE, Path("/with:colon"))),
+    ],
+)
+def test_store_is_read_with_its_path(text: str, store: StoreSpec) -> None:
+    options = parse("--store", text, "--state-dir=/s")
+    assert options.store == store
+    assert options.store_warning is None
+
+
+def test_store_warning_says_that_it_serves_one_machine_when_no_store_is_named() -> None:
+    assert parse().store_warning == (
+        "no --store named: using local:/var/lib/udptun/leases.db, which serves this one machine only; "
+        "other hosts will not be reached"
+    )
+
+
+def test_environment_stands_in_for_a_flag_that_is_not_given() -> None:
+    environ = {"FLANNELD_SUBNET_FILE": "/x", "FLANNELD_STORE": "file:/l", "FLANNELD_V": "3", "FLANNELD_NODE": "n1"}
+    options = parse("-v=1", **environ)
+    assert (options.subnet_file, str(options.store), options.v, options.node) == (Path("/x"), "file:/l", 1, "n1")
+    assert options.store_warning is None
+
+
+def test_environment_gives_a_list_flag_one_element() -> None:
+    assert parse(FLANNELD_IFACE="x,y").iface == ("x,y",)
+
+
+def test_environment_is_ignored_when_empty() -> None:
+    assert parse(FLANNELD_SUBNET_FILE="", FLANNELD_IP_MASQ="") == parse()
+
+
+def test_environment_leaves_the_default_and_a_warning_when_it_is_bad() -> None:
+    options = parse(FLANNELD_HEALTHZ_PORT="x", FLANNELD_IP_MASQ="maybe", FLANNELD_STORE="nfs:/x")
+    assert options == dataclasses.replace(parse(), warnings=options.warnings)
+    assert options.warnings == (
+        "FLANNELD_STORE=nfs:/x: must be local[:PATH] or file:PATH; ignored, as flannel does",
+        "FLANNELD_HEALTHZ_PORT=x: must be an integer; ignored, as flannel does",
+        "FLANNELD_IP_MASQ=maybe: must be true or false; ignored, as flannel does",
+    )
+
+
+def test_options_keep_the_notify_socket_of_the_environment() -> None:
+    assert parse(NOTIFY_SOCKET="@x").notify_socket == "@x"
+
+
+REFUSED = [
+    (["--ifcae=x"], "unknown flag --ifcae; did you mean --iface?"),
+    (["-netconf"], "unknown flag --netconf; did you mean --net-config-path?"),
+    (["--zzz=1"], "unknown flag --zzz"),
+    (["---iface"], "bad flag syntax: ---iface"),
+    (["--=x"], "bad flag syntax: --=x"),
+    (["-=x"], "bad flag syntax: -=x"),
+    (["status"], "unexpected argument 'status'; the daemon takes flags only"),
+    ([""], "unexpected argument ''; the daemon takes flags only"),
+    (["-"], "unexpected argument '-'; the daemon takes flags only"),
+    (["--", "x"], "unexpected argument 'x'; the daemon takes flags only"),
+    (["--", ""], "unexpected argument ''; the daemon takes flags only"),
+    (
+        ["-ip-masq", "false"],
+        "unexpected argument 'false'; a boolean takes its value after =, as in --ip-masq=false",
+    ),
+    (["--mtu"], "--mtu needs a value: BYTES"),
+    (["--mtu="], "--mtu=: must be an integer"),
+    (["--mtu=95"], "--mtu=95: must be 96..65535"),
+    (["--mtu=1e3"], "--mtu=1e3: must be an integer"),
+    (["--healthz-port", "-1"], "--healthz-port=-1: must be 0..65535"),
+    (["--healthz-port=08"], "--healthz-port=08: must be an integer"),
+    (["--workers=0"], "--workers=0: must be 1..16"),
+    (["--source-check=on"], "--source-check=on: must be off, peer or strict"),
+    (["--version=yes"], "--version=yes: must be true or false"),
+    (["--version="], "--version=: must be true or false"),
+    (["--public-ip=fe80::1"], "--public-ip=fe80::1: must be an IPv4 address"),
+    (["--public-ipv6=1.2.3.4"], "--public-ipv6=1.2.3.4: must be an IPv6 address"),
+    (["--subnet-file="], "--subnet-file=: must be a path"),
+    (["--store=nfs"], "--store=nfs: must be local[:PATH] or file:PATH"),
+    (["--store=file"], "--store=file: needs a path: file:PATH"),
+    (["--store=local:"], "--store=local:: needs a path: local:PATH"),
+    (
+        ["--subnet-lease-renew-margin=1440"],
+        "Invalid subnet-lease-renew-margin option, out of acceptable range: 1440 is not in 1..1439",
+    ),
+    (
+        ["--subnet-lease-renew-margin=0"],
+        "Invalid subnet-lease-renew-margin option, out of acceptable range: 0 is not in 1..1439",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argv", "line"), REFUSED, ids=[" ".join(argv) or "empty" for argv, _ in REFUSED])
+def test_flags_are_refused_with_one_line_when_they_cannot_be_read(argv: list[str], line: str) -> None:
+    assert refusal(*argv) == line
+
+
+def test_a_bad_regular_expression_is_refused_with_its_reason() -> None:
+    assert refusal("--iface-regex=(").startswith("--iface-regex=(: must be a regular expression (missing )")
+
+
+def test_renew_margin_out_of_range_is_fatal_also_from_the_environment() -> None:
+    assert refusal(FLANNELD_SUBNET_LEASE_RENEW_MARGIN="2000").startswith("Invalid subnet-lease-renew-margin option")
+
+
+STORES = "is not built yet; built: local, file (--store local[:PATH] or --store file:PATH)"
+NOT_BUILT = [
+    (["--store=etcd"], f"--store etcd {STORES}"),
+    (["--store", "kube"], f"--store kube {STORES}"),
+    (["--kube-subnet-mgr"], f"--kube-subnet-mgr {STORES}"),
+    (["--kube-api-url=http://x"], f"--kube-api-url {STORES}"),
+    (["--kubeconfig-file=/x"], f"--kubeconfig-file {STORES}"),
+    (["--kube-annotation-prefix=x.org"], f"--kube-annotation-prefix {STORES}"),
+    (["--etcd-endpoints=http://127.0.0.1:2379"], f"--etcd-endpoints {STORES}"),
+    (["--etcd-prefix=/coreos.com/network"], f"--etcd-prefix {STORES}"),
+    (["--etcd-password=secret"], f"--etcd-password {STORES}"),
+    (["--ip-masq"], "--ip-masq is not built yet; leave it out"),
+    (["--ip-blackhole-route"], "--ip-blackhole-route is not built yet; leave it out"),
+    (["--iptables-forward-rules"], "--iptables-forward-rules is not built yet; leave it out"),
+]
+
+
+@pytest.mark.parametrize(("argv", "line"), NOT_BUILT, ids=[argv[0] for argv, _ in NOT_BUILT])
+def test_a_flag_names_itself_when_it_asks_for_what_is_not_built(argv: list[str], line: str) -> None:
+    assert refusal("--store=local", *argv) == line
+
+
+def test_a_variable_names_itself_when_it_asks_for_what_is_not_built() -> None:
+    assert refusal(FLANNELD_ETCD_PASSWORD="secret") == f"FLANNELD_ETCD_PASSWORD {STORES}"
+    assert refusal(FLANNELD_STORE="etcd") == f"--store etcd {STORES}"
+
+
+def test_flags_of_what_is_not_built_are_accepted_when_they_ask_for_nothing() -> None:
+    options = parse(
+        "--ip-masq=false",
+        "--ip-blackhole-route=false",
+        "--iptables-forward-rules=false",
+        "--iptables-resync=9",
+        "--ip-masq-fully-random-disable",
+        "--kube-subnet-mgr=false",
+        "--kubeconfig-file=",
+        "--set-node-network-unavailable=false",
+        "--vmodule=a=1",
+        "--log_backtrace_at=a.go:1",
+    )
+    assert options == parse()
+
+
+def test_flanneld_means_etcd_when_no_store_is_named() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_daemon_flags([], {}, as_flanneld=True)
+    assert str(caught.value).startswith("no store named means etcd, which is not built yet; built: local, file")
+    assert parse_daemon_flags(["--store=local"], {}, as_flanneld=True).store.kind is StoreKind.LOCAL
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["--help"], ["-help"], ["--mtu=1400", "-h", "--no-such"]])
+def test_help_is_asked_for_in_each_of_gos_forms_and_nothing_else_matters(argv: list[str]) -> None:
+    assert parse_daemon_flags(argv, {"FLANNELD_STORE": "etcd"}, as_flanneld=True).help
+
+
+def test_version_can_be_asked_for_whatever_the_environment_says() -> None:
+    environ = {"FLANNELD_STORE": "etcd", "FLANNELD_SUBNET_LEASE_RENEW_MARGIN": "0"}
+    assert parse_daemon_flags(["-version"], environ, as_flanneld=True).version
+    assert parse(FLANNELD_VERSION="true").version
+
+
+def test_help_names_every_flag_its_default_and_what_is_not_built() -> None:
+    text = flag_help()
+    for flag in ALL_FLAGS:
+        assert f"  --{flag.name}" in text
+    assert "default /run/flannel/subnet.env" in text
+    assert "masquerade what leaves the overlay; not built yet" in text
+    assert max(map(len, text.splitlines())) <= 110
+    assert "--release" not in text
+    assert "--release" in flag_help(cleanup=True)
+
+
+def test_cleanup_takes_the_daemons_flags_and_release() -> None:
+    options, release = parse_cleanup_flags(["--run-dir=/r", "--release", "--state-dir", "/s"], {})
+    assert release
+    assert (options.run_dir, options.store.path) == (Path("/r"), Path("/s/leases.db"))
+    assert parse_cleanup_flags(["--node", "--release"], {})[1] is False
+
+
+def test_release_is_no_flag_of_the_daemon() -> None:
+    assert refusal("--release") == "unknown flag --release"

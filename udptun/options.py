@@ -1,0 +1,490 @@
+"""The daemon's flags and environment.  Pure: argv and environ in, Options or UsageError out.
+
+FLAGS is the whole truth: name, kind, default, help and whether what it asks for is built.  The syntax is that
+of Go's flag package: `-x` and `--x` alike, `--x=v` or `--x v` (the next word is the value whatever it looks
+like), a boolean takes its value only after `=`, the last of several wins unless the flag is a list.  A flag that
+the command line lacks is read from FLANNELD_<NAME>, by flannel's rules: an empty variable counts as unset, a bad
+one costs a warning and leaves the default, a list gets one element.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any
+
+from udptun.config import PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck, did_you_mean
+from udptun.errors import UsageError
+
+DEFAULT_RUN_DIR = Path("/run/udptun")
+ENVIRONMENT_PREFIX = "FLANNELD_"
+RENEW_MARGINS_MIN = range(1, 1440)
+"""What --subnet-lease-renew-margin may be, minutes: a lease lasts 24 h (flannel main.go)."""
+
+
+class StoreKind(Enum):
+    """The stores that are built."""
+
+    LOCAL = "local"
+    FILE = "file"
+
+
+_ETCD, _KUBE = "etcd", "Kubernetes"
+_UNBUILT_STORES = ("etcd", "kube")
+_BUILT_STORES = "built: local, file (--store local[:PATH] or --store file:PATH)"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """Where the leases live: --store KIND:PATH."""
+
+    kind: StoreKind
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}:{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line and the environment say.  A field has its flag's name, with `_` for `-`.
+
+    `subnet_lease_renew_margin` is in minutes, `mtu` is the underlay's in bytes.  None means "not given" where a
+    default would hide whether the configuration may decide.
+    """
+
+    iface: tuple[str, ...]
+    iface_regex: tuple[str, ...]
+    iface_can_reach: IPv4Address | None
+    public_ip: IPv4Address | None
+    public_ipv6: IPv6Address | None
+    subnet_file: Path
+    subnet_lease_renew_margin: int
+    net_config_path: Path
+    ip_masq: bool
+    healthz_ip: str
+    healthz_port: int
+    v: int
+    store: StoreSpec
+    mtu: int | None
+    workers: int | None
+    source_check: SourceCheck | None
+    run_dir: Path
+    state_dir: Path
+    node: str
+
+    store_is_named: bool
+    """False: nobody chose a store, and `store` is the local one; see `store_warning`."""
+    notify_socket: str
+    """NOTIFY_SOCKET of systemd, empty without it."""
+    warnings: tuple[str, ...]
+    """Environment variables that were ignored, a line each, for the log."""
+    help: bool
+    version: bool
+    """With either set, print that and do nothing else."""
+
+    @property
+    def store_warning(self) -> str | None:
+        """The line to log loudly when the store was not chosen but assumed."""
+        if self.store_is_named:
+            return None
+        return (
+            f"no --store named: using {self.store}, which serves this one machine only; other hosts will not be reached"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag.  `parse` turns its text into the value or raises ValueError with the reason.
+
+    A flag that is not `built` may be given as long as it asks for nothing: false, or an empty text.
+    """
+
+    name: str
+    parse: Callable[[str], object]
+    default: object
+    value_name: str
+    help: str
+    repeatable: bool = False
+    built: bool = True
+
+    @property
+    def is_boolean(self) -> bool:
+        return self.parse is _boolean
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that stands in for the flag."""
+        return ENVIRONMENT_PREFIX + self.name.upper().replace("-", "_")
+
+
+_TRUE = ("1", "t", "T", "TRUE", "true", "True")
+_FALSE = ("0", "f", "F", "FALSE", "false", "False")
+
+
+def _boolean(text: str) -> bool:
+    """Go's strconv.ParseBool."""
+    if text not in _TRUE + _FALSE:
+        raise ValueError("must be true or false")
+    return text in _TRUE
+
+
+def _integer(text: str) -> int:
+    """Go's strconv.ParseInt with base 0: decimal, 0x, 0o, 0b, and a leading 0 for octal."""
+    try:
+        return int(text, 8) if re.fullmatch(r"[+-]?0[0-9_]+", text) else int(text, 0)
+    except ValueError:
+        raise ValueError("must be an integer") from None
+
+
+def _integer_in(allowed: range) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = _integer(text)
+        if value not in allowed:
+            raise ValueError(f"must be {allowed.start}..{allowed.stop - 1}")
+        return value
+
+    return parse
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("must be a path")
+    return Path(text)
+
+
+def _ipv4_or_none(text: str) -> IPv4Address | None:
+    """To flannel an empty address is none given: manifests pass variables that may be empty."""
+    try:
+        return IPv4Address(text) if text else None
+    except ValueError:
+        raise ValueError("must be an IPv4 address") from None
+
+
+def _ipv6_or_none(text: str) -> IPv6Address | None:
+    try:
+        return IPv6Address(text) if text else None
+    except ValueError:
+        raise ValueError("must be an IPv6 address") from None
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as exc:
+        raise ValueError(f"must be a regular expression ({exc})") from None
+    return text
+
+
+def _source_check(text: str) -> SourceCheck:
+    try:
+        return SourceCheck(text)
+    except ValueError:
+        raise ValueError("must be off, peer or strict") from None
+
+
+def _store(text: str) -> tuple[StoreKind, Path | None]:
+    """Kind and path; the path of a bare `local` is settled once --state-dir is known."""
+    kind, colon, path = text.partition(":")
+    if kind in _UNBUILT_STORES:
+        raise UsageError(f"--store {kind} is not built yet; {_BUILT_STORES}")
+    if kind not in [known.value for known in StoreKind]:
+        raise ValueError("must be local[:PATH] or file:PATH")
+    if path:
+        return StoreKind(kind), Path(path)
+    if colon or kind == StoreKind.FILE.value:
+        raise ValueError(f"needs a path: {kind}:PATH")
+    return StoreKind(kind), None
+
+
+FLAGS: Mapping[str, tuple[Flag, ...]] = {
+    "This host": (
+        Flag(
+            "iface",
+            str,
+            (),
+            "IFACE",
+            "interface to the other hosts, name or address; tried in order",
+            repeatable=True,
+        ),
+        Flag(
+            "iface-regex",
+            _regex,
+            (),
+            "REGEX",
+            "regular expression for it, tried after --iface",
+            repeatable=True,
+        ),
+        Flag(
+            "iface-can-reach",
+            _ipv4_or_none,
+            None,
+            "IP",
+            "the interface that reaches this address, tried last",
+        ),
+        Flag(
+            "public-ip",
+            _ipv4_or_none,
+            None,
+            "IP",
+            "address that the other hosts send to, if not the interface's",
+        ),
+        Flag("public-ipv6", _ipv6_or_none, None, "IP", "the same for IPv6"),
+        Flag("node", str, "", "NAME", "this host's NodeName in a leases file (--store file)"),
+    ),
+    "Leases": (
+        Flag(
+            "store",
+            _store,
+            None,
+            "STORE",
+            "where leases live: local[:PATH], file:PATH; not built yet: etcd, kube",
+        ),
+        Flag(
+            "subnet-lease-renew-margin",
+            _integer,
+            60,
+            "MINUTES",
+            "renew this long before the lease expires, 1..1439",
+        ),
+        Flag(
+            "net-config-path",
+            _path,
+            Path("/etc/kube-flannel/net-conf.json"),
+            "FILE",
+            "network configuration, for the local and file stores",
+        ),
+        Flag(
+            "subnet-file",
+            _path,
+            Path("/run/flannel/subnet.env"),
+            "FILE",
+            "where to write the subnet and MTU in use",
+        ),
+    ),
+    "Tunnel": (
+        Flag(
+            "mtu",
+            _integer_in(UNDERLAY_MTUS),
+            None,
+            "BYTES",
+            "the underlay's MTU, over Backend.MTU and the interface's",
+        ),
+        Flag("workers", _integer_in(WORKERS), None, "N", "datapath threads, over Backend.Workers"),
+        Flag("source-check", _source_check, None, "WHICH", "off, peer or strict, over Backend.SourceCheck"),
+    ),
+    "Running": (
+        Flag("run-dir", _path, DEFAULT_RUN_DIR, "DIR", "sockets"),
+        Flag("state-dir", _path, Path("/var/lib/udptun"), "DIR", "what outlives a reboot: node id, last leases"),
+        Flag("healthz-ip", str, "0.0.0.0", "IP", "address of /healthz and /readyz"),
+        Flag("healthz-port", _integer_in(range(PORTS.stop)), 0, "PORT", "their TCP port; 0: do not serve them"),
+        Flag("v", _integer, 0, "LEVEL", "log level; 1 and more: debug"),
+        Flag("vmodule", str, "", "PATTERNS", "accepted as flannel's; no effect"),
+        Flag("log_backtrace_at", str, "", "LINE", "accepted as flannel's; no effect"),
+        Flag("version", _boolean, False, "", "print the version and exit"),
+    ),
+    "Firewall": (
+        Flag("ip-masq", _boolean, False, "", "masquerade what leaves the overlay", built=False),
+        Flag("ip-masq-fully-random-disable", _boolean, False, "", "no effect without --ip-masq"),
+        # True is flannel's default, so only a person who wrote it down asks for it.
+        Flag("iptables-forward-rules", _boolean, True, "", "accept overlay traffic in FORWARD", built=False),
+        Flag("iptables-resync", _integer, 5, "SECONDS", "no effect without firewall rules"),
+        Flag("ip-blackhole-route", _boolean, False, "", "blackhole route for the own subnet", built=False),
+    ),
+    _ETCD: (
+        Flag(
+            "etcd-endpoints",
+            str,
+            "http://127.0.0.1:4001,http://127.0.0.1:2379",
+            "URLS",
+            "comma-separated",
+            built=False,
+        ),
+        Flag("etcd-prefix", str, "/coreos.com/network", "PREFIX", "", built=False),
+        Flag("etcd-keyfile", str, "", "FILE", "", built=False),
+        Flag("etcd-certfile", str, "", "FILE", "", built=False),
+        Flag("etcd-cafile", str, "", "FILE", "", built=False),
+        Flag("etcd-username", str, "", "NAME", "", built=False),
+        Flag("etcd-password", str, "", "PASSWORD", "", built=False),
+    ),
+    _KUBE: (
+        Flag("kube-subnet-mgr", _boolean, False, "", "leases as node annotations", built=False),
+        Flag("kube-api-url", str, "", "URL", "", built=False),
+        Flag("kubeconfig-file", str, "", "FILE", "", built=False),
+        Flag("kube-annotation-prefix", str, "flannel.alpha.coreos.com", "PREFIX", "", built=False),
+        Flag("set-node-network-unavailable", _boolean, True, "", "no effect outside Kubernetes"),
+    ),
+}
+"""Every flag, under the heading that the help puts it."""
+
+_RELEASE = Flag("release", _boolean, False, "", "give the lease back too; without it the host finds it again")
+
+
+def parse_daemon_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> Options:
+    """The options of `udptun daemon`, or of `flanneld` with `as_flanneld`; `argv` begins after the command.
+
+    The one difference: with no store named, flannel means etcd on this host, and `udptun daemon` the local store.
+    Raises UsageError with one line.
+    """
+    return _Given(argv, environ, _by_name()).options(as_flanneld)
+
+
+def parse_cleanup_flags(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Options, bool]:
+    """The options of `udptun cleanup`, which takes every flag of the daemon, and whether --release is given."""
+    given = _Given(argv, environ, _by_name() | {_RELEASE.name: _RELEASE})
+    return given.options(as_flanneld=False), given.values[_RELEASE.name]
+
+
+def flag_help(*, cleanup: bool = False) -> str:
+    """What `--help` says about the flags; with `cleanup`, `--release` among them."""
+    lines = ["  --release", f"        {_RELEASE.help}"] if cleanup else []
+    for topic, flags in FLAGS.items():
+        lines += ["", f"{topic}:"]
+        for flag in flags:
+            lines.append(f"  --{flag.name}{' ' if flag.value_name else ''}{flag.value_name}")
+            default = str(flag.default).lower() if flag.is_boolean else str(flag.default or "")
+            remarks = [
+                flag.help,
+                "" if flag.built else "not built yet",
+                "may be repeated" if flag.repeatable else "",
+                f"default {default}" if default not in ("", "false") else "",
+            ]
+            lines.append(f"        {'; '.join(remark for remark in remarks if remark)}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Flags are written -x or --x, with =VALUE or VALUE as the next word; booleans as --x or --x=false.",
+            f"Each can be given as {ENVIRONMENT_PREFIX}<NAME> instead, as in {ENVIRONMENT_PREFIX}SUBNET_FILE.",
+        ]
+    )
+
+
+def _by_name() -> dict[str, Flag]:
+    return {flag.name: flag for topic in FLAGS.values() for flag in topic}
+
+
+class _Given:
+    """What argv and the environment give: a value per flag, and where it was said."""
+
+    def __init__(self, argv: Sequence[str], environ: Mapping[str, str], flags: Mapping[str, Flag]) -> None:
+        self._flags = flags
+        self._environ = environ
+        self.values: dict[str, Any] = {name: flag.default for name, flag in flags.items()}  # each flag's own type
+        self._said: dict[str, str] = {}
+        self._warnings: list[str] = []
+        self._help = False
+        for flag, text in self._scan(argv):
+            try:
+                self._take(flag, text, f"--{flag.name}")
+            except ValueError as exc:
+                raise UsageError(f"--{flag.name}={text}: {exc}") from None
+        for name, flag in flags.items():
+            text = environ.get(flag.variable, "")
+            if text and name not in self._said and not self._is_question:
+                try:
+                    self._take(flag, text, flag.variable)
+                except ValueError as exc:
+                    self._warnings.append(f"{flag.variable}={text}: {exc}; ignored, as flannel does")
+
+    @property
+    def _is_question(self) -> bool:
+        """Only help or the version is wanted: nothing else matters then."""
+        return self._help or bool(self.values["version"])
+
+    def _take(self, flag: Flag, text: str, said: str) -> None:
+        value = flag.parse(text)
+        if flag.repeatable:
+            value = self.values[flag.name] + ((value,) if text else ())
+        self.values[flag.name] = value
+        self._said[flag.name] = said
+
+    def _scan(self, argv: Sequence[str]) -> Iterator[tuple[Flag, str]]:
+        """Flags with their texts, in order, by the rules of Go's flag.Parse."""
+        words = iter(argv)
+        for word in words:
+            if word == "--":
+                for rest in words:
+                    raise UsageError(_unexpected(rest))
+                return
+            match = re.fullmatch(r"--?([^-=][^=]*)(=.*)?", word, re.DOTALL)
+            if match is None:
+                raise UsageError(_unexpected(word))
+            name, text = match.groups()
+            if name in ("h", "help"):
+                self._help = True
+                return
+            flag = self._flags.get(name)
+            if flag is None:
+                raise UsageError(f"unknown flag --{name}{did_you_mean(name, self._flags, '--')}")
+            if text is not None:
+                yield flag, text[1:]
+            elif flag.is_boolean:
+                yield flag, "true"
+            else:
+                value = next(words, None)
+                if value is None:
+                    raise UsageError(f"--{name} needs a value: {flag.value_name}")
+                yield flag, value
+
+    def options(self, as_flanneld: bool) -> Options:
+        """Check what no flag can check alone."""
+        values = self.values
+        if not self._is_question:
+            self._refuse_unbuilt()
+            margin = values["subnet-lease-renew-margin"]
+            if margin not in RENEW_MARGINS_MIN:
+                raise UsageError(
+                    "Invalid subnet-lease-renew-margin option, out of acceptable range: "
+                    f"{margin} is not in {RENEW_MARGINS_MIN.start}..{RENEW_MARGINS_MIN.stop - 1}"
+                )
+            if as_flanneld and values["store"] is None:
+                raise UsageError(f"no store named means etcd, which is not built yet; {_BUILT_STORES}")
+        kind, path = values["store"] or (StoreKind.LOCAL, None)
+        return Options(
+            iface=values["iface"],
+            iface_regex=values["iface-regex"],
+            iface_can_reach=values["iface-can-reach"],
+            public_ip=values["public-ip"],
+            public_ipv6=values["public-ipv6"],
+            subnet_file=values["subnet-file"],
+            subnet_lease_renew_margin=values["subnet-lease-renew-margin"],
+            net_config_path=values["net-config-path"],
+            ip_masq=values["ip-masq"],
+            healthz_ip=values["healthz-ip"],
+            healthz_port=values["healthz-port"],
+            v=values["v"],
+            store=StoreSpec(kind, path or values["state-dir"] / "leases.db"),
+            mtu=values["mtu"],
+            workers=values["workers"],
+            source_check=values["source-check"],
+            run_dir=values["run-dir"],
+            state_dir=values["state-dir"],
+            node=values["node"],
+            store_is_named=values["store"] is not None,
+            notify_socket=self._environ.get("NOTIFY_SOCKET", ""),
+            warnings=tuple(self._warnings),
+            help=self._help,
+            version=values["version"],
+        )
+
+    def _refuse_unbuilt(self) -> None:
+        for topic, flags in FLAGS.items():
+            instead = _BUILT_STORES if topic in (_ETCD, _KUBE) else "leave it out"
+            for flag in flags:
+                said = self._said.get(flag.name)
+                if said is not None and self.values[flag.name] and not flag.built:
+                    # Without the value: it may be a password.
+                    raise UsageError(f"{said} is not built yet; {instead}")
+
+
+def _unexpected(word: str) -> str:
+    if word.startswith("-") and word.strip("-"):
+        return f"bad flag syntax: {word}"
+    if word in _TRUE + _FALSE:
+        return f"unexpected argument {word!r}; a boolean takes its value after =, as in --ip-masq={word}"
+    return f"unexpected argument {word!r}; the daemon takes flags only"
