@@ -1,0 +1,442 @@
+"""The control plane: its stages, signals and end.  The only owner of lifecycle.
+
+    lock the run directory -> config -> underlay interface -> tunnel (adopted, or queues and socket) -> lease
+    -> peer table -> datapath -> kernel state -> subnet.env -> ready -> follow leases, repair, serve status
+
+What is undone at the end is undone in reverse by one AsyncExitStack.  The datapath, its device and routes and the
+lease are not: they are left behind for the next daemon, and `udptun cleanup` removes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, fields
+from http import HTTPStatus
+from ipaddress import IPv4Network
+from pathlib import Path
+
+from udptun import __version__, notify, reconcile, state, status, subnet_env, underlay
+from udptun.allocate import Identity, chooser
+from udptun.backends import udp
+from udptun.backends.base import DesiredState
+from udptun.config import NetConf, SourceCheck, check_underlay, mtu_for, parse_net_conf
+from udptun.datapath.stats import PeerStats
+from udptun.datapath.table import Remote, Settings
+from udptun.datapath.tunnel import Tunnel
+from udptun.errors import ConfigError, KernelError, UdptunError
+from udptun.http import Response, Routes, serve
+from udptun.lease import EventType, Lease, LeaseAttrs, LeaseEvent
+from udptun.membership import Membership
+from udptun.netlink import Netlink
+from udptun.options import Options, StoreKind
+from udptun.reconcile import Reconciler
+from udptun.stores.base import Store
+from udptun.stores.file import FileStore
+from udptun.stores.local import LocalStore
+from udptun.tun import TUN_NAME
+from udptun.underlay import Underlay, Wish
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = "daemon.lock"
+"""In the run directory; flock()ed by the daemon, whose pid it holds."""
+_DEFAULT_WORKERS = 1
+
+
+def run(options: Options) -> int:
+    """Run the daemon until SIGTERM or SIGINT; return its exit status (0: stopped as asked)."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
+    )
+    # Not the root logger's level: pyroute2 would print every netlink message.
+    logging.getLogger("udptun").setLevel(logging.DEBUG if options.v >= 1 else logging.INFO)
+    for warning in options.warnings:
+        log.warning("%s", warning)
+    if options.store_warning:
+        log.warning("%s", options.store_warning)
+    try:
+        asyncio.run(Daemon(options).run())
+    except UdptunError as exc:
+        problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
+        for problem in problems:
+            log.error("%s", problem)
+        return exc.exit_status
+    return 0
+
+
+def open_store(options: Options) -> Store:
+    """The store that --store names; nothing is read or written yet."""
+    path = options.store.path
+    match options.store.kind:
+        case StoreKind.LOCAL:
+            return LocalStore(path, options.net_config_path)
+        case StoreKind.FILE:
+            return FileStore(path, options.net_config_path, options.node or None)
+
+
+def lock_run_dir(run_dir: Path) -> int:
+    """Be the only daemon of this run directory.  The descriptor returned holds the lock; the caller owns it."""
+    path = run_dir / LOCK_FILE
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise KernelError(f"cannot open {path}", exc.errno or 0, "run as root?") from exc
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(fd, 32).decode(errors="replace").strip()
+        os.close(fd)
+        raise UdptunError(
+            f"another udptun daemon (pid {pid or 'unknown'}) uses {run_dir}; "
+            "stop it, or give this one a --run-dir of its own"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """What SIGHUP can change.  `mtu` is flannel0's, bytes."""
+
+    mtu: int
+    workers: int
+    source_check: SourceCheck
+
+
+class Daemon:
+    """One run of the control plane."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._started_s = time.time()
+        self._is_ready = False
+        self._reload = asyncio.Event()
+        # Set by the stages of _serve, in this order.
+        self._conf: NetConf
+        self._underlay: Underlay
+        self._live: _Live
+        self._tunnel: Tunnel
+        self._membership: Membership
+        self._reconciler: Reconciler
+        self._me: Identity
+
+    async def run(self) -> None:
+        """Serve until a signal says stop.  Raises what ended it otherwise."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload.set)
+        serving = asyncio.create_task(self._serve())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not serving.done():
+            self._notify(notify.STOPPING)
+            serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            try:
+                await serving
+            except BaseExceptionGroup as group:
+                # A task group wraps the one failure that ended it.
+                raise _first(group) from group
+        if self._is_ready:
+            log.info("stopped; the tunnel forwards on without the daemon, `udptun cleanup` ends and removes it")
+
+    # ------------------------------------------------------------------------------------------------- stages
+
+    async def _serve(self) -> None:
+        options = self._options
+        async with AsyncExitStack() as undo:
+            self._make_directories()
+            undo.callback(os.close, lock_run_dir(options.run_dir))
+            await self._serve_health(undo)
+            store = open_store(options)
+            undo.push_async_callback(store.aclose)
+            self._conf = await self._read_config(store)
+            self._underlay = await self._pick_underlay()
+            check_underlay(self._conf, self._underlay.address)
+            self._live = self._live_settings(self._conf)
+            self._me = Identity(self._underlay.public_ip, self._conf.backend.port, state.node_id(options.state_dir))
+            self._tunnel = await Tunnel.open(
+                options.run_dir, self._underlay.address, self._conf.backend.port, self._live.workers
+            )
+            undo.callback(self._tunnel.detach)
+            undo.push_async_exit(self._undo_failed_start)
+            await self._join(store)
+            await self._start_forwarding()
+            self._write_subnet_env()
+            self._is_ready = True
+            self._notify(notify.READY)
+            log.info(
+                "ready subnet=%s mtu=%d n_peers=%d",
+                self._membership.own.subnet,
+                self._live.mtu,
+                len(self._membership.table.peers),
+            )
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._membership.run(), name="membership")
+                tasks.create_task(self._reconciler.run(), name="reconcile")
+                tasks.create_task(self._tunnel.datapath.supervise(), name="supervise datapath")
+                tasks.create_task(self._reload_on_signal(store), name="reload")
+
+    def _make_directories(self) -> None:
+        for directory in (self._options.run_dir, self._options.state_dir):
+            try:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as exc:
+                raise KernelError(f"cannot make the directory {directory}", exc.errno or 0, "run as root?") from exc
+
+    async def _serve_health(self, undo: AsyncExitStack) -> None:
+        options = self._options
+        routes: Routes = {"/healthz": self._healthz, "/readyz": self._readyz}
+        servers = [await serve({**routes, "/status": self._status}, options.run_dir / status.SOCKET_NAME)]
+        if options.healthz_port:
+            servers.append(await serve(routes, (options.healthz_ip, options.healthz_port)))
+        for server in servers:
+            undo.callback(server.close)
+
+    async def _read_config(self, store: Store) -> NetConf:
+        conf = parse_net_conf(await store.network_config(), str(self._options.net_config_path))
+        for note in conf.notes:
+            log.warning("%s", note)
+        return conf
+
+    async def _pick_underlay(self) -> Underlay:
+        options = self._options
+        wish = Wish(options.iface, options.iface_regex, options.iface_can_reach, options.public_ip)
+        async with Netlink() as kernel:
+            reach = None
+            if wish.can_reach is not None:
+                with contextlib.suppress(KernelError):
+                    reach = await kernel.route_get(wish.can_reach)
+            found = underlay.pick(
+                wish, await kernel.links(), await kernel.addresses(), await kernel.routes(), reach
+            )
+        log.info(
+            "underlay chosen iface=%s address=%s public_ip=%s mtu=%d",
+            found.link_name,
+            found.address,
+            found.public_ip,
+            found.mtu,
+        )
+        return found
+
+    def _live_settings(self, conf: NetConf) -> _Live:
+        """A flag says it for this host, the configuration for all, the interface when nobody does."""
+        options, backend = self._options, conf.backend
+        return _Live(
+            mtu_for(options.mtu or backend.mtu or self._underlay.mtu),
+            options.workers or backend.workers or _DEFAULT_WORKERS,
+            options.source_check or backend.source_check,
+        )
+
+    async def _join(self, store: Store) -> None:
+        """Get our lease, now that device and socket are sure."""
+        conf, options = self._conf, self._options
+        previous, wrong = subnet_env.read_previous(options.subnet_file)
+        if wrong:
+            log.warning("previous subnet ignored: %s", wrong)
+        attrs = LeaseAttrs(
+            self._underlay.public_ip,
+            backend_type="udp",
+            backend_data={"Port": conf.backend.port, "NodeID": self._me.node_id, "Udptun": 1},
+        )
+        self._membership = Membership(
+            store,
+            conf,
+            self._me,
+            options.state_dir,
+            60.0 * options.subnet_lease_renew_margin,
+            self._peers_changed,
+        )
+        await self._membership.join(attrs, chooser(conf, self._me, previous, random.SystemRandom()))
+        self._tunnel.configure(self._settings())
+        if not self._tunnel.is_adopted:
+            # An adopted datapath has a table that is younger than the one on disk.
+            await self._membership.recall()
+        await self._membership.catch_up()
+        self._tunnel.set_peers(self._remotes(self._membership.table.peers.values()))
+        await self._tunnel.publish()
+
+    async def _start_forwarding(self) -> None:
+        await self._tunnel.start()
+        self._reconciler = Reconciler(self._desired(), self._tunnel.tun)
+        outcome = await self._reconciler.converge()
+        if outcome.failures:
+            raise UdptunError(f"cannot set up {TUN_NAME}: {'; '.join(outcome.failures)}")
+
+    async def _undo_failed_start(self, *_exc: object) -> None:
+        """A start that failed leaves no device behind that it made; an adopted tunnel forwards on."""
+        if self._is_ready or self._tunnel.is_adopted:
+            return
+        await self._tunnel.datapath.stop()
+        await reconcile.remove([TUN_NAME])
+
+    # ---------------------------------------------------------------------------------------- while it runs
+
+    async def _peers_changed(self, events: Sequence[LeaseEvent]) -> None:
+        """Apply to the datapath what changed among the usable peers."""
+        self._tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
+        self._tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
+        await self._tunnel.publish()
+
+    async def _reload_on_signal(self, store: Store) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            self._notify(notify.reloading())
+            try:
+                await self._apply_config(await self._read_config(store))
+            except UdptunError as exc:
+                for problem in exc.problems if isinstance(exc, ConfigError) else (str(exc),):
+                    log.error("nothing reloaded: %s", problem)
+            self._notify(notify.READY)
+
+    async def _apply_config(self, conf: NetConf) -> None:
+        """Change what can change while packets flow; name what cannot."""
+        check_underlay(conf, self._underlay.address)
+        live = self._live_settings(conf)
+        for key in _needs_restart(self._conf, conf):
+            log.warning("config changed, takes effect with the next start key=%s", key)
+        before, self._live = self._live, live
+        if live.workers != before.workers:
+            await self._tunnel.rebind(self._underlay.address, self._conf.backend.port, live.workers)
+        if (live.mtu, live.source_check) != (before.mtu, before.source_check):
+            self._tunnel.configure(self._settings())
+            self._tunnel.add_peers(self._remotes(self._membership.table.peers.values()))
+            await self._tunnel.publish()
+        if live.mtu != before.mtu:
+            self._reconciler.set_desired(self._desired())
+            self._write_subnet_env()
+        log.info("config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value)
+
+    # ------------------------------------------------------------------------------------------------- values
+
+    def _settings(self) -> Settings:
+        return Settings(
+            self._conf.network,
+            self._membership.own.subnet,
+            self._underlay.address,
+            self._live.mtu,
+            self._live.source_check,
+        )
+
+    def _desired(self) -> DesiredState:
+        return udp.desired(self._conf.network, self._membership.own.subnet, self._live.mtu, TUN_NAME)
+
+    def _remotes(self, leases: Iterable[Lease]) -> dict[IPv4Network, Remote]:
+        """Where the peers with these leases are."""
+        port = self._conf.backend.port
+        return {
+            lease.subnet: Remote(lease.attrs.public_ip, lease.attrs.port(port), lease.attrs.is_udptun)
+            for lease in leases
+        }
+
+    def _write_subnet_env(self) -> None:
+        subnets = self._membership.own.subnets
+        text = subnet_env.render(self._conf, subnets, self._live.mtu, self._options.ip_masq)
+        subnet_env.write(self._options.subnet_file, text)
+
+    def _notify(self, message: str) -> None:
+        try:
+            notify.notify(self._options.notify_socket, message)
+        except OSError as exc:
+            log.warning("cannot tell the service manager state=%s error=%s", message.split("\n")[0], exc)
+
+    # --------------------------------------------------------------------------------------------------- HTTP
+
+    def _healthz(self) -> Response:
+        return Response(HTTPStatus.OK, "flanneld is running")
+
+    def _readyz(self) -> Response:
+        if self._is_ready:
+            return Response(HTTPStatus.OK, "flanneld is ready")
+        return Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet")
+
+    def _status(self) -> Response:
+        if not self._is_ready:
+            message = "the daemon is not ready yet; its log says what it waits for\n"
+            return Response(HTTPStatus.SERVICE_UNAVAILABLE, message)
+        return Response(HTTPStatus.OK, json.dumps(self._document()) + "\n", "application/json")
+
+    def _document(self) -> dict[str, object]:
+        """What docs/status.md describes."""
+        own, table, stats = self._membership.own, self._tunnel.table, self._tunnel.stats
+        port = self._conf.backend.port
+        peers = []
+        for lease in sorted(self._membership.table.peers.values(), key=lambda lease: lease.subnet):
+            index = table.index_of(lease.subnet)
+            peers.append(
+                {
+                    "subnet": str(lease.subnet),
+                    "public_ip": str(lease.attrs.public_ip),
+                    "port": lease.attrs.port(port),
+                    "udptun": lease.attrs.is_udptun,
+                    "expires_at": lease.expires_s,
+                    **asdict(stats.peer(index) if index is not None else PeerStats()),
+                }
+            )
+        active = self._tunnel.datapath.active
+        standbys = [process.pid for process in self._tunnel.datapath.processes if process is not active]
+        return {
+            "schema": status.SCHEMA,
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - self._started_s, 1),
+            "store": str(self._options.store),
+            "network": str(self._conf.network),
+            "lease": {
+                "subnet": str(own.subnet),
+                "public_ip": str(own.attrs.public_ip),
+                "port": port,
+                "node_id": self._me.node_id,
+                "expires_at": own.expires_s,
+            },
+            "underlay": {
+                "interface": self._underlay.link_name,
+                "address": str(self._underlay.address),
+                "mtu": self._underlay.mtu,
+            },
+            "backend": {
+                "type": "udp",
+                "device": TUN_NAME,
+                "mtu": self._live.mtu,
+                "source_check": self._live.source_check.value,
+            },
+            "datapath": {
+                "pid": active.pid if active else None,
+                "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
+                "standby_pids": standbys,
+                "workers": [worker.name.lower() for worker in stats.states(self._live.workers)],
+            },
+            "peers": peers,
+            "skipped": list(self._membership.skipped),
+            "counters": stats.counters(),
+            "problems": list(self._reconciler.last.problems),
+        }
+
+
+def _needs_restart(old: NetConf, new: NetConf) -> list[str]:
+    """The settings, by field name, that differ and that SIGHUP does not change."""
+    keys = [field.name for field in fields(NetConf) if field.name not in ("backend", "notes")]
+    changed = [key for key in keys if getattr(old, key) != getattr(new, key)]
+    return changed + (["backend.port"] if old.backend.port != new.backend.port else [])
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first failure in a group, groups within it opened."""
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,0 +1,113 @@
+"""`udptun status`: ask the live daemon, show what it says.
+
+The document is docs/status.md's, schema 1: keys are only ever added.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from udptun.errors import UdptunError
+
+SCHEMA = 1
+SOCKET_NAME = "udptun.sock"
+"""In the run directory; speaks HTTP."""
+
+_TIMEOUT_S = 5.0
+
+Document = Mapping[str, Any]
+
+
+def show(run_dir: Path, as_json: bool) -> int:
+    """Print the status of the daemon that uses `run_dir`.  Raises UdptunError when there is none."""
+    text = fetch(run_dir)
+    sys.stdout.write(text if as_json else render(json.loads(text), time.time()))
+    return 0
+
+
+def fetch(run_dir: Path) -> str:
+    """The status document's text, from the daemon's socket.  Raises UdptunError."""
+    path = run_dir / SOCKET_NAME
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        try:
+            connection.connect(str(path))
+            connection.sendall(b"GET /status HTTP/1.1\r\nHost: udptun\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        except TimeoutError:
+            raise UdptunError(f"the daemon at {path} does not answer within {_TIMEOUT_S:.0f} s") from None
+        except OSError as exc:
+            raise UdptunError(
+                f"no udptun daemon answers at {path}: {exc.strerror or exc}; is it running, and with this --run-dir?"
+            ) from exc
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    if " 200 " not in head.split("\r\n", 1)[0]:
+        raise UdptunError(body.strip() or f"the daemon at {path} answered {head.split(chr(13), 1)[0]!r}")
+    return body
+
+
+def render(document: Document, now_s: float) -> str:
+    """The document for people.  `now_s` (Unix seconds) turns times of expiry into what is left."""
+    lease, underlay, backend, datapath = (document[key] for key in ("lease", "underlay", "backend", "datapath"))
+    lines = [
+        f"lease      {lease['subnet']} of {document['network']}, {_left(lease['expires_at'], now_s)}",
+        f"store      {document['store']}",
+        f"underlay   {underlay['interface']} {underlay['address']} mtu {underlay['mtu']}, "
+        f"public {lease['public_ip']}:{lease['port']}",
+        f"tunnel     {backend['device']} {backend['type']} mtu {backend['mtu']}, "
+        f"source check {backend['source_check']}",
+        f"datapath   pid {datapath['pid'] or 'none'}, up {_duration(datapath['uptime_s'] or 0)}, "
+        f"standby {', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}",
+        f"daemon     pid {document['pid']}, up {_duration(document['uptime_s'])}, version {document['version']}",
+        "",
+    ]
+    lines += _table(
+        ["PEER SUBNET", "PUBLIC IP", "PORT", "UDPTUN", "SENT PACKETS", "BYTES", "RECEIVED PACKETS", "BYTES"],
+        [
+            [
+                peer["subnet"],
+                peer["public_ip"],
+                str(peer["port"]),
+                "yes" if peer["udptun"] else "no",
+                *(str(peer[key]) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
+            ]
+            for peer in document["peers"]
+        ],
+    )
+    counters = document["counters"]
+    drops = [(name, n) for name, n in counters.items() if "_drop_" in name and n]
+    lines += ["", "drops      " + (", ".join(f"{name} {n}" for name, n in drops) or "none")]
+    lines += [f"skipped    {line}" for line in document["skipped"]]
+    lines += [f"problem    {line}" for line in document["problems"]]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest cell; numbers to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    left = 2
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def _left(expires_at: float | None, now_s: float) -> str:
+    if expires_at is None:
+        return "never expires"
+    return f"expires in {_duration(expires_at - now_s)}" if expires_at > now_s else "expired"
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"
