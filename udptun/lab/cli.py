@@ -1,0 +1,206 @@
+"""`udptun lab up | exec | status | down`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from udptun._kabi import lib
+from udptun.errors import UdptunError
+from udptun.lab import owner
+from udptun.lab.errors import LabError
+from udptun.lab.machine import Place
+from udptun.lab.topology import DEFAULT_NET_CONF, SWITCH, Lab
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `lab` and its commands; `run` then obeys what they parse."""
+    lab = subparsers.add_parser("lab", help="hosts, pods and daemons in namespaces on this machine")
+    commands = lab.add_subparsers(dest="lab_command", required=True, metavar="COMMAND")
+
+    def command(name: str, act: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=text, description=text)
+        parser.add_argument("--name", default="lab", help="which lab (default: %(default)s)")
+        parser.set_defaults(lab_act=act)
+        return parser
+
+    up = command("up", _up, "make hosts, start a daemon in each, add pods")
+    up.add_argument("--hosts", type=int, default=2, metavar="N")
+    up.add_argument("--pods", type=int, default=1, metavar="N", help="pods on each host (default: %(default)s)")
+    up.add_argument("--net-conf", type=Path, metavar="FILE", help="net-conf.json (default: 10.244.0.0/16, Type udp)")
+    up.add_argument("--store", default="local", help="the daemons' --store (default: %(default)s, shared by all hosts)")
+    up.add_argument("--underlay-mtu", type=int, default=1500, metavar="BYTES")
+    up.add_argument(
+        "--daemon",
+        metavar="COMMAND",
+        help="run this in each host instead of `udptun daemon`; it must say READY=1 on NOTIFY_SOCKET, as flanneld does",
+    )
+    execute = command("exec", _exec, "run a command in a host (h1), a pod (h1/p1) or at the switch (underlay)")
+    execute.add_argument("place", metavar="PLACE")
+    execute.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
+    status = command("status", _status, "what runs where")
+    status.add_argument("--json", action="store_true")
+    command("down", _down, "remove the lab and everything that runs in it")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Obey what `add_parser` parsed and return the exit status.  Raises UdptunError."""
+    act: Callable[[argparse.Namespace], int] = namespace.lab_act
+    return act(namespace)
+
+
+# --- up
+
+
+def _up(options: argparse.Namespace) -> int:
+    """Start the owner, show its progress, and leave it in the background once the lab is up.
+
+    Until then the owner ends with us, whatever ends us.
+    """
+    ours, owners = socket.socketpair()
+    sys.stdout.flush()
+    starter = os.getpid()
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        _own(options, owners, starter)
+    owners.close()
+    try:
+        if ours.recv(1):
+            ours.sendall(b"\n")
+            return 0
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        print("interrupted; the lab is removed", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _own(options: argparse.Namespace, starter: socket.socket, starter_pid: int) -> NoReturn:
+    """The owner's whole life; never returns."""
+    status = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+        lib.prctl_pdeathsig(signal.SIGTERM)
+        if os.getppid() == starter_pid:
+            _build_and_serve(options, starter)
+    except SystemExit:
+        status = 0
+    except UdptunError as exc:
+        print(f"udptun lab up: {exc}", file=sys.stderr, flush=True)
+        status = exc.exit_status
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        # Not through the interpreter's normal end: what our starter set up to happen there is the starter's.
+        os._exit(status)
+
+
+def _build_and_serve(options: argparse.Namespace, starter: socket.socket) -> None:
+    progress = logging.StreamHandler(sys.stdout)
+    progress.setFormatter(logging.Formatter("lab: %(message)s"))
+    steps = logging.getLogger("udptun.lab.topology")
+    steps.addHandler(progress)
+    steps.setLevel(logging.INFO)
+    with (
+        owner.reserve(options.name) as listener,
+        Lab(
+            name=options.name,
+            n_hosts=options.hosts,
+            n_pods=options.pods,
+            net_conf=options.net_conf or DEFAULT_NET_CONF,
+            store=options.store,
+            underlay_mtu=options.underlay_mtu,
+            daemon_command=shlex.split(options.daemon) if options.daemon else None,
+        ) as lab,
+    ):
+        lab.start()
+        print(f"lab: {options.name} is up; `udptun lab exec --name {options.name} h1 -- COMMAND` runs a command in it")
+        sys.stdout.flush()
+        starter.sendall(b"\n")
+        # The starter must have seen that we are ready before it may end without us.
+        if not starter.recv(1):
+            return
+        lib.prctl_pdeathsig(0)
+        starter.close()
+        steps.removeHandler(progress)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        owner.serve(listener, lab)
+
+
+# --- the others
+
+
+def _exec(options: argparse.Namespace) -> int:
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        raise LabError("nothing to run: `udptun lab exec PLACE -- COMMAND`")
+    lab = owner.RunningLab.find(options.name)
+    with lab.connection:
+        child = _place(lab.status(), options.place).popen(command)
+        # ^C and ^\ on the terminal are for the command; we stay to pass its status on.
+        for number in (signal.SIGINT, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: child.send_signal(number))
+        status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _place(status: dict[str, Any], text: str) -> Place:
+    machine, slash, pod = text.partition("/")
+    if text == SWITCH:
+        return Place(SWITCH, status["switch"]["holder_pid"])
+    for host in status["hosts"]:
+        if host["name"] == machine and not slash:
+            return Place(machine, host["holder_pid"])
+        if host["name"] == machine and any(one["name"] == pod for one in host["pods"]):
+            return Place(machine, host["holder_pid"], pod)
+    places = [SWITCH]
+    for host in status["hosts"]:
+        places += [host["name"], *(f"{host['name']}/{pod['name']}" for pod in host["pods"])]
+    raise LabError(f"the lab {status['name']} has no {text}; it has {', '.join(places)}")
+
+
+def _status(options: argparse.Namespace) -> int:
+    lab = owner.RunningLab.find(options.name)
+    with lab.connection:
+        status = lab.status()
+    if options.json:
+        print(json.dumps(status, indent=2))
+        return 0
+    print(f"lab {status['name']}, owner pid {status['owner_pid']}")
+    for host in status["hosts"]:
+        if host["daemon_pid"] is not None:
+            daemon = f"daemon pid {host['daemon_pid']}"
+        elif host["daemon_exit_status"] is not None:
+            daemon = f"daemon ended with status {host['daemon_exit_status']}"
+        else:
+            daemon = "no daemon"
+        state = daemon if host["up"] else "down"
+        print(f"  {host['name']:<6} {host['underlay_address']:<15} subnet {host['subnet'] or '-'}, {state}")
+        for pod in host["pods"]:
+            print(f"    {host['name']}/{pod['name']:<6} {pod['address']}")
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    lab = owner.RunningLab.find(options.name)
+    with lab.connection:
+        lab.down()
+    print(f"lab: {options.name} is down")
+    return 0

@@ -1,0 +1,135 @@
+"""PID 1 of one lab machine: makes its namespaces, then keeps them until the lab's owner is gone.
+
+    python -m udptun.lab.holder LAB MACHINE OWNER_PIDFD [MOUNTS_OF_PID]
+
+Started as the first process of a new PID namespace, so the kernel kills every process of the machine, sessions and
+daemons of their own included, when this one ends; the namespaces go with the last of them.  It ends with its owner
+(a pidfd says so even when the owner got SIGKILL, and unlike PR_SET_PDEATHSIG doesn't mistake the end of the thread
+that started us for the end of the process).
+
+Writes one line to stdout when the machine is ready.  The `underlay` machine is made first, without MOUNTS_OF_PID; the
+hosts start from its mounts, which is how they share the lab's directory without a trace of it on the machine's disks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from udptun._kabi import ffi, lib
+
+LAB_DIR = Path("/run/udptun-lab")
+"""Where every machine of a lab sees the directory they share: net-conf.json, lease database, daemons' logs."""
+
+_STATE = Path("/var/lib")
+_OWN_STATE = ("udptun", "cni")
+
+
+def main() -> None:
+    machine, owner_fd = sys.argv[2], int(sys.argv[3])
+    # The kernel reaps for a parent that ignores SIGCHLD, and what loses its parent in here becomes our child.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    if len(sys.argv) > 4:
+        with Path(f"/proc/{sys.argv[4]}/ns/mnt").open("rb") as mounts:
+            _check(lib.setns(mounts.fileno(), lib.CLONE_NEWNS), "enter the underlay's mount namespace")
+    _check(lib.unshare(lib.CLONE_NEWNS | lib.CLONE_NEWNET | lib.CLONE_NEWUTS), "make namespaces")
+    socket.sethostname(machine)
+    _mount("none", "/", "", lib.MS_REC | lib.MS_PRIVATE)
+    _mount("proc", "/proc", "proc", lib.MS_NOSUID | lib.MS_NODEV | lib.MS_NOEXEC)
+    # A sysfs shows the links of the network namespace that mounted it.
+    _mount("sysfs", "/sys", "sysfs", lib.MS_NOSUID | lib.MS_NODEV | lib.MS_NOEXEC)
+    if len(sys.argv) > 4:
+        _isolate_run_keeping_the_lab_directory()
+        _isolate_state()
+        _sysctl("net/ipv4/ip_forward", "1")
+        # As systemd has it: an address that goes leaves the younger ones of its prefix alone.
+        _sysctl("net/ipv4/conf/all/promote_secondaries", "1")
+    else:
+        _tmpfs("/run")
+        LAB_DIR.mkdir(mode=0o700)
+    # Neighbour discovery and multicast reports would be the only noise on an underlay that tests capture.
+    _sysctl("net/ipv6/conf/all/disable_ipv6", "1")
+    _sysctl("net/ipv6/conf/default/disable_ipv6", "1")
+    print("ready", flush=True)
+    owner_gone = select.poll()
+    owner_gone.register(owner_fd, select.POLLIN)
+    owner_gone.poll()
+
+
+def _isolate_run_keeping_the_lab_directory() -> None:
+    with _open_dir(LAB_DIR) as lab_fd:
+        _tmpfs("/run")
+        LAB_DIR.mkdir(mode=0o700)
+        _bind(f"/proc/self/fd/{lab_fd}", LAB_DIR)
+
+
+def _isolate_state() -> None:
+    """Empty /var/lib/udptun and /var/lib/cni; the rest of /var/lib stays visible (a virtualenv may live there).
+
+    A mount needs a directory to be mounted on, and making those two on the real disk would leave them behind.
+    """
+    with _open_dir(_STATE) as real_fd:
+        # Before the mount hides them.
+        entries = [
+            (entry.name, entry.readlink() if entry.is_symlink() else None, entry.is_dir())
+            for entry in _STATE.iterdir()
+            if entry.name not in _OWN_STATE
+        ]
+        _tmpfs(str(_STATE))
+        for name, link, is_dir in entries:
+            here = _STATE / name
+            if link is not None:
+                here.symlink_to(link)
+                continue
+            if is_dir:
+                here.mkdir()
+            else:
+                here.touch()
+            _bind(f"/proc/self/fd/{real_fd}/{name}", here)
+    for name in _OWN_STATE:
+        (_STATE / name).mkdir()
+
+
+@contextlib.contextmanager
+def _open_dir(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _tmpfs(target: str) -> None:
+    _mount("tmpfs", target, "tmpfs", lib.MS_NOSUID | lib.MS_NODEV, "mode=755")
+
+
+def _bind(source: str, target: Path) -> None:
+    _mount(source, str(target), "", lib.MS_BIND | lib.MS_REC)
+
+
+def _mount(source: str, target: str, fs_type: str, flags: int, options: str = "") -> None:
+    result = lib.mount(
+        source.encode(), target.encode(), fs_type.encode() or ffi.NULL, flags, options.encode() or ffi.NULL
+    )
+    _check(result, f"mount {fs_type or source} on {target}")
+
+
+def _check(result: int, attempt: str) -> None:
+    if result < 0:
+        sys.exit(f"cannot {attempt}: {os.strerror(ffi.errno)}")
+
+
+def _sysctl(name: str, value: str) -> None:
+    # Absent where the kernel has no IPv6.
+    with contextlib.suppress(FileNotFoundError):
+        Path("/proc/sys", name).write_text(value)
+
+
+if __name__ == "__main__":
+    main()
