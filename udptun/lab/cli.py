@@ -151,12 +151,18 @@ def _exec(options: argparse.Namespace) -> int:
         raise LabError("nothing to run: `udptun lab exec PLACE -- COMMAND`")
     lab = owner.RunningLab.find(options.name)
     with lab.connection:
+        # Not default from here on: the command may run, and its user may know so, before Popen returns.
+        early: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: early.append(number))
         child = _place(lab.status(), options.place).popen(command)
         # ^C and ^\ on the terminal are for the command; we stay to pass its status on.
         for number in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, frame: child.send_signal(number))
+        for late in early:
+            child.send_signal(late)
         status = child.wait()
     return status if status >= 0 else 128 - status
 

@@ -166,7 +166,7 @@ class Machine:
         The machine waits for the process when it goes down, so the caller need not.
         """
         self._children = [child for child in self._children if child.poll() is None]
-        with _signals_deferred():
+        with signals_deferred():
             child = self.at(pod).popen(
                 command, stdin=stdin, stdout=stdout, stderr=stderr, env=env, new_session=new_session
             )
@@ -227,7 +227,7 @@ def wait_until(what: str, holds: Callable[[], bool], timeout_s: float) -> None:
 
 
 @contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Python's handlers of the signals that usually raise (^C, SIGTERM, a test's timeout) run after the block.
 
     A child that is started but forgotten, because the handler raised in between, would never be waited for, and its

@@ -29,7 +29,7 @@ from types import TracebackType
 
 from udptun.lab.errors import CommandError, LabError
 from udptun.lab.holder import LAB_DIR as LAB_DIR
-from udptun.lab.machine import SOURCE_ROOT, File, Machine
+from udptun.lab.machine import SOURCE_ROOT, File, Machine, signals_deferred
 
 log = logging.getLogger(__name__)
 
@@ -354,8 +354,9 @@ class Lab:
         if missing := missing_requirements():
             raise LabError(f"a lab needs {' and '.join(missing)}")
         with contextlib.ExitStack() as undo:
-            self.switch = Machine(self.name, SWITCH)
-            undo.callback(self.switch.down)
+            with signals_deferred():
+                self.switch = Machine(self.name, SWITCH)
+                undo.callback(self.switch.down)
             self.switch.wait_made()
             # Written through the namespace: the directory exists on the lab's own tmpfs only.
             self.switch.at().path(NET_CONF).write_text(self._net_conf)
@@ -408,7 +409,8 @@ class Lab:
             index = len(self.hosts) + 1
             if index > _MAX_HOSTS:
                 raise LabError(f"a lab has at most {_MAX_HOSTS} hosts")
-            self.hosts.append(Host(self, index, Machine(self.name, f"h{index}", self.switch)))
+            with signals_deferred():
+                self.hosts.append(Host(self, index, Machine(self.name, f"h{index}", self.switch)))
             new.append(self.hosts[-1])
         for host in new:
             host.machine.wait_made()

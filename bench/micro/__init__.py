@@ -1,0 +1,1 @@
+"""Single steps of the datapath, alone: nanoseconds, no lab, no root."""
