@@ -1,23 +1,20 @@
 """What a host remembers across restarts, in its state directory: who it is and the last good lease table.
 
 `node-id` holds the NodeID of our leases.  `last-leases.json` lets a daemon forward before its store has
-answered. Everything is replaced as a whole (temporary file, fsync, rename, fsync of the directory): a crash
-leaves the old content or the new one.
+answered.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+from udptun import atomic_file
 from udptun.errors import ConfigError, KernelError
 from udptun.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 
@@ -112,8 +109,7 @@ def save(directory: Path, last: LastLeases, now_s: float) -> None:
     """Replace last-leases.json in `directory`.  Raises KernelError; the caller decides how often to call."""
     path = directory / _LAST_LEASES
     try:
-        with _written(path, render(last, now_s)) as temporary:
-            temporary.replace(path)
+        atomic_file.replace(path, render(last, now_s))
     except OSError as exc:
         raise KernelError(f"cannot write {path}", exc.errno or 0, "a restart will wait for the store") from exc
 
@@ -129,8 +125,8 @@ def node_id(directory: Path) -> str:
     try:
         if not path.exists():
             # FileExistsError: another process was first, and its id counts.
-            with _written(path, f"{uuid.uuid4().hex}\n") as temporary, suppress(FileExistsError):
-                path.hardlink_to(temporary)
+            with suppress(FileExistsError):
+                atomic_file.create(path, f"{uuid.uuid4().hex}\n")
         text = path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as exc:
         raise ConfigError(
@@ -144,27 +140,11 @@ def node_id(directory: Path) -> str:
     return text
 
 
+def has_node_id(directory: Path) -> bool:
+    """Whether a daemon with this state directory has ever held a lease."""
+    return (directory / _NODE_ID).exists()
+
+
 def files(directory: Path, *, with_identity: bool) -> list[Path]:
     """The files kept in `directory`; without the NodeID the host stays the node that it is."""
     return [directory / name for name in (_LAST_LEASES, *([_NODE_ID] if with_identity else []))]
-
-
-@contextmanager
-def _written(path: Path, text: str) -> Iterator[Path]:
-    """A temporary file beside `path` that has `text` on disk, for the caller to rename or link to `path`."""
-    # Not named by pid: containers that share the directory may all be process 1.
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-        directory_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
-    finally:
-        temporary.unlink(missing_ok=True)

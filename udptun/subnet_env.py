@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import TypeVar
 
+from udptun import atomic_file
 from udptun.config import NetConf
 from udptun.errors import KernelError
 from udptun.lease import Subnets
@@ -109,26 +109,9 @@ def write(path: Path, text: str) -> None:
     Mode 0644 and, for directories that had to be made, 0755, whatever the umask.  Raises KernelError naming the
     path; the old file is then untouched.
     """
-    new = path.with_name(f".{path.name}.new")
     try:
         _make_directory(path.parent)
-        # A fixed name, so that one left by a crash is used up by the next write.
-        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            with os.fdopen(fd, "w") as file:
-                os.fchmod(fd, 0o644)
-                file.write(text)
-                file.flush()
-                os.fsync(fd)
-            new.replace(path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
-        directory_fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory_fd)
-        finally:
-            os.close(directory_fd)
+        atomic_file.replace(path, text, 0o644)
     except OSError as exc:
         raise KernelError(
             f"cannot write {path}",

@@ -1,0 +1,48 @@
+"""Write a small file so that a reader sees all of it or none: temporary file, fsync, rename or link, fsync of the
+directory.  A crash or a power failure leaves the old content or the new one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def replace(path: Path, text: str, mode: int = 0o600) -> None:
+    """Make `text` the content of `path`, with `mode` whatever the umask.  For one writer at a time.
+
+    Raises OSError; the old file is then untouched.
+    """
+    # A fixed name, so that one left by a crash is used up by the next write.
+    with _written(path.with_name(f".{path.name}.new"), text, mode) as temporary:
+        temporary.replace(path)
+
+
+def create(path: Path, text: str, mode: int = 0o600) -> None:
+    """Make `path` with `text` unless it is there.  Raises FileExistsError then: of several writers one wins."""
+    # Not named by pid: containers that share the directory may all be process 1.
+    with _written(path.with_name(f".{path.name}.{secrets.token_hex(8)}"), text, mode) as temporary:
+        path.hardlink_to(temporary)
+
+
+@contextmanager
+def _written(temporary: Path, text: str, mode: int) -> Iterator[Path]:
+    """`temporary` with `text` on disk, for the block to give its name to; what the block did is then on disk, too."""
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            os.fchmod(fd, mode)
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        yield temporary
+        directory_fd = os.open(temporary.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory_fd)
+        finally:
+            os.close(directory_fd)
+    finally:
+        temporary.unlink(missing_ok=True)
