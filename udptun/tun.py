@@ -16,23 +16,19 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 
 import pytun
 
+from udptun._kabi import lib
 from udptun.errors import KernelError
 
 TUN_NAME = "flannel0"
 """Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
 route to Network stays on the first, where nobody reads, and traffic is lost in silence."""
 
-# include/uapi/linux/if_tun.h.  The numbers are those of x86, arm, riscv and s390 (_IOW is 1 << 30 there).
-_IFF_TUN, _IFF_NO_PI, _IFF_MULTI_QUEUE, _IFF_VNET_HDR = 0x0001, 0x1000, 0x0100, 0x4000
-_FLAGS = _IFF_TUN | _IFF_NO_PI | _IFF_MULTI_QUEUE | _IFF_VNET_HDR
-_TUNSETIFF = 0x400454CA
-_TUNSETPERSIST = 0x400454CB
-_TUNSETOFFLOAD = 0x400454D0
-_TUNGETIFF = 0x800454D2
-_TUNSETVNETHDRSZ = 0x400454D8
+_FLAGS = lib.IFF_TUN | lib.IFF_NO_PI | lib.IFF_MULTI_QUEUE | lib.IFF_VNET_HDR
+# include/uapi/linux/sockios.h and ethtool.h; the same on every architecture.
 _SIOCETHTOOL = 0x8946
 _ETHTOOL_GDRVINFO = 0x3
 
@@ -70,7 +66,7 @@ class Tun:
                 raise KernelError(f"TUN device {self.name} is called {device} now", 0, hint)
             if device is None:
                 try:
-                    fcntl.ioctl(fd, _TUNSETIFF, _IFREQ.pack(self.name.encode(), _FLAGS))
+                    fcntl.ioctl(fd, lib.TUNSETIFF, _IFREQ.pack(self.name.encode(), _FLAGS))
                 except OSError as exc:
                     raise _refused(self.name, exc) from exc
         _configure(self.name, self.fds[0])
@@ -100,6 +96,16 @@ def open_queues(name: str, n: int) -> Tun:
     return Tun(name, fds)
 
 
+def detach_queues(fds: Sequence[int]) -> None:
+    """Have the kernel give no more packets to these queues, for every process that holds one.
+
+    What waits in them is lost; where the kernel refuses, the device being gone, there is nothing to do.
+    """
+    for fd in fds:
+        with suppress(OSError):
+            fcntl.ioctl(fd, lib.TUNSETQUEUE, _IFREQ.pack(b"", lib.IFF_DETACH_QUEUE))
+
+
 def _open_queue(name: str) -> int:
     try:
         queue = pytun.TunTapDevice(name=name, flags=_FLAGS)
@@ -116,9 +122,9 @@ def _open_queue(name: str) -> int:
 def _configure(name: str, fd: int) -> None:
     """Set what the device forgets when it is made anew; any of its queues will do."""
     try:
-        fcntl.ioctl(fd, _TUNSETPERSIST, 1)
-        fcntl.ioctl(fd, _TUNSETOFFLOAD, 0)
-        fcntl.ioctl(fd, _TUNSETVNETHDRSZ, struct.pack("i", VNET_HDR_LEN))
+        fcntl.ioctl(fd, lib.TUNSETPERSIST, 1)
+        fcntl.ioctl(fd, lib.TUNSETOFFLOAD, 0)
+        fcntl.ioctl(fd, lib.TUNSETVNETHDRSZ, struct.pack("i", VNET_HDR_LEN))
     except OSError as exc:
         raise KernelError(f"cannot configure TUN device {name}", exc.errno or 0) from exc
 
@@ -126,7 +132,7 @@ def _configure(name: str, fd: int) -> None:
 def _device_of(fd: int) -> str | None:
     """The name of the device that the queue belongs to; None when that is gone."""
     try:
-        answer = fcntl.ioctl(fd, _TUNGETIFF, bytes(_IFREQ.size))
+        answer = fcntl.ioctl(fd, lib.TUNGETIFF, bytes(_IFREQ.size))
     except OSError as exc:
         if exc.errno == errno.EBADFD:
             return None

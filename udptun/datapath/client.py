@@ -229,8 +229,8 @@ class Datapath:
                     log.warning("datapath process gone pid=%d was=%s", process.pid, _role(process))
                 try:
                     await self._fill_up()
-                except (DatapathError, OSError) as exc:
-                    log.error("cannot start a datapath process: %s; trying again in 1 s", exc)
+                except DatapathError as exc:
+                    log.error("%s; trying again in 1 s", exc)
                     await asyncio.sleep(1)
                     self._wake.set()
 
@@ -272,6 +272,18 @@ class Datapath:
 
     async def _spawn(self) -> Process:
         path = self._run_dir / f"datapath-{secrets.token_hex(4)}.sock"
+        try:
+            connection, child = self._launch(path)
+        except OSError as exc:
+            raise DatapathError(f"cannot start a datapath process at {path}: {exc.strerror or exc}") from exc
+        process = Process(connection, path, child)
+        self._keep(process)
+        await process.wait_hello()
+        log.info("datapath process started pid=%d", process.pid)
+        return process
+
+    def _launch(self, path: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+        """Start a process that listens at `path`, and connect to it."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(os.fspath(path))
             path.chmod(0o600)
@@ -294,11 +306,7 @@ class Datapath:
             )
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.connect(os.fspath(path))
-        process = Process(connection, path, child)
-        self._keep(process)
-        await process.wait_hello()
-        log.info("datapath process started pid=%d", process.pid)
-        return process
+        return connection, child
 
 
 def _role(process: Process) -> str:

@@ -21,12 +21,13 @@ from udptun.datapath.client import Datapath, Descriptors, Process
 from udptun.datapath.sockets import open_sockets
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import Remote, Settings, TableWriter
-from udptun.tun import TUN_NAME, Tun, open_queues
+from udptun.tun import TUN_NAME, Tun, detach_queues, open_queues
 
 log = logging.getLogger(__name__)
 
 _PUBLISH_RETRY_S = 0.0005
 _PUBLISH_PATIENCE_S = 1.0
+_DISCARD_PORT = 9
 
 
 class Tunnel:
@@ -61,11 +62,13 @@ class Tunnel:
         """
         processes = await client.find(run_dir)
         if not processes:
-            tun = open_queues(TUN_NAME, n_workers)
+            sockets = open_sockets(address, port, n_workers)
             try:
-                sockets = open_sockets(address, port, n_workers)
+                # Last: what it makes is persistent.
+                tun = open_queues(TUN_NAME, n_workers)
             except BaseException:
-                tun.close()
+                for udp in sockets:
+                    udp.close()
                 raise
             return cls(run_dir, TableWriter.create(), Stats.create(), client.new_lock(), tun, sockets, [])
         held = _take_one_set(processes)
@@ -94,7 +97,14 @@ class Tunnel:
         sockets = stays + open_sockets(address, port, n_workers - len(stays), stays)
         left_sockets = [udp for udp in self._sockets if udp not in sockets]
         queues, left_queues = self.tun.fds[:n_workers], self.tun.fds[n_workers:]
-        queues += open_queues(TUN_NAME, n_workers - len(queues)).fds
+        if n_workers > len(queues):
+            queues += open_queues(TUN_NAME, n_workers - len(queues)).fds
+        if stays:
+            # The kernel picks none but unconnected sockets for the datagrams of the port.
+            for udp in left_sockets:
+                udp.connect((str(address), _DISCARD_PORT))
+        # What the old process reads until it ends is then all there is in what we give up.
+        detach_queues(left_queues)
         # In place: others hold on to the Tun.
         self._sockets, self.tun.fds = sockets, queues
         await self.datapath.replace(self._descriptors())
