@@ -165,7 +165,7 @@ class LeaseEvent:
 
 
 def validate(lease: Lease, network: IPv4Network) -> str | None:
-    """Why a peer's lease cannot be used inside `network`; None when it can.
+    """Why a lease, our own or a peer's, cannot be used inside `network`; None when it can.
 
     A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.
     """
@@ -186,14 +186,15 @@ class LeaseTable:
 
     Fed with snapshots and events, each update returns the difference a backend has to apply, removals first.  A
     lease that cannot be used is left out alone, under `refused` (key -> reason), and never costs another lease its
-    place; the first of two overlapping leases keeps the ground until it goes.  An update costs what it touches,
-    not what the table holds.
+    place; the first of two overlapping leases keeps the ground until it goes, and `own_subnet` is nobody else's.
+    An update costs what it touches, not what the table holds.
 
     `is_own` must depend on nothing but the lease's subnets and attrs.
     """
 
-    def __init__(self, network: IPv4Network, is_own: Callable[[Lease], bool]) -> None:
+    def __init__(self, network: IPv4Network, own_subnet: IPv4Network, is_own: Callable[[Lease], bool]) -> None:
         self._network = network
+        self._own_subnet = own_subnet
         self._is_own = is_own
         self._known: dict[str, Lease] = {}
         self._used: dict[str, Lease] = {}
@@ -235,6 +236,11 @@ class LeaseTable:
         """When `expire` will next have something to do, Unix seconds."""
         return min((lease.expires_s for lease in self._known.values() if lease.expires_s is not None), default=None)
 
+    def _unusable(self, lease: Lease) -> str | None:
+        if lease.subnet.overlaps(self._own_subnet):
+            return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
+        return validate(lease, self._network)
+
     def _settle(self, touched: Iterable[str]) -> list[LeaseEvent]:
         """Bring the usable set in line with what is known of the keys `touched`; return the difference."""
         removed: list[Lease] = []
@@ -249,7 +255,7 @@ class LeaseTable:
             self._waiting.pop(key, None)
             if new is not None and self._is_own(new):
                 new = None
-            if new is not None and (reason := validate(new, self._network)) is not None:
+            if new is not None and (reason := self._unusable(new)) is not None:
                 self.refused[key] = reason
                 new = None
             if new is not None and old is not None:

@@ -35,7 +35,7 @@ def is_own(one: Lease) -> bool:
 
 
 def table() -> LeaseTable:
-    return LeaseTable(NETWORK, is_own)
+    return LeaseTable(NETWORK, OWN.subnet, is_own)
 
 
 def added(*leases: Lease) -> list[LeaseEvent]:
@@ -51,7 +51,7 @@ A, B, C = (
     lease("10.244.2.0/24", "192.0.2.12"),
     lease("10.244.3.0/24", "192.0.2.13"),
 )
-OWN = lease("10.244.9.0/24", str(OWN_IP))
+OWN = lease("10.244.99.0/24", str(OWN_IP))
 
 
 @pytest.mark.parametrize(
@@ -303,6 +303,16 @@ def test_ground_that_a_lease_leaves_goes_to_all_who_waited_and_fit() -> None:
     assert peers.update(removed(wide)) == removed(wide) + added(A, B)
 
 
+@pytest.mark.parametrize("subnet", ["10.244.99.0/24", "10.244.96.0/22", "10.244.99.64/26"])
+def test_peer_is_refused_when_it_overlaps_our_own_lease(subnet: str) -> None:
+    """Its traffic, and the right to send from our own addresses, would have gone to that peer."""
+    peers, thief = table(), lease(subnet, "192.0.2.66")
+    assert peers.update(added(thief, A)) == added(A)
+    assert peers.refused == {thief.key: f"subnet {subnet} overlaps our own lease 10.244.99.0/24"}
+    assert peers.update(removed(thief)) == []
+    assert peers.refused == {}
+
+
 def test_expire_removes_what_the_store_has_not_yet_said_is_gone() -> None:
     peers = table()
     early, late = lease("10.244.1.0/24", expires_s=100), lease("10.244.2.0/24", expires_s=200)
@@ -376,7 +386,7 @@ def overlap(one: Lease, others: Iterable[Lease]) -> bool:
 
 def test_one_event_costs_little_when_ten_thousand_leases_are_known() -> None:
     """Recomputing the whole table took 310 ms an event; it is 0.1 ms now."""
-    peers = LeaseTable(IPv4Network("10.0.0.0/8"), is_own)
+    peers = LeaseTable(IPv4Network("10.0.0.0/8"), OWN.subnet, is_own)
     many = [
         Lease(Subnets(IPv4Network((0x0A000000 + n * 256, 24))), LeaseAttrs(IPv4Address(0xC6120000 + n)), 1e9)
         for n in range(10_000)
