@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from udptun import reconcile, state
@@ -23,38 +23,35 @@ def cleanup(options: Options, release: bool) -> int:
 
     Prints a line for each thing done.  Raises UdptunError while a daemon runs: it would make it all anew.
     """
-    if not options.run_dir.exists():
-        # Nothing to stop, but a device or a route may be left of a run directory that is gone.
-        asyncio.run(_remove_kernel_state())
-    else:
-        lock_fd = lock_run_dir(options.run_dir)
-        try:
-            asyncio.run(_stop_and_remove(options.run_dir))
-        finally:
-            os.close(lock_fd)
-    if release:
-        asyncio.run(_release(options))
-    for path in (options.subnet_file, options.run_dir / SOCKET_NAME, options.run_dir / LOCK_FILE):
-        _delete(path)
-    for path in state.files(options.state_dir, with_identity=release):
-        _delete(path)
-    with suppress(OSError):
-        # Stays when somebody else keeps something in it, or when it never was.
-        options.run_dir.rmdir()
+    with ExitStack() as undo:
+        if options.run_dir.exists():
+            # Until the end: a daemon that starts meanwhile would lose its files.
+            undo.callback(os.close, lock_run_dir(options.run_dir))
+        asyncio.run(_clean_up(options, release))
+    for directory in (options.run_dir, options.state_dir, options.subnet_file.parent):
+        with suppress(OSError):
+            # Stays when somebody else keeps something in it, or when it never was.
+            directory.rmdir()
     return 0
 
 
-async def _stop_and_remove(run_dir: Path) -> None:
-    # Standbys first: none of them shall take over.
-    for process in reversed(await client.find(run_dir)):
+async def _clean_up(options: Options, release: bool) -> None:
+    # Standbys first: none of them shall take over.  Without the directory nothing can be found, but a device or a
+    # route may be left all the same.
+    for process in reversed(await client.find(options.run_dir)):
         await process.stop()
         print(f"stopped datapath process {process.pid}")
-    await _remove_kernel_state()
-
-
-async def _remove_kernel_state() -> None:
     for line in await reconcile.remove([TUN_NAME]):
         print(line)
+    if release and state.has_node_id(options.state_dir):
+        await _release(options)
+    for path in (
+        options.subnet_file,
+        *state.files(options.state_dir, with_identity=release),
+        options.run_dir / SOCKET_NAME,
+        options.run_dir / LOCK_FILE,
+    ):
+        _delete(path)
 
 
 async def _release(options: Options) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -114,6 +115,11 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
         print(f"udptun {__version__}", file=sys.stderr)  # to stderr, as flanneld does
         return 0
 
+    # The imports below take a while, and until the daemon handles signals itself there is nothing to undo.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: sys.exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
     from udptun import daemon
 
     return daemon.run(options)
@@ -153,7 +159,7 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.options import DEFAULT_RUN_DIR
 
     parser = _Parser(prog="udptun status", description="Say what the daemon of this host is doing.")
-    parser.add_argument("--json", action="store_true", help="for programs; see docs/operations.md")
+    parser.add_argument("--json", action="store_true", help="for programs; see docs/status.md")
     parser.add_argument(
         "--run-dir",
         type=Path,

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TypeVar
 
 from udptun.errors import ConfigError
 
@@ -55,17 +56,28 @@ class SourceCheck(Enum):
     """As PEER, and every inner source lies in that peer's subnet."""
 
 
+class LogLevel(Enum):
+    """How much the daemon says; the values are those of the `logging` module."""
+
+    DEBUG = 10
+    INFO = 20
+    WARNING = 30
+    ERROR = 40
+
+
 @dataclass(frozen=True, slots=True)
 class UdpBackend:
     """`Backend` of Type udp.
 
     `mtu` is the underlay's, bytes; None: take the interface's.  `workers` None: choose by the machine.
+    `log_level` None: the -v flag decides.
     """
 
     port: int = 8285
     mtu: int | None = None
     workers: int | None = None
     source_check: SourceCheck = SourceCheck.PEER
+    log_level: LogLevel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +226,7 @@ class _JsonObject:
     pairs: Sequence[tuple[str, object]]
 
 
-_TOP_KEYS = (
+TOP_KEYS = (
     "EnableIPv4",
     "EnableIPv6",
     "EnableNFTables",
@@ -228,7 +240,11 @@ _TOP_KEYS = (
     "IPv6SubnetLen",
     "Backend",
 )
-_UDP_KEYS = ("Type", "Port", "MTU", "Workers", "SourceCheck")
+"""The keys of net-conf.json; a field of NetConf has the name of its key."""
+_UDP_KEYS = ("Type", "Port", "MTU", "Workers", "SourceCheck", "LogLevel")
+
+
+_Choice = TypeVar("_Choice", bound=Enum)
 
 
 class _Fields:
@@ -263,8 +279,8 @@ class _Fields:
             report.problem("not JSON", str(exc))
         else:
             if isinstance(value, _JsonObject):
-                fields = cls(value, _TOP_KEYS, "", report)
-                fields.note_unknown(_TOP_KEYS)
+                fields = cls(value, TOP_KEYS, "", report)
+                fields.note_unknown(TOP_KEYS)
                 return fields
             report.problem("not a configuration", f"a JSON object is needed, not {_shown(value)}")
         report.raise_problems()
@@ -312,6 +328,17 @@ class _Fields:
             self.wrong(key, "must not be negative")
         else:
             return value
+        return None
+
+    def choice(self, key: str, choices: Mapping[str, _Choice]) -> _Choice | None:
+        """One of `choices`, whose names are in lower case; matched in any case."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if isinstance(value, str) and value.lower() in choices:
+            return choices[value.lower()]
+        *others, last = (f'"{name}"' for name in choices)
+        self.wrong(key, f"must be {', '.join(others)} or {last}")
         return None
 
     def ipv4_network(self, key: str) -> IPv4Network | None:
@@ -399,20 +426,14 @@ def _backend(top: _Fields, report: _Report) -> UdpBackend:
         report.problem("Backend.Type", _not_udp(kind))
         return UdpBackend()
     fields.note_unknown(_UDP_KEYS)
-    source_check = SourceCheck.PEER
-    asked = fields.raw("SourceCheck")
-    if asked is not None:
-        choices = {choice.value: choice for choice in SourceCheck}
-        if isinstance(asked, str) and asked in choices:
-            source_check = choices[asked]
-        else:
-            fields.wrong("SourceCheck", 'must be "off", "peer" or "strict"')
+    source_check = fields.choice("SourceCheck", {choice.value: choice for choice in SourceCheck})
     port = fields.integer("Port", PORTS)
     return UdpBackend(
         port=UdpBackend().port if port is None else port,
         mtu=fields.integer("MTU", UNDERLAY_MTUS, zero_is_unset=True),
         workers=fields.integer("Workers", WORKERS),
-        source_check=source_check,
+        source_check=source_check or UdpBackend().source_check,
+        log_level=fields.choice("LogLevel", {level.name.lower(): level for level in LogLevel}),
     )
 
 

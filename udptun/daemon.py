@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from http import HTTPStatus
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -30,7 +30,7 @@ from udptun import __version__, notify, reconcile, state, status, subnet_env, un
 from udptun.allocate import Identity, chooser
 from udptun.backends import udp
 from udptun.backends.base import DesiredState
-from udptun.config import NetConf, SourceCheck, check_underlay, mtu_for, parse_net_conf
+from udptun.config import TOP_KEYS, LogLevel, NetConf, SourceCheck, check_underlay, mtu_for, parse_net_conf
 from udptun.datapath.stats import PeerStats
 from udptun.datapath.table import Remote, Settings
 from udptun.datapath.tunnel import Tunnel
@@ -39,6 +39,7 @@ from udptun.http import Response, Routes, serve
 from udptun.lease import EventType, Lease, LeaseAttrs, LeaseEvent
 from udptun.membership import Membership
 from udptun.netlink import Netlink
+from udptun.netstate import ROUTE_PROTOCOL
 from udptun.options import Options, StoreKind
 from udptun.reconcile import Reconciler
 from udptun.stores.base import Store
@@ -59,8 +60,7 @@ def run(options: Options) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
-    # Not the root logger's level: pyroute2 would print every netlink message.
-    logging.getLogger("udptun").setLevel(logging.DEBUG if options.v >= 1 else logging.INFO)
+    _set_log_level(options, None)
     for warning in options.warnings:
         log.warning("%s", warning)
     if options.store_warning:
@@ -68,11 +68,15 @@ def run(options: Options) -> int:
     try:
         asyncio.run(Daemon(options).run())
     except UdptunError as exc:
-        problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
-        for problem in problems:
-            log.error("%s", problem)
+        _log_problems("", exc)
         return exc.exit_status
     return 0
+
+
+def _set_log_level(options: Options, configured: LogLevel | None) -> None:
+    # Not the root logger's level: pyroute2 would print every netlink message.
+    by_flag = LogLevel.DEBUG if options.v >= 1 else LogLevel.INFO
+    logging.getLogger("udptun").setLevel((configured or by_flag).value)
 
 
 def open_store(options: Options) -> Store:
@@ -113,6 +117,7 @@ class _Live:
     mtu: int
     workers: int
     source_check: SourceCheck
+    log_level: LogLevel | None
 
 
 class Daemon:
@@ -126,11 +131,13 @@ class Daemon:
         # Set by the stages of _serve, in this order.
         self._conf: NetConf
         self._underlay: Underlay
+        self._is_fresh: bool
+        """Whether the kernel had nothing of ours when we came."""
         self._live: _Live
-        self._tunnel: Tunnel
-        self._membership: Membership
-        self._reconciler: Reconciler
         self._me: Identity
+        self._membership: Membership
+        self._tunnel: Tunnel
+        self._reconciler: Reconciler
 
     async def run(self) -> None:
         """Serve until a signal says stop.  Raises what ended it otherwise."""
@@ -169,13 +176,22 @@ class Daemon:
             self._underlay = await self._pick_underlay()
             check_underlay(self._conf, self._underlay.address)
             self._live = self._live_settings(self._conf)
+            _set_log_level(options, self._live.log_level)
             self._me = Identity(self._underlay.public_ip, self._conf.backend.port, state.node_id(options.state_dir))
+            self._membership = Membership(
+                store,
+                self._conf,
+                self._me,
+                options.state_dir,
+                60.0 * options.subnet_lease_renew_margin,
+                self._peers_changed,
+            )
             self._tunnel = await Tunnel.open(
                 options.run_dir, self._underlay.address, self._conf.backend.port, self._live.workers
             )
             undo.callback(self._tunnel.detach)
             undo.push_async_exit(self._undo_failed_start)
-            await self._join(store)
+            await self._join()
             await self._start_forwarding()
             self._write_subnet_env()
             self._is_ready = True
@@ -222,9 +238,11 @@ class Daemon:
             if wish.can_reach is not None:
                 with contextlib.suppress(KernelError):
                     reach = await kernel.route_get(wish.can_reach)
-            found = underlay.pick(
-                wish, await kernel.links(), await kernel.addresses(), await kernel.routes(), reach
-            )
+            links, routes = await kernel.links(), await kernel.routes()
+            found = underlay.pick(wish, links, await kernel.addresses(), routes, reach)
+        self._is_fresh = all(link.name != TUN_NAME for link in links) and all(
+            route.protocol != ROUTE_PROTOCOL for route in routes
+        )
         log.info(
             "underlay chosen iface=%s address=%s public_ip=%s mtu=%d",
             found.link_name,
@@ -241,26 +259,19 @@ class Daemon:
             mtu_for(options.mtu or backend.mtu or self._underlay.mtu),
             options.workers or backend.workers or _DEFAULT_WORKERS,
             options.source_check or backend.source_check,
+            backend.log_level,
         )
 
-    async def _join(self, store: Store) -> None:
+    async def _join(self) -> None:
         """Get our lease, now that device and socket are sure."""
-        conf, options = self._conf, self._options
-        previous, wrong = subnet_env.read_previous(options.subnet_file)
+        conf = self._conf
+        previous, wrong = subnet_env.read_previous(self._options.subnet_file)
         if wrong:
             log.warning("previous subnet ignored: %s", wrong)
         attrs = LeaseAttrs(
             self._underlay.public_ip,
             backend_type="udp",
             backend_data={"Port": conf.backend.port, "NodeID": self._me.node_id, "Udptun": 1},
-        )
-        self._membership = Membership(
-            store,
-            conf,
-            self._me,
-            options.state_dir,
-            60.0 * options.subnet_lease_renew_margin,
-            self._peers_changed,
         )
         await self._membership.join(attrs, chooser(conf, self._me, previous, random.SystemRandom()))
         self._tunnel.configure(self._settings())
@@ -279,11 +290,19 @@ class Daemon:
             raise UdptunError(f"cannot set up {TUN_NAME}: {'; '.join(outcome.failures)}")
 
     async def _undo_failed_start(self, *_exc: object) -> None:
-        """A start that failed leaves no device behind that it made; an adopted tunnel forwards on."""
+        """A start that failed leaves nothing behind that it made.
+
+        An adopted tunnel forwards on, and what an earlier run left goes on to keep packets from leaking.
+        """
         if self._is_ready or self._tunnel.is_adopted:
             return
-        await self._tunnel.datapath.stop()
-        await reconcile.remove([TUN_NAME])
+        try:
+            await self._tunnel.datapath.stop()
+            if self._is_fresh:
+                await reconcile.remove([TUN_NAME])
+            await self._membership.leave_if_new()
+        except UdptunError as exc:
+            log.error("the failed start is not undone, `udptun cleanup --release` does it error=%r", str(exc))
 
     # ---------------------------------------------------------------------------------------- while it runs
 
@@ -299,29 +318,43 @@ class Daemon:
             self._reload.clear()
             self._notify(notify.reloading())
             try:
-                await self._apply_config(await self._read_config(store))
+                conf = await self._read_config(store)
+                check_underlay(conf, self._underlay.address)
+                live = self._live_settings(conf)
             except UdptunError as exc:
-                for problem in exc.problems if isinstance(exc, ConfigError) else (str(exc),):
-                    log.error("nothing reloaded: %s", problem)
+                _log_problems("nothing reloaded: ", exc)
+            else:
+                await self._apply_config(conf, live)
             self._notify(notify.READY)
 
-    async def _apply_config(self, conf: NetConf) -> None:
+    async def _apply_config(self, conf: NetConf, live: _Live) -> None:
         """Change what can change while packets flow; name what cannot."""
-        check_underlay(conf, self._underlay.address)
-        live = self._live_settings(conf)
         for key in _needs_restart(self._conf, conf):
             log.warning("config changed, takes effect with the next start key=%s", key)
+        _set_log_level(self._options, live.log_level)
         before, self._live = self._live, live
         if live.workers != before.workers:
-            await self._tunnel.rebind(self._underlay.address, self._conf.backend.port, live.workers)
+            try:
+                await self._tunnel.rebind(self._underlay.address, self._conf.backend.port, live.workers)
+            except UdptunError as exc:
+                self._live = replace(live, workers=before.workers)
+                _log_problems(f"not reloaded, the workers stay {before.workers}: ", exc)
         if (live.mtu, live.source_check) != (before.mtu, before.source_check):
             self._tunnel.configure(self._settings())
             self._tunnel.add_peers(self._remotes(self._membership.table.peers.values()))
             await self._tunnel.publish()
         if live.mtu != before.mtu:
             self._reconciler.set_desired(self._desired())
-            self._write_subnet_env()
-        log.info("config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value)
+            try:
+                self._write_subnet_env()
+            except UdptunError as exc:
+                _log_problems("pods do not learn of the new MTU: ", exc)
+        log.info(
+            "config reloaded mtu=%d workers=%d source_check=%s",
+            self._live.mtu,
+            self._live.workers,
+            self._live.source_check.value,
+        )
 
     # ------------------------------------------------------------------------------------------------- values
 
@@ -425,15 +458,22 @@ class Daemon:
             "peers": peers,
             "skipped": list(self._membership.skipped),
             "counters": stats.counters(),
-            "problems": list(self._reconciler.last.problems),
+            "problems": [*self._membership.problems, *self._reconciler.last.problems],
         }
 
 
 def _needs_restart(old: NetConf, new: NetConf) -> list[str]:
-    """The settings, by field name, that differ and that SIGHUP does not change."""
-    keys = [field.name for field in fields(NetConf) if field.name not in ("backend", "notes")]
-    changed = [key for key in keys if getattr(old, key) != getattr(new, key)]
-    return changed + (["backend.port"] if old.backend.port != new.backend.port else [])
+    """The keys of net-conf.json that differ and that SIGHUP does not change."""
+    key_of = {key.lower(): key for key in TOP_KEYS}
+    names = [field.name for field in fields(NetConf) if field.name not in ("backend", "notes")]
+    changed = [key_of[name.replace("_", "")] for name in names if getattr(old, name) != getattr(new, name)]
+    return changed + (["Backend.Port"] if old.backend.port != new.backend.port else [])
+
+
+def _log_problems(prefix: str, exc: UdptunError) -> None:
+    """One line for each."""
+    for problem in exc.problems if isinstance(exc, ConfigError) else (str(exc),):
+        log.error("%s%s", prefix, problem)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -52,10 +52,12 @@ async def serve(routes: Routes, where: tuple[str, int] | Path) -> asyncio.Server
                 await _answer(routes, reader, writer)
             writer.close()
             await asyncio.wait_for(writer.wait_closed(), REQUEST_S)
-        except (OSError, TimeoutError):
-            pass  # the client went away, or does not read
-        finally:
+        except BaseException as exc:
+            # Not after a close that went well: abort() then fails if the last bytes had to wait for the client.
             writer.transport.abort()
+            if not isinstance(exc, OSError):  # the client went away, or does not read
+                raise
+        finally:
             n_open -= 1
 
     try:
@@ -68,7 +70,8 @@ async def serve(routes: Routes, where: tuple[str, int] | Path) -> asyncio.Server
     except OSError as exc:
         name = where if isinstance(where, Path) else f"{where[0]}:{where[1]}"
         hint = "another program listens there" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
-        raise KernelError(f"cannot listen on {name}", exc.errno or 0, hint) from exc
+        # getaddrinfo() has negative numbers of its own.
+        raise KernelError(f"cannot listen on {name}", max(exc.errno or 0, 0), hint) from exc
 
 
 async def _answer(routes: Routes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

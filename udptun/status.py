@@ -46,9 +46,13 @@ def fetch(run_dir: Path) -> str:
             raise UdptunError(
                 f"no udptun daemon answers at {path}: {exc.strerror or exc}; is it running, and with this --run-dir?"
             ) from exc
-    head, _, body = answer.decode().partition("\r\n\r\n")
-    if " 200 " not in head.split("\r\n", 1)[0]:
-        raise UdptunError(body.strip() or f"the daemon at {path} answered {head.split(chr(13), 1)[0]!r}")
+    head, _, body = answer.decode(errors="replace").partition("\r\n\r\n")
+    status_line = head.partition("\r\n")[0]
+    if " 200 " not in status_line:
+        raise UdptunError(body.strip() or f"the daemon at {path} answered {status_line!r}")
+    if not body.endswith("\n"):
+        # It ended while it answered.
+        raise UdptunError(f"the daemon at {path} answered with half a document")
     return body
 
 

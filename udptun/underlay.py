@@ -6,6 +6,7 @@ Pure: the caller says what links, addresses and routes there are.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
@@ -203,6 +204,9 @@ def _go_regex(text: str) -> re.Pattern[str]:
         return _POSIX_CLASSES[name]
 
     try:
-        return re.compile(re.sub(r"\[:(\w+):\]", posix, text).replace(r"\z", r"\Z"), re.ASCII)
+        with warnings.catch_warnings():
+            # Python wonders about [[, which means the same in Go.
+            warnings.simplefilter("ignore", FutureWarning)
+            return re.compile(re.sub(r"\[:(\w+):\]", posix, text).replace(r"\z", r"\Z"), re.ASCII)
     except re.error as exc:
         raise UsageError(f"could not compile the IP address regex '{text}': {exc}") from exc

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.config import NetConf, SourceCheck, UdpBackend, check_underlay, mtu_for, parse_net_conf
+from udptun.config import LogLevel, NetConf, SourceCheck, UdpBackend, check_underlay, mtu_for, parse_net_conf
 from udptun.errors import ConfigError
 
 
@@ -51,6 +51,12 @@ def test_config_takes_overrides_of_the_ipv4_range() -> None:
     )
     assert (str(conf.subnet_min), str(conf.subnet_max), conf.subnet_len) == ("10.3.5.0", "10.3.8.0", 28)
     assert conf.backend.port == 7890
+
+
+def test_config_takes_words_in_any_letter_case() -> None:
+    text = '{"Network":"10.3.0.0/16","Backend":{"Type":"UDP","SourceCheck":"OFF","logLevel":"Warning"}}'
+    backend = parse(text).backend
+    assert (backend.source_check, backend.log_level) == (SourceCheck.OFF, LogLevel.WARNING)
 
 
 def test_config_gets_flannels_ipv6_defaults() -> None:
@@ -307,6 +313,8 @@ MALFORMED = [
     (udp(Workers=17), "Backend.Workers: must be 1..16, not 17"),
     (udp(SourceCheck="none"), 'Backend.SourceCheck: must be "off", "peer" or "strict", not "none"'),
     (udp(SourceCheck=True), 'Backend.SourceCheck: must be "off", "peer" or "strict", not true'),
+    (udp(LogLevel="loud"), 'Backend.LogLevel: must be "debug", "info", "warning" or "error", not "loud"'),
+    (udp(LogLevel=10), 'Backend.LogLevel: must be "debug", "info", "warning" or "error", not 10'),
 ]
 
 
@@ -347,7 +355,7 @@ JSON_VALUES = st.recursive(
     max_leaves=8,
 )
 KEYS = st.sampled_from(["Network", "SubnetLen", "SubnetMin", "SubnetMax", "EnableIPv6", "IPv6Network", "Backend"])
-BACKENDS = st.dictionaries(st.sampled_from(["Type", "Port", "MTU", "Workers", "SourceCheck"]), JSON_VALUES)
+BACKENDS = st.dictionaries(st.sampled_from(["Type", "Port", "MTU", "Workers", "SourceCheck", "LogLevel"]), JSON_VALUES)
 
 
 @given(st.text() | st.dictionaries(KEYS, JSON_VALUES | BACKENDS).map(json.dumps))

@@ -59,6 +59,9 @@ POLL_S = 0.05
 BUSY_S = 10.0
 """How long a call waits for other processes' locks before it gives up, seconds."""
 
+_BUSY_LOOK_S = 0.2
+"""How often it looks meanwhile whether the store is being closed: nothing interrupts SQLite's own waiting."""
+
 HISTORY = 10_000
 """How many events are kept for watchers that fall behind."""
 
@@ -126,6 +129,7 @@ class LocalStore:
         self._net_config_path = net_config_path
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lease-store")
+        self._is_closing = False  # read on self._thread
         self._db: sqlite3.Connection | None = None  # used on self._thread only
         self._file: tuple[int, int] | None = None  # device and inode that self._db has open
 
@@ -189,6 +193,7 @@ class LocalStore:
         await self._run(f"release {lease.subnet}", work)
 
     async def aclose(self) -> None:
+        self._is_closing = True
         await asyncio.get_running_loop().run_in_executor(None, self._close)
 
     def _close(self) -> None:
@@ -200,11 +205,18 @@ class LocalStore:
         """`work` on the store's thread; `operation` completes "cannot ..." in the message of a failure."""
 
         def guarded() -> T:
-            try:
-                return work(self._connection())
-            except sqlite3.Error as exc:
-                self._disconnect()
-                raise _explain(exc, operation, self._path) from exc
+            deadline_s = time.monotonic() + BUSY_S
+            while True:
+                try:
+                    return work(self._connection())
+                except sqlite3.Error as exc:
+                    if _primary_code(exc) == sqlite3.SQLITE_BUSY:
+                        # `work` is one transaction, and none of it has happened.
+                        if not self._is_closing and time.monotonic() < deadline_s:
+                            continue
+                    else:
+                        self._disconnect()
+                    raise _explain(exc, operation, self._path) from exc
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
 
@@ -215,7 +227,7 @@ class LocalStore:
             return self._db
         self._disconnect()
         # The connection is closed by whichever thread calls aclose(), after this one has ended.
-        db = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self._path, timeout=_BUSY_LOOK_S, isolation_level=None, check_same_thread=False)
         try:
             _prepare(db, self._path, self._clock())
             self._file = _inspect(self._path)
@@ -446,6 +458,8 @@ def _explain(exc: sqlite3.Error, operation: str, path: Path) -> LeaseError | Con
     name = getattr(exc, "sqlite_errorname", None)
     said = f"cannot {operation} in {path}: {exc}" + (f" ({name})" if name else "")
     code = _primary_code(exc)
+    if name == "SQLITE_IOERR_SHMSIZE":  # how a full filesystem shows when the -shm file is to be made
+        code = sqlite3.SQLITE_FULL
     if code in _TRANSIENT:
         return StoreUnavailableError(f"{said}; {_TRANSIENT[code]}")
     if code == sqlite3.SQLITE_READONLY:

@@ -1,0 +1,162 @@
+"""`udptun status` against sockets that answer well, badly or not at all."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from udptun import status
+from udptun.errors import UdptunError
+
+NOW_S = 1_700_000_000.0
+
+DOCUMENT: dict[str, Any] = {
+    "schema": 1,
+    "version": "0.1.0",
+    "pid": 10,
+    "uptime_s": 59.9,
+    "store": "local:/var/lib/udptun/leases.db",
+    "network": "10.244.0.0/16",
+    "lease": {
+        "subnet": "10.244.1.0/24",
+        "public_ip": "192.0.2.1",
+        "port": 8285,
+        "node_id": "1" * 32,
+        "expires_at": NOW_S + 7265,
+    },
+    "underlay": {"interface": "eth0", "address": "192.0.2.1", "mtu": 1500},
+    "backend": {"type": "udp", "device": "flannel0", "mtu": 1472, "source_check": "peer"},
+    "datapath": {"pid": 11, "uptime_s": 3600.5, "standby_pids": [12, 13], "workers": ["running", "tun_lost"]},
+    "peers": [
+        {
+            "subnet": "10.244.2.0/24",
+            "public_ip": "192.0.2.2",
+            "port": 9000,
+            "udptun": False,
+            "expires_at": None,
+            "encap_packets": 1234567,
+            "encap_bytes": 2,
+            "decap_packets": 3,
+            "decap_bytes": 4,
+        }
+    ],
+    "skipped": ["junk: not JSON"],
+    "counters": {"encap_packets": 9, "encap_drop_ttl": 0, "decap_drop_unknown_peer": 7},
+    "problems": ["route x is not ours"],
+}
+
+
+def test_document_is_shown_for_people() -> None:
+    assert status.render(DOCUMENT, NOW_S) == (
+        "lease      10.244.1.0/24 of 10.244.0.0/16, expires in 2h01m\n"
+        "store      local:/var/lib/udptun/leases.db\n"
+        "underlay   eth0 192.0.2.1 mtu 1500, public 192.0.2.1:8285\n"
+        "tunnel     flannel0 udp mtu 1472, source check peer\n"
+        "datapath   pid 11, up 1h00m, standby 12, 13, workers running, tun_lost\n"
+        "daemon     pid 10, up 59s, version 0.1.0\n"
+        "\n"
+        "PEER SUBNET    PUBLIC IP  PORT  UDPTUN  SENT PACKETS  BYTES  RECEIVED PACKETS  BYTES\n"
+        "10.244.2.0/24  192.0.2.2  9000      no       1234567      2                 3      4\n"
+        "\n"
+        "drops      decap_drop_unknown_peer 7\n"
+        "skipped    junk: not JSON\n"
+        "problem    route x is not ours\n"
+    )
+
+
+def test_document_without_peers_drops_and_datapath_is_shown_for_people() -> None:
+    quiet = DOCUMENT | {
+        "lease": DOCUMENT["lease"] | {"expires_at": None},
+        "datapath": {"pid": None, "uptime_s": None, "standby_pids": [], "workers": ["stopped"]},
+        "peers": [],
+        "skipped": [],
+        "counters": {},
+        "problems": [],
+    }
+    lines = status.render(quiet, NOW_S).splitlines()
+    assert lines[0] == "lease      10.244.1.0/24 of 10.244.0.0/16, never expires"
+    assert lines[4] == "datapath   pid none, up 0s, standby none, workers stopped"
+    assert lines[-2:] == ["", "drops      none"]
+    expired = DOCUMENT | {"lease": DOCUMENT["lease"] | {"expires_at": NOW_S - 1}}
+    assert status.render(expired, NOW_S).splitlines()[0].endswith(", expired")
+
+
+@contextmanager
+def daemon(run_dir: Path, answer: bytes | None) -> Iterator[None]:
+    """Someone who answers one request so, or with None takes it and stays silent."""
+    done = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.recv(4096).startswith(b"GET /status HTTP/1.1\r\n")
+            if answer is None:
+                done.wait(30)
+            else:
+                connection.sendall(answer)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(run_dir / status.SOCKET_NAME))
+        listener.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        done.set()
+        thread.join()
+
+
+def http(status_line: str, body: str) -> bytes:
+    return f"HTTP/1.1 {status_line}\r\nContent-Type: x\r\n\r\n{body}".encode()
+
+
+def test_json_is_passed_on_as_the_daemon_wrote_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = json.dumps(DOCUMENT) + "\n"
+    with daemon(tmp_path, http("200 OK", text)):
+        assert status.show(tmp_path, as_json=True) == 0
+    assert capsys.readouterr().out == text
+    (tmp_path / status.SOCKET_NAME).unlink()
+    with daemon(tmp_path, http("200 OK", text)):
+        assert status.show(tmp_path, as_json=False) == 0
+    assert "10.244.2.0/24  192.0.2.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (http("503 Service Unavailable", "not ready\n"), "not ready"),
+        (http("500 Internal Server Error", ""), "the daemon at {path} answered 'HTTP/1.1 500 Internal Server Error'"),
+        (b"", "the daemon at {path} answered ''"),
+        (b"\xff\xfe", "the daemon at {path} answered '\ufffd\ufffd'"),
+        (http("200 OK", '{"schema": 1, "versi'), "the daemon at {path} answered with half a document"),
+        (None, "the daemon at {path} does not answer within 0 s"),
+    ],
+)
+def test_daemon_that_answers_badly_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, line: str
+) -> None:
+    monkeypatch.setattr(status, "_TIMEOUT_S", 0.2 if answer is None else 10.0)
+    with daemon(tmp_path, answer), pytest.raises(UdptunError) as caught:
+        status.show(tmp_path, as_json=False)
+    assert str(caught.value) == line.format(path=tmp_path / status.SOCKET_NAME)
+    assert caught.value.exit_status == 1
+
+
+def test_daemon_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / status.SOCKET_NAME
+    with pytest.raises(UdptunError) as caught:
+        status.fetch(tmp_path)
+    said = f"no udptun daemon answers at {path}: No such file or directory; is it running, and with this --run-dir?"
+    assert str(caught.value) == said
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(path))
+    with pytest.raises(UdptunError, match=r"Connection refused; is it running"):
+        status.fetch(tmp_path)
+    with pytest.raises(UdptunError, match=r"AF_UNIX path too long; is it running"):
+        status.fetch(tmp_path / ("x" * 100))
