@@ -1,0 +1,340 @@
+"""Test flows between pods whose every packet and byte is accounted for, and what else the daemon's tests look at.
+
+The oracles are independent of udptun: sockets in the pods, /proc, nstat and a capture on the underlay's switch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+from udptun import status
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import LEASES, NET_CONF, UNDERLAY, Host, Lab, Pod
+
+_END = Path(__file__).with_name("traffic_end.py")
+_DEADLINE_S = 30.0
+
+_CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+CLEANUP = [sys.executable, "-m", "udptun", "cleanup", "--store", f"local:{LEASES}", "--net-config-path", str(NET_CONF)]
+"""`udptun cleanup` with the flags of a lab's daemon."""
+
+CLEAR_TEXT = "not arp and not (udp src port 8285 and udp dst port 8285)"
+"""Of the frames on the underlay, those that neither the tunnel nor address resolution explains."""
+
+
+class _End:
+    """A process of traffic_end.py.  Killed on leaving when it has not ended."""
+
+    def __init__(self, pod: Pod, role: str, address: object, port: int, rate: float = 0) -> None:
+        self._role = role
+        self.process = pod.popen(
+            [sys.executable, "-I", "-S", str(_END), role, str(address), str(port), str(rate)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def __enter__(self) -> _End:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        with self.process:
+            pass
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "ready\n", f"{self._role} has ended"
+
+    def finish(self, line: str = "") -> Any:
+        """Tell it to end, and return what it saw."""
+        out, _ = self.process.communicate(f"{line}\n", timeout=_DEADLINE_S)
+        return json.loads(out.splitlines()[-1])
+
+    def wait(self) -> Any:
+        """What it saw, when it ends by itself."""
+        out, _ = self.process.communicate(timeout=_DEADLINE_S)
+        return json.loads(out)
+
+
+@dataclass(frozen=True, slots=True)
+class UdpReport:
+    """`arrivals`: (number, CLOCK_MONOTONIC ns) as they came.  `refused`: sends refused, by errno."""
+
+    sent: int
+    refused: Mapping[str, int]
+    arrivals: list[tuple[int, int]]
+    n_spoilt: int
+
+    @property
+    def lost(self) -> list[int]:
+        return sorted(set(range(self.sent)) - {number for number, _ in self.arrivals})
+
+    @property
+    def n_duplicates(self) -> int:
+        return len(self.arrivals) - len({number for number, _ in self.arrivals})
+
+    @property
+    def n_out_of_order(self) -> int:
+        numbers = [number for number, _ in self.arrivals]
+        return sum(later < earlier for earlier, later in itertools.pairwise(numbers))
+
+    @property
+    def longest_gap_ms(self) -> float:
+        times = [at for _, at in self.arrivals]
+        return max((b - a for a, b in itertools.pairwise(times)), default=0) / 1e6
+
+    def first_after_s(self, start_ns: int) -> float:
+        """How long after `start_ns` the next packet arrived."""
+        return next(at - start_ns for _, at in self.arrivals if at >= start_ns) / 1e9
+
+    def __str__(self) -> str:
+        return (
+            f"sent {self.sent}, lost {len(self.lost)}, duplicates {self.n_duplicates}, out of order "
+            f"{self.n_out_of_order}, spoilt {self.n_spoilt}, refused {dict(self.refused)}, "
+            f"longest gap {self.longest_gap_ms:.1f} ms"
+        )
+
+
+class UdpFlow:
+    """A running flow; `report` is there after the block."""
+
+    def __init__(self, receiver: subprocess.Popen[str]) -> None:
+        self._receiver = receiver
+        self._report: UdpReport | None = None
+
+    @property
+    def report(self) -> UdpReport:
+        assert self._report is not None, "the flow has not ended"
+        return self._report
+
+    def received(self) -> int:
+        """Datagrams that sockets in the receiving pod have read so far, by the kernel's count."""
+        lines = [line.split() for line in Path(f"/proc/{self._receiver.pid}/net/snmp").read_text().splitlines()]
+        names, values = (line for line in lines if line[0] == "Udp:")
+        return int(values[names.index("InDatagrams")])
+
+    def wait_for_more(self, n: int = 200, timeout_s: float = 15) -> None:
+        """Until `n` more packets than now have arrived."""
+        goal = self.received() + n
+        wait_until(f"{n} more packets of the flow", lambda: self.received() >= goal, timeout_s)
+
+
+@contextlib.contextmanager
+def udp_flow(source: Pod, destination: Pod, packets_per_s: float, port: int = 5001) -> Iterator[UdpFlow]:
+    """UDP datagrams with checked content from pod to pod while the block runs."""
+    _wait_for_path(source, destination)
+    with _End(destination, "udp-receive", destination.address, port) as receiver:
+        receiver.wait_ready()
+        with _End(source, "udp-send", destination.address, port, packets_per_s) as sender:
+            flow = UdpFlow(receiver.process)
+            flow.wait_for_more(10)
+            yield flow
+            sent = sender.finish()
+            got = receiver.finish(str(sent["sent"]))
+        arrivals = [(number, at) for number, at in got["arrivals"]]
+        flow._report = UdpReport(sent["sent"], sent["refused"], arrivals, got["n_spoilt"])
+        print(f"udp {source} -> {destination}: {flow.report}")
+
+
+def _wait_for_path(source: Pod, destination: Pod) -> None:
+    """Until addresses are resolved and every new link passes packets, which the kernel sees to in its own time."""
+    wait_until(
+        f"{destination} to answer {source}",
+        lambda: source.run(["ping", "-c", "1", "-W", "1", str(destination.address)], check=False).returncode == 0,
+        15,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TcpReport:
+    sent: int
+    received: int
+    n_spoilt: int
+    longest_silence_ms: float
+
+    def __str__(self) -> str:
+        return (
+            f"sent {self.sent} bytes, received {self.received}, spoilt blocks {self.n_spoilt}, "
+            f"longest silence {self.longest_silence_ms:.1f} ms"
+        )
+
+    def assert_exact(self) -> None:
+        assert self.sent == self.received > 0
+        assert self.n_spoilt == 0
+
+
+class TcpFlow:
+    """A running connection; `report` is there after the block."""
+
+    def __init__(self) -> None:
+        self._report: TcpReport | None = None
+
+    @property
+    def report(self) -> TcpReport:
+        assert self._report is not None, "the flow has not ended"
+        return self._report
+
+
+@contextlib.contextmanager
+def tcp_flow(source: Pod, destination: Pod, bytes_per_s: float = 2e6, port: int = 5002) -> Iterator[TcpFlow]:
+    """One TCP connection with checked content from pod to pod while the block runs."""
+    _wait_for_path(source, destination)
+    flow = TcpFlow()
+    with _End(destination, "tcp-receive", destination.address, port) as receiver:
+        receiver.wait_ready()
+        with _End(source, "tcp-send", destination.address, port, bytes_per_s) as sender:
+            sender.wait_ready()
+            yield flow
+            sent = sender.finish()
+            got = receiver.wait()
+        flow._report = TcpReport(sent["sent"], got["received"], got["n_spoilt"], got["longest_silence_ns"] / 1e6)
+        print(f"tcp {source} -> {destination}: {flow.report}")
+
+
+def ping(source: Host | Pod, address: object, *options: str, count: int = 2) -> str:
+    """`count` echoes, all of which must be answered; ping's output."""
+    return source.run(["ping", "-c", str(count), "-i", "0.02", "-W", "5", *options, str(address)]).stdout
+
+
+def tunnel_address(host: Host) -> IPv4Address:
+    """The address of the host's flannel0."""
+    return host.subnet.network_address
+
+
+def read_status(host: Host) -> Any:
+    """What `udptun status --json` prints, without starting an interpreter for it."""
+    return json.loads(status.fetch(host.path("/run/udptun")))
+
+
+def peers(host: Host) -> dict[str, str]:
+    """Subnet -> public IP of the peers in the host's table."""
+    return {peer["subnet"]: peer["public_ip"] for peer in read_status(host)["peers"]}
+
+
+def seconds_until(holds: Callable[[], bool], what: str, timeout_s: float) -> float:
+    """How long it takes from now until `holds`; the failure of one look counts as not yet."""
+
+    def quietly() -> bool:
+        try:
+            return holds()
+        except Exception:
+            return False
+
+    start = time.monotonic()
+    wait_until(what, quietly, timeout_s)
+    return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def socket_in(place: Host | Pod, kind: int, protocol: int = 0) -> Iterator[socket.socket]:
+    """A socket of ours in the network namespace of `place`: it stays there, whichever thread uses it."""
+    net_ns = place.machine.at().net_ns if isinstance(place, Host) else place.host.machine.at(place.name).net_ns
+    made: list[socket.socket] = []
+
+    def make() -> None:
+        with net_ns.open() as file:
+            if _libc.setns(file.fileno(), _CLONE_NEWNET) == 0:
+                made.append(socket.socket(socket.AF_INET, kind, protocol))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    assert made, f"cannot make a socket in {net_ns}"
+    with made[0]:
+        yield made[0]
+
+
+def kill(host: Host, *pids: int) -> None:
+    """kill -9 by the numbers that the host itself has for its processes, as `udptun status` shows them."""
+    host.run(["kill", "-KILL", *map(str, pids)])
+
+
+def cpu_s(host: Host, pid: int) -> float:
+    """Processor time that the host's process `pid` has used."""
+    fields = host.path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def n_fds(host: Host, pid: int) -> int:
+    return len(list(host.path(f"/proc/{pid}/fd").iterdir()))
+
+
+def rss_mib(host: Host, pid: int) -> float:
+    """Resident memory that is the process's own: without files and shared memory."""
+    for line in host.path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError(f"process {pid} of {host.name} has no RssAnon")
+
+
+_ERRORS = [
+    *("IpInHdrErrors", "IpInAddrErrors", "IpInDiscards", "IpReasmFails", "IpExtInTruncatedPkts", "IpExtInCsumErrors"),
+    *("IcmpInErrors", "IcmpInCsumErrors", "TcpInErrs", "TcpInCsumErrors", "UdpInErrors", "UdpInCsumErrors"),
+]
+
+
+def packet_errors(*places: Host | Pod) -> dict[str, int]:
+    """Every packet that a kernel in one of the places has found faulty so far, as `place counter` -> number."""
+    found = {}
+    for place in places:
+        name = place.name if isinstance(place, Host) else str(place)
+        for line in place.run(["nstat", "-asz"]).stdout.splitlines():
+            counter, value, *_ = [*line.split(), "", ""]
+            if counter in _ERRORS:
+                found[f"{name} {counter}"] = int(value)
+    assert len(found) >= len(places) * (len(_ERRORS) - 1), f"nstat does not know its counters: {found}"
+    return found
+
+
+@contextlib.contextmanager
+def no_packet_errors(*places: Host | Pod) -> Iterator[None]:
+    """No kernel in these places finds a faulty packet while the block runs."""
+    before = packet_errors(*places)
+    yield
+    after = packet_errors(*places)
+    new = {name: n - before[name] for name, n in after.items() if n != before[name]}
+    print(f"checksum and header errors in {len(places)} namespaces: {sum(new.values())}")
+    assert new == {}
+
+
+@contextlib.contextmanager
+def nothing_in_clear_text(lab: Lab, path: Path) -> Iterator[None]:
+    """Only the tunnel's datagrams and ARP cross the underlay while the block runs.
+
+    An echo to the switch after the block proves that the capture would have seen anything else.
+    """
+
+    def seen() -> list[str]:
+        return lab.switch.run(["tcpdump", "-n", "-r", str(path)]).stdout.splitlines()
+
+    witness = lab.hosts[0]
+    with lab.capture(path, CLEAR_TEXT):
+        yield
+        ping(witness, UNDERLAY[1], count=1)
+        wait_until("the capture to show the witness", lambda: any("ICMP echo" in line for line in seen()), 10)
+    explained = (
+        f"IP {witness.underlay_address} > {UNDERLAY[1]}: ICMP echo",
+        f"IP {UNDERLAY[1]} > {witness.underlay_address}: ICMP echo",
+        # What the kernel answers for a datapath that is dead: to the host that sent the datagram.
+        "udp port 8285 unreachable",
+    )
+    leaked = [line for line in seen() if not any(text in line for text in explained)]
+    print("\n".join([f"frames on the underlay in clear text: {len(leaked)}", *leaked[:10]]))
+    assert leaked == []

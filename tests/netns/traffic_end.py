@@ -1,0 +1,129 @@
+"""One end of a test flow, run in a pod: `python -I -S traffic_end.py ROLE ADDRESS PORT RATE`.
+
+Every end prints "ready" when it is set up, goes on until its standard input says so, and prints what it saw as one
+line of JSON.  RATE is packets/s of udp-send, bytes/s of tcp-send, and not used by the receiving ends.  Content is made
+from position alone, so that the receiver can tell every byte.  Times are CLOCK_MONOTONIC, nanoseconds.
+"""
+
+import hashlib
+import json
+import select
+import socket
+import sys
+import time
+
+SEQUENCE_BYTES = 8
+DATAGRAM_BYTES = 256
+BLOCK = 1 << 15
+_SO_RCVBUFFORCE = 33
+
+
+def content(sequence: int) -> bytes:
+    """The datagram or stream block with this number: the number, and bytes that all depend on it."""
+    head = sequence.to_bytes(SEQUENCE_BYTES, "big")
+    return head + hashlib.shake_128(head).digest(DATAGRAM_BYTES - SEQUENCE_BYTES)
+
+
+def stream_block(number: int) -> bytes:
+    return hashlib.shake_128(number.to_bytes(SEQUENCE_BYTES, "big")).digest(BLOCK)
+
+
+def ready() -> None:
+    print("ready", flush=True)
+
+
+def told(timeout_s: float) -> str:
+    """A line from standard input, "" when none comes in time."""
+    return sys.stdin.readline() if select.select([sys.stdin], [], [], max(0.0, timeout_s))[0] else ""
+
+
+def report(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+def send_udp(address: str, port: int, rate: float) -> None:
+    """Send at `rate` until told to stop.  A refused send is counted by its errno and not repeated."""
+    refused: dict[str, int] = {}
+    sent = 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        ready()
+        start = time.monotonic()
+        while True:
+            if told(start + sent / rate - time.monotonic()):
+                break
+            # After a pause of the whole machine: the flow is late, not dense.
+            start = max(start, time.monotonic() - sent / rate - 0.02)
+            try:
+                sock.sendto(content(sent), (address, port))
+            except OSError as exc:
+                name = str(exc.errno)
+                refused[name] = refused.get(name, 0) + 1
+            sent += 1
+    report(sent=sent, refused=refused)
+
+
+def receive_udp(address: str, port: int, rate: float) -> None:
+    """Take down what arrives.  The line on standard input says how many were sent: wait for them or for silence."""
+    arrivals: list[tuple[int, int]] = []
+    n_spoilt = 0
+    expected: int | None = None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
+        sock.bind((address, port))
+        poller = select.poll()
+        poller.register(sock, select.POLLIN)
+        poller.register(sys.stdin, select.POLLIN)
+        ready()
+        while expected is None or len(arrivals) < expected:
+            events = dict(poller.poll(None if expected is None else 1000))
+            if not events:
+                break
+            if sock.fileno() in events:
+                data = sock.recv(65536)
+                sequence = int.from_bytes(data[:SEQUENCE_BYTES], "big")
+                arrivals.append((sequence, time.monotonic_ns()))
+                n_spoilt += data != content(sequence)
+            if sys.stdin.fileno() in events:
+                expected = int(sys.stdin.readline())
+                poller.unregister(sys.stdin)
+    report(arrivals=arrivals, n_spoilt=n_spoilt)
+
+
+def send_tcp(address: str, port: int, rate: float) -> None:
+    """Send blocks at `rate` until told to stop, then close."""
+    sent = 0
+    with socket.create_connection((address, port), timeout=60) as sock:
+        ready()
+        start = time.monotonic()
+        while not told(start + sent / rate - time.monotonic()):
+            start = max(start, time.monotonic() - sent / rate - 0.1)
+            sock.sendall(stream_block(sent // BLOCK))
+            sent += BLOCK
+    report(sent=sent)
+
+
+def receive_tcp(address: str, port: int, rate: float) -> None:
+    """Compare what one connection carries with what it must be; note the longest silence."""
+    received, n_spoilt, longest_ns = 0, 0, 0
+    with socket.create_server((address, port)) as server:
+        ready()
+        connection, _ = server.accept()
+        with connection:
+            last = time.monotonic_ns()
+            block = b""
+            while data := connection.recv(1 << 18):
+                now = time.monotonic_ns()
+                longest_ns, last = max(longest_ns, now - last), now
+                block += data
+                received += len(data)
+                while len(block) >= BLOCK:
+                    n_spoilt += block[:BLOCK] != stream_block((received - len(block)) // BLOCK)
+                    block = block[BLOCK:]
+    report(received=received, n_spoilt=n_spoilt + bool(block), longest_silence_ns=longest_ns)
+
+
+ROLES = {"udp-send": send_udp, "udp-receive": receive_udp, "tcp-send": send_tcp, "tcp-receive": receive_tcp}
+
+if __name__ == "__main__":
+    role, address, port, rate = sys.argv[1:]
+    ROLES[role](address, int(port), float(rate))
