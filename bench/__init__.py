@@ -1,6 +1,8 @@
-"""What the tunnel costs, measured: throughput in a lab beside other ways to connect pods, and single steps alone.
+"""What the tunnel costs, measured: in a lab beside other ways to connect pods, and single steps alone.
 
-    python -m bench                 pod to pod over the tunnel, plain routing and kernel vxlan, interleaved
-    python -m bench.demo            the same in short, with leases, routes and pings on screen
-    python -m bench.micro.lookup    nanoseconds per peer lookup
+    python -m bench                  every path, workload and underlay mode, interleaved; `report`, `compare`
+    python -m bench.demo             two hosts with leases, routes and pings on screen, and a short comparison
+    python -m bench.micro.lookup     nanoseconds per peer lookup; beside it `checksum` and `turn`
+
+README.md says how to run, read and extend it.
 """

@@ -7,18 +7,24 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path as File
 from typing import Any
 
-from bench.measure import UDP_PAYLOAD, BenchError, Ping, Tcp, UdpFlood, ping, tcp, udp_flood
-from bench.paths import PLAIN, TUNNEL, VXLAN, Path, Paths, connect, interleave
+from bench.compiler import compiled
+from bench.errors import BenchError
+from bench.figures import PLAIN, TUNNEL, VXLAN
+from bench.measure import Ping, Result, ping, tcp, udp_flood
+from bench.paths import Path, Paths, connect, interleave
 from bench.session import Screen, check_idle, run, uninterrupted_end, whole_number
-from bench.summary import Rounds, ratio, spread, table
+from bench.summary import ratios, table
 from udptun.lab.topology import DEFAULT_NET_CONF, Host, Lab, missing_requirements
 
 _STATUS = [sys.executable, "-m", "udptun", "status"]
 _UDP_SECONDS = 1
+_UDP_BYTES = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,10 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo(screen: Screen, seconds: int, n_rounds: int) -> None:
     """All of it, from the lab's making to its end.  Raises UdptunError when something does not work."""
-    if missing := missing_requirements(("ip", "bridge", "nsenter", "ping", "iperf3")):
+    if missing := missing_requirements(("ip", "bridge", "nsenter", "ping", "iperf3", "gcc")):
         raise BenchError(f"the demo needs {' and '.join(missing)}")
     screen.step("making a switch and two hosts, h1 and h2, in namespaces of this machine")
-    with Lab("demo") as lab, uninterrupted_end():
+    with tempfile.TemporaryDirectory() as directory, Lab("demo") as lab, uninterrupted_end():
+        udp = compiled("traffic/udp.c", File(directory))
         screen.step(f"starting `udptun daemon` in both, {json.dumps(DEFAULT_NET_CONF)}")
         lab.start()
         one, two = lab.host(1).pod(1), lab.host(2).pod(1)
@@ -62,11 +69,11 @@ def demo(screen: Screen, seconds: int, n_rounds: int) -> None:
             screen.step(f"{name} is left out: {reason}")
         check_idle(screen)
         rounds = [
-            {path.name: _measure(screen, f"round {i + 1} of {n_rounds}", path, seconds) for path in order}
+            {path.name: _measure(screen, f"round {i + 1} of {n_rounds}", path, seconds, udp) for path in order}
             for i, order in interleave(paths.present, n_rounds)
         ]
         screen.title(
-            f"pod to pod: one TCP stream of {seconds} s; UDP of {UDP_PAYLOAD} bytes, sent unpaced; "
+            f"pod to pod: one TCP stream of {seconds} s; UDP of {_UDP_BYTES} bytes, sent unpaced; "
             f"{f'median of {n_rounds} rounds' if n_rounds > 1 else 'one round'}"
         )
         screen.show("\n".join(comparison(paths, rounds)))
@@ -99,20 +106,20 @@ class Figures:
     """One path in one round."""
 
     ping: Ping
-    tcp: Tcp
-    udp: UdpFlood
+    tcp: Result
+    udp: Result
 
 
-def _measure(screen: Screen, which: str, path: Path, seconds: int) -> Figures:
+def _measure(screen: Screen, which: str, path: Path, seconds: int, udp: File) -> Figures:
     screen.begin(f"{which}, {path.name + ':':<{len(PLAIN) + 1}} ")
     # The first echo finds out the neighbours' addresses.
     ping(path, 1, 1)
     echo = ping(path, 10, 0.05)
     screen.add(f"ping {statistics.median(echo.rtt_ms):.2f} ms, ")
     stream = tcp(path, seconds)
-    screen.add(f"TCP {stream.gbit_per_s:5.2f} Gbit/s, ")
-    flood = udp_flood(path, _UDP_SECONDS)
-    screen.add(f"UDP {flood.packets_per_s / 1000:.0f}k packets/s\n")
+    screen.add(f"TCP {stream.figures['gbit_per_s']:5.2f} Gbit/s, ")
+    flood = udp_flood(path, _UDP_SECONDS, _UDP_BYTES, udp)
+    screen.add(f"UDP {flood.figures['kpackets_per_s']:.0f}k packets/s\n")
     return Figures(echo, stream, flood)
 
 
@@ -132,14 +139,16 @@ def _counters(host: Host) -> tuple[dict[str, int], dict[str, int]]:
 
 def comparison(paths: Paths, rounds: Sequence[dict[str, Figures]]) -> list[str]:
     """The table of all paths; what is missing keeps its line."""
-    gbit: Rounds = [{name: figures.tcp.gbit_per_s for name, figures in one.items()} for one in rounds]
     present = {path.name for path in paths.present}
 
-    def middle(values: Sequence[float]) -> float:
-        return statistics.median(values)
+    def of(name: str, what: str, workload: str = "tcp") -> list[float]:
+        return [getattr(one[name], workload).figures[what] for one in rounds]
 
     def relative(name: str, base: str) -> str:
-        return f"{ratio(gbit, name, base).median:.0%}" if base in present else "-"
+        if base not in present:
+            return "-"
+        both = (dict(enumerate(of(one, "gbit_per_s"))) for one in (name, base))
+        return f"{statistics.median(ratios(*both).values()):.0%}"
 
     rows = []
     for path in paths.present:
@@ -148,14 +157,14 @@ def comparison(paths: Paths, rounds: Sequence[dict[str, Figures]]) -> list[str]:
             [
                 path.name,
                 str(path.mtu),
-                f"{spread(gbit, path.name).median:.2f}",
+                f"{statistics.median(of(path.name, 'gbit_per_s')):.2f}",
                 relative(path.name, PLAIN),
                 relative(path.name, VXLAN),
-                f"{middle([figures.tcp.retransmits for figures in mine]):.0f}",
-                f"{middle([figures.tcp.busy_cores for figures in mine]):.1f}",
-                f"{middle([figures.udp.packets_per_s for figures in mine]) / 1000:.0f}k",
-                f"{middle([figures.udp.lost for figures in mine]):.0%}",
-                f"{middle([rtt for figures in mine for rtt in figures.ping.rtt_ms]):.2f}",
+                f"{statistics.median(of(path.name, 'retransmits')):.0f}",
+                f"{statistics.median(figures.tcp.usage.busy_cores for figures in mine):.1f}",
+                f"{statistics.median(of(path.name, 'kpackets_per_s', 'udp')):.0f}k",
+                f"{statistics.median(of(path.name, 'lost', 'udp')):.0%}",
+                f"{statistics.median(rtt for figures in mine for rtt in figures.ping.rtt_ms):.2f}",
             ]
         )
     head = ["", "MTU", "TCP Gbit/s", "of plain", "of vxlan", "retrans", "cores", "UDP pkts/s", "lost", "ping ms"]

@@ -1,4 +1,7 @@
-"""One measurement of one path each: ping, a TCP stream, a flood of small datagrams."""
+"""One measurement of one path each: ping, TCP streams, a flood of datagrams, round trips one at a time.
+
+Whatever is measured, the figures are what arrived, and the CPU time of the same moments stands beside them.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,26 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 from typing import Any
 
-from bench.paths import Path
-from udptun.errors import UdptunError
-
-UDP_PAYLOAD = 64
-"""Bytes a datagram of the flood carries."""
+from bench.cpu import Meter, Usage
+from bench.errors import BenchError
+from bench.paths import End, Path
+from bench.summary import percentile
+from udptun.lab.topology import Lab
 
 _SLACK_S = 20
-"""How much longer than asked for iperf3 may take, connecting and exchanging results included."""
+"""How much longer than asked for a program may take, connecting and exchanging results included."""
 
+_PORT = "5301"
+"""Of our own traffic programs; iperf3 has its usual one."""
 
-class BenchError(UdptunError):
-    """A measurement failed, or what it needs is missing."""
+ECHO_BYTES = 64
+"""UDP payload of a ping-pong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +41,12 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
-class Tcp:
-    """`gbit_per_s` is what arrived.  `busy_cores` is the whole machine's, which is client, both hosts and server."""
+class Result:
+    """`figures` by name (bench/figures.py); `raw` is all that the measuring program said."""
 
     command: tuple[str, ...]
-    gbit_per_s: float
-    retransmits: int
-    busy_cores: float
-    raw: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class UdpFlood:
-    """Datagrams of UDP_PAYLOAD bytes as fast as the client can send them; `lost` is the share that did not arrive."""
-
-    command: tuple[str, ...]
-    packets_per_s: float
-    lost: float
-    busy_cores: float
+    figures: Mapping[str, float]
+    usage: Usage
     raw: Mapping[str, Any]
 
 
@@ -79,99 +73,189 @@ def parse_ping(text: str) -> tuple[float, ...]:
     )
 
 
-def tcp(path: Path, seconds: int) -> Tcp:
-    """One TCP stream from client to server."""
-    command, output, busy_cores = _iperf3(path, seconds, [])
-    return parse_tcp(command, output, busy_cores)
+# --- TCP: iperf3
 
 
-def parse_tcp(command: Sequence[str], output: Mapping[str, Any], busy_cores: float) -> Tcp:
-    """Read iperf3's JSON.  Raises BenchError when it lacks what we need."""
-    end = _end_of(output, "sum_received", "sum_sent")
-    gbit_per_s = end["sum_received"]["bits_per_second"] / 1e9
-    return Tcp(tuple(command), gbit_per_s, end["sum_sent"]["retransmits"], busy_cores, output)
+def tcp(path: Path, seconds: int, n_streams: int = 1, both_ways: bool = False) -> Result:
+    """TCP streams from client to server; `both_ways`: as many in the other direction at the same time."""
+    options = ["-P", str(n_streams), *(["--bidir"] if both_ways else [])]
+    # Without figures of single seconds, which would be most of the file.
+    command = ["iperf3", "-c", str(path.address), "-t", str(seconds), *options, "-i", "0", "-J"]
+    server = ["iperf3", "-s", "-1", "--forceflush", "-B", str(path.address)]
+    with _running(path.server, server, "Server listening"):
+        meter = Meter(path.pids)
+        result = path.client.run(command, check=False, timeout=seconds + _SLACK_S)
+        usage = meter.read()
+    try:
+        output = json.loads(result.stdout)
+    except ValueError as exc:
+        raise BenchError(_failed(path, "iperf3", result)) from exc
+    return Result(tuple(command), _own(path, parse_tcp(output, usage)), usage, output)
 
 
-def udp_flood(path: Path, seconds: int) -> UdpFlood:
-    """Small datagrams, unpaced, from client to server."""
-    command, output, busy_cores = _iperf3(path, seconds, ["-u", "-b", "0", "-l", str(UDP_PAYLOAD)])
-    return parse_udp_flood(command, output, busy_cores)
-
-
-def parse_udp_flood(command: Sequence[str], output: Mapping[str, Any], busy_cores: float) -> UdpFlood:
-    """Read iperf3's JSON.  Raises BenchError when it lacks what we need."""
-    end = _end_of(output, "sum_received", "sum")
-    received = end["sum_received"]
-    # iperf3's own count of losses ends with the last datagram that arrived; those sent after it are lost too.
-    lost = 1 - received["bytes"] / UDP_PAYLOAD / end["sum"]["packets"]
-    return UdpFlood(tuple(command), received["bits_per_second"] / 8 / UDP_PAYLOAD, max(0.0, lost), busy_cores, output)
-
-
-def _end_of(output: Mapping[str, Any], *needed: str) -> Mapping[str, Any]:
+def parse_tcp(output: Mapping[str, Any], usage: Usage) -> dict[str, float]:
+    """Figures from iperf3's JSON.  Raises BenchError when it lacks what we need."""
     if "error" in output:
         raise BenchError(f"iperf3 failed: {output['error']}")
     end: Mapping[str, Any] = output.get("end", {})
+    directions = ["", "_bidir_reverse"] if "sum_received_bidir_reverse" in end else [""]
+    needed = [f"{name}{direction}" for direction in directions for name in ("sum_received", "sum_sent")]
     if missing := [name for name in needed if not end.get(name)]:
         raise BenchError(f"iperf3's result lacks {' and '.join(missing)}; version 3.7 or newer is needed")
-    return end
+    received = [end[f"sum_received{direction}"] for direction in directions]
+    gigabytes = sum(one["bytes"] for one in received) / 1e9
+    if not gigabytes:
+        raise BenchError("iperf3 moved nothing: the connection stands and no byte arrives")
+    return {
+        "gbit_per_s": sum(one["bits_per_second"] for one in received) / 1e9,
+        "retransmits": sum(end[f"sum_sent{direction}"].get("retransmits", 0) for direction in directions),
+        "tunnel_cpu_s_per_gb": usage.tunnel_s / gigabytes,
+        "system_cpu_s_per_gb": usage.system_s / gigabytes,
+    }
 
 
-def _iperf3(path: Path, seconds: int, options: Sequence[str]) -> tuple[list[str], Mapping[str, Any], float]:
-    command = ["iperf3", "-c", str(path.address), "-t", str(seconds), *options, "-J"]
-    with _server(path):
-        before = CpuTimes.now()
+# --- UDP: traffic/udp.c, whose program is `udp`
+
+
+def udp_flood(path: Path, seconds: int, n_bytes: int, udp: File) -> Result:
+    """Datagrams with `n_bytes` of payload, as fast as one sender's single calls can make them."""
+    command = [str(udp), "blast", str(path.address), _PORT, str(n_bytes), str(seconds)]
+    with _running(path.server, [str(udp), "sink", str(path.address), _PORT], "ready") as sink:
+        meter = Meter(path.pids)
+        blast = path.client.run(command, check=False, timeout=seconds + _SLACK_S)
+        usage = meter.read()
+        if blast.returncode:
+            raise BenchError(_failed(path, "udp blast", blast))
+        try:
+            said = sink.communicate(timeout=_SLACK_S + 1)[0]
+        except subprocess.TimeoutExpired as exc:
+            raise BenchError(f"the UDP receiver in {path.server} does not end on its own") from exc
+    figures = _own(path, parse_flood(blast.stdout, said, n_bytes, usage))
+    return Result(tuple(command), figures, usage, {"sender": blast.stdout, "sink": said})
+
+
+def parse_flood(sender: str, sink: str, n_bytes: int, usage: Usage) -> dict[str, float]:
+    """Figures from what both ends printed.  Raises BenchError when that makes no rate."""
+    sent, received = _number(r"sent (\d+)", sender), _number(r"received (\d+)", sink)
+    took_ns = _number(r"first-to-last (\d+)", sink)
+    if received < 2 or not took_ns:
+        raise BenchError(f"{received} of {sent} datagrams of {n_bytes} bytes arrived: no rate can be had from that")
+    per_s = (received - 1) / took_ns * 1e9
+    return {
+        "kpackets_per_s": per_s / 1e3,
+        "gbit_per_s": per_s * n_bytes * 8 / 1e9,
+        "lost": 1 - received / sent,
+        "reordered": _number(r"reordered (\d+)", sink),
+        "tunnel_cpu_us_per_packet": usage.tunnel_s / received * 1e6,
+        "system_cpu_us_per_packet": usage.system_s / received * 1e6,
+    }
+
+
+def round_trips(path: Path, seconds: int, udp: File, lab: Lab) -> Result:
+    """One datagram at a time there and back, every CPU kept from sleeping by a spinner of the lowest priority."""
+    command = [str(udp), "pingpong", str(path.address), _PORT, str(ECHO_BYTES), str(seconds)]
+    echo = [str(udp), "echo", str(path.address), _PORT]
+    with _awake(lab), _running(path.server, echo, "ready"):
+        meter = Meter(path.pids)
         result = path.client.run(command, check=False, timeout=seconds + _SLACK_S)
-        busy_cores = CpuTimes.now().busy_cores_since(before)
-    try:
-        return command, json.loads(result.stdout), busy_cores
-    except ValueError as exc:
-        said = (result.stderr or result.stdout).strip().splitlines()
-        raise BenchError(
-            f"iperf3 from {path.client} over {path.name} ended with status {result.returncode}: "
-            f"{said[-1] if said else 'it said nothing'}"
-        ) from exc
+        usage = meter.read()
+    if result.returncode:
+        raise BenchError(_failed(path, "udp pingpong", result))
+    figures = parse_round_trips(result.stdout)
+    # Some 10,000 times: their percentiles are kept, not they.
+    return Result(tuple(command), figures, usage, {"lost": figures["lost_round_trips"], "n": figures["round_trips"]})
+
+
+def parse_round_trips(text: str) -> dict[str, float]:
+    """Percentiles, microseconds, from a nanosecond figure a line.  Raises BenchError when none came back."""
+    times = sorted(int(line) / 1e3 for line in text.split("\n") if line.isdecimal())
+    lost = _number(r"lost (\d+)", text)
+    if not times:
+        raise BenchError(f"{lost} ping-pong datagrams were sent, and none came back in time to be counted")
+    return {
+        "p50_us": percentile(times, 50),
+        "p99_us": percentile(times, 99),
+        "p99_9_us": percentile(times, 99.9),
+        "round_trips": len(times),
+        "lost_round_trips": lost,
+    }
+
+
+_SPIN = """import os
+os.sched_setaffinity(0, {%d})
+os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+os.setsid()
+if os.path.exists("/proc/self/autogroup"):
+    open("/proc/self/autogroup", "w").write("19")
+while True: pass"""
 
 
 @contextlib.contextmanager
-def _server(path: Path) -> Iterator[None]:
-    """An iperf3 server for one run, listening when the block begins."""
-    server = path.server.popen(
-        ["iperf3", "-s", "-1", "--forceflush", "-B", str(path.address)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+def _awake(lab: Lab) -> Iterator[None]:
+    """No CPU goes to sleep in the block.
+
+    Waking a sleeping one costs a virtual machine more, and less evenly, than a tunnel does.  SCHED_IDLE: the spinner
+    gives way to everything else at once, and the scheduler places work as if the CPU were idle.  That holds within a
+    session (sched(7), autogroup): ours of low weight gives way to other sessions, the datapath's among them, too.
+    """
+    with contextlib.ExitStack() as undo:
+        for cpu in sorted(os.sched_getaffinity(0)):
+            spinner = lab.switch.popen([sys.executable, "-I", "-S", "-c", _SPIN % cpu], stdin=subprocess.DEVNULL)
+            undo.callback(spinner.wait)
+            undo.callback(spinner.kill)
+        yield
+
+
+# --- memory
+
+
+def memory(path: Path) -> Result:
+    """Of the tunnel's processes on the first host, MiB: PSS, which divides a shared page among its users."""
+    figures: dict[str, float] = {}
+    for process in path.processes:
+        if process.host == path.processes[0].host:
+            rollup = File(f"/proc/{process.pid}/smaps_rollup").read_text()
+            mib = _number(r"\nPss: +(\d+) kB", rollup) / 1024
+            for name in {f"{process.role}_mib", "memory_mib"}:
+                figures[name] = figures.get(name, 0.0) + mib
+    return Result((), figures, Usage.none(), {})
+
+
+# --- shared
+
+
+def _own(path: Path, figures: dict[str, float]) -> dict[str, float]:
+    """Where the kernel does it all there is no process whose CPU time could be told apart."""
+    return {name: value for name, value in figures.items() if path.processes or not name.startswith("tunnel_")}
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise BenchError(f"`{pattern}` is not in the output {text[-200:]!r}")
+    return int(found[1])
+
+
+def _failed(path: Path, program: str, result: subprocess.CompletedProcess[str]) -> str:
+    said = (result.stderr or result.stdout).strip().splitlines()
+    return (
+        f"{program} from {path.client} over {path.name} ended with status {result.returncode}: "
+        f"{said[-1] if said else 'it said nothing'}"
     )
-    assert server.stdout is not None
-    with server:
+
+
+@contextlib.contextmanager
+def _running(end: End, command: Sequence[str], ready: str) -> Iterator[subprocess.Popen[str]]:
+    """A receiving program, which has said `ready` when the block begins and is gone after it."""
+    program = end.popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert program.stdout is not None
+    with program:
         try:
-            said = [server.stdout.readline()]
-            while said[-1] and "Server listening" not in said[-1]:
-                said.append(server.stdout.readline())
+            said = [program.stdout.readline()]
+            while said[-1] and ready not in said[-1]:
+                said.append(program.stdout.readline())
             if not said[-1]:
-                raise BenchError(f"no iperf3 server in {path.server}: {' / '.join(''.join(said).splitlines())}")
-            yield
+                raise BenchError(f"no `{command[0]}` in {end}: {' / '.join(''.join(said).splitlines())}")
+            yield program
         finally:
-            server.kill()
-
-
-@dataclass(frozen=True, slots=True)
-class CpuTimes:
-    """The machine's CPU time since boot, ticks summed over all cores (proc_stat(5))."""
-
-    busy: int
-    total: int
-
-    @classmethod
-    def now(cls) -> CpuTimes:
-        return cls.parse(File("/proc/stat").read_text())
-
-    @classmethod
-    def parse(cls, text: str) -> CpuTimes:
-        # user nice system idle iowait irq softirq steal; the two guest columns are in user and nice already.
-        ticks = [int(word) for word in text.split("\n", 1)[0].split()[1:9]]
-        return cls(sum(ticks) - ticks[3] - ticks[4], sum(ticks))
-
-    def busy_cores_since(self, before: CpuTimes) -> float:
-        """How many cores were busy on average between the two."""
-        total = self.total - before.total
-        return (self.busy - before.busy) / total * (os.cpu_count() or 1) if total else 0.0
+            program.kill()

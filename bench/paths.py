@@ -1,21 +1,56 @@
-"""The paths that are compared: from the first pod of h1 to the first pod of h2, all in one lab."""
+"""The paths that are compared, all at once in one lab: from the first pod of h1 to the first pod of h2, and back.
+
+Each has links of its own in both pods, so all stand side by side from the beginning and cost nothing while idle.  What
+cannot be set up here is left out, by name and with the reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path as File
+from typing import Protocol, TypeVar
 
-from udptun.lab.comparison import kernel_vxlan, plain_routing
+from bench.compiler import SOURCES, compiled, missing_compiler
+from bench.figures import FASTD, FLANNELD, NAIVE, OPENVPN, PATHS, PLAIN, PYTUN, TUNNEL, UNDERLAY_ONLY, VXLAN
+from udptun.lab.comparison import Way, kernel_vxlan, over_device, plain_routing
 from udptun.lab.errors import LabError
-from udptun.lab.topology import Lab, Pod
+from udptun.lab.topology import LAB_DIR, UNDERLAY, Host, Lab
 
-TUNNEL = "udptun"
-PLAIN = "plain routing"
-VXLAN = "kernel vxlan"
+T = TypeVar("T")
+
+_READY_TIMEOUT_S = 15.0
+"""For a tunnel program to carry its first ping; fastd's handshake may take several seconds."""
 
 # What `ip` says for RTNETLINK's EOPNOTSUPP to a link type that no module provides, with and without its help text.
 _NO_SUCH_LINK_TYPE = ("Unknown device type", "Operation not supported")
+
+
+class End(Protocol):
+    """A pod or a host: where a program can be run."""
+
+    def run(
+        self, command: Sequence[str], *, check: bool = True, timeout: float = 30, input: str | None = None
+    ) -> subprocess.CompletedProcess[str]: ...
+
+    def popen(
+        self, command: Sequence[str], *, stdin: int | None = None, stdout: int | None = None, stderr: int | None = None
+    ) -> subprocess.Popen[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that carries a path's packets, or sees to it; `pid` is the one that we see."""
+
+    host: str
+    role: str
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +59,15 @@ class Path:
 
     name: str
     mtu: int
-    client: Pod
-    server: Pod
+    client: End
+    server: End
     address: IPv4Address
+    processes: tuple[Process, ...] = ()
+    """Empty where the kernel does it all."""
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(process.pid for process in self.processes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,29 +78,254 @@ class Paths:
     missing: dict[str, str]
 
 
-def connect(lab: Lab) -> Paths:
-    """Set up the paths beside the daemon's own in a started lab.  A kernel without vxlan costs only that path."""
-    client, server = lab.host(1).pod(1), lab.host(2).pod(1)
-    plain = plain_routing(lab)
-    present = [
-        Path(TUNNEL, lab.host(1).mtu, client, server, server.address),
-        Path(PLAIN, plain.mtu, client, server, plain.address(server)),
-    ]
-    try:
-        vxlan = kernel_vxlan(lab)
-    except LabError as exc:
-        if not any(answer in str(exc) for answer in _NO_SUCH_LINK_TYPE):
-            raise
-        return Paths(tuple(present), {VXLAN: "this kernel has no vxlan"})
-    present.append(Path(VXLAN, vxlan.mtu, client, server, vxlan.address(server)))
-    return Paths(tuple(present), {})
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What the makers need besides the lab.  `directory` is for compiled programs; `flanneld` None: not given."""
+
+    directory: File
+    flanneld: File | None
 
 
-def interleave(paths: tuple[Path, ...], n_rounds: int) -> Iterator[tuple[int, tuple[Path, ...]]]:
-    """The rounds, from 0, each with all paths; every round begins with the next one.
+class _AbsentError(Exception):
+    """This path cannot be had here; the text says why."""
+
+
+def connect(lab: Lab, keys: Sequence[str] = ("udptun", "host-gw", "vxlan"), tools: Tools | None = None) -> Paths:
+    """Set up the paths with these keys of KINDS in a started lab.  Without `tools`: such as need no program."""
+    present, missing = [], {}
+    for key in keys:
+        try:
+            present.append(KINDS[key](lab, tools))
+        except _AbsentError as exc:
+            missing[PATHS[key]] = str(exc)
+    return Paths(tuple(present), missing)
+
+
+def interleave(things: Sequence[T], n_rounds: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """The rounds, from 0, each with all of them; every round begins with the next one.
 
     So a machine that slows down or speeds up meanwhile does it to all alike, and none is always first.
     """
     for i in range(n_rounds):
-        first = i % len(paths)
-        yield i, paths[first:] + paths[:first]
+        first = i % len(things)
+        yield i, [*things[first:], *things[:first]]
+
+
+# --- without a program
+
+
+def _udptun(lab: Lab, _tools: Tools | None) -> Path:
+    processes = [process for host in lab.hosts for process in _daemon_and_datapath(host)]
+    client, server = lab.host(1).pod(1), lab.host(2).pod(1)
+    return Path(TUNNEL, lab.host(1).mtu, client, server, server.address, tuple(processes))
+
+
+def _daemon_and_datapath(host: Host) -> list[Process]:
+    """The datapath outlives the daemon, so it is nobody's child; it is known by its PID namespace and command line."""
+    assert host.daemon is not None
+    found = [Process(host.name, "daemon", host.daemon.pid)]
+    own = File(f"/proc/{host.daemon.pid}/ns/pid").readlink()
+    for entry in File("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and (entry / "ns/pid").readlink() == own:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if any(word.endswith(b"/datapath/worker.py") for word in words):
+                    found.append(Process(host.name, "datapath", int(entry.name)))
+    return found
+
+
+def _underlay(lab: Lab, _tools: Tools | None) -> Path:
+    return Path(UNDERLAY_ONLY, lab.underlay_mtu, lab.host(1), lab.host(2), lab.host(2).underlay_address)
+
+
+def _plain(lab: Lab, _tools: Tools | None) -> Path:
+    return _along(lab, PLAIN, plain_routing(lab))
+
+
+def _vxlan(lab: Lab, _tools: Tools | None) -> Path:
+    try:
+        return _along(lab, VXLAN, kernel_vxlan(lab))
+    except LabError as exc:
+        if not any(answer in str(exc) for answer in _NO_SUCH_LINK_TYPE):
+            raise
+        raise _AbsentError("this kernel has no vxlan") from exc
+
+
+def _along(lab: Lab, name: str, way: Way, processes: Sequence[Process] = ()) -> Path:
+    client, server = lab.host(1).pod(1), lab.host(2).pod(1)
+    return Path(name, way.mtu, client, server, way.address(server), tuple(processes))
+
+
+# --- tunnel programs: each makes a TUN device in both hosts
+
+
+def _naive(lab: Lab, tools: Tools | None) -> Path:
+    assert tools is not None
+    if missing := missing_compiler():
+        raise _AbsentError(missing)
+    program = compiled("peers/naive.c", tools.directory)
+
+    def command(host: Host, peer: Host) -> list[str]:
+        return [str(program), "tun-naive", str(host.underlay_address), "8286", str(peer.underlay_address)]
+
+    return _program(lab, NAIVE, "naive", IPv4Network("10.252.0.0/16"), lab.underlay_mtu - 28, "tun-naive", command)
+
+
+def _pytun(lab: Lab, _tools: Tools | None) -> Path:
+    def command(host: Host, peer: Host) -> list[str]:
+        script = str(SOURCES / "peers" / "pytun_loop.py")
+        return [sys.executable, script, "tun-pytun", str(host.underlay_address), "8287", str(peer.underlay_address)]
+
+    return _program(lab, PYTUN, "pytun", IPv4Network("10.253.0.0/16"), lab.underlay_mtu - 28, "tun-pytun", command)
+
+
+def _openvpn(lab: Lab, _tools: Tools | None) -> Path:
+    """Without keys, as it says itself in three warnings; the data channel then adds no header of its own."""
+    openvpn = _installed("openvpn")
+    mtu = lab.underlay_mtu - 28
+
+    def command(host: Host, peer: Host) -> list[str]:
+        return [
+            *(openvpn, "--dev", "tun-openvpn", "--dev-type", "tun", "--proto", "udp", "--disable-dco"),
+            *("--local", str(host.underlay_address), "--lport", "1194", "--remote", str(peer.underlay_address), "1194"),
+            *("--cipher", "none", "--auth", "none", "--tun-mtu", str(mtu), "--mssfix", "0", "--txqueuelen", "500"),
+        ]
+
+    return _program(lab, OPENVPN, "openvpn", IPv4Network("10.248.0.0/16"), mtu, "tun-openvpn", command)
+
+
+def _fastd(lab: Lab, _tools: Tools | None) -> Path:
+    """Method `null`: no cipher and no authentication of packets; the handshake has both, once."""
+    fastd = _installed("fastd")
+    # Its header is one byte with that method.
+    mtu = lab.underlay_mtu - 28 - 1
+    keys = {}
+    for host in lab.hosts[:2]:
+        said = host.run([fastd, "--generate-key"]).stdout
+        keys[host.name] = dict(line.lower().split(": ") for line in said.splitlines() if ": " in line)
+    for host, peer in _both(lab):
+        host.path(LAB_DIR / f"{host.name}.fastd").write_text(
+            f'mode tun;\ninterface "tun-fastd";\nmtu {mtu};\nmethod "null";\n'
+            f'bind {host.underlay_address}:10000;\nsecret "{keys[host.name]["secret"]}";\n'
+            f'peer "other" {{ remote {peer.underlay_address}:10000; key "{keys[peer.name]["public"]}"; }}\n'
+        )
+
+    def command(host: Host, peer: Host) -> list[str]:
+        return [fastd, "--config", str(LAB_DIR / f"{host.name}.fastd")]
+
+    return _program(lab, FASTD, "fastd", IPv4Network("10.249.0.0/16"), mtu, "tun-fastd", command)
+
+
+def _flanneld(lab: Lab, tools: Tools | None) -> Path:
+    """Type udp, with an etcd on the switch.  Its device is flannel1 because udptun has flannel0."""
+    assert tools is not None
+    if tools.flanneld is None:
+        raise _AbsentError("give its program with --flanneld")
+    etcd, etcdctl = _installed("etcd"), _installed("etcdctl")
+    network = IPv4Network("10.254.0.0/16")
+    url = f"http://{UNDERLAY[1]}:2379"
+    lab.switch.popen(
+        [etcd, "--data-dir", str(LAB_DIR / "etcd"), "--listen-client-urls", url, "--advertise-client-urls", url],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    config = f'{{"Network": "{network}", "Backend": {{"Type": "udp", "Port": 8288}}}}'
+    put = ["env", "ETCDCTL_API=3", etcdctl, "--endpoints", url, "put", "/coreos.com/network/config", config]
+    _wait("etcd to take flannel's configuration", lambda: lab.switch.run(put, check=False).returncode == 0)
+    for host in lab.hosts[:2]:
+        # flanneld takes the subnet of an earlier run again: so the addresses are known beforehand.
+        subnet = f"10.254.{host.index}.1/24"
+        host.path(LAB_DIR / f"{host.name}.flanneld").write_text(f"FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={subnet}\n")
+
+    def command(host: Host, peer: Host) -> list[str]:
+        file = str(LAB_DIR / f"{host.name}.flanneld")
+        return [str(tools.flanneld), "-etcd-endpoints", url, "-iface", "eth0", "-subnet-file", file]
+
+    return _program(lab, FLANNELD, "flanneld", network, lab.underlay_mtu - 28, "flannel1", command)
+
+
+def _program(
+    lab: Lab,
+    name: str,
+    links: str,
+    network: IPv4Network,
+    mtu: int,
+    device: str,
+    command: Callable[[Host, Host], Sequence[str]],
+) -> Path:
+    """Run `command` in both hosts, connect the pods through the `device` that it makes, wait until a ping passes.
+
+    What it prints goes to a log in the lab; its last line is the reason when it ends or carries nothing.
+    """
+    children = {}
+    for host, peer in _both(lab):
+        with _log(host, links).open("w") as log:
+            # A session of its own, as the daemon's datapath has: the scheduler shares the CPU among sessions first.
+            children[host.name] = host.machine.popen(
+                command(host, peer),
+                stdin=subprocess.DEVNULL,
+                stdout=log.fileno(),
+                stderr=log.fileno(),
+                new_session=True,
+            )
+
+    def both_have_the_device() -> bool:
+        for host in lab.hosts[:2]:
+            if children[host.name].poll() is not None:
+                raise _AbsentError(f"its program ended with status {children[host.name].returncode}: {said(host)}")
+        return all(host.path(f"/sys/class/net/{device}").exists() for host in lab.hosts[:2])
+
+    def said(host: Host) -> str:
+        lines = _log(host, links).read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    _wait(f"{device} in both hosts", both_have_the_device)
+    way = over_device(lab, links, device, network, mtu)
+    processes = [Process(host, "program", child.pid) for host, child in children.items()]
+    path = _along(lab, name, way, processes)
+    try:
+        # Of full size: an MTU that does not fit would only show as a slow path later.
+        largest = ["ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(mtu - 28), str(path.address)]
+        _wait(f"a ping of {mtu} bytes", lambda: path.client.run(largest, check=False).returncode == 0)
+    except _AbsentError as exc:
+        raise _AbsentError(f"{exc}; {said(lab.host(1))}") from exc
+    return path
+
+
+def _log(host: Host, program: str) -> File:
+    return host.path(LAB_DIR / f"{host.name}.{program}.log")
+
+
+def _both(lab: Lab) -> tuple[tuple[Host, Host], tuple[Host, Host]]:
+    one, two = lab.host(1), lab.host(2)
+    return (one, two), (two, one)
+
+
+def _installed(program: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        raise _AbsentError(f"{program} is not installed")
+    return found
+
+
+def _wait(what: str, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    while not holds():
+        if time.monotonic() > deadline:
+            raise _AbsentError(f"waited {_READY_TIMEOUT_S:g} s in vain for {what}")
+        time.sleep(0.02)
+
+
+KINDS: Mapping[str, Callable[[Lab, Tools | None], Path]] = {
+    "udptun": _udptun,
+    "host-gw": _plain,
+    "vxlan": _vxlan,
+    "naive": _naive,
+    "pytun": _pytun,
+    "underlay": _underlay,
+    "flanneld": _flanneld,
+    "fastd": _fastd,
+    "openvpn": _openvpn,
+}
+"""By the words of figures.PATHS."""

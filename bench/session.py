@@ -12,16 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench.measure import CpuTimes
+from bench.cpu import SESSION_MARK, CpuTimes
 from udptun.errors import UdptunError
 from udptun.lab.errors import LabError
 from udptun.lab.machine import wait_until
 
-_MARK = "UDPTUN_BENCH_SESSION"
-"""In the environment of every process that the session starts, so that a survivor is found wherever it went."""
 _END_TIMEOUT_S = 10
 _IDLE_S = 1.0
-_BUSY_LIMIT = 0.1
+BUSY_LIMIT = 0.1
 """Cores; what else runs then costs a two-core machine up to a twentieth of its throughput."""
 
 _LINKS = ("flannel0", "cni0", "underlay", "h1", "h2", "plain", "vxlan", "vxlan.1")
@@ -71,7 +69,7 @@ def run(screen: Screen, act: Callable[[], None]) -> int:
 
     0; 1 when it failed or left something behind, with a line on stderr; 130 after ^C.
     """
-    os.environ[_MARK] = f"{os.getpid()}-{time.time_ns()}"
+    os.environ[SESSION_MARK] = f"{os.getpid()}-{time.time_ns()}"
     # A shell without job control starts us in the background with ^C ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before = _names()
@@ -110,7 +108,7 @@ def check_idle(screen: Screen) -> float:
     before = CpuTimes.now()
     time.sleep(_IDLE_S)
     busy = CpuTimes.now().busy_cores_since(before)
-    screen.add(f"{busy:.2f} cores busy{'; figures will suffer from what else runs here' * (busy >= _BUSY_LIMIT)}\n")
+    screen.add(f"{busy:.2f} cores busy{'; figures will suffer from what else runs here' * (busy >= BUSY_LIMIT)}\n")
     return busy
 
 
@@ -139,7 +137,7 @@ def _names() -> set[str]:
 
 def _processes() -> list[str]:
     """Other processes of this session; a zombie is none."""
-    mark = f"{_MARK}={os.environ[_MARK]}".encode()
+    mark = f"{SESSION_MARK}={os.environ[SESSION_MARK]}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-Rounds = Sequence[Mapping[str, float]]
-"""One figure a path (by name), round by round."""
+Rounds = Mapping[int, float]
+"""One figure by round.  A round in which it could not be measured is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +25,58 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def spread(rounds: Rounds, name: str) -> Spread:
-    """Of one path over all rounds."""
-    return Spread.of([figures[name] for figures in rounds])
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one figure belongs to: all of it, over the rounds, is one cell of the tables."""
+
+    mode: str
+    workload: str
+    path: str
+    figure: str
 
 
-def ratio(rounds: Rounds, name: str, base: str) -> Spread:
-    """`name` as a multiple of `base`, divided within each round: what slows a whole round down cancels out."""
-    return Spread.of([figures[name] / figures[base] for figures in rounds])
+class Runs:
+    """The raw runs of one result file, by cell."""
+
+    def __init__(self, runs: Iterable[Mapping[str, Any]]) -> None:
+        self.cells: dict[Cell, dict[int, float]] = {}
+        for run in runs:
+            for figure, value in run["figures"].items():
+                cell = Cell(run["mode"], run["workload"], run["path"], figure)
+                self.cells.setdefault(cell, {})[run["round"]] = value
+
+    def spread(self, cell: Cell) -> Spread | None:
+        """Over all rounds; None when it was not measured."""
+        rounds = self.cells.get(cell)
+        return Spread.of(list(rounds.values())) if rounds else None
+
+    def ratio(self, cell: Cell, base: str) -> Spread | None:
+        """The cell as a multiple of the same figure of the path `base`; None when there is no round with both."""
+        other = Cell(cell.mode, cell.workload, base, cell.figure)
+        paired = ratios(self.cells.get(cell, {}), self.cells.get(other, {}))
+        return Spread.of(list(paired.values())) if paired else None
+
+    def modes(self) -> list[str]:
+        return list(dict.fromkeys(cell.mode for cell in self.cells))
+
+    def workloads(self) -> list[str]:
+        return list(dict.fromkeys(cell.workload for cell in self.cells))
+
+    def paths(self, workload: str) -> list[str]:
+        """Those that the workload was measured on, in the order in which they came first."""
+        return list(dict.fromkeys(cell.path for cell in self.cells if cell.workload == workload))
+
+
+def ratios(rounds: Rounds, base: Rounds) -> dict[int, float]:
+    """Divided within each round: what slows a whole round down cancels out.  A base of 0 makes no ratio."""
+    return {i: value / base[i] for i, value in rounds.items() if base.get(i)}
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """The least value that at least `percent` of all are not above (nearest rank); `ordered` ascends and has some."""
+    # Rounded first: 99.9 % of 1000 must be 999, not 999.0000000000001.
+    rank = math.ceil(round(len(ordered) * percent / 100, 6))
+    return ordered[max(rank, 1) - 1]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -17,8 +17,12 @@ from typing import Any
 import pytest
 
 from bench import paths
+from bench.compiler import missing_compiler
+from bench.cpu import SESSION_MARK, Meter, Usage, foreign_pids
 from bench.demo import Figures, comparison
-from bench.measure import BenchError, Ping, Tcp, UdpFlood, ping
+from bench.errors import BenchError
+from bench.figures import TUNNEL
+from bench.measure import Ping, Result, ping
 from udptun.lab.comparison import Way
 from udptun.lab.errors import LabError
 from udptun.lab.machine import wait_until
@@ -121,7 +125,7 @@ def test_demo_refuses_seconds_that_are_none() -> None:
 
 def test_lost_ping_is_an_error_that_names_both_pods(two_hosts: Lab) -> None:
     one, two = two_hosts.host(1).pod(1), two_hosts.host(2).pod(1)
-    tunnel = paths.Path(paths.TUNNEL, two_hosts.host(1).mtu, one, two, two.address)
+    tunnel = paths.Path(TUNNEL, two_hosts.host(1).mtu, one, two, two.address)
     assert len(ping(tunnel, 2, 0.05).rtt_ms) == 2
     nobody = dataclasses.replace(tunnel, address=two.address + 1)
     with pytest.raises(BenchError, match=r"1 of 1 pings from h1/p1 to h2/p1 at 10\.244\.\d+\.3 over udptun were lost"):
@@ -138,7 +142,10 @@ def test_table_says_so_and_goes_on_when_the_kernel_has_no_vxlan(
 
     monkeypatch.setattr(paths, "kernel_vxlan", no_vxlan)
     connected = paths.connect(two_hosts)
-    figures = Figures(Ping((0.5,), ""), Tcp((), 2.0, 0, 1.0, {}), UdpFlood((), 1000.0, 0.0, 1.0, {}))
+    usage = Usage(1.0, 1.0, 0.0, 0.0)
+    tcp = Result((), {"gbit_per_s": 2.0, "retransmits": 0}, usage, {})
+    udp = Result((), {"kpackets_per_s": 1.0, "lost": 0.0}, usage, {})
+    figures = Figures(Ping((0.5,), ""), tcp, udp)
     lines = comparison(connected, [{path.name: figures for path in connected.present}])
     assert [line.split("  ")[0] for line in lines[1:]] == ["udptun", "plain routing", "kernel vxlan"]
     assert lines[1].split()[1:5] == ["1472", "2.00", "100%", "-"]
@@ -151,38 +158,147 @@ def test_table_says_so_and_goes_on_when_the_kernel_has_no_vxlan(
         paths.connect(two_hosts)
 
 
-def test_bench_writes_json_with_machine_command_and_every_raw_run(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    bench = run("bench", "--repeats", "1", "--seconds", "1", "--json", str(file))
+def test_bench_of_all_that_we_ship_writes_every_raw_run_and_a_report(
+    tmp_path: Path, processes_with: Callable[[str, str], dict[int, str]]
+) -> None:
+    """What needs programs of others is named as left out, or measured where they are installed."""
+    if reason := missing_compiler():
+        pytest.skip(f"the bench {reason}")
+    file, mark = tmp_path / "result.json", str(time.time_ns())
+    words = ["--modes", "B", "--paths", "udptun,naive,pytun,underlay,flanneld"]
+    words += ["--workloads", "tcp_1,udp_64,rtt,memory"]
+    numbers = ["--repeats", "1", "--seconds", "1", "--json", str(file)]
+    bench = run("bench", *words, *numbers, UDPTUN_TEST_DEMO=mark)
     assert (bench.returncode, bench.stderr) == (0, "")
-    assert re.search(rf"^    {VXLAN_LINE}$", bench.stdout, re.MULTILINE)
     assert NOTHING_IS_LEFT in bench.stdout
     document: dict[str, Any] = json.loads(file.read_text())
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["machine"].keys() >= {"commit", "kernel", "cpu", "cores"}
     assert document["machine"]["cores"] == os.cpu_count()
-    assert document["command"][-6:] == ["--repeats", "1", "--seconds", "1", "--json", str(file)]
-    measured = [path["name"] for path in document["paths"]]
-    assert measured[:2] == ["udptun", "plain routing"]
-    assert sorted([*measured, *document["missing"]]) == ["kernel vxlan", "plain routing", "udptun"]
-    assert [one["path"] for one in document["runs"]] == measured
-    for one in document["runs"]:
-        received = one["raw"]["end"]["sum_received"]["bits_per_second"]
-        assert received > 0
-        assert one["gbit_per_s"] == pytest.approx(received / 1e9)
-        assert document["summary"][one["path"]]["tcp_1_gbit_per_s"]["median"] == one["gbit_per_s"]
-    ratio = document["summary"]["udptun"]["ratio_to"]["plain routing"]
-    assert ratio["median"] == pytest.approx(document["runs"][0]["gbit_per_s"] / document["runs"][1]["gbit_per_s"])
-    assert list(tmp_path.iterdir()) == [file]
+    assert document["command"] == ["python", "-m", "bench", *words, *numbers]
+    measured = ["udptun", "naive loop", "pytun loop", "underlay"]
+    assert [path["name"] for path in document["paths"]] == measured
+    assert document["missing"] == {"flanneld": "give its program with --flanneld"}
+    runs = {(one["workload"], one["path"]): one for one in document["runs"]}
+    assert [one["error"] for one in document["runs"]] == [None] * (4 * 3 + 3)
+    for name in measured:
+        stream, flood, trips = (runs[workload, name] for workload in ("tcp_1", "udp_64", "rtt"))
+        received = stream["raw"]["end"]["sum_received"]
+        assert received["bytes"] > 0
+        assert stream["figures"]["gbit_per_s"] == pytest.approx(received["bits_per_second"] / 1e9)
+        assert flood["figures"]["kpackets_per_s"] > 0
+        assert 0 <= flood["figures"]["lost"] < 1
+        assert 0 < trips["figures"]["p50_us"] <= trips["figures"]["p99_us"] <= trips["figures"]["p99_9_us"]
+        assert ("tunnel_cpu_s_per_gb" in stream["figures"]) == (name != "underlay")
+    for name in measured[:-1]:
+        # A loop that carries packets works for it, and uses memory.
+        assert runs["tcp_1", name]["usage"]["tunnel_s"] > 0
+        assert runs["memory", name]["figures"]["memory_mib"] > 0
+    assert runs["memory", "udptun"]["figures"].keys() >= {"daemon_mib", "datapath_mib"}
+    beside = ["result.md", *(f"result-{plot}.svg" for plot in ("tcp", "cpu", "udp", "rtt"))]
+    assert {path.name for path in tmp_path.iterdir()} >= {file.name, *beside}
+    assert not processes_with("UDPTUN_TEST_DEMO", mark)
+    assert "## Goals" in bench.stdout
+
+
+@pytest.mark.parametrize(("key", "mtu"), [("naive", 1472), ("pytun", 1472), ("fastd", 1471), ("openvpn", 1472)])
+def test_peer_tunnel_carries_full_packets_between_pods_both_ways(
+    key: str, mtu: int, two_hosts: Lab, tmp_path: Path
+) -> None:
+    connected = paths.connect(two_hosts, [key], paths.Tools(tmp_path, None))
+    if not connected.present:
+        pytest.skip("; ".join(connected.missing.values()))
+    (path,) = connected.present
+    assert path.mtu == mtu
+    # One hop less on each host, and one at each end of the tunnel: the same as flannel's.
+    hops = 4 if key in ("naive", "pytun") else 2
+    one_ping = ["ping", "-c", "1", "-W", "1", "-M", "do"]
+    # The way back is the other host's address in the same network: 10.x.<host>.<pod>.
+    back = path.address - 256
+    for client, address in ((path.client, path.address), (path.server, back)):
+        echo = client.run([*one_ping, "-s", str(mtu - 28), str(address)]).stdout
+        assert f"ttl={64 - hops} " in echo
+        assert client.run([*one_ping, "-s", str(mtu - 27), str(address)], check=False).returncode == 1
+    assert len(path.pids) == 2
+    for process in path.processes:
+        assert Path(f"/proc/{process.pid}/cmdline").read_bytes()
+
+
+def test_peer_tunnel_that_cannot_start_is_left_out_with_its_last_words(two_hosts: Lab, tmp_path: Path) -> None:
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    blocker = "import socket, sys; s = socket.socket(2, 2); s.bind(('', 8286)); print('bound', flush=True); input()"
+    holder = two_hosts.host(2).popen([sys.executable, "-c", blocker], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    with holder:
+        assert holder.stdout.readline() == "bound\n"
+        connected = paths.connect(two_hosts, ["naive"], paths.Tools(tmp_path, None))
+        holder.kill()
+    assert connected.present == ()
+    (reason,) = connected.missing.values()
+    assert reason.endswith("Address already in use")
+
+
+@pytest.mark.parametrize("is_foreign", [True, False])
+def test_cpu_time_of_a_process_is_foreign_when_no_bench_started_it(
+    is_foreign: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_foreign:
+        monkeypatch.delenv(SESSION_MARK, raising=False)
+    else:
+        monkeypatch.setenv(SESSION_MARK, "1")
+    environment = dict(os.environ)
+    monkeypatch.setenv(SESSION_MARK, "1")
+    code = "import time; print(flush=True); input()\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+        program.stdout.readline()
+        meter = Meter([program.pid])
+        program.stdin.write("go on\n")
+        program.stdin.flush()
+        program.stdout.readline()
+        usage = meter.read()
+        assert (program.pid in foreign_pids()) == is_foreign
+        program.kill()
+    assert usage.tunnel_s > 0.2
+    if is_foreign:
+        assert usage.foreign_cores * usage.wall_s > 0.2
+    else:
+        # Whatever others do at the time is not in here.
+        assert usage.system_s > 0.2
+
+
+def test_bench_refuses_words_it_does_not_know() -> None:
+    bench = run("bench", "--paths", "udptun,carrier-pigeon")
+    assert bench.returncode == 2
+    assert "'carrier-pigeon' is none of udptun, host-gw" in bench.stderr
 
 
 def test_bench_refuses_a_file_it_cannot_write_before_it_measures() -> None:
     bench = run("bench", "--json", "/nonexistent/result.json")
     assert bench.returncode == 1
     assert bench.stderr == (
-        "error: cannot write /nonexistent/result.json: No such file or directory; name another --json file\n"
+        "error: cannot write /nonexistent/result.json: No such file or directory; name another file\n"
     )
     assert "round" not in bench.stdout
+
+
+def test_micro_benchmarks_check_what_they_measure_and_print_a_line_for_every_case() -> None:
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    figure = r" +[\d.]+ \([\d.]+ to [\d.]+\)"
+    checksum = run("bench.micro.checksum", "--repeats", "1")
+    assert (checksum.returncode, checksum.stderr) == (0, "")
+    for n in ("20", "92", "1,472", "65,535"):
+        assert re.search(rf"^{n}{figure} +[\d.]+$", checksum.stdout, re.MULTILINE), checksum.stdout
+    turn = run("bench.micro.turn", "--repeats", "1")
+    assert (turn.returncode, turn.stderr) == (0, "")
+    for case in ("encap UDP 64, 64 at once", "decap UDP 1444, 1 at once", "decap TCP, 45 segments at once"):
+        assert re.search(rf"^{case}{figure}$", turn.stdout, re.MULTILINE), turn.stdout
 
 
 def test_lookup_benchmark_checks_its_answers_and_prints_a_line_for_every_size() -> None:

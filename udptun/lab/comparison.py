@@ -4,8 +4,9 @@ Each way has an address plan and, in every pod, a link of its own, with the MTU 
 
     plain routing   10.250.<host>.<pod + 1>   routes between the hosts, as host-gw has them: the ceiling
     kernel vxlan    10.251.<host>.<pod + 1>   static routes, neighbours and fdb, as flannel's vxlan backend has them
+    a tunnel's      <its network>             a layer-3 device that some other tunnel program has made in every host
 
-Both are set up for the hosts and pods that the lab has at the moment of the call.
+All are set up for the hosts and pods that the lab has at the moment of the call.
 """
 
 from __future__ import annotations
@@ -69,6 +70,24 @@ def kernel_vxlan(lab: Lab, port: int = 8472, vni: int = 1) -> Way:
         )
         remote = str(peer.underlay_address)
         host.run(["bridge", "fdb", "append", _vtep_mac(peer), "dev", vtep, "dst", remote, "self", "permanent"])
+    return way
+
+
+def over_device(lab: Lab, name: str, device: str, network: IPv4Network, mtu: int) -> Way:
+    """Connect all pods through the layer-3 `device` that a tunnel program has made in every host.
+
+    `network` is a /16 that nothing else in the lab uses.  `name`, at most 8 letters, is for links and bridges beside
+    `device`, which gets its MTU (bytes), address and routes here, as flannel0 does from flannel.
+    """
+    way = Way(name, network, mtu)
+    for host in lab.hosts:
+        host.machine.at().ip(
+            f"link set {device} mtu {mtu} up",
+            f"addr replace {way.gateway(host).network.network_address}/32 dev {device}",
+        )
+    _attach_pods(lab, way)
+    for host, peer in _pairs(lab):
+        host.machine.at().ip(f"route add {way.gateway(peer).network} dev {device}")
     return way
 
 

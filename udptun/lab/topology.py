@@ -116,6 +116,9 @@ class Host:
         self._daemon: subprocess.Popen[str] | None = None
         self._notify: socket.socket | None = None
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def name(self) -> str:
         return self.machine.name

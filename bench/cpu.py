@@ -1,0 +1,144 @@
+"""CPU time from /proc: the machine's, single processes', and that of programs which are none of our business."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import BenchError
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+SESSION_MARK = "UDPTUN_BENCH_SESSION"
+"""In the environment of everything that a bench starts; a process without it is foreign."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuTimes:
+    """The machine's CPU time since boot, ticks summed over all cores (proc_stat(5)).
+
+    `busy` includes `stolen`: what the hypervisor gave to others while we had something to do.
+    """
+
+    busy: int
+    total: int
+    stolen: int
+
+    @classmethod
+    def now(cls) -> CpuTimes:
+        return cls.parse(Path("/proc/stat").read_text())
+
+    @classmethod
+    def parse(cls, text: str) -> CpuTimes:
+        # user nice system idle iowait irq softirq steal; the two guest columns are in user and nice already.
+        ticks = [int(word) for word in text.split("\n", 1)[0].split()[1:9]]
+        return cls(sum(ticks) - ticks[3] - ticks[4], sum(ticks), ticks[7])
+
+    def busy_cores_since(self, before: CpuTimes) -> float:
+        """How many cores were busy on average between the two."""
+        total = self.total - before.total
+        return (self.busy - before.busy) / total * (os.cpu_count() or 1) if total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Between two moments: seconds of CPU time, and of the clock.
+
+    `system_s` is everything the machine did, interrupts included, but for other people's programs.  `foreign_cores` is
+    how many cores those and the hypervisor took meanwhile.
+    """
+
+    wall_s: float
+    system_s: float
+    tunnel_s: float
+    foreign_cores: float
+
+    @classmethod
+    def none(cls) -> Usage:
+        """Where no time passes."""
+        return cls(0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def busy_cores(self) -> float:
+        return self.system_s / self.wall_s
+
+
+class Meter:
+    """Measures the block between its making and `read`; `pids` are the tunnel's processes."""
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._pids = tuple(pids)
+        # The look at all processes costs milliseconds: outside of what is measured.
+        self._foreign_s = _foreign_seconds()
+        self._tunnel_s = _seconds_of(self._pids)
+        self._machine = CpuTimes.now()
+        self._start = time.monotonic()
+
+    def read(self) -> Usage:
+        wall_s = time.monotonic() - self._start
+        machine, tunnel_s, foreign_s = CpuTimes.now(), _seconds_of(self._pids), _foreign_seconds()
+        stolen_s = (machine.stolen - self._machine.stolen) / _TICKS_PER_S
+        busy_s = (machine.busy - self._machine.busy) / _TICKS_PER_S
+        # A foreign process that was not waited for takes its time with it: never less than nothing.
+        others_s = max(0.0, foreign_s - self._foreign_s)
+        return Usage(
+            wall_s,
+            max(0.0, busy_s - stolen_s - others_s),
+            tunnel_s - self._tunnel_s,
+            (others_s + stolen_s) / wall_s,
+        )
+
+
+def _seconds_of(pids: Iterable[int]) -> float:
+    try:
+        return sum(_process_ticks(pid)[0] for pid in pids) / _TICKS_PER_S
+    except OSError as exc:
+        raise BenchError(f"a tunnel process has ended: {exc.filename}: {exc.strerror}") from exc
+
+
+def _process_ticks(pid: int) -> tuple[int, int]:
+    """CPU time of the process, and of its children that have ended (proc_pid_stat(5))."""
+    # The command's name may hold anything, blanks and parentheses too; it ends with the last one.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
+
+
+def _foreign_seconds() -> float:
+    """CPU time of all foreign processes.
+
+    Children that have ended count through their parents, so one that comes and goes between two calls is seen.
+    """
+    ticks = 0
+    for pid in foreign_pids():
+        with contextlib.suppress(OSError):
+            ticks += sum(_process_ticks(pid))
+    return ticks / _TICKS_PER_S
+
+
+def foreign_pids() -> set[int]:
+    """All processes that are neither ours nor the kernel's."""
+    mark = f"{SESSION_MARK}={os.environ.get(SESSION_MARK, '')}".encode()
+    ours = _ancestors()
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) not in ours:
+            with contextlib.suppress(OSError):
+                environment = (entry / "environ").read_bytes()
+                # Threads of the kernel and zombies have none.
+                if environment and mark not in environment.split(b"\0"):
+                    found.add(int(entry.name))
+    return found
+
+
+def _ancestors() -> set[int]:
+    """We ourselves, and whoever waits for us: our children's time reaches them when we end."""
+    pids = {os.getpid()}
+    pid = os.getppid()
+    while pid > 1:
+        pids.add(pid)
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pids

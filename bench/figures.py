@@ -1,0 +1,100 @@
+"""What is measured, as data: paths, workloads, figures, and how tables name and print them.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TUNNEL = "udptun"
+PLAIN = "plain routing"
+VXLAN = "kernel vxlan"
+NAIVE = "naive loop"
+PYTUN = "pytun loop"
+UNDERLAY_ONLY = "underlay"
+FLANNELD = "flanneld"
+FASTD = "fastd"
+OPENVPN = "openvpn"
+
+PATHS: Mapping[str, str] = {
+    "udptun": TUNNEL,
+    "host-gw": PLAIN,
+    "vxlan": VXLAN,
+    "naive": NAIVE,
+    "pytun": PYTUN,
+    "underlay": UNDERLAY_ONLY,
+    "flanneld": FLANNELD,
+    "fastd": FASTD,
+    "openvpn": OPENVPN,
+}
+"""By the word for it on the command line, in the order of tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """`form` is a format specification; `is_more_better` None: neither is."""
+
+    title: str
+    form: str
+    is_more_better: bool | None
+
+
+FIGURES: Mapping[str, Figure] = {
+    "kpackets_per_s": Figure("kpackets/s", ".1f", True),
+    "gbit_per_s": Figure("Gbit/s", ".2f", True),
+    "lost": Figure("lost", ".0%", False),
+    "p50_us": Figure("RTT p50 µs", ".0f", False),
+    "p99_us": Figure("RTT p99 µs", ".0f", False),
+    "p99_9_us": Figure("RTT p99.9 µs", ".0f", False),
+    "tunnel_cpu_s_per_gb": Figure("tunnel CPU s/GB", ".2f", False),
+    "system_cpu_s_per_gb": Figure("system CPU s/GB", ".2f", False),
+    "tunnel_cpu_us_per_packet": Figure("tunnel CPU µs/packet", ".2f", False),
+    "system_cpu_us_per_packet": Figure("system CPU µs/packet", ".2f", False),
+    "memory_mib": Figure("MiB", ".1f", False),
+    "daemon_mib": Figure("daemon MiB", ".1f", False),
+    "datapath_mib": Figure("datapath MiB", ".1f", False),
+    "retransmits": Figure("retransmits", ".0f", None),
+    "reordered": Figure("reordered", ".0f", None),
+    "round_trips": Figure("round trips", ".0f", None),
+    "lost_round_trips": Figure("round trips lost", ".0f", None),
+    "program_mib": Figure("program MiB", ".1f", None),
+}
+"""Every figure that a run can have."""
+
+WORKLOADS: Mapping[str, str] = {
+    "tcp_1": "TCP, 1 stream",
+    "tcp_8": "TCP, 8 streams",
+    "tcp_both": "TCP, 1 stream each way at once",
+    "udp_64": "UDP, 64 bytes",
+    "udp_512": "UDP, 512 bytes",
+    "udp_1400": "UDP, 1400 bytes",
+    "rtt": "ping-pong, UDP, 64 bytes",
+    "memory": "memory",
+    "leases": "leases",
+}
+"""By the word for it on the command line, in the order of tables.
+
+`leases` is a series of its own: its runs have the workloads of LEASES_OF, on the paths `lease_path` names."""
+
+LEASES_OF: Mapping[str, str] = {
+    "leases_tcp_1": "tcp_1",
+    "leases_udp_64": "udp_64",
+    "leases_memory": "memory",
+}
+
+N_LEASES = (1, 1_000, 65_534)
+
+TITLES: Mapping[str, str] = {
+    **WORKLOADS,
+    **{name: f"{WORKLOADS[workload]}, by leases" for name, workload in LEASES_OF.items()},
+}
+
+MODES: Mapping[str, str] = {
+    "A": "the underlay as veth is made: large segments cross it whole",
+    "B": "the underlay's segmentation and merging off: one frame per packet, as a plain NIC",
+    "C": "as B, and the receiving host merges (GRO)",
+}
+
+
+def lease_path(n: int) -> str:
+    """The tunnel with `n` leases of other hosts, as a path in tables."""
+    return f"{n:,} lease{'s' * (n != 1)}"

@@ -1,0 +1,82 @@
+"""The goals that the tunnel is built to, as data, and what a result says about each.  Pure.
+
+All are medians of ratios to another path, each taken within one round; `lease_path` paths stand for the tunnel itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bench.figures import N_LEASES, NAIVE, TUNNEL, VXLAN, lease_path
+from bench.summary import Cell, Runs, Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`path`'s figure as a multiple of `base`'s: at least the limit of the mode, or at most where `is_at_most`."""
+
+    title: str
+    workload: str
+    figure: str
+    base: str
+    limits: Mapping[str, float] = field(hash=False)
+    is_at_most: bool = False
+    path: str = TUNNEL
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One goal in one mode."""
+
+    goal: Goal
+    mode: str
+    ratio: Spread
+
+    @property
+    def is_met(self) -> bool:
+        limit = self.goal.limits[self.mode]
+        return self.ratio.median <= limit if self.goal.is_at_most else self.ratio.median >= limit
+
+
+def _modes(a: float, b: float, c: float) -> dict[str, float]:
+    return {"A": a, "B": b, "C": c}
+
+
+GOALS = (
+    Goal("TCP, 1 stream", "tcp_1", "gbit_per_s", NAIVE, _modes(5.5, 3.8, 4.2)),
+    Goal("TCP, 8 streams", "tcp_8", "gbit_per_s", NAIVE, _modes(6.0, 4.2, 4.8)),
+    Goal("UDP, 64 bytes, received", "udp_64", "kpackets_per_s", NAIVE, _modes(2.2, 2.3, 2.4)),
+    Goal("TCP, 1 stream", "tcp_1", "gbit_per_s", VXLAN, _modes(0.50, 0.65, 0.80)),
+    Goal("TCP, 8 streams", "tcp_8", "gbit_per_s", VXLAN, _modes(0.30, 0.68, 0.95)),
+    Goal("UDP, 64 bytes, received", "udp_64", "kpackets_per_s", VXLAN, _modes(1.7, 1.8, 2.4)),
+    Goal("RTT p50", "rtt", "p50_us", NAIVE, _modes(1.05, 1.05, 1.05), is_at_most=True),
+    Goal("RTT p99", "rtt", "p99_us", NAIVE, _modes(1.05, 1.05, 1.05), is_at_most=True),
+    Goal("tunnel CPU/GB, TCP 1", "tcp_1", "tunnel_cpu_s_per_gb", NAIVE, _modes(0.15, 0.33, 0.25), is_at_most=True),
+    Goal("system CPU/GB, TCP 1", "tcp_1", "system_cpu_s_per_gb", VXLAN, _modes(2.3, 1.9, 1.4), is_at_most=True),
+    *(
+        # "No measurable rate": what two runs of the same differ by on a shared machine.
+        Goal(
+            f"{title}, {N_LEASES[-1]:,} leases",
+            workload,
+            figure,
+            lease_path(N_LEASES[0]),
+            _modes(0.95, 0.95, 0.95),
+            path=lease_path(N_LEASES[-1]),
+        )
+        for title, workload, figure in (
+            ("TCP, 1 stream", "leases_tcp_1", "gbit_per_s"),
+            ("UDP, 64 bytes", "leases_udp_64", "kpackets_per_s"),
+        )
+    ),
+)
+
+
+def judge(runs: Runs) -> list[Verdict]:
+    """A verdict for every goal and mode that was measured together with its base."""
+    return [
+        Verdict(goal, mode, found)
+        for goal in GOALS
+        for mode in goal.limits
+        if (found := runs.ratio(Cell(mode, goal.workload, goal.path, goal.figure), goal.base)) is not None
+    ]

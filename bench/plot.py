@@ -1,0 +1,188 @@
+"""Bars of a result: one row a figure, one column a mode, one bar a path, with a whisker from the least to the greatest.
+
+Drawn as a list of shapes first; SVG is written from that by hand, PNG through matplotlib where it is installed.  Pure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.sax.saxutils import escape
+
+from bench.figures import FIGURES, MODES, N_LEASES, PATHS, TITLES, TUNNEL, lease_path
+from bench.summary import Cell, Runs, Spread
+
+PLOTS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "-tcp": [("tcp_1", "gbit_per_s"), ("tcp_8", "gbit_per_s"), ("tcp_both", "gbit_per_s")],
+    "-cpu": [("tcp_1", "tunnel_cpu_s_per_gb"), ("tcp_1", "system_cpu_s_per_gb")],
+    "-udp": [(f"udp_{n}", "kpackets_per_s") for n in (64, 512, 1400)],
+    "-rtt": [("rtt", "p50_us"), ("rtt", "p99_us"), ("rtt", "p99_9_us")],
+    "-leases": [("leases_tcp_1", "gbit_per_s"), ("leases_udp_64", "kpackets_per_s"), ("leases_memory", "memory_mib")],
+}
+"""File name's ending -> rows."""
+
+_INK, _OURS, _OTHERS = "#1f2933", "#0b6fb8", "#9fb0bf"
+# Pixels.
+_LABEL, _PANEL, _VALUE, _GAP, _MARGIN = 112, 170, 56, 18, 16
+_BAR, _PITCH, _TITLE, _ROW_GAP = 12, 18, 22, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A filled rectangle; x and y of its upper left corner."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    colour: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """`anchor` as SVG has it: start or end; y is the base line."""
+
+    x: float
+    y: float
+    text: str
+    anchor: str = "start"
+    size: int = 12
+    is_bold: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """Shapes in drawing order, on white, `width` by `height` pixels, y downwards."""
+
+    width: float
+    height: float
+    shapes: tuple[Box | Text, ...]
+
+
+def files(document: Mapping[str, Any]) -> dict[str, str | bytes]:
+    """Every plot there is something for: end of the file's name -> content, SVG and, with matplotlib, PNG."""
+    runs = Runs(document["runs"])
+    contents: dict[str, str | bytes] = {}
+    for suffix, rows in PLOTS.items():
+        if (drawing := draw(runs, rows)) is not None:
+            contents[f"{suffix}.svg"] = svg(drawing)
+            if has_matplotlib():
+                contents[f"{suffix}.png"] = png(drawing)
+    return contents
+
+
+def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
+    """Rows are (workload, figure).  All modes of a row share one scale, which begins at 0; None: nothing to draw."""
+    drawn = {cell.mode for cell in runs.cells if (cell.workload, cell.figure) in rows}
+    modes = [mode for mode in MODES if mode in drawn]
+    if not modes:
+        return None
+    shapes: list[Box | Text] = [
+        Text(_column(i), _MARGIN + 10, f"mode {mode}", is_bold=True) for i, mode in enumerate(modes)
+    ]
+    y = float(_MARGIN + _TITLE)
+    for workload, figure in rows:
+        measured = {
+            (mode, path): spread
+            for mode in modes
+            for path in runs.paths(workload)
+            if (spread := runs.spread(Cell(mode, workload, path, figure))) is not None
+        }
+        if not measured:
+            continue
+        paths = [path for path in _ORDER if any(key[1] == path for key in measured)]
+        most = max(spread.high for spread in measured.values()) or 1.0
+        y += _TITLE
+        title = TITLES[workload].removesuffix(", by leases")
+        shapes.append(Text(_MARGIN, y - 8, f"{title}: {FIGURES[figure].title}", is_bold=True))
+        for i, path in enumerate(paths):
+            shapes.append(Text(_MARGIN + _LABEL - 6, y + i * _PITCH + 10, path, "end", is_bold=path == TUNNEL))
+        for (mode, path), spread in measured.items():
+            left = _column(modes.index(mode))
+            shapes += _bar(spread, path, FIGURES[figure].form, left, y + paths.index(path) * _PITCH, most)
+        height = len(paths) * _PITCH
+        shapes += [Box(_column(i), y - 2, 1, height, _INK) for i in range(len(modes))]
+        y += height + _ROW_GAP
+    return Drawing(_column(len(modes)) - _GAP + _MARGIN, y, tuple(shapes))
+
+
+_ORDER = (*PATHS.values(), *(lease_path(n) for n in N_LEASES))
+
+
+def _column(i: int) -> float:
+    return _MARGIN + _LABEL + i * (_PANEL + _VALUE + _GAP)
+
+
+def _bar(spread: Spread, path: str, form: str, left: float, y: float, most: float) -> list[Box | Text]:
+    def x(value: float) -> float:
+        return round(left + value / most * _PANEL, 1)
+
+    colour = _OURS if path == TUNNEL or path in _ORDER[len(PATHS) :] else _OTHERS
+    middle = y + _BAR / 2
+    return [
+        Box(left, y, x(spread.median) - left, _BAR, colour),
+        Box(x(spread.low), middle - 0.75, max(x(spread.high) - x(spread.low), 0.5), 1.5, _INK),
+        *(Box(x(end) - 0.5, middle - 3, 1, 6, _INK) for end in (spread.low, spread.high)),
+        Text(x(spread.high) + 5, y + 10, f"{spread.median:{form}}", size=11),
+    ]
+
+
+def svg(drawing: Drawing) -> str:
+    """As a file of its own."""
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{drawing.width:g}" height="{drawing.height:g}" '
+        f'viewBox="0 0 {drawing.width:g} {drawing.height:g}" font-family="DejaVu Sans, Verdana, sans-serif">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    for shape in drawing.shapes:
+        if isinstance(shape, Box):
+            lines.append(
+                f'<rect x="{shape.x:g}" y="{shape.y:g}" width="{shape.width:g}" height="{shape.height:g}" '
+                f'fill="{shape.colour}"/>'
+            )
+        else:
+            weight = ' font-weight="bold"' * shape.is_bold
+            lines.append(
+                f'<text x="{shape.x:g}" y="{shape.y:g}" font-size="{shape.size}" text-anchor="{shape.anchor}" '
+                f'fill="{_INK}"{weight}>{escape(shape.text)}</text>'
+            )
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def has_matplotlib() -> bool:
+    """Whether `png` can work."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def png(drawing: Drawing) -> bytes:
+    """The same picture at twice the size, by matplotlib."""
+    # Imported by name: it is optional, and type checkers need not have it.
+    figure_module, patches = importlib.import_module("matplotlib.figure"), importlib.import_module("matplotlib.patches")
+    dots_per_inch = 100
+    figure = figure_module.Figure((drawing.width / dots_per_inch, drawing.height / dots_per_inch), facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
+    axes.axis("off")
+    for shape in drawing.shapes:
+        if isinstance(shape, Box):
+            axes.add_patch(
+                patches.Rectangle((shape.x, shape.y), shape.width, shape.height, facecolor=shape.colour, linewidth=0)
+            )
+        else:
+            axes.text(
+                shape.x,
+                shape.y,
+                shape.text,
+                fontsize=shape.size * 72 / dots_per_inch,
+                ha="right" if shape.anchor == "end" else "left",
+                va="baseline",
+                color=_INK,
+                weight="bold" if shape.is_bold else "normal",
+            )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=2 * dots_per_inch)
+    return buffer.getvalue()

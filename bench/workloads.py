@@ -1,0 +1,65 @@
+"""The workloads: what a run of one path does.  A new one is a line here, one in figures.WORKLOADS and its figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import IPv4Network
+from pathlib import Path as File
+
+from bench import measure
+from bench.compiler import SOURCES, compiled
+from bench.measure import Result
+from bench.paths import Path
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import LEASES, Host, Lab
+
+NETWORK = IPv4Network("100.0.0.0/8")
+"""Of the bench's lab: has room for the most leases that there can be, and nothing of the other paths lies in it."""
+
+_LEASES_TIMEOUT_S = 120.0
+"""For both daemons to have taken over 65,534 leases; a few seconds on an idle machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a workload needs besides the path.  `seconds` is how long it sends."""
+
+    lab: Lab
+    udp: File
+    seconds: int
+
+
+def prepare(lab: Lab, directory: File, seconds: int) -> Bench:
+    """Compile the traffic program into `directory`.  Raises BenchError."""
+    return Bench(lab, compiled("traffic/udp.c", directory), seconds)
+
+
+RUN: Mapping[str, Callable[[Bench, Path], Result]] = {
+    "tcp_1": lambda bench, path: measure.tcp(path, bench.seconds),
+    "tcp_8": lambda bench, path: measure.tcp(path, bench.seconds, n_streams=8),
+    "tcp_both": lambda bench, path: measure.tcp(path, bench.seconds, both_ways=True),
+    "udp_64": lambda bench, path: measure.udp_flood(path, bench.seconds, 64, bench.udp),
+    "udp_512": lambda bench, path: measure.udp_flood(path, bench.seconds, 512, bench.udp),
+    "udp_1400": lambda bench, path: measure.udp_flood(path, bench.seconds, 1400, bench.udp),
+    "rtt": lambda bench, path: measure.round_trips(path, bench.seconds, bench.udp, bench.lab),
+    "memory": lambda bench, path: measure.memory(path),
+}
+
+
+def set_leases(lab: Lab, n: int) -> None:
+    """Have `n` leases of other hosts in the store, and wait until both daemons have them all in use."""
+    bulk = str(SOURCES / "bulk_leases.py")
+    # The other host's is one of them.
+    lab.host(1).run([sys.executable, bulk, str(LEASES), str(NETWORK), str(n - 1)], timeout=_LEASES_TIMEOUT_S)
+    for host in lab.hosts:
+        wait_until(f"{n} leases in use on {host}", partial(_has_peers, host, n), _LEASES_TIMEOUT_S)
+
+
+def _has_peers(host: Host, n: int) -> bool:
+    status = host.run([sys.executable, "-m", "udptun", "status", "--json"], check=False)
+    # A daemon that is busy with that many leases may not answer in time; then it does not have them yet.
+    return status.returncode == 0 and len(json.loads(status.stdout)["peers"]) == n
