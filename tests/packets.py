@@ -20,7 +20,25 @@ NO_VNET_HDR = bytes(10)
 FULL, PARTIAL = "full", "partial"
 """A transport checksum over everything, or the pseudo-header's sum that an offloading sender leaves."""
 
-TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK, TCP_URG = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+TCP_FIN, TCP_SYN, TCP_RST, TCP_PSH, TCP_ACK, TCP_URG, TCP_ECE, TCP_CWR = (1 << bit for bit in range(8))
+
+NEEDS_CSUM = 1
+"""In the flags of a virtio header."""
+GSO_TCPV4, GSO_UDP_L4, GSO_ECN = 1, 5, 0x80
+"""In its type."""
+
+
+def vnet_hdr(
+    *, flags: int = 0, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 0, start: int = 0, offset: int = 0
+) -> bytes:
+    """`struct virtio_net_hdr`, built field by field."""
+    header = bytes([flags, gso_type])
+    return header + b"".join(value.to_bytes(2, "little") for value in (hdr_len, gso_size, start, offset))
+
+
+def pattern(n_bytes: int, seed: int = 0) -> bytes:
+    """Bytes that differ from their neighbours and from what stands 256 further on."""
+    return bytes((i * 7 + (i >> 8) * 13 + seed) & 0xFF for i in range(n_bytes))
 
 
 def internet_sum(data: bytes) -> int:
@@ -86,7 +104,8 @@ def _transport_check(source: str, destination: str, protocol: int, segment: byte
     pseudo = address(source) + address(destination) + struct.pack(">HH", protocol, len(segment))
     if kind == PARTIAL:
         return internet_sum(pseudo)
-    return internet_checksum(pseudo + segment + b"\0" * (len(segment) % 2)) or 0xFFFF
+    check = internet_checksum(pseudo + segment)
+    return 0xFFFF if protocol == 17 and check == 0 else check
 
 
 def udp(source: str, destination: str, data: bytes = b"", *, check: str | int = FULL, ttl: int = 64) -> bytes:
@@ -94,8 +113,16 @@ def udp(source: str, destination: str, data: bytes = b"", *, check: str | int = 
     return ipv4(source, destination, udp_segment(source, destination, data, check=check), ttl=ttl)
 
 
-def udp_segment(source: str, destination: str, data: bytes = b"", *, check: str | int = FULL) -> bytes:
-    segment = struct.pack(">HHHH", 5353, 53, 8 + len(data), 0) + data
+def udp_segment(
+    source: str,
+    destination: str,
+    data: bytes = b"",
+    *,
+    ports: tuple[int, int] = (5353, 53),
+    length: int | None = None,
+    check: str | int = FULL,
+) -> bytes:
+    segment = struct.pack(">HHHH", *ports, 8 + len(data) if length is None else length, 0) + data
     value = _transport_check(source, destination, 17, segment, check)
     return segment[:6] + struct.pack(">H", value) + segment[8:]
 
@@ -105,13 +132,21 @@ def tcp_segment(
     destination: str,
     data: bytes = b"",
     *,
+    ports: tuple[int, int] = (40000, 443),
+    sequence: int = 1,
+    acknowledgement: int = 2,
     flags: int = TCP_ACK,
+    window: int = 64240,
+    urgent: int = 0,
     options: bytes = b"",
     data_offset: int | None = None,
     check: str | int = FULL,
 ) -> bytes:
+    """`flags` has eight bits, and above them the four that are reserved."""
     data_offset = 5 + len(options) // 4 if data_offset is None else data_offset
-    header = struct.pack(">HHIIBBHHH", 40000, 443, 1, 2, data_offset << 4, flags, 64240, 0, 0)
+    header = struct.pack(
+        ">HHIIHHHH", *ports, sequence & 0xFFFFFFFF, acknowledgement, data_offset << 12 | flags, window, 0, urgent
+    )
     segment = header + options + data
     value = _transport_check(source, destination, 6, segment, check)
     return segment[:16] + struct.pack(">H", value) + segment[18:]

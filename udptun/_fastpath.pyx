@@ -7,16 +7,21 @@ Theory of operation
 
 One worker is one thread without the GIL.  A turn of its loop moves one batch each way:
 
-    TUN --read_tun--> encap_batch --send_batch--> UDP          (encap)
-    UDP --receive_batch--> decap_batch --write_tun--> TUN      (decap)
+    TUN --readv--> encap --queue_datagram, queue_segments--> groups --send_groups--> UDP      (encap_turn)
+    UDP --recvmmsg--> decap --add_packet--> items --write_items--> TUN                        (decap_turn)
+
+A read of the TUN may be a super-packet, which _segment.pxd cuts up; datagrams of one peer and size go to the kernel in
+groups, one message each.  A received message may be a train of datagrams; packets of one flow are put together again by
+_coalesce.pxd and written as one item.  On the wire there are always single packets.
 
 When a turn moves nothing the worker sleeps in poll() on both descriptors and on an eventfd that stop() writes to;
 under load stop() is seen because every turn looks at a flag.
 
-Buffers: a worker owns BATCH packet slots per direction, allocated once.  A `Packet` points into a slot and is valid
-until the next turn.  Nothing is allocated, locked or logged per packet, and nothing here raises: every packet ends in
-exactly one counter (docs/wire-format.md lists the conditions in the order in which this file checks them), so that
-the packets read are the sum of what was sent and the drops by reason.
+Buffers: what a worker has in its hands lies in shared memory (`ut_hands` in shm.h), so that the process that goes
+on after a kill can hand it on.  A `Packet` points into it and is valid until the next turn.  Nothing is allocated,
+locked or logged per packet, and nothing here raises: every packet ends in exactly one counter (docs/wire-format.md
+lists the conditions in the order in which this file checks them), so that the packets read are the sum of what was
+sent and the drops by reason.
 
 The table of peers is shared memory that the control plane rewrites; a turn uses one slot of it from begin to end
 (shm.h has the protocol).  Counters are shared memory that only this worker writes.
@@ -25,27 +30,32 @@ The TUN device may be deleted under us: every read and write then answers EBADFD
 descriptor, until someone attaches it again with TUNSETIFF.  Meanwhile the worker looks every TUN_LOST_WAIT_MS and
 leaves arriving datagrams in the socket's queue.
 
-A process that is killed takes with it the batch in its hands, at most; everything else waits in the kernel's queues for
-the process that goes on with the same descriptors.
+A process that is killed loses nothing: what it had not begun to read waits in the kernel's queues, and what it had
+read and not handed on is handed on by its successor (`go_on`), a little of it twice.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EAGAIN, EBADFD, EINTR, EMSGSIZE, errno
+from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, EIO, EMSGSIZE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from udptun._coalesce cimport *
+from udptun._segment cimport *
 from udptun._sys cimport *
 from udptun._wire cimport *
 
 # ---------------------------------------------------------------------------------------------------- limits
 
 cdef enum:
-    BATCH = 64                    # packets a turn and direction: enough to share the cost of a call
     PACKET_MAX = 65535            # an IPv4 total length
-    # Slots 64 KiB apart would fall into the same cache sets; this much more spreads them (multiple of 64).
-    SLOT_BYTES = 65536 + 1664
-    VNET = 10                     # sizeof(struct virtio_net_hdr), as TUNSETVNETHDRSZ sets it
+    SEGMENTS = 2048               # headers and datagrams a turn; one super-packet of 64 KiB with an MSS of 48 has 1,365
+    GROUPS = 256                  # messages a sendmmsg
+    GROUP_SEGMENTS = 64           # UDP_MAX_SEGMENTS before Linux 6.9
+    GROUP_BYTES = 65507           # UDP payload of an IPv4 packet, which UDP_SEGMENT is cut from
+    WRITTEN = 0                   # in the first byte of a packet: no IP version
+    FEW_MESSAGES = 8              # when they are long trains
+    LONG_TRAIN = 8192             # bytes
     ICMP_MAX = 576                # RFC 1812 4.3.2.3
     ICMP_PER_S = 1000
     ICMP_BURST = 50
@@ -57,16 +67,18 @@ cdef extern from "shm.h" nogil:
     enum:
         UT_TABLE_MAGIC, UT_STATS_MAGIC, UT_LAYOUT_VERSION
         UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
+        UT_READS, UT_READ_BYTES, UT_MESSAGES
         UT_TABLE_HEADER_BYTES, UT_STATS_HEADER_BYTES
         UT_PEER_UDPTUN
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
+        UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP
         UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
     struct ut_peer:
         sockaddr_in remote
         uint32_t subnet, mask, mtu, flags
     struct ut_slot:
         uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, underlay_address
-        uint32_t mtu, source_check, n_l1, n_remotes
+        uint32_t mtu, source_check, n_l1, n_remotes, offloads
         uint32_t l1[1]
         uint32_t remotes[1]
         ut_peer peers[1]
@@ -76,14 +88,26 @@ cdef extern from "shm.h" nogil:
         uint64_t generation
         ut_slot slot[2]
     struct ut_worker:
-        uint64_t generation_seen, pid, state, turns
+        uint64_t generation_seen, pid, state, turns, refused
         uint64_t counter[1]
     struct ut_peer_stats:
         uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes
+    struct ut_read:
+        uint8_t vnet[16]
+        uint32_t at, is_stepped
+    struct ut_hands:
+        uint32_t n_reads, n_messages
+        ut_read read[1]
+        mmsghdr message[1]
+        sockaddr_in source[1]
+        uint8_t control[1][24]
+        uint8_t arena[1]
+        uint8_t train[1][67200]
     struct ut_stats:
         uint32_t magic, layout_version
         ut_worker worker[1]
         ut_peer_stats peer[1][65536]
+        ut_hands hands[1]
     const ut_slot *ut_table_enter(const ut_table *table, ut_worker *worker)
     void ut_table_leave(ut_worker *worker)
     void ut_store_u64(uint64_t *word, uint64_t value)
@@ -189,10 +213,18 @@ cdef inline bint is_remote(const ut_slot *table, uint32_t address) noexcept nogi
 # --------------------------------------------------------------------------------------------------- buffers
 
 cdef struct Packet:
-    uint8_t *data                 # the inner packet, borrowed from its slot until the next turn
+    uint8_t *data                 # the inner packet, borrowed from a buffer until the next turn
     int len                       # its IPv4 total length, bytes
     uint32_t peer                 # index in the table; who gets it, or who sent it (0: a source outside Network)
-    uint8_t check[2]              # encap: the header checksum as it came, before our TTL step
+
+cdef struct Group:                # what one message of a sendmmsg carries: datagrams to one peer, of one size
+    uint32_t peer
+    int size                      # of every datagram but the last, bytes
+    int n                         # datagrams
+    int bytes
+    iovec *iov                    # into Loop.iov
+    int n_iov
+    bint is_closed                # the last datagram was a shorter one
 
 cdef struct Loop:
     # Borrowed: shared memory, and descriptors that the Worker object's creator keeps open.
@@ -200,131 +232,248 @@ cdef struct Loop:
     ut_stats *stats
     ut_worker *worker             # our block of stats
     ut_peer_stats *peer_stats     # our row of stats.peer
+    ut_hands *hands               # ours of stats.hands: every packet that is in our hands
     int tun_fd, udp_fd
     # Owned by the Worker object.
     int event_fd
-    uint8_t *slots                # BATCH slots of [virtio header | packet], used by one direction at a time
-    Packet packet[BATCH]
-    iovec iov[BATCH]
-    mmsghdr message[BATCH]
-    sockaddr_in source[BATCH]
+    uint8_t *headers              # encap: SEGMENTS headers of SEGMENT_HEADER_MAX bytes, of segments
+    Merger *merger                # decap
+    # Encap: the groups that wait for sending.
+    Group group[GROUPS]
+    iovec iov[2 * SEGMENTS]
+    int n_groups, n_iov, n_headers
+    mmsghdr message[GROUPS]
+    uint8_t control[GROUPS][UT_CMSG_BYTES]
+    iovec train_iov[UT_MESSAGES]  # decap
+    int n_messages                # to ask recvmmsg for
     uint8_t icmp[VNET + ICMP_MAX]
+    uint8_t single[PACKET_MAX]    # one datagram of a group, put together
     # The rest is our own state.
     const ut_slot *slot           # the table of this turn
+    int group_segments            # 1: the kernel does not cut messages up for us
     int stop
     int tun_lost
     long icmp_tokens
     uint64_t icmp_refilled_ns
 
 
-cdef inline void count(Loop *w, Counter which) noexcept nogil:
-    w.worker.counter[<int>which] += 1
-
-
-cdef inline uint8_t *slot_data(Loop *w, int i) noexcept nogil:
-    """The packet's place in slot i; the virtio header lies before it, so that the packet is 16-byte aligned."""
-    return w.slots + <size_t>i * SLOT_BYTES + 16
+cdef inline void count(Loop *w, Counter which, int n) noexcept nogil:
+    w.worker.counter[<int>which] += n
 
 # ------------------------------------------------------------------------------------------ encap: TUN to UDP
 
-cdef int read_tun(Loop *w) noexcept nogil:
-    """Fill the slots from the TUN until it has no more.  Returns how many were read (0..BATCH)."""
-    cdef int n = 0
+cdef int encap_turn(Loop *w) noexcept nogil:
+    """Read what the TUN has, up to a batch, and send it.  Returns how many reads gave something."""
+    cdef iovec room[2]
+    cdef Packet p
+    cdef ut_read *note
     cdef ssize_t got
-    while n < BATCH:
-        got = read(w.tun_fd, slot_data(w, n) - VNET, VNET + PACKET_MAX)
+    cdef int reads = 0, used = 0
+    room[0].iov_len = VNET
+    room[1].iov_len = PACKET_MAX
+    while reads < <int>UT_READS and used < <int>UT_READ_BYTES:
+        note = &w.hands.read[reads]
+        note.at = used
+        note.is_stepped = 0
+        room[0].iov_base = note.vnet
+        room[1].iov_base = p.data = w.hands.arena + used
+        # A successor that finds a first byte of 0 knows that there is no packet.
+        p.data[0] = 0
+        w.hands.n_reads = reads + 1
+        got = readv(w.tun_fd, room, 2)
         if got < 0:
             if errno == EBADFD:
                 w.tun_lost = 1
             break
-        count(w, ENCAP_PACKETS)
-        w.packet[n].data = slot_data(w, n)
-        w.packet[n].len = <int>got - VNET
-        n += 1
-    return n
+        reads += 1
+        p.len = <int>got - VNET
+        if p.len > 0:
+            used += p.len
+        encap(w, &p, note)
+    send_groups(w)
+    w.hands.n_reads = 0
+    return reads
 
 
-cdef int encap_batch(Loop *w, int n) noexcept nogil:
-    """Point every packet at its peer and step its TTL; drop and answer what cannot go.
+cdef void encap_again(Loop *w) noexcept nogil:
+    """Send what an earlier process had read and perhaps not sent when it was killed."""
+    cdef uint32_t i, n = min(w.hands.n_reads, <uint32_t>UT_READS)
+    cdef Packet p
+    cdef ut_read *note
+    for i in range(n):
+        note = &w.hands.read[i]
+        p.data = w.hands.arena + min(note.at, <uint32_t>UT_READ_BYTES)
+        if ip_version(p.data) != 4:
+            continue
+        p.len = ip_total_len(p.data)
+        if note.is_stepped:
+            note.is_stepped = 0
+            undo_ttl_step(p.data)
+        encap(w, &p, note)
+    send_groups(w)
+    w.hands.n_reads = 0
 
-    Order is kept.  Returns how many are left at the front of w.packet.
+
+cdef void encap(Loop *w, Packet *p, ut_read *note) noexcept nogil:
+    """Check one packet or super-packet, step its TTL and queue its datagrams for its peer; or drop and answer it."""
+    cdef uint8_t *d = p.data
+    cdef virtio_net_hdr *vnet = <virtio_net_hdr *>note.vnet
+    cdef int have = p.len, header, total, longest, n = 1
+    cdef SuperPacket s
+    memset(&s, 0, sizeof(s))
+    if have < IPV4_HEADER_MIN:
+        drop_encap(w, ENCAP_DROP_SHORT, 1)
+        return
+    if ip_version(d) != 4:
+        drop_encap(w, ENCAP_DROP_IPV6 if ip_version(d) == 6 else ENCAP_DROP_MALFORMED, 1)
+        return
+    header = ip_header_len(d)
+    total = ip_total_len(d)
+    if header < IPV4_HEADER_MIN or total < header or total > have:
+        drop_encap(w, ENCAP_DROP_MALFORMED, 1)
+        return
+    p.len = longest = total
+    if vnet.gso_type != VIRTIO_NET_HDR_GSO_NONE:
+        n = measure_super_packet(&s, d, total, vnet)
+        if n == 0 or n > SEGMENTS:
+            drop_encap(w, ENCAP_DROP_MALFORMED, 1)
+            return
+        longest = min(total, s.header + s.size)
+    elif vnet.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
+        if not complete_checksum(d, total, vnet):
+            drop_encap(w, ENCAP_DROP_MALFORMED, 1)
+            return
+        vnet.flags = 0
+    p.peer = lookup(w.slot, ip_destination(d))
+    if p.peer == 0:
+        drop_encap(w, ENCAP_DROP_NO_ROUTE, n)
+        answer_local(w, p, ICMP_UNREACHABLE, ICMP_NET_UNREACHABLE, 0)
+        return
+    if ip_ttl(d) <= 1:
+        drop_encap(w, ENCAP_DROP_TTL, n)
+        answer_local(w, p, ICMP_TIME_EXCEEDED, 0, 0)
+        return
+    if <uint32_t>longest > w.slot.peers[p.peer].mtu and ip_fragment_word(d) & FLAG_DF:
+        drop_encap(w, ENCAP_DROP_TOO_BIG, n)
+        answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, w.slot.peers[p.peer].mtu)
+        return
+    count(w, ENCAP_PACKETS, n)
+    ip_step_ttl(d)
+    note.is_stepped = 1
+    if n == 1 and vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE:
+        if w.n_iov + 1 > 2 * SEGMENTS:
+            send_groups(w)
+        queue_datagram(w, p.peer, NULL, 0, d, total, GROUP_SEGMENTS)
+        return
+    queue_segments(w, p.peer, &s)
+
+
+cdef inline void drop_encap(Loop *w, Counter reason, int n) noexcept nogil:
+    count(w, ENCAP_PACKETS, n)
+    count(w, reason, n)
+
+
+cdef void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept nogil:
+    """Queue a super-packet's segments, spread evenly over as few messages as hold them."""
+    cdef int i, payload, most, per_group
+    cdef uint8_t *out
+    if w.n_headers + s.n > SEGMENTS or w.n_iov + 2 * s.n > 2 * SEGMENTS:
+        send_groups(w)
+    most = max(1, min(w.group_segments, GROUP_BYTES // (s.header + s.size)))
+    per_group = (s.n + most - 1) // most
+    per_group = (s.n + per_group - 1) // per_group
+    sum_headers(s)
+    for i in range(s.n):
+        out = w.headers + w.n_headers * SEGMENT_HEADER_MAX
+        w.n_headers += 1
+        payload = write_segment_header(s, i, out)
+        queue_datagram(w, peer, out, s.header, <uint8_t *>s.data + s.header + i * s.size, payload, per_group)
+
+
+cdef inline void queue_datagram(
+        Loop *w, uint32_t peer, uint8_t *header, int header_len, uint8_t *data, int data_len, int most) noexcept nogil:
+    """Append one datagram, in one or two pieces, to the last group, or begin another one.
+
+    To the last group only: nothing overtakes.  A group has at most `most` datagrams.
     """
-    cdef int i, kept = 0, have, header, total
-    cdef Packet *p
-    cdef uint8_t *d
-    cdef uint32_t peer
-    for i in range(n):
-        p = &w.packet[i]
-        d = p.data
-        have = p.len
-        if have < IPV4_HEADER_MIN:
-            count(w, ENCAP_DROP_SHORT)
-            continue
-        if ip_version(d) != 4:
-            count(w, ENCAP_DROP_IPV6 if ip_version(d) == 6 else ENCAP_DROP_MALFORMED)
-            continue
-        header = ip_header_len(d)
-        total = ip_total_len(d)
-        if header < IPV4_HEADER_MIN or total < header or total > have:
-            count(w, ENCAP_DROP_MALFORMED)
-            continue
-        p.len = total
-        peer = lookup(w.slot, ip_destination(d))
-        if peer == 0:
-            count(w, ENCAP_DROP_NO_ROUTE)
-            answer_local(w, p, ICMP_UNREACHABLE, ICMP_NET_UNREACHABLE, 0)
-            continue
-        if ip_ttl(d) <= 1:
-            count(w, ENCAP_DROP_TTL)
-            answer_local(w, p, ICMP_TIME_EXCEEDED, 0, 0)
-            continue
-        if <uint32_t>total > w.slot.peers[peer].mtu and ip_fragment_word(d) & FLAG_DF:
-            count(w, ENCAP_DROP_TOO_BIG)
-            answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, w.slot.peers[peer].mtu)
-            continue
-        memcpy(p.check, d + 10, 2)
-        ip_step_ttl(d)
-        p.peer = peer
-        w.packet[kept] = p[0]
-        kept += 1
-    return kept
+    cdef int length = header_len + data_len
+    cdef Group *g = &w.group[max(w.n_groups, 1) - 1]
+    if (w.n_groups == 0 or g.peer != peer or g.is_closed or length > g.size or g.n >= most
+            or g.n >= w.group_segments or g.bytes + length > GROUP_BYTES):
+        if w.n_groups == GROUPS:
+            send_groups_but_keep_buffers(w)
+        g = &w.group[w.n_groups]
+        w.n_groups += 1
+        memset(g, 0, sizeof(Group))
+        g.peer = peer
+        g.size = length
+        g.iov = &w.iov[w.n_iov]
+    if header_len:
+        append_piece(w, g, header, header_len)
+    append_piece(w, g, data, data_len)
+    g.n += 1
+    g.bytes += length
+    g.is_closed = length < g.size
 
 
-cdef void send_batch(Loop *w, int n) noexcept nogil:
-    """Send the first n packets, each to its peer, in order; every one ends in a counter."""
+cdef inline void append_piece(Loop *w, Group *g, uint8_t *data, int length) noexcept nogil:
+    """Add bytes to a group; pieces that touch become one."""
+    cdef iovec *last = &g.iov[g.n_iov - 1]
+    if g.n_iov and <uint8_t *>last.iov_base + last.iov_len == data:
+        last.iov_len += length
+        return
+    w.iov[w.n_iov].iov_base = data
+    w.iov[w.n_iov].iov_len = length
+    w.n_iov += 1
+    g.n_iov += 1
+
+
+cdef void send_groups(Loop *w) noexcept nogil:
+    """Send all queued groups; every datagram ends in a counter.  Their headers and pieces are free again."""
+    send_groups_but_keep_buffers(w)
+    w.n_iov = 0
+    w.n_headers = 0
+
+
+cdef void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
     cdef int i, sent, done = 0
-    cdef Packet *p
-    for i in range(n):
-        p = &w.packet[i]
-        w.iov[i].iov_base = p.data
-        w.iov[i].iov_len = p.len
-        memset(&w.message[i].msg_hdr, 0, sizeof(msghdr))
-        w.message[i].msg_hdr.msg_name = <void *>&w.slot.peers[p.peer].remote
-        w.message[i].msg_hdr.msg_namelen = sizeof(sockaddr_in)
-        w.message[i].msg_hdr.msg_iov = &w.iov[i]
-        w.message[i].msg_hdr.msg_iovlen = 1
-    while done < n:
-        sent = sendmmsg(w.udp_fd, w.message + done, n - done, MSG_DONTWAIT)
+    cdef Group *g
+    cdef msghdr *message
+    for i in range(w.n_groups):
+        g = &w.group[i]
+        message = &w.message[i].msg_hdr
+        memset(message, 0, sizeof(msghdr))
+        message.msg_name = <void *>&w.slot.peers[g.peer].remote
+        message.msg_namelen = sizeof(sockaddr_in)
+        message.msg_iov = g.iov
+        message.msg_iovlen = g.n_iov
+        # A single datagram must do without: some network cards refuse what looks like an offload.
+        if g.n > 1:
+            ut_put_segment_size(message, w.control[i], <uint16_t>g.size)
+    while done < w.n_groups:
+        sent = sendmmsg(w.udp_fd, w.message + done, w.n_groups - done, MSG_DONTWAIT)
         if sent > 0:
             for i in range(done, done + sent):
-                count_sent(w, &w.packet[i])
+                count_sent(w, w.group[i].peer, w.group[i].n, w.group[i].bytes)
             done += sent
         elif errno == EAGAIN:
             if not wait_for_socket(w):
-                w.worker.counter[<int>ENCAP_DROP_SEND] += n - done
-                return
-        elif errno == EMSGSIZE:
-            send_over_smaller_path(w, done)
-            done += 1
+                for i in range(done, w.n_groups):
+                    count(w, ENCAP_DROP_SEND, w.group[i].n)
+                break
         elif errno != EINTR:
-            count(w, ENCAP_DROP_SEND)
+            if w.group[done].n > 1 and (errno == EIO or errno == EINVAL):
+                # The egress device lacks checksum offload, or the kernel the feature: from now on one by one.
+                refuse(w, UT_OFFLOAD_SEGMENT)
+            send_one_by_one(w, &w.group[done])
             done += 1
+    w.n_groups = 0
 
 
-cdef inline void count_sent(Loop *w, const Packet *p) noexcept nogil:
-    count(w, ENCAP_SENT)
-    w.peer_stats[p.peer].encap_packets += 1
-    w.peer_stats[p.peer].encap_bytes += p.len
+cdef inline void count_sent(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
+    count(w, ENCAP_SENT, n)
+    w.peer_stats[peer].encap_packets += n
+    w.peer_stats[peer].encap_bytes += nbytes
 
 
 cdef int wait_for_socket(Loop *w) noexcept nogil:
@@ -338,26 +487,70 @@ cdef int wait_for_socket(Loop *w) noexcept nogil:
     return not w.stop
 
 
-cdef void send_over_smaller_path(Loop *w, int i) noexcept nogil:
-    """The kernel knows a path MTU that message i does not fit: tell the sender, or fragment if it allows it."""
-    cdef Packet *p = &w.packet[i]
+cdef void send_one_by_one(Loop *w, Group *g) noexcept nogil:
+    """Send a group that the kernel refused, each datagram for itself.  Rare: gathers each into one piece."""
+    cdef int i, piece = 0, offset = 0, length, part, have
+    cdef Packet p
+    p.data = w.single
+    p.peer = g.peer
+    for i in range(g.n):
+        length = min(g.size, g.bytes - i * g.size)
+        have = 0
+        while have < length:
+            part = min(<int>g.iov[piece].iov_len - offset, length - have)
+            memcpy(w.single + have, <uint8_t *>g.iov[piece].iov_base + offset, part)
+            have += part
+            offset += part
+            if offset == <int>g.iov[piece].iov_len:
+                piece += 1
+                offset = 0
+        p.len = length
+        send_single(w, &p)
+
+
+cdef void send_single(Loop *w, Packet *p) noexcept nogil:
+    """Send one datagram; when the path is too narrow for it tell its sender, or fragment it if it allows that."""
+    cdef msghdr message
+    cdef iovec iov
     cdef int mode, mtu
-    if ip_fragment_word(p.data) & FLAG_DF:
-        mtu = path_mtu(w, &w.slot.peers[p.peer].remote) - IPV4_HEADER_MIN - UDP_HEADER
-        count(w, ENCAP_DROP_TOO_BIG)
-        # The answer quotes the packet as it came, before our TTL step.
-        p.data[8] += 1
-        memcpy(p.data + 10, p.check, 2)
-        answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
-        return
-    mode = IP_PMTUDISC_DONT
-    setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
-    if sendmsg(w.udp_fd, &w.message[i].msg_hdr, MSG_DONTWAIT) >= 0:
-        count_sent(w, p)
-    else:
-        count(w, ENCAP_DROP_SEND)
-    mode = IP_PMTUDISC_DO
-    setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
+    iov.iov_base = p.data
+    iov.iov_len = p.len
+    memset(&message, 0, sizeof(msghdr))
+    message.msg_name = <void *>&w.slot.peers[p.peer].remote
+    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_iov = &iov
+    message.msg_iovlen = 1
+    while sendmsg(w.udp_fd, &message, MSG_DONTWAIT) < 0:
+        if errno == EAGAIN and wait_for_socket(w) or errno == EINTR:
+            continue
+        if errno != EMSGSIZE:
+            count(w, ENCAP_DROP_SEND, 1)
+            return
+        if ip_fragment_word(p.data) & FLAG_DF:
+            mtu = path_mtu(w, &w.slot.peers[p.peer].remote) - IPV4_HEADER_MIN - UDP_HEADER
+            count(w, ENCAP_DROP_TOO_BIG, 1)
+            # The answer quotes the packet as it came, before our TTL step.
+            undo_ttl_step(p.data)
+            answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
+            return
+        mode = IP_PMTUDISC_DONT
+        setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
+        mtu = <int>sendmsg(w.udp_fd, &message, MSG_DONTWAIT)
+        mode = IP_PMTUDISC_DO
+        setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
+        if mtu < 0:
+            count(w, ENCAP_DROP_SEND, 1)
+            return
+        break
+    count_sent(w, p.peer, 1, p.len)
+
+
+cdef void undo_ttl_step(uint8_t *p) noexcept nogil:
+    """The inverse of ip_step_ttl, but that a checksum of 0xffff comes back as 0, its other form."""
+    cdef uint32_t total = (~<uint32_t>load_be16(p + 10) & 0xffff) + 0x0100
+    total = (total & 0xffff) + (total >> 16)
+    p[8] += 1
+    store_be16(p + 10, ~total & 0xffff)
 
 
 cdef int path_mtu(Loop *w, const sockaddr_in *remote) noexcept nogil:
@@ -383,53 +576,111 @@ cdef int path_mtu(Loop *w, const sockaddr_in *remote) noexcept nogil:
 
 # ------------------------------------------------------------------------------------------ decap: UDP to TUN
 
-cdef int receive_batch(Loop *w) noexcept nogil:
-    """Fill the slots from the socket.  Returns how many datagrams came (0..BATCH)."""
-    cdef int i, n
-    for i in range(BATCH):
-        w.iov[i].iov_base = slot_data(w, i)
-        w.iov[i].iov_len = PACKET_MAX
-        memset(&w.message[i].msg_hdr, 0, sizeof(msghdr))
-        w.message[i].msg_hdr.msg_name = &w.source[i]
-        w.message[i].msg_hdr.msg_namelen = sizeof(sockaddr_in)
-        w.message[i].msg_hdr.msg_iov = &w.iov[i]
-        w.message[i].msg_hdr.msg_iovlen = 1
-    n = recvmmsg(w.udp_fd, w.message, BATCH, MSG_DONTWAIT, NULL)
-    if n < 0:
-        return 0
+cdef int decap_turn(Loop *w) noexcept nogil:
+    """Take what the socket has, up to a batch, and write it to the TUN.  Returns how many messages there were."""
+    cdef int i, n, longest = 0
+    cdef msghdr *message
+    for i in range(w.n_messages):
+        w.train_iov[i].iov_base = w.hands.train[i]
+        w.train_iov[i].iov_len = PACKET_MAX
+        # A successor that finds a length of 0 knows that there is no message.
+        w.hands.message[i].msg_len = 0
+        message = &w.hands.message[i].msg_hdr
+        memset(message, 0, sizeof(msghdr))
+        message.msg_name = &w.hands.source[i]
+        message.msg_namelen = sizeof(sockaddr_in)
+        message.msg_iov = &w.train_iov[i]
+        message.msg_iovlen = 1
+        message.msg_control = w.hands.control[i]
+        message.msg_controllen = UT_CMSG_BYTES
+    w.hands.n_messages = w.n_messages
+    n = recvmmsg(w.udp_fd, w.hands.message, w.n_messages, MSG_DONTWAIT, NULL)
+    if n > 0:
+        start_batch(w.merger)
+        for i in range(n):
+            longest = max(longest, <int>w.hands.message[i].msg_len)
+            decap_message(w, i, False)
+        write_items(w)
+        # Long trains fill the cache by themselves; take fewer of them before they are written out.
+        w.n_messages = FEW_MESSAGES if longest >= LONG_TRAIN else UT_MESSAGES
+    w.hands.n_messages = 0
+    return max(n, 0)
+
+
+cdef void decap_again(Loop *w) noexcept nogil:
+    """Write what an earlier process had received and not yet written when it was killed."""
+    cdef int i, n = <int>min(w.hands.n_messages, <uint32_t>UT_MESSAGES)
+    start_batch(w.merger)
     for i in range(n):
-        count(w, DECAP_PACKETS)
-        w.packet[i].data = slot_data(w, i)
-        w.packet[i].len = <int>w.message[i].msg_len
-    return n
+        if w.hands.message[i].msg_len:
+            w.hands.message[i].msg_hdr.msg_control = w.hands.control[i]
+            decap_message(w, i, True)
+    write_items(w)
+    w.hands.n_messages = 0
 
 
-cdef int decap_batch(Loop *w, int n) noexcept nogil:
-    """Check every datagram in the documented order and step the TTL of those that pass.
+cdef void decap_message(Loop *w, int i, bint again) noexcept nogil:
+    """Decap every datagram of message i; `again`: those that write_items has not marked as written."""
+    cdef int length = min(<int>w.hands.message[i].msg_len, PACKET_MAX)
+    cdef uint8_t *train = w.hands.train[i]
+    cdef int told = ut_segment_size(&w.hands.message[i].msg_hdr)
+    cdef int size = datagram_size(train, length, told), at = 0
+    while True:
+        if not again or train[at] != WRITTEN:
+            decap(w, i, train + at, min(size, length - at), told if told < size else 0)
+        at += size
+        if at >= length:
+            break
 
-    Order is kept.  Returns how many are left at the front of w.packet.
+
+cdef int datagram_size(const uint8_t *d, int length, int told) noexcept nogil:
+    """How long the datagrams in a received message are, all but the last; at least 1.  `told` by the kernel, 0: not.
+
+    An inner packet that covers the message is never cut: a kernel that encapsulates hands over a super-packet whole,
+    and the size that is told is then that of its inner segments.
     """
-    cdef int i, verdict, kept = 0
-    cdef Packet *p
-    for i in range(n):
-        p = &w.packet[i]
-        verdict = check_header(p)
-        if verdict < 0:
-            verdict = check_source(w.slot, p, load_be32(<const uint8_t *>&w.source[i].sin_addr.s_addr))
-        if verdict < 0 and (ip_destination(p.data) & w.slot.own_mask) != w.slot.own_subnet:
-            verdict = DECAP_DROP_FOREIGN_DESTINATION
-        if verdict < 0 and ip_ttl(p.data) <= 1:
-            verdict = DECAP_DROP_TTL
-            answer_peer(w, p, ICMP_TIME_EXCEEDED, 0)
-        if verdict < 0:
-            verdict = offload_header(w.slot, p)
-        if verdict >= 0:
-            count(w, <Counter>verdict)
-            continue
-        ip_step_ttl(p.data)
-        w.packet[kept] = p[0]
-        kept += 1
-    return kept
+    if told <= 0 or told >= length:
+        return max(length, 1)
+    if length >= IPV4_HEADER_MIN and ip_version(d) == 4 and ip_total_len(d) == length:
+        return length
+    return told
+
+
+cdef void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) noexcept nogil:
+    """Check one datagram of message i in the documented order, step its TTL and give it to the merger.
+
+    `inner_size`: payload of a whole UDP super-packet's segments, bytes; 0 where the kernel tells none.
+    """
+    cdef int verdict
+    cdef Packet p
+    cdef virtio_net_hdr vnet
+    cdef Item *it
+    p.data = d
+    p.len = length
+    count(w, DECAP_PACKETS, 1)
+    verdict = check_header(&p)
+    if verdict < 0:
+        verdict = check_source(w.slot, &p, load_be32(<const uint8_t *>&w.hands.source[i].sin_addr.s_addr))
+    if verdict < 0 and (ip_destination(d) & w.slot.own_mask) != w.slot.own_subnet:
+        verdict = DECAP_DROP_FOREIGN_DESTINATION
+    if verdict < 0 and ip_ttl(d) <= 1:
+        verdict = DECAP_DROP_TTL
+        answer_peer(w, &p, ICMP_TIME_EXCEEDED, 0)
+    if verdict < 0:
+        verdict = offload_header(w.slot, &p, inner_size, &vnet)
+    if verdict >= 0:
+        count(w, <Counter>verdict, 1)
+        return
+    ip_step_ttl(d)
+    if is_full(w.merger):
+        write_items(w)
+        start_batch(w.merger)
+    if vnet.flags:
+        close_flow(w.merger, d, p.len)
+        it = begin_item(w.merger, d, p.len, p.peer)
+        memcpy(it.vnet, &vnet, VNET)
+    else:
+        add_packet(w.merger, d, p.len, p.peer)
 
 
 cdef int check_header(Packet *p) noexcept nogil:
@@ -507,19 +758,25 @@ cdef inline uint32_t be32(uint32_t value) noexcept nogil:
     return out
 
 
-cdef int offload_header(const ut_slot *table, Packet *p) noexcept nogil:
+cdef int offload_header(const ut_slot *table, Packet *p, int inner_size, virtio_net_hdr *vnet) noexcept nogil:
     """Row 17, and the virtio header that the TUN write needs.  -1, or the drop counter."""
     cdef uint8_t *d = p.data
-    cdef virtio_net_hdr vnet
     cdef int header = ip_header_len(d), transport = p.len - header, check, doff, flags
-    memset(&vnet, 0, VNET)
+    memset(vnet, 0, sizeof(virtio_net_hdr))
     check = partial_checksum_offset(p)
     if check:
         vnet.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM
         vnet.csum_start = <uint16_t>header
         vnet.csum_offset = <uint16_t>check
-    if <uint32_t>p.len > table.mtu:
-        if check == 0 or ip_protocol(d) != PROTO_TCP:
+    if check and ip_protocol(d) == PROTO_UDP and 0 < inner_size < transport - UDP_HEADER:
+        # However short it is: these are several datagrams, and must not come out as one.
+        if header + UDP_HEADER + inner_size > <int>table.mtu:
+            return DECAP_DROP_OVERSIZE
+        vnet.gso_type = VIRTIO_NET_HDR_GSO_UDP_L4
+        vnet.hdr_len = <uint16_t>(header + UDP_HEADER)
+        vnet.gso_size = <uint16_t>inner_size
+    elif <uint32_t>p.len > table.mtu:
+        if check == 0 or ip_protocol(d) == PROTO_UDP:
             return DECAP_DROP_OVERSIZE
         doff = (d[header + 12] >> 4) * 4
         flags = d[header + 13]
@@ -528,7 +785,6 @@ cdef int offload_header(const ut_slot *table, Packet *p) noexcept nogil:
         vnet.gso_type = VIRTIO_NET_HDR_GSO_TCPV4
         vnet.hdr_len = <uint16_t>(header + doff)
         vnet.gso_size = <uint16_t>(table.mtu - header - doff)
-    memcpy(d - VNET, &vnet, VNET)
     return -1
 
 
@@ -556,20 +812,56 @@ cdef int partial_checksum_offset(const Packet *p) noexcept nogil:
     return at if field == pseudo_sum(d, transport) else 0
 
 
-cdef void write_tun(Loop *w, int n) noexcept nogil:
-    """Write the first n packets, in order; every one ends in a counter."""
+cdef void write_items(Loop *w) noexcept nogil:
+    """Write all items, in order; every packet ends in a counter."""
     cdef int i
-    cdef Packet *p
-    for i in range(n):
-        p = &w.packet[i]
-        if write(w.tun_fd, p.data - VNET, VNET + p.len) < 0:
+    cdef Item *it
+    for i in range(w.merger.n):
+        it = &w.merger.item[i]
+        if writev(w.tun_fd, it.iov, seal(it)) >= 0:
+            count_delivered(w, it)
+        elif it.n > 1 and errno == EINVAL:
+            # The kernel does not take super-packets of this kind (some 6.6 kernels): from now on one by one.
+            refuse(w, UT_OFFLOAD_WRITE_TCP if ip_protocol(it.first) == PROTO_TCP else UT_OFFLOAD_WRITE_UDP)
+            write_one_by_one(w, it)
+        else:
             if errno == EBADFD:
                 w.tun_lost = 1
-            count(w, DECAP_DROP_TUN)
+            count(w, DECAP_DROP_TUN, it.n)
+        mark_written(it)
+
+
+cdef inline void mark_written(Item *it) noexcept nogil:
+    """Leave a mark in each packet that a successor shall not write it once more."""
+    cdef int k
+    it.first[0] = WRITTEN
+    for k in range(1, it.n):
+        (<uint8_t *>it.iov[2 + k].iov_base - it.header_len)[0] = WRITTEN
+
+
+cdef inline void count_delivered(Loop *w, const Item *it) noexcept nogil:
+    cdef int nbytes = it.first_len if it.n == 1 else it.n * it.header_len + it.payload
+    count(w, DECAP_DELIVERED, it.n)
+    w.peer_stats[it.peer].decap_packets += it.n
+    w.peer_stats[it.peer].decap_bytes += nbytes
+
+
+cdef void write_one_by_one(Loop *w, Item *it) noexcept nogil:
+    """Write the packets of a super-packet that the kernel refused: each still stands before its payload."""
+    cdef int k
+    cdef iovec piece[2]
+    memset(it.vnet, 0, VNET)
+    piece[0].iov_base = it.vnet
+    piece[0].iov_len = VNET
+    for k in range(it.n):
+        piece[1].iov_base = <uint8_t *>it.iov[2 + k].iov_base - it.header_len
+        piece[1].iov_len = it.iov[2 + k].iov_len + it.header_len
+        if writev(w.tun_fd, piece, 2) < 0:
+            count(w, DECAP_DROP_TUN, 1)
             continue
-        count(w, DECAP_DELIVERED)
-        w.peer_stats[p.peer].decap_packets += 1
-        w.peer_stats[p.peer].decap_bytes += p.len
+        count(w, DECAP_DELIVERED, 1)
+        w.peer_stats[it.peer].decap_packets += 1
+        w.peer_stats[it.peer].decap_bytes += it.iov[2 + k].iov_len + it.header_len
 
 # ------------------------------------------------------------------------------------------------------ ICMP
 
@@ -634,9 +926,9 @@ cdef void answer_local(Loop *w, const Packet *offender, int kind, int code, uint
     if may_answer(w, offender):
         n = build_icmp(w, offender, kind, code, mtu)
         if write(w.tun_fd, w.icmp, VNET + n) >= 0:
-            count(w, ICMP_SENT)
+            count(w, ICMP_SENT, 1)
             return
-    count(w, ICMP_SUPPRESSED)
+    count(w, ICMP_SUPPRESSED, 1)
 
 
 cdef void answer_peer(Loop *w, const Packet *offender, int kind, int code) noexcept nogil:
@@ -653,30 +945,46 @@ cdef void answer_peer(Loop *w, const Packet *offender, int kind, int code) noexc
         message.msg_iov = &iov
         message.msg_iovlen = 1
         if sendmsg(w.udp_fd, &message, MSG_DONTWAIT) >= 0:
-            count(w, ICMP_SENT)
+            count(w, ICMP_SENT, 1)
             return
-    count(w, ICMP_SUPPRESSED)
+    count(w, ICMP_SUPPRESSED, 1)
 
 # ------------------------------------------------------------------------------------------------------ loop
 
+cdef inline void allow_offloads(Loop *w) noexcept nogil:
+    cdef uint64_t allowed = w.slot.offloads & ~w.worker.refused
+    w.group_segments = GROUP_SEGMENTS if allowed & UT_OFFLOAD_SEGMENT else 1
+    w.merger.tcp = (allowed & UT_OFFLOAD_WRITE_TCP) != 0
+    w.merger.udp = (allowed & UT_OFFLOAD_WRITE_UDP) != 0
+
+
+cdef void refuse(Loop *w, uint64_t offload) noexcept nogil:
+    """The kernel has refused an offload: do without it from now on, and let the control plane see that."""
+    w.worker.refused |= offload
+    allow_offloads(w)
+
+
 cdef int turn(Loop *w) noexcept nogil:
     """Move one batch each way.  Returns how many packets were seen; leaves the table when it is none."""
-    cdef int seen, n
+    cdef int seen
     w.slot = ut_table_enter(w.table, w.worker)
     w.worker.turns += 1
     w.tun_lost = 0
-    seen = read_tun(w)
-    if seen:
-        n = encap_batch(w, seen)
-        send_batch(w, n)
+    allow_offloads(w)
+    seen = encap_turn(w)
     if not w.tun_lost:
-        n = receive_batch(w)
-        if n:
-            seen += n
-            n = decap_batch(w, n)
-            write_tun(w, n)
+        seen += decap_turn(w)
     ut_table_leave(w.worker)
     return seen
+
+
+cdef void go_on(Loop *w) noexcept nogil:
+    """Hand on what a process that was killed had in its hands.  Some of it may go twice; none is lost."""
+    w.slot = ut_table_enter(w.table, w.worker)
+    allow_offloads(w)
+    encap_again(w)
+    decap_again(w)
+    ut_table_leave(w.worker)
 
 
 cdef void run_loop(Loop *w) noexcept nogil:
@@ -687,6 +995,9 @@ cdef void run_loop(Loop *w) noexcept nogil:
     fds[2].fd = w.udp_fd
     fds[0].events = fds[1].events = fds[2].events = POLLIN
     ut_store_u64(&w.worker.pid, getpid())
+    # The block may be an earlier process's, and what stood in the way then may be gone.
+    w.worker.refused = 0
+    go_on(w)
     while not w.stop:
         if turn(w):
             continue
@@ -733,14 +1044,17 @@ cdef class Worker:
         if self._w == NULL:
             raise MemoryError
         self._w.event_fd = -1
-        self._w.slots = <uint8_t *>calloc(BATCH, SLOT_BYTES)
-        if self._w.slots == NULL:
+        self._w.headers = <uint8_t *>calloc(SEGMENTS, SEGMENT_HEADER_MAX)
+        self._w.merger = <Merger *>calloc(1, sizeof(Merger))
+        if self._w.headers == NULL or self._w.merger == NULL:
             raise MemoryError
+        self._w.n_messages = UT_MESSAGES
         self._w.table = <const ut_table *>_map(table_fd, sizeof(ut_table), PROT_READ, UT_TABLE_MAGIC, "peer table")
         self._w.stats = <ut_stats *>_map(
             stats_fd, sizeof(ut_stats), PROT_READ | PROT_WRITE, UT_STATS_MAGIC, "statistics")
         self._w.worker = &self._w.stats.worker[index]
         self._w.peer_stats = self._w.stats.peer[index]
+        self._w.hands = &self._w.stats.hands[index]
         self._w.tun_fd = tun_fd
         self._w.udp_fd = udp_fd
         self._w.icmp_tokens = ICMP_BURST
@@ -757,7 +1071,8 @@ cdef class Worker:
             munmap(self._w.stats, sizeof(ut_stats))
         if self._w.event_fd >= 0:
             close(self._w.event_fd)
-        free(self._w.slots)
+        free(self._w.headers)
+        free(self._w.merger)
         free(self._w)
 
     def turn(self):

@@ -2,6 +2,7 @@
 
 `encap` and `decap` follow that page's two tables row by row, in its order; the row numbers stand at the
 branches.  `_fastpath.pyx` must give the same Outcome for every packet, and tests/datapath holds it to that.
+How packets share a system call is not described here: `segments` takes a super-packet apart, `datagrams` a train.
 
 Pure: no I/O, no clock; what the kernel answers is an argument.  The token bucket that limits ICMP needs a
 clock and is not here.
@@ -70,14 +71,19 @@ _NET_UNREACHABLE: Reason = (3, 0)
 _FRAGMENTATION_NEEDED: Reason = (3, 4)
 _TIME_EXCEEDED: Reason = (11, 0)
 
+_UDP_HDR_LEN = 8
 _CSUM_OFFSET = {_TCP: 16, _UDP: 6}
 """Where the check field lies in the transport header."""
-_TCP_SYN, _TCP_RST, _TCP_URG = 0x02, 0x04, 0x20
+_TCP_FIN, _TCP_SYN, _TCP_RST, _TCP_PSH, _TCP_URG, _TCP_CWR = 0x01, 0x02, 0x04, 0x08, 0x20, 0x80
 
 _OPTION_END, _OPTION_NOP, _OPTION_LSRR, _OPTION_SSRR = 0, 1, 131, 137
 
 _VNET_NEEDS_CSUM = 1
-_VNET_GSO_TCPV4 = 1
+_VNET_GSO_TCPV4, _VNET_GSO_UDP_L4, _VNET_GSO_ECN = 1, 5, 0x80
+_GSO_PROTOCOL = {_VNET_GSO_TCPV4: _TCP, _VNET_GSO_UDP_L4: _UDP}
+
+_SEGMENTS_MAX = 2048
+"""Packets that one super-packet may stand for."""
 
 _MARTIAN_SOURCES = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"), IPv4Network("224.0.0.0/3"))
 _MULTICAST_OR_BROADCAST = IPv4Network("224.0.0.0/3")
@@ -116,7 +122,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one packet.
+    """What became of one packet, as it is on the wire: a super-packet has as many as it has segments.
 
     `sends` are UDP payloads and where they go, `writes` what goes into the TUN, virtio header first.  `icmp`
     is the ICMP counter that moved beside `counter`, None where the row of the table has no answer.
@@ -185,47 +191,169 @@ class _Ipv4(NamedTuple):
         return self.more_fragments or self.fragment_offset > 0
 
 
-def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: bool = False) -> Outcome:
-    """What becomes of `raw`, one read of the TUN: a 10-byte virtio header, then the packet.
+def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: bool = False) -> list[Outcome]:
+    """What becomes of the packets that `raw` stands for, one read of the TUN: a 10-byte virtio header, then IP.
+
+    A super-packet that is dropped whole is answered once, beside its first packet.
 
     `path_mtu`: the kernel knows this MTU (outer bytes) for the way to the peer and answers EMSGSIZE to a
-    larger datagram.  `is_refused`: it refuses what would come out, for another reason: the datagram or the answer.
+    larger datagram.  `is_refused`: it refuses what would come out, for another reason: the datagrams or the answers.
     """
     data = raw[_VNET_HDR.size :]
     if len(data) < _IPV4_HDR_MIN:  # 1
-        return Outcome("encap_drop_short")
+        return [Outcome("encap_drop_short")]
     ip = _Ipv4.read(data)
     if ip.version == 6:  # 2
-        return Outcome("encap_drop_ipv6")
+        return [Outcome("encap_drop_ipv6")]
     if ip.version != 4 or not _IPV4_HDR_MIN <= ip.header_len <= ip.total_len <= len(data):  # 3
-        return Outcome("encap_drop_malformed")
-    packet = data[: ip.total_len]
+        return [Outcome("encap_drop_malformed")]
+    packets = segments(raw)
+    if not packets:  # 3
+        return [Outcome("encap_drop_malformed")]
+    whole = data[: ip.total_len] if _is_super_packet(raw) else packets[0]
 
-    def refuse(counter: str, reason: Reason, mtu: int = 0) -> Outcome:
-        """Drop the packet, and tell its sender by way of the TUN where that is allowed."""
-        if is_refused or not _may_be_answered(packet):
+    def refuse(counter: str, offender: bytes, reason: Reason, mtu: int = 0) -> Outcome:
+        """Drop a packet, and tell its sender by way of the TUN where that is allowed."""
+        if is_refused or not _may_be_answered(offender):
             return Outcome(counter, icmp="icmp_suppressed")
-        answer = icmp_error(table.tunnel_address, packet, reason, mtu)
+        answer = icmp_error(table.tunnel_address, offender, reason, mtu)
         return Outcome(counter, writes=(VnetHdr().pack() + answer,), icmp="icmp_sent")
+
+    def refuse_all(counter: str, reason: Reason, mtu: int = 0) -> list[Outcome]:
+        return [refuse(counter, whole, reason, mtu)] + [Outcome(counter)] * (len(packets) - 1)
 
     peer = table.leasing(ip.destination)
     if peer is None:  # 4
-        return refuse("encap_drop_no_route", _NET_UNREACHABLE)
+        return refuse_all("encap_drop_no_route", _NET_UNREACHABLE)
     if ip.ttl <= 1:  # 5
-        return refuse("encap_drop_ttl", _TIME_EXCEEDED)
-    if ip.dont_fragment:
-        if ip.total_len > peer.mtu:  # 6
-            return refuse("encap_drop_too_big", _FRAGMENTATION_NEEDED, peer.mtu)
-        if path_mtu is not None and ip.total_len + OUTER_LEN > path_mtu:  # 7
-            return refuse("encap_drop_too_big", _FRAGMENTATION_NEEDED, path_mtu - OUTER_LEN)
-    if is_refused:  # 8
-        return Outcome("encap_drop_send")
-    return Outcome("encap_sent", sends=((peer.remote, step_ttl(packet)),))  # 9
+        return refuse_all("encap_drop_ttl", _TIME_EXCEEDED)
+    if ip.dont_fragment and len(packets[0]) > peer.mtu:  # 6
+        return refuse_all("encap_drop_too_big", _FRAGMENTATION_NEEDED, peer.mtu)
+
+    outcomes = []
+    for packet in packets:
+        if ip.dont_fragment and path_mtu is not None and len(packet) + OUTER_LEN > path_mtu:  # 7
+            offender = _with_one_form_of_zero(packet)
+            outcomes.append(refuse("encap_drop_too_big", offender, _FRAGMENTATION_NEEDED, path_mtu - OUTER_LEN))
+        elif is_refused:  # 8
+            outcomes.append(Outcome("encap_drop_send"))
+        else:  # 9
+            outcomes.append(Outcome("encap_sent", sends=((peer.remote, step_ttl(packet)),)))
+    return outcomes
 
 
-def decap(table: Table, payload: bytes, source: IPv4Address, *, is_refused: bool = False) -> Outcome:
+def segments(raw: bytes) -> list[bytes]:
+    """The IP packets that `raw` stands for: a virtio header, then a packet that has passed rows 1 to 3 of encap.
+
+    That packet, with its transport checksum completed if the header asks for it, or the segments of a super-packet.
+    Bytes after the total length are cut off.  Empty when the virtio header does not fit the packet.
+    """
+    vnet = VnetHdr(*_VNET_HDR.unpack_from(raw))
+    data = raw[_VNET_HDR.size :]
+    packet = data[: _Ipv4.read(data).total_len]
+    if _is_super_packet(raw):
+        return _cut(packet, vnet)
+    if vnet.flags & _VNET_NEEDS_CSUM:
+        return _completed(packet, vnet.csum_start, vnet.csum_offset)
+    return [packet]
+
+
+def _is_super_packet(raw: bytes) -> bool:
+    return VnetHdr(*_VNET_HDR.unpack_from(raw)).gso_type != 0
+
+
+def _completed(packet: bytes, start: int, offset: int) -> list[bytes]:
+    """`packet` with the checksum over everything from `start` on, at `offset` from there; empty if that is outside.
+
+    The field holds the pseudo-header's sum already.  A checksum of zero is written as 0xFFFF: in UDP zero means none
+    (RFC 768), elsewhere the two are the same.
+    """
+    at = start + offset
+    if start < _Ipv4.read(packet).header_len or at + 2 > len(packet):
+        return []
+    check = (0xFFFF ^ fold_sum(packet[start:])) or 0xFFFF
+    return [packet[:at] + struct.pack(">H", check) + packet[at + 2 :]]
+
+
+def _cut(packet: bytes, vnet: VnetHdr) -> list[bytes]:
+    """The segments of a super-packet; empty when it is none.  Only `gso_type` and `gso_size` are looked at."""
+    ip = _Ipv4.read(packet)
+    transport = packet[ip.header_len :]
+    is_known = _GSO_PROTOCOL.get(vnet.gso_type & ~_VNET_GSO_ECN) == ip.protocol
+    if not is_known or ip.is_fragment or not _is_transport_header_complete(ip.protocol, transport):
+        return []
+    header_len = _tcp_header_len(transport) if ip.protocol == _TCP else _UDP_HDR_LEN
+    header, payload = transport[:header_len], transport[header_len:]
+    if vnet.gso_size == 0 or not payload or len(payload) > vnet.gso_size * _SEGMENTS_MAX:
+        return []
+    cut: list[bytes] = []
+    for at in range(0, len(payload), vnet.gso_size):
+        piece = payload[at : at + vnet.gso_size]
+        if ip.protocol == _TCP:
+            is_last = at + vnet.gso_size >= len(payload)
+            segment = _tcp_segment_header(header, at, is_last=is_last) + piece
+        else:
+            segment = header[:4] + struct.pack(">H", _UDP_HDR_LEN + len(piece)) + header[6:] + piece
+        cut.append(_ip_header_before(packet[: ip.header_len], segment, number=len(cut)) + _summed(ip, segment))
+    return cut
+
+
+def _tcp_segment_header(header: bytes, at: int, *, is_last: bool) -> bytes:
+    """The TCP header of the segment whose payload begins `at` bytes into the super-packet's."""
+    (sequence,) = struct.unpack_from(">I", header, 4)
+    flags = header[13]
+    if not is_last:
+        flags &= ~(_TCP_FIN | _TCP_PSH)
+    if at > 0:
+        flags &= ~_TCP_CWR
+    sequence = (sequence + at) & 0xFFFFFFFF
+    return header[:4] + struct.pack(">I", sequence) + header[8:13] + bytes([flags]) + header[14:]
+
+
+def _ip_header_before(header: bytes, segment: bytes, number: int) -> bytes:
+    """The IP header of segment `number`: length, identification and checksum anew."""
+    (ident,) = struct.unpack_from(">H", header, 4)
+    changed = struct.pack(">HH", len(header) + len(segment), (ident + number) & 0xFFFF)
+    header = header[:2] + changed + header[6:10] + bytes(2) + header[12:]
+    return header[:10] + _checksum(header) + header[12:]
+
+
+def _summed(ip: _Ipv4, segment: bytes) -> bytes:
+    """`segment`, TCP or UDP, with its checksum anew."""
+    at = _CSUM_OFFSET[ip.protocol]
+    segment = segment[:at] + bytes(2) + segment[at + 2 :]
+    check = 0xFFFF ^ fold_sum(_pseudo_header(ip, segment) + segment)
+    if ip.protocol == _UDP:
+        check = check or 0xFFFF
+    return segment[:at] + struct.pack(">H", check) + segment[at + 2 :]
+
+
+def _with_one_form_of_zero(packet: bytes) -> bytes:
+    """`packet` with a header checksum of 0xFFFF written as 0: the TTL step and back keeps the value, not the form."""
+    return packet[:10] + bytes(2) + packet[12:] if packet[10:12] == b"\xff\xff" else packet
+
+
+def datagrams(message: bytes, told: int = 0) -> list[tuple[bytes, int]]:
+    """The datagrams in one received message, each with the inner size that `decap` wants.
+
+    `told`: the size that the kernel names beside a train of them (UDP_GRO), 0 where it names none.  A message that is
+    one IPv4 packet from end to end is never cut: what is told is then the size of its inner segments.
+    """
+    if not 0 < told < len(message):
+        return [(message, 0)]
+    if len(message) >= _IPV4_HDR_MIN:
+        ip = _Ipv4.read(message)
+        if ip.version == 4 and ip.total_len == len(message):
+            return [(message, told)]
+    return [(message[at : at + told], 0) for at in range(0, len(message), told)]
+
+
+def decap(
+    table: Table, payload: bytes, source: IPv4Address, *, inner_size: int = 0, is_refused: bool = False
+) -> Outcome:
     """What becomes of `payload`, one datagram from the outer address `source`.
 
+    `inner_size`: the kernel says that the payload is a super-packet of segments of this size (bytes without headers).
     `is_refused`: the kernel refuses what would come out: the write to the TUN device, or the answer.
     """
     if not payload:  # 1
@@ -271,7 +399,7 @@ def decap(table: Table, payload: bytes, source: IPv4Address, *, is_refused: bool
             return Outcome("decap_drop_ttl", icmp="icmp_suppressed")
         answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED)
         return Outcome("decap_drop_ttl", sends=((sender.remote, answer),), icmp="icmp_sent")
-    vnet_hdr = _vnet_hdr_for(table, packet)
+    vnet_hdr = _vnet_hdr_for(table, packet, inner_size)
     if vnet_hdr is None:  # 17
         return Outcome("decap_drop_oversize")
     if is_refused:  # 18
@@ -359,13 +487,18 @@ def _is_fragment_possible(ip: _Ipv4) -> bool:
     return ip.fragment_offset + payload_len <= 0xFFFF
 
 
-def _vnet_hdr_for(table: Table, packet: bytes) -> VnetHdr | None:
+def _vnet_hdr_for(table: Table, packet: bytes, inner_size: int) -> VnetHdr | None:
     """The virtio header that delivers `packet`; None when it is too large and nobody may cut it."""
     ip = _Ipv4.read(packet)
     if not _has_partial_checksum(packet):
         return VnetHdr() if ip.total_len <= table.mtu else None
     csum_offset = _CSUM_OFFSET[ip.protocol]
     csum = VnetHdr(flags=_VNET_NEEDS_CSUM, csum_start=ip.header_len, csum_offset=csum_offset)
+    udp_hdr_len = ip.header_len + _UDP_HDR_LEN
+    if ip.protocol == _UDP and 0 < inner_size < ip.total_len - udp_hdr_len:
+        if udp_hdr_len + inner_size > table.mtu:
+            return None
+        return csum._replace(gso_type=_VNET_GSO_UDP_L4, hdr_len=udp_hdr_len, gso_size=inner_size)
     if ip.total_len <= table.mtu:
         return csum
     if ip.protocol != _TCP:
@@ -383,14 +516,17 @@ def _has_partial_checksum(packet: bytes) -> bool:
     transport = packet[ip.header_len :]
     if ip.is_fragment or not _is_transport_header_complete(ip.protocol, transport):
         return False
-    pseudo = ip.source.packed + ip.destination.packed + struct.pack(">HH", ip.protocol, len(transport))
     (check,) = struct.unpack_from(">H", transport, _CSUM_OFFSET[ip.protocol])
-    return bool(check == fold_sum(pseudo))
+    return bool(check == fold_sum(_pseudo_header(ip, transport)))
+
+
+def _pseudo_header(ip: _Ipv4, transport: bytes) -> bytes:
+    return ip.source.packed + ip.destination.packed + struct.pack(">HH", ip.protocol, len(transport))
 
 
 def _is_transport_header_complete(protocol: int, transport: bytes) -> bool:
     if protocol == _UDP:
-        return len(transport) >= 8
+        return len(transport) >= _UDP_HDR_LEN
     return protocol == _TCP and len(transport) >= 20 and 20 <= _tcp_header_len(transport) <= len(transport)
 
 

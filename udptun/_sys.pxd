@@ -35,6 +35,8 @@ cdef extern from "<sys/socket.h>" nogil:
         socklen_t msg_namelen
         iovec *msg_iov
         size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
         int msg_flags
     struct mmsghdr:
         msghdr msg_hdr
@@ -98,4 +100,18 @@ cdef extern from "<linux/virtio_net.h>" nogil:
         uint16_t csum_start
         uint16_t csum_offset
     int VIRTIO_NET_HDR_F_NEEDS_CSUM
+    int VIRTIO_NET_HDR_GSO_NONE
     int VIRTIO_NET_HDR_GSO_TCPV4
+    int VIRTIO_NET_HDR_GSO_ECN
+
+cdef extern from "cmsg.h" nogil:
+    """
+    #ifndef VIRTIO_NET_HDR_GSO_UDP_L4
+    #define VIRTIO_NET_HDR_GSO_UDP_L4 5  /* in headers since Linux 6.2 */
+    #endif
+    """
+    int VIRTIO_NET_HDR_GSO_UDP_L4
+    enum:
+        UT_CMSG_BYTES
+    void ut_put_segment_size(msghdr *message, void *room, uint16_t size)
+    int ut_segment_size(msghdr *message)

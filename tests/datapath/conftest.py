@@ -17,12 +17,16 @@ def fast() -> Iterator[FastDatapath]:
         yield datapath
 
 
-@pytest.fixture(params=["reference", "fastpath"])
+@pytest.fixture(params=["reference", "fastpath", "fastpath-trains"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
-    """Either implementation, fresh, with the overlay of tests/packets.py and SourceCheck peer."""
+    """Either implementation, fresh, with the overlay of tests/packets.py and SourceCheck peer.
+
+    The fast path twice: without UDP_GRO, and with trains wherever a batch allows them.
+    """
     if request.param == "reference":
         yield ReferenceDatapath()
         return
     skip_unless_built()
-    with FastDatapath() as fast:
+    is_in_trains = request.param == "fastpath-trains"
+    with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains) as fast:
         yield fast

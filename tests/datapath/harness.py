@@ -4,6 +4,9 @@ The fast path gets real UDP sockets on loopback and, for the TUN, one end of a s
 
     test --feed--> [socketpair = TUN] --> Worker --> UDP 127.0.0.1 --> 127.0.0.2 to .5: the peers, sockets of the test
     test <-drain-- [socketpair = TUN] <-- Worker <-- UDP 127.0.0.1 <-- the peers' sockets, or any other 127/8 address
+
+The peers may send trains (UDP_SEGMENT), which loopback carries whole to a socket with UDP_GRO and cuts up for one
+without.  What the worker has merged into one write to the TUN `assert_same_packets` takes apart again.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,7 +25,18 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import pytest
 
-from tests.packets import DEAF, NARROW, NEAR, TWIN, WIDE, overlay
+from tests.packets import (
+    DEAF,
+    NARROW,
+    NEAR,
+    NO_VNET_HDR,
+    TWIN,
+    WIDE,
+    internet_sum,
+    overlay,
+    vnet_hdr,
+    with_header_checksum,
+)
 from udptun import _reference as reference
 from udptun._reference import Outcome, Peer, Remote, Table
 
@@ -35,8 +50,58 @@ DEADLINE_S = 5.0
 ICMP_BURST = 50
 """Answers a new worker may give at once (docs/wire-format.md)."""
 
+RECEIVE_BUFFER_BYTES = 8 << 20
+"""2,048 datagrams of a super-packet wait in it, each with the kernel's bookkeeping."""
+
 CHUNK_BYTES = 100_000
 """What is put into a socket before the worker runs: less than the default buffers hold."""
+
+
+TRAIN_DATAGRAMS = 64
+TRAIN_BYTES = 65_507
+"""What every kernel with UDP_SEGMENT takes in one send."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a peer sends in one system call: a datagram, or a train of them, all `size` bytes but the last."""
+
+    payload: bytes
+    source: str
+    size: int = 0
+    """0: one datagram."""
+
+    @property
+    def cut(self) -> list[bytes]:
+        """The datagrams."""
+        if not self.size or not self.payload:
+            return [self.payload]
+        return [self.payload[at : at + self.size] for at in range(0, len(self.payload), self.size)]
+
+    def received(self, *, has_gro: bool) -> list[tuple[bytes, int]]:
+        """What the worker must find in it: datagrams, and the inner size of those that are super-packets."""
+        if has_gro:
+            return reference.datagrams(self.payload, self.size)
+        return [(payload, 0) for payload in self.cut]
+
+
+def trains(datagrams: Sequence[tuple[bytes, str]], longest: int = ICMP_BURST) -> list[Message]:
+    """The same datagrams, in order, in as few messages of at most `longest` as UDP_SEGMENT allows."""
+    messages: list[Message] = []
+    run: list[bytes] = []
+    for i, (payload, source) in enumerate(datagrams):
+        run.append(payload)
+        following, sender = datagrams[i + 1] if i + 1 < len(datagrams) else (b"", "")
+        if (
+            len(run) == min(longest, TRAIN_DATAGRAMS)
+            or sender != source
+            or not 0 < len(following) <= len(run[0])
+            or len(payload) < len(run[0])
+            or sum(map(len, run)) + len(following) > TRAIN_BYTES
+        ):
+            messages.append(Message(b"".join(run), source, len(run[0]) if len(run) > 1 else 0))
+            run = []
+    return messages
 
 
 @dataclass
@@ -81,6 +146,8 @@ class Datapath(Protocol):
     def decap_batch(self, datagrams: Sequence[tuple[bytes, str]]) -> Batch:
         """Payloads and the outer addresses they come from."""
 
+    def decap_messages(self, messages: Sequence[Message]) -> Batch: ...
+
     def encap(self, raw: bytes) -> Outcome: ...
 
     def decap(self, payload: bytes, source: str) -> Outcome: ...
@@ -95,8 +162,9 @@ class Datapath(Protocol):
 class ReferenceDatapath:
     """`udptun._reference` behind the interface."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_gro: bool = True, is_in_trains: bool = False) -> None:
         self.table = overlay()
+        self._has_gro, self._is_in_trains = has_gro, is_in_trains
         self.counters = dict.fromkeys(reference.COUNTERS, 0)
         self._is_tun_broken = False
 
@@ -109,13 +177,18 @@ class ReferenceDatapath:
     def encap_batch(self, raws: Sequence[bytes]) -> Batch:
         total = Batch()
         for raw in raws:
-            self._count(total, "encap_packets", self._encap(raw))
+            for outcome in self._encap(raw):
+                self._count(total, "encap_packets", outcome)
         return total
 
     def decap_batch(self, datagrams: Sequence[tuple[bytes, str]]) -> Batch:
+        return self.decap_messages(_messages(datagrams, is_in_trains=self._is_in_trains))
+
+    def decap_messages(self, messages: Sequence[Message]) -> Batch:
         total = Batch()
-        for payload, source in datagrams:
-            self._count(total, "decap_packets", self._decap(payload, IPv4Address(source)))
+        for message in messages:
+            for payload, inner_size in message.received(has_gro=self._has_gro):
+                self._count(total, "decap_packets", self._decap(payload, IPv4Address(message.source), inner_size))
         return total
 
     def encap(self, raw: bytes) -> Outcome:
@@ -127,13 +200,18 @@ class ReferenceDatapath:
     def break_tun(self) -> None:
         self._is_tun_broken = True
 
-    def _encap(self, raw: bytes) -> Outcome:
-        outcome = reference.encap(self.table, raw)
-        return reference.encap(self.table, raw, is_refused=True) if _goes_to_the_deaf(outcome) else outcome
+    def _encap(self, raw: bytes) -> list[Outcome]:
+        outcomes = reference.encap(self.table, raw)
+        if any(map(_goes_to_the_deaf, outcomes)):
+            return reference.encap(self.table, raw, is_refused=True)
+        return outcomes
 
-    def _decap(self, payload: bytes, source: IPv4Address) -> Outcome:
-        outcome = reference.decap(self.table, payload, source, is_refused=self._is_tun_broken)
-        return reference.decap(self.table, payload, source, is_refused=True) if _goes_to_the_deaf(outcome) else outcome
+    def _decap(self, payload: bytes, source: IPv4Address, inner_size: int) -> Outcome:
+        def ask(*, is_refused: bool) -> Outcome:
+            return reference.decap(self.table, payload, source, inner_size=inner_size, is_refused=is_refused)
+
+        outcome = ask(is_refused=self._is_tun_broken)
+        return ask(is_refused=True) if _goes_to_the_deaf(outcome) else outcome
 
     def _count(self, total: Batch, packets: str, outcome: Outcome) -> None:
         one = Batch({packets: 1, outcome.counter: 1}, writes=list(outcome.writes))
@@ -150,16 +228,20 @@ class FastDatapath:
     """`udptun._fastpath` behind the interface: one worker, turned by hand, with sockets all around it.
 
     A context manager.  Every 50 ICMP answers it goes on with a new worker, whose token bucket is full, unless
-    `is_bucket_renewed` is false.
+    `is_bucket_renewed` is false.  `has_gro` is UDP_GRO of the worker's socket; with `is_in_trains`, `decap_batch` sends
+    what it can in trains.
     """
 
-    def __init__(self, *, is_bucket_renewed: bool = True) -> None:
+    def __init__(
+        self, *, is_bucket_renewed: bool = True, has_gro: bool = True, is_in_trains: bool = False
+    ) -> None:
         from udptun import _fastpath
         from udptun.datapath.stats import Stats
         from udptun.datapath.table import TableWriter
 
         self._new_worker = _fastpath.Worker
         self._is_bucket_renewed = is_bucket_renewed
+        self._has_gro, self._is_in_trains = has_gro, is_in_trains
         with ExitStack() as self._undo:
             self._set_up(TableWriter.create(), Stats.create())
             self._undo = self._undo.pop_all()
@@ -181,6 +263,7 @@ class FastDatapath:
         self.udp = self._bound("127.0.0.1")
         # The kernel answers EMSGSIZE only to a socket that never lets it fragment.
         self.udp.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+        self.udp.setsockopt(_SOL_UDP, _UDP_GRO, self._has_gro)
         self._outer = {ip: self._bound(ip) for ip in (NEAR, NARROW, TWIN, WIDE)}
         self._by_remote: dict[Remote, socket.socket] = {}
         ports = {}
@@ -221,7 +304,7 @@ class FastDatapath:
 
     def encap_batch(self, raws: Sequence[bytes]) -> Batch:
         total = Batch()
-        for chunk in _chunks(raws, sizes=[len(raw) for raw in raws]):
+        for chunk in _chunks(raws, [(1, len(raw)) for raw in raws]):
             before = self._begin(len(chunk))
             for raw in chunk:
                 self.tun.send(raw)
@@ -229,21 +312,54 @@ class FastDatapath:
         return total
 
     def decap_batch(self, datagrams: Sequence[tuple[bytes, str]]) -> Batch:
+        return self.decap_messages(_messages(datagrams, is_in_trains=self._is_in_trains))
+
+    def decap_messages(self, messages: Sequence[Message]) -> Batch:
         total = Batch()
-        for chunk in _chunks(datagrams, sizes=[len(payload) for payload, _source in datagrams]):
-            before = self._begin(len(chunk))
-            for payload, source in chunk:
-                if source not in self._outer:
-                    self._outer[source] = self._bound(source)
-                self._outer[source].sendto(payload, self.udp.getsockname())
-            total.add(self._finish(before, "decap_packets", len(chunk)))
+        for chunk in _chunks(messages, [(len(message.cut), len(message.payload)) for message in messages]):
+            total.add(self.decap_at_once(chunk))
         return total
+
+    def decap_at_once(self, messages: Sequence[Message]) -> Batch:
+        """Put all of them into the socket before the worker takes any; the socket must have room."""
+        n = sum(len(message.received(has_gro=self._has_gro)) for message in messages)
+        before = self._begin(n)
+        for message in messages:
+            if message.source not in self._outer:
+                self._outer[message.source] = self._bound(message.source)
+            control = []
+            if 0 < message.size < len(message.payload):
+                control = [(_SOL_UDP, _UDP_SEGMENT, struct.pack("H", message.size))]
+            self._outer[message.source].sendmsg([message.payload], control, 0, self.udp.getsockname())
+        return self._finish(before, "decap_packets", n)
 
     def encap(self, raw: bytes) -> Outcome:
         return self.encap_batch([raw]).outcome()
 
     def decap(self, payload: bytes, source: str) -> Outcome:
         return self.decap_batch([(payload, source)]).outcome()
+
+    def encap_trains(self, raws: Sequence[bytes]) -> list[tuple[int, int]]:
+        """The messages that `raws`, read at once, leave in: how many datagrams in each, and how long all but the last.
+
+        Towards NEAR only; the packets themselves are thrown away.
+        """
+        near = self._outer[NEAR]
+        near.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+        before = self.counters
+        for raw in raws:
+            self.tun.send(raw)
+        assert self._worker.turn()
+        n_sent = self.counters["encap_sent"] - before["encap_sent"]
+        messages: list[tuple[int, int]] = []
+        near.settimeout(DEADLINE_S)
+        while sum(n for n, _size in messages) < n_sent:
+            payload, control, _flags, _source = near.recvmsg(1 << 16, socket.CMSG_SPACE(4))
+            size = struct.unpack("i", control[0][2])[0] if control else len(payload)
+            messages.append((-(-len(payload) // size), size))
+        near.setblocking(False)
+        near.setsockopt(_SOL_UDP, _UDP_GRO, 0)
+        return messages
 
     def break_tun(self) -> None:
         self.tun.close()
@@ -252,6 +368,10 @@ class FastDatapath:
         sock = self._undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         sock.bind((ip, 0))
         sock.setblocking(False)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER_BYTES)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
         return sock
 
     def _publish(self) -> None:
@@ -286,11 +406,11 @@ class FastDatapath:
         return self.counters
 
     def _finish(self, before: dict[str, int], packets: str, n: int) -> Batch:
-        """Run the worker until it has counted `n` more under `packets`, and collect what came out."""
+        """Run the worker until it has counted `n` more under `packets` and finds nothing; collect what came out."""
         deadline = time.monotonic() + DEADLINE_S
-        while (after := self.counters)[packets] < before[packets] + n:
-            if not self._worker.turn():
-                assert time.monotonic() < deadline, f"{packets} grew by {after[packets] - before[packets]} of {n}"
+        while self._worker.turn() or self.counters[packets] < before[packets] + n:
+            assert time.monotonic() < deadline, f"{packets} has not grown by {n}"
+        after = self.counters
         counts = {name: after[name] - before[name] for name in after if after[name] != before[name]}
         answers = counts.get("icmp_sent", 0)
         self._n_answers += answers
@@ -318,12 +438,20 @@ class FastDatapath:
 
 # The numbers of linux/in.h; the socket module has no names for them.
 _IP_MTU_DISCOVER, _IP_PMTUDISC_DO = 10, 2
+_SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
+_SO_RCVBUFFORCE = 33
 
 T = TypeVar("T")
 
 
 def _goes_to_the_deaf(outcome: Outcome) -> bool:
     return any(str(address) == DEAF for (address, _port), _payload in outcome.sends)
+
+
+def _messages(datagrams: Sequence[tuple[bytes, str]], *, is_in_trains: bool) -> list[Message]:
+    if is_in_trains:
+        return trains(datagrams)
+    return [Message(payload, source) for payload, source in datagrams]
 
 
 def _another_overlay(
@@ -352,15 +480,90 @@ def _drain(sock: socket.socket) -> Iterator[bytes]:
             return
 
 
-def _chunks(items: Sequence[T], sizes: Sequence[int]) -> Iterator[Sequence[T]]:
-    """`items` in parts that fit a socket's buffer and a full token bucket."""
-    start = total = 0
-    for i, size in enumerate(sizes):
+def _chunks(items: Sequence[T], costs: Sequence[tuple[int, int]]) -> Iterator[Sequence[T]]:
+    """`items` in parts that fit a socket's buffer and a full token bucket; `costs` are their packets and bytes."""
+    start = packets = total = 0
+    for i, (n, size) in enumerate(costs):
         # About 1,000 bytes of the buffer go to the kernel's own bookkeeping.
         cost = 2 * size + 1000
-        if i > start and (total + cost > CHUNK_BYTES or i - start == ICMP_BURST):
+        if i > start and (total + cost > CHUNK_BYTES or packets + n > ICMP_BURST):
             yield items[start:i]
-            start, total = i, 0
+            start, packets, total = i, 0, 0
+        packets += n
         total += cost
     if start < len(items):
         yield items[start:]
+
+
+# ------------------------------------------------------------------------------------------ merged writes
+
+
+def assert_same_packets(got: Sequence[bytes], expected: Sequence[bytes]) -> int:
+    """Assert that the writes `got` are the packets of the writes `expected`; return how many of them are merged.
+
+    Every flow must be complete and in order.  A flow is addresses, protocol and ports; packets without ports where
+    they are looked for (fragments, options, few bytes) belong to all flows of their addresses.  A packet out of a
+    merged write may have another id if it has DF, because the kernel numbers those anew.
+    """
+    alone = set(expected)
+    packets: list[tuple[bytes, bool]] = []
+    n_merged = 0
+    for write in got:
+        if write in alone:
+            packets.append((write, False))
+            continue
+        assert_kernel_takes(write)
+        packets += [(NO_VNET_HDR + packet, True) for packet in reference.segments(write)]
+        n_merged += 1
+    for flow in {_flow(write) for write in (*alone, *(packet for packet, _is_merged in packets))}:
+        ours = [(packet, is_merged) for packet, is_merged in packets if _concerns(flow, packet)]
+        theirs = [write for write in expected if _concerns(flow, write)]
+        assert len(ours) == len(theirs)
+        for (packet, is_merged), write in zip(ours, theirs, strict=True):
+            if is_merged:
+                assert _numbered_0(packet) == _numbered_0(write)
+            else:
+                assert packet == write
+    return n_merged
+
+
+def assert_kernel_takes(write: bytes) -> None:
+    """Assert that a merged write is what virtio_net.h wants: measures, checksums and partial checksum."""
+    packet = write[10:]
+    transport = packet[20:]
+    is_tcp = packet[9] == 6
+    hdr_len = 20 + ((packet[32] >> 4) * 4 if is_tcp else 8)
+    gso_size = int.from_bytes(write[4:6], "little")
+    assert write[:10] == vnet_hdr(
+        flags=1, gso_type=1 if is_tcp else 5, hdr_len=hdr_len, gso_size=gso_size, start=20, offset=16 if is_tcp else 6
+    )
+    assert packet[0] == 0x45
+    assert int.from_bytes(packet[2:4]) == len(packet)
+    assert internet_sum(packet[:20]) == 0xFFFF
+    assert gso_size < len(packet) - hdr_len <= 64 * gso_size
+    pseudo = packet[12:20] + struct.pack(">HH", packet[9], len(transport))
+    at = 16 if is_tcp else 6
+    assert int.from_bytes(transport[at : at + 2]) == internet_sum(pseudo)
+    assert is_tcp or int.from_bytes(transport[4:6]) == len(transport)
+
+
+Flow = tuple[bytes, bytes]
+
+
+def _flow(write: bytes) -> Flow:
+    """Addresses, and protocol with ports; the second is empty where there are none."""
+    packet = write[10:]
+    has_ports = packet[0] == 0x45 and not int.from_bytes(packet[6:8]) & 0x3FFF and len(packet) >= 24
+    return packet[12:20], packet[9:10] + packet[20:24] if has_ports else b""
+
+
+def _concerns(flow: Flow, write: bytes) -> bool:
+    addresses, ports = _flow(write)
+    return addresses == flow[0] and ports in (flow[1], b"")
+
+
+def _numbered_0(write: bytes) -> bytes:
+    packet = write[10:]
+    if not packet[6] & 0x40:
+        return write
+    return write[:10] + with_header_checksum(packet[:4] + bytes(2) + packet[6:])

@@ -36,6 +36,7 @@ from tests.packets import (
     tcp_segment,
     udp,
     udp_segment,
+    vnet_hdr,
     with_header_checksum,
 )
 from udptun._reference import COUNTERS, Outcome, Remote
@@ -131,11 +132,6 @@ def test_trailing_bytes_do_not_make_a_datagram_oversize(datapath: Datapath) -> N
     assert datapath.decap(packet + bytes(3000), NEAR).writes == (NO_VNET_HDR + stepped(packet),)
 
 
-def test_encap_does_not_look_into_the_virtio_header(datapath: Datapath) -> None:
-    outcome = datapath.encap(b"\xff" * 10 + OUT)
-    assert outcome == Outcome("encap_sent", sends=((remote_of(datapath, NEAR_POD), stepped(OUT)),))
-
-
 @pytest.mark.parametrize("checksum", [0x0000, 0x0001, 0xFEFE, 0xFEFF, 0xFF00, 0xFFFE, 0xFFFF])
 def test_encap_keeps_a_wrong_header_checksum_wrong_by_the_same_amount(datapath: Datapath, checksum: int) -> None:
     packet = with_header_checksum(OUT, checksum)
@@ -216,14 +212,6 @@ def test_a_change_of_the_source_check_holds_for_the_next_packet(datapath: Datapa
 
 
 # ------------------------------------------------------------------------------------------ offloaded senders
-
-
-def vnet_hdr(
-    *, flags: int = 0, gso_type: int = 0, hdr_len: int = 0, gso_size: int = 0, start: int = 0, offset: int = 0
-) -> bytes:
-    """`struct virtio_net_hdr`, built field by field."""
-    header = bytes([flags, gso_type])
-    return header + b"".join(value.to_bytes(2, "little") for value in (hdr_len, gso_size, start, offset))
 
 
 @pytest.mark.parametrize("n_options", [0, 4, 40])

@@ -17,7 +17,23 @@ from pathlib import Path
 import pytest
 
 from tests.datapath.harness import FastDatapath, skip_unless_built
-from tests.packets import NEAR, NEAR_POD, NO_VNET_HDR, OWN, POD, icmp_answer, ipv4, stepped, with_header_checksum
+from tests.packets import (
+    GSO_TCPV4,
+    NEAR,
+    NEAR_POD,
+    NEEDS_CSUM,
+    NO_VNET_HDR,
+    OWN,
+    PARTIAL,
+    POD,
+    icmp_answer,
+    ipv4,
+    pattern,
+    stepped,
+    tcp_segment,
+    vnet_hdr,
+    with_header_checksum,
+)
 from udptun import _reference as reference
 from udptun._reference import Outcome
 
@@ -72,12 +88,15 @@ def test_the_sender_is_told_the_path_mtu_when_df_forbids_fragments(narrow_path: 
     assert narrow_path.encap(NO_VNET_HDR + packet) == expected == outcome(narrow_path, packet)
 
 
-@pytest.mark.parametrize("checksum", [0x0000, 0xFFFF])
-def test_the_answer_quotes_the_packet_as_it_came_even_with_a_wrong_checksum(
-    narrow_path: FastDatapath, checksum: int
+@pytest.mark.parametrize(("checksum", "quoted"), [(0x0000, 0x0000), (0x0001, 0x0001), (0xFFFF, 0x0000)])
+def test_the_answer_quotes_the_packet_as_it_came_but_for_one_form_of_zero(
+    narrow_path: FastDatapath, checksum: int, quoted: int
 ) -> None:
     packet = with_header_checksum(oversize(1472, "DF"), checksum)
-    assert narrow_path.encap(NO_VNET_HDR + packet) == outcome(narrow_path, packet)
+    as_quoted = with_header_checksum(packet, quoted)
+    answer = NO_VNET_HDR + icmp_answer(3, 4, as_quoted, source=OWN, next_hop_mtu=FITS)
+    expected = Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
+    assert narrow_path.encap(NO_VNET_HDR + packet) == expected == outcome(narrow_path, packet)
 
 
 def test_the_outer_packet_is_fragmented_when_the_inner_one_may_be(narrow_path: FastDatapath) -> None:
@@ -94,7 +113,29 @@ def test_fragmenting_one_packet_does_not_change_what_becomes_of_the_next(narrow_
     assert batch.sends == {remote: [stepped(packet) for packet in packets if packet is not may_not]}
 
 
+@pytest.mark.parametrize("flags", ["DF", ""])
+@pytest.mark.parametrize("size", [FITS - 40, FITS - 39, 1400])
+def test_each_segment_of_a_super_packet_meets_the_path_mtu_by_itself(
+    narrow_path: FastDatapath, size: int, flags: str
+) -> None:
+    """Those that fit are sent, the last one for instance; each of the others is answered, or fragmented."""
+    segment = tcp_segment(POD, NEAR_POD, pattern(3 * size + 17), check=PARTIAL)
+    packet = ipv4(POD, NEAR_POD, segment, protocol=6, flags=flags)
+    raw = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4, gso_size=size) + packet
+    small = oversize(100, "DF")
+    batch = narrow_path.encap_batch([NO_VNET_HDR + small, raw, NO_VNET_HDR + small])
+    around = outcome(narrow_path, small)
+    outcomes = [around, *reference.encap(narrow_path.table, raw, path_mtu=PATH_MTU), around]
+    sends = [payload for one in outcomes for _remote, payload in one.sends]
+    assert batch.sends == {around.sends[0][0]: sends}
+    assert batch.writes == [write for one in outcomes for write in one.writes]
+    n_refused = 3 if flags and size > FITS - 40 else 0
+    drops = {"encap_drop_too_big": n_refused, "icmp_sent": n_refused} if n_refused else {}
+    assert batch.counts == {"encap_packets": 6, "encap_sent": 6 - n_refused} | drops
+
+
 def outcome(datapath: FastDatapath, packet: bytes) -> Outcome:
     """The reference's, with the namespace's path MTU."""
     assert any(peer.remote[0] == IPv4Address(NEAR) for peer in datapath.table.peers)
-    return reference.encap(datapath.table, NO_VNET_HDR + packet, path_mtu=PATH_MTU)
+    (one,) = reference.encap(datapath.table, NO_VNET_HDR + packet, path_mtu=PATH_MTU)
+    return one

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.packets import (
+    GSO_TCPV4,
     MTU,
     NARROW_MTU,
     NARROW_POD,
@@ -31,8 +32,12 @@ from tests.packets import (
     internet_sum,
     ipv4,
     overlay,
+    pattern,
     stepped,
+    tcp,
+    tcp_segment,
     udp,
+    vnet_hdr,
     with_header_checksum,
 )
 from udptun import _reference as reference
@@ -119,7 +124,7 @@ def test_icmp_error_is_no_longer_than_every_host_must_take_and_sums_up() -> None
 )
 def test_encap_respects_the_path_mtu_only_for_packets_with_df(n_bytes: int, flags: str, counter: str) -> None:
     packet = ipv4(POD, NEAR_POD, bytes(n_bytes - 20), flags=flags)
-    outcome = reference.encap(TABLE, NO_VNET_HDR + packet, path_mtu=1000)
+    (outcome,) = reference.encap(TABLE, NO_VNET_HDR + packet, path_mtu=1000)
     if counter == "encap_sent":
         assert outcome == Outcome(counter, sends=((NEAR_REMOTE, stepped(packet)),))
     else:
@@ -129,24 +134,65 @@ def test_encap_respects_the_path_mtu_only_for_packets_with_df(n_bytes: int, flag
 
 def test_encap_names_the_peers_mtu_when_both_it_and_the_path_are_too_small() -> None:
     packet = ipv4(POD, NARROW_POD, bytes(MTU - 20), flags="DF")
-    outcome = reference.encap(TABLE, NO_VNET_HDR + packet, path_mtu=1000)
+    (outcome,) = reference.encap(TABLE, NO_VNET_HDR + packet, path_mtu=1000)
     answer = NO_VNET_HDR + icmp_answer(3, 4, packet, source=OWN, next_hop_mtu=NARROW_MTU)
     assert outcome == Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
 
 
 def test_encap_counts_a_refused_datagram_and_answers_nobody() -> None:
-    outcome = reference.encap(TABLE, NO_VNET_HDR + udp(POD, NEAR_POD), is_refused=True)
+    (outcome,) = reference.encap(TABLE, NO_VNET_HDR + udp(POD, NEAR_POD), is_refused=True)
     assert outcome == Outcome("encap_drop_send")
 
 
 def test_encap_suppresses_an_answer_that_the_tun_refuses() -> None:
-    outcome = reference.encap(TABLE, NO_VNET_HDR + udp(POD, UNLEASED), is_refused=True)
+    (outcome,) = reference.encap(TABLE, NO_VNET_HDR + udp(POD, UNLEASED), is_refused=True)
     assert outcome == Outcome("encap_drop_no_route", icmp="icmp_suppressed")
 
 
 def test_decap_counts_a_refused_write() -> None:
     outcome = reference.decap(TABLE, udp(NEAR_POD, POD), IPv4Address(NEAR), is_refused=True)
     assert outcome == Outcome("decap_drop_tun")
+
+
+# --------------------------------------------------------------------------------------- super-packets and trains
+
+
+def test_segments_of_a_plain_packet_are_the_packet_without_trailing_bytes() -> None:
+    packet = udp(POD, NEAR_POD, b"data", check=0)
+    assert reference.segments(NO_VNET_HDR + packet + b"trailing") == [packet]
+
+
+@given(n_bytes=st.integers(1, 3000), size=st.integers(1, 65_535), sequence=st.integers(0, 0xFFFFFFFF))
+def test_segments_of_tcp_hold_the_data_once_and_in_sequence(n_bytes: int, size: int, sequence: int) -> None:
+    data = pattern(n_bytes)
+    raw = vnet_hdr(flags=1, gso_type=GSO_TCPV4, gso_size=size) + tcp(POD, NEAR_POD, data, sequence=sequence)
+    got = reference.segments(raw)
+    if n_bytes > 2048 * size:
+        assert got == []
+        return
+    pieces = [data[at : at + size] for at in range(0, n_bytes, size)]
+    assert [packet[40:] for packet in got] == pieces
+    for i, packet in enumerate(got):
+        one = tcp_segment(POD, NEAR_POD, pieces[i], sequence=sequence + i * size)
+        assert packet == ipv4(POD, NEAR_POD, one, protocol=6, ident=0x1234 + i)
+
+
+def test_datagrams_of_a_train_are_all_of_the_told_size_but_the_last() -> None:
+    assert reference.datagrams(b"aaabbbc", 3) == [(b"aaa", 0), (b"bbb", 0), (b"c", 0)]
+    assert reference.datagrams(b"aaabbb", 3) == [(b"aaa", 0), (b"bbb", 0)]
+
+
+@pytest.mark.parametrize("told", [0, 7, 8, 65_535])
+def test_a_message_of_one_datagram_is_that_datagram(told: int) -> None:
+    assert reference.datagrams(b"aaabbbc", told) == [(b"aaabbbc", 0)]
+    assert reference.datagrams(b"", told) == [(b"", 0)]
+
+
+def test_a_message_that_is_one_packet_is_not_cut() -> None:
+    packet = udp(NEAR_POD, POD, bytes(100))
+    assert reference.datagrams(packet, 40) == [(packet, 40)]
+    assert len(reference.datagrams(packet + b"\0", 40)) == 4
+    assert len(reference.datagrams(b"\x65" + packet[1:], 40)) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------- table
@@ -171,12 +217,14 @@ def test_a_public_ip_is_known_whichever_of_its_leases_is_asked_for() -> None:
 # ------------------------------------------------------------------------------------------------------- the whole
 
 
-@given(st.binary(max_size=120))
-def test_every_read_of_the_tun_ends_in_one_known_counter(raw: bytes) -> None:
-    outcome = reference.encap(TABLE, raw)
-    assert outcome.counter in COUNTERS
-    assert outcome.counter.startswith("encap_")
-    assert len(outcome.sends) == (outcome.counter == "encap_sent")
+@given(st.binary(max_size=120) | st.binary(max_size=110).map((NO_VNET_HDR + b"\x45").__add__))
+def test_every_packet_of_every_read_of_the_tun_ends_in_one_known_counter(raw: bytes) -> None:
+    outcomes = reference.encap(TABLE, raw)
+    assert outcomes
+    for outcome in outcomes:
+        assert outcome.counter in COUNTERS
+        assert outcome.counter.startswith("encap_")
+        assert len(outcome.sends) == (outcome.counter == "encap_sent")
 
 
 @given(st.binary(max_size=120).map(lambda data: b"\x45" + data) | st.binary(max_size=120))

@@ -1,6 +1,6 @@
 /* The Internet checksum (RFC 1071) over bytes in memory.
  *
- * Pure C, no dependency: it also compiles alone for other machines (tests/unit/test_c_portable.py).
+ * Pure C, no dependency: it also compiles alone for other machines (tests/unit/test_fastpath_build.py).
  */
 #ifndef UDPTUN_CHECKSUM_H
 #define UDPTUN_CHECKSUM_H
@@ -9,12 +9,36 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Sum of `blocks` times 64 bytes as 32-bit words, in sixteen lanes that compilers turn into vector instructions.  What
+ * every x86-64 and arm64 has is enough: SSE2 reaches the speed of memory here, and versions for AVX2 (target_clones)
+ * were slower, because the lanes then went through memory. */
+static inline uint64_t ut_sum_blocks(const unsigned char *p, size_t blocks)
+{
+    uint64_t lane[16] = {0};
+
+    for (; blocks; p += 64, blocks--) {
+        uint32_t word[16];
+        memcpy(word, p, 64);
+        for (int i = 0; i < 16; i++)
+            lane[i] += word[i];
+    }
+    uint64_t sum = 0;
+    for (int i = 0; i < 16; i++)
+        sum += lane[i];
+    return sum;
+}
+
 /* Ones'-complement sum of `len` bytes added to `sum`, unfolded, in memory order: fold it, and store the result as
  * it is (it is in network order already).  An odd last byte counts as if a zero followed. */
 static inline uint64_t ut_sum(const void *data, size_t len, uint64_t sum)
 {
     const unsigned char *p = (const unsigned char *)data;
 
+    if (len >= 64) {
+        sum += ut_sum_blocks(p, len / 64);
+        p += len & ~(size_t)63;
+        len &= 63;
+    }
     for (; len >= 4; p += 4, len -= 4) {
         uint32_t word;
         memcpy(&word, p, 4);

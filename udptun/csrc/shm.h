@@ -8,12 +8,14 @@
 #ifndef UDPTUN_SHM_H
 #define UDPTUN_SHM_H
 
+/* struct mmsghdr needs _GNU_SOURCE, which Python.h defines. */
 #include <netinet/in.h>
 #include <stdint.h>
+#include <sys/socket.h>
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 1u
+#define UT_LAYOUT_VERSION 3u
 
 #define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
@@ -22,6 +24,11 @@
 #define UT_L2_FLAG 0x80000000u    /* an L1 entry with it names an L2 page, without it a peer */
 #define UT_MAX_WORKERS 16u
 #define UT_MAX_COUNTERS 56u
+#define UT_READS 128u             /* TUN reads a turn */
+#define UT_READ_BYTES 131072u     /* and bytes: what is in hand stays in the processor's second-level cache */
+#define UT_MESSAGES 64u           /* datagrams, or trains of them, a receive */
+/* Buffers 64 KiB apart would fall into the same cache sets; this much more spreads them (multiple of 64). */
+#define UT_MESSAGE_BYTES (65536u + 1664u)
 #define UT_TABLE_HEADER_BYTES 4096u
 #define UT_STATS_HEADER_BYTES 4096u
 
@@ -46,13 +53,19 @@ struct ut_slot {
     uint32_t source_check;        /* UT_SOURCE_* */
     uint32_t n_l1;                /* L1 entries in use: /24s in Network, at least one */
     uint32_t n_remotes;           /* entries in use in remotes[] */
-    uint32_t reserved[6];
+    uint32_t offloads;            /* UT_OFFLOAD_*: what workers may use */
+    uint32_t reserved[5];
     uint32_t l1[UT_L1_ENTRIES];
     uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
     struct ut_peer peers[UT_MAX_PEERS];
     uint32_t l2[UT_L2_PAGES][UT_L2_ENTRIES];
 };
 enum { UT_SOURCE_OFF = 0, UT_SOURCE_PEER = 1, UT_SOURCE_STRICT = 2 };
+enum {
+    UT_OFFLOAD_SEGMENT = 1,       /* one send for many datagrams (UDP_SEGMENT) */
+    UT_OFFLOAD_WRITE_TCP = 2,     /* one TUN write for many packets of a TCP flow */
+    UT_OFFLOAD_WRITE_UDP = 4,     /* of a UDP flow */
+};
 
 struct ut_table {
     uint32_t magic, layout_version;
@@ -68,7 +81,8 @@ struct ut_worker {
     uint64_t pid;                 /* of the process that runs it; 0: nobody does */
     uint64_t state;               /* UT_STATE_* */
     uint64_t turns;               /* rounds of the loop, to tell a spinning worker from a waiting one */
-    uint64_t reserved[4];
+    uint64_t refused;             /* UT_OFFLOAD_* that the kernel refused, and that are not tried again */
+    uint64_t reserved[3];
     uint64_t counter[UT_MAX_COUNTERS];
 };
 enum { UT_STATE_STOPPED = 0, UT_STATE_RUNNING = 1, UT_STATE_TUN_LOST = 2 };
@@ -78,11 +92,31 @@ struct ut_peer_stats {
     uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes;
 };
 
+/* What a worker has taken from the kernel and not yet handed on.  Here, and not in its own memory, so that the process
+ * that goes on after it was killed can hand it on.  Nobody else reads it. */
+struct ut_read {
+    uint8_t vnet[16];             /* the virtio header of the read, 10 bytes of it */
+    uint32_t at;                  /* where in the arena the packet lies; its first byte is 0 until there is one */
+    uint32_t is_stepped;          /* whether its TTL has been stepped */
+};
+struct ut_hands {
+    uint32_t n_reads;             /* reads begun in this turn; 0 once all is sent */
+    uint32_t n_messages;          /* messages asked for in this turn; 0 once all is written */
+    uint32_t reserved[14];
+    struct ut_read read[UT_READS];
+    struct mmsghdr message[UT_MESSAGES]; /* the pointers in it are the writer's own */
+    struct sockaddr_in source[UT_MESSAGES];
+    uint8_t control[UT_MESSAGES][CMSG_SPACE(sizeof(int))];
+    uint8_t arena[UT_READ_BYTES + 65536u]; /* packets as they were read, back to back */
+    uint8_t train[UT_MESSAGES][UT_MESSAGE_BYTES];
+};
+
 struct ut_stats {
     uint32_t magic, layout_version;
     uint8_t pad[UT_STATS_HEADER_BYTES - 8];
     struct ut_worker worker[UT_MAX_WORKERS];
     struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
+    struct ut_hands hands[UT_MAX_WORKERS];
 };
 
 /* A reader announces the generation it is about to use and looks again: the writer may have flipped in between and,

@@ -198,6 +198,11 @@ class Datapath:
     def active(self) -> Process | None:
         return next((it for it in self.processes if it.is_active and not it.is_gone), None)
 
+    @property
+    def standbys(self) -> list[Process]:
+        """Those that would go on at once; not one that is still starting."""
+        return [it for it in self.processes if it.build_id and not it.is_active and not it.is_gone]
+
     async def start(self) -> None:
         """Have one active process and one standby of this build, with the present descriptors."""
         async with self._changing:

@@ -7,7 +7,7 @@ The counters live as long as the memory file: a datapath process that takes over
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import Enum
 
 import numpy as np
@@ -15,28 +15,20 @@ from numpy.typing import NDArray
 
 from udptun._fastpath import COUNTERS, LAYOUT, store_u64
 from udptun.datapath import shm
+from udptun.offload import Offload
 
 _WORKER = np.dtype(
     {
-        "names": ["generation_seen", "pid", "state", "turns", "counter"],
-        "formats": [np.uint64, np.uint64, np.uint64, np.uint64, (np.uint64, len(COUNTERS))],
-        "offsets": [0, 8, 16, 24, LAYOUT["worker.counter"]],
+        "names": ["generation_seen", "pid", "state", "turns", "refused", "counter"],
+        "formats": [np.uint64, np.uint64, np.uint64, np.uint64, np.uint64, (np.uint64, len(COUNTERS))],
+        "offsets": [0, 8, 16, 24, 32, LAYOUT["worker.counter"]],
         "itemsize": LAYOUT["worker"],
     }
 )
-_PEER_STATS = np.dtype(
-    [(name, np.uint64) for name in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class PeerStats:
-    """Inner packets and bytes exchanged with one peer since it was added; encap is towards it."""
-
-    encap_packets: int = 0
-    encap_bytes: int = 0
-    decap_packets: int = 0
-    decap_bytes: int = 0
+OFFLOAD_BITS = {Offload.UDP_SEGMENT: 1, Offload.WRITE_TCP: 2, Offload.WRITE_UDP: 4}
+"""UT_OFFLOAD_* of shm.h; the other offloads are the business of device and socket."""
+PEER_COUNTERS = ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")
+"""Inner packets and bytes exchanged with one peer since it was added; encap is towards it."""
 
 
 class WorkerState(Enum):
@@ -56,9 +48,8 @@ class Stats:
         self._workers: NDArray[np.void] = np.frombuffer(memory, _WORKER, n, LAYOUT["stats.worker"])
         words = np.frombuffer(memory, np.uint64, n * LAYOUT["worker"] // 8, LAYOUT["stats.worker"])
         self._first_words = words.reshape(n, -1)[:, 0]
-        self._peers: NDArray[np.void] = np.frombuffer(
-            memory, _PEER_STATS, n * LAYOUT["max_peers"], LAYOUT["stats.peer"]
-        ).reshape(n, -1)
+        n_words = n * LAYOUT["max_peers"] * len(PEER_COUNTERS)
+        self._peers = np.frombuffer(memory, np.uint64, n_words, LAYOUT["stats.peer"]).reshape(n, -1, len(PEER_COUNTERS))
 
     @classmethod
     def create(cls) -> Stats:
@@ -84,15 +75,30 @@ class Stats:
     def states(self, n_workers: int) -> list[WorkerState]:
         return [WorkerState(value) for value in self._workers["state"][:n_workers].tolist()]
 
+    def refused(self, n_workers: int) -> Offload:
+        """What the kernel has refused one of the workers, and none of them does any more."""
+        bits = int(np.bitwise_or.reduce(self._workers["refused"][:n_workers]))
+        refused = Offload(0)
+        for offload, bit in OFFLOAD_BITS.items():
+            if bits & bit:
+                refused |= offload
+        return refused
+
     def counters(self) -> dict[str, int]:
         """Every counter of docs/wire-format.md, summed over the workers."""
         return dict(zip(COUNTERS, self._workers["counter"].sum(axis=0).tolist(), strict=True))
 
-    def peer(self, index: int) -> PeerStats:
-        """One peer's counters, summed over the workers; index 0 collects senders outside Network."""
-        row = self._peers[:, index]
-        return PeerStats(*(int(row[name].sum()) for name in _PEER_STATS.names or ()))
+    def peers(self, indexes: Sequence[int | None], n_workers: int) -> list[list[int]]:
+        """PEER_COUNTERS of each of the peers, summed over the first `n_workers` workers; zeros for one without index.
+
+        Index 0 collects senders outside Network.
+        """
+        known = np.array([index or 0 for index in indexes], np.intp)
+        sums = self._peers[:n_workers, known].sum(axis=0)
+        sums[[index is None for index in indexes]] = 0
+        rows: list[list[int]] = sums.tolist()
+        return rows
 
     def clear_peer(self, index: int) -> None:
         """Start the peer's counters at zero; only while no worker can count under the index."""
-        self._peers[:, index] = np.zeros((), _PEER_STATS)
+        self._peers[:, index] = 0

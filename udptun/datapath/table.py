@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from udptun._fastpath import LAYOUT, load_u64, store_u64
 from udptun.config import SourceCheck
 from udptun.datapath import shm
-from udptun.datapath.stats import Stats
+from udptun.datapath.stats import OFFLOAD_BITS, Stats
 from udptun.errors import DatapathError
+from udptun.offload import ALL, Offload
 
 _SETTINGS = np.dtype(
     [
@@ -37,6 +38,7 @@ _SETTINGS = np.dtype(
             "source_check",
             "n_l1",
             "n_remotes",
+            "offloads",
         )
     ]
 )
@@ -61,6 +63,7 @@ class Settings:
     underlay_address: IPv4Address
     mtu: int
     source_check: SourceCheck
+    offload: Offload = ALL
 
     @property
     def tunnel_address(self) -> IPv4Address:
@@ -136,6 +139,7 @@ class TableWriter:
         new["underlay_address"] = int(settings.underlay_address)
         new["mtu"] = settings.mtu
         new["source_check"] = _SOURCE_CHECKS[settings.source_check]
+        new["offloads"] = sum(bit for offload, bit in OFFLOAD_BITS.items() if offload in settings.offload)
         new["n_l1"] = max(1, settings.network.num_addresses >> 8)
         if self._index and (new["network"], new["n_l1"]) != (self._settings["network"], self._settings["n_l1"]):
             raise DatapathError(f"cannot move the peer table to {settings.network}: it has peers of another network")

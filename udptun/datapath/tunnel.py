@@ -18,9 +18,10 @@ from pathlib import Path
 from udptun._fastpath import LAYOUT
 from udptun.datapath import client
 from udptun.datapath.client import Datapath, Descriptors, Process
-from udptun.datapath.sockets import open_sockets
+from udptun.datapath.sockets import open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.offload import Offload, names
 from udptun.tun import TUN_NAME, Tun, detach_queues, open_queues
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Tunnel:
         self._lock_fd = lock_fd
         self._sockets = sockets
         self._mtu = 0
+        self._wanted_offload = self.granted_offload = Offload(0)
         self._publishing = asyncio.Lock()
         self.datapath = Datapath(run_dir, self._descriptors(), processes)
 
@@ -111,10 +113,25 @@ class Tunnel:
         for udp in left_sockets:
             udp.close()
         Tun(TUN_NAME, left_queues).close()
+        # New queues have turned the device's offloads off, new sockets have none yet.
+        self.set_offload(self._wanted_offload)
 
     async def start(self) -> None:
         """Have an active process and a standby; a table must have been published."""
         await self.datapath.start()
+
+    def set_offload(self, wanted: Offload) -> None:
+        """Have device and sockets do what `wanted` asks for and the kernel grants (`granted_offload`).
+
+        Only once processes of this build run: others might not know what to make of a super-packet.
+        """
+        self._wanted_offload = wanted
+        at_device = Offload.TSO | Offload.USO
+        at_socket = Offload.UDP_SEGMENT | Offload.UDP_GRO
+        granted = self.tun.set_offload(wanted) | set_offload(self._sockets, wanted) | wanted & ~at_device & ~at_socket
+        if granted != self.granted_offload:
+            log.info("offloads in_use=%s refused=%s", ",".join(names(granted)), ",".join(names(wanted & ~granted)))
+        self.granted_offload = granted
 
     def configure(self, settings: Settings) -> None:
         """Set what applies to all packets, from the next `publish` on; peers of another Network go."""

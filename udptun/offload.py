@@ -1,0 +1,61 @@
+"""Work that the kernel can take from the datapath, and kernels that are known to get it wrong.  Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from enum import Flag, auto
+
+
+class Offload(Flag):
+    """Each can be switched off in net-conf.json (`Backend.OffloadDisabled`) by its name in lower case."""
+
+    TSO = auto()
+    """The TUN device hands over TCP super-packets, which the datapath cuts up (since Linux 2.6.27)."""
+    USO = auto()
+    """The same for UDP (since 6.2)."""
+    UDP_SEGMENT = auto()
+    """One send for many datagrams of one size (since 4.18)."""
+    UDP_GRO = auto()
+    """One receive for many datagrams of one sender (since 5.0)."""
+    WRITE_TCP = auto()
+    """One TUN write for many packets of a TCP flow."""
+    WRITE_UDP = auto()
+    """The same for UDP (since 6.2)."""
+
+
+ALL = ~Offload(0)
+
+_CORRUPTING = (
+    # (first release, first release without it, what it spoils): UDP_SEGMENT sends of these kernels are corrupted
+    # (Linux b10b446, mended by 78effd8 and 5f17ae0).
+    ((7, 0, 0), (7, 1, 5), Offload.UDP_SEGMENT),
+)
+
+
+def names(offload: Offload) -> list[str]:
+    """Of the offloads in it, in lower case."""
+    return [str(it.name).lower() for it in offload]
+
+
+def parse(given: Iterable[str]) -> Offload:
+    """The offloads with these names, in any letter case.  Raises ValueError naming the one that there is not."""
+    found = Offload(0)
+    for name in given:
+        if name.lower() not in names(ALL):
+            raise ValueError(f"{name!r} is not one of {', '.join(names(ALL))}")
+        found |= Offload[name.upper()]
+    return found
+
+
+def corrupted_by(release: str) -> Offload:
+    """What the kernel of this release (`uname -r`) is known to get wrong, so that it must not be asked for it."""
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    if match is None:
+        return Offload(0)
+    version = tuple(int(part or 0) for part in match.groups())
+    bad = Offload(0)
+    for first, mended, offload in _CORRUPTING:
+        if first <= version < mended:
+            bad |= offload
+    return bad
