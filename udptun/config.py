@@ -17,6 +17,9 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TypeVar
 
 from udptun.errors import ConfigError
+from udptun.offload import ALL as ALL_OFFLOADS
+from udptun.offload import Offload
+from udptun.offload import parse as parse_offloads
 
 ENCAP_OVERHEAD = 28
 """Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go)."""
@@ -78,6 +81,8 @@ class UdpBackend:
     workers: int | None = None
     source_check: SourceCheck = SourceCheck.PEER
     log_level: LogLevel | None = None
+    offload: Offload = ALL_OFFLOADS
+    """What may be used where the kernel grants it: all but Backend.OffloadDisabled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +246,7 @@ TOP_KEYS = (
     "Backend",
 )
 """The keys of net-conf.json; a field of NetConf has the name of its key."""
-_UDP_KEYS = ("Type", "Port", "MTU", "Workers", "SourceCheck", "LogLevel")
+_UDP_KEYS = ("Type", "Port", "MTU", "Workers", "SourceCheck", "LogLevel", "OffloadDisabled")
 
 
 _Choice = TypeVar("_Choice", bound=Enum)
@@ -341,6 +346,20 @@ class _Fields:
         self.wrong(key, f"must be {', '.join(others)} or {last}")
         return None
 
+    def offloads(self, key: str) -> Offload:
+        """A list of their names; none when the key is absent."""
+        value = self.raw(key)
+        if value is None:
+            return Offload(0)
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self.wrong(key, "must be a list of offload names")
+            return Offload(0)
+        try:
+            return parse_offloads(value)
+        except ValueError as exc:
+            self.wrong(key, str(exc))
+            return Offload(0)
+
     def ipv4_network(self, key: str) -> IPv4Network | None:
         value = self.raw(key)
         if value is None:
@@ -434,6 +453,7 @@ def _backend(top: _Fields, report: _Report) -> UdpBackend:
         workers=fields.integer("Workers", WORKERS),
         source_check=source_check or UdpBackend().source_check,
         log_level=fields.choice("LogLevel", {level.name.lower(): level for level in LogLevel}),
+        offload=ALL_OFFLOADS & ~fields.offloads("OffloadDisabled"),
     )
 
 

@@ -15,13 +15,14 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import random
 import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from http import HTTPStatus
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -31,7 +32,7 @@ from udptun.allocate import Identity, chooser
 from udptun.backends import udp
 from udptun.backends.base import DesiredState
 from udptun.config import TOP_KEYS, LogLevel, NetConf, SourceCheck, check_underlay, mtu_for, parse_net_conf
-from udptun.datapath.stats import PeerStats
+from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.table import Remote, Settings
 from udptun.datapath.tunnel import Tunnel
 from udptun.errors import ConfigError, KernelError, UdptunError
@@ -40,6 +41,8 @@ from udptun.lease import EventType, Lease, LeaseAttrs, LeaseEvent
 from udptun.membership import Membership
 from udptun.netlink import Netlink
 from udptun.netstate import ROUTE_PROTOCOL
+from udptun.offload import Offload, corrupted_by
+from udptun.offload import names as offload_names
 from udptun.options import Options, StoreKind
 from udptun.reconcile import Reconciler
 from udptun.stores.base import Store
@@ -118,6 +121,7 @@ class _Live:
     workers: int
     source_check: SourceCheck
     log_level: LogLevel | None
+    offload: Offload
 
 
 class Daemon:
@@ -260,6 +264,7 @@ class Daemon:
             options.workers or backend.workers or _DEFAULT_WORKERS,
             options.source_check or backend.source_check,
             backend.log_level,
+            backend.offload & ~corrupted_by(platform.release()),
         )
 
     async def _join(self) -> None:
@@ -284,6 +289,7 @@ class Daemon:
 
     async def _start_forwarding(self) -> None:
         await self._tunnel.start()
+        self._tunnel.set_offload(self._live.offload)
         self._reconciler = Reconciler(self._desired(), self._tunnel.tun)
         outcome = await self._reconciler.converge()
         if outcome.failures:
@@ -339,7 +345,9 @@ class Daemon:
             except UdptunError as exc:
                 self._live = replace(live, workers=before.workers)
                 _log_problems(f"not reloaded, the workers stay {before.workers}: ", exc)
-        if (live.mtu, live.source_check) != (before.mtu, before.source_check):
+        if live.offload != before.offload:
+            self._tunnel.set_offload(live.offload)
+        if (live.mtu, live.source_check, live.offload) != (before.mtu, before.source_check, before.offload):
             self._tunnel.configure(self._settings())
             self._tunnel.add_peers(self._remotes(self._membership.table.peers.values()))
             await self._tunnel.publish()
@@ -365,6 +373,7 @@ class Daemon:
             self._underlay.address,
             self._live.mtu,
             self._live.source_check,
+            self._live.offload,
         )
 
     def _desired(self) -> DesiredState:
@@ -409,21 +418,21 @@ class Daemon:
         """What docs/status.md describes."""
         own, table, stats = self._membership.own, self._tunnel.table, self._tunnel.stats
         port = self._conf.backend.port
-        peers = []
-        for lease in sorted(self._membership.table.peers.values(), key=lambda lease: lease.subnet):
-            index = table.index_of(lease.subnet)
-            peers.append(
-                {
-                    "subnet": str(lease.subnet),
-                    "public_ip": str(lease.attrs.public_ip),
-                    "port": lease.attrs.port(port),
-                    "udptun": lease.attrs.is_udptun,
-                    "expires_at": lease.expires_s,
-                    **asdict(stats.peer(index) if index is not None else PeerStats()),
-                }
-            )
+        leases = sorted(self._membership.table.peers.values(), key=lambda lease: int(lease.subnet.network_address))
+        counts = stats.peers([table.index_of(lease.subnet) for lease in leases], self._live.workers)
+        peers = [
+            {
+                "subnet": str(lease.subnet),
+                "public_ip": str(lease.attrs.public_ip),
+                "port": lease.attrs.port(port),
+                "udptun": lease.attrs.is_udptun,
+                "expires_at": lease.expires_s,
+                **dict(zip(PEER_COUNTERS, count, strict=True)),
+            }
+            for lease, count in zip(leases, counts, strict=True)
+        ]
         active = self._tunnel.datapath.active
-        standbys = [process.pid for process in self._tunnel.datapath.processes if process is not active]
+        standbys = [process.pid for process in self._tunnel.datapath.standbys]
         return {
             "schema": status.SCHEMA,
             "version": __version__,
@@ -448,6 +457,7 @@ class Daemon:
                 "device": TUN_NAME,
                 "mtu": self._live.mtu,
                 "source_check": self._live.source_check.value,
+                "offloads": offload_names(self._tunnel.granted_offload & ~stats.refused(self._live.workers)),
             },
             "datapath": {
                 "pid": active.pid if active else None,

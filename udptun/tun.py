@@ -22,6 +22,7 @@ import pytun
 
 from udptun._kabi import lib
 from udptun.errors import KernelError
+from udptun.offload import Offload
 
 TUN_NAME = "flannel0"
 """Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
@@ -49,6 +50,7 @@ class Tun:
         """Take over descriptors that another process opened with `open_queues`."""
         self.name = name
         self.fds = tuple(fds)
+        self._offload = Offload(0)
 
     def is_attached(self) -> bool:
         """Whether every queue still belongs to the device of this name."""
@@ -70,6 +72,24 @@ class Tun:
                 except OSError as exc:
                     raise _refused(self.name, exc) from exc
         _configure(self.name, self.fds[0])
+        self.set_offload(self._offload)
+
+    def set_offload(self, wanted: Offload) -> Offload:
+        """Have reads give super-packets of these kinds; return those that the kernel grants.
+
+        The rest of `wanted` is none of the device's business.  Remembered for `reattach`.
+        """
+        self._offload = granted = wanted & (Offload.TSO | Offload.USO)
+        while True:
+            try:
+                fcntl.ioctl(self.fds[0], lib.TUNSETOFFLOAD, _tun_features(granted))
+            except OSError as exc:
+                # EINVAL: the kernel knows no USO; it came last.
+                if granted == Offload(0):
+                    raise KernelError(f"cannot set offloads of TUN device {self.name}", exc.errno or 0) from exc
+                granted = granted & ~Offload.USO if Offload.USO in granted else Offload(0)
+            else:
+                return granted
 
     def close(self) -> None:
         """Close the queues.  A second call does nothing."""
@@ -81,8 +101,9 @@ class Tun:
 def open_queues(name: str, n: int) -> Tun:
     """Attach `n` queues to the device `name`, creating it when it is missing.
 
-    IFF_TUN | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE, persistent, offloads off: reads give whole packets
-    with complete checksums.  Queues that another process holds stay attached beside ours.  Raises KernelError.
+    IFF_TUN | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE, persistent, offloads off (`Tun.set_offload`): reads
+    give whole packets with complete checksums.  Queues that another process holds stay attached beside ours.
+    Raises KernelError.
     """
     fds: list[int] = []
     try:
@@ -117,6 +138,16 @@ def _open_queue(name: str) -> int:
         queue.close()
     os.set_blocking(fd, False)
     return fd
+
+
+def _tun_features(offload: Offload) -> int:
+    features = 0
+    if Offload.TSO in offload:
+        features |= lib.TUN_F_CSUM | lib.TUN_F_TSO4
+    if Offload.USO in offload:
+        # Both families or none: the kernel refuses one alone.
+        features |= lib.TUN_F_CSUM | lib.TUN_F_USO4 | lib.TUN_F_USO6
+    return features
 
 
 def _configure(name: str, fd: int) -> None:

@@ -35,9 +35,9 @@ from udptun.lab.topology import LEASES, Host, Lab, Pod
 
 pytestmark = pytest.mark.netns
 
+BATCH = 128
+"""What the datapath reads at most before it sends (UT_READS in shm.h)."""
 RATE = 2000
-BATCH = 64
-"""What the datapath reads at most before it writes (BATCH in _fastpath.pyx)."""
 
 SLACK = 5
 """Deadlines are the promised times as often: the machine may be busy."""
@@ -52,15 +52,19 @@ def lab(two_hosts: Lab) -> Iterator[Lab]:
 
 
 @contextlib.contextmanager
-def traffic(lab: Lab, path: Path) -> Iterator[tuple[UdpFlow, TcpFlow]]:
-    """The flows of the module's text; TCP must be exact, UDP neither spoilt nor doubled, and nothing leak."""
+def traffic(lab: Lab, path: Path, n_kills: int = 0) -> Iterator[tuple[UdpFlow, TcpFlow]]:
+    """The flows of the module's text; TCP must be exact, UDP neither spoilt nor doubled, and nothing leak.
+
+    `n_kills` of a datapath process may each double one batch.
+    """
     one, two = lab.host(1).pod(1), lab.host(2).pod(1)
     with nothing_in_clear_text(lab, path), udp_flow(one, two, RATE) as datagrams, tcp_flow(two, one) as stream:
         datagrams.wait_for_more()
         yield datagrams, stream
         datagrams.wait_for_more()
     stream.report.assert_exact()
-    assert datagrams.report.n_spoilt == datagrams.report.n_duplicates == 0
+    assert datagrams.report.n_spoilt == 0
+    assert datagrams.report.n_duplicates <= n_kills * BATCH
 
 
 def datapath_pids(host: Host) -> set[int]:
@@ -94,17 +98,6 @@ def wait_full_datapath(host: Host, gone: int = 0) -> None:
 # --- killed
 
 
-def batches(numbers: list[int]) -> list[list[int]]:
-    """The numbers, those without a gap between them together."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return found
-
-
 def test_nothing_is_lost_when_the_daemon_is_killed_and_started_again(lab: Lab, tmp_path: Path) -> None:
     host = lab.host(1)
     daemon, datapath = pids(host)
@@ -120,28 +113,26 @@ def test_nothing_is_lost_when_the_daemon_is_killed_and_started_again(lab: Lab, t
 
 @pytest.mark.parametrize("n_kills", [10, pytest.param(200, marks=pytest.mark.full)])
 def test_a_standby_goes_on_when_the_active_datapath_process_is_killed(lab: Lab, tmp_path: Path, n_kills: int) -> None:
-    """The batch that the killed process has just read and not yet written dies with it; everything else waits.
+    """What the killed process had read and not yet written its successor finds in shared memory.
 
-    Measured over 500 kills: 7 cost something, 6 of them one packet and one three.
+    While that was in the process's own memory, 7 of 500 kills cost something, 6 of them one packet and one three.
     """
     host = lab.host(1)
-    with traffic(lab, tmp_path / "c.pcap") as (datagrams, _):
+    with traffic(lab, tmp_path / "c.pcap", n_kills) as (datagrams, _):
         for _ in range(n_kills):
             _, active = pids(host)
             kill(host, active)
             datagrams.wait_for_more(50)
             wait_full_datapath(host, gone=active)
-    costly = batches(datagrams.report.lost)
-    print(f"{len(costly)} of {n_kills} kills cost something: {costly}")
-    assert len(costly) <= max(3, n_kills // 20)
-    assert all(len(batch) <= BATCH for batch in costly)
+    print(f"{n_kills} kills: {datagrams.report}")
+    assert datagrams.report.lost == []
     assert datagrams.report.n_out_of_order == 0
 
 
 def test_the_standby_goes_on_by_itself_when_daemon_and_then_datapath_are_killed(lab: Lab, tmp_path: Path) -> None:
     host = lab.host(1)
     daemon, active = pids(host)
-    with traffic(lab, tmp_path / "c.pcap") as (datagrams, _):
+    with traffic(lab, tmp_path / "c.pcap", 1) as (datagrams, _):
         kill(host, daemon)
         datagrams.wait_for_more(500)
         kill(host, active)
@@ -150,9 +141,7 @@ def test_the_standby_goes_on_by_itself_when_daemon_and_then_datapath_are_killed(
         start_daemon(host)
         wait_full_datapath(host)
     assert pids(host)[1] == standby
-    costly = batches(datagrams.report.lost)
-    assert len(costly) <= 1
-    assert all(len(batch) <= BATCH for batch in costly)
+    assert datagrams.report.lost == []
 
 
 @pytest.mark.parametrize("how", ["one_by_one", "at_once"])

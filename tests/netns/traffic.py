@@ -92,7 +92,8 @@ class UdpReport:
 
     @property
     def n_out_of_order(self) -> int:
-        numbers = [number for number, _ in self.arrivals]
+        """Of first arrivals; a duplicate comes late by nature."""
+        numbers = list(dict.fromkeys(number for number, _ in self.arrivals))
         return sum(later < earlier for earlier, later in itertools.pairwise(numbers))
 
     @property

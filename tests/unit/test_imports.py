@@ -13,7 +13,7 @@ import udptun
 
 PACKAGE = Path(udptun.__file__).parent
 
-PURE = ["allocate", "atomic_file", "config", "errors", "lease", "options", "subnet_env"]
+PURE = ["allocate", "atomic_file", "config", "errors", "lease", "offload", "options", "subnet_env"]
 SHELL = {
     "asyncio",
     "cffi",
