@@ -252,6 +252,7 @@ cdef struct Loop:
     const ut_slot *slot           # the table of this turn
     int group_segments            # 1: the kernel does not cut messages up for us
     int stop
+    bint has_begun                # not while we are the standby: the hands are another process's
     int tun_lost
     long icmp_tokens
     uint64_t icmp_refilled_ns
@@ -579,20 +580,6 @@ cdef int path_mtu(Loop *w, const sockaddr_in *remote) noexcept nogil:
 cdef int decap_turn(Loop *w) noexcept nogil:
     """Take what the socket has, up to a batch, and write it to the TUN.  Returns how many messages there were."""
     cdef int i, n, longest = 0
-    cdef msghdr *message
-    for i in range(w.n_messages):
-        w.train_iov[i].iov_base = w.hands.train[i]
-        w.train_iov[i].iov_len = PACKET_MAX
-        # A successor that finds a length of 0 knows that there is no message.
-        w.hands.message[i].msg_len = 0
-        message = &w.hands.message[i].msg_hdr
-        memset(message, 0, sizeof(msghdr))
-        message.msg_name = &w.hands.source[i]
-        message.msg_namelen = sizeof(sockaddr_in)
-        message.msg_iov = &w.train_iov[i]
-        message.msg_iovlen = 1
-        message.msg_control = w.hands.control[i]
-        message.msg_controllen = UT_CMSG_BYTES
     w.hands.n_messages = w.n_messages
     n = recvmmsg(w.udp_fd, w.hands.message, w.n_messages, MSG_DONTWAIT, NULL)
     if n > 0:
@@ -601,10 +588,28 @@ cdef int decap_turn(Loop *w) noexcept nogil:
             longest = max(longest, <int>w.hands.message[i].msg_len)
             decap_message(w, i, False)
         write_items(w)
+        for i in range(n):
+            clear_message(w, i)
         # Long trains fill the cache by themselves; take fewer of them before they are written out.
         w.n_messages = FEW_MESSAGES if longest >= LONG_TRAIN else UT_MESSAGES
     w.hands.n_messages = 0
     return max(n, 0)
+
+
+cdef void clear_message(Loop *w, int i) noexcept nogil:
+    """Make message i ready to be received into."""
+    cdef msghdr *message = &w.hands.message[i].msg_hdr
+    # A successor that finds a length of 0 knows that there is no message.
+    w.hands.message[i].msg_len = 0
+    w.train_iov[i].iov_base = w.hands.train[i]
+    w.train_iov[i].iov_len = PACKET_MAX
+    memset(message, 0, sizeof(msghdr))
+    message.msg_name = &w.hands.source[i]
+    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_iov = &w.train_iov[i]
+    message.msg_iovlen = 1
+    message.msg_control = w.hands.control[i]
+    message.msg_controllen = UT_CMSG_BYTES
 
 
 cdef void decap_again(Loop *w) noexcept nogil:
@@ -964,50 +969,62 @@ cdef void refuse(Loop *w, uint64_t offload) noexcept nogil:
     allow_offloads(w)
 
 
-cdef int turn(Loop *w) noexcept nogil:
-    """Move one batch each way.  Returns how many packets were seen; leaves the table when it is none."""
-    cdef int seen
-    w.slot = ut_table_enter(w.table, w.worker)
-    w.worker.turns += 1
-    w.tun_lost = 0
-    allow_offloads(w)
-    seen = encap_turn(w)
-    if not w.tun_lost:
-        seen += decap_turn(w)
-    ut_table_leave(w.worker)
-    return seen
-
-
 cdef void go_on(Loop *w) noexcept nogil:
     """Hand on what a process that was killed had in its hands.  Some of it may go twice; none is lost."""
+    cdef int i
+    # What stood in the way of an earlier process may be gone.
+    w.worker.refused = 0
     w.slot = ut_table_enter(w.table, w.worker)
     allow_offloads(w)
     encap_again(w)
     decap_again(w)
     ut_table_leave(w.worker)
+    for i in range(UT_MESSAGES):
+        clear_message(w, i)
+
+
+cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
+    """Move one batch each way, or only from where something is known to wait.  Returns how many reads gave any."""
+    cdef int seen = 0
+    if not w.has_begun:
+        w.has_begun = True
+        go_on(w)
+    w.slot = ut_table_enter(w.table, w.worker)
+    w.worker.turns += 1
+    w.tun_lost = 0
+    allow_offloads(w)
+    if tun:
+        seen = encap_turn(w)
+    if udp and not w.tun_lost:
+        seen += decap_turn(w)
+    ut_table_leave(w.worker)
+    return seen
 
 
 cdef void run_loop(Loop *w) noexcept nogil:
     cdef pollfd fds[3]
     cdef uint64_t drained
+    cdef bint tun = True, udp = True
     fds[0].fd = w.event_fd
     fds[1].fd = w.tun_fd
     fds[2].fd = w.udp_fd
     fds[0].events = fds[1].events = fds[2].events = POLLIN
     ut_store_u64(&w.worker.pid, getpid())
-    # The block may be an earlier process's, and what stood in the way then may be gone.
-    w.worker.refused = 0
-    go_on(w)
     while not w.stop:
-        if turn(w):
+        if turn(w, tun, udp):
+            tun = udp = True
             continue
+        tun = udp = True
         if w.tun_lost:
             w.worker.state = UT_STATE_TUN_LOST
             poll(fds, 1, TUN_LOST_WAIT_MS)
         else:
             w.worker.state = UT_STATE_RUNNING
             poll(fds, 3, -1)
-            # A deleted device makes poll return at once, with POLLERR; the next turn's read says so.
+            # The side that woke us goes first and alone: what waits there waits for nothing else.  A deleted device
+            # makes poll return at once, with POLLERR; the read then says so.
+            tun = fds[1].revents != 0 or fds[2].revents == 0
+            udp = fds[2].revents != 0
         if fds[0].revents:
             read(w.event_fd, &drained, sizeof(drained))
     w.worker.state = UT_STATE_STOPPED
@@ -1079,7 +1096,7 @@ cdef class Worker:
         """Move one batch each way without sleeping.  True when there was anything.  Not while run() runs."""
         cdef int seen
         with nogil:
-            seen = turn(self._w)
+            seen = turn(self._w, True, True)
         return seen != 0
 
     def run(self):

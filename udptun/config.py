@@ -35,6 +35,15 @@ WORKERS = range(1, 17)
 
 PORTS = range(1, 65536)
 
+
+def default_workers(n_cpus: int) -> int:
+    """How many datapath threads serve a machine of so many processors.
+
+    With two or three, more than one only gets in the way of itself and of the pods.
+    """
+    return 1 if n_cpus < 4 else min(4, n_cpus // 2)
+
+
 BUILT_BACKENDS = ("udp",)
 _PLANNED_BACKENDS = ("vxlan", "host-gw", "alloc")
 _FLANNEL_BACKENDS = ("ipip", "ipsec", "wireguard", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce")
@@ -72,7 +81,7 @@ class LogLevel(Enum):
 class UdpBackend:
     """`Backend` of Type udp.
 
-    `mtu` is the underlay's, bytes; None: take the interface's.  `workers` None: choose by the machine.
+    `mtu` is the underlay's, bytes; None: take the interface's.  `workers` None: `default_workers`.
     `log_level` None: the -v flag decides.
     """
 

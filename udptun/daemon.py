@@ -31,7 +31,16 @@ from udptun import __version__, notify, reconcile, state, status, subnet_env, un
 from udptun.allocate import Identity, chooser
 from udptun.backends import udp
 from udptun.backends.base import DesiredState
-from udptun.config import TOP_KEYS, LogLevel, NetConf, SourceCheck, check_underlay, mtu_for, parse_net_conf
+from udptun.config import (
+    TOP_KEYS,
+    LogLevel,
+    NetConf,
+    SourceCheck,
+    check_underlay,
+    default_workers,
+    mtu_for,
+    parse_net_conf,
+)
 from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.table import Remote, Settings
 from udptun.datapath.tunnel import Tunnel
@@ -55,7 +64,6 @@ log = logging.getLogger(__name__)
 
 LOCK_FILE = "daemon.lock"
 """In the run directory; flock()ed by the daemon, whose pid it holds."""
-_DEFAULT_WORKERS = 1
 
 
 def run(options: Options) -> int:
@@ -261,7 +269,7 @@ class Daemon:
         options, backend = self._options, conf.backend
         return _Live(
             mtu_for(options.mtu or backend.mtu or self._underlay.mtu),
-            options.workers or backend.workers or _DEFAULT_WORKERS,
+            options.workers or backend.workers or default_workers(len(os.sched_getaffinity(0))),
             options.source_check or backend.source_check,
             backend.log_level,
             backend.offload & ~corrupted_by(platform.release()),

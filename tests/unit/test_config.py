@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.config import LogLevel, NetConf, SourceCheck, UdpBackend, check_underlay, mtu_for, parse_net_conf
+from udptun.config import (
+    LogLevel,
+    NetConf,
+    SourceCheck,
+    UdpBackend,
+    check_underlay,
+    default_workers,
+    mtu_for,
+    parse_net_conf,
+)
 from udptun.errors import ConfigError
 
 
@@ -384,3 +393,8 @@ def test_mtu_for_takes_off_the_28_bytes_of_the_outer_headers() -> None:
 def test_mtu_for_refuses_less_than_ipv4_needs() -> None:
     with pytest.raises(ConfigError, match="an underlay MTU of 95 leaves 67 bytes"):
         mtu_for(95)
+
+
+@pytest.mark.parametrize(("n_cpus", "workers"), [(1, 1), (2, 1), (3, 1), (4, 2), (6, 3), (8, 4), (64, 4)])
+def test_default_workers_leave_small_machines_to_their_pods(n_cpus: int, workers: int) -> None:
+    assert default_workers(n_cpus) == workers
