@@ -131,7 +131,7 @@ def udp_flood(path: Path, seconds: int, n_bytes: int, udp: File) -> Result:
         except subprocess.TimeoutExpired as exc:
             raise BenchError(f"the UDP receiver in {path.server} does not end on its own") from exc
     figures = _own(path, parse_flood(blast.stdout, said, n_bytes, usage))
-    return Result(tuple(command), figures, usage, {"sender": blast.stdout, "sink": said})
+    return Result((udp.name, *command[1:]), figures, usage, {"sender": blast.stdout, "sink": said})
 
 
 def parse_flood(sender: str, sink: str, n_bytes: int, usage: Usage) -> dict[str, float]:
@@ -163,7 +163,7 @@ def round_trips(path: Path, seconds: int, udp: File, lab: Lab) -> Result:
         raise BenchError(_failed(path, "udp pingpong", result))
     figures = parse_round_trips(result.stdout)
     # Some 10,000 times: their percentiles are kept, not they.
-    return Result(tuple(command), figures, usage, {"lost": figures["lost_round_trips"], "n": figures["round_trips"]})
+    return Result((udp.name, *command[1:]), figures, usage, {"lost": figures["lost_round_trips"], "n": figures["round_trips"]})
 
 
 def parse_round_trips(text: str) -> dict[str, float]:
