@@ -115,9 +115,10 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
         print(f"udptun {__version__}", file=sys.stderr)  # to stderr, as flanneld does
         return 0
 
-    # The imports below take a while, and until the daemon handles signals itself there is nothing to undo.
+    # The imports below take a while, and until the daemon handles signals itself there is nothing to undo.  At once,
+    # not by SystemExit: one that is raised in a callback of the import machinery is printed and forgotten.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: sys.exit(0))
+        signal.signal(number, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from udptun import daemon
