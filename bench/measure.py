@@ -163,7 +163,8 @@ def round_trips(path: Path, seconds: int, udp: File, lab: Lab) -> Result:
         raise BenchError(_failed(path, "udp pingpong", result))
     figures = parse_round_trips(result.stdout)
     # Some 10,000 times: their percentiles are kept, not they.
-    return Result((udp.name, *command[1:]), figures, usage, {"lost": figures["lost_round_trips"], "n": figures["round_trips"]})
+    raw = {"lost": figures["lost_round_trips"], "n": figures["round_trips"]}
+    return Result((udp.name, *command[1:]), figures, usage, raw)
 
 
 def parse_round_trips(text: str) -> dict[str, float]:

@@ -18,10 +18,10 @@ def notify(address: str, state: str) -> None:
     """Send `state` to NOTIFY_SOCKET's `address`; nothing happens when that is empty.
 
     `address` is a path, or with a leading `@` a name in the abstract namespace.  Raises OSError when the service
-    manager does not listen there; a daemon that works is no worse for it.
+    manager does not listen there, or does not read; a daemon that works is no worse for it, and does not wait.
     """
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         sock.sendall(state.encode())

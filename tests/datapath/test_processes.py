@@ -200,6 +200,14 @@ def test_datapath_process_ignores_the_signals_of_a_terminal(rig: Rig) -> None:
     with_datapath(rig, test)
 
 
+def test_datapath_process_lets_go_of_the_daemons_log(rig: Rig) -> None:
+    async def test(datapath: Datapath) -> None:
+        for process in datapath.processes:
+            assert Path(f"/proc/{process.pid}/fd/2").readlink() == Path(os.devnull)
+
+    with_datapath(rig, test)
+
+
 def test_idle_datapath_burns_no_cpu(rig: Rig) -> None:
     async def test(datapath: Datapath) -> None:
         assert datapath.active is not None

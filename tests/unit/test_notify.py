@@ -39,3 +39,16 @@ def test_reloading_carries_the_monotonic_time_in_microseconds() -> None:
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     assert first == "RELOADING=1"
     assert before <= int(second.removeprefix("MONOTONIC_USEC=")) <= after
+
+
+def test_notify_does_not_wait_for_a_manager_that_does_not_read(tmp_path: Path) -> None:
+    address = tmp_path / "notify"
+
+    def keep_telling() -> None:
+        for _ in range(10_000):
+            notify.notify(str(address), notify.READY)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(address))
+        with pytest.raises(BlockingIOError):
+            keep_telling()

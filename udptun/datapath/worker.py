@@ -74,6 +74,9 @@ def main(argv: list[str]) -> None:
         os.write(wake, b"a")
 
     _thread.start_new_thread(wait_for_lock, ())
+    # What could be wrong with what we were given has shown by now.  The daemon's log, perhaps a pipe whose reader
+    # waits for its end, shall not stay open for as long as we live.
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 2)
     facts = (HELLO_MAGIC, fastpath.LAYOUT["version"], len(workers), started_ns, build_id.encode())
     serve(socket.socket(fileno=listen_fd), descriptors, woken, facts)
     for worker in workers:
