@@ -100,10 +100,11 @@ int main(int argc, char **argv)
         errx(2, "usage: naive DEVICE LOCAL-ADDRESS PORT REMOTE-ADDRESS");
     local = address_of(argv[2], argv[3]);
     remote = address_of(argv[4], argv[3]);
-    tun = open_tun(argv[1]);
     udp = socket(AF_INET, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     if (udp < 0 || bind(udp, (struct sockaddr *)&local, sizeof local) < 0)
         err(1, "cannot bind UDP %s:%s", argv[2], argv[3]);
+    /* Last: whoever sees the device may rely on the rest. */
+    tun = open_tun(argv[1]);
     puts("ready");
     fflush(stdout);
     ready[0] = (struct pollfd){.fd = tun, .events = POLLIN};

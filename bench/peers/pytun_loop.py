@@ -33,10 +33,11 @@ def step_ttl(packet: bytearray) -> bool:
 
 
 def main(device: str, local: str, port: int, remote: str) -> None:
-    tun = TunTapDevice(name=device, flags=IFF_TUN | IFF_NO_PI)
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind((local, port))
     udp.setblocking(False)
+    # Last: whoever sees the device may rely on the rest.
+    tun = TunTapDevice(name=device, flags=IFF_TUN | IFF_NO_PI)
     os.set_blocking(tun.fileno(), False)
     print("ready", flush=True)
     while True:
