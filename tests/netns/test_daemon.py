@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from traffic import CLEANUP, kill, ping, read_status, socket_in, tcp_flow, udp_flow
+from traffic import CLEANUP, datapath_pids, kill, ping, read_status, socket_in, tcp_flow, udp_flow
 
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, Host, Lab
@@ -68,11 +68,6 @@ def reload(host: Host, backend: Mapping[str, object] | str) -> str:
 
 def messages(log: str, level: str) -> list[str]:
     return [line.split(": ", 1)[1] for line in log.splitlines() if line.split(" ", 3)[2] == level]
-
-
-def datapath_pids(host: Host) -> list[int]:
-    lines = host.run(["ps", "-eo", "pid=,args="]).stdout.splitlines()
-    return [int(line.split()[0]) for line in lines if "datapath/worker.py" in line]
 
 
 def left_behind(host: Host) -> list[str]:
@@ -263,7 +258,7 @@ def test_restart_that_fails_leaves_the_tunnel_forwarding(two_hosts: Lab) -> None
             assert failed.returncode == status
             assert len(messages(failed.stderr, "E")) == 1
             flow.wait_for_more()
-        assert set(before) == set(datapath_pids(one))
+        assert before == datapath_pids(one)
         one.start_daemon()
         one.wait_ready()
         flow.wait_for_more()
@@ -280,7 +275,7 @@ def test_start_that_fails_keeps_what_holds_packets_back_when_an_earlier_run_left
     kill(host, *datapath_pids(host))
     failed = host.run([*DAEMON, "--subnet-file=/proc/none/subnet.env"], check=False)
     assert failed.returncode == 1
-    assert datapath_pids(host) == []
+    assert datapath_pids(host) == set()
     routes = host.run(["ip", "route", "show", "proto", "158"]).stdout
     assert "unreachable 10.244.0.0/16" in routes
     assert sql(host, "select key from leases") != ""

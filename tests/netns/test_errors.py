@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from traffic import datapath_pids, kill
 
 from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, Host, Lab
 
@@ -170,9 +171,8 @@ def lab() -> Iterator[Lab]:
 def host(lab: Lab) -> Iterator[Host]:
     """A host as it was installed; whatever the test leaves behind is taken away."""
     yield lab.host(1)
-    for line in lab.host(1).run(["ps", "-eo", "pid=,args="]).stdout.splitlines():
-        if "worker.py" in line:
-            lab.host(1).run(["kill", "-KILL", line.split()[0]])
+    if left := datapath_pids(lab.host(1)):
+        kill(lab.host(1), *left)
     script = (
         "ip link delete flannel0; umount /dev/net; umount /run/small;"
         f"rm -rf /run/udptun /run/flannel /run/small /run/leases.json /var/lib/udptun/* {LEASES}*"
@@ -193,7 +193,7 @@ def left_behind(host: Host, path: Path = LEASES) -> list[str]:
     """Everything that a start can leave: link, routes, processes, lease, subnet.env."""
     left = [name for name in ("flannel0",) if host.path(f"/sys/class/net/{name}").exists()]
     left += host.run(["ip", "route", "show", "proto", "158"]).stdout.splitlines()
-    left += [line for line in host.run(["ps", "-eo", "args="]).stdout.splitlines() if "worker.py" in line]
+    left += [f"process {pid}" for pid in datapath_pids(host)]
     left += [name for name in (SUBNET_ENV,) if host.path(name).exists()]
     if host.path(path).is_file():
         left += sql(host, path, "select key from leases", check=False).split()

@@ -21,10 +21,12 @@ from traffic import (
     TcpFlow,
     UdpFlow,
     cpu_s,
+    datapath_pids,
     kill,
     nothing_in_clear_text,
     peers,
     ping,
+    processes,
     read_status,
     tcp_flow,
     udp_flow,
@@ -65,13 +67,6 @@ def traffic(lab: Lab, path: Path, n_kills: int = 0) -> Iterator[tuple[UdpFlow, T
     stream.report.assert_exact()
     assert datagrams.report.n_spoilt == 0
     assert datagrams.report.n_duplicates <= n_kills * BATCH
-
-
-def datapath_pids(host: Host) -> set[int]:
-    """Every datapath process that the host has, by its own numbers."""
-    lines = host.run(["ps", "-ww", "-e", "-o", "pid=", "-o", "stat=", "-o", "args="]).stdout.splitlines()
-    words = [line.split(None, 2) for line in lines if "datapath/worker.py" in line]
-    return {int(pid) for pid, state, _ in words if not state.startswith("Z")}
 
 
 def pids(host: Host) -> tuple[int, int]:
@@ -283,8 +278,7 @@ SNAPSHOT = [
 def state_of(host: Host) -> dict[str, list[str]]:
     """All that a daemon could leave on the host."""
     found = {command: host.run(["sh", "-c", command]).stdout.splitlines() for command in SNAPSHOT}
-    processes = host.run(["ps", "-wwe", "-o", "args="]).stdout.splitlines()
-    found["processes"] = [line for line in processes if "ps -wwe" not in line]
+    found["processes"] = list(processes(host).values())
     return found
 
 

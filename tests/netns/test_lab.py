@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from traffic import processes
 
 from udptun.lab.comparison import Way, kernel_vxlan, plain_routing
 from udptun.lab.errors import CommandError, LabError
@@ -91,7 +92,7 @@ def test_host_reaps_processes_that_lost_their_parent(lab: Lab) -> None:
 
 
 def host_has(lab: Lab, number: int, command: str) -> bool:
-    return command in lab.host(number).run(["ps", "-eo", "args="]).stdout.splitlines()
+    return command in processes(lab.host(number)).values()
 
 
 def test_stopping_the_daemon_leaves_what_it_started_and_power_cut_ends_it(lab: Lab) -> None:

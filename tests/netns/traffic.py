@@ -262,6 +262,24 @@ def socket_in(place: Host | Pod, kind: int, protocol: int = 0) -> Iterator[socke
         yield made[0]
 
 
+def processes(host: Host) -> dict[int, str]:
+    """The living processes of the host: command line by the host's own number.
+
+    -ww: without a terminal ps cuts lines at 80 columns, before the name of the script in a deep directory.
+    """
+    found = {}
+    for line in host.run(["ps", "-wweo", "pid=,stat=,args="]).stdout.splitlines():
+        pid, state, command = line.split(None, 2)
+        if not state.startswith("Z") and not command.startswith("ps -wweo"):
+            found[int(pid)] = command
+    return found
+
+
+def datapath_pids(host: Host) -> set[int]:
+    """Every datapath process that the host has, by its own numbers."""
+    return {pid for pid, command in processes(host).items() if "datapath/worker.py" in command}
+
+
 def kill(host: Host, *pids: int) -> None:
     """kill -9 by the numbers that the host itself has for its processes, as `udptun status` shows them."""
     host.run(["kill", "-KILL", *map(str, pids)])
