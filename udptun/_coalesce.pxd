@@ -201,13 +201,16 @@ cdef inline void join(Item *it, uint8_t *d, int total, int header) noexcept nogi
         it.has_push = True
 
 
-cdef inline int seal(Item *it) noexcept nogil:
-    """Write the item's virtio header and, for a super-packet, its own header; return how many of it.iov to write."""
+cdef inline int seal(Item *it, int vnet_len) noexcept nogil:
+    """Write the item's virtio header and, for a super-packet, its own header; return how many of it.iov to write.
+
+    `vnet_len` 0: the device takes no virtio header, and the item is a single packet.
+    """
     cdef uint8_t *h = it.header
     cdef uint8_t *t = h + IPV4_HEADER_MIN
     cdef virtio_net_hdr vnet
     it.iov[0].iov_base = it.vnet
-    it.iov[0].iov_len = VNET
+    it.iov[0].iov_len = vnet_len
     if it.n == 1:
         it.iov[1].iov_base = it.first
         it.iov[1].iov_len = it.first_len

@@ -71,7 +71,7 @@ cdef extern from "shm.h" nogil:
         UT_TABLE_HEADER_BYTES, UT_STATS_HEADER_BYTES
         UT_PEER_UDPTUN
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
-        UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP
+        UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP, UT_OFFLOAD_VNET_HDR
         UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
     struct ut_peer:
         sockaddr_in remote
@@ -251,6 +251,7 @@ cdef struct Loop:
     # The rest is our own state.
     const ut_slot *slot           # the table of this turn
     int group_segments            # 1: the kernel does not cut messages up for us
+    int vnet_len                  # of the virtio header before every packet of the TUN, bytes: VNET or 0
     int stop
     bint has_begun                # not while we are the standby: the hands are another process's
     int tun_lost
@@ -270,12 +271,14 @@ cdef int encap_turn(Loop *w) noexcept nogil:
     cdef ut_read *note
     cdef ssize_t got
     cdef int reads = 0, used = 0
-    room[0].iov_len = VNET
+    room[0].iov_len = w.vnet_len
     room[1].iov_len = PACKET_MAX
     while reads < <int>UT_READS and used < <int>UT_READ_BYTES:
         note = &w.hands.read[reads]
         note.at = used
         note.is_stepped = 0
+        if w.vnet_len == 0:
+            memset(note.vnet, 0, VNET)
         room[0].iov_base = note.vnet
         room[1].iov_base = p.data = w.hands.arena + used
         # A successor that finds a first byte of 0 knows that there is no packet.
@@ -287,7 +290,7 @@ cdef int encap_turn(Loop *w) noexcept nogil:
                 w.tun_lost = 1
             break
         reads += 1
-        p.len = <int>got - VNET
+        p.len = <int>got - w.vnet_len
         if p.len > 0:
             used += p.len
         encap(w, &p, note)
@@ -437,7 +440,7 @@ cdef void send_groups(Loop *w) noexcept nogil:
 
 
 cdef void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
-    cdef int i, sent, done = 0
+    cdef int i, sent, why, done = 0
     cdef Group *g
     cdef msghdr *message
     for i in range(w.n_groups):
@@ -463,10 +466,11 @@ cdef void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
                     count(w, ENCAP_DROP_SEND, w.group[i].n)
                 break
         elif errno != EINTR:
-            if w.group[done].n > 1 and (errno == EIO or errno == EINVAL):
-                # The egress device lacks checksum offload, or the kernel the feature: from now on one by one.
+            why = errno
+            # The egress device lacks checksum offload, or the kernel the feature: from now on one by one.  Unless the
+            # path turns out to be too narrow, which some kernels call EINVAL too.
+            if send_one_by_one(w, &w.group[done]) and w.group[done].n > 1 and (why == EIO or why == EINVAL):
                 refuse(w, UT_OFFLOAD_SEGMENT)
-            send_one_by_one(w, &w.group[done])
             done += 1
     w.n_groups = 0
 
@@ -488,9 +492,13 @@ cdef int wait_for_socket(Loop *w) noexcept nogil:
     return not w.stop
 
 
-cdef void send_one_by_one(Loop *w, Group *g) noexcept nogil:
-    """Send a group that the kernel refused, each datagram for itself.  Rare: gathers each into one piece."""
+cdef bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
+    """Send a group that the kernel refused, each datagram for itself.  Rare: gathers each into one piece.
+
+    False when the path is too narrow for any of them.
+    """
     cdef int i, piece = 0, offset = 0, length, part, have
+    cdef bint fits = True
     cdef Packet p
     p.data = w.single
     p.peer = g.peer
@@ -506,11 +514,15 @@ cdef void send_one_by_one(Loop *w, Group *g) noexcept nogil:
                 piece += 1
                 offset = 0
         p.len = length
-        send_single(w, &p)
+        fits &= send_single(w, &p)
+    return fits
 
 
-cdef void send_single(Loop *w, Packet *p) noexcept nogil:
-    """Send one datagram; when the path is too narrow for it tell its sender, or fragment it if it allows that."""
+cdef bint send_single(Loop *w, Packet *p) noexcept nogil:
+    """Send one datagram; when the path is too narrow for it tell its sender, or fragment it if it allows that.
+
+    False when the path was too narrow.
+    """
     cdef msghdr message
     cdef iovec iov
     cdef int mode, mtu
@@ -526,14 +538,14 @@ cdef void send_single(Loop *w, Packet *p) noexcept nogil:
             continue
         if errno != EMSGSIZE:
             count(w, ENCAP_DROP_SEND, 1)
-            return
+            return True
         if ip_fragment_word(p.data) & FLAG_DF:
             mtu = path_mtu(w, &w.slot.peers[p.peer].remote) - IPV4_HEADER_MIN - UDP_HEADER
             count(w, ENCAP_DROP_TOO_BIG, 1)
             # The answer quotes the packet as it came, before our TTL step.
             undo_ttl_step(p.data)
             answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
-            return
+            return False
         mode = IP_PMTUDISC_DONT
         setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
         mtu = <int>sendmsg(w.udp_fd, &message, MSG_DONTWAIT)
@@ -541,9 +553,11 @@ cdef void send_single(Loop *w, Packet *p) noexcept nogil:
         setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
         if mtu < 0:
             count(w, ENCAP_DROP_SEND, 1)
-            return
-        break
+        else:
+            count_sent(w, p.peer, 1, p.len)
+        return False
     count_sent(w, p.peer, 1, p.len)
+    return True
 
 
 cdef void undo_ttl_step(uint8_t *p) noexcept nogil:
@@ -677,6 +691,12 @@ cdef void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) noexcept
         count(w, <Counter>verdict, 1)
         return
     ip_step_ttl(d)
+    if vnet.flags and not w.vnet_len:
+        if vnet.gso_type != VIRTIO_NET_HDR_GSO_NONE:
+            write_segments(w, &p, &vnet)
+            return
+        complete_checksum(d, p.len, &vnet)
+        vnet.flags = 0
     if is_full(w.merger):
         write_items(w)
         start_batch(w.merger)
@@ -823,7 +843,7 @@ cdef void write_items(Loop *w) noexcept nogil:
     cdef Item *it
     for i in range(w.merger.n):
         it = &w.merger.item[i]
-        if writev(w.tun_fd, it.iov, seal(it)) >= 0:
+        if writev(w.tun_fd, it.iov, seal(it, w.vnet_len)) >= 0:
             count_delivered(w, it)
         elif it.n > 1 and errno == EINVAL:
             # The kernel does not take super-packets of this kind (some 6.6 kernels): from now on one by one.
@@ -834,6 +854,32 @@ cdef void write_items(Loop *w) noexcept nogil:
                 w.tun_lost = 1
             count(w, DECAP_DROP_TUN, it.n)
         mark_written(it)
+
+
+cdef void write_segments(Loop *w, Packet *p, const virtio_net_hdr *vnet) noexcept nogil:
+    """Cut up a super-packet that arrived whole, for a device that takes no virtio header.  Rare."""
+    cdef SuperPacket s
+    cdef iovec piece[2]
+    cdef int i
+    cdef bint is_taken = True
+    # What was received before it is written before it.
+    write_items(w)
+    start_batch(w.merger)
+    measure_super_packet(&s, p.data, p.len, vnet)
+    sum_headers(&s)
+    piece[0].iov_base = w.headers
+    piece[0].iov_len = s.header
+    for i in range(s.n):
+        piece[1].iov_len = write_segment_header(&s, i, w.headers)
+        piece[1].iov_base = p.data + s.header + i * s.size
+        is_taken &= writev(w.tun_fd, piece, 2) >= 0
+    p.data[0] = WRITTEN
+    if not is_taken:
+        count(w, DECAP_DROP_TUN, 1)
+        return
+    count(w, DECAP_DELIVERED, 1)
+    w.peer_stats[p.peer].decap_packets += 1
+    w.peer_stats[p.peer].decap_bytes += p.len
 
 
 cdef inline void mark_written(Item *it) noexcept nogil:
@@ -930,7 +976,7 @@ cdef void answer_local(Loop *w, const Packet *offender, int kind, int code, uint
     cdef int n
     if may_answer(w, offender):
         n = build_icmp(w, offender, kind, code, mtu)
-        if write(w.tun_fd, w.icmp, VNET + n) >= 0:
+        if write(w.tun_fd, w.icmp + VNET - w.vnet_len, w.vnet_len + n) >= 0:
             count(w, ICMP_SENT, 1)
             return
     count(w, ICMP_SUPPRESSED, 1)
@@ -959,8 +1005,9 @@ cdef void answer_peer(Loop *w, const Packet *offender, int kind, int code) noexc
 cdef inline void allow_offloads(Loop *w) noexcept nogil:
     cdef uint64_t allowed = w.slot.offloads & ~w.worker.refused
     w.group_segments = GROUP_SEGMENTS if allowed & UT_OFFLOAD_SEGMENT else 1
-    w.merger.tcp = (allowed & UT_OFFLOAD_WRITE_TCP) != 0
-    w.merger.udp = (allowed & UT_OFFLOAD_WRITE_UDP) != 0
+    w.vnet_len = VNET if allowed & UT_OFFLOAD_VNET_HDR else 0
+    w.merger.tcp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_TCP
+    w.merger.udp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_UDP
 
 
 cdef void refuse(Loop *w, uint64_t offload) noexcept nogil:
@@ -1047,8 +1094,9 @@ cdef class Worker:
     """One thread's share of the datapath.
 
     `table_fd` and `stats_fd` are the shared memory files (mapped here, the descriptors may be closed after), `index`
-    says which block of the statistics is ours, `tun_fd` is a non-blocking queue of a TUN device with virtio headers,
-    `udp_fd` the UDP socket.  The two are borrowed: the caller keeps them open while the worker runs.
+    says which block of the statistics is ours, `tun_fd` is a non-blocking queue of a TUN device (the table says whether
+    it has virtio headers), `udp_fd` the UDP socket.  The two are borrowed: the caller keeps them open while the worker
+    runs.
     Raises OSError when the files cannot be mapped, ValueError when they are something else.
     """
 

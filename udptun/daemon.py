@@ -199,7 +199,11 @@ class Daemon:
                 self._peers_changed,
             )
             self._tunnel = await Tunnel.open(
-                options.run_dir, self._underlay.address, self._conf.backend.port, self._live.workers
+                options.run_dir,
+                self._underlay.address,
+                self._conf.backend.port,
+                self._live.workers,
+                self._live.offload,
             )
             undo.callback(self._tunnel.detach)
             undo.push_async_exit(self._undo_failed_start)

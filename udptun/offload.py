@@ -10,6 +10,9 @@ from enum import Flag, auto
 class Offload(Flag):
     """Each can be switched off in net-conf.json (`Backend.OffloadDisabled`) by its name in lower case."""
 
+    VNET_HDR = auto()
+    """Packets of the TUN device have a virtio header before them; all else that the device can do needs it (since
+    2.6.27).  Settled when the device is made."""
     TSO = auto()
     """The TUN device hands over TCP super-packets, which the datapath cuts up (since Linux 2.6.27)."""
     USO = auto()
@@ -25,6 +28,9 @@ class Offload(Flag):
 
 
 ALL = ~Offload(0)
+
+OF_DEVICE = Offload.VNET_HDR | Offload.TSO | Offload.USO | Offload.WRITE_TCP | Offload.WRITE_UDP
+"""What the TUN device does; the rest is the socket's business."""
 
 _CORRUPTING = (
     # (first release, first release without it, what it spoils): UDP_SEGMENT sends of these kernels are corrupted

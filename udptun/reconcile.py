@@ -438,7 +438,7 @@ async def remove(link_names: Iterable[str]) -> list[str]:
             link = await kernel.link(name)
             if link is None:
                 continue
-            if link.tun is None or link.tun.is_tap or not (link.tun.is_multi_queue and link.tun.has_vnet_hdr):
+            if link.tun is None or link.tun.is_tap or not (link.tun.is_multi_queue and link.tun.is_persistent):
                 lines.append(f"left {name} alone: it is not a device of udptun")
                 continue
             await kernel.delete_link(link.index)

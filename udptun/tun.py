@@ -22,19 +22,22 @@ import pytun
 
 from udptun._kabi import lib
 from udptun.errors import KernelError
-from udptun.offload import Offload
+from udptun.offload import ALL, OF_DEVICE, Offload
 
 TUN_NAME = "flannel0"
 """Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
 route to Network stays on the first, where nobody reads, and traffic is lost in silence."""
 
-_FLAGS = lib.IFF_TUN | lib.IFF_NO_PI | lib.IFF_MULTI_QUEUE | lib.IFF_VNET_HDR
-# include/uapi/linux/sockios.h and ethtool.h; the same on every architecture.
-_SIOCETHTOOL = 0x8946
+_FLAGS = lib.IFF_TUN | lib.IFF_NO_PI | lib.IFF_MULTI_QUEUE
+# include/uapi/linux/sockios.h, if.h and ethtool.h; the same on every architecture.
+_SIOCETHTOOL, _SIOCGIFFLAGS, _IFF_UP = 0x8946, 0x8913, 1
 _ETHTOOL_GDRVINFO = 0x3
 
 VNET_HDR_LEN = 10
 """struct virtio_net_hdr before every packet, bytes."""
+
+_NEEDS_CSUM, _GSO_TCPV4, _GSO_UDP_L4 = 1, 1, 5
+"""include/uapi/linux/virtio_net.h"""
 
 _IFREQ = struct.Struct("16sH22x")
 
@@ -47,9 +50,11 @@ class Tun:
     """
 
     def __init__(self, name: str, fds: Sequence[int]) -> None:
-        """Take over descriptors that another process opened with `open_queues`."""
+        """Take over descriptors that this or another process opened with `open_queues`."""
         self.name = name
         self.fds = tuple(fds)
+        self.supported = ALL & ~_find_refused(name, fds[0])
+        """What the device can do, beside all that is none of its business."""
         self._offload = Offload(0)
 
     def is_attached(self) -> bool:
@@ -68,26 +73,27 @@ class Tun:
                 raise KernelError(f"TUN device {self.name} is called {device} now", 0, hint)
             if device is None:
                 try:
-                    fcntl.ioctl(fd, lib.TUNSETIFF, _IFREQ.pack(self.name.encode(), _FLAGS))
+                    fcntl.ioctl(fd, lib.TUNSETIFF, _IFREQ.pack(self.name.encode(), _flags(self.supported)))
                 except OSError as exc:
                     raise _refused(self.name, exc) from exc
-        _configure(self.name, self.fds[0])
+        _configure(self.name, self.fds[0], self.supported)
         self.set_offload(self._offload)
 
     def set_offload(self, wanted: Offload) -> Offload:
-        """Have reads give super-packets of these kinds; return those that the kernel grants.
+        """Have reads give super-packets of these kinds; return what of `wanted` the device grants.
 
-        The rest of `wanted` is none of the device's business.  Remembered for `reattach`.
+        The virtio header is granted where it is, wanted or not.  Remembered for `reattach`.
         """
-        self._offload = granted = wanted & (Offload.TSO | Offload.USO)
+        self._offload = wanted
+        granted = (wanted | Offload.VNET_HDR) & OF_DEVICE & self.supported
         while True:
             try:
                 fcntl.ioctl(self.fds[0], lib.TUNSETOFFLOAD, _tun_features(granted))
             except OSError as exc:
                 # EINVAL: the kernel knows no USO; it came last.
-                if granted == Offload(0):
+                if not granted & (Offload.TSO | Offload.USO):
                     raise KernelError(f"cannot set offloads of TUN device {self.name}", exc.errno or 0) from exc
-                granted = granted & ~Offload.USO if Offload.USO in granted else Offload(0)
+                granted &= ~Offload.USO if Offload.USO in granted else ~Offload.TSO
             else:
                 return granted
 
@@ -98,18 +104,19 @@ class Tun:
             os.close(fd)
 
 
-def open_queues(name: str, n: int) -> Tun:
+def open_queues(name: str, n: int, wanted: Offload = ALL) -> Tun:
     """Attach `n` queues to the device `name`, creating it when it is missing.
 
-    IFF_TUN | IFF_NO_PI | IFF_VNET_HDR | IFF_MULTI_QUEUE, persistent, offloads off (`Tun.set_offload`): reads
-    give whole packets with complete checksums.  Queues that another process holds stay attached beside ours.
-    Raises KernelError.
+    IFF_TUN | IFF_NO_PI | IFF_MULTI_QUEUE, IFF_VNET_HDR if `wanted` says so, persistent, offloads off
+    (`Tun.set_offload`): reads give whole packets with complete checksums.  Queues that another process holds stay
+    attached beside ours; all queues of a device have the same flags.  Raises KernelError.
     """
     fds: list[int] = []
+    supported = ALL if Offload.VNET_HDR in wanted and _knows_vnet_hdr() else ALL & ~OF_DEVICE
     try:
         for _ in range(n):
-            fds.append(_open_queue(name))
-        _configure(name, fds[0])
+            fds.append(_open_queue(name, _flags(supported)))
+        _configure(name, fds[0], supported)
     except BaseException:
         for fd in fds:
             os.close(fd)
@@ -127,9 +134,68 @@ def detach_queues(fds: Sequence[int]) -> None:
             fcntl.ioctl(fd, lib.TUNSETQUEUE, _IFREQ.pack(b"", lib.IFF_DETACH_QUEUE))
 
 
-def _open_queue(name: str) -> int:
+def _flags(supported: Offload) -> int:
+    return _FLAGS | (lib.IFF_VNET_HDR if Offload.VNET_HDR in supported else 0)
+
+
+def _knows_vnet_hdr() -> bool:
+    """Whether the kernel can put virtio headers before packets; True when it cannot be asked."""
     try:
-        queue = pytun.TunTapDevice(name=name, flags=_FLAGS)
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        (features,) = struct.unpack("i", fcntl.ioctl(fd, lib.TUNGETFEATURES, bytes(4)))
+    finally:
+        os.close(fd)
+    return bool(features & lib.IFF_VNET_HDR)
+
+
+def _find_refused(name: str, fd: int) -> Offload:
+    """What the device cannot do, found by asking it through its queue `fd`; nothing when the device is gone.
+
+    Some kernels refuse super-packets with EINVAL (6.6.44 and others with e269d79c7d35, mended by 89add40066f9).
+    Whether they do shows on a device that is down, where nothing is delivered; one that is up has workers that have
+    found out.
+    """
+    try:
+        _name, flags = _IFREQ.unpack(fcntl.ioctl(fd, lib.TUNGETIFF, bytes(_IFREQ.size)))
+    except OSError:
+        return Offload(0)
+    if not flags & lib.IFF_VNET_HDR:
+        return OF_DEVICE
+    refused = Offload(0)
+    if _is_up(name):
+        return refused
+    tcp = struct.pack("!HHIIBBHHH", 9, 9, 0, 0, 0x50, 0, 0, 0, 0)
+    udp = struct.pack("!HHHH", 9, 9, 8 + 2, 0)
+    for offload, protocol, gso_type, header, csum_offset in (
+        (Offload.WRITE_TCP, socket.IPPROTO_TCP, _GSO_TCPV4, tcp, 16),
+        (Offload.WRITE_UDP, socket.IPPROTO_UDP, _GSO_UDP_L4, udp, 6),
+    ):
+        # Two bytes of payload, one a segment.
+        vnet = struct.pack("=BBHHHH", _NEEDS_CSUM, gso_type, 20 + len(header), 1, 20, csum_offset)
+        ip = struct.pack("!BBHHHBBHII", 0x45, 0, 20 + len(header) + 2, 0, 0, 0, protocol, 0, 0, 0)
+        try:
+            os.write(fd, vnet + ip + header + bytes(2))
+        except OSError as exc:
+            # EIO is what a device that is down says to a good one.
+            refused |= offload if exc.errno == errno.EINVAL else Offload(0)
+    return refused
+
+
+def _is_up(name: str) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            _name, flags = _IFREQ.unpack(fcntl.ioctl(sock, _SIOCGIFFLAGS, _IFREQ.pack(name.encode(), 0)))
+        except OSError:
+            return False
+    return bool(flags & _IFF_UP)
+
+
+def _open_queue(name: str, flags: int) -> int:
+    try:
+        queue = pytun.TunTapDevice(name=name, flags=flags)
     except OSError as exc:
         raise _refused(name, exc) from exc
     try:
@@ -150,12 +216,13 @@ def _tun_features(offload: Offload) -> int:
     return features
 
 
-def _configure(name: str, fd: int) -> None:
+def _configure(name: str, fd: int, supported: Offload) -> None:
     """Set what the device forgets when it is made anew; any of its queues will do."""
     try:
         fcntl.ioctl(fd, lib.TUNSETPERSIST, 1)
         fcntl.ioctl(fd, lib.TUNSETOFFLOAD, 0)
-        fcntl.ioctl(fd, lib.TUNSETVNETHDRSZ, struct.pack("i", VNET_HDR_LEN))
+        if Offload.VNET_HDR in supported:
+            fcntl.ioctl(fd, lib.TUNSETVNETHDRSZ, struct.pack("i", VNET_HDR_LEN))
     except OSError as exc:
         raise KernelError(f"cannot configure TUN device {name}", exc.errno or 0) from exc
 

@@ -43,6 +43,7 @@ from udptun._reference import Outcome, Peer, Remote, Table
 if TYPE_CHECKING:
     from udptun.datapath.stats import Stats
     from udptun.datapath.table import TableWriter
+    from udptun.offload import Offload
 
 DEADLINE_S = 5.0
 """Loopback delivers in microseconds; this is for a machine that is busy with something else."""
@@ -162,9 +163,11 @@ class Datapath(Protocol):
 class ReferenceDatapath:
     """`udptun._reference` behind the interface."""
 
-    def __init__(self, *, has_gro: bool = True, is_in_trains: bool = False) -> None:
+    def __init__(self, *, has_gro: bool = True, is_in_trains: bool = False, has_vnet_hdr: bool = True) -> None:
+        """Without virtio headers the device gets, one by one, the packets that a write with one stands for."""
         self.table = overlay()
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
+        self.has_vnet_hdr = has_vnet_hdr
         self.counters = dict.fromkeys(reference.COUNTERS, 0)
         self._is_tun_broken = False
 
@@ -215,6 +218,8 @@ class ReferenceDatapath:
 
     def _count(self, total: Batch, packets: str, outcome: Outcome) -> None:
         one = Batch({packets: 1, outcome.counter: 1}, writes=list(outcome.writes))
+        if not self.has_vnet_hdr:
+            one.writes = [NO_VNET_HDR + packet for write in outcome.writes for packet in reference.segments(write)]
         if outcome.icmp:
             one.counts[outcome.icmp] = 1
         for remote, payload in outcome.sends:
@@ -229,11 +234,17 @@ class FastDatapath:
 
     A context manager.  Every 50 ICMP answers it goes on with a new worker, whose token bucket is full, unless
     `is_bucket_renewed` is false.  `has_gro` is UDP_GRO of the worker's socket; with `is_in_trains`, `decap_batch` sends
-    what it can in trains.
+    what it can in trains.  Without `has_vnet_hdr` the TUN knows no virtio headers: those of `encap_batch`'s packets are
+    taken off, and writes appear behind empty ones.
     """
 
     def __init__(
-        self, *, is_bucket_renewed: bool = True, has_gro: bool = True, is_in_trains: bool = False
+        self,
+        *,
+        is_bucket_renewed: bool = True,
+        has_gro: bool = True,
+        is_in_trains: bool = False,
+        has_vnet_hdr: bool = True,
     ) -> None:
         from udptun import _fastpath
         from udptun.datapath.stats import Stats
@@ -242,6 +253,7 @@ class FastDatapath:
         self._new_worker = _fastpath.Worker
         self._is_bucket_renewed = is_bucket_renewed
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
+        self.has_vnet_hdr = has_vnet_hdr
         with ExitStack() as self._undo:
             self._set_up(TableWriter.create(), Stats.create())
             self._undo = self._undo.pop_all()
@@ -291,6 +303,11 @@ class FastDatapath:
     def counters(self) -> dict[str, int]:
         return self._stats.counters()
 
+    @property
+    def refused(self) -> Offload:
+        """What the worker has found that the kernel does not do for it."""
+        return self._stats.refused(1)
+
     def configure(self, **changes: object) -> None:
         self.table = replace(self.table, **changes)  # type: ignore[arg-type]
         self._publish()
@@ -307,7 +324,7 @@ class FastDatapath:
         for chunk in _chunks(raws, [(1, len(raw)) for raw in raws]):
             before = self._begin(len(chunk))
             for raw in chunk:
-                self.tun.send(raw)
+                self.tun.send(raw if self.has_vnet_hdr else raw[len(NO_VNET_HDR) :])
             total.add(self._finish(before, "encap_packets", len(chunk)))
         return total
 
@@ -377,6 +394,7 @@ class FastDatapath:
     def _publish(self) -> None:
         from udptun.config import SourceCheck
         from udptun.datapath import table as shared
+        from udptun.offload import ALL, Offload
 
         table = self.table
         self._writer.configure(
@@ -386,6 +404,7 @@ class FastDatapath:
                 underlay_address=table.underlay_address,
                 mtu=table.mtu,
                 source_check=SourceCheck(table.source_check),
+                offload=ALL if self.has_vnet_hdr else ALL & ~Offload.VNET_HDR,
             )
         )
         for peer in table.peers:
@@ -433,6 +452,8 @@ class FastDatapath:
             select.select(list(self._by_remote.values()), [], [], deadline - time.monotonic())
         if self.tun.fileno() >= 0:
             batch.writes = list(_drain(self.tun))
+            if not self.has_vnet_hdr:
+                batch.writes = [NO_VNET_HDR + write for write in batch.writes]
         return batch
 
 

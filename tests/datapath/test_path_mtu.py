@@ -134,6 +134,15 @@ def test_each_segment_of_a_super_packet_meets_the_path_mtu_by_itself(
     assert batch.counts == {"encap_packets": 6, "encap_sent": 6 - n_refused} | drops
 
 
+def test_a_narrow_path_does_not_end_the_sending_of_groups(narrow_path: FastDatapath) -> None:
+    """Kernels before 6.12 say EINVAL here, as those do that know no UDP_SEGMENT."""
+    segment = tcp_segment(POD, NEAR_POD, pattern(3 * 1400), check=PARTIAL)
+    packet = ipv4(POD, NEAR_POD, segment, protocol=6, flags="DF")
+    raw = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4, gso_size=1400) + packet
+    assert narrow_path.encap_batch([raw]).counts["encap_drop_too_big"] == 3
+    assert not narrow_path.refused
+
+
 def outcome(datapath: FastDatapath, packet: bytes) -> Outcome:
     """The reference's, with the namespace's path MTU."""
     assert any(peer.remote[0] == IPv4Address(NEAR) for peer in datapath.table.peers)

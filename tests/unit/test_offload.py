@@ -16,7 +16,7 @@ def test_every_offload_is_found_by_the_name_it_is_shown_with() -> None:
 
 
 def test_unknown_name_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ValueError, match="'tsoo' is not one of tso, uso, udp_segment"):
+    with pytest.raises(ValueError, match="'tsoo' is not one of vnet_hdr, tso, uso, udp_segment"):
         parse(["tsoo"])
 
 

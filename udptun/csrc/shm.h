@@ -15,7 +15,7 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 3u
+#define UT_LAYOUT_VERSION 4u
 
 #define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
@@ -65,6 +65,7 @@ enum {
     UT_OFFLOAD_SEGMENT = 1,       /* one send for many datagrams (UDP_SEGMENT) */
     UT_OFFLOAD_WRITE_TCP = 2,     /* one TUN write for many packets of a TCP flow */
     UT_OFFLOAD_WRITE_UDP = 4,     /* of a UDP flow */
+    UT_OFFLOAD_VNET_HDR = 8,      /* packets of the TUN have a virtio header before them */
 };
 
 struct ut_table {

@@ -25,7 +25,7 @@ _WORKER = np.dtype(
         "itemsize": LAYOUT["worker"],
     }
 )
-OFFLOAD_BITS = {Offload.UDP_SEGMENT: 1, Offload.WRITE_TCP: 2, Offload.WRITE_UDP: 4}
+OFFLOAD_BITS = {Offload.UDP_SEGMENT: 1, Offload.WRITE_TCP: 2, Offload.WRITE_UDP: 4, Offload.VNET_HDR: 8}
 """UT_OFFLOAD_* of shm.h; the other offloads are the business of device and socket."""
 PEER_COUNTERS = ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")
 """Inner packets and bytes exchanged with one peer since it was added; encap is towards it."""

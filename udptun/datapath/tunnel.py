@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from udptun.datapath.client import Datapath, Descriptors, Process
 from udptun.datapath.sockets import open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import Remote, Settings, TableWriter
-from udptun.offload import Offload, names
+from udptun.offload import ALL, Offload, names
 from udptun.tun import TUN_NAME, Tun, detach_queues, open_queues
 
 log = logging.getLogger(__name__)
@@ -57,17 +58,20 @@ class Tunnel:
         self.datapath = Datapath(run_dir, self._descriptors(), processes)
 
     @classmethod
-    async def open(cls, run_dir: Path, address: IPv4Address, port: int, n_workers: int) -> Tunnel:
+    async def open(
+        cls, run_dir: Path, address: IPv4Address, port: int, n_workers: int, wanted: Offload = ALL
+    ) -> Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
-        No process is started yet (`start`).  Raises KernelError, DatapathError.
+        `wanted` says whether a new device has virtio headers.  No process is started yet (`start`).  Raises
+        KernelError, DatapathError.
         """
         processes = await client.find(run_dir)
         if not processes:
             sockets = open_sockets(address, port, n_workers)
             try:
                 # Last: what it makes is persistent.
-                tun = open_queues(TUN_NAME, n_workers)
+                tun = open_queues(TUN_NAME, n_workers, wanted)
             except BaseException:
                 for udp in sockets:
                     udp.close()
@@ -100,7 +104,7 @@ class Tunnel:
         left_sockets = [udp for udp in self._sockets if udp not in sockets]
         queues, left_queues = self.tun.fds[:n_workers], self.tun.fds[n_workers:]
         if n_workers > len(queues):
-            queues += open_queues(TUN_NAME, n_workers - len(queues)).fds
+            queues += open_queues(TUN_NAME, n_workers - len(queues), self.tun.supported).fds
         if stays:
             # The kernel picks none but unconnected sockets for the datagrams of the port.
             for udp in left_sockets:
@@ -126,9 +130,9 @@ class Tunnel:
         Only once processes of this build run: others might not know what to make of a super-packet.
         """
         self._wanted_offload = wanted
-        at_device = Offload.TSO | Offload.USO
-        at_socket = Offload.UDP_SEGMENT | Offload.UDP_GRO
-        granted = self.tun.set_offload(wanted) | set_offload(self._sockets, wanted) | wanted & ~at_device & ~at_socket
+        granted = self.tun.set_offload(wanted) | set_offload(self._sockets, wanted)
+        if (Offload.VNET_HDR in granted) != (Offload.VNET_HDR in wanted):
+            log.warning("%s keeps its virtio headers or lack of them until `udptun cleanup` and a start", TUN_NAME)
         if granted != self.granted_offload:
             log.info("offloads in_use=%s refused=%s", ",".join(names(granted)), ",".join(names(wanted & ~granted)))
         self.granted_offload = granted
@@ -136,7 +140,9 @@ class Tunnel:
     def configure(self, settings: Settings) -> None:
         """Set what applies to all packets, from the next `publish` on; peers of another Network go."""
         self.remove_peers([subnet for subnet in self.table.subnets if not subnet.subnet_of(settings.network)])
-        self.table.configure(settings)
+        # The workers must know how the device frames packets, whatever was wanted.
+        offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
+        self.table.configure(replace(settings, offload=offload))
         self._mtu = settings.mtu
 
     def set_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:

@@ -1,0 +1,42 @@
+/* A kernel as some were: preloaded, it refuses what they refuse.
+ *
+ * gcc -shared -fPIC -o old_kernel.so old_kernel.c; OLD_KERNEL=gso_write,narrow_einval LD_PRELOAD=./old_kernel.so ...
+ *
+ *   gso_write       super-packets written to a TUN are EINVAL (6.6.44 and others with e269d79c7d35)
+ *   narrow_einval   datagrams of a group that the path is too narrow for are EINVAL, not EMSGSIZE (before 6.12)
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+static int is_on(const char *fault)
+{
+    const char *given = getenv("OLD_KERNEL");
+    return given && strstr(given, fault);
+}
+
+ssize_t writev(int fd, const struct iovec *iov, int n)
+{
+    ssize_t (*real)(int, const struct iovec *, int) = dlsym(RTLD_NEXT, "writev");
+
+    /* struct virtio_net_hdr: flags, gso_type. */
+    if (is_on("gso_write") && n > 1 && iov[0].iov_len == 10 && ((const unsigned char *)iov[0].iov_base)[1]) {
+        errno = EINVAL;
+        return -1;
+    }
+    return real(fd, iov, n);
+}
+
+int sendmmsg(int fd, struct mmsghdr *message, unsigned int n, int flags)
+{
+    int (*real)(int, struct mmsghdr *, unsigned int, int) = dlsym(RTLD_NEXT, "sendmmsg");
+    int sent = real(fd, message, n, flags);
+
+    if (sent < 0 && errno == EMSGSIZE && is_on("narrow_einval") && message[0].msg_hdr.msg_controllen)
+        errno = EINVAL;
+    return sent;
+}

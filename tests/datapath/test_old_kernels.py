@@ -1,0 +1,66 @@
+"""The fast path on kernels that refuse what this one does not: old_kernel.c, preloaded into a second interpreter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.datapath.harness import FastDatapath, Message, ReferenceDatapath, assert_same_packets, skip_unless_built
+from tests.packets import NEAR, NEAR_POD, POD, ipv4, pattern, tcp_segment, udp_segment
+from udptun.offload import Offload
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+@pytest.fixture(scope="module")
+def run_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run Python with these arguments on a kernel that refuses `faults`; its output."""
+    skip_unless_built()
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    library = tmp_path_factory.mktemp("old") / "old_kernel.so"
+    source = HERE / "old_kernel.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-o", str(library), str(source), "-ldl"], check=True)
+
+    def run(faults: str, *arguments: str) -> str:
+        environment = {**os.environ, "LD_PRELOAD": str(library), "OLD_KERNEL": faults}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_packets_go_one_by_one_where_the_kernel_takes_no_super_packets(run_on: Callable[..., str]) -> None:
+    function = lose_nothing_when_merged_writes_are_refused.__name__
+    run_on("gso_write", "-c", f"from tests.datapath.test_old_kernels import {function}; {function}()")
+
+
+@pytest.mark.netns
+def test_a_path_too_narrow_is_told_from_a_kernel_that_cannot_segment(run_on: Callable[..., str]) -> None:
+    tests = str(HERE / "test_path_mtu.py")
+    assert " passed" in run_on("narrow_einval", "-m", "pytest", "-p", "no:cacheprovider", tests)
+
+
+def lose_nothing_when_merged_writes_are_refused() -> None:
+    with FastDatapath() as fast:
+        model = ReferenceDatapath()
+        model.table = fast.table
+        for transport, protocol, refused in (
+            (lambda i: tcp_segment(NEAR_POD, POD, pattern(500, i), sequence=i * 500), 6, Offload.WRITE_TCP),
+            (lambda i: udp_segment(NEAR_POD, POD, pattern(500, i)), 17, Offload.WRITE_UDP),
+        ):
+            assert not fast.refused & refused
+            train = b"".join(ipv4(NEAR_POD, POD, transport(i), protocol=protocol, ident=i) for i in range(8))
+            messages = [Message(train, NEAR, len(train) // 8)] * 2
+            got, expected = fast.decap_messages(messages), model.decap_messages(messages)
+            assert got.counts == expected.counts == {"decap_packets": 16, "decap_delivered": 16}
+            assert assert_same_packets(got.writes, expected.writes) == 0
+            assert fast.refused & refused
