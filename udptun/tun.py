@@ -24,10 +24,6 @@ from udptun._kabi import lib
 from udptun.errors import KernelError
 from udptun.offload import Offload
 
-TUN_NAME = "flannel0"
-"""Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
-route to Network stays on the first, where nobody reads, and traffic is lost in silence."""
-
 _FLAGS = lib.IFF_TUN | lib.IFF_NO_PI | lib.IFF_MULTI_QUEUE | lib.IFF_VNET_HDR
 # include/uapi/linux/sockios.h and ethtool.h; the same on every architecture.
 _SIOCETHTOOL = 0x8946
@@ -51,6 +47,10 @@ class Tun:
         self.name = name
         self.fds = tuple(fds)
         self._offload = Offload(0)
+
+    def device(self) -> str | None:
+        """The name that the device of the first queue has now; None when it is gone."""
+        return _device_of(self.fds[0])
 
     def is_attached(self) -> bool:
         """Whether every queue still belongs to the device of this name."""

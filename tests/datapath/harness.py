@@ -232,9 +232,7 @@ class FastDatapath:
     what it can in trains.
     """
 
-    def __init__(
-        self, *, is_bucket_renewed: bool = True, has_gro: bool = True, is_in_trains: bool = False
-    ) -> None:
+    def __init__(self, *, is_bucket_renewed: bool = True, has_gro: bool = True, is_in_trains: bool = False) -> None:
         from udptun import _fastpath
         from udptun.datapath.stats import Stats
         from udptun.datapath.table import TableWriter
@@ -376,7 +374,7 @@ class FastDatapath:
 
     def _publish(self) -> None:
         from udptun.config import SourceCheck
-        from udptun.datapath import table as shared
+        from udptun.datapath import settings as shared
 
         table = self.table
         self._writer.configure(
@@ -454,9 +452,7 @@ def _messages(datagrams: Sequence[tuple[bytes, str]], *, is_in_trains: bool) -> 
     return [Message(payload, source) for payload, source in datagrams]
 
 
-def _another_overlay(
-    table: Table, network: str, own_subnet: str, leases: Sequence[tuple[str, Peer]]
-) -> Table:
+def _another_overlay(table: Table, network: str, own_subnet: str, leases: Sequence[tuple[str, Peer]]) -> Table:
     own = IPv4Network(own_subnet)
     return replace(
         table,
