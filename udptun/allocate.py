@@ -25,15 +25,20 @@ CANDIDATES = 100
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who we are among the leases.  A lease is ours when PublicIP and port are; `node_id` outlives both."""
+    """Who we are among the leases.  A lease is ours when PublicIP and port are; `node_id` outlives both.
+
+    `port` None: our backend publishes none, and so there is one of us at a PublicIP, as with flannel.
+    """
 
     public_ip: IPv4Address
-    port: int
+    port: int | None
     node_id: str
 
-    def owns(self, lease: Lease, default_port: int) -> bool:
-        """Whether the lease is ours; one that names no port, as flannel's, has `default_port`."""
-        return lease.attrs.public_ip == self.public_ip and lease.attrs.port(default_port) == self.port
+    def owns(self, lease: Lease) -> bool:
+        """Whether the lease is ours; one that names no port, as flannel's, has our own."""
+        if lease.attrs.public_ip != self.public_ip:
+            return False
+        return self.port is None or lease.attrs.port(self.port) == self.port
 
 
 def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.Random) -> Chooser:
@@ -45,11 +50,11 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
 
     def is_ours(lease: Lease) -> bool:
         moved = lease.attrs.node_id == me.node_id and lease.subnets == previous
-        return moved or me.owns(lease, conf.backend.port)
+        return moved or me.owns(lease)
 
     def choose(leases: Sequence[Lease]) -> Choice:
         # Ours by address before ours by node id, then in key order as flannel.
-        ours = sorted(filter(is_ours, leases), key=lambda it: (not me.owns(it, conf.backend.port), it.key))
+        ours = sorted(filter(is_ours, leases), key=lambda it: (not me.owns(it), it.key))
         kept = next((lease.subnets for lease in ours if _fits(lease.subnets, conf)), None)
         drop = tuple(lease.key for lease in ours if lease.subnets != kept)
         if kept is not None:

@@ -15,7 +15,6 @@ from udptun.daemon import LOCK_FILE, lock_run_dir, open_store
 from udptun.datapath import client
 from udptun.options import Options
 from udptun.status import SOCKET_NAME
-from udptun.tun import TUN_NAME
 
 
 def cleanup(options: Options, release: bool) -> int:
@@ -41,7 +40,7 @@ async def _clean_up(options: Options, release: bool) -> None:
     for process in reversed(await client.find(options.run_dir)):
         await process.stop()
         print(f"stopped datapath process {process.pid}")
-    for line in await reconcile.remove([TUN_NAME]):
+    for line in await reconcile.remove():
         print(line)
     if release and state.has_node_id(options.state_dir):
         await _release(options)

@@ -11,29 +11,35 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from udptun.errors import ConfigError
 from udptun.offload import ALL as ALL_OFFLOADS
 from udptun.offload import Offload
 from udptun.offload import parse as parse_offloads
 
-ENCAP_OVERHEAD = 28
+UDP_OVERHEAD = 28
 """Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go)."""
+
+VXLAN_OVERHEAD = 50
+"""IPv4 header 20 + UDP header 8 + VXLAN header 8 + inner Ethernet header 14 (RFC 7348; flannel vxlan/device.go)."""
 
 MTU_MIN = 68
 """The smallest MTU, bytes, that IPv4 allows (RFC 791)."""
 
-UNDERLAY_MTUS = range(MTU_MIN + ENCAP_OVERHEAD, 65536)
-"""Underlay MTUs, bytes, that leave flannel0 an MTU that IPv4 allows."""
+UNDERLAY_MTUS = range(MTU_MIN + UDP_OVERHEAD, 65536)
+"""Underlay MTUs, bytes, that leave a device an MTU that IPv4 allows, with the least overhead there is."""
 
 WORKERS = range(1, 17)
 """How many datapath threads may be asked for."""
 
 PORTS = range(1, 65536)
+
+VNIS = range(1 << 24)
+"""VXLAN network identifiers (RFC 7348)."""
 
 
 def default_workers(n_cpus: int) -> int:
@@ -44,8 +50,6 @@ def default_workers(n_cpus: int) -> int:
     return 1 if n_cpus < 4 else min(4, n_cpus // 2)
 
 
-BUILT_BACKENDS = ("udp",)
-_PLANNED_BACKENDS = ("vxlan", "host-gw", "alloc")
 _FLANNEL_BACKENDS = ("ipip", "ipsec", "wireguard", "extension", "tencent-vpc", "ali-vpc", "aws-vpc", "gce")
 
 _UNUSABLE = (
@@ -77,21 +81,84 @@ class LogLevel(Enum):
     ERROR = 40
 
 
+class Fallback(Enum):
+    """What stands in for `Type: vxlan` on a host whose kernel has none."""
+
+    VTEP = "vtep"
+    """A userspace VTEP, to the peers like any other."""
+    UDP = "udp"
+    """The udp backend; only peers that run udptun, and udp themselves, reach this host."""
+    NONE = "none"
+    """Nothing: fail, as flannel does."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatapathKeys:
+    """The keys of `Backend` that are the userspace tunnel's.  `workers` None: `default_workers`."""
+
+    workers: int | None = None
+    source_check: SourceCheck = SourceCheck.PEER
+    offload: Offload = ALL_OFFLOADS
+    """What may be used where the kernel grants it: all but Backend.OffloadDisabled."""
+
+
 @dataclass(frozen=True, slots=True)
 class UdpBackend:
     """`Backend` of Type udp.
 
-    `mtu` is the underlay's, bytes; None: take the interface's.  `workers` None: `default_workers`.
-    `log_level` None: the -v flag decides.
+    Of this and the following: `mtu` is the underlay's, bytes; None: take the interface's.  `log_level` None: the -v
+    flag decides.
     """
 
+    type: ClassVar[str] = "udp"
     port: int = 8285
     mtu: int | None = None
-    workers: int | None = None
-    source_check: SourceCheck = SourceCheck.PEER
     log_level: LogLevel | None = None
-    offload: Offload = ALL_OFFLOADS
-    """What may be used where the kernel grants it: all but Backend.OffloadDisabled."""
+    datapath: DatapathKeys = DatapathKeys()
+
+
+@dataclass(frozen=True, slots=True)
+class VxlanBackend:
+    """`Backend` of Type vxlan (flannel, pkg/backend/vxlan/vxlan.go), and what a stand-in for the kernel's needs.
+
+    `userspace`: use the VTEP of `fallback` although the kernel could.
+    """
+
+    type: ClassVar[str] = "vxlan"
+    vni: int = 1
+    port: int = 8472
+    """The kernel's own default (drivers/net/vxlan); IANA's is 4789."""
+    gbp: bool = False
+    learning: bool = False
+    direct_routing: bool = False
+    mtu: int | None = None
+    userspace: bool = False
+    fallback: Fallback = Fallback.VTEP
+    log_level: LogLevel | None = None
+    datapath: DatapathKeys = DatapathKeys()
+
+
+@dataclass(frozen=True, slots=True)
+class HostGwBackend:
+    """`Backend` of Type host-gw."""
+
+    type: ClassVar[str] = "host-gw"
+    port: ClassVar[None] = None
+    mtu: ClassVar[None] = None
+    log_level: LogLevel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AllocBackend:
+    """`Backend` of Type alloc: a lease and subnet.env, no packets."""
+
+    type: ClassVar[str] = "alloc"
+    port: ClassVar[None] = None
+    mtu: ClassVar[None] = None
+    log_level: LogLevel | None = None
+
+
+BackendConf = UdpBackend | VxlanBackend | HostGwBackend | AllocBackend
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +181,7 @@ class NetConf:
     ipv6_subnet_min: IPv6Address | None
     ipv6_subnet_max: IPv6Address | None
     ipv6_subnet_len: int | None
-    backend: UdpBackend
+    backend: BackendConf
     notes: tuple[str, ...] = ()
 
 
@@ -147,7 +214,7 @@ def parse_net_conf(text: str, source: str) -> NetConf:
     if not enable_ipv4 and not enable_ipv6:
         report.problem("EnableIPv4", "none defined stack: set EnableIPv4 or EnableIPv6 to true")
     elif not enable_ipv4:
-        report.problem("EnableIPv4", "cannot be false: the udp backend carries IPv4; IPv6 alone is not built yet")
+        report.problem("EnableIPv4", "cannot be false: every backend carries IPv4; IPv6 alone is not built yet")
     for enabled, key in ((enable_ipv4, "Network"), (enable_ipv6, "IPv6Network")):
         if enabled and top.raw(key) is None:
             report.problem(key, f"please define a correct {key} parameter in the flannel config")
@@ -156,7 +223,9 @@ def parse_net_conf(text: str, source: str) -> NetConf:
     if enable_ipv4 and network is not None:
         _check_usable(network, ipv4_plan, report)
     if enable_ipv6:
-        report.note("EnableIPv6: the udp backend carries no IPv6 traffic; only the lease and subnet.env name it")
+        report.note(
+            f"EnableIPv6: the {backend.type} backend carries no IPv6 traffic; only the lease and subnet.env name it"
+        )
 
     report.raise_problems()
     # No problem was reported, so what follows is there.
@@ -191,18 +260,39 @@ def check_underlay(conf: NetConf, address: IPv4Address) -> None:
         )
 
 
-def mtu_for(underlay_mtu: int) -> int:
-    """Largest inner IPv4 packet (bytes) that fits one outer datagram: the MTU of flannel0.
+def mtu_for(underlay_mtu: int, overhead: int) -> int:
+    """Largest inner IPv4 packet (bytes) that fits one outer one with so many bytes of `overhead`.
 
     Raises ConfigError below 68, the smallest MTU IPv4 allows (RFC 791).
     """
-    mtu = underlay_mtu - ENCAP_OVERHEAD
+    mtu = underlay_mtu - overhead
     if mtu < MTU_MIN:
         raise ConfigError(
-            f"MTU: an underlay MTU of {underlay_mtu} leaves {mtu} bytes for flannel0; "
-            f"IPv4 needs {MTU_MIN}, so the underlay needs {UNDERLAY_MTUS.start}"
+            f"MTU: an underlay MTU of {underlay_mtu} leaves {mtu} bytes for the pods' packets; "
+            f"IPv4 needs {MTU_MIN}, so the underlay needs {MTU_MIN + overhead}"
         )
     return mtu
+
+
+def keys_that_need_a_restart(old: NetConf, new: NetConf) -> list[str]:
+    """The keys of net-conf.json that differ and that cannot change while packets flow."""
+    changed = [
+        key
+        for key in TOP_KEYS
+        if key != "Backend" and getattr(old, _field_of(NetConf, key)) != getattr(new, _field_of(NetConf, key))
+    ]
+    if old.backend.type != new.backend.type:
+        return [*changed, "Backend.Type"]
+    live = {"Type", "LogLevel", "MTU", *_DATAPATH_KEYS}
+    names = {key: _field_of(type(old.backend), key) for key in _BACKEND_KEYS[old.backend.type] if key not in live}
+    return changed + [
+        f"Backend.{key}" for key, name in names.items() if getattr(old.backend, name) != getattr(new.backend, name)
+    ]
+
+
+def _field_of(kind: type[NetConf | BackendConf], key: str) -> str:
+    """The name of the field that holds `key`."""
+    return next(field.name for field in fields(kind) if field.name.replace("_", "") == key.lower())
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -255,7 +345,17 @@ TOP_KEYS = (
     "Backend",
 )
 """The keys of net-conf.json; a field of NetConf has the name of its key."""
-_UDP_KEYS = ("Type", "Port", "MTU", "Workers", "SourceCheck", "LogLevel", "OffloadDisabled")
+_DATAPATH_KEYS = ("Workers", "SourceCheck", "OffloadDisabled")
+_BACKEND_KEYS: Mapping[str, tuple[str, ...]] = {
+    "udp": ("Type", "LogLevel", "Port", "MTU", *_DATAPATH_KEYS),
+    "vxlan": (
+        *("Type", "LogLevel", "VNI", "Port", "GBP", "Learning", "DirectRouting", "MTU", "Userspace", "Fallback"),
+        *_DATAPATH_KEYS,
+    ),
+    "host-gw": ("Type", "LogLevel"),
+    "alloc": ("Type", "LogLevel"),
+}
+"""The keys of each type of `Backend` there is; of flannel's those that are not here are flannel's alone."""
 
 
 _Choice = TypeVar("_Choice", bound=Enum)
@@ -434,7 +534,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _backend(top: _Fields, report: _Report) -> UdpBackend:
+def _backend(top: _Fields, report: _Report) -> BackendConf:
     """`Backend`: udp when it is absent; present, it must name a Type (flannel, parseBackendType)."""
     if not top.has("Backend"):
         return UdpBackend()
@@ -444,37 +544,67 @@ def _backend(top: _Fields, report: _Report) -> UdpBackend:
     if not isinstance(value, _JsonObject):
         top.wrong("Backend", "error decoding Backend property of config: must be an object")
         return UdpBackend()
-    fields = _Fields(value, _UDP_KEYS, "Backend.", report)
+    every_key = {key: None for keys in _BACKEND_KEYS.values() for key in keys}
+    fields = _Fields(value, tuple(every_key), "Backend.", report)
     kind = fields.raw("Type")
     if kind is not None and not isinstance(kind, str):
         fields.wrong("Type", "error decoding Backend property of config: must be a string")
         return UdpBackend()
     kind = "" if kind is None else kind.lower()
-    if kind != "udp":
-        report.problem("Backend.Type", _not_udp(kind))
+    if kind not in _BACKEND_KEYS:
+        report.problem("Backend.Type", _not_built(kind))
         return UdpBackend()
-    fields.note_unknown(_UDP_KEYS)
-    source_check = fields.choice("SourceCheck", {choice.value: choice for choice in SourceCheck})
-    port = fields.integer("Port", PORTS)
-    return UdpBackend(
-        port=UdpBackend().port if port is None else port,
-        mtu=fields.integer("MTU", UNDERLAY_MTUS, zero_is_unset=True),
+    fields.note_unknown(_BACKEND_KEYS[kind])
+    match kind:
+        case "udp":
+            port = fields.integer("Port", PORTS)
+            return UdpBackend(
+                port=UdpBackend().port if port is None else port,
+                mtu=fields.integer("MTU", UNDERLAY_MTUS, zero_is_unset=True),
+                log_level=_log_level(fields),
+                datapath=_datapath_keys(fields),
+            )
+        case "vxlan":
+            vni = fields.integer("VNI", VNIS)
+            return VxlanBackend(
+                vni=VxlanBackend().vni if vni is None else vni,
+                port=fields.integer("Port", PORTS, zero_is_unset=True) or VxlanBackend().port,
+                gbp=fields.boolean("GBP", default=False),
+                learning=fields.boolean("Learning", default=False),
+                direct_routing=fields.boolean("DirectRouting", default=False),
+                mtu=fields.integer("MTU", UNDERLAY_MTUS, zero_is_unset=True),
+                userspace=fields.boolean("Userspace", default=False),
+                fallback=fields.choice("Fallback", {choice.value: choice for choice in Fallback})
+                or VxlanBackend().fallback,
+                log_level=_log_level(fields),
+                datapath=_datapath_keys(fields),
+            )
+        case "host-gw":
+            return HostGwBackend(_log_level(fields))
+        case _:
+            return AllocBackend(_log_level(fields))
+
+
+def _log_level(fields: _Fields) -> LogLevel | None:
+    return fields.choice("LogLevel", {level.name.lower(): level for level in LogLevel})
+
+
+def _datapath_keys(fields: _Fields) -> DatapathKeys:
+    return DatapathKeys(
         workers=fields.integer("Workers", WORKERS),
-        source_check=source_check or UdpBackend().source_check,
-        log_level=fields.choice("LogLevel", {level.name.lower(): level for level in LogLevel}),
+        source_check=fields.choice("SourceCheck", {choice.value: choice for choice in SourceCheck})
+        or DatapathKeys().source_check,
         offload=ALL_OFFLOADS & ~fields.offloads("OffloadDisabled"),
     )
 
 
-def _not_udp(kind: str) -> str:
-    built = ", ".join(BUILT_BACKENDS)
-    if kind in _PLANNED_BACKENDS:
-        return f"backend type {kind} is not built yet; built: {built}"
+def _not_built(kind: str) -> str:
+    built = ", ".join(_BACKEND_KEYS)
     if kind in _FLANNEL_BACKENDS:
         return f"backend type {kind} is flannel's alone; built: {built}"
     if not kind:
         return f'unknown backend type: "" (name one, or leave Backend out to get udp); built: {built}'
-    hint = did_you_mean(kind, BUILT_BACKENDS + _PLANNED_BACKENDS + _FLANNEL_BACKENDS)
+    hint = did_you_mean(kind, (*_BACKEND_KEYS, *_FLANNEL_BACKENDS))
     return f"unknown backend type: {kind}{hint}" if hint else f"unknown backend type: {kind}; built: {built}"
 
 

@@ -1,7 +1,7 @@
 """The control plane: its stages, signals and end.  The only owner of lifecycle.
 
-    lock the run directory -> config -> underlay interface -> tunnel (adopted, or queues and socket) -> lease
-    -> peer table -> datapath -> kernel state -> subnet.env -> ready -> follow leases, repair, serve status
+    lock the run directory -> config -> underlay interface -> backend -> what forwards (adopted, or device and socket)
+    -> lease -> peers, datapath, kernel state -> subnet.env -> ready -> follow leases, repair, serve status
 
 What is undone at the end is undone in reverse by one AsyncExitStack.  The datapath, its device and routes and the
 lease are not: they are left behind for the next daemon, and `udptun cleanup` removes them.
@@ -20,44 +20,38 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, fields, replace
 from http import HTTPStatus
-from ipaddress import IPv4Network
 from pathlib import Path
 
-from udptun import __version__, notify, reconcile, state, status, subnet_env, underlay
+from udptun import __version__, notify, state, status, subnet_env, underlay
 from udptun.allocate import Identity, chooser
-from udptun.backends import udp
-from udptun.backends.base import DesiredState
+from udptun.backends.base import Backend, Live
+from udptun.backends.choice import choose
 from udptun.config import (
-    TOP_KEYS,
+    DatapathKeys,
     LogLevel,
     NetConf,
-    SourceCheck,
+    UdpBackend,
+    VxlanBackend,
     check_underlay,
     default_workers,
+    keys_that_need_a_restart,
     mtu_for,
     parse_net_conf,
 )
-from udptun.datapath.stats import PEER_COUNTERS
-from udptun.datapath.table import Remote, Settings
-from udptun.datapath.tunnel import Tunnel
 from udptun.errors import ConfigError, KernelError, UdptunError
+from udptun.forwarding import Forwarding
 from udptun.http import Response, Routes, serve
-from udptun.lease import EventType, Lease, LeaseAttrs, LeaseEvent
+from udptun.lease import LeaseAttrs, LeaseEvent
 from udptun.membership import Membership
 from udptun.netlink import Netlink
-from udptun.netstate import ROUTE_PROTOCOL
-from udptun.offload import Offload, corrupted_by
-from udptun.offload import names as offload_names
+from udptun.offload import corrupted_by
 from udptun.options import Options, StoreKind
-from udptun.reconcile import Reconciler
 from udptun.stores.base import Store
 from udptun.stores.file import FileStore
 from udptun.stores.local import LocalStore
-from udptun.tun import TUN_NAME
 from udptun.underlay import Underlay, Wish
 
 log = logging.getLogger(__name__)
@@ -121,17 +115,6 @@ def lock_run_dir(run_dir: Path) -> int:
     return fd
 
 
-@dataclass(frozen=True, slots=True)
-class _Live:
-    """What SIGHUP can change.  `mtu` is flannel0's, bytes."""
-
-    mtu: int
-    workers: int
-    source_check: SourceCheck
-    log_level: LogLevel | None
-    offload: Offload
-
-
 class Daemon:
     """One run of the control plane."""
 
@@ -143,13 +126,10 @@ class Daemon:
         # Set by the stages of _serve, in this order.
         self._conf: NetConf
         self._underlay: Underlay
-        self._is_fresh: bool
-        """Whether the kernel had nothing of ours when we came."""
-        self._live: _Live
+        self._backend: Backend
         self._me: Identity
         self._membership: Membership
-        self._tunnel: Tunnel
-        self._reconciler: Reconciler
+        self._forwarding: Forwarding
 
     async def run(self) -> None:
         """Serve until a signal says stop.  Raises what ended it otherwise."""
@@ -172,7 +152,7 @@ class Daemon:
                 # A task group wraps the one failure that ended it.
                 raise _first(group) from group
         if self._is_ready:
-            log.info("stopped; the tunnel forwards on without the daemon, `udptun cleanup` ends and removes it")
+            log.info("stopped; packets are carried on without the daemon, `udptun cleanup` ends and removes it all")
 
     # ------------------------------------------------------------------------------------------------- stages
 
@@ -187,41 +167,39 @@ class Daemon:
             self._conf = await self._read_config(store)
             self._underlay = await self._pick_underlay()
             check_underlay(self._conf, self._underlay.address)
-            self._live = self._live_settings(self._conf)
-            _set_log_level(options, self._live.log_level)
+            _set_log_level(options, self._conf.backend.log_level)
+            self._backend = choose(self._conf.backend)
+            live = self._live_settings(self._conf)
             self._me = Identity(self._underlay.public_ip, self._conf.backend.port, state.node_id(options.state_dir))
+            attrs = self._backend.attrs(self._underlay, self._me.node_id)
             self._membership = Membership(
                 store,
                 self._conf,
                 self._me,
                 options.state_dir,
                 60.0 * options.subnet_lease_renew_margin,
+                self._backend.refusal,
                 self._peers_changed,
             )
-            self._tunnel = await Tunnel.open(
-                options.run_dir,
-                self._underlay.address,
-                self._conf.backend.port,
-                self._live.workers,
-                self._live.offload,
+            self._forwarding = await Forwarding.open(
+                self._backend, self._conf.network, self._underlay, live, options.run_dir
             )
-            undo.callback(self._tunnel.detach)
+            undo.callback(self._forwarding.detach)
             undo.push_async_exit(self._undo_failed_start)
-            await self._join()
-            await self._start_forwarding()
+            await self._join(attrs)
+            await self._forwarding.start(self._membership.own.subnet, self._membership.table.peers.values())
             self._write_subnet_env()
             self._is_ready = True
             self._notify(notify.READY)
             log.info(
                 "ready subnet=%s mtu=%d n_peers=%d",
                 self._membership.own.subnet,
-                self._live.mtu,
+                self._forwarding.live.mtu,
                 len(self._membership.table.peers),
             )
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._membership.run(), name="membership")
-                tasks.create_task(self._reconciler.run(), name="reconcile")
-                tasks.create_task(self._tunnel.datapath.supervise(), name="supervise datapath")
+                tasks.create_task(self._forwarding.run(), name="forwarding")
                 tasks.create_task(self._reload_on_signal(store), name="reload")
 
     def _make_directories(self) -> None:
@@ -256,9 +234,6 @@ class Daemon:
                     reach = await kernel.route_get(wish.can_reach)
             links, routes = await kernel.links(), await kernel.routes()
             found = underlay.pick(wish, links, await kernel.addresses(), routes, reach)
-        self._is_fresh = all(link.name != TUN_NAME for link in links) and all(
-            route.protocol != ROUTE_PROTOCOL for route in routes
-        )
         log.info(
             "underlay chosen iface=%s address=%s public_ip=%s mtu=%d",
             found.link_name,
@@ -268,67 +243,43 @@ class Daemon:
         )
         return found
 
-    def _live_settings(self, conf: NetConf) -> _Live:
+    def _live_settings(self, conf: NetConf) -> Live:
         """A flag says it for this host, the configuration for all, the interface when nobody does."""
         options, backend = self._options, conf.backend
-        return _Live(
-            mtu_for(options.mtu or backend.mtu or self._underlay.mtu),
-            options.workers or backend.workers or default_workers(len(os.sched_getaffinity(0))),
-            options.source_check or backend.source_check,
-            backend.log_level,
-            backend.offload & ~corrupted_by(platform.release()),
+        keys = backend.datapath if isinstance(backend, UdpBackend | VxlanBackend) else DatapathKeys()
+        return Live(
+            mtu_for(options.mtu or backend.mtu or self._underlay.mtu, self._backend.overhead),
+            options.workers or keys.workers or default_workers(len(os.sched_getaffinity(0))),
+            options.source_check or keys.source_check,
+            keys.offload & ~corrupted_by(platform.release()),
         )
 
-    async def _join(self) -> None:
-        """Get our lease, now that device and socket are sure."""
-        conf = self._conf
+    async def _join(self, attrs: LeaseAttrs) -> None:
+        """Get our lease, now that device and socket are sure, and know the peers."""
         previous, wrong = subnet_env.read_previous(self._options.subnet_file)
         if wrong:
             log.warning("previous subnet ignored: %s", wrong)
-        attrs = LeaseAttrs(
-            self._underlay.public_ip,
-            backend_type="udp",
-            backend_data={"Port": conf.backend.port, "NodeID": self._me.node_id, "Udptun": 1},
-        )
-        await self._membership.join(attrs, chooser(conf, self._me, previous, random.SystemRandom()))
-        self._tunnel.configure(self._settings())
-        if not self._tunnel.is_adopted:
+        await self._membership.join(attrs, chooser(self._conf, self._me, previous, random.SystemRandom()))
+        if not self._forwarding.is_adopted:
             # An adopted datapath has a table that is younger than the one on disk.
             await self._membership.recall()
         await self._membership.catch_up()
-        self._tunnel.set_peers(self._remotes(self._membership.table.peers.values()))
-        await self._tunnel.publish()
-
-    async def _start_forwarding(self) -> None:
-        await self._tunnel.start()
-        self._tunnel.set_offload(self._live.offload)
-        self._reconciler = Reconciler(self._desired(), self._tunnel.tun)
-        outcome = await self._reconciler.converge()
-        if outcome.failures:
-            raise UdptunError(f"cannot set up {TUN_NAME}: {'; '.join(outcome.failures)}")
 
     async def _undo_failed_start(self, *_exc: object) -> None:
-        """A start that failed leaves nothing behind that it made.
-
-        An adopted tunnel forwards on, and what an earlier run left goes on to keep packets from leaking.
-        """
-        if self._is_ready or self._tunnel.is_adopted:
+        """A start that failed leaves nothing behind that it made."""
+        if self._is_ready:
             return
         try:
-            await self._tunnel.datapath.stop()
-            if self._is_fresh:
-                await reconcile.remove([TUN_NAME])
-            await self._membership.leave_if_new()
+            await self._forwarding.undo_failed_start()
+            if not self._forwarding.is_adopted:
+                await self._membership.leave_if_new()
         except UdptunError as exc:
             log.error("the failed start is not undone, `udptun cleanup --release` does it error=%r", str(exc))
 
     # ---------------------------------------------------------------------------------------- while it runs
 
     async def _peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        """Apply to the datapath what changed among the usable peers."""
-        self._tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
-        self._tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
-        await self._tunnel.publish()
+        await self._forwarding.peers_changed(events)
 
     async def _reload_on_signal(self, store: Store) -> None:
         while True:
@@ -345,63 +296,26 @@ class Daemon:
                 await self._apply_config(conf, live)
             self._notify(notify.READY)
 
-    async def _apply_config(self, conf: NetConf, live: _Live) -> None:
+    async def _apply_config(self, conf: NetConf, live: Live) -> None:
         """Change what can change while packets flow; name what cannot."""
-        for key in _needs_restart(self._conf, conf):
+        for key in keys_that_need_a_restart(self._conf, conf):
             log.warning("config changed, takes effect with the next start key=%s", key)
-        _set_log_level(self._options, live.log_level)
-        before, self._live = self._live, live
-        if live.workers != before.workers:
-            try:
-                await self._tunnel.rebind(self._underlay.address, self._conf.backend.port, live.workers)
-            except UdptunError as exc:
-                self._live = replace(live, workers=before.workers)
-                _log_problems(f"not reloaded, the workers stay {before.workers}: ", exc)
-        if live.offload != before.offload:
-            self._tunnel.set_offload(live.offload)
-        if (live.mtu, live.source_check, live.offload) != (before.mtu, before.source_check, before.offload):
-            self._tunnel.configure(self._settings())
-            self._tunnel.add_peers(self._remotes(self._membership.table.peers.values()))
-            await self._tunnel.publish()
+        _set_log_level(self._options, conf.backend.log_level)
+        before = self._forwarding.live
+        await self._forwarding.apply(live)
+        live = self._forwarding.live
         if live.mtu != before.mtu:
-            self._reconciler.set_desired(self._desired())
             try:
                 self._write_subnet_env()
             except UdptunError as exc:
                 _log_problems("pods do not learn of the new MTU: ", exc)
-        log.info(
-            "config reloaded mtu=%d workers=%d source_check=%s",
-            self._live.mtu,
-            self._live.workers,
-            self._live.source_check.value,
-        )
+        log.info("config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value)
 
     # ------------------------------------------------------------------------------------------------- values
 
-    def _settings(self) -> Settings:
-        return Settings(
-            self._conf.network,
-            self._membership.own.subnet,
-            self._underlay.address,
-            self._live.mtu,
-            self._live.source_check,
-            self._live.offload,
-        )
-
-    def _desired(self) -> DesiredState:
-        return udp.desired(self._conf.network, self._membership.own.subnet, self._live.mtu, TUN_NAME)
-
-    def _remotes(self, leases: Iterable[Lease]) -> dict[IPv4Network, Remote]:
-        """Where the peers with these leases are."""
-        port = self._conf.backend.port
-        return {
-            lease.subnet: Remote(lease.attrs.public_ip, lease.attrs.port(port), lease.attrs.is_udptun)
-            for lease in leases
-        }
-
     def _write_subnet_env(self) -> None:
         subnets = self._membership.own.subnets
-        text = subnet_env.render(self._conf, subnets, self._live.mtu, self._options.ip_masq)
+        text = subnet_env.render(self._conf, subnets, self._forwarding.live.mtu, self._options.ip_masq)
         subnet_env.write(self._options.subnet_file, text)
 
     def _notify(self, message: str) -> None:
@@ -428,23 +342,8 @@ class Daemon:
 
     def _document(self) -> dict[str, object]:
         """What docs/status.md describes."""
-        own, table, stats = self._membership.own, self._tunnel.table, self._tunnel.stats
-        port = self._conf.backend.port
+        own = self._membership.own
         leases = sorted(self._membership.table.peers.values(), key=lambda lease: int(lease.subnet.network_address))
-        counts = stats.peers([table.index_of(lease.subnet) for lease in leases], self._live.workers)
-        peers = [
-            {
-                "subnet": str(lease.subnet),
-                "public_ip": str(lease.attrs.public_ip),
-                "port": lease.attrs.port(port),
-                "udptun": lease.attrs.is_udptun,
-                "expires_at": lease.expires_s,
-                **dict(zip(PEER_COUNTERS, count, strict=True)),
-            }
-            for lease, count in zip(leases, counts, strict=True)
-        ]
-        active = self._tunnel.datapath.active
-        standbys = [process.pid for process in self._tunnel.datapath.standbys]
         return {
             "schema": status.SCHEMA,
             "version": __version__,
@@ -455,7 +354,7 @@ class Daemon:
             "lease": {
                 "subnet": str(own.subnet),
                 "public_ip": str(own.attrs.public_ip),
-                "port": port,
+                "port": self._me.port,
                 "node_id": self._me.node_id,
                 "expires_at": own.expires_s,
             },
@@ -464,32 +363,10 @@ class Daemon:
                 "address": str(self._underlay.address),
                 "mtu": self._underlay.mtu,
             },
-            "backend": {
-                "type": "udp",
-                "device": TUN_NAME,
-                "mtu": self._live.mtu,
-                "source_check": self._live.source_check.value,
-                "offloads": offload_names(self._tunnel.granted_offload & ~stats.refused(self._live.workers)),
-            },
-            "datapath": {
-                "pid": active.pid if active else None,
-                "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
-                "standby_pids": standbys,
-                "workers": [worker.name.lower() for worker in stats.states(self._live.workers)],
-            },
-            "peers": peers,
+            **self._forwarding.document(leases),
             "skipped": list(self._membership.skipped),
-            "counters": stats.counters(),
-            "problems": [*self._membership.problems, *self._reconciler.last.problems],
+            "problems": [*self._membership.problems, *self._forwarding.problems()],
         }
-
-
-def _needs_restart(old: NetConf, new: NetConf) -> list[str]:
-    """The keys of net-conf.json that differ and that SIGHUP does not change."""
-    key_of = {key.lower(): key for key in TOP_KEYS}
-    names = [field.name for field in fields(NetConf) if field.name not in ("backend", "notes")]
-    changed = [key_of[name.replace("_", "")] for name in names if getattr(old, name) != getattr(new, name)]
-    return changed + (["Backend.Port"] if old.backend.port != new.backend.port else [])
 
 
 def _log_problems(prefix: str, exc: UdptunError) -> None:

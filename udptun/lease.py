@@ -189,13 +189,21 @@ class LeaseTable:
     place; the first of two overlapping leases keeps the ground until it goes, and `own_subnet` is nobody else's.
     An update costs what it touches, not what the table holds.
 
-    `is_own` must depend on nothing but the lease's subnets and attrs.
+    `is_own` and `refusal` (why the backend has no use for a valid lease) must depend on nothing but the lease's subnets
+    and attrs.
     """
 
-    def __init__(self, network: IPv4Network, own_subnet: IPv4Network, is_own: Callable[[Lease], bool]) -> None:
+    def __init__(
+        self,
+        network: IPv4Network,
+        own_subnet: IPv4Network,
+        is_own: Callable[[Lease], bool],
+        refusal: Callable[[Lease], str | None],
+    ) -> None:
         self._network = network
         self._own_subnet = own_subnet
         self._is_own = is_own
+        self._refusal = refusal
         self._known: dict[str, Lease] = {}
         self._used: dict[str, Lease] = {}
         self._ground = _Ground()
@@ -239,7 +247,7 @@ class LeaseTable:
     def _unusable(self, lease: Lease) -> str | None:
         if lease.subnet.overlaps(self._own_subnet):
             return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
-        return validate(lease, self._network)
+        return validate(lease, self._network) or self._refusal(lease)
 
     def _settle(self, touched: Iterable[str]) -> list[LeaseEvent]:
         """Bring the usable set in line with what is known of the keys `touched`; return the difference."""

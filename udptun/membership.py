@@ -46,7 +46,8 @@ PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
 class Membership:
     """Holds `own`, our lease, and (from `join` on) `table`, the peers; tells `on_change` what to do about the latter.
 
-    `margin_s`: renew so long before the lease expires.  The store stays the caller's.
+    `margin_s`: renew so long before the lease expires.  `refusal` is the backend's: why a lease is no peer of it.  The
+    store stays the caller's.
     """
 
     table: LeaseTable
@@ -58,6 +59,7 @@ class Membership:
         me: Identity,
         state_dir: Path,
         margin_s: float,
+        refusal: Callable[[Lease], str | None],
         on_change: PeersChanged,
     ) -> None:
         self._store = store
@@ -65,6 +67,7 @@ class Membership:
         self._me = me
         self._state_dir = state_dir
         self._margin_s = margin_s
+        self._refusal = refusal
         self._on_change = on_change
         self._own: Lease | None = None
         self._is_lost = False
@@ -111,11 +114,11 @@ class Membership:
         self._claim = asyncio.create_task(self._store.claim(attrs, choose_and_remember), name="claim lease")
         # Shielded: a claim that is cancelled may happen all the same, and then `leave_if_new` has to know of it.
         self._own = own = await asyncio.shield(self._claim)
-        self.table = LeaseTable(self._conf.network, own.subnet, self._is_own)
+        self.table = LeaseTable(self._conf.network, own.subnet, self._is_own, self._refusal)
         for lease in seen:
-            if self._me.owns(lease, self._conf.backend.port) and not self._is_ours(lease):
+            if self._me.owns(lease) and not self._is_ours(lease):
                 log.warning(
-                    "the lease of another node with our public_ip=%s and port=%d is ours now subnet=%s "
+                    "the lease of another node with our public_ip=%s and port=%s is ours now subnet=%s "
                     "its_node_id=%s our_node_id=%s; if that node is alive, give one of the two a --public-ip or a "
                     "Backend.Port of its own",
                     self._me.public_ip,
@@ -167,11 +170,11 @@ class Membership:
             await self._store.release(self._claim.result())
 
     def _is_own(self, lease: Lease) -> bool:
-        return lease.subnets == self.own.subnets or self._me.owns(lease, self._conf.backend.port)
+        return lease.subnets == self.own.subnets or self._me.owns(lease)
 
     def _is_ours(self, lease: Lease) -> bool:
         """Whether no other node can have written the lease; flannel's have no NodeID."""
-        return self._me.owns(lease, self._conf.backend.port) and lease.attrs.node_id in (None, self._me.node_id)
+        return self._me.owns(lease) and lease.attrs.node_id in (None, self._me.node_id)
 
     async def _follow(self) -> None:
         wait_s, longest_s = _RECONNECT_S

@@ -5,6 +5,7 @@ IPv4 for now; the types take both families.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -15,6 +16,9 @@ IPNetwork = IPv4Network | IPv6Network
 ROUTE_PROTOCOL = 158
 """Marks our routes (rtm_protocol).  Values above RTPROT_STATIC are for routing daemons to choose; those of
 include/uapi/linux/rtnetlink.h, of iproute2's rt_protos and of FRR (186..198) leave this one free."""
+
+DEVICE_NAME = re.compile(r"flannel(0|\.\d+)")
+"""The names of the devices that our backends make, and flannel's."""
 
 MAIN_TABLE = 254
 

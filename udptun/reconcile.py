@@ -21,7 +21,7 @@ from typing import Protocol
 from udptun.backends.base import DesiredAddress, DesiredLink, DesiredState, Sysctl
 from udptun.errors import KernelError
 from udptun.netlink import Netlink, Notice, NoticeKind, watch
-from udptun.netstate import ROUTE_PROTOCOL, Address, Link, Route, RouteType
+from udptun.netstate import DEVICE_NAME, ROUTE_PROTOCOL, Address, Link, Route, RouteType
 
 log = logging.getLogger(__name__)
 
@@ -262,8 +262,8 @@ class Reconciler:
     All methods belong to one event loop, whose thread stays in the network namespace that is looked after.
     """
 
-    def __init__(self, desired: DesiredState, device: Device) -> None:
-        """`device` stays the caller's; it is asked and revived, never closed."""
+    def __init__(self, desired: DesiredState, device: Device | None) -> None:
+        """`device` stays the caller's; it is asked and revived, never closed.  None: the kernel has all."""
         self._desired = desired
         self._device = device
         self._wake = asyncio.Event()
@@ -366,7 +366,7 @@ class Reconciler:
             self._foreign = tuple(r for r in routes if r.dst in prefixes and r.protocol != ROUTE_PROTOCOL)
         return ActualState(
             links,
-            frozenset([self._device.name] if self._device.is_attached() else []),
+            frozenset([self._device.name] if self._device is not None and self._device.is_attached() else []),
             tuple(addresses),
             tuple(await kernel.routes(ROUTE_PROTOCOL)),
             self._foreign,
@@ -400,6 +400,7 @@ class Reconciler:
     async def _apply_one(self, kernel: Netlink, change: Change) -> None:
         match change:
             case ReviveDevice():
+                assert self._device is not None
                 self._device.reattach()
             case SetSysctl(sysctl):
                 _write_sysctl(sysctl)
@@ -426,27 +427,42 @@ class Reconciler:
         self.last = outcome
 
 
-async def remove(link_names: Iterable[str]) -> list[str]:
-    """Take out everything of ours: the devices of these names, and every route with our mark.
+async def is_anything_ours() -> bool:
+    """Whether the kernel has a device or a route with our mark.  Raises KernelError."""
+    async with Netlink() as kernel:
+        return any(map(_is_ours, await kernel.links())) or bool(await kernel.routes(ROUTE_PROTOCOL))
 
-    Returns a line for each thing removed, and for each device left alone because it is not ours.  Removing
-    nothing is no error.  Raises KernelError when the kernel refuses.
+
+async def remove() -> list[str]:
+    """Take out everything of ours: every device and every route with our mark.
+
+    Returns a line for each thing removed, and for each device left alone because it only has a name like ours.
+    Removing nothing is no error.  Raises KernelError when the kernel refuses.
     """
     lines: list[str] = []
     async with Netlink() as kernel:
-        for name in link_names:
-            link = await kernel.link(name)
-            if link is None:
-                continue
-            if link.tun is None or link.tun.is_tap or not (link.tun.is_multi_queue and link.tun.is_persistent):
-                lines.append(f"left {name} alone: it is not a device of udptun")
-                continue
-            await kernel.delete_link(link.index)
-            lines.append(f"deleted link {name}")
+        for link in await kernel.links():
+            if _is_ours(link):
+                await kernel.delete_link(link.index)
+                lines.append(f"deleted link {link.name}")
+            elif DEVICE_NAME.fullmatch(link.name):
+                lines.append(f"left {link.name} alone: it is not a device of udptun")
         for route in await kernel.routes(ROUTE_PROTOCOL):
             await kernel.delete_route(route)
             lines.append(f"deleted route {describe(route)}")
     return lines
+
+
+def _is_ours(link: Link) -> bool:
+    """Whether we have made the device; nobody else makes a TUN device of these flags under such a name."""
+    tun = link.tun
+    return (
+        DEVICE_NAME.fullmatch(link.name) is not None
+        and tun is not None
+        and not tun.is_tap
+        and tun.is_multi_queue
+        and tun.is_persistent
+    )
 
 
 def _read_sysctl(path: str) -> str | None:

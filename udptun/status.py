@@ -59,15 +59,21 @@ def fetch(run_dir: Path) -> str:
 def render(document: Document, now_s: float) -> str:
     """The document for people.  `now_s` (Unix seconds) turns times of expiry into what is left."""
     lease, underlay, backend, datapath = (document[key] for key in ("lease", "underlay", "backend", "datapath"))
+    port = "" if lease["port"] is None else f":{lease['port']}"
+    source_check = f", source check {backend['source_check']}" if "source_check" in backend else ""
     lines = [
         f"lease      {lease['subnet']} of {document['network']}, {_left(lease['expires_at'], now_s)}",
         f"store      {document['store']}",
         f"underlay   {underlay['interface']} {underlay['address']} mtu {underlay['mtu']}, "
-        f"public {lease['public_ip']}:{lease['port']}",
-        f"tunnel     {backend['device']} {backend['type']} mtu {backend['mtu']}, "
-        f"source check {backend['source_check']}",
-        f"datapath   pid {datapath['pid'] or 'none'}, up {_duration(datapath['uptime_s'] or 0)}, "
-        f"standby {', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}",
+        f"public {lease['public_ip']}{port}",
+        f"backend    {backend['type']} {backend['device'] or 'no device'} mtu {backend['mtu']}{source_check}",
+    ]
+    if datapath is not None:
+        lines.append(
+            f"datapath   pid {datapath['pid'] or 'none'}, up {_duration(datapath['uptime_s'] or 0)}, standby "
+            f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
+        )
+    lines += [
         f"daemon     pid {document['pid']}, up {_duration(document['uptime_s'])}, version {document['version']}",
         "",
     ]
@@ -77,9 +83,9 @@ def render(document: Document, now_s: float) -> str:
             [
                 peer["subnet"],
                 peer["public_ip"],
-                str(peer["port"]),
+                str(peer["port"] or "-"),
                 "yes" if peer["udptun"] else "no",
-                *(str(peer[key]) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
+                *(str(peer.get(key, "-")) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
             ]
             for peer in document["peers"]
         ],

@@ -24,10 +24,6 @@ from udptun._kabi import lib
 from udptun.errors import KernelError
 from udptun.offload import ALL, OF_DEVICE, Offload
 
-TUN_NAME = "flannel0"
-"""Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
-route to Network stays on the first, where nobody reads, and traffic is lost in silence."""
-
 _FLAGS = lib.IFF_TUN | lib.IFF_NO_PI | lib.IFF_MULTI_QUEUE
 # include/uapi/linux/sockios.h, if.h and ethtool.h; the same on every architecture.
 _SIOCETHTOOL, _SIOCGIFFLAGS, _IFF_UP = 0x8946, 0x8913, 1
@@ -56,6 +52,10 @@ class Tun:
         self.supported = ALL & ~_find_refused(name, fds[0])
         """What the device can do, beside all that is none of its business."""
         self._offload = Offload(0)
+
+    def device(self) -> str | None:
+        """The name that the device of the first queue has now; None when it is gone."""
+        return _device_of(self.fds[0])
 
     def is_attached(self) -> bool:
         """Whether every queue still belongs to the device of this name."""

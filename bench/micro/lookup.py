@@ -19,8 +19,9 @@ from bench.session import whole_number
 from bench.summary import Spread, table
 from udptun._fastpath import TableReader
 from udptun.config import SourceCheck
+from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import Stats
-from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.datapath.table import TableWriter
 from udptun.errors import DatapathError
 
 N_LEASES = (1, 1_000, 65_534)
@@ -49,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repeats = parser.parse_args(arguments).repeats
     cases = {n: make(n) for n in N_LEASES}
     figures = measure(cases, repeats)
-    rows = [
-        [f"{n:,}", *(f"{of.median:.2f} ({of.low:.2f} to {of.high:.2f})" for of in figures[n])] for n in N_LEASES
-    ]
+    rows = [[f"{n:,}", *(f"{of.median:.2f} ({of.low:.2f} to {of.high:.2f})" for of in figures[n])] for n in N_LEASES]
     print(f"ns per lookup, median (least to greatest) of {repeats} x {N_ADDRESSES:,} lookups")
     print("\n".join(table(["leases", "of one lease", "of all, at random"], rows)))
 

@@ -24,8 +24,9 @@ from bench.session import whole_number
 from bench.summary import Spread, table
 from udptun._fastpath import Worker
 from udptun.config import SourceCheck
+from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import Stats
-from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.datapath.table import TableWriter
 
 _OURS, _PEER = IPv4Network("10.1.1.0/24"), IPv4Network("10.1.2.0/24")
 _HERE, _THERE = "127.0.0.1", "127.0.0.2"
@@ -62,9 +63,7 @@ def cases() -> list[Case]:
                 Case(f"{way} UDP {size}, {n} at once", is_encap, (header + _udp(source, to, size),) * n, n)
                 for size in (64, _MTU - 28)
             ]
-        segments = tuple(
-            header + _tcp(source, to, _MSS, seq=i * _MSS, is_whole=True) for i in range(_SEGMENTS)
-        )
+        segments = tuple(header + _tcp(source, to, _MSS, seq=i * _MSS, is_whole=True) for i in range(_SEGMENTS))
         found.append(Case(f"{way} TCP, {_SEGMENTS} segments at once", is_encap, segments, _SEGMENTS))
     large = _SUPER + _tcp(_OURS[2], _PEER[2], _SEGMENTS * _MSS, seq=0, is_whole=False)
     return [*found, Case(f"encap TCP, one super-packet of {_SEGMENTS} segments", True, (large,), _SEGMENTS)]

@@ -393,7 +393,7 @@ class FastDatapath:
 
     def _publish(self) -> None:
         from udptun.config import SourceCheck
-        from udptun.datapath import table as shared
+        from udptun.datapath import settings as shared
         from udptun.offload import ALL, Offload
 
         table = self.table
@@ -475,9 +475,7 @@ def _messages(datagrams: Sequence[tuple[bytes, str]], *, is_in_trains: bool) -> 
     return [Message(payload, source) for payload, source in datagrams]
 
 
-def _another_overlay(
-    table: Table, network: str, own_subnet: str, leases: Sequence[tuple[str, Peer]]
-) -> Table:
+def _another_overlay(table: Table, network: str, own_subnet: str, leases: Sequence[tuple[str, Peer]]) -> Table:
     own = IPv4Network(own_subnet)
     return replace(
         table,

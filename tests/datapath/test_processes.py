@@ -1,7 +1,7 @@
 """The datapath's processes: one works, one waits for its death, and whoever comes next finds both.
 
-    this process (control plane) --- run_dir/datapath-*.sock --- active, standby
-    socketpair (as the TUN)                                      UDP socket on 127.0.0.1, peer on 127.0.0.2
+this process (control plane) --- run_dir/datapath-*.sock --- active, standby
+socketpair (as the TUN)                                      UDP socket on 127.0.0.1, peer on 127.0.0.2
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from udptun import _fastpath
 from udptun.config import SourceCheck
 from udptun.datapath import client, worker
 from udptun.datapath.client import Datapath, Descriptors
+from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import Stats
-from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.datapath.table import TableWriter
 
 OWN = IPv4Network("10.244.1.0/24")
 PEER = IPv4Network("10.244.2.0/24")

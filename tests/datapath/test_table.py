@@ -15,8 +15,9 @@ import pytest
 
 from udptun._fastpath import LAYOUT, TableReader
 from udptun.config import SourceCheck
+from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import Stats
-from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.datapath.table import TableWriter
 from udptun.errors import DatapathError
 
 NETWORK = IPv4Network("10.0.0.0/8")

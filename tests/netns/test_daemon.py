@@ -129,7 +129,7 @@ def test_daemon_ends_with_0_within_a_second_and_the_tunnel_stays(host: Host, num
     assert len(datapath_pids(host)) == 2
     assert "state UNKNOWN" in host.run(["ip", "link", "show", "up", "dev", "flannel0"]).stdout
     assert messages(host.daemon_log(), "I")[-1] == (
-        "stopped; the tunnel forwards on without the daemon, `udptun cleanup` ends and removes it"
+        "stopped; packets are carried on without the daemon, `udptun cleanup` ends and removes it all"
     )
 
 

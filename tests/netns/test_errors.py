@@ -107,12 +107,8 @@ def start_with_config(directory: Path, conf: str | None) -> subprocess.Completed
         ("[]", ["{path}: not a configuration: a JSON object is needed, not an array"]),
         ("{}", ["{path}: Network: please define a correct Network parameter in the flannel config"]),
         (
-            '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}',
-            ["{path}: Backend.Type: backend type vxlan is not built yet; built: udp"],
-        ),
-        (
             '{"Network": "10.244.0.0/16", "Backend": {"Type": "wireguard"}}',
-            ["{path}: Backend.Type: backend type wireguard is flannel's alone; built: udp"],
+            ["{path}: Backend.Type: backend type wireguard is flannel's alone; built: udp, vxlan, host-gw, alloc"],
         ),
         (
             '{"Network": "10.244.0.0/16", "Backend": {"Type": "upd"}}',

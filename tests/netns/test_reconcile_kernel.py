@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,29 @@ import pytest
 from netns import Namespace, namespace, open_fds, requires_netns, seconds_until
 
 from udptun import netlink
-from udptun.backends import udp
-from udptun.backends.base import DesiredState
+from udptun.backends.base import DesiredState, Live, Situation
+from udptun.backends.udp import TUN_NAME, Udp
+from udptun.config import SourceCheck
 from udptun.errors import KernelError
 from udptun.netstate import ROUTE_PROTOCOL
+from udptun.offload import ALL
 from udptun.reconcile import Outcome, Reconciler, remove
-from udptun.tun import TUN_NAME, VNET_HDR_LEN, Tun, open_queues
+from udptun.tun import VNET_HDR_LEN, Tun, open_queues
+from udptun.underlay import Underlay
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
 NETWORK = IPv4Network("10.244.0.0/16")
 SUBNET = IPv4Network("10.244.3.0/24")
-WANTED = udp.desired(NETWORK, SUBNET, 1472, TUN_NAME)
+
+
+def udp(network: IPv4Network, subnet: IPv4Network, mtu: int) -> DesiredState:
+    underlay = Underlay("v0", 1, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
+    live = Live(mtu, 1, SourceCheck.PEER, ALL)
+    return Udp(8285).desired(Situation(network, underlay, subnet, live))
+
+
+WANTED = udp(NETWORK, SUBNET, 1472)
 REPAIR_LIMIT_S = 1.0
 IP_RECVERR = 11
 ACCEPT_LOCAL = Path(f"/proc/sys/net/ipv4/conf/{TUN_NAME}/accept_local")
@@ -155,9 +166,7 @@ def checksum(data: bytes) -> int:
 
 
 @pytest.mark.parametrize("source", ["10.244.3.0", "192.0.2.1"])
-def test_an_icmp_error_from_the_tunnel_address_reaches_the_local_sender(
-    ns: Namespace, tun: Tun, source: str
-) -> None:
+def test_an_icmp_error_from_the_tunnel_address_reaches_the_local_sender(ns: Namespace, tun: Tun, source: str) -> None:
     """Its source is an address of the host itself: a martian to the kernel, but for accept_local."""
     converge(ns, tun)
 
@@ -202,9 +211,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_repaired_within_the_limit(
-    running: Running, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damage_is_repaired_within_the_limit(running: Running, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     ns = running.ns
 
     def is_repaired() -> bool:
@@ -263,7 +270,7 @@ def test_changes_without_a_notice_are_found_by_the_timer(
 
 def test_a_new_mtu_and_subnet_replace_the_old_ones_while_running(running: Running) -> None:
     subnet = IPv4Network("10.244.7.0/24")
-    changed = udp.desired(NETWORK, subnet, 1300, TUN_NAME)
+    changed = udp(NETWORK, subnet, 1300)
     running.on_loop(lambda: running.reconciler.set_desired(changed))
     running.wait_until_wanted(subnet=subnet, mtu=1300)
 
@@ -271,7 +278,7 @@ def test_a_new_mtu_and_subnet_replace_the_old_ones_while_running(running: Runnin
 def test_nothing_of_an_old_network_is_left(ns: Namespace, tun: Tun) -> None:
     converge(ns, tun)
     network, subnet = IPv4Network("10.96.0.0/12"), IPv4Network("10.97.1.0/24")
-    outcome = converge(ns, tun, udp.desired(network, subnet, 1472, TUN_NAME))
+    outcome = converge(ns, tun, udp(network, subnet, 1472))
     assert outcome.problems == ()
     assert shape(ns)["routes"] == []
     assert shape(ns, network) == wanted_shape(subnet, 1472, network)
@@ -280,7 +287,7 @@ def test_nothing_of_an_old_network_is_left(ns: Namespace, tun: Tun) -> None:
 def test_the_route_is_there_throughout_a_change_of_address(ns: Namespace, tun: Tun) -> None:
     """Deleting a device's last address makes the kernel delete all its routes; the new one has to come first."""
     converge(ns, tun)
-    outcome = converge(ns, tun, udp.desired(NETWORK, IPv4Network("10.244.7.0/24"), 1472, TUN_NAME))
+    outcome = converge(ns, tun, udp(NETWORK, IPv4Network("10.244.7.0/24"), 1472))
     assert [str(c) for c in outcome.changes] == ["add address 10.244.7.0/32", "delete address 10.244.3.0/32"]
 
 
@@ -291,9 +298,7 @@ def test_the_route_is_there_throughout_a_change_of_address(ns: Namespace, tun: T
         (f"{NETWORK} dev v0 metric 50", "dev v0 metric 50 proto 3 is not ours; it takes over, in clear text, when"),
     ],
 )
-def test_a_foreign_route_to_the_network_is_reported_and_stays(
-    ns: Namespace, tun: Tun, foreign: str, says: str
-) -> None:
+def test_a_foreign_route_to_the_network_is_reported_and_stays(ns: Namespace, tun: Tun, foreign: str, says: str) -> None:
     ns.ip(f"route add {foreign}")
     before = ns.show("route show dev v0")
     outcome = converge(ns, tun)
@@ -303,9 +308,7 @@ def test_a_foreign_route_to_the_network_is_reported_and_stays(
     assert ("unreachable", str(NETWORK), None, 0xFFFFFFFF, str(ROUTE_PROTOCOL), "global") in shape(ns)["routes"]
 
 
-def test_our_route_is_added_once_a_foreign_one_gives_way(
-    running: Running, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_our_route_is_added_once_a_foreign_one_gives_way(running: Running, caplog: pytest.LogCaptureFixture) -> None:
     ns, reconciler = running.ns, running.reconciler
     ns.ip(f"route replace {NETWORK} via 192.0.2.7")
     seconds_until(lambda: reconciler.last.conflicts, REPAIR_LIMIT_S)
@@ -390,20 +393,20 @@ def test_remove_leaves_nothing_of_ours_and_everything_else(ns: Namespace) -> Non
     tun = ns.call(lambda: open_queues(TUN_NAME, 1))
     converge(ns, tun)
     assert everything() != clean
-    lines = ns.call_async(lambda: remove([TUN_NAME]))
+    lines = ns.call_async(lambda: remove())
     assert lines == [
         f"deleted link {TUN_NAME}",
         f"deleted route unreachable {NETWORK} metric 4294967295 proto {ROUTE_PROTOCOL}",
     ]
     assert everything() == clean
-    assert ns.call_async(lambda: remove([TUN_NAME])) == []
+    assert ns.call_async(lambda: remove()) == []
     tun.close()
 
 
 @pytest.mark.parametrize("command", [f"tuntap add {TUN_NAME} mode tun", f"link add {TUN_NAME} type bridge"])
 def test_remove_leaves_a_device_that_is_not_ours(ns: Namespace, command: str) -> None:
     ns.ip(command)
-    assert ns.call_async(lambda: remove([TUN_NAME])) == [f"left {TUN_NAME} alone: it is not a device of udptun"]
+    assert ns.call_async(lambda: remove()) == [f"left {TUN_NAME} alone: it is not a device of udptun"]
     assert ns.show(f"link show {TUN_NAME}")
 
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import pytest
 from netns import Namespace, namespace, open_fds, requires_netns
 
+from udptun.backends.udp import TUN_NAME
 from udptun.errors import KernelError
-from udptun.tun import TUN_NAME, VNET_HDR_LEN, Tun, open_queues
+from udptun.tun import VNET_HDR_LEN, Tun, open_queues
 
 pytestmark = [pytest.mark.netns, requires_netns]
 

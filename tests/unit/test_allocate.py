@@ -55,11 +55,15 @@ def test_own_lease_is_known_by_public_ip_and_port() -> None:
 
 
 def test_own_lease_without_a_port_has_the_configured_one() -> None:
-    config = conf('"Backend":{"Type":"udp","Port":9000}')
-    theirs = choose(config, [lease("10.244.7.0/24", "192.0.2.1")], me=Identity(ME.public_ip, 8285, "me"))
-    mine = choose(config, [lease("10.244.7.0/24", "192.0.2.1")], me=Identity(ME.public_ip, 9000, "me"))
-    assert theirs.subnets != subnets("10.244.7.0/24")
-    assert mine == Choice(subnets("10.244.7.0/24"))
+    flannels = lease("10.244.7.0/24", "192.0.2.1")
+    for port in (8285, 9000):
+        assert choose(conf(), [flannels], me=Identity(ME.public_ip, port, "me")).subnets == flannels.subnets
+
+
+def test_a_backend_without_a_port_owns_every_lease_of_its_public_ip() -> None:
+    """It may have had another backend in its last run."""
+    before = lease("10.244.7.0/24", "192.0.2.1", Port=9000, NodeID="other")
+    assert choose(conf(), [before], me=Identity(ME.public_ip, None, "me")).subnets == before.subnets
 
 
 def test_own_lease_is_reused_when_the_node_id_was_lost() -> None:
@@ -148,8 +152,10 @@ def test_last_free_subnet_is_found_between_leases_of_other_lengths() -> None:
 def test_exhaustion_says_how_many_leases_take_how_many_subnets() -> None:
     config = conf('"SubnetMin":"10.244.1.0","SubnetMax":"10.244.3.0"')
     taken = [lease(f"10.244.{n}.0/24", f"192.0.2.{n}") for n in range(1, 6) if n != 4]
+    outside = lease("10.245.0.0/16", "192.0.2.7")
+    stranger = Identity(IPv4Address("192.0.2.250"), 1, "x")
     with pytest.raises(SubnetExhaustedError) as caught:
-        choose(config, [*taken[:3], lease("10.245.0.0/16", "192.0.2.7"), *taken[3:]], me=Identity(ME.public_ip, 1, "x"))
+        choose(config, [*taken[:3], outside, *taken[3:]], me=stranger)
     assert str(caught.value).startswith(
         "out of subnets: 3 leases take all 3 subnets between 10.244.1.0 and 10.244.3.0 (/24);"
     )

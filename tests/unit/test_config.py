@@ -10,12 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udptun.config import (
+    UDP_OVERHEAD,
+    AllocBackend,
+    BackendConf,
+    DatapathKeys,
+    Fallback,
+    HostGwBackend,
     LogLevel,
     NetConf,
     SourceCheck,
     UdpBackend,
+    VxlanBackend,
     check_underlay,
     default_workers,
+    keys_that_need_a_restart,
     mtu_for,
     parse_net_conf,
 )
@@ -48,7 +56,7 @@ def test_config_gets_flannels_defaults_when_only_a_lower_case_network_is_given()
         ipv6_subnet_min=None,
         ipv6_subnet_max=None,
         ipv6_subnet_len=None,
-        backend=UdpBackend(port=8285, mtu=None, workers=None, source_check=SourceCheck.PEER),
+        backend=UdpBackend(port=8285, mtu=None, datapath=DatapathKeys(None, SourceCheck.PEER)),
         notes=(),
     )
 
@@ -65,7 +73,8 @@ def test_config_takes_overrides_of_the_ipv4_range() -> None:
 def test_config_takes_words_in_any_letter_case() -> None:
     text = '{"Network":"10.3.0.0/16","Backend":{"Type":"UDP","SourceCheck":"OFF","logLevel":"Warning"}}'
     backend = parse(text).backend
-    assert (backend.source_check, backend.log_level) == (SourceCheck.OFF, LogLevel.WARNING)
+    assert isinstance(backend, UdpBackend)
+    assert (backend.datapath.source_check, backend.log_level) == (SourceCheck.OFF, LogLevel.WARNING)
 
 
 def test_config_gets_flannels_ipv6_defaults() -> None:
@@ -106,7 +115,7 @@ def test_config_masks_host_bits_of_the_network() -> None:
 
 def test_config_reads_keys_and_backend_type_in_any_letter_case() -> None:
     conf = parse('{"NETWORK":"10.3.0.0/16","backend":{"type":"UDP","port":9000,"sourcecheck":"strict"}}')
-    assert conf.backend == UdpBackend(port=9000, source_check=SourceCheck.STRICT)
+    assert conf.backend == UdpBackend(port=9000, datapath=DatapathKeys(source_check=SourceCheck.STRICT))
 
 
 def test_config_takes_every_backend_key() -> None:
@@ -114,8 +123,52 @@ def test_config_takes_every_backend_key() -> None:
         '{"Network":"10.3.0.0/16","EnableNFTables":true,'
         '"Backend":{"Type":"udp","Port":1,"MTU":9000,"Workers":16,"SourceCheck":"off"}}'
     )
-    assert conf.backend == UdpBackend(1, 9000, 16, SourceCheck.OFF)
+    assert conf.backend == UdpBackend(1, 9000, datapath=DatapathKeys(16, SourceCheck.OFF))
     assert conf.enable_nftables
+
+
+def test_config_takes_every_key_of_a_vxlan_backend() -> None:
+    conf = parse(
+        '{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":4789,"GBP":true,"Learning":true,'
+        '"DirectRouting":true,"MTU":9000,"Userspace":true,"Fallback":"udp","LogLevel":"debug","Workers":2}}'
+    )
+    datapath = DatapathKeys(workers=2)
+    assert conf.backend == VxlanBackend(7, 4789, True, True, True, 9000, True, Fallback.UDP, LogLevel.DEBUG, datapath)
+    assert conf.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("backend", "wanted"),
+    [
+        ('{"Type":"vxlan"}', VxlanBackend()),
+        ('{"Type":"vxlan","Port":0,"VNI":0}', VxlanBackend(vni=0, port=8472)),
+        ('{"type":"Host-GW"}', HostGwBackend()),
+        ('{"Type":"alloc"}', AllocBackend()),
+    ],
+)
+def test_config_gets_flannels_defaults_for_each_type(backend: str, wanted: BackendConf) -> None:
+    assert parse(f'{{"Network":"10.3.0.0/16","Backend":{backend}}}').backend == wanted
+
+
+def test_config_notes_a_key_of_another_backend_type() -> None:
+    conf = parse('{"Network":"10.3.0.0/16","Backend":{"Type":"udp","VNI":3}}')
+    assert conf.notes == ("net-conf.json: Backend.VNI: unknown key, ignored",)
+
+
+def test_keys_that_need_a_restart_are_named_as_the_file_has_them() -> None:
+    def vxlan(**keys: object) -> NetConf:
+        return parse(net(Backend={"Type": "vxlan", **keys}))
+
+    assert keys_that_need_a_restart(vxlan(), vxlan(MTU=1400, Workers=2, LogLevel="debug")) == []
+    assert keys_that_need_a_restart(vxlan(), vxlan(VNI=2, GBP=True, DirectRouting=True)) == [
+        "Backend.VNI",
+        "Backend.GBP",
+        "Backend.DirectRouting",
+    ]
+    assert keys_that_need_a_restart(vxlan(), parse(net(EnableNFTables=True))) == [
+        "EnableNFTables",
+        "Backend.Type",
+    ]
 
 
 def test_config_counts_null_and_zero_values_as_not_given() -> None:
@@ -156,7 +209,7 @@ def udp(**keys: object) -> str:
 DUAL = {"EnableIPv6": True, "IPv6Network": "fc00::/48"}
 NO_CIDR = "invalid IPv4 CIDR format: must be like 10.244.0.0/16, not "
 TYPES = "error decoding Backend property of config: must be "
-BUILT = "backend type {} is not built yet; built: udp"
+BUILT = "built: udp, vxlan, host-gw, alloc"
 
 # One row per malformed configuration: the text and the only line it shall give, without the source's name.
 MALFORMED = [
@@ -263,7 +316,7 @@ MALFORMED = [
     (net(EnableIPv4=False), "EnableIPv4: none defined stack: set EnableIPv4 or EnableIPv6 to true"),
     (
         net(EnableIPv4=False, **DUAL),
-        "EnableIPv4: cannot be false: the udp backend carries IPv4; IPv6 alone is not built yet",
+        "EnableIPv4: cannot be false: every backend carries IPv4; IPv6 alone is not built yet",
     ),
     (net(EnableIPv6=True), "IPv6Network: please define a correct IPv6Network parameter in the flannel config"),
     (
@@ -296,20 +349,28 @@ MALFORMED = [
     (net(Backend=[]), f"Backend: {TYPES}an object, not an array"),
     (
         net(Backend={}),
-        'Backend.Type: unknown backend type: "" (name one, or leave Backend out to get udp); built: udp',
+        f'Backend.Type: unknown backend type: "" (name one, or leave Backend out to get udp); {BUILT}',
     ),
     (
         net(Backend=None),
-        'Backend.Type: unknown backend type: "" (name one, or leave Backend out to get udp); built: udp',
+        f'Backend.Type: unknown backend type: "" (name one, or leave Backend out to get udp); {BUILT}',
     ),
     (net(Backend={"Type": 7}), f"Backend.Type: {TYPES}a string, not 7"),
-    (net(Backend={"Type": "nope"}), "Backend.Type: unknown backend type: nope; built: udp"),
+    (net(Backend={"Type": "nope"}), f"Backend.Type: unknown backend type: nope; {BUILT}"),
     (net(Backend={"Type": "upd"}), "Backend.Type: unknown backend type: upd; did you mean udp?"),
     (net(Backend={"Type": "vxlam"}), "Backend.Type: unknown backend type: vxlam; did you mean vxlan?"),
-    (net(Backend={"Type": "VXLAN", "VNI": "x"}), "Backend.Type: " + BUILT.format("vxlan")),
-    (net(Backend={"Type": "host-gw"}), "Backend.Type: " + BUILT.format("host-gw")),
-    (net(Backend={"Type": "alloc"}), "Backend.Type: " + BUILT.format("alloc")),
-    (net(Backend={"Type": "wireguard"}), "Backend.Type: backend type wireguard is flannel's alone; built: udp"),
+    (net(Backend={"Type": "VXLAN", "VNI": "x"}), 'Backend.VNI: must be a JSON integer, not "x"'),
+    (net(Backend={"Type": "vxlan", "VNI": 1 << 24}), "Backend.VNI: must be 0..16777215, not 16777216"),
+    (net(Backend={"Type": "vxlan", "Port": 65536}), "Backend.Port: must be 1..65535, not 65536"),
+    (net(Backend={"Type": "vxlan", "GBP": "yes"}), 'Backend.GBP: must be true or false, not "yes"'),
+    (
+        net(Backend={"Type": "vxlan", "Fallback": "vxlan"}),
+        'Backend.Fallback: must be "vtep", "udp" or "none", not "vxlan"',
+    ),
+    (
+        net(Backend={"Type": "wireguard"}),
+        f"Backend.Type: backend type wireguard is flannel's alone; {BUILT}",
+    ),
     (udp(Port=0), "Backend.Port: must be 1..65535, not 0"),
     (udp(Port=65536), "Backend.Port: must be 1..65535, not 65536"),
     (udp(Port=-1), "Backend.Port: must be 1..65535, not -1"),
@@ -344,10 +405,10 @@ def test_config_reports_all_problems_at_once() -> None:
     )
     assert [problem.split(": ")[1] for problem in found] == [
         "EnableNFTables",
-        "Backend.SourceCheck",
         "Backend.Port",
         "Backend.MTU",
         "Backend.Workers",
+        "Backend.SourceCheck",
         "SubnetMin",
         "Network",
         "SubnetLen",
@@ -386,13 +447,13 @@ def test_check_underlay_refuses_a_network_that_holds_the_hosts_own_address() -> 
 
 
 def test_mtu_for_takes_off_the_28_bytes_of_the_outer_headers() -> None:
-    assert mtu_for(1500) == 1472
-    assert mtu_for(96) == 68
+    assert mtu_for(1500, UDP_OVERHEAD) == 1472
+    assert mtu_for(96, UDP_OVERHEAD) == 68
 
 
 def test_mtu_for_refuses_less_than_ipv4_needs() -> None:
     with pytest.raises(ConfigError, match="an underlay MTU of 95 leaves 67 bytes"):
-        mtu_for(95)
+        mtu_for(95, UDP_OVERHEAD)
 
 
 @pytest.mark.parametrize(("n_cpus", "workers"), [(1, 1), (2, 1), (3, 1), (4, 2), (6, 3), (8, 4), (64, 4)])

@@ -13,7 +13,21 @@ import udptun
 
 PACKAGE = Path(udptun.__file__).parent
 
-PURE = ["allocate", "atomic_file", "config", "errors", "lease", "offload", "options", "subnet_env"]
+PURE = [
+    *(
+        "allocate",
+        "atomic_file",
+        "config",
+        "errors",
+        "lease",
+        "netstate",
+        "offload",
+        "options",
+        "subnet_env",
+        "underlay",
+    ),
+    *("backends.base", "backends.choice", "backends.udp", "datapath.settings"),
+]
 SHELL = {
     "asyncio",
     "cffi",
@@ -44,7 +58,14 @@ def test_pure_module_loads_no_shell(module: str) -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert f"udptun.{module}" in loaded
     assert not SHELL.intersection(loaded)
-    allowed = {"udptun", "udptun.stores", "udptun.stores.base", *(f"udptun.{pure}" for pure in PURE)}
+    allowed = {
+        "udptun",
+        "udptun.backends",
+        "udptun.datapath",
+        "udptun.stores",
+        "udptun.stores.base",
+        *(f"udptun.{pure}" for pure in PURE),
+    }
     assert {name for name in loaded if name.partition(".")[0] == "udptun"} <= allowed
 
 

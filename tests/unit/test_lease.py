@@ -35,7 +35,7 @@ def is_own(one: Lease) -> bool:
 
 
 def table() -> LeaseTable:
-    return LeaseTable(NETWORK, OWN.subnet, is_own)
+    return LeaseTable(NETWORK, OWN.subnet, is_own, lambda lease: None)
 
 
 def added(*leases: Lease) -> list[LeaseEvent]:
@@ -386,7 +386,7 @@ def overlap(one: Lease, others: Iterable[Lease]) -> bool:
 
 def test_one_event_costs_little_when_ten_thousand_leases_are_known() -> None:
     """Recomputing the whole table took 310 ms an event; it is 0.1 ms now."""
-    peers = LeaseTable(IPv4Network("10.0.0.0/8"), OWN.subnet, is_own)
+    peers = LeaseTable(IPv4Network("10.0.0.0/8"), OWN.subnet, is_own, lambda lease: None)
     many = [
         Lease(Subnets(IPv4Network((0x0A000000 + n * 256, 24))), LeaseAttrs(IPv4Address(0xC6120000 + n)), 1e9)
         for n in range(10_000)

@@ -141,7 +141,7 @@ class Member:
     def __init__(self, store: FakeStore, directory: Path, margin_s: float = 3600) -> None:
         self.store = store
         self.peers: dict[str, str] = {}
-        self.membership = Membership(store, CONF, ME, directory, margin_s, self._changed)
+        self.membership = Membership(store, CONF, ME, directory, margin_s, lambda lease: None, self._changed)
 
     async def _changed(self, events: Sequence[LeaseEvent]) -> None:
         for event in events:

@@ -7,12 +7,18 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from udptun.backends import udp
+from udptun.backends.base import Live, Situation
+from udptun.backends.udp import Udp
+from udptun.config import SourceCheck
 from udptun.netstate import ROUTE_PROTOCOL, Address, Link, Route, RouteType, TunFlags
+from udptun.offload import ALL
 from udptun.reconcile import ActualState, DeleteRoute, ReviveDevice, conflicts, describe, plan
+from udptun.underlay import Underlay
 
 NETWORK = IPv4Network("10.244.0.0/16")
-WANTED = udp.desired(NETWORK, IPv4Network("10.244.3.0/24"), 1472, "flannel0")
+UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
+LIVE = Live(1472, 1, SourceCheck.PEER, ALL)
+WANTED = Udp(8285).desired(Situation(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), LIVE))
 LINK = Link(7, "flannel0", "tun", 1472, True, True, False, 500, TunFlags(False, True, True, True))
 ADDRESS = Address(7, IPv4Address("10.244.3.0"), 32)
 THROUGH = Route(NETWORK, oif=7)

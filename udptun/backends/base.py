@@ -1,10 +1,95 @@
-"""What a backend wants of the kernel, as data.  Pure; the reconciler makes it so and keeps it so."""
+"""What a backend is, and what it wants of the kernel, as data.  Pure; the reconciler makes it so and keeps it so."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Protocol
 
+from udptun.config import SourceCheck
+from udptun.datapath.settings import Remote, Settings
+from udptun.lease import Lease, LeaseAttrs
 from udptun.netstate import IPAddress, IPNetwork, Route, RouteType
+from udptun.offload import Offload
+from udptun.underlay import Underlay
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What SIGHUP can change.  `mtu`: largest packet of a pod, bytes.  The rest is the userspace tunnel's alone."""
+
+    mtu: int
+    workers: int
+    source_check: SourceCheck
+    offload: Offload
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All that a backend decides from.
+
+    `peers` are usable leases, disjoint and none of them our own.  `direct` holds those PublicIPs that the kernel
+    reaches without a gateway; it is looked at when `Backend.asks_direct`.
+    """
+
+    network: IPv4Network
+    underlay: Underlay
+    own_subnet: IPv4Network
+    live: Live
+    peers: Collection[Lease] = ()
+    direct: frozenset[IPv4Address] = frozenset()
+
+
+class Encapsulation(Protocol):
+    """What the datapath is told by a backend whose packets it carries."""
+
+    @property
+    def port(self) -> int:
+        """The UDP port of its sockets."""
+
+    def settings(self, situation: Situation) -> Settings:
+        """What holds for all packets; `peers` and `direct` have no part in it."""
+
+    def remote(self, lease: Lease) -> Remote:
+        """Where a peer is.  The lease is one that `Backend.refusal` has nothing against."""
+
+
+class Backend(Protocol):
+    """One way to carry packets: leases in, wishes out.  Knows values only, is made once a run, and never changes.
+
+    Whoever drives it (`forwarding.py`) makes device and sockets before the lease, gives it every change of the peers
+    and of the underlay as another `Situation`, and does what it says.
+    """
+
+    @property
+    def type(self) -> str:
+        """Its name, as `Backend.Type` has it."""
+
+    @property
+    def device(self) -> str | None:
+        """The device that the pods' packets to other hosts go through; None: it makes none."""
+
+    @property
+    def overhead(self) -> int:
+        """Bytes around each inner packet."""
+
+    @property
+    def encapsulation(self) -> Encapsulation | None:
+        """What the datapath is to do; None: the kernel carries the packets, and there is no datapath."""
+
+    @property
+    def asks_direct(self) -> bool:
+        """Whether `desired` depends on `Situation.direct`."""
+
+    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+        """What our lease says.  Raises UdptunError when this host cannot be a peer of this kind."""
+
+    def refusal(self, lease: Lease) -> str | None:
+        """Why a valid lease, of whatever backend, is no peer of ours; None when it is one."""
+
+    def desired(self, situation: Situation) -> DesiredState:
+        """What the kernel is to have, complete: whatever else carries our mark is a leftover."""
 
 
 @dataclass(frozen=True, slots=True)

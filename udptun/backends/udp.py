@@ -2,41 +2,89 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network
-
-from udptun.backends.base import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl
+from udptun.backends.base import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Situation, Sysctl
+from udptun.config import UDP_OVERHEAD
+from udptun.datapath.settings import Remote, Settings
+from udptun.lease import Lease, LeaseAttrs
 from udptun.netstate import RouteType
+from udptun.underlay import Underlay
+
+TUN_NAME = "flannel0"
+"""Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
+route to Network stays on the first, where nobody reads, and traffic is lost in silence."""
 
 _WORST_METRIC = 0xFFFFFFFF
 _MIN_TX_QUEUE_LEN = 500
 """What the kernel gives a TUN device (TUN_READQ_SIZE); packets wait there while a dead datapath is replaced."""
 
 
-def desired(network: IPv4Network, own_subnet: IPv4Network, mtu: int, tun_name: str) -> DesiredState:
-    """The device with `own_subnet`'s first address, and the routes that lead `network` into it.
+class Udp:
+    """See `Backend`; it is its own `Encapsulation`."""
 
-    `mtu` is the largest inner packet, bytes.  The address is a /32, as flannel's since 0.11: with the network's own
-    length the kernel would add a route and a broadcast address of its own.
-    """
-    link = DesiredLink(
-        tun_name,
+    type = "udp"
+    device = TUN_NAME
+    overhead = UDP_OVERHEAD
+    asks_direct = False
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    @property
+    def encapsulation(self) -> Udp:
+        return self
+
+    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+        """flannel's own udp leases have neither type nor data, and it ignores both."""
+        data = {"Port": self.port, "NodeID": node_id, "Udptun": 1}
+        return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
+
+    def refusal(self, lease: Lease) -> None:
+        """Any lease will do, as with flannel: whoever listens on the port is a peer."""
+
+    def settings(self, situation: Situation) -> Settings:
+        live = situation.live
+        return Settings(
+            situation.network,
+            situation.own_subnet,
+            situation.underlay.address,
+            live.mtu,
+            live.source_check,
+            live.offload,
+        )
+
+    def remote(self, lease: Lease) -> Remote:
+        return Remote(lease.attrs.public_ip, lease.attrs.port(self.port), lease.attrs.is_udptun)
+
+    def desired(self, situation: Situation) -> DesiredState:
+        """The device with our subnet's first address, and the routes that lead Network into it.
+
+        The address is a /32, as flannel's since 0.11: with the network's own length the kernel would add a route and a
+        broadcast address of its own.
+        """
+        network = situation.network
+        return DesiredState(
+            links=(tun_link(TUN_NAME, situation.live.mtu),),
+            addresses=(DesiredAddress(TUN_NAME, situation.own_subnet.network_address, 32),),
+            routes=(
+                # When the device is down or gone its route goes with it; this one then keeps pod packets from following
+                # the default route in clear text.
+                DesiredRoute(network, type=RouteType.UNREACHABLE, metric=_WORST_METRIC),
+                DesiredRoute(network, TUN_NAME),
+            ),
+        )
+
+
+def tun_link(name: str, mtu: int) -> DesiredLink:
+    """The datapath's device `name`; `mtu` is the largest inner packet, bytes."""
+    return DesiredLink(
+        name,
         mtu,
         _MIN_TX_QUEUE_LEN,
         (
             # Our ICMP errors come out of the device with our own address as their source; the kernel drops such
             # packets as martians otherwise (fib_validate_source).
-            Sysctl(f"net/ipv4/conf/{tun_name}/accept_local", "1"),
+            Sysctl(f"net/ipv4/conf/{name}/accept_local", "1"),
             # The tunnel carries IPv4 alone: without this the kernel greets the peers with router solicitations.
-            Sysctl(f"net/ipv6/conf/{tun_name}/disable_ipv6", "1", is_optional=True),
-        ),
-    )
-    return DesiredState(
-        links=(link,),
-        addresses=(DesiredAddress(tun_name, own_subnet.network_address, 32),),
-        routes=(
-            # When the device is down or gone its route goes with it; this one then keeps pod packets from following
-            # the default route in clear text.
-            DesiredRoute(network, type=RouteType.UNREACHABLE, metric=_WORST_METRIC),
-            DesiredRoute(network, tun_name),
+            Sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1", is_optional=True),
         ),
     )

@@ -16,7 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,6 +174,12 @@ async def find(run_dir: Path) -> list[Process]:
     for process in found:
         await process.wait_hello()
     return sorted(found, key=lambda process: not process.is_active)
+
+
+async def stop(processes: Iterable[Process]) -> None:
+    """End these processes, standbys first, so that none of them takes over."""
+    for process in sorted(processes, key=lambda process: process.is_active):
+        await process.stop()
 
 
 class Datapath:

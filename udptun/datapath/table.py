@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from mmap import mmap
 from socket import AF_INET
 from typing import Any
@@ -20,9 +19,9 @@ from numpy.typing import NDArray
 from udptun._fastpath import LAYOUT, load_u64, store_u64
 from udptun.config import SourceCheck
 from udptun.datapath import shm
+from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import OFFLOAD_BITS, Stats
 from udptun.errors import DatapathError
-from udptun.offload import ALL, Offload
 
 _SETTINGS = np.dtype(
     [
@@ -52,32 +51,6 @@ _PEER = np.dtype(
 )
 _FLAG_UDPTUN = 1
 _SOURCE_CHECKS = {SourceCheck.OFF: 0, SourceCheck.PEER: 1, SourceCheck.STRICT: 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a worker must know besides its peers.  `mtu`: largest inner packet, bytes."""
-
-    network: IPv4Network
-    own_subnet: IPv4Network
-    underlay_address: IPv4Address
-    mtu: int
-    source_check: SourceCheck
-    offload: Offload = ALL
-
-    @property
-    def tunnel_address(self) -> IPv4Address:
-        """The address on our TUN device: the first of our subnet (flannel's choice)."""
-        return self.own_subnet.network_address
-
-
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """Where a peer's datagrams go."""
-
-    address: IPv4Address
-    port: int
-    is_udptun: bool
 
 
 class TableWriter:

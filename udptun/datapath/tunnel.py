@@ -19,11 +19,13 @@ from pathlib import Path
 from udptun._fastpath import LAYOUT
 from udptun.datapath import client
 from udptun.datapath.client import Datapath, Descriptors, Process
+from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.sockets import open_sockets, set_offload
 from udptun.datapath.stats import Stats
-from udptun.datapath.table import Remote, Settings, TableWriter
+from udptun.datapath.table import TableWriter
+from udptun.netstate import DEVICE_NAME
 from udptun.offload import ALL, Offload, names
-from udptun.tun import TUN_NAME, Tun, detach_queues, open_queues
+from udptun.tun import Tun, detach_queues, open_queues
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ _DISCARD_PORT = 9
 
 
 class Tunnel:
-    """One host's udp tunnel.  Made by `open`; not safe for use from more than one event loop."""
+    """One host's tunnel.  Made by `open`; not safe for use from more than one event loop."""
 
     def __init__(
         self,
@@ -59,27 +61,32 @@ class Tunnel:
 
     @classmethod
     async def open(
-        cls, run_dir: Path, address: IPv4Address, port: int, n_workers: int, wanted: Offload = ALL
+        cls, run_dir: Path, device: str, address: IPv4Address, port: int, n_workers: int, wanted: Offload = ALL
     ) -> Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
-        `wanted` says whether a new device has virtio headers.  No process is started yet (`start`).  Raises
-        KernelError, DatapathError.
+        One that serves the device of another backend is ended.  `wanted` says whether a new device has virtio headers.
+        No process is started yet (`start`).  Raises KernelError, DatapathError.
         """
         processes = await client.find(run_dir)
-        if not processes:
+        held = _take_one_set(processes) if processes else None
+        if held is not None and _serves_another(held, device):
+            await client.stop(processes)
+            for fd in held.as_list():
+                os.close(fd)
+            held = None
+        if held is None:
             sockets = open_sockets(address, port, n_workers)
             try:
                 # Last: what it makes is persistent.
-                tun = open_queues(TUN_NAME, n_workers, wanted)
+                tun = open_queues(device, n_workers, wanted)
             except BaseException:
                 for udp in sockets:
                     udp.close()
                 raise
             return cls(run_dir, TableWriter.create(), Stats.create(), client.new_lock(), tun, sockets, [])
-        held = _take_one_set(processes)
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in processes))
-        tun = Tun(TUN_NAME, held.tun)
+        tun = Tun(device, held.tun)
         sockets = [socket.socket(fileno=fd) for fd in held.udp]
         if processes[0].layout_version == LAYOUT["version"]:
             table, stats = TableWriter(held.table), Stats(held.stats)
@@ -104,7 +111,7 @@ class Tunnel:
         left_sockets = [udp for udp in self._sockets if udp not in sockets]
         queues, left_queues = self.tun.fds[:n_workers], self.tun.fds[n_workers:]
         if n_workers > len(queues):
-            queues += open_queues(TUN_NAME, n_workers - len(queues), self.tun.supported).fds
+            queues += open_queues(self.tun.name, n_workers - len(queues), self.tun.supported).fds
         if stays:
             # The kernel picks none but unconnected sockets for the datagrams of the port.
             for udp in left_sockets:
@@ -116,7 +123,7 @@ class Tunnel:
         await self.datapath.replace(self._descriptors())
         for udp in left_sockets:
             udp.close()
-        Tun(TUN_NAME, left_queues).close()
+        Tun(self.tun.name, left_queues).close()
         # New queues have turned the device's offloads off, new sockets have none yet.
         self.set_offload(self._wanted_offload)
 
@@ -132,7 +139,7 @@ class Tunnel:
         self._wanted_offload = wanted
         granted = self.tun.set_offload(wanted) | set_offload(self._sockets, wanted)
         if (Offload.VNET_HDR in granted) != (Offload.VNET_HDR in wanted):
-            log.warning("%s keeps its virtio headers or lack of them until `udptun cleanup` and a start", TUN_NAME)
+            log.warning("%s keeps its virtio headers or lack of them until `udptun cleanup` and a start", self.tun.name)
         if granted != self.granted_offload:
             log.info("offloads in_use=%s refused=%s", ",".join(names(granted)), ",".join(names(wanted & ~granted)))
         self.granted_offload = granted
@@ -190,6 +197,12 @@ class Tunnel:
             self.tun.fds,
             tuple(udp.fileno() for udp in self._sockets),
         )
+
+
+def _serves_another(held: Descriptors, device: str) -> bool:
+    """Whether the queues belong to a device that another backend of ours has made."""
+    name = Tun(device, held.tun).device()
+    return name is not None and name != device and DEVICE_NAME.fullmatch(name) is not None
 
 
 def _take_one_set(processes: list[Process]) -> Descriptors:

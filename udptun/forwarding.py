@@ -1,0 +1,241 @@
+"""What carries packets on this host: the backend, the datapath where there is one, and the reconciler.
+
+The daemon drives it with leases and settings and knows of no backend what it is:
+
+    open (device and sockets) -> lease -> start (peers, processes, kernel state) -> run, peers_changed, apply
+                                                                                 -> detach; packets go on
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from udptun import reconcile
+from udptun.backends.base import Backend, Encapsulation, Live, Situation
+from udptun.datapath import client
+from udptun.datapath.settings import Remote
+from udptun.datapath.stats import PEER_COUNTERS
+from udptun.datapath.tunnel import Tunnel
+from udptun.errors import UdptunError
+from udptun.lease import EventType, Lease, LeaseEvent
+from udptun.offload import names as offload_names
+from udptun.reconcile import Reconciler
+from udptun.underlay import Underlay
+
+log = logging.getLogger(__name__)
+
+
+class Forwarding:
+    """One host's packets, carried as `backend` says.  Made by `open`; for one event loop.
+
+    `live` is what is in force now; `is_adopted`: packets were being carried when we came, by what we now hold.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        network: IPv4Network,
+        underlay: Underlay,
+        live: Live,
+        run_dir: Path,
+        tunnel: _Tunnelled | None,
+        was_clean: bool,
+    ) -> None:
+        self.backend = backend
+        self.live = live
+        self._network = network
+        self._underlay = underlay
+        self._run_dir = run_dir
+        self._tunnel = tunnel
+        self._was_clean = was_clean
+        """Whether the kernel had nothing of ours when we came."""
+        self._own_subnet: IPv4Network
+        self._peers: dict[IPv4Network, Lease] = {}
+        self._reconciler: Reconciler | None = None
+
+    @classmethod
+    async def open(
+        cls, backend: Backend, network: IPv4Network, underlay: Underlay, live: Live, run_dir: Path
+    ) -> Forwarding:
+        """Make, or adopt, what must be there before a lease is worth having.  Raises KernelError, DatapathError."""
+        was_clean = not await reconcile.is_anything_ours()
+        tunnel = None
+        if backend.encapsulation is not None:
+            assert backend.device is not None
+            tunnel = _Tunnelled(
+                backend.encapsulation,
+                await Tunnel.open(
+                    run_dir,
+                    backend.device,
+                    underlay.address,
+                    backend.encapsulation.port,
+                    live.workers,
+                    live.offload,
+                ),
+            )
+        return cls(backend, network, underlay, live, run_dir, tunnel, was_clean)
+
+    @property
+    def is_adopted(self) -> bool:
+        return self._tunnel is not None and self._tunnel.tunnel.is_adopted
+
+    async def start(self, own_subnet: IPv4Network, peers: Iterable[Lease]) -> None:
+        """Carry packets from now on.  Raises UdptunError when that cannot be."""
+        self._own_subnet = own_subnet
+        self._peers = {lease.subnet: lease for lease in peers}
+        if self._tunnel is not None:
+            await self._tunnel.start(self._situation())
+        self._reconciler = Reconciler(
+            self.backend.desired(self._situation()), None if self._tunnel is None else self._tunnel.tunnel.tun
+        )
+        outcome = await self._reconciler.converge()
+        if outcome.failures:
+            what = self.backend.device or f"the {self.backend.type} backend"
+            raise UdptunError(f"cannot set up {what}: {'; '.join(outcome.failures)}")
+        if self._tunnel is None:
+            # A datapath of an earlier run with another backend has carried packets until here.
+            await client.stop(await client.find(self._run_dir))
+
+    async def run(self) -> None:
+        """Keep it so, until cancelled."""
+        assert self._reconciler is not None
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._reconciler.run(), name="reconcile")
+            if self._tunnel is not None:
+                tasks.create_task(self._tunnel.tunnel.datapath.supervise(), name="supervise datapath")
+
+    async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
+        """Go along with the difference that LeaseTable made out.  Before `start`: ignored, it is given all peers."""
+        if self._reconciler is None:
+            return
+        for event in events:
+            if event.type is EventType.REMOVED:
+                self._peers.pop(event.lease.subnet, None)
+            else:
+                self._peers[event.lease.subnet] = event.lease
+        if self._tunnel is not None:
+            await self._tunnel.peers_changed(events)
+        self._reconciler.set_desired(self.backend.desired(self._situation()))
+
+    async def apply(self, live: Live) -> None:
+        """Change settings while packets flow.  What cannot be changed stays, with a line in the log."""
+        before, self.live = self.live, live
+        if self._tunnel is not None:
+            self.live = await self._tunnel.apply(before, self._situation())
+        if self._reconciler is not None:
+            self._reconciler.set_desired(self.backend.desired(self._situation()))
+
+    async def undo_failed_start(self) -> None:
+        """Leave nothing behind that we made.  Raises UdptunError.
+
+        What was adopted forwards on, and what an earlier run left goes on to keep packets from leaking.
+        """
+        if self.is_adopted:
+            return
+        if self._tunnel is not None:
+            await self._tunnel.tunnel.datapath.stop()
+        if self._was_clean:
+            await reconcile.remove()
+
+    def detach(self) -> None:
+        """Let go of everything; packets are carried on."""
+        if self._tunnel is not None:
+            self._tunnel.tunnel.detach()
+
+    def problems(self) -> tuple[str, ...]:
+        return () if self._reconciler is None else self._reconciler.last.problems
+
+    def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
+        """The keys of docs/status.md that are about carrying packets; `leases` are the peers' in the order wanted."""
+        backend = {"type": self.backend.type, "device": self.backend.device, "mtu": self.live.mtu}
+        if self._tunnel is None:
+            return {
+                "backend": backend,
+                "datapath": None,
+                "peers": [_peer(lease, lease.attrs.port(0) or None) for lease in leases],
+                "counters": {},
+            }
+        own = self._tunnel.document(leases, self.live)
+        return {**own, "backend": backend | own["backend"]}
+
+    def _situation(self) -> Situation:
+        return Situation(self._network, self._underlay, self._own_subnet, self.live, self._peers.values())
+
+
+class _Tunnelled:
+    """The datapath's part, told what the backend says."""
+
+    def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel) -> None:
+        self.tunnel = tunnel
+        self._encapsulation = encapsulation
+
+    async def start(self, situation: Situation) -> None:
+        self.tunnel.configure(self._encapsulation.settings(situation))
+        self.tunnel.set_peers(self._remotes(situation.peers))
+        await self.tunnel.publish()
+        await self.tunnel.start()
+        self.tunnel.set_offload(situation.live.offload)
+
+    async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
+        self.tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
+        self.tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
+        await self.tunnel.publish()
+
+    async def apply(self, before: Live, situation: Situation) -> Live:
+        """Change to the situation's settings; return what is in force then."""
+        live = situation.live
+        if live.workers != before.workers:
+            try:
+                await self.tunnel.rebind(situation.underlay.address, self._encapsulation.port, live.workers)
+            except UdptunError as exc:
+                live = replace(live, workers=before.workers)
+                log.error("not reloaded, the workers stay %d: %s", before.workers, exc)
+        if live.offload != before.offload:
+            self.tunnel.set_offload(live.offload)
+        if replace(live, workers=before.workers) != before:
+            self.tunnel.configure(self._encapsulation.settings(situation))
+            self.tunnel.add_peers(self._remotes(situation.peers))
+            await self.tunnel.publish()
+        return live
+
+    def document(self, leases: Sequence[Lease], live: Live) -> dict[str, Any]:
+        table, stats, datapath = self.tunnel.table, self.tunnel.stats, self.tunnel.datapath
+        counts = stats.peers([table.index_of(lease.subnet) for lease in leases], live.workers)
+        active = datapath.active
+        return {
+            "backend": {
+                "source_check": live.source_check.value,
+                "offloads": offload_names(self.tunnel.granted_offload & ~stats.refused(live.workers)),
+            },
+            "datapath": {
+                "pid": active.pid if active else None,
+                "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
+                "standby_pids": [process.pid for process in datapath.standbys],
+                "workers": [worker.name.lower() for worker in stats.states(live.workers)],
+            },
+            "peers": [
+                _peer(lease, self._encapsulation.remote(lease).port) | dict(zip(PEER_COUNTERS, count, strict=True))
+                for lease, count in zip(leases, counts, strict=True)
+            ],
+            "counters": stats.counters(),
+        }
+
+    def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Remote]:
+        return {lease.subnet: self._encapsulation.remote(lease) for lease in leases}
+
+
+def _peer(lease: Lease, port: int | None) -> dict[str, Any]:
+    return {
+        "subnet": str(lease.subnet),
+        "public_ip": str(lease.attrs.public_ip),
+        "port": port,
+        "udptun": lease.attrs.is_udptun,
+        "expires_at": lease.expires_s,
+    }
