@@ -52,6 +52,7 @@ cdef enum:
     SEGMENTS = 2048               # headers and datagrams a turn; one super-packet of 64 KiB with an MSS of 48 has 1,365
     GROUPS = 256                  # messages a sendmmsg
     GROUP_SEGMENTS = 64           # UDP_MAX_SEGMENTS before Linux 6.9
+    PLAIN_SEGMENTS = 16           # to a peer that may read one datagram at a time: its queue holds some 90
     GROUP_BYTES = 65507           # UDP payload of an IPv4 packet, which UDP_SEGMENT is cut from
     WRITTEN = 0                   # in the first byte of a packet: no IP version
     FEW_MESSAGES = 8              # when they are long trains
@@ -367,7 +368,7 @@ cdef void encap(Loop *w, Packet *p, ut_read *note) noexcept nogil:
     if n == 1 and vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE:
         if w.n_iov + 1 > 2 * SEGMENTS:
             send_groups(w)
-        queue_datagram(w, p.peer, NULL, 0, d, total, GROUP_SEGMENTS)
+        queue_datagram(w, p.peer, NULL, 0, d, total, group_limit(w, p.peer))
         return
     queue_segments(w, p.peer, &s)
 
@@ -383,7 +384,7 @@ cdef void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept nogil:
     cdef uint8_t *out
     if w.n_headers + s.n > SEGMENTS or w.n_iov + 2 * s.n > 2 * SEGMENTS:
         send_groups(w)
-    most = max(1, min(w.group_segments, GROUP_BYTES // (s.header + s.size)))
+    most = max(1, min(group_limit(w, peer), GROUP_BYTES // (s.header + s.size)))
     per_group = (s.n + most - 1) // most
     per_group = (s.n + per_group - 1) // per_group
     sum_headers(s)
@@ -392,6 +393,11 @@ cdef void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept nogil:
         w.n_headers += 1
         payload = write_segment_header(s, i, out)
         queue_datagram(w, peer, out, s.header, <uint8_t *>s.data + s.header + i * s.size, payload, per_group)
+
+
+cdef inline int group_limit(const Loop *w, uint32_t peer) noexcept nogil:
+    """How many datagrams one send to the peer may carry."""
+    return w.group_segments if w.slot.peers[peer].flags & UT_PEER_UDPTUN else min(w.group_segments, PLAIN_SEGMENTS)
 
 
 cdef inline void queue_datagram(
@@ -403,7 +409,7 @@ cdef inline void queue_datagram(
     cdef int length = header_len + data_len
     cdef Group *g = &w.group[max(w.n_groups, 1) - 1]
     if (w.n_groups == 0 or g.peer != peer or g.is_closed or length > g.size or g.n >= most
-            or g.n >= w.group_segments or g.bytes + length > GROUP_BYTES):
+            or g.bytes + length > GROUP_BYTES):
         if w.n_groups == GROUPS:
             send_groups_but_keep_buffers(w)
         g = &w.group[w.n_groups]

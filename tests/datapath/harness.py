@@ -235,7 +235,7 @@ class FastDatapath:
     A context manager.  Every 50 ICMP answers it goes on with a new worker, whose token bucket is full, unless
     `is_bucket_renewed` is false.  `has_gro` is UDP_GRO of the worker's socket; with `is_in_trains`, `decap_batch` sends
     what it can in trains.  Without `has_vnet_hdr` the TUN knows no virtio headers: those of `encap_batch`'s packets are
-    taken off, and writes appear behind empty ones.
+    taken off, and writes appear behind empty ones.  Peers are of our own kind unless `are_peers_udptun` is false.
     """
 
     def __init__(
@@ -245,6 +245,7 @@ class FastDatapath:
         has_gro: bool = True,
         is_in_trains: bool = False,
         has_vnet_hdr: bool = True,
+        are_peers_udptun: bool = True,
     ) -> None:
         from udptun import _fastpath
         from udptun.datapath.stats import Stats
@@ -254,6 +255,7 @@ class FastDatapath:
         self._is_bucket_renewed = is_bucket_renewed
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
         self.has_vnet_hdr = has_vnet_hdr
+        self._are_peers_udptun = are_peers_udptun
         with ExitStack() as self._undo:
             self._set_up(TableWriter.create(), Stats.create())
             self._undo = self._undo.pop_all()
@@ -408,7 +410,7 @@ class FastDatapath:
             )
         )
         for peer in table.peers:
-            remote = shared.Remote(*peer.remote, is_udptun=False)
+            remote = shared.Remote(*peer.remote, is_udptun=self._are_peers_udptun)
             self._writer.set_peer(peer.subnet, remote, peer.mtu)
         assert self._writer.publish(self._stats), "no worker runs, so none can hold the other slot"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.datapath.harness import Batch, Datapath, FastDatapath, ReferenceDatapath
+from tests.datapath.harness import Batch, Datapath, FastDatapath, ReferenceDatapath, skip_unless_built
 from tests.packets import (
     DEAF_POD,
     GSO_ECN,
@@ -394,6 +394,15 @@ def test_a_shorter_packet_ends_the_message_and_a_longer_one_begins_another(fast:
     packets = [udp(POD, NEAR_POD, bytes(n)) for n in (72, 72, 50, 50, 72, 72, 90)]
     expected = [(3, 100), (1, 78), (2, 100), (1, 118)]
     assert fast.encap_trains([NO_VNET_HDR + packet for packet in packets]) == expected
+
+
+def test_a_peer_that_may_read_one_at_a_time_is_sent_few_at_once() -> None:
+    """A lease without our mark is flanneld's, whose loop takes one datagram a system call."""
+    skip_unless_built()
+    packets = [udp(POD, NEAR_POD, pattern(64, i)) for i in range(40)]
+    with FastDatapath(are_peers_udptun=False) as fast:
+        assert fast.encap_trains([Super(46 * 1400, 1400).raw]) == [(16, 1440), (16, 1440), (14, 1440)]
+        assert fast.encap_trains([NO_VNET_HDR + packet for packet in packets]) == [(16, 92), (16, 92), (8, 92)]
 
 
 def test_all_datagrams_arrive_when_the_kernel_refuses_to_cut_messages_up(fast: FastDatapath) -> None:
