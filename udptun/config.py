@@ -143,7 +143,6 @@ class HostGwBackend:
     """`Backend` of Type host-gw."""
 
     type: ClassVar[str] = "host-gw"
-    port: ClassVar[None] = None
     mtu: ClassVar[None] = None
     log_level: LogLevel | None = None
 
@@ -153,7 +152,6 @@ class AllocBackend:
     """`Backend` of Type alloc: a lease and subnet.env, no packets."""
 
     type: ClassVar[str] = "alloc"
-    port: ClassVar[None] = None
     mtu: ClassVar[None] = None
     log_level: LogLevel | None = None
 

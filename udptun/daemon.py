@@ -25,10 +25,9 @@ from contextlib import AsyncExitStack
 from http import HTTPStatus
 from pathlib import Path
 
-from udptun import __version__, notify, state, status, subnet_env, underlay
+from udptun import __version__, notify, probe, state, status, subnet_env, underlay
 from udptun.allocate import Identity, chooser
 from udptun.backends.base import Backend, Live
-from udptun.backends.choice import choose
 from udptun.config import (
     DatapathKeys,
     LogLevel,
@@ -168,10 +167,17 @@ class Daemon:
             self._underlay = await self._pick_underlay()
             check_underlay(self._conf, self._underlay.address)
             _set_log_level(options, self._conf.backend.log_level)
-            self._backend = choose(self._conf.backend)
+            choice = await probe.choose_backend(
+                self._conf.backend, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
+            )
+            self._backend = choice.backend
+            log.info(
+                "backend chosen backend=%s device=%s reason=%r", self._backend.type, self._backend.device, choice.reason
+            )
             live = self._live_settings(self._conf)
-            self._me = Identity(self._underlay.public_ip, self._conf.backend.port, state.node_id(options.state_dir))
-            attrs = self._backend.attrs(self._underlay, self._me.node_id)
+            node_id = state.node_id(options.state_dir)
+            attrs = self._backend.attrs(self._underlay, node_id)
+            self._me = Identity(self._underlay.public_ip, attrs.port(0) or None, node_id)
             self._membership = Membership(
                 store,
                 self._conf,
@@ -182,7 +188,7 @@ class Daemon:
                 self._peers_changed,
             )
             self._forwarding = await Forwarding.open(
-                self._backend, self._conf.network, self._underlay, live, options.run_dir
+                choice, self._conf.network, self._underlay, live, options.run_dir
             )
             undo.callback(self._forwarding.detach)
             undo.push_async_exit(self._undo_failed_start)

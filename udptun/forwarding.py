@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from udptun import reconcile
-from udptun.backends.base import Backend, Encapsulation, Live, Situation
+from udptun.backends.base import DesiredState, Encapsulation, Live, Situation
+from udptun.backends.choice import Choice
 from udptun.datapath import client
 from udptun.datapath.settings import Remote
 from udptun.datapath.stats import PEER_COUNTERS
@@ -33,14 +34,14 @@ log = logging.getLogger(__name__)
 
 
 class Forwarding:
-    """One host's packets, carried as `backend` says.  Made by `open`; for one event loop.
+    """One host's packets, carried as the chosen backend says.  Made by `open`; for one event loop.
 
     `live` is what is in force now; `is_adopted`: packets were being carried when we came, by what we now hold.
     """
 
     def __init__(
         self,
-        backend: Backend,
+        choice: Choice,
         network: IPv4Network,
         underlay: Underlay,
         live: Live,
@@ -48,7 +49,8 @@ class Forwarding:
         tunnel: _Tunnelled | None,
         was_clean: bool,
     ) -> None:
-        self.backend = backend
+        self.backend = choice.backend
+        self._reason = choice.reason
         self.live = live
         self._network = network
         self._underlay = underlay
@@ -62,11 +64,12 @@ class Forwarding:
 
     @classmethod
     async def open(
-        cls, backend: Backend, network: IPv4Network, underlay: Underlay, live: Live, run_dir: Path
+        cls, choice: Choice, network: IPv4Network, underlay: Underlay, live: Live, run_dir: Path
     ) -> Forwarding:
         """Make, or adopt, what must be there before a lease is worth having.  Raises KernelError, DatapathError."""
         was_clean = not await reconcile.is_anything_ours()
         tunnel = None
+        backend = choice.backend
         if backend.encapsulation is not None:
             assert backend.device is not None
             tunnel = _Tunnelled(
@@ -80,7 +83,8 @@ class Forwarding:
                     live.offload,
                 ),
             )
-        return cls(backend, network, underlay, live, run_dir, tunnel, was_clean)
+        await reconcile.make_missing(backend.links(underlay, live))
+        return cls(choice, network, underlay, live, run_dir, tunnel, was_clean)
 
     @property
     def is_adopted(self) -> bool:
@@ -92,11 +96,10 @@ class Forwarding:
         self._peers = {lease.subnet: lease for lease in peers}
         if self._tunnel is not None:
             await self._tunnel.start(self._situation())
-        self._reconciler = Reconciler(
-            self.backend.desired(self._situation()), None if self._tunnel is None else self._tunnel.tunnel.tun
-        )
+        self._reconciler = Reconciler(DesiredState(), None if self._tunnel is None else self._tunnel.tunnel.tun)
+        self._want(self._reconciler)
         outcome = await self._reconciler.converge()
-        if outcome.failures:
+        if outcome.is_broken:
             what = self.backend.device or f"the {self.backend.type} backend"
             raise UdptunError(f"cannot set up {what}: {'; '.join(outcome.failures)}")
         if self._tunnel is None:
@@ -122,7 +125,7 @@ class Forwarding:
                 self._peers[event.lease.subnet] = event.lease
         if self._tunnel is not None:
             await self._tunnel.peers_changed(events)
-        self._reconciler.set_desired(self.backend.desired(self._situation()))
+        self._want(self._reconciler)
 
     async def apply(self, live: Live) -> None:
         """Change settings while packets flow.  What cannot be changed stays, with a line in the log."""
@@ -130,7 +133,7 @@ class Forwarding:
         if self._tunnel is not None:
             self.live = await self._tunnel.apply(before, self._situation())
         if self._reconciler is not None:
-            self._reconciler.set_desired(self.backend.desired(self._situation()))
+            self._want(self._reconciler)
 
     async def undo_failed_start(self) -> None:
         """Leave nothing behind that we made.  Raises UdptunError.
@@ -154,7 +157,12 @@ class Forwarding:
 
     def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
         """The keys of docs/status.md that are about carrying packets; `leases` are the peers' in the order wanted."""
-        backend = {"type": self.backend.type, "device": self.backend.device, "mtu": self.live.mtu}
+        backend = {
+            "type": self.backend.type,
+            "reason": self._reason,
+            "device": self.backend.device,
+            "mtu": self.live.mtu,
+        }
         if self._tunnel is None:
             return {
                 "backend": backend,
@@ -165,8 +173,19 @@ class Forwarding:
         own = self._tunnel.document(leases, self.live)
         return {**own, "backend": backend | own["backend"]}
 
+    def _want(self, reconciler: Reconciler) -> None:
+        """Have the kernel as the backend wants it now."""
+        situation = self._situation()
+        if self.backend.asks_direct:
+            reconciler.set_decision(
+                {lease.attrs.public_ip for lease in situation.peers},
+                lambda direct: self.backend.desired(replace(situation, direct=direct)),
+            )
+        else:
+            reconciler.set_desired(self.backend.desired(situation))
+
     def _situation(self) -> Situation:
-        return Situation(self._network, self._underlay, self._own_subnet, self.live, self._peers.values())
+        return Situation(self._network, self._underlay, self._own_subnet, self.live, tuple(self._peers.values()))
 
 
 class _Tunnelled:

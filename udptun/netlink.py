@@ -1,8 +1,11 @@
-"""The kernel's links, addresses and routes: every call of pyroute2, and the socket that reports changes.
+"""The kernel's links, addresses, routes and neighbours: every call of pyroute2, and the socket that reports changes.
 
 A `Netlink` is one short conversation: open it, look, change, close it.  Opening costs 0.15 ms; keeping one is
 what hurts: after its receive buffer has overflowed once, pyroute2 answers a dump with nothing at all, and no
-error.  For the same reason an empty dump is believed only when a second socket says the same.
+error.  For the same reason its empty dump is believed only when a second socket says the same.
+
+Links and addresses, few and with many properties, are pyroute2's.  Routes, neighbours and fdb entries, of which there
+are some for each peer, go through a socket of our own in batches (`change`); rtnetlink.py knows their form.
 
 `watch` says *that* something changed, never what; whoever listens looks again.  The kernel sends no notice for
 the routes it removes together with a link or an address: a listener for routes needs the other kinds as well.
@@ -16,26 +19,39 @@ import asyncio
 import errno
 import socket
 import struct
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address
 from typing import Any
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
+from udptun import rtnetlink
 from udptun.errors import KernelError
-from udptun.netstate import MAIN_TABLE, Address, IPAddress, Link, Route, TunFlags
+from udptun.netstate import (
+    MAIN_TABLE,
+    Address,
+    FdbEntry,
+    IPAddress,
+    Link,
+    Neighbour,
+    Route,
+    RouteType,
+    TunFlags,
+    Vxlan,
+)
+from udptun.rtnetlink import Request
 
-_NLMSG_HDR = struct.Struct("=IHHII")
 _NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR = 16, 17, 20, 21
-_RTM_GETADDR, _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 22, 24, 25, 26
-_RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
+_RTM_GETADDR = 22
+_RTMGRP_LINK, _RTMGRP_NEIGH, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV4_ROUTE = 0x1, 0x4, 0x10, 0x40
+# include/uapi/linux/netlink.h
+_SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
 
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
@@ -44,6 +60,10 @@ _REPLY_LIMIT_S = 10.0
 """rtnl_lock may be held for seconds while thousands of links go; later than this no answer will come."""
 _DUMP_TRIES = 5
 """How often a dump that the kernel marks as torn by a change (NLM_F_DUMP_INTR) is started again."""
+_BATCH = 100
+"""Requests sent at once: their answers, 0.8 KiB of the receive buffer each, fit into the kernel's default for it."""
+_READ_LEN = 1 << 18
+"""Room for one datagram of a dump, bytes; the kernel makes them 32 KiB at most."""
 _WATCH_BUFFER = 1 << 20
 """Receive buffer of the notice socket, bytes: some thousand notices."""
 
@@ -56,10 +76,17 @@ class Netlink:
 
     async def __aenter__(self) -> Netlink:
         self._socket = _open()
+        try:
+            self._raw = _open_raw()
+        except BaseException:
+            self._socket.close()
+            raise
+        self._sequence = 0
         return self
 
     async def __aexit__(self, *_exc: object) -> None:
         self._socket.close()
+        self._raw.close()
 
     async def links(self) -> list[Link]:
         """Every link.  There is always one (lo): an empty answer is an error."""
@@ -94,20 +121,68 @@ class Netlink:
         `protocol` limits it to one owner's routes; the kernel filters, so that the cost is theirs alone.
         """
 
-        def request(kernel: Any) -> Any:
-            message = rtmsg()
-            message["family"], message["table"], message["proto"] = family, MAIN_TABLE, protocol
-            return kernel.nlm_request(message, _RTM_GETROUTE, _NLM_F_REQUEST | _NLM_F_DUMP)
-
-        return [_route(message) for message in await self._dump("list routes", request)]
+        return [rtnetlink.route(body) for body in await self._list(rtnetlink.dump_routes(family, MAIN_TABLE, protocol))]
 
     async def route_get(self, ip: IPAddress) -> Route:
         """How the kernel would send to `ip` now.  `prefsrc` is the source address it would choose."""
-        messages = await _answer(f"no route to {ip}", self._socket.route("get", dst=str(ip)))
-        return _route(messages[0])
+        ((error, bodies),) = await self._ask([rtnetlink.get_route(ip)])
+        if error is not None:
+            raise error
+        return rtnetlink.route(bodies[0])
+
+    async def on_link(self, ips: Iterable[IPv4Address]) -> dict[IPv4Address, int]:
+        """Those that the kernel reaches without a gateway, each with the index of the link that leads there."""
+        asked = list(ips)
+        found: dict[IPv4Address, int] = {}
+        answers = await self._ask([rtnetlink.get_route(ip) for ip in asked])
+        for ip, (error, bodies) in zip(asked, answers, strict=True):
+            if error is None:
+                route = rtnetlink.route(bodies[0])
+                if route.gateway is None and route.oif is not None and route.type == RouteType.UNICAST:
+                    found[ip] = route.oif
+        return found
+
+    async def neighbours(self, link_index: int, family: int = socket.AF_INET) -> list[Neighbour]:
+        """Of one link; those without a link-layer address left out."""
+        bodies = await self._list(rtnetlink.dump_neighbours(link_index, family))
+        return [found for body in bodies if (found := rtnetlink.neighbour(body)) is not None]
+
+    async def fdb(self, link_index: int) -> list[FdbEntry]:
+        """The forwarding entries of one VXLAN link that lead to another VTEP."""
+        bodies = await self._list(rtnetlink.dump_fdb(link_index))
+        return [found for body in bodies if (found := rtnetlink.fdb_entry(body)) is not None]
+
+    async def change(self, requests: Sequence[Request]) -> list[KernelError | None]:
+        """Make these changes in order, each whatever becomes of the others; what the kernel had against each."""
+        return [error for error, _ in await self._ask(requests)]
+
+    async def add_vxlan(self, name: str, vxlan: Vxlan, mac: str, mtu: int) -> None:
+        """Make a VXLAN device, still down.  EOPNOTSUPP: the kernel has none."""
+        attributes: dict[str, object] = {
+            "ifname": name,
+            "kind": "vxlan",
+            "address": mac,
+            "mtu": mtu,
+            "vxlan_id": vxlan.vni,
+            "vxlan_link": vxlan.lower_index,
+            "vxlan_port": vxlan.port,
+            "vxlan_learning": vxlan.learning,
+        }
+        if vxlan.local is not None:
+            attributes["vxlan_local"] = str(vxlan.local)
+        if vxlan.gbp:
+            attributes["vxlan_gbp"] = True
+        await _answer(f"cannot create {name} (vxlan id {vxlan.vni})", self._socket.link("add", **attributes))
 
     async def set_link(
-        self, index: int, *, up: bool | None = None, mtu: int | None = None, tx_queue_len: int | None = None
+        self,
+        index: int,
+        *,
+        up: bool | None = None,
+        mtu: int | None = None,
+        tx_queue_len: int | None = None,
+        mac: str | None = None,
+        alias: str | None = None,
     ) -> None:
         """Change what is given, leave the rest."""
         changes: dict[str, object] = {}
@@ -117,6 +192,10 @@ class Netlink:
             changes["mtu"] = mtu
         if tx_queue_len is not None:
             changes["txqlen"] = tx_queue_len
+        if mac is not None:
+            changes["address"] = mac
+        if alias is not None:
+            changes["ifalias"] = alias
         text = " ".join(f"{key} {value}" for key, value in changes.items())
         await _answer(f"cannot set link {index} {text}", self._socket.link("set", index=index, **changes))
 
@@ -136,16 +215,65 @@ class Netlink:
         )
 
     async def add_route(self, route: Route) -> None:
-        """Add; EEXIST when any route, whoever's, has this prefix and metric: nothing is ever overwritten.
-
-        The kernel's "replace" looks at prefix and metric alone and would take another owner's route.
-        """
-        await _answer(f"cannot add route {route.dst}", self._socket.route("add", **_route_arguments(route)))
+        """See `rtnetlink.add_route`."""
+        await self._must(rtnetlink.add_route(route))
 
     async def delete_route(self, route: Route) -> None:
-        """Delete the route of this prefix, metric, type, protocol and next hop; no other owner's can match."""
-        request = self._socket.route("del", **_route_arguments(route))
-        await _answer(f"cannot delete route {route.dst}", request)
+        """See `rtnetlink.delete_route`."""
+        await self._must(rtnetlink.delete_route(route))
+
+    async def _must(self, request: Request) -> None:
+        for error in await self.change([request]):
+            if error is not None:
+                raise error
+
+    async def _list(self, request: Request) -> list[bytes]:
+        """What a dump says.  Raises KernelError when it changes all the time."""
+        for _ in range(_DUMP_TRIES):
+            ((error, bodies),) = await self._ask([request])
+            if error is None:
+                return bodies
+            if error.errno != errno.EINTR:
+                raise error
+        raise KernelError(request.operation, errno.EINTR, f"it changed during each of {_DUMP_TRIES} readings")
+
+    async def _ask(self, requests: Sequence[Request]) -> list[tuple[KernelError | None, list[bytes]]]:
+        """Send `requests`; for each what went wrong with it and the bodies of its answers."""
+        answers: list[tuple[KernelError | None, list[bytes]]] = []
+        for start in range(0, len(requests), _BATCH):
+            answers += await self._ask_batch(requests[start : start + _BATCH])
+        return answers
+
+    async def _ask_batch(self, requests: Sequence[Request]) -> list[tuple[KernelError | None, list[bytes]]]:
+        first = self._sequence + 1
+        self._sequence += len(requests)
+        batch = b"".join(request.encode(first + n) for n, request in enumerate(requests))
+        bodies: list[list[bytes]] = [[] for _ in requests]
+        errors: dict[int, KernelError | None] = {}
+        torn: set[int] = set()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(_REPLY_LIMIT_S):
+                await loop.sock_sendall(self._raw, batch)
+                while len(errors) < len(requests):
+                    for kind, flags, sequence, body in rtnetlink.messages(await loop.sock_recv(self._raw, _READ_LEN)):
+                        n = sequence - first
+                        if flags & rtnetlink.F_DUMP_INTR:
+                            torn.add(n)
+                        if kind == rtnetlink.DONE:
+                            errors[n] = KernelError(requests[n].operation, errno.EINTR) if n in torn else None
+                        elif kind == rtnetlink.ERROR:
+                            number, text = rtnetlink.refusal(body, flags)
+                            errors[n] = KernelError(requests[n].operation, number, text) if number else None
+                        else:
+                            bodies[n].append(body)
+        except TimeoutError as exc:
+            raise KernelError(
+                requests[0].operation, errno.ETIMEDOUT, f"no answer in {_REPLY_LIMIT_S:.0f} s"
+            ) from exc
+        except OSError as exc:
+            raise KernelError(requests[0].operation, exc.errno or 0) from exc
+        return [(errors[n], bodies[n]) for n in range(len(requests))]
 
     async def _dump(self, operation: str, request: Any) -> list[Any]:
         messages = await _dump(self._socket, operation, request)
@@ -164,6 +292,18 @@ def _open() -> Any:
         return AsyncIPRoute(ext_ack=True, strict_check=True)
     except OSError as exc:
         raise KernelError("cannot open a netlink socket", exc.errno or 0) from exc
+
+
+def _open_raw() -> socket.socket:
+    try:
+        raw = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+        )
+        for option in (_NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK):
+            raw.setsockopt(_SOL_NETLINK, option, 1)
+    except OSError as exc:
+        raise KernelError("cannot open a netlink socket", exc.errno or 0) from exc
+    return raw
 
 
 async def _answer(operation: str, request: Awaitable[list[Any]]) -> list[Any]:
@@ -203,6 +343,20 @@ def _link(message: Any) -> Link:
             bool(data.get("tun_multi_queue")),
             bool(data.get("tun_persist")),
         )
+    vxlan = None
+    if kind == "vxlan" and (data := info.get("data")) is not None:
+        local, group = data.get("vxlan_local"), data.get("vxlan_group")
+        vxlan = Vxlan(
+            data.get("vxlan_id"),
+            None if local is None else ip_address(local),
+            data.get("vxlan_link") or 0,
+            # In the network's byte order, which pyroute2 turns around.
+            data.get("vxlan_port"),
+            bool(data.get("vxlan_learning")),
+            data.get("vxlan_gbp") is not None,
+            None if group is None else ip_address(group),
+            bool(data.get("vxlan_l2miss")),
+        )
     flags = message["flags"]
     return Link(
         message["index"],
@@ -214,6 +368,9 @@ def _link(message: Any) -> Link:
         bool(flags & _IFF_LOOPBACK),
         message.get("txqlen") or 0,
         tun,
+        vxlan,
+        message.get("address") or "",
+        message.get("ifalias") or "",
     )
 
 
@@ -234,27 +391,6 @@ def _address(message: Any) -> Address:
     )
 
 
-def _route(message: Any) -> Route:
-    multipath = message.get("multipath")
-    hop = multipath[0] if multipath else message
-    gateway = hop.get("gateway")
-    prefsrc = message.get("prefsrc")
-    metrics = message.get("metrics")
-    any_address = "0.0.0.0" if message["family"] == socket.AF_INET else "::"
-    return Route(
-        ip_network(f"{message.get('dst') or any_address}/{message['dst_len']}"),
-        None if gateway is None else ip_address(gateway),
-        hop.get("oif"),
-        message.get("table"),
-        message["proto"],
-        message["type"],
-        message["scope"],
-        message.get("priority") or 0,
-        None if prefsrc is None else ip_address(prefsrc),
-        None if metrics is None else metrics.get("mtu"),
-    )
-
-
 def _address_arguments(address: Address) -> dict[str, object]:
     return {
         "index": address.link_index,
@@ -264,54 +400,39 @@ def _address_arguments(address: Address) -> dict[str, object]:
     }
 
 
-def _route_arguments(route: Route) -> dict[str, object]:
-    arguments: dict[str, object] = {
-        "family": socket.AF_INET if route.dst.version == 4 else socket.AF_INET6,
-        "dst": str(route.dst),
-        "table": route.table,
-        "proto": route.protocol,
-        "type": int(route.type),
-        "scope": int(route.scope),
-    }
-    if route.metric:
-        arguments["priority"] = route.metric
-    if route.gateway is not None:
-        arguments["gateway"] = str(route.gateway)
-    if route.oif is not None:
-        arguments["oif"] = route.oif
-    if route.prefsrc is not None:
-        arguments["prefsrc"] = str(route.prefsrc)
-    if route.mtu is not None:
-        arguments["metrics"] = {"mtu": route.mtu}
-    return arguments
-
-
 class NoticeKind(Enum):
     LINK = "link"
     ADDRESS = "address"
     ROUTE = "route"
+    NEIGHBOUR = "neighbour"
+    """An fdb entry too."""
     OVERFLOW = "overflow"
     """The kernel had more to say than the buffer holds: anything may have changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something of this kind changed.  A route's owner and prefix length tell whether it can matter."""
+    """Something of this kind changed.
+
+    A route's owner and prefix length tell whether it can matter, and so does a neighbour's link.
+    """
 
     kind: NoticeKind
     protocol: int = 0
     prefixlen: int = 0
+    link_index: int = 0
 
 
-async def watch() -> AsyncGenerator[frozenset[Notice], None]:
+async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice], None]:
     """Notices as they come, those that arrive together as one set.  Never ends by itself.
 
     The first item is an OVERFLOW, sent once the socket listens: whatever happened before then was not seen.
+    `neighbours`: report those too; a host's own come and go all the time.
     A socket that fails is opened anew, with an OVERFLOW.  Raises KernelError when none can be opened.
     """
     loop = asyncio.get_running_loop()
     while True:
-        with _notice_socket() as listener:
+        with _notice_socket(neighbours) as listener:
             yield frozenset({Notice(NoticeKind.OVERFLOW)})
             while True:
                 try:
@@ -325,12 +446,13 @@ async def watch() -> AsyncGenerator[frozenset[Notice], None]:
                 yield frozenset(_notices(data))
 
 
-def _notice_socket() -> socket.socket:
+def _notice_socket(neighbours: bool) -> socket.socket:
     listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
     try:
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WATCH_BUFFER)
-        listener.bind((0, _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV4_ROUTE))
+        groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV4_ROUTE
+        listener.bind((0, groups | (_RTMGRP_NEIGH if neighbours else 0)))
     except OSError as exc:
         listener.close()
         raise KernelError("cannot listen for netlink notices", exc.errno or 0) from exc
@@ -357,10 +479,10 @@ def _notices(data: bytes) -> set[Notice]:
     """Decode the fixed part of each message; attributes are not needed."""
     notices: set[Notice] = set()
     offset = 0
-    while offset + _NLMSG_HDR.size <= len(data):
-        length, kind, *_ = _NLMSG_HDR.unpack_from(data, offset)
-        body = offset + _NLMSG_HDR.size
-        if length < _NLMSG_HDR.size or offset + length > len(data):
+    while offset + rtnetlink.HEADER.size <= len(data):
+        length, kind, *_ = rtnetlink.HEADER.unpack_from(data, offset)
+        body = offset + rtnetlink.HEADER.size
+        if length < rtnetlink.HEADER.size or offset + length > len(data):
             # Cut off: what the rest said is lost.
             notices.add(Notice(NoticeKind.OVERFLOW))
             break
@@ -368,8 +490,11 @@ def _notices(data: bytes) -> set[Notice]:
             notices.add(Notice(NoticeKind.LINK))
         elif kind in (_RTM_NEWADDR, _RTM_DELADDR):
             notices.add(Notice(NoticeKind.ADDRESS))
-        elif kind in (_RTM_NEWROUTE, _RTM_DELROUTE):
+        elif kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
             # struct rtmsg: family, dst_len, src_len, tos, table, protocol, …
             notices.add(Notice(NoticeKind.ROUTE, protocol=data[body + 5], prefixlen=data[body + 1]))
+        elif kind in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH):
+            # struct ndmsg: family, three of padding, ifindex, …
+            notices.add(Notice(NoticeKind.NEIGHBOUR, link_index=struct.unpack_from("=i", data, body + 4)[0]))
         offset += (length + 3) & ~3
     return notices

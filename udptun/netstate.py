@@ -20,6 +20,12 @@ include/uapi/linux/rtnetlink.h, of iproute2's rt_protos and of FRR (186..198) le
 DEVICE_NAME = re.compile(r"flannel(0|\.\d+)")
 """The names of the devices that our backends make, and flannel's."""
 
+LINK_ALIAS = "udptun"
+"""Marks the devices that we make and that do not show it by themselves (IFLA_IFALIAS)."""
+
+NUD_PERMANENT = 0x80
+"""Neighbour state (include/uapi/linux/neighbour.h): set by hand, never aged."""
+
 MAIN_TABLE = 254
 
 
@@ -34,8 +40,28 @@ class TunFlags:
 
 
 @dataclass(frozen=True, slots=True)
+class Vxlan:
+    """What makes one VXLAN device another; none of it is changed on a device that exists.
+
+    `local` is the source of its datagrams, `lower_index` the interface they leave by.
+    """
+
+    vni: int
+    local: IPAddress | None
+    lower_index: int
+    port: int
+    learning: bool
+    gbp: bool
+    group: IPAddress | None = None
+    l2miss: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
-    """`kind` is the driver's ("tun", "veth", …), empty for hardware and lo.  `tun` is set for "tun" alone."""
+    """`kind` is the driver's ("tun", "veth", …), empty for hardware and lo.
+
+    `tun` and `vxlan` are set for devices of that kind alone; `mac` is empty where there is none.
+    """
 
     index: int
     name: str
@@ -46,6 +72,9 @@ class Link:
     is_loopback: bool
     tx_queue_len: int
     tun: TunFlags | None = None
+    vxlan: Vxlan | None = None
+    mac: str = ""
+    alias: str = ""
 
 
 class Scope(IntEnum):
@@ -98,3 +127,25 @@ class Route:
     metric: int = 0
     prefsrc: IPAddress | None = None
     mtu: int | None = None
+    onlink: bool = False
+    """The gateway is taken to be on `oif`, whatever the addresses say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """Which MAC (`aa:bb:cc:dd:ee:ff`) an address of the link has."""
+
+    link_index: int
+    ip: IPAddress
+    mac: str
+    is_permanent: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class FdbEntry:
+    """Which VTEP, `dst`, a VXLAN link sends frames for a MAC to."""
+
+    link_index: int
+    mac: str
+    dst: IPAddress
+    is_permanent: bool = True

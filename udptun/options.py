@@ -80,6 +80,8 @@ class Options:
 
     store_is_named: bool
     """False: nobody chose a store, and `store` is the local one; see `store_warning`."""
+    pretend_no_vxlan: bool
+    """UDPTUN_PRETEND_NO_VXLAN is set: probe as on a kernel without vxlan.  For the tests, which have no such kernel."""
     notify_socket: str
     """NOTIFY_SOCKET of systemd, empty without it."""
     warnings: tuple[str, ...]
@@ -470,6 +472,7 @@ class _Given:
             state_dir=values["state-dir"],
             node=values["node"],
             store_is_named=values["store"] is not None,
+            pretend_no_vxlan=bool(self._environ.get("UDPTUN_PRETEND_NO_VXLAN")),
             notify_socket=self._environ.get("NOTIFY_SOCKET", ""),
             warnings=tuple(self._warnings),
             help=self._help,

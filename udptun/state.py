@@ -1,12 +1,14 @@
 """What a host remembers across restarts, in its state directory: who it is and the last good lease table.
 
-`node-id` holds the NodeID of our leases.  `last-leases.json` lets a daemon forward before its store has
-answered.
+`node-id` holds the NodeID of our leases and `vtep-mac` the MAC of our VTEP.  `last-leases.json` lets a daemon forward
+before its store has answered.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ CLOCK_SLACK_S = 60.0
 """How far the clock may be behind the time of saving before the saved expiries mean nothing, seconds."""
 
 _NODE_ID = "node-id"
+_VTEP_MAC = "vtep-mac"
 _LAST_LEASES = "last-leases.json"
 
 
@@ -122,22 +125,44 @@ def node_id(directory: Path) -> str:
     another host's.
     """
     path = directory / _NODE_ID
-    try:
-        if not path.exists():
-            # FileExistsError: another process was first, and its id counts.
-            with suppress(FileExistsError):
-                atomic_file.create(path, f"{uuid.uuid4().hex}\n")
-        text = path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError as exc:
-        raise ConfigError(
-            f"cannot keep the node id in {path}: {exc.strerror}; --state-dir must name a directory that we may write to"
-        ) from exc
+    text = _kept(path, "node id", uuid.uuid4().hex)
     if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
         raise ConfigError(
             f"{path} holds {text[:40]!r}, not the 32 hexadecimal digits of a node id; restore it, or delete it to "
             "become a new node (the old node's lease then stays until it expires)"
         )
     return text
+
+
+def vtep_mac(directory: Path) -> str:
+    """The MAC of this host's VTEP, kernel's or userspace's: the one in `directory`, made at the first call.
+
+    Random, unicast and locally administered, and the same for as long as the file is kept: the peers have it in their
+    neighbour tables.  Raises ConfigError when it cannot be read or written, or is damaged.
+    """
+    path = directory / _VTEP_MAC
+    fresh = bytearray(os.urandom(6))
+    fresh[0] = fresh[0] & 0xFC | 0x02
+    text = _kept(path, "VTEP's MAC", fresh.hex(":"))
+    if not re.fullmatch(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}", text):
+        raise ConfigError(
+            f"{path} holds {text[:40]!r}, not a unicast MAC address; restore it, or delete it to get another one"
+        )
+    return text
+
+
+def _kept(path: Path, what: str, fresh: str) -> str:
+    """What the file holds; `fresh`, once and for all, when there is none yet."""
+    try:
+        if not path.exists():
+            # FileExistsError: another process was first, and its text counts.
+            with suppress(FileExistsError):
+                atomic_file.create(path, f"{fresh}\n")
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot keep the {what} in {path}: {exc.strerror}; --state-dir must name a directory that we may write to"
+        ) from exc
 
 
 def has_node_id(directory: Path) -> bool:
@@ -147,4 +172,4 @@ def has_node_id(directory: Path) -> bool:
 
 def files(directory: Path, *, with_identity: bool) -> list[Path]:
     """The files kept in `directory`; without the NodeID the host stays the node that it is."""
-    return [directory / name for name in (_LAST_LEASES, *([_NODE_ID] if with_identity else []))]
+    return [directory / name for name in (_LAST_LEASES, *([_NODE_ID, _VTEP_MAC] if with_identity else []))]

@@ -191,8 +191,8 @@ def test_a_dump_is_asked_for_again_when_it_comes_back_empty(
         return messages if len(answers) > 1 else []
 
     monkeypatch.setattr(netlink, "_dump", first_answer_lost)
-    assert len(ask(ns, lambda k: k.routes())) == 1
-    assert answers == [1, 1]
+    assert len(ask(ns, lambda k: k.addresses())) == 2
+    assert answers == [2, 2]
 
 
 def torn(times: int) -> Callable[[Any], Coroutine[Any, Any, Any]]:
@@ -321,8 +321,8 @@ def test_watch_opens_a_new_socket_when_its_own_fails(ns: Namespace, monkeypatch:
     opened: list[socket.socket] = []
     real = netlink._notice_socket
 
-    def remembered() -> socket.socket:
-        opened.append(real())
+    def remembered(neighbours: bool) -> socket.socket:
+        opened.append(real(neighbours))
         return opened[-1]
 
     monkeypatch.setattr(netlink, "_notice_socket", remembered)

@@ -353,11 +353,11 @@ def test_damage_is_repaired_although_no_notice_socket_could_be_had_at_first(
     real = netlink._notice_socket
     attempts = []
 
-    def refuse_once() -> socket.socket:
+    def refuse_once(neighbours: bool) -> socket.socket:
         attempts.append(1)
         if len(attempts) == 1:
             raise KernelError("cannot listen for netlink notices", 24)
-        return real()
+        return real(neighbours)
 
     monkeypatch.setattr(netlink, "_notice_socket", refuse_once)
     with ExitStack() as stack:
@@ -374,10 +374,11 @@ def test_an_empty_answer_from_the_kernel_deletes_nothing(
     """Every dump comes back empty, twice: what is there is added again, refused as there already, and stays."""
     converge(ns, tun)
 
-    async def nothing(*_args: object) -> list[Any]:
+    async def nothing(*_args: object, **_keywords: object) -> list[Any]:
         return []
 
-    monkeypatch.setattr(netlink, "_dump", nothing)
+    monkeypatch.setattr(netlink.Netlink, "addresses", nothing)
+    monkeypatch.setattr(netlink.Netlink, "routes", nothing)
     outcome = converge(ns, tun)
     assert outcome.changes == ()
     assert all("EEXIST" in failure for failure in outcome.failures)

@@ -24,9 +24,9 @@ PURE = [
         "offload",
         "options",
         "subnet_env",
-        "underlay",
+        *("datapath.settings", "rtnetlink", "underlay"),
     ),
-    *("backends.base", "backends.choice", "backends.udp", "datapath.settings"),
+    *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw", "backends.udp", "backends.vxlan"),
 ]
 SHELL = {
     "asyncio",

@@ -56,6 +56,7 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
         state_dir=Path("/var/lib/udptun"),
         node="",
         store_is_named=False,
+        pretend_no_vxlan=False,
         notify_socket="",
         warnings=(),
         help=False,

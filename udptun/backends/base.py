@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
 from udptun.config import SourceCheck
 from udptun.datapath.settings import Remote, Settings
 from udptun.lease import Lease, LeaseAttrs
-from udptun.netstate import IPAddress, IPNetwork, Route, RouteType
+from udptun.netstate import IPAddress, IPNetwork, Route, RouteType, Vxlan
 from udptun.offload import Offload
 from udptun.underlay import Underlay
+
+_WORST_METRIC = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,8 @@ class Live:
 class Situation:
     """All that a backend decides from.
 
-    `peers` are usable leases, disjoint and none of them our own.  `direct` holds those PublicIPs that the kernel
-    reaches without a gateway; it is looked at when `Backend.asks_direct`.
+    `peers` are usable leases, disjoint and none of them our own.  `direct`: those PublicIPs that the kernel reaches
+    without a gateway, each with the index of the link that leads there; filled in when `Backend.asks_direct`.
     """
 
     network: IPv4Network
@@ -38,7 +40,7 @@ class Situation:
     own_subnet: IPv4Network
     live: Live
     peers: Collection[Lease] = ()
-    direct: frozenset[IPv4Address] = frozenset()
+    direct: Mapping[IPv4Address, int] = field(default_factory=dict)
 
 
 class Encapsulation(Protocol):
@@ -88,6 +90,9 @@ class Backend(Protocol):
     def refusal(self, lease: Lease) -> str | None:
         """Why a valid lease, of whatever backend, is no peer of ours; None when it is one."""
 
+    def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink, ...]:
+        """The `links` of `desired`, which must be there before a lease is worth having."""
+
     def desired(self, situation: Situation) -> DesiredState:
         """What the kernel is to have, complete: whatever else carries our mark is a leftover."""
 
@@ -108,13 +113,17 @@ class Sysctl:
 class DesiredLink:
     """A device that is up, with this MTU in bytes and room for at least `min_tx_queue_len` packets.
 
-    Everything on it is ours: an address that is not desired is removed.
+    With `vxlan` it is made so, and made anew when it differs, and has this `mac`; without, it is the datapath's, which
+    brings it back.  Everything on it is ours: an address that is not desired is removed, and so are, of a VXLAN device,
+    routes, permanent neighbours and permanent fdb entries.
     """
 
     name: str
     mtu: int
     min_tx_queue_len: int
     sysctls: tuple[Sysctl, ...] = ()
+    vxlan: Vxlan | None = None
+    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +135,49 @@ class DesiredAddress:
 
 @dataclass(frozen=True, slots=True)
 class DesiredRoute:
-    """A route of the main table, through `link`, or through none (`unreachable`)."""
+    """A route of the main table: through `link`, a desired one; through the link `oif`, whoever's; or `unreachable`.
+
+    `onlink`: see `Route`.
+    """
 
     dst: IPNetwork
     link: str | None = None
     type: RouteType = RouteType.UNICAST
     metric: int = 0
+    gateway: IPAddress | None = None
+    onlink: bool = False
+    oif: int | None = None
 
     def on(self, oif: int | None) -> Route:
         """The route itself, once the link's index is known."""
-        return Route(self.dst, oif=oif, type=self.type, metric=self.metric)
+        return Route(self.dst, self.gateway, oif, type=self.type, metric=self.metric, onlink=self.onlink)
+
+
+def guard(network: IPv4Network) -> DesiredRoute:
+    """Refuses packets to `network` when no better route is left.
+
+    When a device is down or gone its routes go with it; this one then keeps pod packets from following the default
+    route in clear text.
+    """
+    return DesiredRoute(network, type=RouteType.UNREACHABLE, metric=_WORST_METRIC)
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredNeighbour:
+    """A permanent neighbour on a VXLAN link."""
+
+    link: str
+    ip: IPAddress
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredFdb:
+    """A permanent forwarding entry of a VXLAN link."""
+
+    link: str
+    mac: str
+    dst: IPAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +187,5 @@ class DesiredState:
     links: tuple[DesiredLink, ...] = ()
     addresses: tuple[DesiredAddress, ...] = ()
     routes: tuple[DesiredRoute, ...] = ()
+    neighbours: tuple[DesiredNeighbour, ...] = ()
+    fdb: tuple[DesiredFdb, ...] = ()

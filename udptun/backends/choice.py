@@ -1,17 +1,62 @@
-"""Which backend a configuration gets on this host, and why.  Pure."""
+"""Which backend a configuration gets on this host, and why.  Pure: the caller has asked the kernel."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from udptun.backends.alloc import Alloc
 from udptun.backends.base import Backend
+from udptun.backends.hostgw import HostGw
 from udptun.backends.udp import Udp
-from udptun.config import BackendConf, UdpBackend
-from udptun.errors import ConfigError
+from udptun.backends.vxlan import KernelVxlan
+from udptun.config import AllocBackend, BackendConf, Fallback, HostGwBackend, UdpBackend, VxlanBackend
+from udptun.errors import UdptunError
 
 
-def choose(conf: BackendConf) -> Backend:
-    """The backend for `conf`."""
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What the kernel of this host lacks, each as the error that it answers with; empty: it has it."""
+
+    no_tun: str = ""
+    no_vxlan: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`reason` is one short line for people."""
+
+    backend: Backend
+    reason: str
+
+
+def choose(conf: BackendConf, host: Host, mac: str) -> Choice:
+    """The backend for `conf` on `host`; `mac` is what a VTEP of ours has.
+
+    Raises UdptunError when vxlan can be had in no way that `conf` allows.  A missing TUN device is no matter here:
+    opening it says more.
+    """
     match conf:
         case UdpBackend():
-            return Udp(conf.port)
-        case _:
-            raise ConfigError(f"Backend.Type: {conf.type} is not built yet")
+            return Choice(Udp(conf.port), "as configured")
+        case HostGwBackend():
+            return Choice(HostGw(), "as configured")
+        case AllocBackend():
+            return Choice(Alloc(), "as configured")
+        case VxlanBackend():
+            return _choose_vxlan(conf, host, mac)
+
+
+def _choose_vxlan(conf: VxlanBackend, host: Host, mac: str) -> Choice:
+    if not conf.userspace and not host.no_vxlan:
+        return Choice(KernelVxlan(conf, mac), "the kernel has vxlan")
+    reason = "Backend.Userspace is true" if conf.userspace else f"the kernel has no vxlan ({host.no_vxlan})"
+    match Fallback.VTEP if conf.userspace else conf.fallback:
+        case Fallback.VTEP:
+            raise UdptunError(f"{reason}, and the userspace VTEP is not built yet")
+        case Fallback.UDP:
+            return Choice(Udp(UdpBackend().port), f"{reason} and Backend.Fallback is udp")
+        case Fallback.NONE:
+            raise UdptunError(
+                f"cannot create flannel.{conf.vni} (vxlan id {conf.vni}): {reason} and Backend.Fallback is none; load "
+                'the module vxlan, or set Backend.Fallback to "vtep"'
+            )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Situation, Sysctl
+from udptun.backends.base import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Live, Situation, Sysctl, guard
 from udptun.config import UDP_OVERHEAD
 from udptun.datapath.settings import Remote, Settings
 from udptun.lease import Lease, LeaseAttrs
-from udptun.netstate import RouteType
 from udptun.underlay import Underlay
 
 TUN_NAME = "flannel0"
 """Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
 route to Network stays on the first, where nobody reads, and traffic is lost in silence."""
 
-_WORST_METRIC = 0xFFFFFFFF
 _MIN_TX_QUEUE_LEN = 500
 """What the kernel gives a TUN device (TUN_READQ_SIZE); packets wait there while a dead datapath is replaced."""
 
@@ -55,6 +53,9 @@ class Udp:
     def remote(self, lease: Lease) -> Remote:
         return Remote(lease.attrs.public_ip, lease.attrs.port(self.port), lease.attrs.is_udptun)
 
+    def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink]:
+        return (tun_link(TUN_NAME, live.mtu),)
+
     def desired(self, situation: Situation) -> DesiredState:
         """The device with our subnet's first address, and the routes that lead Network into it.
 
@@ -63,14 +64,9 @@ class Udp:
         """
         network = situation.network
         return DesiredState(
-            links=(tun_link(TUN_NAME, situation.live.mtu),),
+            links=self.links(situation.underlay, situation.live),
             addresses=(DesiredAddress(TUN_NAME, situation.own_subnet.network_address, 32),),
-            routes=(
-                # When the device is down or gone its route goes with it; this one then keeps pod packets from following
-                # the default route in clear text.
-                DesiredRoute(network, type=RouteType.UNREACHABLE, metric=_WORST_METRIC),
-                DesiredRoute(network, TUN_NAME),
-            ),
+            routes=(guard(network), DesiredRoute(network, TUN_NAME)),
         )
 
 

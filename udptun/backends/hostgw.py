@@ -1,0 +1,45 @@
+"""The host-gw backend: each peer is the gateway to its own subnet (pkg/backend/hostgw).  Pure."""
+
+from __future__ import annotations
+
+from udptun.backends.base import DesiredRoute, DesiredState, Live, Situation
+from udptun.errors import UdptunError
+from udptun.lease import Lease, LeaseAttrs
+from udptun.underlay import Underlay
+
+
+class HostGw:
+    """See `Backend`."""
+
+    type = "host-gw"
+    device = None
+    overhead = 0
+    encapsulation = None
+    asks_direct = False
+
+    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+        if underlay.public_ip != underlay.address:
+            raise UdptunError(
+                "your PublicIP differs from interface IP, meaning that probably you're on a NAT, which is not "
+                f"supported by host-gw backend ({underlay.public_ip} is not {underlay.address} of "
+                f"{underlay.link_name}); use Backend.Type vxlan or udp"
+            )
+        # flannel's has no BackendData, and it looks at none.
+        data = {"NodeID": node_id, "Udptun": 1}
+        return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
+
+    def refusal(self, lease: Lease) -> str | None:
+        if lease.attrs.backend_type != self.type:
+            return f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {self.type}"
+        return None
+
+    def links(self, underlay: Underlay, live: Live) -> tuple[()]:
+        return ()
+
+    def desired(self, situation: Situation) -> DesiredState:
+        return DesiredState(
+            routes=tuple(
+                DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=situation.underlay.link_index)
+                for lease in situation.peers
+            )
+        )
