@@ -74,6 +74,8 @@ cdef extern from "shm.h" nogil:
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
         UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP, UT_OFFLOAD_VNET_HDR
         UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
+        UT_AT_SLOT_L1, UT_AT_SLOT_REMOTES, UT_AT_SLOT_PEERS, UT_AT_SLOT_L2, UT_AT_TABLE_GENERATION, UT_AT_TABLE_SLOT
+        UT_AT_WORKER_COUNTER, UT_AT_STATS_WORKER, UT_AT_STATS_PEER
     struct ut_peer:
         sockaddr_in remote
         uint32_t subnet, mask, mtu, flags
@@ -1242,11 +1244,6 @@ def load_u64(words, Py_ssize_t i):
     return ut_load_u64(_word(words, i, PyBUF_SIMPLE))
 
 
-cdef ut_slot *_slot0 = NULL       # for offsets only; never dereferenced
-cdef ut_table *_table0 = NULL
-cdef ut_stats *_stats0 = NULL
-cdef ut_worker *_worker0 = NULL
-
 LAYOUT = {
     "version": UT_LAYOUT_VERSION,
     "table_magic": UT_TABLE_MAGIC,
@@ -1266,15 +1263,15 @@ LAYOUT = {
     "worker": sizeof(ut_worker),
     "peer_stats": sizeof(ut_peer_stats),
     "stats": sizeof(ut_stats),
-    "slot.l1": <size_t>&_slot0.l1,
-    "slot.remotes": <size_t>&_slot0.remotes,
-    "slot.peers": <size_t>&_slot0.peers,
-    "slot.l2": <size_t>&_slot0.l2,
-    "table.generation": <size_t>&_table0.generation,
-    "table.slot": <size_t>&_table0.slot,
-    "worker.counter": <size_t>&_worker0.counter,
-    "stats.worker": <size_t>&_stats0.worker,
-    "stats.peer": <size_t>&_stats0.peer,
+    "slot.l1": UT_AT_SLOT_L1,
+    "slot.remotes": UT_AT_SLOT_REMOTES,
+    "slot.peers": UT_AT_SLOT_PEERS,
+    "slot.l2": UT_AT_SLOT_L2,
+    "table.generation": UT_AT_TABLE_GENERATION,
+    "table.slot": UT_AT_TABLE_SLOT,
+    "worker.counter": UT_AT_WORKER_COUNTER,
+    "stats.worker": UT_AT_STATS_WORKER,
+    "stats.peer": UT_AT_STATS_PEER,
 }
 """Sizes and offsets in bytes, for udptun/datapath/table.py and stats.py to agree with."""
 

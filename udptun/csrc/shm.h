@@ -10,6 +10,7 @@
 
 /* struct mmsghdr needs _GNU_SOURCE, which Python.h defines. */
 #include <netinet/in.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/socket.h>
 
@@ -118,6 +119,19 @@ struct ut_stats {
     struct ut_worker worker[UT_MAX_WORKERS];
     struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
     struct ut_hands hands[UT_MAX_WORKERS];
+};
+
+/* Where numpy finds what it looks at, bytes from the begin of the structure. */
+enum {
+    UT_AT_SLOT_L1 = offsetof(struct ut_slot, l1),
+    UT_AT_SLOT_REMOTES = offsetof(struct ut_slot, remotes),
+    UT_AT_SLOT_PEERS = offsetof(struct ut_slot, peers),
+    UT_AT_SLOT_L2 = offsetof(struct ut_slot, l2),
+    UT_AT_TABLE_GENERATION = offsetof(struct ut_table, generation),
+    UT_AT_TABLE_SLOT = offsetof(struct ut_table, slot),
+    UT_AT_WORKER_COUNTER = offsetof(struct ut_worker, counter),
+    UT_AT_STATS_WORKER = offsetof(struct ut_stats, worker),
+    UT_AT_STATS_PEER = offsetof(struct ut_stats, peer),
 };
 
 /* A reader announces the generation it is about to use and looks again: the writer may have flipped in between and,

@@ -1,0 +1,163 @@
+"""Random flows through the fast path until some processor time is used up; the first difference ends it.
+
+    python -m tests.fuzz.rounds --cpu-seconds 600
+
+Four kinds of rounds in turn: whatever the TUN may give, whatever peers may send, flows to merge (each against the
+reference), and super-packets that one worker cuts up and another puts together again, some of them corrupted on the
+way.
+`python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from tests.datapath.harness import Batch, FastDatapath, Message, ReferenceDatapath, assert_same_packets, trains
+from tests.datapath.test_equivalence import DECAP_BATCHES, ENCAP_BATCHES, QUICK, streams
+from tests.datapath.test_super_packets import Super
+from tests.packets import MTU, NEAR, NO_VNET_HDR, stepped
+
+CHUNK = settings(QUICK, max_examples=25, derandomize=False, phases=(Phase.generate,))
+PROGRESS_S = 15.0
+
+
+@dataclass
+class Rounds:
+    """Workers, their references, and how much they have done."""
+
+    n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("encap", "decap", "flows", "round trips"), 0))
+    n_merged: int = 0
+
+    def __post_init__(self) -> None:
+        self._undo = ExitStack()
+        self._pairs = []
+        for has_gro, has_vnet_hdr in ((True, True), (False, True), (True, False)):
+            how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr}
+            fast, model = self._undo.enter_context(FastDatapath(**how)), ReferenceDatapath(**how)
+            model.table = fast.table
+            self._pairs.append((fast, model))
+        # The far end: the subnet that packets go to is its own, and they come from the near end's.
+        self._far = self._undo.enter_context(FastDatapath())
+        near = next(peer for peer in self._far.table.peers if str(peer.remote[0]) == NEAR)
+        self._far.set_overlay("10.244.0.0/16", "10.244.2.0/24", [("10.244.1.0/24", near)])
+
+    def close(self) -> None:
+        self._undo.close()
+
+    def chunk(self, number: int) -> None:
+        """Some rounds of each kind; `number` makes them others than the last time."""
+        fast, model = self._pairs[number % len(self._pairs)]
+
+        @seed(number)
+        @CHUNK
+        @given(raws=ENCAP_BATCHES)
+        def encap(raws: list[bytes]) -> None:
+            if not fast.has_vnet_hdr:
+                raws = [NO_VNET_HDR + raw[len(NO_VNET_HDR) :] for raw in raws]
+            self._compare("encap", fast.encap_batch(raws), model.encap_batch(raws))
+
+        @seed(number)
+        @CHUNK
+        @given(datagrams=DECAP_BATCHES)
+        def decap(datagrams: list[tuple[bytes, str]]) -> None:
+            self._compare("decap", fast.decap_batch(datagrams), model.decap_batch(datagrams))
+
+        @seed(number)
+        @CHUNK
+        @given(messages=streams())
+        def flows(messages: list[Message]) -> None:
+            self._compare("flows", fast.decap_messages(messages), model.decap_messages(messages))
+
+        @seed(number)
+        @CHUNK
+        @given(supers=st.lists(super_packets(), min_size=1, max_size=4), data=st.data())
+        def round_trip(supers: list[Super], data: st.DataObject) -> None:
+            self._there_and_back(supers, data)
+
+        for kind in (encap, decap, flows, round_trip):
+            kind()
+
+    def _compare(self, kind: str, got: Batch, expected: Batch) -> None:
+        assert got.counts == expected.counts
+        assert got.sends == expected.sends
+        self.n_merged += assert_same_packets(got.writes, expected.writes)
+        self.n[kind] += 1
+
+    def _there_and_back(self, supers: list[Super], data: st.DataObject) -> None:
+        fast, _model = self._pairs[0]
+        packets = [stepped(packet) for one in supers for packet in one.packets]
+        (sent,) = fast.encap_batch([one.raw for one in supers]).sends.values()
+        assert sent == packets
+        for _ in range(data.draw(st.sampled_from((0, 0, 1, 3)))):
+            spoilt = data.draw(st.integers(0, len(sent) - 1))
+            # Behind the IP header, which would have it dropped.
+            at = data.draw(st.integers((sent[spoilt][0] & 15) * 4, len(sent[spoilt]) - 1))
+            flipped = sent[spoilt][at] ^ (1 << data.draw(st.integers(0, 7)))
+            sent[spoilt] = sent[spoilt][:at] + bytes([flipped]) + sent[spoilt][at + 1 :]
+        got = self._far.decap_messages(trains([(payload, NEAR) for payload in sent]))
+        assert got.counts == {"decap_packets": len(sent), "decap_delivered": len(sent)}, got.counts
+        # A partial checksum may come about by the spoiling; what else is written is the packet itself.
+        plain = [write for write in got.writes if write[1] or not write[0]]
+        expected = [NO_VNET_HDR + stepped(packet) for packet in sent]
+        if len(plain) == len(got.writes):
+            self.n_merged += assert_same_packets(got.writes, expected)
+        self.n["round trips"] += 1
+
+
+@st.composite
+def super_packets(draw: st.DrawFn) -> Super:
+    """Towards NEAR_POD, of segments that fit."""
+    protocol = draw(st.sampled_from((6, 6, 17)))
+    options = draw(st.sampled_from((b"", bytes.fromhex("0101080a0000000100000002"), b"\1" * 40)))
+    ip_options = draw(st.sampled_from((b"", b"", b"\1" * 4)))
+    header = 20 + len(ip_options) + (20 + len(options) if protocol == 6 else 8)
+    size = draw(st.sampled_from((1, 7, 100, 536, MTU - header)))
+    n_bytes = draw(st.integers(1, min(60_000, 200 * size)) | st.integers(1, 3 * size))
+    return Super(
+        n_bytes,
+        size,
+        protocol=protocol,
+        flags=draw(st.sampled_from((0x10, 0x18, 0x19, 0x90, 0x50)) | st.integers(0, 255)),
+        sequence=draw(st.sampled_from((0, 1000, 0xFFFFFF00))),
+        tcp_options=options,
+        ident=draw(st.integers(0, 0xFFFF)),
+        ip=(
+            ("flags", draw(st.sampled_from(("", "DF")))),
+            ("tos", draw(st.sampled_from((0, 2, 0xB8)))),
+            ("ttl", draw(st.integers(3, 255))),
+            ("options", ip_options),
+        ),
+        seed=draw(st.integers(0, 255)),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.rounds", description=__doc__)
+    parser.add_argument("--cpu-seconds", type=float, default=60.0, metavar="S", help="default: %(default)g")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000, metavar="N", help="of the first round")
+    given_arguments = parser.parse_args()
+    rounds = Rounds()
+    number, said_s = given_arguments.seed, 0.0
+    print(f"first seed {number}", flush=True)
+    try:
+        while (used_s := time.process_time()) < given_arguments.cpu_seconds:
+            rounds.chunk(number)
+            number += 1
+            if used_s - said_s > PROGRESS_S:
+                said_s = used_s
+                print(f"{used_s:.0f} s: {rounds.n}", flush=True)
+    except BaseException:
+        print(f"failed in the chunk of seed {number}: --seed {number}", flush=True)
+        raise
+    rounds.close()
+    print(f"{time.process_time():.0f} CPU seconds, nothing found: {rounds.n}, {rounds.n_merged} merged writes")
+
+
+if __name__ == "__main__":
+    main()
