@@ -58,5 +58,9 @@ class KernelError(UdptunError):
         self.errno = errno
 
 
+class FirewallError(UdptunError):
+    """The firewall's rules could not be read or set."""
+
+
 class DatapathError(UdptunError):
     """The datapath process could not be started, adopted or reached."""

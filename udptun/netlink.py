@@ -53,6 +53,19 @@ _RTMGRP_LINK, _RTMGRP_NEIGH, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV4_ROUTE = 0x1, 0x4,
 # include/uapi/linux/netlink.h
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
 
+# linux/netlink.h, linux/netfilter/nfnetlink.h and nf_tables.h.
+_NETLINK_NETFILTER = 12
+_NFNLGRP_NFTABLES = 7
+_NFNL_SUBSYS_NFTABLES = 10
+_NFTA_TABLE = 1
+"""The table's name, in messages about tables, chains and rules alike."""
+_NFT_CHAIN_ATTRIBUTE = {
+    _NFNL_SUBSYS_NFTABLES << 8 | message: attribute
+    # NFT_MSG_NEWTABLE, DELTABLE; NEWCHAIN, DELCHAIN with NFTA_CHAIN_NAME; NEWRULE, DELRULE with NFTA_RULE_CHAIN.
+    for message, attribute in ((0, 0), (2, 0), (3, 3), (5, 3), (6, 2), (8, 2))
+}
+"""The messages that `_ruleset_notices` heeds, and the attribute that holds the chain's name in each (0: none does)."""
+
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
 
@@ -268,9 +281,7 @@ class Netlink:
                         else:
                             bodies[n].append(body)
         except TimeoutError as exc:
-            raise KernelError(
-                requests[0].operation, errno.ETIMEDOUT, f"no answer in {_REPLY_LIMIT_S:.0f} s"
-            ) from exc
+            raise KernelError(requests[0].operation, errno.ETIMEDOUT, f"no answer in {_REPLY_LIMIT_S:.0f} s") from exc
         except OSError as exc:
             raise KernelError(requests[0].operation, exc.errno or 0) from exc
         return [(errors[n], bodies[n]) for n in range(len(requests))]
@@ -430,10 +441,40 @@ async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice]
     `neighbours`: report those too; a host's own come and go all the time.
     A socket that fails is opened anew, with an OVERFLOW.  Raises KernelError when none can be opened.
     """
+    groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV4_ROUTE | (_RTMGRP_NEIGH if neighbours else 0)
+    async with aclosing(_messages(socket.NETLINK_ROUTE, groups)) as messages:
+        async for data in messages:
+            yield frozenset({Notice(NoticeKind.OVERFLOW)} if data is None else _notices(data))
+
+
+@dataclass(frozen=True, slots=True)
+class RulesetNotice:
+    """Something changed in this table of nftables, where iptables-nft keeps its rules too; None: the whole table.
+
+    `family` is NFPROTO_IPV4 (2) and the like.
+    """
+
+    family: int
+    table: str
+    chain: str | None
+
+
+async def watch_ruleset() -> AsyncGenerator[frozenset[RulesetNotice] | None, None]:
+    """As `watch`, for the packet filter's rules; None where `watch` has an OVERFLOW.
+
+    Of legacy iptables the kernel tells nothing.
+    """
+    async with aclosing(_messages(_NETLINK_NETFILTER, 1 << (_NFNLGRP_NFTABLES - 1))) as messages:
+        async for data in messages:
+            yield None if data is None else _ruleset_notices(data)
+
+
+async def _messages(protocol: int, groups: int) -> AsyncGenerator[bytes | None, None]:
+    """What the kernel sends to these groups; None first, and whenever something was lost."""
     loop = asyncio.get_running_loop()
     while True:
-        with _notice_socket(neighbours) as listener:
-            yield frozenset({Notice(NoticeKind.OVERFLOW)})
+        with _notice_socket(protocol, groups) as listener:
+            yield None
             while True:
                 try:
                     data = await loop.sock_recv(listener, 1 << 16)
@@ -441,18 +482,20 @@ async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice]
                     if exc.errno != errno.ENOBUFS:
                         break
                     _drain(listener)
-                    yield frozenset({Notice(NoticeKind.OVERFLOW)})
+                    yield None
                     continue
-                yield frozenset(_notices(data))
+                yield data
 
 
-def _notice_socket(neighbours: bool) -> socket.socket:
-    listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+def _notice_socket(protocol: int, groups: int) -> socket.socket:
+    try:
+        listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    except OSError as exc:
+        raise KernelError("cannot listen for netlink notices", exc.errno or 0) from exc
     try:
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WATCH_BUFFER)
-        groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV4_ROUTE
-        listener.bind((0, groups | (_RTMGRP_NEIGH if neighbours else 0)))
+        listener.bind((0, groups))
     except OSError as exc:
         listener.close()
         raise KernelError("cannot listen for netlink notices", exc.errno or 0) from exc
@@ -498,3 +541,15 @@ def _notices(data: bytes) -> set[Notice]:
             notices.add(Notice(NoticeKind.NEIGHBOUR, link_index=struct.unpack_from("=i", data, body + 4)[0]))
         offset += (length + 3) & ~3
     return notices
+
+
+def _ruleset_notices(data: bytes) -> frozenset[RulesetNotice]:
+    notices: set[RulesetNotice] = set()
+    for kind, _flags, _sequence, body in rtnetlink.messages(data):
+        if kind in _NFT_CHAIN_ATTRIBUTE:
+            # struct nfgenmsg: family, version, two of res_id.
+            names = {number: value.rstrip(b"\0") for number, value in rtnetlink.attributes(body, 4)}
+            chain = names.get(_NFT_CHAIN_ATTRIBUTE[kind])
+            table = names.get(_NFTA_TABLE, b"").decode(errors="replace")
+            notices.add(RulesetNotice(body[0], table, None if chain is None else chain.decode(errors="replace")))
+    return frozenset(notices)

@@ -117,13 +117,13 @@ def dump_fdb(link_index: int) -> Request:
 def route(body: bytes) -> Route:
     """The route in a message's body.  Of several next hops it is the first."""
     family, dst_len, _, _, table, protocol, scope, kind, flags = _ROUTE.unpack_from(body)
-    found = dict(_attributes(body, _ROUTE.size))
+    found = dict(attributes(body, _ROUTE.size))
     hop = found
     if _RTA_MULTIPATH in found:
         length, flags, _, oif = _NEXT_HOP.unpack_from(found[_RTA_MULTIPATH])
-        hop = dict(_attributes(found[_RTA_MULTIPATH][:length], _NEXT_HOP.size))
+        hop = dict(attributes(found[_RTA_MULTIPATH][:length], _NEXT_HOP.size))
         hop[_RTA_OIF] = _U32.pack(oif)
-    metrics = dict(_attributes(found.get(_RTA_METRICS, b""), 0))
+    metrics = dict(attributes(found.get(_RTA_METRICS, b""), 0))
     return Route(
         _network(family, found.get(_RTA_DST), dst_len),
         _address(hop[_RTA_GATEWAY]) if _RTA_GATEWAY in hop else None,
@@ -142,7 +142,7 @@ def route(body: bytes) -> Route:
 def neighbour(body: bytes) -> Neighbour | None:
     """The neighbour in a message's body; None when it has no link-layer address (yet)."""
     _, link_index, state, _, _ = _NEIGHBOUR.unpack_from(body)
-    found = dict(_attributes(body, _NEIGHBOUR.size))
+    found = dict(attributes(body, _NEIGHBOUR.size))
     if _NDA_DST not in found or len(found.get(_NDA_LLADDR, b"")) != 6:
         return None
     return Neighbour(link_index, _address(found[_NDA_DST]), found[_NDA_LLADDR].hex(":"), bool(state & NUD_PERMANENT))
@@ -151,7 +151,7 @@ def neighbour(body: bytes) -> Neighbour | None:
 def fdb_entry(body: bytes) -> FdbEntry | None:
     """The forwarding entry in a message's body; None when it does not lead to another VTEP."""
     _, link_index, state, _, _ = _NEIGHBOUR.unpack_from(body)
-    found = dict(_attributes(body, _NEIGHBOUR.size))
+    found = dict(attributes(body, _NEIGHBOUR.size))
     if _NDA_DST not in found or len(found.get(_NDA_LLADDR, b"")) != 6:
         return None
     return FdbEntry(link_index, found[_NDA_LLADDR].hex(":"), _address(found[_NDA_DST]), bool(state & NUD_PERMANENT))
@@ -164,7 +164,7 @@ def refusal(body: bytes, flags: int) -> tuple[int, str]:
         return -number, ""
     (echoed,) = _U32.unpack_from(body, 4)
     start = 4 + (HEADER.size if flags & _F_CAPPED else echoed)
-    text = dict(_attributes(body, start)).get(_NLMSGERR_ATTR_MSG, b"")
+    text = dict(attributes(body, start)).get(_NLMSGERR_ATTR_MSG, b"")
     return -number, text.rstrip(b"\0").decode(errors="replace")
 
 
@@ -227,7 +227,8 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return _ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
 
 
-def _attributes(data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+def attributes(data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Type and value of each attribute in a message's body, from `offset` on."""
     while offset + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
         if length < _ATTRIBUTE.size:

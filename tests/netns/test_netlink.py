@@ -6,6 +6,7 @@ import asyncio
 import errno
 import socket
 import struct
+import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from netns import Namespace, namespace, open_fds, requires_netns
 
 from udptun import netlink
 from udptun.errors import KernelError
-from udptun.netlink import Netlink, Notice, NoticeKind, watch
+from udptun.netlink import Netlink, Notice, NoticeKind, RulesetNotice, watch, watch_ruleset
 from udptun.netstate import ROUTE_PROTOCOL, Address, Route, RouteType, Scope
 
 pytestmark = [pytest.mark.netns, requires_netns]
@@ -178,9 +179,7 @@ def test_errors_carry_the_kernels_own_words(ns: Namespace) -> None:
         ask(ns, lambda k: k.delete_link(4000))
 
 
-def test_a_dump_is_asked_for_again_when_it_comes_back_empty(
-    ns: Namespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dump_is_asked_for_again_when_it_comes_back_empty(ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket that has overflowed once answers with an empty dump and no error; a fresh one knows better."""
     real = netlink._dump
     answers = []
@@ -321,8 +320,8 @@ def test_watch_opens_a_new_socket_when_its_own_fails(ns: Namespace, monkeypatch:
     opened: list[socket.socket] = []
     real = netlink._notice_socket
 
-    def remembered(neighbours: bool) -> socket.socket:
-        opened.append(real(neighbours))
+    def remembered(protocol: int, groups: int) -> socket.socket:
+        opened.append(real(protocol, groups))
         return opened[-1]
 
     monkeypatch.setattr(netlink, "_notice_socket", remembered)
@@ -341,3 +340,37 @@ def test_watch_opens_a_new_socket_when_its_own_fails(ns: Namespace, monkeypatch:
 
     ns.call_async(listen)
     assert len(opened) == 2
+
+
+# --- notices of the packet filter's rules
+
+
+def test_ruleset_notices_name_table_and_chain(ns: Namespace) -> None:
+    """One that is told of a whole table must look at every chain of it."""
+
+    def nft(command: str) -> None:
+        subprocess.run(["ip", "netns", "exec", ns.name, "nft", command], check=True, timeout=30)
+
+    async def listen() -> None:
+        notices = watch_ruleset()
+        assert await anext(notices) is None
+        heard: set[RulesetNotice] = set()
+
+        async def hear(*wanted: RulesetNotice) -> None:
+            async with asyncio.timeout(10):
+                while not heard.issuperset(wanted):
+                    heard.update(await anext(notices) or ())
+            heard.clear()
+
+        table = "add table ip t { chain a { accept; }; chain b { type filter hook input priority 0; }; }"
+        await asyncio.to_thread(nft, table)
+        await hear(RulesetNotice(2, "t", None), RulesetNotice(2, "t", "a"), RulesetNotice(2, "t", "b"))
+        await asyncio.to_thread(nft, "add rule ip t b accept")
+        await hear(RulesetNotice(2, "t", "b"))
+        await asyncio.to_thread(nft, "add table ip6 u")
+        await hear(RulesetNotice(10, "u", None))
+        await asyncio.to_thread(nft, "flush ruleset")
+        await hear(RulesetNotice(2, "t", None), RulesetNotice(2, "t", "a"), RulesetNotice(10, "u", None))
+        await notices.aclose()
+
+    ns.call_async(listen)

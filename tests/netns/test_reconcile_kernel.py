@@ -353,11 +353,11 @@ def test_damage_is_repaired_although_no_notice_socket_could_be_had_at_first(
     real = netlink._notice_socket
     attempts = []
 
-    def refuse_once(neighbours: bool) -> socket.socket:
+    def refuse_once(protocol: int, groups: int) -> socket.socket:
         attempts.append(1)
         if len(attempts) == 1:
             raise KernelError("cannot listen for netlink notices", 24)
-        return real(neighbours)
+        return real(protocol, groups)
 
     monkeypatch.setattr(netlink, "_notice_socket", refuse_once)
     with ExitStack() as stack:

@@ -27,6 +27,7 @@ PURE = [
         *("datapath.settings", "rtnetlink", "underlay"),
     ),
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw", "backends.udp", "backends.vxlan"),
+    "masq.rules",
 ]
 SHELL = {
     "asyncio",
@@ -62,6 +63,7 @@ def test_pure_module_loads_no_shell(module: str) -> None:
         "udptun",
         "udptun.backends",
         "udptun.datapath",
+        "udptun.masq",
         "udptun.stores",
         "udptun.stores.base",
         *(f"udptun.{pure}" for pure in PURE),

@@ -1,0 +1,44 @@
+"""Run the system's firewall tools, one command at a time and never for longer than they are good for."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from udptun.errors import FirewallError
+
+_LIMIT_S = 30.0
+"""A tool that takes longer hangs.  iptables waits for its lock (-w) while others hold it, on busy hosts for seconds."""
+
+
+async def run(command: str, *arguments: str, script: str = "") -> str:
+    """What `command` prints when it is given `script`.  Raises FirewallError unless it ends with status 0."""
+    attempt = " ".join([command, *arguments])
+    try:
+        process = await asyncio.create_subprocess_exec(
+            command,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except FileNotFoundError:
+        raise FirewallError(f"`{attempt}`: {command} is not installed (or not in PATH)") from None
+    except OSError as exc:
+        raise FirewallError(f"`{attempt}`: {exc.strerror}") from exc
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            out, err = await process.communicate(script.encode())
+    except TimeoutError:
+        raise FirewallError(f"`{attempt}` has not ended after {_LIMIT_S:.0f} s and was killed") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode:
+        said = [line.strip() for line in err.decode(errors="replace").splitlines() if line.strip()]
+        raise FirewallError(
+            f"`{attempt}` ended with status {process.returncode}: {' / '.join(said[:3]) or 'no reason given'}"
+        )
+    return out.decode(errors="replace")
