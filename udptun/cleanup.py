@@ -10,15 +10,16 @@ import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from udptun import reconcile, state
+from udptun import reconcile, state, subnet_env
 from udptun.daemon import LOCK_FILE, lock_run_dir, open_store
 from udptun.datapath import client
+from udptun.masq import firewall
 from udptun.options import Options
 from udptun.status import SOCKET_NAME
 
 
 def cleanup(options: Options, release: bool) -> int:
-    """Stop the datapath; remove device, routes and files, and with `release` give the lease back.
+    """Stop the datapath; remove device, routes, firewall rules and files, and with `release` give the lease back.
 
     Prints a line for each thing done.  Raises UdptunError while a daemon runs: it would make it all anew.
     """
@@ -42,6 +43,8 @@ async def _clean_up(options: Options, release: bool) -> None:
         print(f"stopped datapath process {process.pid}")
     for line in await reconcile.remove():
         print(line)
+    for line in await firewall.remove(subnet_env.read_networks(options.subnet_file)):
+        print(f"removed {line}")
     if release and state.has_node_id(options.state_dir):
         await _release(options)
     for path in (

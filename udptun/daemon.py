@@ -44,6 +44,8 @@ from udptun.errors import ConfigError, KernelError, UdptunError
 from udptun.forwarding import Forwarding
 from udptun.http import Response, Routes, serve
 from udptun.lease import LeaseAttrs, LeaseEvent
+from udptun.masq import firewall
+from udptun.masq.firewall import Firewall
 from udptun.membership import Membership
 from udptun.netlink import Netlink
 from udptun.offload import corrupted_by
@@ -129,6 +131,7 @@ class Daemon:
         self._me: Identity
         self._membership: Membership
         self._forwarding: Forwarding
+        self._firewall: Firewall
 
     async def run(self) -> None:
         """Serve until a signal says stop.  Raises what ended it otherwise."""
@@ -188,12 +191,20 @@ class Daemon:
                 self._peers_changed,
             )
             self._forwarding = await Forwarding.open(
-                choice, self._conf.network, self._underlay, live, options.run_dir
+                choice,
+                self._conf.network,
+                self._underlay,
+                live,
+                options.run_dir,
+                with_blackhole=options.ip_blackhole_route,
             )
             undo.callback(self._forwarding.detach)
+            self._firewall = self._make_firewall()
             undo.push_async_exit(self._undo_failed_start)
             await self._join(attrs)
             await self._forwarding.start(self._membership.own.subnet, self._membership.table.peers.values())
+            # The subnet.env of the run before is still there.
+            await self._firewall.set_up(self._membership.own.subnet, subnet_env.read_networks(options.subnet_file))
             self._write_subnet_env()
             self._is_ready = True
             self._notify(notify.READY)
@@ -206,6 +217,7 @@ class Daemon:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._membership.run(), name="membership")
                 tasks.create_task(self._forwarding.run(), name="forwarding")
+                tasks.create_task(self._firewall.run(), name="firewall")
                 tasks.create_task(self._reload_on_signal(store), name="reload")
 
     def _make_directories(self) -> None:
@@ -276,6 +288,7 @@ class Daemon:
         if self._is_ready:
             return
         try:
+            await self._firewall.undo_failed_start()
             await self._forwarding.undo_failed_start()
             if not self._forwarding.is_adopted:
                 await self._membership.leave_if_new()
@@ -318,6 +331,17 @@ class Daemon:
         log.info("config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value)
 
     # ------------------------------------------------------------------------------------------------- values
+
+    def _make_firewall(self) -> Firewall:
+        options = self._options
+        settings = firewall.Settings(
+            masquerade=options.ip_masq,
+            forward=options.iptables_forward_rules,
+            random_fully=not options.ip_masq_fully_random_disable,
+            nftables=self._conf.enable_nftables,
+            resync_s=options.iptables_resync,
+        )
+        return Firewall(settings, self._conf.network)
 
     def _write_subnet_env(self) -> None:
         subnets = self._membership.own.subnets
@@ -370,8 +394,9 @@ class Daemon:
                 "mtu": self._underlay.mtu,
             },
             **self._forwarding.document(leases),
+            "firewall": self._firewall.document(),
             "skipped": list(self._membership.skipped),
-            "problems": [*self._membership.problems, *self._forwarding.problems()],
+            "problems": [*self._membership.problems, *self._forwarding.problems(), *self._firewall.problems],
         }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from udptun import reconcile
-from udptun.backends.base import DesiredState, Encapsulation, Live, Situation
+from udptun.backends.base import DesiredState, Encapsulation, Live, Situation, blackhole
 from udptun.backends.choice import Choice
 from udptun.datapath import client
 from udptun.datapath.settings import Remote
@@ -48,6 +48,7 @@ class Forwarding:
         run_dir: Path,
         tunnel: _Tunnelled | None,
         was_clean: bool,
+        with_blackhole: bool,
     ) -> None:
         self.backend = choice.backend
         self._reason = choice.reason
@@ -58,15 +59,26 @@ class Forwarding:
         self._tunnel = tunnel
         self._was_clean = was_clean
         """Whether the kernel had nothing of ours when we came."""
+        self._with_blackhole = with_blackhole
         self._own_subnet: IPv4Network
         self._peers: dict[IPv4Network, Lease] = {}
         self._reconciler: Reconciler | None = None
 
     @classmethod
     async def open(
-        cls, choice: Choice, network: IPv4Network, underlay: Underlay, live: Live, run_dir: Path
+        cls,
+        choice: Choice,
+        network: IPv4Network,
+        underlay: Underlay,
+        live: Live,
+        run_dir: Path,
+        *,
+        with_blackhole: bool = False,
     ) -> Forwarding:
-        """Make, or adopt, what must be there before a lease is worth having.  Raises KernelError, DatapathError."""
+        """Make, or adopt, what must be there before a lease is worth having.  Raises KernelError, DatapathError.
+
+        `with_blackhole`: the own subnet shall have a blackhole route behind all others (--ip-blackhole-route).
+        """
         was_clean = not await reconcile.is_anything_ours()
         tunnel = None
         backend = choice.backend
@@ -84,7 +96,7 @@ class Forwarding:
                 ),
             )
         await reconcile.make_missing(backend.links(underlay, live))
-        return cls(choice, network, underlay, live, run_dir, tunnel, was_clean)
+        return cls(choice, network, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
 
     @property
     def is_adopted(self) -> bool:
@@ -179,10 +191,16 @@ class Forwarding:
         if self.backend.asks_direct:
             reconciler.set_decision(
                 {lease.attrs.public_ip for lease in situation.peers},
-                lambda direct: self.backend.desired(replace(situation, direct=direct)),
+                lambda direct: self._desired(replace(situation, direct=direct)),
             )
         else:
-            reconciler.set_desired(self.backend.desired(situation))
+            reconciler.set_desired(self._desired(situation))
+
+    def _desired(self, situation: Situation) -> DesiredState:
+        desired = self.backend.desired(situation)
+        if not self._with_blackhole:
+            return desired
+        return replace(desired, routes=(*desired.routes, blackhole(situation.own_subnet)))
 
     def _situation(self) -> Situation:
         return Situation(self._network, self._underlay, self._own_subnet, self.live, tuple(self._peers.values()))

@@ -27,6 +27,10 @@ RENEW_MARGINS_MIN = range(1, 1440)
 """What --subnet-lease-renew-margin may be, minutes: a lease lasts 24 h (flannel main.go)."""
 
 
+RESYNC_S = range(1, 86401)
+"""What --iptables-resync may be, seconds."""
+
+
 class StoreKind(Enum):
     """The stores that are built."""
 
@@ -54,8 +58,8 @@ class StoreSpec:
 class Options:
     """What the command line and the environment say.  A field has its flag's name, with `_` for `-`.
 
-    `subnet_lease_renew_margin` is in minutes, `mtu` is the underlay's in bytes.  None means "not given" where a
-    default would hide whether the configuration may decide.
+    `subnet_lease_renew_margin` is in minutes, `iptables_resync` in seconds, `mtu` is the underlay's in bytes.  None
+    means "not given" where a default would hide that somebody else may decide: the configuration, or what the host can.
     """
 
     iface: tuple[str, ...]
@@ -67,6 +71,10 @@ class Options:
     subnet_lease_renew_margin: int
     net_config_path: Path
     ip_masq: bool
+    ip_masq_fully_random_disable: bool
+    iptables_forward_rules: bool | None
+    iptables_resync: int
+    ip_blackhole_route: bool
     healthz_ip: str
     healthz_port: int
     v: int
@@ -294,12 +302,18 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         Flag("version", _boolean, False, "", "print the version and exit"),
     ),
     "Firewall": (
-        Flag("ip-masq", _boolean, False, "", "masquerade what leaves the overlay", built=False),
-        Flag("ip-masq-fully-random-disable", _boolean, False, "", "no effect without --ip-masq"),
-        # True is flannel's default, so only a person who wrote it down asks for it.
-        Flag("iptables-forward-rules", _boolean, True, "", "accept overlay traffic in FORWARD", built=False),
-        Flag("iptables-resync", _integer, 5, "SECONDS", "no effect without firewall rules"),
-        Flag("ip-blackhole-route", _boolean, False, "", "blackhole route for the own subnet", built=False),
+        Flag("ip-masq", _boolean, False, "", "masquerade what leaves the overlay"),
+        Flag("ip-masq-fully-random-disable", _boolean, False, "", "do without random source ports for it"),
+        # True is flannel's default; None tells it from a person's wish, which must be fulfilled or refused.
+        Flag(
+            "iptables-forward-rules",
+            _boolean,
+            None,
+            "",
+            "accept overlay traffic in FORWARD; default true, where the host can",
+        ),
+        Flag("iptables-resync", _integer_in(RESYNC_S), 5, "SECONDS", "look for changed firewall rules this often"),
+        Flag("ip-blackhole-route", _boolean, False, "", "drop packets to pods that do not exist, by a blackhole route"),
     ),
     _ETCD: (
         Flag(
@@ -352,7 +366,7 @@ def flag_help(*, cleanup: bool = False) -> str:
         lines += ["", f"{topic}:"]
         for flag in flags:
             lines.append(f"  --{flag.name}{' ' if flag.value_name else ''}{flag.value_name}")
-            default = str(flag.default).lower() if flag.is_boolean else str(flag.default or "")
+            default = str(flag.default or "").lower() if flag.is_boolean else str(flag.default or "")
             remarks = [
                 flag.help,
                 "" if flag.built else "not built yet",
@@ -461,6 +475,10 @@ class _Given:
             subnet_lease_renew_margin=values["subnet-lease-renew-margin"],
             net_config_path=values["net-config-path"],
             ip_masq=values["ip-masq"],
+            ip_masq_fully_random_disable=values["ip-masq-fully-random-disable"],
+            iptables_forward_rules=values["iptables-forward-rules"],
+            iptables_resync=values["iptables-resync"],
+            ip_blackhole_route=values["ip-blackhole-route"],
             healthz_ip=values["healthz-ip"],
             healthz_port=values["healthz-port"],
             v=values["v"],
@@ -480,13 +498,11 @@ class _Given:
         )
 
     def _refuse_unbuilt(self) -> None:
-        for topic, flags in FLAGS.items():
-            instead = _BUILT_STORES if topic in (_ETCD, _KUBE) else "leave it out"
-            for flag in flags:
-                said = self._said.get(flag.name)
-                if said is not None and self.values[flag.name] and not flag.built:
-                    # Without the value: it may be a password.
-                    raise UsageError(f"{said} is not built yet; {instead}")
+        for flag in self._flags.values():
+            said = self._said.get(flag.name)
+            if said is not None and self.values[flag.name] and not flag.built:
+                # Without the value: it may be a password.
+                raise UsageError(f"{said} is not built yet; {_BUILT_STORES}")
 
 
 def _unexpected(word: str) -> str:

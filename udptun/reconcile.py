@@ -371,7 +371,9 @@ def conflicts(desired: DesiredState, actual: ActualState, link_names: Mapping[in
     """One line for each route of another owner to a prefix that is ours, saying what it does."""
     best: dict[IPNetwork, int] = {}
     for wanted in desired.routes:
-        best[wanted.dst] = min(wanted.metric, best.get(wanted.dst, wanted.metric))
+        # A blackhole route is for what no other route takes: cni0's stands before it, and well.
+        if wanted.type != RouteType.BLACKHOLE:
+            best[wanted.dst] = min(wanted.metric, best.get(wanted.dst, wanted.metric))
     lines = []
     for route in actual.foreign:
         if route.dst not in best:

@@ -73,7 +73,10 @@ def render(document: Document, now_s: float) -> str:
             f"datapath   pid {datapath['pid'] or 'none'}, up {_duration(datapath['uptime_s'] or 0)}, standby "
             f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
         )
+    firewall = document["firewall"]
+    rules = " and ".join(kind for kind in ("masquerade", "forward") if firewall[kind])
     lines += [
+        f"firewall   {firewall['form']}: {rules}" if rules else "firewall   no rules",
         f"daemon     pid {document['pid']}, up {_duration(document['uptime_s'])}, version {document['version']}",
         "",
     ]

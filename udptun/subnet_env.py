@@ -1,6 +1,6 @@
 """subnet.env: what CNI plugins and Docker read to learn this host's subnet (flannel pkg/subnet/subnet.go).
 
-`render` and `parse` are pure; `read_previous` and `write` touch the file.
+`render`, `parse` and `parse_networks` are pure; the rest touches the file.
 """
 
 from __future__ import annotations
@@ -45,6 +45,24 @@ def parse(text: str) -> tuple[Subnets | None, str]:
     Never raises.  Lenient as flannel's reader: quotes, `export`, blanks and comments are allowed; in a list of
     subnets the bad ones are skipped, and more than one good one counts as none.
     """
+    values = _values(text)
+    wrong: list[str] = []
+    ipv4 = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
+    ipv6 = _subnet(values, "FLANNEL_IPV6_SUBNET", _ipv6_network, wrong)
+    if ipv4 is None:
+        return None, "; ".join(wrong) or "no FLANNEL_SUBNET in it"
+    return Subnets(ipv4, ipv6), "; ".join(wrong)
+
+
+def parse_networks(text: str) -> tuple[IPv4Network, IPv4Network] | None:
+    """Network and subnet of the run that wrote the text; None unless it has exactly one of each.  Never raises."""
+    values, wrong = _values(text), list[str]()
+    network = _subnet(values, "FLANNEL_NETWORK", _ipv4_network, wrong)
+    subnet = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
+    return None if network is None or subnet is None else (network, subnet)
+
+
+def _values(text: str) -> dict[str, str]:
     values: dict[str, str] = {}
     for line in text.splitlines():
         match = re.fullmatch(r"\s*(?:export\s+)?([A-Z0-9_]+)\s*=\s*(.*?)\s*", line)
@@ -52,12 +70,7 @@ def parse(text: str) -> tuple[Subnets | None, str]:
             value = match[2]
             quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
             values[match[1]] = value[1:-1] if quoted else re.sub(r"(^|\s)#.*", "", value)
-    wrong: list[str] = []
-    ipv4 = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
-    ipv6 = _subnet(values, "FLANNEL_IPV6_SUBNET", _ipv6_network, wrong)
-    if ipv4 is None:
-        return None, "; ".join(wrong) or "no FLANNEL_SUBNET in it"
-    return Subnets(ipv4, ipv6), "; ".join(wrong)
+    return values
 
 
 _Network = TypeVar("_Network", IPv4Network, IPv6Network)
@@ -94,13 +107,25 @@ def _ipv6_network(text: str) -> IPv6Network:
 def read_previous(path: Path) -> tuple[Subnets | None, str]:
     """`parse` of the file, the reason naming it.  A file that is not there is no news: (None, "")."""
     try:
-        with path.open("rb") as file:
-            subnets, wrong = parse(file.read(_READ_LIMIT).decode(errors="replace"))
+        subnets, wrong = parse(_read(path))
     except FileNotFoundError:
         return None, ""
     except OSError as exc:
         return None, f"cannot read {path}: {exc.strerror}"
     return subnets, f"{path}: {wrong}" if wrong else ""
+
+
+def read_networks(path: Path) -> tuple[IPv4Network, IPv4Network] | None:
+    """`parse_networks` of the file; None when it cannot be read."""
+    try:
+        return parse_networks(_read(path))
+    except OSError:
+        return None
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(_READ_LIMIT).decode(errors="replace")
 
 
 def write(path: Path, text: str) -> None:

@@ -62,7 +62,7 @@ def errors(text: str) -> list[str]:
             ["--kube-subnet-mgr"],
             "--kube-subnet-mgr is not built yet; built: local, file (--store local[:PATH] or --store file:PATH)",
         ),
-        (["--ip-masq"], "--ip-masq is not built yet; leave it out"),
+        (["--iptables-resync=0"], "--iptables-resync=0: must be 1..86400"),
     ],
 )
 def test_a_bad_flag_has_one_line_and_status_2(argv: list[str], line: str) -> None:

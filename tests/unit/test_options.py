@@ -45,6 +45,10 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
         subnet_lease_renew_margin=60,
         net_config_path=Path("/etc/kube-flannel/net-conf.json"),
         ip_masq=False,
+        ip_masq_fully_random_disable=False,
+        iptables_forward_rules=None,
+        iptables_resync=5,
+        ip_blackhole_route=False,
         healthz_ip="0.0.0.0",
         healthz_port=0,
         v=0,
@@ -78,7 +82,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 20
+    assert len(shared) == 24
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -264,9 +268,6 @@ NOT_BUILT = [
     (["--etcd-endpoints=http://127.0.0.1:2379"], f"--etcd-endpoints {STORES}"),
     (["--etcd-prefix=/coreos.com/network"], f"--etcd-prefix {STORES}"),
     (["--etcd-password=secret"], f"--etcd-password {STORES}"),
-    (["--ip-masq"], "--ip-masq is not built yet; leave it out"),
-    (["--ip-blackhole-route"], "--ip-blackhole-route is not built yet; leave it out"),
-    (["--iptables-forward-rules"], "--iptables-forward-rules is not built yet; leave it out"),
 ]
 
 
@@ -282,11 +283,6 @@ def test_a_variable_names_itself_when_it_asks_for_what_is_not_built() -> None:
 
 def test_flags_of_what_is_not_built_are_accepted_when_they_ask_for_nothing() -> None:
     options = parse(
-        "--ip-masq=false",
-        "--ip-blackhole-route=false",
-        "--iptables-forward-rules=false",
-        "--iptables-resync=9",
-        "--ip-masq-fully-random-disable",
         "--kube-subnet-mgr=false",
         "--kubeconfig-file=",
         "--set-node-network-unavailable=false",
@@ -294,6 +290,22 @@ def test_flags_of_what_is_not_built_are_accepted_when_they_ask_for_nothing() -> 
         "--log_backtrace_at=a.go:1",
     )
     assert options == parse()
+
+
+def test_forward_rules_tell_a_wish_from_the_default() -> None:
+    assert parse("--iptables-forward-rules").iptables_forward_rules is True
+    assert parse("--iptables-forward-rules=false").iptables_forward_rules is False
+    assert parse(FLANNELD_IPTABLES_FORWARD_RULES="true").iptables_forward_rules is True
+    assert parse().iptables_forward_rules is None
+
+
+def test_firewall_flags_are_flannels() -> None:
+    options = parse("-ip-masq", "-ip-masq-fully-random-disable", "-iptables-resync=9", "-ip-blackhole-route")
+    assert options.ip_masq
+    assert options.ip_masq_fully_random_disable
+    assert options.iptables_resync == 9
+    assert options.ip_blackhole_route
+    assert refusal("--iptables-resync=0") == "--iptables-resync=0: must be 1..86400"
 
 
 def test_flanneld_means_etcd_when_no_store_is_named() -> None:
@@ -319,7 +331,8 @@ def test_help_names_every_flag_its_default_and_what_is_not_built() -> None:
     for flag in ALL_FLAGS:
         assert f"  --{flag.name}" in text
     assert "default /run/flannel/subnet.env" in text
-    assert "masquerade what leaves the overlay; not built yet" in text
+    assert "leases as node annotations; not built yet" in text
+    assert "accept overlay traffic in FORWARD; default true, where the host can\n" in text
     assert max(map(len, text.splitlines())) <= 110
     assert "--release" not in text
     assert "--release" in flag_help(cleanup=True)

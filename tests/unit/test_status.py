@@ -47,6 +47,7 @@ DOCUMENT: dict[str, Any] = {
             "decap_bytes": 4,
         }
     ],
+    "firewall": {"form": "iptables", "masquerade": True, "forward": True},
     "skipped": ["junk: not JSON"],
     "counters": {"encap_packets": 9, "encap_drop_ttl": 0, "decap_drop_unknown_peer": 7},
     "problems": ["route x is not ours"],
@@ -60,6 +61,7 @@ def test_document_is_shown_for_people() -> None:
         "underlay   eth0 192.0.2.1 mtu 1500, public 192.0.2.1:8285\n"
         "backend    udp flannel0 mtu 1472, source check peer\n"
         "datapath   pid 11, up 1h00m, standby 12, 13, workers running, tun_lost\n"
+        "firewall   iptables: masquerade and forward\n"
         "daemon     pid 10, up 59s, version 0.1.0\n"
         "\n"
         "PEER SUBNET    PUBLIC IP  PORT  UDPTUN  SENT PACKETS  BYTES  RECEIVED PACKETS  BYTES\n"
@@ -76,6 +78,7 @@ def test_document_without_peers_drops_and_datapath_is_shown_for_people() -> None
         "lease": DOCUMENT["lease"] | {"expires_at": None},
         "datapath": {"pid": None, "uptime_s": None, "standby_pids": [], "workers": ["stopped"]},
         "peers": [],
+        "firewall": {"form": None, "masquerade": False, "forward": False},
         "skipped": [],
         "counters": {},
         "problems": [],
@@ -83,6 +86,7 @@ def test_document_without_peers_drops_and_datapath_is_shown_for_people() -> None
     lines = status.render(quiet, NOW_S).splitlines()
     assert lines[0] == "lease      10.244.1.0/24 of 10.244.0.0/16, never expires"
     assert lines[4] == "datapath   pid none, up 0s, standby none, workers stopped"
+    assert lines[5] == "firewall   no rules"
     assert lines[-2:] == ["", "drops      none"]
     expired = DOCUMENT | {"lease": DOCUMENT["lease"] | {"expires_at": NOW_S - 1}}
     assert status.render(expired, NOW_S).splitlines()[0].endswith(", expired")

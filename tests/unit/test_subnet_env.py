@@ -103,6 +103,27 @@ def test_parse_reads_back_what_render_wrote() -> None:
     assert subnet_env.parse(rendered) == (DUAL, "")
 
 
+@pytest.mark.parametrize(
+    ("text", "networks"),
+    [
+        (
+            "FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET=10.5.9.1/24\n",
+            (IPv4Network("10.5.0.0/16"), IPv4Network("10.5.9.0/24")),
+        ),
+        ("FLANNEL_SUBNET=10.5.9.1/24\n", None),
+        ("FLANNEL_NETWORK=10.5.0.0/16,10.6.0.0/16\nFLANNEL_SUBNET=10.5.9.1/24\n", None),
+        ("FLANNEL_NETWORK=10.5.0.0/33\nFLANNEL_SUBNET=10.5.9.1/24\n", None),
+        ("", None),
+    ],
+)
+def test_parse_networks_gives_both_or_nothing(text: str, networks: tuple[IPv4Network, IPv4Network] | None) -> None:
+    assert subnet_env.parse_networks(text) == networks
+
+
+def test_read_networks_gives_nothing_when_there_is_no_file(tmp_path: Path) -> None:
+    assert subnet_env.read_networks(tmp_path / "none") is None
+
+
 def test_read_previous_is_silent_when_there_is_no_file(tmp_path: Path) -> None:
     assert subnet_env.read_previous(tmp_path / "no" / "subnet.env") == (None, "")
 

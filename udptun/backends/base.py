@@ -162,6 +162,15 @@ def guard(network: IPv4Network) -> DesiredRoute:
     return DesiredRoute(network, type=RouteType.UNREACHABLE, metric=_WORST_METRIC)
 
 
+def blackhole(own_subnet: IPv4Network) -> DesiredRoute:
+    """Swallows packets to our own pods while there is no bridge for them, which would go round in circles otherwise.
+
+    flannel gives it metric 0.  Beside cni0's route the kernel refuses that, and when it is there first the kernel
+    prefers it to cni0's, and no pod of the host is reached.
+    """
+    return DesiredRoute(own_subnet, type=RouteType.BLACKHOLE, metric=_WORST_METRIC)
+
+
 @dataclass(frozen=True, slots=True)
 class DesiredNeighbour:
     """A permanent neighbour on a VXLAN link."""
