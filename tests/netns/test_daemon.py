@@ -74,6 +74,7 @@ def left_behind(host: Host) -> list[str]:
     left = ["flannel0"] if host.path("/sys/class/net/flannel0").exists() else []
     left += host.run(["ip", "route", "show", "proto", "158"]).stdout.splitlines()
     left += [f"process {pid}" for pid in datapath_pids(host)]
+    left += [line for line in host.run(["iptables-save"]).stdout.splitlines() if "FLANNEL" in line]
     left += [SUBNET_ENV] if host.path(SUBNET_ENV).exists() else []
     return left + [line for line in sql(host, "select key from leases").splitlines() if host.path(LEASES).exists()]
 

@@ -88,7 +88,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain of flannel's: where it is, which rule leads into it, and its own rules, all as iptables-save has them.
+    """A chain of flannel's: where it is, which rule leads into it, and its own rules, all as `iptables -S` has them.
 
     Rules are texts without the `-A CHAIN` before them.  No rules: there shall be no such chain.
     """
@@ -145,50 +145,45 @@ class Repair:
         return bool(self.findings)
 
 
-def iptables_repair(chains: Sequence[Chain], saved: Mapping[str, str]) -> Repair:
+def iptables_repair(chains: Sequence[Chain], listed: Mapping[str, str]) -> Repair:
     """The input of `iptables-restore --noflush` that makes the chains as wanted.
 
-    `saved` holds what iptables-save printed of each table that the chains are in.  Of the parents' rules only our
-    jumps are looked at; where one stands among the others is left to the host's owner.
+    `listed` holds, by table, what `iptables -S` prints: of a wanted chain and its parent at least, of all chains where
+    one is unwanted and there.  Of the parents' rules only our jumps are looked at; where one stands among the others
+    is left to the host's owner.
     """
     parts: list[str] = []
     findings: list[str] = []
-    for table in dict.fromkeys(chain.table for chain in chains):
-        lines: list[str] = []
-        for chain in chains:
-            if chain.table == table:
-                script, found = _repair_chain(chain, saved[table])
-                lines += script
-                findings += found
-        if lines:
-            parts += [f"*{table}", *lines, "COMMIT"]
-    is_new = not any(_exists(chain, saved[chain.table]) for chain in chains)
+    for chain in chains:
+        script, found = _repair_chain(chain, listed[chain.table])
+        if script:
+            parts += [f"*{chain.table}", *script, "COMMIT"]
+            findings += found
+    is_new = not any(_exists(chain, listed[chain.table]) for chain in chains)
     return Repair("".join(f"{line}\n" for line in parts), tuple(findings), is_new)
 
 
-def _exists(chain: Chain, saved: str) -> bool:
-    return f"\n:{chain.name} " in saved
+def _exists(chain: Chain, listed: str) -> bool:
+    return f"-N {chain.name}" in listed.splitlines()
 
 
-def _repair_chain(chain: Chain, saved: str) -> tuple[list[str], list[str]]:
+def _repair_chain(chain: Chain, listed: str) -> tuple[list[str], list[str]]:
     declared = f":{chain.name} - [0:0]"  # makes the chain, or empties it
-    exists = _exists(chain, saved)
-    # Whoever leads into the chain and however: a chain cannot go while any rule does.
-    jumps = [
-        line for line in _mentioning(chain.name, saved) if line.endswith((f" -j {chain.name}", f" -g {chain.name}"))
-    ]
+    exists = _exists(chain, listed)
     if not chain.rules:
         if not exists:
             return [], []
+        # Whoever leads into the chain and however: it cannot go while any rule does.
+        jumps = [line for line in listed.splitlines() if line.endswith((f" -j {chain.name}", f" -g {chain.name}"))]
         return [*(f"-D{line[2:]}" for line in jumps), declared, f"-X {chain.name}"], [f"leftover chain {chain.name}"]
 
     findings: list[str] = []
     if not exists:
         findings.append(f"missing chain {chain.name}")
-    elif _of_chain(chain.name, saved) != [shlex.split(rule) for rule in chain.rules]:
+    elif _of_chain(chain.name, listed) != [shlex.split(rule) for rule in chain.rules]:
         findings.append(f"other rules in chain {chain.name}")
     script = [declared, *(f"-A {chain.name} {rule}" for rule in chain.rules)] if findings else []
-    n_jumps = _of_chain(chain.parent, "\n".join(jumps)).count(shlex.split(chain.jump))
+    n_jumps = _of_chain(chain.parent, listed).count(shlex.split(chain.jump))
     if n_jumps == 0:
         findings.append(f"missing jump in {chain.parent}")
         script.append(f"-A {chain.parent} {chain.jump}")
@@ -198,13 +193,14 @@ def _repair_chain(chain: Chain, saved: str) -> tuple[list[str], list[str]]:
     return script, findings
 
 
-def iptables_leftovers(saved: Mapping[str, str], network: IPNetwork, subnet: IPNetwork) -> Repair:
+def iptables_leftovers(listed: Mapping[str, str], network: IPNetwork, subnet: IPNetwork) -> Repair:
     """The input of `iptables-restore --noflush` that removes the rules of flannel before 0.20.
 
     They stand in POSTROUTING and FORWARD themselves and have no comment.  Any of them might be somebody else's, so
-    they go only when all of nat are there for these two, those of an earlier run.
+    they go only when all of nat are there for these two, those of an earlier run.  `listed` holds what `iptables -S`
+    prints of the two chains, by table.
     """
-    in_nat = _of_chain("POSTROUTING", saved["nat"])
+    in_nat = _of_chain("POSTROUTING", listed["nat"])
     for target in ("MASQUERADE --random-fully", "MASQUERADE"):
         old = [
             f"-s {network} -d {network} -j RETURN",
@@ -218,20 +214,16 @@ def iptables_leftovers(saved: Mapping[str, str], network: IPNetwork, subnet: IPN
         return Repair()
     script = ["*nat", *(f"-D POSTROUTING {rule}" for rule in old), "COMMIT"]
     accepts = [f"-s {network} -j ACCEPT", f"-d {network} -j ACCEPT"]
-    in_filter = _of_chain("FORWARD", saved["filter"])
+    in_filter = _of_chain("FORWARD", listed["filter"])
     if all(rule.split() in in_filter for rule in accepts):
         script += ["*filter", *(f"-D FORWARD {rule}" for rule in accepts), "COMMIT"]
     return Repair("".join(f"{line}\n" for line in script), (f"leftover rules of an older flannel for {network}",))
 
 
-def _mentioning(word: str, saved: str) -> list[str]:
-    return [line for line in saved.splitlines() if line.startswith("-A ") and word in line]
-
-
-def _of_chain(chain: str, saved: str) -> list[list[str]]:
+def _of_chain(chain: str, listed: str) -> list[list[str]]:
     """The rules of the chain, each as its words."""
     start = f"-A {chain} "
-    return [shlex.split(line)[2:] for line in saved.splitlines() if line.startswith(start)]
+    return [shlex.split(line)[2:] for line in listed.splitlines() if line.startswith(start)]
 
 
 # --- the nftables form
