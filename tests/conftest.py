@@ -21,7 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Here, because the lab needs the compiled modules and the unit tests are to run without them.
     from udptun.lab.topology import missing_requirements
 
-    missing = missing_requirements(("ip", "bridge", "nsenter", "ping", "ethtool", "tcpdump", "iperf3", "ps", "nft", "iptables"))
+    missing = missing_requirements(
+        ("ip", "bridge", "nsenter", "ping", "ethtool", "tcpdump", "iperf3", "ps", "nft", "iptables")
+    )
     if missing:
         skip = pytest.mark.skip(reason=f"needs {', '.join(missing)}")
         for item in needing_a_lab:
