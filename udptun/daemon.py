@@ -288,9 +288,9 @@ class Daemon:
         if self._is_ready:
             return
         try:
-            await self._firewall.undo_failed_start()
             await self._forwarding.undo_failed_start()
             if not self._forwarding.is_adopted:
+                await self._firewall.undo_failed_start()
                 await self._membership.leave_if_new()
         except UdptunError as exc:
             log.error("the failed start is not undone, `udptun cleanup --release` does it error=%r", str(exc))

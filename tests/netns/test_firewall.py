@@ -425,7 +425,8 @@ def test_another_form_and_network_leave_nothing_of_those_before(host: Host) -> N
         assert set(re.findall(r"10\.\d+\.0\.0/16", everything)) == {f"10.{n}.0.0/16"}
 
 
-def test_rules_of_older_flannels_are_replaced(host: Host) -> None:
+@pytest.mark.parametrize("by", ["start", "cleanup"])
+def test_rules_of_older_flannels_go(host: Host, by: str) -> None:
     """0.12 had no chains; 0.20 put its jumps first."""
     network, subnet = "10.5.0.0/16", "10.5.9.0/24"
     old_nat = [
@@ -450,6 +451,13 @@ def test_rules_of_older_flannels_are_replaced(host: Host) -> None:
     host.path("/run/flannel/subnet.env").write_text(
         f"FLANNEL_NETWORK={network}\nFLANNEL_SUBNET=10.5.9.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"
     )
+    if by == "cleanup":
+        host.run(CLEANUP)
+        text = host.run(["iptables-save"]).stdout
+        assert "10.5." not in text
+        assert ":FLANNEL" not in text
+        assert foreign_rules(host, "iptables") == FOREIGN
+        return
     host.start_daemon(command=[*DAEMON, "--ip-masq"])
     host.wait_ready()
     rules = [line for table in ("nat", "filter") for line in save(host, table, "iptables") if line.startswith("-A")]
@@ -493,9 +501,9 @@ def test_host_without_iptables_does_without_forward_rules_and_says_so_once(host:
     host.wait_ready()
     (line,) = (line for line in host.daemon_log().splitlines() if " W " in line)
     assert line.endswith(
-        "no forward rules, the host's firewall decides: iptables is not installed (or not in PATH); install iptables "
-        "(1.6.2 or newer), or set EnableNFTables in net-conf.json, "
-        "or say --ip-masq=false --iptables-forward-rules=false"
+        "no forward rules, the host's firewall decides: iptables is not installed (or not in PATH); it needs root and "
+        "iptables 1.6.2 or newer; EnableNFTables in net-conf.json does it with nft, "
+        "--ip-masq=false --iptables-forward-rules=false does without"
     )
     assert read_status(host)["problems"] == []
     assert read_status(host)["firewall"]["form"] is None
@@ -508,16 +516,25 @@ def test_rules_that_were_asked_for_and_cannot_be_set_end_the_start_with_status_1
     assert failed.returncode == 1
     (line,) = (line for line in failed.stderr.splitlines() if " E " in line)
     tool = "iptables is not installed" if flags else "`nft -j list table ip flannel-ipv4`: nft is not installed"
-    assert f"cannot set the firewall's rules: {tool} (or not in PATH); install" in line
+    assert f"cannot set the firewall's rules: {tool} (or not in PATH); " in line
     assert not host.path("/run/flannel/subnet.env").exists()
     assert not host.path("/sys/class/net/flannel0").exists()
 
 
-def test_start_that_fails_leaves_no_rules(host: Host) -> None:
-    failed = host.run([*DAEMON, "--ip-masq", "--subnet-file=/proc/none/subnet.env"], check=False)
+@pytest.mark.parametrize("flavour", FLAVOURS, ids=lambda flavour: flavour.name)
+def test_start_that_fails_leaves_the_rules_as_they_were(host: Host, flavour: Flavour) -> None:
+    conf(host, nftables=flavour.nftables)
+    bad = [*flavour.command(), "--subnet-file=/proc/none/subnet.env"]
+    failed = host.run(bad, check=False)
     assert failed.returncode == 1
     assert "firewall rules in place" in failed.stderr
-    assert flannels(host, FLAVOURS[0]) == []
+    assert flannels(host, flavour) == []
+    host.start_daemon(command=flavour.command())
+    host.wait_ready()
+    host.stop_daemon()
+    before = flannels(host, flavour)
+    assert host.run(bad, check=False).returncode == 1
+    assert flannels(host, flavour) == before != []
 
 
 def test_rules_that_cannot_be_set_while_it_runs_are_a_problem_until_they_can(host: Host) -> None:

@@ -293,6 +293,30 @@ def test_nothing_is_found_in_a_table_that_is_as_wanted_with_or_without_comments(
     assert nft_findings(4, FORWARD, newer) == ()
 
 
+@pytest.mark.parametrize("flags", ["fully-random", ["fully-random"]])
+def test_masquerade_flags_may_stand_in_a_list_or_not(flags: object) -> None:
+    table = {"family": "ip", "table": "flannel-ipv4"}
+    mark = {"&": [{"meta": {"key": "mark"}}, 0x4000]}
+    network, subnet = str(NETWORK), str(SUBNET)
+    masquerade_it = {"masquerade": {"flags": flags}}
+    rules: list[list[dict[str, Any]]] = [
+        [{"match": {"op": "==", "left": mark, "right": 0x4000}}, {"return": None}],
+        [match("saddr", subnet), match("daddr", network), {"return": None}],
+        [match("saddr", network), match("daddr", subnet), {"return": None}],
+        [match("saddr", network, "!="), match("daddr", subnet), {"return": None}],
+        [match("saddr", network), match("daddr", "224.0.0.0/4", "!="), masquerade_it],
+        [match("saddr", network, "!="), match("daddr", network), masquerade_it],
+    ]
+    hook = {"name": "postrtg", "type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"}
+    items = [
+        {"table": {"family": "ip", "name": "flannel-ipv4"}},
+        {"chain": {**table, **hook}},
+        *({"rule": {**table, "chain": "postrtg", "expr": rule}} for rule in rules),
+    ]
+    assert nft_findings(4, nft_chains(Wanted(WANTED.masquerade)), items) == ()
+    assert nft_findings(4, nft_chains(Wanted(masquerade(NETWORK, SUBNET, False))), items) != ()
+
+
 def swap_rules(items: list[dict[str, Any]]) -> None:
     items[3], items[4] = items[4], items[3]
 

@@ -96,20 +96,23 @@ class Firewall:
             return
         if previous is not None:
             unwanted += [OldIptablesRules(program, *previous) for program in installed]
+        leftovers = await _look(unwanted, skip_unreadable=True)
+        self._is_new = self._is_new and not leftovers
         try:
-            done += await _apply(await _look(unwanted, skip_unreadable=True))
+            done += await _apply(leftovers)
         except FirewallError as exc:
             log.warning("leftover firewall rules stay: %s", exc)
-        log.info(
-            "firewall rules in place form=%s masquerade=%s forward=%s found=%r",
-            settings.form,
-            settings.masquerade,
-            settings.forward is not False,
-            "; ".join(done) or "nothing to change",
-        )
+        if self._kept or done:
+            log.info(
+                "firewall rules in place form=%s masquerade=%s forward=%s found=%r",
+                settings.form,
+                settings.masquerade,
+                settings.forward is not False,
+                "; ".join(done) or "nothing to change",
+            )
 
     async def undo_failed_start(self) -> None:
-        """Take the rules out again, unless `set_up` found some there already.  Raises FirewallError."""
+        """Take the rules out again, unless `set_up` found some of flannel's already.  Raises FirewallError."""
         if self._is_new:
             await remove(None)
 
@@ -242,7 +245,8 @@ async def remove(previous: tuple[IPNetwork, IPNetwork] | None) -> list[str]:
     installed = await programs()
     every: list[Rules] = [IptablesRules(program, Wanted()) for program in installed]
     if previous is not None:
-        every += [NftRules(Wanted(), 4), NftRules(Wanted(), 6)]
+        every += [OldIptablesRules(program, *previous) for program in installed]
+    every += [NftRules(Wanted(), 4), NftRules(Wanted(), 6)]
     return await _apply(await _look(every, skip_unreadable=True))
 
 
@@ -274,8 +278,8 @@ async def _apply(todo: Iterable[tuple[Rules, Repair]]) -> list[str]:
 
 def _advice(settings: Settings) -> str:
     if settings.nftables:
-        return "install nftables (1.0.1 or newer), or leave EnableNFTables out of net-conf.json"
+        return "EnableNFTables in net-conf.json needs root and nft 1.0.1 or newer"
     return (
-        "install iptables (1.6.2 or newer), or set EnableNFTables in net-conf.json, "
-        "or say --ip-masq=false --iptables-forward-rules=false"
+        "it needs root and iptables 1.6.2 or newer; EnableNFTables in net-conf.json does it with nft, "
+        "--ip-masq=false --iptables-forward-rules=false does without"
     )

@@ -312,7 +312,8 @@ def nft_findings(version: int, chains: Sequence[BaseChain], listed: Sequence[Map
         }
         if {"chain": head} not in have:
             findings.append(f"missing or changed chain {chain.name}")
-        rules = [item["rule"]["expr"] for item in have if "rule" in item and item["rule"]["chain"] == chain.name]
+        bodies = [item["rule"] for item in have if "rule" in item]
+        rules = [[_bare(part) for part in body.get("expr", ())] for body in bodies if body["chain"] == chain.name]
         if rules != [_nft_json(family, rule) for rule in chain.rules]:
             findings.append(f"other rules in chain {chain.name}")
     names = {chain.name for chain in chains}
@@ -326,6 +327,14 @@ def nft_findings(version: int, chains: Sequence[BaseChain], listed: Sequence[Map
 
 def _without_handle(item: Mapping[str, Any]) -> dict[str, Any]:
     return {kind: {k: v for k, v in body.items() if k not in ("handle", "comment")} for kind, body in item.items()}
+
+
+def _bare(expression: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A lone flag without the list that some versions of nft put it in."""
+    match expression:
+        case {"masquerade": {"flags": [flag]}}:
+            return {"masquerade": {"flags": flag}}
+    return expression
 
 
 def _nft_json(family: str, rule: Rule) -> list[dict[str, Any]]:
