@@ -237,7 +237,7 @@ class Daemon:
             undo.callback(server.close)
 
     async def _read_config(self, store: Store) -> NetConf:
-        conf = parse_net_conf(await store.network_config(), str(self._options.net_config_path))
+        conf = parse_net_conf(await store.network_config(), store.config_name)
         for note in conf.notes:
             log.warning("%s", note)
         return conf

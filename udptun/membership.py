@@ -150,7 +150,8 @@ class Membership:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow(), name="follow leases")
                 tasks.create_task(self._hold(), name="hold lease")
-                tasks.create_task(self._expire(), name="expire leases")
+                if not self._store.is_remote:
+                    tasks.create_task(self._expire(), name="expire leases")
                 tasks.create_task(self._keep_saved(), name="save leases")
         finally:
             if self._dirty.is_set():

@@ -267,22 +267,6 @@ def test_rows_spoilt_by_hand_are_each_skipped_with_one_line(harness: LocalHarnes
     asyncio.run(main())
 
 
-def test_deleting_a_spoilt_row_removes_the_lease_that_watchers_remember(harness: LocalHarness) -> None:
-    harness.write([(1, 1), (2, 2)])
-
-    async def main() -> None:
-        store = harness.store()
-        async with watching(store) as watcher:
-            key = harness.spoil(1)
-            await watcher.until(lambda: any(key in line for line in watcher.skipped()))
-            assert watcher.numbers == {1, 2}
-            harness.sql(f"delete from leases where key = '{key}'")
-            await watcher.until(lambda: watcher.numbers == {2})
-        await store.aclose()
-
-    asyncio.run(main())
-
-
 @pytest.mark.parametrize("names", [["leases.db", "leases.db-wal", "leases.db-shm"], ["leases.db"]])
 def test_a_file_deleted_under_running_daemons_is_made_anew_and_never_repeats_a_revision(
     harness: LocalHarness, names: list[str]

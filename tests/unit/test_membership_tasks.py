@@ -47,6 +47,8 @@ class FakeStore:
     """A store in memory; until it is None `fail` makes snapshot and watch raise, `fail_writes` claim and renew."""
 
     name = "fake"
+    config_name = "net-conf.json"
+    is_remote = False
 
     def __init__(self, *leases: Lease) -> None:
         self.leases = {one.key: one for one in leases}

@@ -3,6 +3,7 @@
 A store is a shared map from lease key to lease with one revision that only grows.  Three operations read it
 (`snapshot`, `watch`, `network_config`), three change it (`claim`, `renew`, `release`).  All may be called
 from one event loop; none is called from two tasks at once except `watch`, which runs beside the others.
+Operators have two more (`reserve`, `delete`), which no daemon calls.
 
 Two errors tell who has to act.  StoreUnavailableError: nobody, trying again may help.  ConfigError: a person
 has to mend the store (a corrupt file, a missing directory); trying again is harmless and useless.  A running
@@ -11,12 +12,12 @@ daemon keeps its table over both.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from udptun.errors import ConfigError
+from udptun.errors import ConfigError, LeaseError
 from udptun.lease import Lease, LeaseAttrs, LeaseEvent, Subnets
 
 LEASE_TTL_S = 86_400
@@ -68,16 +69,36 @@ class Store(Protocol):
     name: str
     """How the store was named on the command line, for messages: `local:/path`, `etcd`."""
 
+    config_name: str
+    """Where the network config is, for messages: a path, or the key in etcd."""
+
+    is_remote: bool
+    """Whether a server keeps the leases (etcd).  Three things follow.
+
+    A daemon waits for a network config that is missing or broken, as flannel does, instead of ending.
+
+    Only the store ends a lease: its server may keep time otherwise than this host (etcd's stands still while it is
+    down), so a lease in use stays in use until the store reports its removal, also while the store is away.
+
+    `expires_s` of another host's lease is the earliest end that is known, not the end: the time of looking at first,
+    which is past at once, until the watch has asked and repeats the lease with a better one.  It decides whether a
+    lease out of the state file may be used, and nothing else.  Of a lease that this object claimed or renewed it is
+    exact.
+    """
+
     async def network_config(self) -> str:
         """The text of net-conf.json.  Raises ConfigError when there is none, saying where it should be."""
 
-    async def snapshot(self) -> Snapshot: ...
+    async def snapshot(self, *, exact: bool = False) -> Snapshot:
+        """`exact`: with the true expiry of every lease, which costs a remote store one more request a lease."""
 
     def watch(self, after: int) -> AsyncGenerator[WatchBatch, None]:
         """Changes after revision `after`, as they come; expiry is reported as a removal.
 
         Never ends by itself; closing it (`contextlib.aclosing`) frees what it holds.  It ends with the error
-        that it raises; the caller starts another from the last revision it saw.
+        that it raises; the caller starts another from the last revision it saw, after 0.1 to 0.5 s: what a server
+        has to be spared beyond that the store sees to itself.  A batch may be empty, or repeat a lease of which only
+        the expiry is new.
         """
 
     async def claim(self, attrs: LeaseAttrs, choose: Chooser, ttl_s: int = LEASE_TTL_S) -> Lease:
@@ -93,6 +114,16 @@ class Store(Protocol):
     async def release(self, lease: Lease) -> None:
         """Give the lease back if it is still ours.  A reservation stays; a lease that is gone is no error."""
 
+    async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
+        """Keep `subnets` for the node with `attrs`: a lease that never expires, which that node's claim takes over.
+
+        A lease that this node (PublicIP and port) holds already stays as it is and no longer expires.  LeaseError
+        when it is another's.
+        """
+
+    async def delete(self, lease: Lease) -> None:
+        """Delete a lease or reservation, whoever's it is, as `lease` shows it: LeaseError when it has changed since."""
+
     async def aclose(self) -> None:
         """Free threads, connections and files; no call may follow.  Closing twice does no harm."""
 
@@ -102,6 +133,29 @@ def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
     if a.node_id is not None and b.node_id is not None:
         return a.node_id == b.node_id
     return a.public_ip == b.public_ip
+
+
+def reservation(leases: Iterable[Lease], subnets: Subnets, attrs: LeaseAttrs) -> LeaseAttrs:
+    """What to write to reserve `subnets` for the node with `attrs`, where `leases` is all there is.  Pure.
+
+    That is what the node itself has written there, if it has.  LeaseError when the subnet overlaps another's lease, or
+    when another subnet is reserved for the node.
+    """
+    for lease in leases:
+        port, other_port = attrs.port(0), lease.attrs.port(0)
+        is_same = lease.attrs.public_ip == attrs.public_ip and (port == other_port or not port or not other_port)
+        if lease.subnets == subnets and is_same:
+            attrs = lease.attrs
+        elif lease.subnet.overlaps(subnets.ipv4) or (
+            lease.subnets.ipv6 and subnets.ipv6 and lease.subnets.ipv6.overlaps(subnets.ipv6)
+        ):
+            raise LeaseError(f"cannot reserve {subnets.ipv4}: {lease.subnet} is leased to {lease.attrs.public_ip}")
+        elif is_same and lease.expires_s is None:
+            raise LeaseError(
+                f"cannot reserve {subnets.ipv4}: {lease.subnet} is reserved for {attrs.public_ip} already; "
+                "a node has one subnet"
+            )
+    return attrs
 
 
 def read_network_config(path: Path) -> str:

@@ -163,6 +163,8 @@ class FileStore:
 
     def __init__(self, path: Path, net_config_path: Path, node: str | None = None) -> None:
         self.name = f"file:{path}"
+        self.config_name = str(net_config_path)
+        self.is_remote = False
         self._path = path
         self._net_config_path = net_config_path
         self._node = node
@@ -176,7 +178,7 @@ class FileStore:
     async def network_config(self) -> str:
         return read_network_config(self._net_config_path)
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, *, exact: bool = False) -> Snapshot:
         self._refresh()
         return self._snapshot()
 
@@ -233,6 +235,17 @@ class FileStore:
 
     async def release(self, lease: Lease) -> None:
         """Does nothing: the file is the operator's, who takes the entry out on every host."""
+
+    async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
+        """Raises ConfigError: the file is the operator's."""
+        entry = f'{{"Subnet": "{subnets.ipv4}", "PublicIP": "{attrs.public_ip}"}}'
+        raise ConfigError(f"cannot reserve {subnets.ipv4}: {self.name} is edited by hand; add {entry} on every host")
+
+    async def delete(self, lease: Lease) -> None:
+        """Raises ConfigError: the file is the operator's."""
+        raise ConfigError(
+            f"cannot release {lease.subnet}: {self.name} is edited by hand; take the entry out on every host"
+        )
 
     async def aclose(self) -> None:
         """Nothing is held open between calls."""

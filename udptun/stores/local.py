@@ -18,8 +18,7 @@ What makes it exact:
   repeats a revision that a watcher has seen.
 
 A row whose `expires` is NULL is a reservation: it never expires, and stays one when its host claims and
-renews it. An operator makes one with `insert into leases (key, value) values ('10.244.7.0-24',
-'{"PublicIP":"192.0.2.7"}')`.
+renews it. An operator makes one with `udptun lease reserve`.
 
 All SQLite calls run on one thread that the store owns: a call may wait for another process's lock, and the
 event loop must not; one thread, because a connection then needs no lock of ours.
@@ -49,6 +48,7 @@ from udptun.stores.base import (
     is_same_node,
     read_network_config,
     reason,
+    reservation,
 )
 
 T = TypeVar("T")
@@ -125,6 +125,8 @@ class LocalStore:
 
     def __init__(self, path: Path, net_config_path: Path, clock: Callable[[], float] = time.time) -> None:
         self.name = f"local:{path}"
+        self.config_name = str(net_config_path)
+        self.is_remote = False
         self._path = path
         self._net_config_path = net_config_path
         self._clock = clock
@@ -136,7 +138,7 @@ class LocalStore:
     async def network_config(self) -> str:
         return read_network_config(self._net_config_path)
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, *, exact: bool = False) -> Snapshot:
         def work(db: sqlite3.Connection) -> Snapshot:
             self._expire(db)
             with _transaction(db, "deferred"):
@@ -191,6 +193,23 @@ class LocalStore:
                     db.execute("delete from leases where key = ?", (lease.key,))
 
         await self._run(f"release {lease.subnet}", work)
+
+    async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
+        def work(db: sqlite3.Connection) -> Lease:
+            with _transaction(db, "immediate"):
+                _delete_expired(db, self._clock())
+                leases, _ = _read_leases(db)
+                return _write(db, subnets, reservation(leases, subnets, attrs), None)
+
+        return await self._run(f"reserve {subnets.ipv4}", work)
+
+    async def delete(self, lease: Lease) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            found = db.execute("delete from leases where key = ? and revision = ?", (lease.key, lease.revision))
+            if not found.rowcount:
+                raise LeaseError(f"cannot delete {lease.subnet} in {self.name}: it has changed; look again")
+
+        await self._run(f"delete {lease.subnet}", work)
 
     async def aclose(self) -> None:
         self._is_closing = True
@@ -261,19 +280,15 @@ class LocalStore:
             ).fetchall()
             if len(rows) != revision - after:  # pruned, or another file took this one's place
                 return WatchBatch(revision, snapshot=_read_snapshot(db))
-            events: list[LeaseEvent] = []
-            skipped: list[str] = []
-            for removed, *row in rows:
-                try:
-                    lease = _parse(*row)
-                except LeaseFormatError as exc:
-                    if removed:
-                        # Spoilt by hand, then deleted: what it was when it was good is not in the event.
-                        return WatchBatch(revision, snapshot=_read_snapshot(db))
-                    skipped.append(f"lease {row[0]!r}: {exc}")
-                else:
-                    events.append(LeaseEvent(EventType.REMOVED if removed else EventType.ADDED, lease))
-            return WatchBatch(revision, tuple(events), skipped=tuple(skipped))
+            try:
+                events = [
+                    LeaseEvent(EventType.REMOVED if removed else EventType.ADDED, _parse(*row))
+                    for removed, *row in rows
+                ]
+            except LeaseFormatError:
+                # Spoilt by hand: what it was when it was good is not in the event.
+                return WatchBatch(revision, snapshot=_read_snapshot(db))
+            return WatchBatch(revision, tuple(events))
 
 
 @contextmanager
@@ -337,7 +352,7 @@ def _holder(db: sqlite3.Connection, key: str, now_s: float) -> Lease | None:
         return None
 
 
-def _write(db: sqlite3.Connection, subnets: Subnets, attrs: LeaseAttrs, expires_s: float) -> Lease:
+def _write(db: sqlite3.Connection, subnets: Subnets, attrs: LeaseAttrs, expires_s: float | None) -> Lease:
     """Write the row and return it as it stands then: revision set, a reservation still without expiry."""
     db.execute(_WRITE, (subnets.key, attrs.to_json(), expires_s))
     expires, revision = db.execute("select expires, revision from leases where key = ?", (subnets.key,)).fetchone()
