@@ -25,6 +25,8 @@ _STDOUT_FD = 1
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command that `argv` (default: the process's, without the program's name) says, and exit."""
+    # grpc would print what its errors say as well.  It reads this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     program = Path(sys.argv[0]).name
     words = sys.argv[1:] if argv is None else argv
     sys.exit(_run("flanneld" if program == "flanneld" else "udptun", list(words), os.environ))

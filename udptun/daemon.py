@@ -93,6 +93,15 @@ def open_store(options: Options) -> Store:
             return LocalStore(path, options.net_config_path)
         case StoreKind.FILE:
             return FileStore(path, options.net_config_path, options.node or None)
+        case StoreKind.ETCD:
+            try:
+                # Here, because its libraries are an extra.
+                from udptun.stores.etcd import EtcdStore
+            except ImportError as exc:
+                raise ConfigError(
+                    f"cannot use etcd: {exc}; install the extra: pip install 'udptun[etcd]', or name another --store"
+                ) from exc
+            return EtcdStore(options.etcd)
 
 
 def lock_run_dir(run_dir: Path) -> int:

@@ -9,10 +9,11 @@ one costs a warning and leaves the default, a list gets one element.
 
 from __future__ import annotations
 
+import posixpath
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -36,22 +37,54 @@ class StoreKind(Enum):
 
     LOCAL = "local"
     FILE = "file"
+    ETCD = "etcd"
 
 
 _ETCD, _KUBE = "etcd", "Kubernetes"
-_UNBUILT_STORES = ("etcd", "kube")
-_BUILT_STORES = "built: local, file (--store local[:PATH] or --store file:PATH)"
+_UNBUILT_STORES = ("kube",)
+_BUILT_STORES = "built: local, file, etcd (--store local[:PATH], --store file:PATH or the --etcd-* flags)"
+_ETCD_PORT = 2379
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One server of an etcd cluster, as a URL says."""
+
+    host: str
+    port: int
+    is_tls: bool
+
+    @property
+    def address(self) -> str:
+        """`host:port`, IPv6 in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{'https' if self.is_tls else 'http'}://{self.address}"
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdOptions:
+    """What the --etcd-* flags say.  The endpoints are all TLS or none is; the prefix has no slash at its end."""
+
+    endpoints: tuple[Endpoint, ...]
+    prefix: str
+    keyfile: Path | None
+    certfile: Path | None
+    cafile: Path | None
+    username: str
+    password: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSpec:
-    """Where the leases live: --store KIND:PATH."""
+    """Where the leases live: --store KIND:PATH, or etcd."""
 
     kind: StoreKind
     path: Path
 
     def __str__(self) -> str:
-        return f"{self.kind.value}:{self.path}"
+        return self.kind.value if self.kind is StoreKind.ETCD else f"{self.kind.value}:{self.path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +118,7 @@ class Options:
     run_dir: Path
     state_dir: Path
     node: str
+    etcd: EtcdOptions
 
     store_is_named: bool
     """False: nobody chose a store, and `store` is the local one; see `store_warning`."""
@@ -207,12 +241,55 @@ def _store(text: str) -> tuple[StoreKind, Path | None]:
     if kind in _UNBUILT_STORES:
         raise UsageError(f"--store {kind} is not built yet; {_BUILT_STORES}")
     if kind not in [known.value for known in StoreKind]:
-        raise ValueError("must be local[:PATH] or file:PATH")
+        raise ValueError("must be local[:PATH], file:PATH or etcd")
+    if kind == StoreKind.ETCD.value and colon:
+        raise ValueError("takes no path; see --etcd-endpoints and --etcd-prefix")
     if path:
         return StoreKind(kind), Path(path)
     if colon or kind == StoreKind.FILE.value:
         raise ValueError(f"needs a path: {kind}:PATH")
     return StoreKind(kind), None
+
+
+_DEFAULT_ENDPOINTS = "http://127.0.0.1:4001,http://127.0.0.1:2379"
+"""flannel's."""
+
+_ENDPOINT = re.compile(r"(?:(https?)://)?(\[[0-9A-Fa-f:.]+\]|[^/:@\[\]\s]+)(?::(\d{1,5}))?/?")
+
+
+def _endpoints(text: str, is_tls: bool = False) -> tuple[Endpoint, ...]:
+    """Comma-separated URLs; `is_tls` is for one without a scheme."""
+    if "@" in text:
+        # Not quoted: there may be a password in it.
+        raise UsageError("--etcd-endpoints takes no user and password; use --etcd-username and --etcd-password")
+    endpoints = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        match = _ENDPOINT.fullmatch(part)
+        if match is None or not 0 < int(match[3] or _ETCD_PORT) < 65536:
+            raise ValueError(f"{part!r} is not http://HOST:PORT or https://HOST:PORT")
+        scheme, host, port = match.groups()
+        with_tls = is_tls if scheme is None else scheme == "https"
+        endpoints.append(Endpoint(host.strip("[]"), int(port or _ETCD_PORT), with_tls))
+    if not endpoints:
+        raise ValueError("must be http://HOST:PORT or https://HOST:PORT, or several with commas")
+    return tuple(dict.fromkeys(endpoints))
+
+
+def _endpoints_text(text: str) -> str:
+    """Checked here and kept as text: what no scheme means is not known before all flags are."""
+    _endpoints(text)
+    return text
+
+
+def _prefix(text: str) -> str:
+    """As Go's path.Join makes of it."""
+    if not text:
+        raise ValueError("must be a path such as /coreos.com/network")
+    return posixpath.normpath(re.sub("^/+", "/", text)).rstrip("/")
+
+
+def _path_or_none(text: str) -> Path | None:
+    return Path(text) if text else None
 
 
 FLAGS: Mapping[str, tuple[Flag, ...]] = {
@@ -256,7 +333,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
             _store,
             None,
             "STORE",
-            "where leases live: local[:PATH], file:PATH; not built yet: etcd, kube",
+            "where leases live: local[:PATH], file:PATH, etcd (as any --etcd-* flag says); not built yet: kube",
         ),
         Flag(
             "subnet-lease-renew-margin",
@@ -318,18 +395,17 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
     _ETCD: (
         Flag(
             "etcd-endpoints",
-            str,
-            "http://127.0.0.1:4001,http://127.0.0.1:2379",
+            _endpoints_text,
+            _DEFAULT_ENDPOINTS,
             "URLS",
-            "comma-separated",
-            built=False,
+            "comma-separated; another when one fails",
         ),
-        Flag("etcd-prefix", str, "/coreos.com/network", "PREFIX", "", built=False),
-        Flag("etcd-keyfile", str, "", "FILE", "", built=False),
-        Flag("etcd-certfile", str, "", "FILE", "", built=False),
-        Flag("etcd-cafile", str, "", "FILE", "", built=False),
-        Flag("etcd-username", str, "", "NAME", "", built=False),
-        Flag("etcd-password", str, "", "PASSWORD", "", built=False),
+        Flag("etcd-prefix", _prefix, "/coreos.com/network", "PREFIX", "of the keys config and subnets/..."),
+        Flag("etcd-cafile", _path_or_none, None, "FILE", "CA of the servers' certificates; default the system's"),
+        Flag("etcd-certfile", _path_or_none, None, "FILE", "our certificate, where etcd asks clients for one"),
+        Flag("etcd-keyfile", _path_or_none, None, "FILE", "its key"),
+        Flag("etcd-username", str, "", "NAME", "user, where etcd's authentication is enabled"),
+        Flag("etcd-password", str, "", "PASSWORD", "better in the environment, which other users cannot read"),
     ),
     _KUBE: (
         Flag("kube-subnet-mgr", _boolean, False, "", "leases as node annotations", built=False),
@@ -462,9 +538,8 @@ class _Given:
                     "Invalid subnet-lease-renew-margin option, out of acceptable range: "
                     f"{margin} is not in {RENEW_MARGINS_MIN.start}..{RENEW_MARGINS_MIN.stop - 1}"
                 )
-            if as_flanneld and values["store"] is None:
-                raise UsageError(f"no store named means etcd, which is not built yet; {_BUILT_STORES}")
-        kind, path = values["store"] or (StoreKind.LOCAL, None)
+        kind, path = self._choose_store(as_flanneld)
+        etcd = self._etcd_options(kind)
         return Options(
             iface=values["iface"],
             iface_regex=values["iface-regex"],
@@ -489,13 +564,43 @@ class _Given:
             run_dir=values["run-dir"],
             state_dir=values["state-dir"],
             node=values["node"],
-            store_is_named=values["store"] is not None,
+            etcd=etcd,
+            store_is_named=kind is not StoreKind.LOCAL or values["store"] is not None,
             pretend_no_vxlan=bool(self._environ.get("UDPTUN_PRETEND_NO_VXLAN")),
             notify_socket=self._environ.get("NOTIFY_SOCKET", ""),
             warnings=tuple(self._warnings),
             help=self._help,
             version=values["version"],
         )
+
+    def _choose_store(self, as_flanneld: bool) -> tuple[StoreKind, Path | None]:
+        named: tuple[StoreKind, Path | None] | None = self.values["store"]
+        wanted = [self._said[flag.name] for flag in FLAGS[_ETCD] if flag.name in self._said and self.values[flag.name]]
+        if named is None:
+            return (StoreKind.ETCD if wanted or as_flanneld else StoreKind.LOCAL), None
+        if named[0] is not StoreKind.ETCD and wanted and not self._is_question:
+            raise UsageError(f"{wanted[0]} means etcd, and {self._said['store']} names another store; leave one out")
+        return named
+
+    def _etcd_options(self, kind: StoreKind) -> EtcdOptions:
+        values = self.values
+        certfile, keyfile, cafile = (values[f"etcd-{which}"] for which in ("certfile", "keyfile", "cafile"))
+        username, password = values["etcd-username"], values["etcd-password"]
+        endpoints = _endpoints(values["etcd-endpoints"], is_tls=bool(certfile or cafile))
+        if kind is StoreKind.ETCD and not self._is_question:
+            if len({endpoint.is_tls for endpoint in endpoints}) > 1:
+                raise UsageError("--etcd-endpoints mixes http:// and https://; all must be one or the other")
+            if (certfile is None) != (keyfile is None):
+                raise UsageError("--etcd-certfile and --etcd-keyfile go together; give both or none")
+            if bool(username) != bool(password):
+                raise UsageError("--etcd-username and --etcd-password go together; give both or none")
+            if (certfile or cafile) and not endpoints[0].is_tls:
+                # flannel 0.18 to 0.20.0 asked for the files even where nothing was encrypted.
+                self._warnings.append(
+                    f"--etcd-cafile, --etcd-certfile and --etcd-keyfile are not used: {endpoints[0]} is not encrypted; "
+                    "write https:// if it can be"
+                )
+        return EtcdOptions(endpoints, values["etcd-prefix"], keyfile, certfile, cafile, username, password)
 
     def _refuse_unbuilt(self) -> None:
         for flag in self._flags.values():

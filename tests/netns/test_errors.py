@@ -37,6 +37,11 @@ def errors(text: str) -> list[str]:
 # --- the command line: no log yet, one line
 
 
+NOT_BUILT = (
+    "is not built yet; built: local, file, etcd (--store local[:PATH], --store file:PATH or the --etcd-* flags)"
+)
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
@@ -52,31 +57,16 @@ def errors(text: str) -> list[str]:
             ["--subnet-lease-renew-margin=1440"],
             "Invalid subnet-lease-renew-margin option, out of acceptable range: 1440 is not in 1..1439",
         ),
-        (
-            ["--store=etcd"],
-            "--store etcd is not built yet; built: local, file (--store local[:PATH] or --store file:PATH)",
-        ),
-        (["--store=sql:/x"], "--store=sql:/x: must be local[:PATH] or file:PATH"),
+        (["--store=kube"], f"--store kube {NOT_BUILT}"),
+        (["--store=sql:/x"], "--store=sql:/x: must be local[:PATH], file:PATH or etcd"),
         (["--store=file"], "--store=file: needs a path: file:PATH"),
-        (
-            ["--kube-subnet-mgr"],
-            "--kube-subnet-mgr is not built yet; built: local, file (--store local[:PATH] or --store file:PATH)",
-        ),
+        (["--kube-subnet-mgr"], f"--kube-subnet-mgr {NOT_BUILT}"),
         (["--iptables-resync=0"], "--iptables-resync=0: must be 1..86400"),
     ],
 )
 def test_a_bad_flag_has_one_line_and_status_2(argv: list[str], line: str) -> None:
     done = subprocess.run([*UDPTUN, "daemon", *argv], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"udptun: error: {line}\n")
-
-
-def test_flanneld_without_a_store_names_what_is_built_with_status_2() -> None:
-    done = subprocess.run([*FLANNELD, "-v=1"], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "flanneld: error: no store named means etcd, which is not built yet; "
-        "built: local, file (--store local[:PATH] or --store file:PATH)\n"
-    )
 
 
 # --- the configuration: read before anything of the system is touched, so no root is needed

@@ -1,4 +1,4 @@
-"""What the contract test needs from a store under test.  Another store joins by another Harness in HARNESSES.
+"""What the contract test needs from a store under test.
 
 A harness makes store objects on one shared place, as separate daemons would, and has "hands": changes from outside
 any store object (an operator, another tool).  What a store cannot do it declares in `lacks`, with the reason; the
@@ -51,11 +51,16 @@ class Can(Enum):
     EXPIRE = "leases end by themselves"
     RESUME = "a watch resumes exactly from an earlier revision, as long as the history is kept"
     SHARE = "what one store object writes, others see"
+    KEEP_CONFIG_IN_A_FILE = "the network config is a file of this host"
 
 
 class Harness(Protocol):
     name: str
     lacks: Mapping[Can, str]
+    needs: Sequence[str]
+    """What this machine lacks for it; with anything here its tests are skipped."""
+    slack_descriptors: int
+    """How many more the store's library may hold open at one time than at another."""
 
     def store(self) -> Store:
         """One more store object on the same place."""
@@ -73,6 +78,8 @@ class Harness(Protocol):
 class LocalHarness:
     name = "local"
     lacks: Mapping[Can, str] = {}
+    needs: Sequence[str] = ()
+    slack_descriptors = 0
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "leases.db"
@@ -129,6 +136,8 @@ class FileHarness:
         Can.RESUME: "only the last good reading is kept; the watch starts with a snapshot",
         Can.SHARE: "a store never writes the file",
     }
+    needs: Sequence[str] = ()
+    slack_descriptors = 0
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "leases.json"
@@ -158,9 +167,6 @@ class FileHarness:
         temporary = self.path.with_suffix(".new")
         temporary.write_text(json.dumps(list(self.entries.values())))
         temporary.replace(self.path)
-
-
-HARNESSES: tuple[type[LocalHarness | FileHarness], ...] = (LocalHarness, FileHarness)
 
 
 class Watcher:

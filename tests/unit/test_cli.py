@@ -75,7 +75,7 @@ def test_daemon_runs_with_its_options_and_gives_its_status(fakes: Fakes, monkeyp
     assert (options.iface, str(options.store), options.node) == (("eth0",), "file:/l", "n1")
 
 
-def test_flanneld_is_the_daemon_and_demands_a_store(
+def test_flanneld_is_the_daemon_with_etcd_unless_a_store_is_named(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/opt/bin/flanneld", "--store=local"])
@@ -83,9 +83,8 @@ def test_flanneld_is_the_daemon_and_demands_a_store(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 0
-    assert fakes.calls[0][0].store.kind is StoreKind.LOCAL
-    assert status_of() == 2
-    assert capsys.readouterr().err.startswith("flanneld: error: no store named means etcd")
+    assert status_of() == 0
+    assert [options.store.kind for (options,) in fakes.calls] == [StoreKind.LOCAL, StoreKind.ETCD]
 
 
 @pytest.mark.parametrize("name", ["flanneld", "udptun"])
@@ -142,7 +141,7 @@ def test_overview_goes_to_stderr_with_status_2_when_there_is_no_command(
         (["daemon", "--ifcae=x"], "unknown flag --ifcae; did you mean --iface?"),
         (["daemon", "a\nb"], r"unexpected argument 'a\nb'; the daemon takes flags only"),
         (["daemon", "--a\nb"], r"unknown flag --a\nb"),
-        (["cleanup", "--store=etcd"], "--store etcd is not built yet; built: local, file"),
+        (["cleanup", "--store=kube"], "--store kube is not built yet; built: local, file, etcd"),
         (["status", "--jsn"], "status: unrecognized arguments: --jsn"),
         (["status", "--js"], "status: unrecognized arguments: --js"),
         (["lease"], "lease: the following arguments are required: ACTION"),

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import udptun
+from udptun.daemon import open_store
+from udptun.errors import ConfigError
+from udptun.options import parse_daemon_flags
 
 PACKAGE = Path(udptun.__file__).parent
 
@@ -33,6 +36,8 @@ SHELL = {
     "asyncio",
     "cffi",
     "fcntl",
+    "google",
+    "grpc",
     "numpy",
     "pyroute2",
     "pytun",
@@ -42,7 +47,12 @@ SHELL = {
     "subprocess",
     "threading",
 }
-OWNERS = {"pyroute2": "netlink.py", "pytun": "tun.py"}
+OWNERS = {
+    "pyroute2": {"netlink.py"},
+    "pytun": {"tun.py"},
+    "grpc": {"stores/etcdrpc/client.py"},
+    "google": {"stores/etcdrpc/client.py", "stores/etcdrpc/etcd_pb2.py"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -71,10 +81,10 @@ def test_pure_module_loads_no_shell(module: str) -> None:
     assert {name for name in loaded if name.partition(".")[0] == "udptun"} <= allowed
 
 
-def test_each_kernel_library_is_imported_by_its_owner_only() -> None:
+def test_each_library_with_an_owner_is_imported_by_its_owner_only() -> None:
     for path in PACKAGE.rglob("*.py"):
         for library in OWNERS.keys() & imported(path):
-            assert path.name == OWNERS[library], f"{path} imports {library}"
+            assert str(path.relative_to(PACKAGE)) in OWNERS[library], f"{path} imports {library}"
 
 
 def test_cli_alone_reads_argv_and_the_environment() -> None:
@@ -90,3 +100,17 @@ def test_cli_starts_without_the_daemons_libraries() -> None:
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert SHELL.intersection(loaded) <= {"select"}
     assert "udptun.options" not in loaded
+
+
+def test_daemon_loads_grpc_only_for_the_etcd_store() -> None:
+    script = "import sys, udptun.daemon; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"grpc", "google", "udptun.stores.etcd"} & set(loaded)
+
+
+def test_etcd_without_its_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    for name in [name for name in sys.modules if name.startswith("udptun.stores.etcd")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"cannot use etcd: .*grpc.*: pip install 'udptun\[etcd\]'"):
+        open_store(parse_daemon_flags(["--store=etcd"], {}))

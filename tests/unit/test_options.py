@@ -12,6 +12,8 @@ from udptun.config import SourceCheck
 from udptun.errors import UsageError
 from udptun.options import (
     FLAGS,
+    Endpoint,
+    EtcdOptions,
     Options,
     StoreKind,
     StoreSpec,
@@ -59,6 +61,15 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
         run_dir=Path("/run/udptun"),
         state_dir=Path("/var/lib/udptun"),
         node="",
+        etcd=EtcdOptions(
+            (Endpoint("127.0.0.1", 4001, False), Endpoint("127.0.0.1", 2379, False)),
+            "/coreos.com/network",
+            keyfile=None,
+            certfile=None,
+            cafile=None,
+            username="",
+            password="",
+        ),
         store_is_named=False,
         pretend_no_vxlan=False,
         notify_socket="",
@@ -191,7 +202,7 @@ def test_environment_leaves_the_default_and_a_warning_when_it_is_bad() -> None:
     options = parse(FLANNELD_HEALTHZ_PORT="x", FLANNELD_IP_MASQ="maybe", FLANNELD_STORE="nfs:/x")
     assert options == dataclasses.replace(parse(), warnings=options.warnings)
     assert options.warnings == (
-        "FLANNELD_STORE=nfs:/x: must be local[:PATH] or file:PATH; ignored, as flannel does",
+        "FLANNELD_STORE=nfs:/x: must be local[:PATH], file:PATH or etcd; ignored, as flannel does",
         "FLANNELD_HEALTHZ_PORT=x: must be an integer; ignored, as flannel does",
         "FLANNELD_IP_MASQ=maybe: must be true or false; ignored, as flannel does",
     )
@@ -230,7 +241,7 @@ REFUSED = [
     (["--public-ip=fe80::1"], "--public-ip=fe80::1: must be an IPv4 address"),
     (["--public-ipv6=1.2.3.4"], "--public-ipv6=1.2.3.4: must be an IPv6 address"),
     (["--subnet-file="], "--subnet-file=: must be a path"),
-    (["--store=nfs"], "--store=nfs: must be local[:PATH] or file:PATH"),
+    (["--store=nfs"], "--store=nfs: must be local[:PATH], file:PATH or etcd"),
     (["--store=file"], "--store=file: needs a path: file:PATH"),
     (["--store=local:"], "--store=local:: needs a path: local:PATH"),
     (
@@ -257,17 +268,15 @@ def test_renew_margin_out_of_range_is_fatal_also_from_the_environment() -> None:
     assert refusal(FLANNELD_SUBNET_LEASE_RENEW_MARGIN="2000").startswith("Invalid subnet-lease-renew-margin option")
 
 
-STORES = "is not built yet; built: local, file (--store local[:PATH] or --store file:PATH)"
+STORES = (
+    "is not built yet; built: local, file, etcd (--store local[:PATH], --store file:PATH or the --etcd-* flags)"
+)
 NOT_BUILT = [
-    (["--store=etcd"], f"--store etcd {STORES}"),
     (["--store", "kube"], f"--store kube {STORES}"),
     (["--kube-subnet-mgr"], f"--kube-subnet-mgr {STORES}"),
     (["--kube-api-url=http://x"], f"--kube-api-url {STORES}"),
     (["--kubeconfig-file=/x"], f"--kubeconfig-file {STORES}"),
     (["--kube-annotation-prefix=x.org"], f"--kube-annotation-prefix {STORES}"),
-    (["--etcd-endpoints=http://127.0.0.1:2379"], f"--etcd-endpoints {STORES}"),
-    (["--etcd-prefix=/coreos.com/network"], f"--etcd-prefix {STORES}"),
-    (["--etcd-password=secret"], f"--etcd-password {STORES}"),
 ]
 
 
@@ -277,8 +286,8 @@ def test_a_flag_names_itself_when_it_asks_for_what_is_not_built(argv: list[str],
 
 
 def test_a_variable_names_itself_when_it_asks_for_what_is_not_built() -> None:
-    assert refusal(FLANNELD_ETCD_PASSWORD="secret") == f"FLANNELD_ETCD_PASSWORD {STORES}"
-    assert refusal(FLANNELD_STORE="etcd") == f"--store etcd {STORES}"
+    assert refusal(FLANNELD_KUBE_API_URL="http://x") == f"FLANNELD_KUBE_API_URL {STORES}"
+    assert refusal(FLANNELD_STORE="kube") == f"--store kube {STORES}"
 
 
 def test_flags_of_what_is_not_built_are_accepted_when_they_ask_for_nothing() -> None:
@@ -309,19 +318,105 @@ def test_firewall_flags_are_flannels() -> None:
 
 
 def test_flanneld_means_etcd_when_no_store_is_named() -> None:
-    with pytest.raises(UsageError) as caught:
-        parse_daemon_flags([], {}, as_flanneld=True)
-    assert str(caught.value).startswith("no store named means etcd, which is not built yet; built: local, file")
+    options = parse_daemon_flags([], {}, as_flanneld=True)
+    assert (options.store.kind, str(options.store)) == (StoreKind.ETCD, "etcd")
+    assert [str(endpoint) for endpoint in options.etcd.endpoints] == ["http://127.0.0.1:4001", "http://127.0.0.1:2379"]
+    assert options.store_warning is None
     assert parse_daemon_flags(["--store=local"], {}, as_flanneld=True).store.kind is StoreKind.LOCAL
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--etcd-endpoints=http://etcd-1:2379",
+        "--etcd-prefix=/coreos.com/network",
+        "--etcd-cafile=/ca.pem",
+        "--store=etcd",
+    ],
+)
+def test_any_etcd_flag_names_the_etcd_store_and_so_does_its_variable(flag: str) -> None:
+    assert parse(flag).store.kind is StoreKind.ETCD
+    assert parse(flag).store_warning is None
+    name, _, value = flag.removeprefix("--").partition("=")
+    variable = f"FLANNELD_{name.upper().replace('-', '_')}"
+    assert parse(**{variable: value}).store.kind is StoreKind.ETCD
+    assert parse("--etcd-cafile=", "--etcd-username=").store.kind is StoreKind.LOCAL
+
+
+def test_etcd_endpoints_are_urls_with_names_or_addresses_of_either_family() -> None:
+    text = "https://etcd-1.example:2379, https://192.0.2.1:4001/,https://[2001:db8::1]:2379,https://[::1],https://x"
+    endpoints = parse(f"--etcd-endpoints={text}").etcd.endpoints
+    assert [endpoint.address for endpoint in endpoints] == [
+        "etcd-1.example:2379",
+        "192.0.2.1:4001",
+        "[2001:db8::1]:2379",
+        "[::1]:2379",
+        "x:2379",
+    ]
+    assert all(endpoint.is_tls for endpoint in endpoints)
+    assert str(endpoints[2]) == "https://[2001:db8::1]:2379"
+
+
+def test_etcd_endpoints_without_a_scheme_are_encrypted_when_a_ca_or_a_certificate_is_given() -> None:
+    assert not parse("--etcd-endpoints=h:2379").etcd.endpoints[0].is_tls
+    assert parse("--etcd-endpoints=h:2379", "--etcd-cafile=/ca.pem").etcd.endpoints[0].is_tls
+    options = parse("--etcd-endpoints=h:2379", "--etcd-certfile=/c.pem", "--etcd-keyfile=/k.pem")
+    assert options.etcd.endpoints[0].is_tls
+    assert not options.warnings
+
+
+def test_etcd_files_for_an_endpoint_that_is_not_encrypted_are_a_warning_as_flannel_takes_them() -> None:
+    options = parse("--etcd-endpoints=http://h:2379", "--etcd-cafile=/ca.pem")
+    assert not options.etcd.endpoints[0].is_tls
+    (warning,) = options.warnings
+    assert "http://h:2379 is not encrypted; write https://" in warning
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix"),
+    [("/coreos.com/network/", "/coreos.com/network"), ("//a//b/../c/", "/a/c"), ("a/b", "a/b"), ("/", "")],
+)
+def test_etcd_prefix_is_cleaned_as_flannel_cleans_it(text: str, prefix: str) -> None:
+    assert parse("--etcd-prefix", text).etcd.prefix == prefix
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--etcd-endpoints=http://a:1,https://b:2"], "--etcd-endpoints mixes http:// and https://"),
+        (["--etcd-endpoints=unix:///run/etcd"], "--etcd-endpoints=unix:///run/etcd: 'unix:///run/etcd' is not http://"),
+        (["--etcd-endpoints=http://a:99999"], "--etcd-endpoints=http://a:99999: 'http://a:99999' is not http://"),
+        (["--etcd-endpoints=,"], "--etcd-endpoints=,: must be http://HOST:PORT"),
+        (["--etcd-endpoints=https://u:secret@a:1"], "--etcd-endpoints takes no user and password"),
+        (["--etcd-prefix="], "--etcd-prefix=: must be a path"),
+        (["--etcd-certfile=/c"], "--etcd-certfile and --etcd-keyfile go together"),
+        (["--etcd-keyfile=/k"], "--etcd-certfile and --etcd-keyfile go together"),
+        (["--etcd-username=u"], "--etcd-username and --etcd-password go together"),
+        (["--etcd-password=secret"], "--etcd-username and --etcd-password go together"),
+        (["--store=etcd:/x"], "--store=etcd:/x: takes no path; see --etcd-endpoints"),
+        (["--store=local", "--etcd-password=secret"], "--etcd-password means etcd, and --store names another store"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_etcd_flags_that_cannot_be_obeyed_are_one_line_without_a_secret(argv: list[str], line: str) -> None:
+    said = refusal(*argv)
+    assert said.startswith(line)
+    assert "secret" not in said
+
+
+def test_etcd_password_is_not_in_what_options_show() -> None:
+    options = parse("--etcd-username=u", "--etcd-password=secret")
+    assert options.etcd.password == "secret"
+    assert "secret" not in repr(options)
 
 
 @pytest.mark.parametrize("argv", [["-h"], ["--help"], ["-help"], ["--mtu=1400", "-h", "--no-such"]])
 def test_help_is_asked_for_in_each_of_gos_forms_and_nothing_else_matters(argv: list[str]) -> None:
-    assert parse_daemon_flags(argv, {"FLANNELD_STORE": "etcd"}, as_flanneld=True).help
+    assert parse_daemon_flags(argv, {"FLANNELD_STORE": "kube"}, as_flanneld=True).help
 
 
 def test_version_can_be_asked_for_whatever_the_environment_says() -> None:
-    environ = {"FLANNELD_STORE": "etcd", "FLANNELD_SUBNET_LEASE_RENEW_MARGIN": "0"}
+    environ = {"FLANNELD_STORE": "kube", "FLANNELD_SUBNET_LEASE_RENEW_MARGIN": "0"}
     assert parse_daemon_flags(["-version"], environ, as_flanneld=True).version
     assert parse(FLANNELD_VERSION="true").version
 

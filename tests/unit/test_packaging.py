@@ -58,7 +58,7 @@ def sources(directory: str, *patterns: str) -> set[str]:
 def test_sdist_has_every_source_test_and_document_and_nothing_built(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "py.typed")
+    wanted = sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
     wanted |= sources("tests", "*.py") | sources("docs", "*.md") | sources("bench", "*.py")
     wanted |= {"pyproject.toml", "setup.py", "dev", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert "udptun/_fastpath.pyx" in wanted
@@ -73,7 +73,7 @@ def test_wheel_has_every_module_both_extensions_and_nothing_else(wheel: Path) ->
     extensions = {name for name in names if name.endswith(".so")}
     assert {name.split(".")[0] for name in extensions} == {"udptun/_fastpath", "udptun/_kabi"}
     # The .pyx, .pxd and .h are what a traceback and a reader of the compiled module want.
-    assert names - extensions == sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "py.typed")
+    assert names - extensions == sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
     assert "udptun = udptun.cli:main" in entry_points
     assert "flanneld = udptun.cli:main" in entry_points
 
