@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 TRIES = 10
 """How often a write is tried that others keep forestalling (flannel's raceRetries)."""
 
-_RETRY_S = 0.01
-"""A lost race is run again after a random time, up to this at first, doubled each time: else many lose together."""
+_RETRY_S = (0.02, 0.5)
+"""A lost race is run again after a random time, up to the first at first, doubled each time up to the second: else many
+lose together."""
 
 CHECK_S = 60.0
 """How often a watch is checked against etcd, on average, seconds, plus a tenth of a second a lease: each check makes
@@ -328,7 +329,8 @@ async def _pause(turn: int, operation: str) -> None:
     """Before each turn of a race but the first."""
     if turn:
         log.debug("lost a race, trying again operation=%r turn=%d", operation, turn)
-        await asyncio.sleep(random.uniform(0, _RETRY_S * 2**turn))
+        first_s, longest_s = _RETRY_S
+        await asyncio.sleep(random.uniform(0, min(first_s * 2 ** (turn - 1), longest_s)))
 
 
 def _unchanged(key: bytes, there: pb.KeyValue | None) -> pb.Compare:

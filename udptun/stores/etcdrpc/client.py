@@ -14,7 +14,7 @@ import itertools
 import re
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -169,7 +169,8 @@ class Client:
     async def _authenticate(self, connection: _Connection) -> None:
         request = pb.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
         try:
-            connection.token = (await _send(connection, _AUTHENTICATE, request)).token
+            # Without a token: etcd would look at it first.
+            connection.token = (await _send(replace(connection, token=""), _AUTHENTICATE, request)).token
         except grpc.aio.AioRpcError as exc:
             if "authentication is not enabled" not in (exc.details() or ""):
                 raise
