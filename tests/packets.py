@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv4Network
 from scapy.layers.inet import ICMP, IP
 from scapy.packet import Raw
 
-from udptun._reference import Peer, Table
+from udptun._reference import Peer, Table, Vtep
 
 NO_VNET_HDR = bytes(10)
 """The virtio header of a packet that nothing is special about."""
@@ -194,6 +194,8 @@ WIDE, WIDE_POD = "127.0.0.5", "10.244.31.254"
 """A lease of a /20."""
 DEAF, DEAF_POD = "192.0.2.9", "10.244.9.10"
 """A peer that the kernel refuses to send to: a socket bound to a loopback address cannot leave the machine."""
+VNI, OUR_MAC = 1, bytes.fromhex("0a0000000001")
+"""Of the overlay over VXLAN; the peer with index i has the MAC address 0a:00:00:00:01:<i>."""
 STRANGER = "127.0.0.99"
 """An outer address that no lease names."""
 OUTSIDE = "198.51.100.7"
@@ -205,7 +207,29 @@ MTU = 1472
 PORT = 8285
 
 
-def overlay(ports: dict[str, int] | None = None) -> Table:
+def peer_mac(index: int) -> bytes:
+    return bytes.fromhex("0a00000001") + bytes([index])
+
+
+def vxlan(
+    packet: bytes,
+    *,
+    flags: int = 8,
+    vni: int = VNI,
+    destination: bytes = OUR_MAC,
+    source: bytes = peer_mac(1),
+    ethertype: int = 0x0800,
+    reserved: tuple[int, int] = (0, 0),
+) -> bytes:
+    """The UDP payload that carries `packet` over VXLAN, by default one from the first peer to us.
+
+    `reserved` are the three bytes after the flags and the one after the VNI.
+    """
+    header = bytes([flags]) + reserved[0].to_bytes(3) + vni.to_bytes(3) + bytes([reserved[1]])
+    return header + destination + source + ethertype.to_bytes(2) + packet
+
+
+def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False) -> Table:
     """The table; `ports` says where peers really listen, by public IP."""
     leases = (
         ("10.244.2.0/24", NEAR, MTU),
@@ -224,7 +248,14 @@ def overlay(ports: dict[str, int] | None = None) -> Table:
         mtu=MTU,
         source_check="peer",
         peers=tuple(
-            Peer(index, IPv4Network(subnet), (IPv4Address(ip), ports.get(ip, PORT)), mtu)
+            Peer(
+                index,
+                IPv4Network(subnet),
+                (IPv4Address(ip), ports.get(ip, PORT)),
+                mtu,
+                peer_mac(index) if is_vxlan else b"",
+            )
             for index, (subnet, ip, mtu) in enumerate(leases, start=1)
         ),
+        vtep=Vtep(VNI, OUR_MAC) if is_vxlan else None,
     )

@@ -14,6 +14,10 @@ A read of the TUN may be a super-packet, which _segment.pxd cuts up; datagrams o
 groups, one message each.  A received message may be a train of datagrams; packets of one flow are put together again by
 _coalesce.pxd and written as one item.  On the wire there are always single packets.
 
+Before each packet on the wire may stand a prefix (VXLAN): the peer's, ready in the table.  A `Packet` to be sent always
+has room for it in front, so that prefix and packet are one piece.  With VXLAN datagrams leave from several sockets,
+each inner flow from one of them; sends keep the order of the reads all the same.
+
 When a turn moves nothing the worker sleeps in poll() on both descriptors and on an eventfd that stop() writes to;
 under load stop() is seen because every turn looks at a flag.
 
@@ -38,7 +42,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.errno cimport EAGAIN, EBADFD, EINTR, EINVAL, EIO, EMSGSIZE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from udptun._coalesce cimport *
 from udptun._segment cimport *
@@ -50,6 +54,7 @@ from udptun._wire cimport *
 cdef enum:
     PACKET_MAX = 65535            # an IPv4 total length
     SEGMENTS = 2048               # headers and datagrams a turn; one super-packet of 64 KiB with an MSS of 48 has 1,365
+    HEADER_ROOM = 144             # UT_PREFIX_BYTES and SEGMENT_HEADER_MAX are 142
     GROUPS = 256                  # messages a sendmmsg
     GROUP_SEGMENTS = 64           # UDP_MAX_SEGMENTS before Linux 6.9
     PLAIN_SEGMENTS = 16           # to a peer that may read one datagram at a time: its queue holds some 90
@@ -58,9 +63,16 @@ cdef enum:
     FEW_MESSAGES = 8              # when they are long trains
     LONG_TRAIN = 8192             # bytes
     ICMP_MAX = 576                # RFC 1812 4.3.2.3
+    ICMP_ROOM = 32                # before an answer, for a virtio header or a prefix
     ICMP_PER_S = 1000
     ICMP_BURST = 50
     TUN_LOST_WAIT_MS = 20
+    # RFC 7348 5; after the VXLAN header stands an Ethernet frame.
+    VXLAN_VNI_IS_VALID = 0x08     # in the first byte
+    VXLAN_VNI = 4
+    INNER_DESTINATION = 8
+    INNER_ETHERTYPE = 20
+    ETHERTYPE_IPV4 = 0x0800
 
 # --------------------------------------------------------------------------------------- shared memory (shm.h)
 
@@ -68,7 +80,7 @@ cdef extern from "shm.h" nogil:
     enum:
         UT_TABLE_MAGIC, UT_STATS_MAGIC, UT_LAYOUT_VERSION
         UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
-        UT_READS, UT_READ_BYTES, UT_MESSAGES
+        UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM, UT_MAX_SENDERS
         UT_TABLE_HEADER_BYTES, UT_STATS_HEADER_BYTES
         UT_PEER_UDPTUN
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
@@ -79,9 +91,11 @@ cdef extern from "shm.h" nogil:
     struct ut_peer:
         sockaddr_in remote
         uint32_t subnet, mask, mtu, flags
+        uint8_t prefix[22]
     struct ut_slot:
         uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, underlay_address
-        uint32_t mtu, source_check, n_l1, n_remotes, offloads
+        uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni
+        uint8_t own_mac[6]
         uint32_t l1[1]
         uint32_t remotes[1]
         ut_peer peers[1]
@@ -131,6 +145,11 @@ cdef enum Counter:
     ENCAP_DROP_SEND
     DECAP_PACKETS
     DECAP_DELIVERED
+    DECAP_DROP_VXLAN_SHORT
+    DECAP_DROP_VXLAN_FLAGS
+    DECAP_DROP_VXLAN_VNI
+    DECAP_DROP_VXLAN_ETHERTYPE
+    DECAP_DROP_VXLAN_MAC
     DECAP_DROP_EMPTY
     DECAP_DROP_SHORT
     DECAP_DROP_IPV6
@@ -165,6 +184,11 @@ COUNTERS = (
     "encap_drop_send",
     "decap_packets",
     "decap_delivered",
+    "decap_drop_vxlan_short",
+    "decap_drop_vxlan_flags",
+    "decap_drop_vxlan_vni",
+    "decap_drop_vxlan_ethertype",
+    "decap_drop_vxlan_mac",
     "decap_drop_empty",
     "decap_drop_short",
     "decap_drop_ipv6",
@@ -222,9 +246,10 @@ cdef struct Packet:
 
 cdef struct Group:                # what one message of a sendmmsg carries: datagrams to one peer, of one size
     uint32_t peer
-    int size                      # of every datagram but the last, bytes
+    int fd                        # the socket that it leaves from
+    int size                      # of every datagram but the last, bytes, with its prefix
     int n                         # datagrams
-    int bytes
+    int bytes                     # of all, with their prefixes
     iovec *iov                    # into Loop.iov
     int n_iov
     bint is_closed                # the last datagram was a shorter one
@@ -237,9 +262,11 @@ cdef struct Loop:
     ut_peer_stats *peer_stats     # our row of stats.peer
     ut_hands *hands               # ours of stats.hands: every packet that is in our hands
     int tun_fd, udp_fd
+    int senders[16]               # sockets that datagrams leave from, all workers' alike; none: from udp_fd
+    int n_senders
     # Owned by the Worker object.
     int event_fd
-    uint8_t *headers              # encap: SEGMENTS headers of SEGMENT_HEADER_MAX bytes, of segments
+    uint8_t *headers              # encap: SEGMENTS times HEADER_ROOM bytes, each for a prefix and a segment's header
     Merger *merger                # decap
     # Encap: the groups that wait for sending.
     Group group[GROUPS]
@@ -249,10 +276,11 @@ cdef struct Loop:
     uint8_t control[GROUPS][UT_CMSG_BYTES]
     iovec train_iov[UT_MESSAGES]  # decap
     int n_messages                # to ask recvmmsg for
-    uint8_t icmp[VNET + ICMP_MAX]
-    uint8_t single[PACKET_MAX]    # one datagram of a group, put together
+    uint8_t icmp[32 + ICMP_MAX]   # an answer, at ICMP_ROOM
+    uint8_t single[32 + PACKET_MAX]   # one datagram of a group, put together; with its prefix
     # The rest is our own state.
     const ut_slot *slot           # the table of this turn
+    int prefix_len                # its prefix_len
     int group_segments            # 1: the kernel does not cut messages up for us
     int vnet_len                  # of the virtio header before every packet of the TUN, bytes: VNET or 0
     int stop
@@ -278,12 +306,12 @@ cdef int encap_turn(Loop *w) noexcept nogil:
     room[1].iov_len = PACKET_MAX
     while reads < <int>UT_READS and used < <int>UT_READ_BYTES:
         note = &w.hands.read[reads]
-        note.at = used
+        note.at = <uint32_t>UT_PREFIX_ROOM + used
         note.is_stepped = 0
         if w.vnet_len == 0:
             memset(note.vnet, 0, VNET)
         room[0].iov_base = note.vnet
-        room[1].iov_base = p.data = w.hands.arena + used
+        room[1].iov_base = p.data = w.hands.arena + note.at
         # A successor that finds a first byte of 0 knows that there is no packet.
         p.data[0] = 0
         w.hands.n_reads = reads + 1
@@ -295,7 +323,7 @@ cdef int encap_turn(Loop *w) noexcept nogil:
         reads += 1
         p.len = <int>got - w.vnet_len
         if p.len > 0:
-            used += p.len
+            used += p.len + w.prefix_len
         encap(w, &p, note)
     send_groups(w)
     w.hands.n_reads = 0
@@ -304,12 +332,12 @@ cdef int encap_turn(Loop *w) noexcept nogil:
 
 cdef void encap_again(Loop *w) noexcept nogil:
     """Send what an earlier process had read and perhaps not sent when it was killed."""
-    cdef uint32_t i, n = min(w.hands.n_reads, <uint32_t>UT_READS)
+    cdef uint32_t i, n = min(w.hands.n_reads, <uint32_t>UT_READS), room = UT_PREFIX_ROOM
     cdef Packet p
     cdef ut_read *note
     for i in range(n):
         note = &w.hands.read[i]
-        p.data = w.hands.arena + min(note.at, <uint32_t>UT_READ_BYTES)
+        p.data = w.hands.arena + max(room, min(note.at, room + <uint32_t>UT_READ_BYTES))
         if ip_version(p.data) != 4:
             continue
         p.len = ip_total_len(p.data)
@@ -370,7 +398,9 @@ cdef void encap(Loop *w, Packet *p, ut_read *note) noexcept nogil:
     if n == 1 and vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE:
         if w.n_iov + 1 > 2 * SEGMENTS:
             send_groups(w)
-        queue_datagram(w, p.peer, NULL, 0, d, total, group_limit(w, p.peer))
+        put_prefix(w, p.peer, d - w.prefix_len)
+        queue_datagram(
+            w, sender_for(w, d, total), p.peer, NULL, 0, d - w.prefix_len, w.prefix_len + total, group_limit(w, p.peer))
         return
     queue_segments(w, p.peer, &s)
 
@@ -380,37 +410,65 @@ cdef inline void drop_encap(Loop *w, Counter reason, int n) noexcept nogil:
     count(w, reason, n)
 
 
+cdef inline void put_prefix(Loop *w, uint32_t peer, uint8_t *out) noexcept nogil:
+    if w.prefix_len:
+        memcpy(out, w.slot.peers[peer].prefix, UT_PREFIX_BYTES)
+
+
+cdef inline int sender_for(Loop *w, const uint8_t *d, int total) noexcept nogil:
+    """The socket that a packet leaves from: the same for all of an inner flow, and for all fragments of a packet.
+
+    So the routers on the way, and the peer, spread flows and keep the order within each (RFC 7348 5).
+    """
+    cdef uint32_t flow
+    cdef int header
+    if w.n_senders == 0:
+        return w.udp_fd
+    flow = ip_source(d) ^ ip_destination(d) * <uint32_t>0x9E3779B1
+    header = ip_header_len(d)
+    if (ip_protocol(d) == PROTO_TCP or ip_protocol(d) == PROTO_UDP) and not ip_is_fragment(d) and total >= header + 4:
+        flow ^= load_be32(d + header) * <uint32_t>0x85EBCA77
+    # Multiplied, all bits reach the upper ones, which choose.
+    flow = (flow ^ flow >> 16) * <uint32_t>0x9E3779B1
+    return w.senders[<uint64_t>flow * <uint32_t>w.n_senders >> 32]
+
+
 cdef void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept nogil:
     """Queue a super-packet's segments, spread evenly over as few messages as hold them."""
-    cdef int i, payload, most, per_group
+    cdef int i, payload, most, per_group, fd = sender_for(w, s.data, s.header + s.payload)
     cdef uint8_t *out
     if w.n_headers + s.n > SEGMENTS or w.n_iov + 2 * s.n > 2 * SEGMENTS:
         send_groups(w)
-    most = max(1, min(group_limit(w, peer), GROUP_BYTES // (s.header + s.size)))
+    most = max(1, min(group_limit(w, peer), GROUP_BYTES // (w.prefix_len + s.header + s.size)))
     per_group = (s.n + most - 1) // most
     per_group = (s.n + per_group - 1) // per_group
     sum_headers(s)
     for i in range(s.n):
-        out = w.headers + w.n_headers * SEGMENT_HEADER_MAX
+        out = w.headers + w.n_headers * HEADER_ROOM
         w.n_headers += 1
-        payload = write_segment_header(s, i, out)
-        queue_datagram(w, peer, out, s.header, <uint8_t *>s.data + s.header + i * s.size, payload, per_group)
+        put_prefix(w, peer, out)
+        payload = write_segment_header(s, i, out + w.prefix_len)
+        queue_datagram(
+            w, fd, peer, out, w.prefix_len + s.header, <uint8_t *>s.data + s.header + i * s.size, payload, per_group)
 
 
 cdef inline int group_limit(const Loop *w, uint32_t peer) noexcept nogil:
-    """How many datagrams one send to the peer may carry."""
-    return w.group_segments if w.slot.peers[peer].flags & UT_PEER_UDPTUN else min(w.group_segments, PLAIN_SEGMENTS)
+    """How many datagrams one send to the peer may carry.  Over VXLAN any peer takes all: a kernel, or one like us."""
+    if w.prefix_len or w.slot.peers[peer].flags & UT_PEER_UDPTUN:
+        return w.group_segments
+    return min(w.group_segments, PLAIN_SEGMENTS)
 
 
 cdef inline void queue_datagram(
-        Loop *w, uint32_t peer, uint8_t *header, int header_len, uint8_t *data, int data_len, int most) noexcept nogil:
+        Loop *w, int fd, uint32_t peer, uint8_t *header, int header_len, uint8_t *data, int data_len,
+        int most) noexcept nogil:
     """Append one datagram, in one or two pieces, to the last group, or begin another one.
 
     To the last group only: nothing overtakes.  A group has at most `most` datagrams.
     """
     cdef int length = header_len + data_len
     cdef Group *g = &w.group[max(w.n_groups, 1) - 1]
-    if (w.n_groups == 0 or g.peer != peer or g.is_closed or length > g.size or g.n >= most
+    if (w.n_groups == 0 or g.peer != peer or g.fd != fd or g.is_closed or length > g.size or g.n >= most
             or g.bytes + length > GROUP_BYTES):
         if w.n_groups == GROUPS:
             send_groups_but_keep_buffers(w)
@@ -418,6 +476,7 @@ cdef inline void queue_datagram(
         w.n_groups += 1
         memset(g, 0, sizeof(Group))
         g.peer = peer
+        g.fd = fd
         g.size = length
         g.iov = &w.iov[w.n_iov]
     if header_len:
@@ -448,7 +507,7 @@ cdef void send_groups(Loop *w) noexcept nogil:
 
 
 cdef void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
-    cdef int i, sent, why, done = 0
+    cdef int i, sent, end, why, done = 0
     cdef Group *g
     cdef msghdr *message
     for i in range(w.n_groups):
@@ -463,13 +522,16 @@ cdef void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
         if g.n > 1:
             ut_put_segment_size(message, w.control[i], <uint16_t>g.size)
     while done < w.n_groups:
-        sent = sendmmsg(w.udp_fd, w.message + done, w.n_groups - done, MSG_DONTWAIT)
+        end = done + 1
+        while end < w.n_groups and w.group[end].fd == w.group[done].fd:
+            end += 1
+        sent = sendmmsg(w.group[done].fd, w.message + done, end - done, MSG_DONTWAIT)
         if sent > 0:
             for i in range(done, done + sent):
-                count_sent(w, w.group[i].peer, w.group[i].n, w.group[i].bytes)
+                count_sent(w, w.group[i].peer, w.group[i].n, w.group[i].bytes - w.group[i].n * w.prefix_len)
             done += sent
         elif errno == EAGAIN:
-            if not wait_for_socket(w):
+            if not wait_for_socket(w, w.group[done].fd):
                 for i in range(done, w.n_groups):
                     count(w, ENCAP_DROP_SEND, w.group[i].n)
                 break
@@ -489,10 +551,10 @@ cdef inline void count_sent(Loop *w, uint32_t peer, int n, int nbytes) noexcept 
     w.peer_stats[peer].encap_bytes += nbytes
 
 
-cdef int wait_for_socket(Loop *w) noexcept nogil:
+cdef int wait_for_socket(Loop *w, int fd) noexcept nogil:
     """The socket's send buffer is full: sleep until it is not.  0 when the worker shall stop instead."""
     cdef pollfd fds[2]
-    fds[0].fd = w.udp_fd
+    fds[0].fd = fd
     fds[0].events = POLLOUT
     fds[1].fd = w.event_fd
     fds[1].events = POLLIN
@@ -508,7 +570,7 @@ cdef bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
     cdef int i, piece = 0, offset = 0, length, part, have
     cdef bint fits = True
     cdef Packet p
-    p.data = w.single
+    p.data = w.single + w.prefix_len
     p.peer = g.peer
     for i in range(g.n):
         length = min(g.size, g.bytes - i * g.size)
@@ -521,39 +583,40 @@ cdef bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
             if offset == <int>g.iov[piece].iov_len:
                 piece += 1
                 offset = 0
-        p.len = length
-        fits &= send_single(w, &p)
+        p.len = length - w.prefix_len
+        fits &= send_single(w, g.fd, &p)
     return fits
 
 
-cdef bint send_single(Loop *w, Packet *p) noexcept nogil:
+cdef bint send_single(Loop *w, int fd, Packet *p) noexcept nogil:
     """Send one datagram; when the path is too narrow for it tell its sender, or fragment it if it allows that.
 
-    False when the path was too narrow.
+    The packet's prefix stands before it.  False when the path was too narrow.
     """
     cdef msghdr message
     cdef iovec iov
     cdef int mode, mtu
-    iov.iov_base = p.data
-    iov.iov_len = p.len
+    iov.iov_base = p.data - w.prefix_len
+    iov.iov_len = w.prefix_len + p.len
     memset(&message, 0, sizeof(msghdr))
     message.msg_name = <void *>&w.slot.peers[p.peer].remote
     message.msg_namelen = sizeof(sockaddr_in)
     message.msg_iov = &iov
     message.msg_iovlen = 1
-    while sendmsg(w.udp_fd, &message, MSG_DONTWAIT) < 0:
-        if errno == EAGAIN and wait_for_socket(w) or errno == EINTR:
+    while sendmsg(fd, &message, MSG_DONTWAIT) < 0:
+        if errno == EAGAIN and wait_for_socket(w, fd) or errno == EINTR:
             continue
         if errno != EMSGSIZE:
             count(w, ENCAP_DROP_SEND, 1)
             return True
         if ip_fragment_word(p.data) & FLAG_DF:
-            mtu = path_mtu(w, &w.slot.peers[p.peer].remote) - IPV4_HEADER_MIN - UDP_HEADER
+            mtu = path_mtu(w, &w.slot.peers[p.peer].remote) - IPV4_HEADER_MIN - UDP_HEADER - w.prefix_len
             count(w, ENCAP_DROP_TOO_BIG, 1)
             # The answer quotes the packet as it came, before our TTL step.
             undo_ttl_step(p.data)
             answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
             return False
+        # From our own socket, whatever the flow's: that one other workers may be using.
         mode = IP_PMTUDISC_DONT
         setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
         mtu = <int>sendmsg(w.udp_fd, &message, MSG_DONTWAIT)
@@ -651,24 +714,27 @@ cdef void decap_message(Loop *w, int i, bint again) noexcept nogil:
     cdef int length = min(<int>w.hands.message[i].msg_len, PACKET_MAX)
     cdef uint8_t *train = w.hands.train[i]
     cdef int told = ut_segment_size(&w.hands.message[i].msg_hdr)
-    cdef int size = datagram_size(train, length, told), at = 0
+    cdef int size = datagram_size(train, length, told, w.prefix_len, again), at = 0
     while True:
-        if not again or train[at] != WRITTEN:
+        if not again or at + w.prefix_len >= length or train[at + w.prefix_len] != WRITTEN:
             decap(w, i, train + at, min(size, length - at), told if told < size else 0)
         at += size
         if at >= length:
             break
 
 
-cdef int datagram_size(const uint8_t *d, int length, int told) noexcept nogil:
+cdef int datagram_size(const uint8_t *d, int length, int told, int prefix_len, bint again) noexcept nogil:
     """How long the datagrams in a received message are, all but the last; at least 1.  `told` by the kernel, 0: not.
 
     An inner packet that covers the message is never cut: a kernel that encapsulates hands over a super-packet whole,
-    and the size that is told is then that of its inner segments.
+    and the size that is told is then that of its inner segments.  `again`: it may bear the mark of write_items.
     """
+    cdef const uint8_t *inner = d + prefix_len
+    cdef int inner_len = length - prefix_len
     if told <= 0 or told >= length:
         return max(length, 1)
-    if length >= IPV4_HEADER_MIN and ip_version(d) == 4 and ip_total_len(d) == length:
+    if (inner_len >= IPV4_HEADER_MIN and ip_total_len(inner) == inner_len
+            and (ip_version(inner) == 4 or again and inner[0] == WRITTEN)):
         return length
     return told
 
@@ -678,14 +744,19 @@ cdef void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) noexcept
 
     `inner_size`: payload of a whole UDP super-packet's segments, bytes; 0 where the kernel tells none.
     """
-    cdef int verdict
+    cdef int verdict = -1
     cdef Packet p
     cdef virtio_net_hdr vnet
     cdef Item *it
+    count(w, DECAP_PACKETS, 1)
+    if w.prefix_len:
+        verdict = check_prefix(w.slot, d, length)
+        d += w.prefix_len
+        length -= w.prefix_len
     p.data = d
     p.len = length
-    count(w, DECAP_PACKETS, 1)
-    verdict = check_header(&p)
+    if verdict < 0:
+        verdict = check_header(&p)
     if verdict < 0:
         verdict = check_source(w.slot, &p, load_be32(<const uint8_t *>&w.hands.source[i].sin_addr.s_addr))
     if verdict < 0 and (ip_destination(d) & w.slot.own_mask) != w.slot.own_subnet:
@@ -714,6 +785,21 @@ cdef void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) noexcept
         memcpy(it.vnet, &vnet, VNET)
     else:
         add_packet(w.merger, d, p.len, p.peer)
+
+
+cdef int check_prefix(const ut_slot *table, const uint8_t *d, int length) noexcept nogil:
+    """Rows V1 to V5: an IPv4 packet in a frame for us?  -1, or the drop counter."""
+    if length < <int>UT_PREFIX_BYTES:
+        return DECAP_DROP_VXLAN_SHORT
+    if not d[0] & VXLAN_VNI_IS_VALID:
+        return DECAP_DROP_VXLAN_FLAGS
+    if load_be32(d + VXLAN_VNI) >> 8 != table.vni:
+        return DECAP_DROP_VXLAN_VNI
+    if load_be16(d + INNER_ETHERTYPE) != ETHERTYPE_IPV4:
+        return DECAP_DROP_VXLAN_ETHERTYPE
+    if memcmp(d + INNER_DESTINATION, table.own_mac, 6) != 0:
+        return DECAP_DROP_VXLAN_MAC
+    return -1
 
 
 cdef int check_header(Packet *p) noexcept nogil:
@@ -957,12 +1043,12 @@ cdef bint take_token(Loop *w) noexcept nogil:
 
 
 cdef int build_icmp(Loop *w, const Packet *offender, int kind, int code, uint32_t mtu) noexcept nogil:
-    """Put the error about `offender` into w.icmp behind its virtio header; return its length, bytes."""
-    cdef uint8_t *d = w.icmp + VNET
+    """Put the error about `offender` into w.icmp at ICMP_ROOM, zeros before it; return its length, bytes."""
+    cdef uint8_t *d = w.icmp + ICMP_ROOM
     cdef uint8_t *icmp = d + IPV4_HEADER_MIN
     cdef int quote = min(offender.len, ICMP_MAX - IPV4_HEADER_MIN - ICMP_HEADER)
     cdef int total = IPV4_HEADER_MIN + ICMP_HEADER + quote
-    memset(w.icmp, 0, VNET + IPV4_HEADER_MIN + ICMP_HEADER)
+    memset(w.icmp, 0, ICMP_ROOM + IPV4_HEADER_MIN + ICMP_HEADER)
     d[0] = 0x45
     d[1] = 0xC0                   # internetwork control, RFC 1812 4.3.2.5
     store_be16(d + 2, total)
@@ -984,7 +1070,7 @@ cdef void answer_local(Loop *w, const Packet *offender, int kind, int code, uint
     cdef int n
     if may_answer(w, offender):
         n = build_icmp(w, offender, kind, code, mtu)
-        if write(w.tun_fd, w.icmp + VNET - w.vnet_len, w.vnet_len + n) >= 0:
+        if write(w.tun_fd, w.icmp + ICMP_ROOM - w.vnet_len, w.vnet_len + n) >= 0:
             count(w, ICMP_SENT, 1)
             return
     count(w, ICMP_SUPPRESSED, 1)
@@ -996,8 +1082,9 @@ cdef void answer_peer(Loop *w, const Packet *offender, int kind, int code) noexc
     cdef iovec iov
     # check_source has found the peer; unless SourceCheck is off it has also seen that the packet came from there.
     if offender.peer != 0 and may_answer(w, offender):
-        iov.iov_base = w.icmp + VNET
-        iov.iov_len = build_icmp(w, offender, kind, code, 0)
+        iov.iov_base = w.icmp + ICMP_ROOM - w.prefix_len
+        iov.iov_len = w.prefix_len + build_icmp(w, offender, kind, code, 0)
+        put_prefix(w, offender.peer, <uint8_t *>iov.iov_base)
         memset(&message, 0, sizeof(msghdr))
         message.msg_name = <void *>&w.slot.peers[offender.peer].remote
         message.msg_namelen = sizeof(sockaddr_in)
@@ -1009,6 +1096,13 @@ cdef void answer_peer(Loop *w, const Packet *offender, int kind, int code) noexc
     count(w, ICMP_SUPPRESSED, 1)
 
 # ------------------------------------------------------------------------------------------------------ loop
+
+cdef inline void use_table(Loop *w) noexcept nogil:
+    """Take what a turn needs often from the table that is valid now."""
+    w.slot = ut_table_enter(w.table, w.worker)
+    w.prefix_len = UT_PREFIX_BYTES if w.slot.prefix_len else 0
+    allow_offloads(w)
+
 
 cdef inline void allow_offloads(Loop *w) noexcept nogil:
     cdef uint64_t allowed = w.slot.offloads & ~w.worker.refused
@@ -1029,8 +1123,7 @@ cdef void go_on(Loop *w) noexcept nogil:
     cdef int i
     # What stood in the way of an earlier process may be gone.
     w.worker.refused = 0
-    w.slot = ut_table_enter(w.table, w.worker)
-    allow_offloads(w)
+    use_table(w)
     encap_again(w)
     decap_again(w)
     ut_table_leave(w.worker)
@@ -1044,10 +1137,9 @@ cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
     if not w.has_begun:
         w.has_begun = True
         go_on(w)
-    w.slot = ut_table_enter(w.table, w.worker)
+    use_table(w)
     w.worker.turns += 1
     w.tun_lost = 0
-    allow_offloads(w)
     if tun:
         seen = encap_turn(w)
     if udp and not w.tun_lost:
@@ -1103,21 +1195,23 @@ cdef class Worker:
 
     `table_fd` and `stats_fd` are the shared memory files (mapped here, the descriptors may be closed after), `index`
     says which block of the statistics is ours, `tun_fd` is a non-blocking queue of a TUN device (the table says whether
-    it has virtio headers), `udp_fd` the UDP socket.  The two are borrowed: the caller keeps them open while the worker
-    runs.
+    it has virtio headers), `udp_fd` the UDP socket that receives, and sends unless there are `senders`: sockets that
+    share the flows among them (VXLAN).  All are borrowed: the caller keeps them open while the worker runs.
     Raises OSError when the files cannot be mapped, ValueError when they are something else.
     """
 
     cdef Loop *_w
 
-    def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd):
+    def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd, senders=()):
         if index >= UT_MAX_WORKERS:
             raise ValueError(f"worker {index}: there are {UT_MAX_WORKERS} at most")
+        if len(senders) > UT_MAX_SENDERS:
+            raise ValueError(f"{len(senders)} sockets to send from: there are {UT_MAX_SENDERS} at most")
         self._w = <Loop *>calloc(1, sizeof(Loop))
         if self._w == NULL:
             raise MemoryError
         self._w.event_fd = -1
-        self._w.headers = <uint8_t *>calloc(SEGMENTS, SEGMENT_HEADER_MAX)
+        self._w.headers = <uint8_t *>calloc(SEGMENTS, HEADER_ROOM)
         self._w.merger = <Merger *>calloc(1, sizeof(Merger))
         if self._w.headers == NULL or self._w.merger == NULL:
             raise MemoryError
@@ -1130,6 +1224,9 @@ cdef class Worker:
         self._w.hands = &self._w.stats.hands[index]
         self._w.tun_fd = tun_fd
         self._w.udp_fd = udp_fd
+        for fd in senders:
+            self._w.senders[self._w.n_senders] = fd
+            self._w.n_senders += 1
         self._w.icmp_tokens = ICMP_BURST
         self._w.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self._w.event_fd < 0:
@@ -1254,6 +1351,8 @@ LAYOUT = {
     "l2_pages": UT_L2_PAGES,
     "l2_flag": <uint32_t>UT_L2_FLAG,
     "max_workers": UT_MAX_WORKERS,
+    "max_senders": UT_MAX_SENDERS,
+    "prefix": UT_PREFIX_BYTES,
     "max_counters": UT_MAX_COUNTERS,
     "table_header": UT_TABLE_HEADER_BYTES,
     "stats_header": UT_STATS_HEADER_BYTES,

@@ -27,6 +27,11 @@ COUNTERS = (
     "encap_drop_send",
     "decap_packets",
     "decap_delivered",
+    "decap_drop_vxlan_short",
+    "decap_drop_vxlan_flags",
+    "decap_drop_vxlan_vni",
+    "decap_drop_vxlan_ethertype",
+    "decap_drop_vxlan_mac",
     "decap_drop_empty",
     "decap_drop_short",
     "decap_drop_ipv6",
@@ -57,7 +62,15 @@ Reason = tuple[int, int]
 """ICMP type and code."""
 
 OUTER_LEN = 28
-"""Bytes around an inner packet on the wire: IPv4 header 20 + UDP header 8."""
+"""Bytes around a UDP payload on the wire: IPv4 header 20 + UDP header 8."""
+
+PREFIX_LEN = 22
+"""Bytes before an inner packet in a VXLAN datagram: VXLAN header 8 + inner Ethernet header 14."""
+
+_VXLAN = struct.Struct(">B3xI6s6sH")
+"""Flags, VNI above a reserved byte, inner destination and source MAC, EtherType."""
+_VNI_IS_VALID = 0x08
+_ETHERTYPE_IPV4 = 0x0800
 
 _IPV4_HDR_MIN = 20
 _ICMP_HDR_LEN = 8
@@ -91,17 +104,32 @@ _MULTICAST_OR_BROADCAST = IPv4Network("224.0.0.0/3")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One lease.  `mtu` is the largest inner packet (bytes) its path takes; several may share a public IP."""
+    """One lease.  `mtu` is the largest inner packet (bytes) its path takes; several may share a public IP.
+
+    `mac` is its VtepMAC, 6 bytes; empty where packets travel bare.
+    """
 
     index: int
     subnet: IPv4Network
     remote: Remote
     mtu: int
+    mac: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Vtep:
+    """What we are to VXLAN peers: the VNI of all datagrams, and our VtepMAC, 6 bytes."""
+
+    vni: int
+    mac: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What the datapath knows.  The subnets of the peers are disjoint; `mtu` is flannel0's, bytes."""
+    """What the datapath knows.  The subnets of the peers are disjoint; `mtu` is the device's, bytes.
+
+    `vtep` None: packets travel bare (udp).
+    """
 
     network: IPv4Network
     own_subnet: IPv4Network
@@ -110,6 +138,18 @@ class Table:
     mtu: int
     source_check: Literal["off", "peer", "strict"]
     peers: tuple[Peer, ...]
+    vtep: Vtep | None = None
+
+    @property
+    def prefix_len(self) -> int:
+        """Bytes before each inner packet on the wire."""
+        return 0 if self.vtep is None else PREFIX_LEN
+
+    def wrapped(self, packet: bytes, peer: Peer) -> bytes:
+        """The UDP payload that carries `packet` to `peer`."""
+        if self.vtep is None:
+            return packet
+        return _VXLAN.pack(_VNI_IS_VALID, self.vtep.vni << 8, peer.mac, self.vtep.mac, _ETHERTYPE_IPV4) + packet
 
     def leasing(self, address: IPv4Address) -> Peer | None:
         """The peer whose subnet holds the inner `address`."""
@@ -232,13 +272,14 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
 
     outcomes = []
     for packet in packets:
-        if ip.dont_fragment and path_mtu is not None and len(packet) + OUTER_LEN > path_mtu:  # 7
-            offender = _with_one_form_of_zero(packet)
-            outcomes.append(refuse("encap_drop_too_big", offender, _FRAGMENTATION_NEEDED, path_mtu - OUTER_LEN))
+        payload = table.wrapped(step_ttl(packet), peer)
+        if ip.dont_fragment and path_mtu is not None and len(payload) + OUTER_LEN > path_mtu:  # 7
+            offender, mtu = _with_one_form_of_zero(packet), path_mtu - OUTER_LEN - table.prefix_len
+            outcomes.append(refuse("encap_drop_too_big", offender, _FRAGMENTATION_NEEDED, mtu))
         elif is_refused:  # 8
             outcomes.append(Outcome("encap_drop_send"))
         else:  # 9
-            outcomes.append(Outcome("encap_sent", sends=((peer.remote, step_ttl(packet)),)))
+            outcomes.append(Outcome("encap_sent", sends=((peer.remote, payload),)))
     return outcomes
 
 
@@ -333,17 +374,19 @@ def _with_one_form_of_zero(packet: bytes) -> bytes:
     return packet[:10] + bytes(2) + packet[12:] if packet[10:12] == b"\xff\xff" else packet
 
 
-def datagrams(message: bytes, told: int = 0) -> list[tuple[bytes, int]]:
+def datagrams(message: bytes, told: int = 0, prefix_len: int = 0) -> list[tuple[bytes, int]]:
     """The datagrams in one received message, each with the inner size that `decap` wants.
 
-    `told`: the size that the kernel names beside a train of them (UDP_GRO), 0 where it names none.  A message that is
-    one IPv4 packet from end to end is never cut: what is told is then the size of its inner segments.
+    `told`: the size that the kernel names beside a train of them (UDP_GRO), 0 where it names none.  A message that,
+    after its first `prefix_len` bytes, is one IPv4 packet to the end is never cut: what is told is then the size of its
+    inner segments.
     """
     if not 0 < told < len(message):
         return [(message, 0)]
-    if len(message) >= _IPV4_HDR_MIN:
-        ip = _Ipv4.read(message)
-        if ip.version == 4 and ip.total_len == len(message):
+    inner = message[prefix_len:]
+    if len(inner) >= _IPV4_HDR_MIN:
+        ip = _Ipv4.read(inner)
+        if ip.version == 4 and ip.total_len == len(inner):
             return [(message, told)]
     return [(message[at : at + told], 0) for at in range(0, len(message), told)]
 
@@ -353,9 +396,16 @@ def decap(
 ) -> Outcome:
     """What becomes of `payload`, one datagram from the outer address `source`.
 
+    With VXLAN the prefix comes first, and the other rows are about what is behind it.
+
     `inner_size`: the kernel says that the payload is a super-packet of segments of this size (bytes without headers).
     `is_refused`: the kernel refuses what would come out: the write to the TUN device, or the answer.
     """
+    if table.vtep is not None:
+        counter = _refused_prefix(table.vtep, payload)
+        if counter is not None:
+            return Outcome(counter)
+        payload = payload[PREFIX_LEN:]
     if not payload:  # 1
         return Outcome("decap_drop_empty")
     if len(payload) < _IPV4_HDR_MIN:  # 2
@@ -398,13 +448,32 @@ def decap(
         if is_refused or sender is None or not _may_be_answered(packet):
             return Outcome("decap_drop_ttl", icmp="icmp_suppressed")
         answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED)
-        return Outcome("decap_drop_ttl", sends=((sender.remote, answer),), icmp="icmp_sent")
+        return Outcome("decap_drop_ttl", sends=((sender.remote, table.wrapped(answer, sender)),), icmp="icmp_sent")
     vnet_hdr = _vnet_hdr_for(table, packet, inner_size)
     if vnet_hdr is None:  # 17
         return Outcome("decap_drop_oversize")
     if is_refused:  # 18
         return Outcome("decap_drop_tun")
     return Outcome("decap_delivered", writes=(vnet_hdr.pack() + step_ttl(packet),))  # 19
+
+
+def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:
+    """The counter under which a datagram goes that carries no IPv4 packet in a frame for us.
+
+    Reserved bits mean nothing (RFC 7348 5), nor does the inner source MAC: who sent the packet is row 10's to say.
+    """
+    if len(payload) < PREFIX_LEN:  # V1
+        return "decap_drop_vxlan_short"
+    flags, vni, destination, _source, ethertype = _VXLAN.unpack_from(payload)
+    if not flags & _VNI_IS_VALID:  # V2
+        return "decap_drop_vxlan_flags"
+    if vni >> 8 != vtep.vni:  # V3
+        return "decap_drop_vxlan_vni"
+    if ethertype != _ETHERTYPE_IPV4:  # V4
+        return "decap_drop_vxlan_ethertype"
+    if destination != vtep.mac:  # V5
+        return "decap_drop_vxlan_mac"
+    return None
 
 
 def step_ttl(packet: bytes) -> bytes:

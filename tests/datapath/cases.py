@@ -288,7 +288,7 @@ DECAP = _slugged(
         Bad("ttl-1-from-an-unleased-source-is-not-answered", "decap_drop_ttl", udp(UNLEASED, POD, ttl=1),
             is_suppressed=True, source=STRANGER, source_check="off"),
         Bad("one-byte-more-than-the-mtu", "decap_drop_oversize", _in(bytes(MTU - 19))),
-        Bad("largest-datagram-there-is", "decap_drop_oversize", _in(bytes(65507 - 20))),
+        Bad("largest-packet-there-is-for-any-encapsulation", "decap_drop_oversize", _in(bytes(65507 - 22 - 20))),
         Bad("oversize-tcp-with-a-complete-checksum", "decap_drop_oversize", tcp(NEAR_POD, POD, bytes(3000))),
         Bad("oversize-udp-with-a-partial-checksum", "decap_drop_oversize",
             udp(NEAR_POD, POD, bytes(3000), check=PARTIAL)),

@@ -1,4 +1,7 @@
-"""The fixture `datapath` runs a test over both implementations; `fast` is for what only the fast path has."""
+"""The fixture `datapath` runs a test over both implementations; `fast` is for what only the fast path has.
+
+Both run it over both encapsulations.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,32 @@ import pytest
 from tests.datapath.harness import Datapath, FastDatapath, ReferenceDatapath, skip_unless_built
 
 
+@pytest.fixture(params=["udp", "vxlan"])
+def is_vxlan(request: pytest.FixtureRequest) -> bool:
+    """How packets travel."""
+    return bool(request.param == "vxlan")
+
+
 @pytest.fixture
-def fast() -> Iterator[FastDatapath]:
+def fast(is_vxlan: bool) -> Iterator[FastDatapath]:
     """The fast path alone."""
     skip_unless_built()
-    with FastDatapath() as datapath:
+    with FastDatapath(is_vxlan=is_vxlan) as datapath:
         yield datapath
 
 
-@pytest.fixture(params=["reference", "fastpath", "fastpath-trains"])
+@pytest.fixture(params=["udp-reference", "udp-fastpath", "udp-trains", "vxlan-reference", "vxlan-trains"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
     """Either implementation, fresh, with the overlay of tests/packets.py and SourceCheck peer.
 
-    The fast path twice: without UDP_GRO, and with trains wherever a batch allows them.
+    The fast path without UDP_GRO, and with trains wherever a batch allows them.
     """
-    if request.param == "reference":
-        yield ReferenceDatapath()
+    encapsulation, implementation = request.param.split("-")
+    is_vxlan = encapsulation == "vxlan"
+    if implementation == "reference":
+        yield ReferenceDatapath(is_vxlan=is_vxlan)
         return
     skip_unless_built()
-    is_in_trains = request.param == "fastpath-trains"
-    with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains) as fast:
+    is_in_trains = implementation == "trains"
+    with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains, is_vxlan=is_vxlan) as fast:
         yield fast

@@ -5,6 +5,9 @@ The fast path gets real UDP sockets on loopback and, for the TUN, one end of a s
     test --feed--> [socketpair = TUN] --> Worker --> UDP 127.0.0.1 --> 127.0.0.2 to .5: the peers, sockets of the test
     test <-drain-- [socketpair = TUN] <-- Worker <-- UDP 127.0.0.1 <-- the peers' sockets, or any other 127/8 address
 
+Tests give and get bare inner packets, whatever the encapsulation: with VXLAN the prefix is put before all that the
+peers send, and must stand, to the bit, before all that they get.
+
 The peers may send trains (UDP_SEGMENT), which loopback carries whole to a socket with UDP_GRO and cuts up for one
 without.  What the worker has merged into one write to the TUN `assert_same_packets` takes apart again.
 """
@@ -30,11 +33,13 @@ from tests.packets import (
     NARROW,
     NEAR,
     NO_VNET_HDR,
+    OUR_MAC,
     TWIN,
     WIDE,
     internet_sum,
     overlay,
     vnet_hdr,
+    vxlan,
     with_header_checksum,
 )
 from udptun import _reference as reference
@@ -59,8 +64,11 @@ CHUNK_BYTES = 100_000
 
 
 TRAIN_DATAGRAMS = 64
-TRAIN_BYTES = 65_507
-"""What every kernel with UDP_SEGMENT takes in one send."""
+TRAIN_BYTES = 65_507 - TRAIN_DATAGRAMS * reference.PREFIX_LEN
+"""What every kernel with UDP_SEGMENT takes in one send, with VXLAN too."""
+
+N_SENDERS = 3
+"""Sockets that the fast path sends VXLAN from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +87,18 @@ class Message:
             return [self.payload]
         return [self.payload[at : at + self.size] for at in range(0, len(self.payload), self.size)]
 
-    def received(self, *, has_gro: bool) -> list[tuple[bytes, int]]:
+    @property
+    def over_vxlan(self) -> Message:
+        """The same packets, each behind a prefix; a super-packet that nobody cut has one."""
+        if reference.datagrams(self.payload, self.size) == [(self.payload, self.size)]:
+            return replace(self, payload=vxlan(self.payload))
+        size = self.size + reference.PREFIX_LEN if self.size else 0
+        return replace(self, payload=b"".join(vxlan(payload) for payload in self.cut), size=size)
+
+    def received(self, *, has_gro: bool, prefix_len: int) -> list[tuple[bytes, int]]:
         """What the worker must find in it: datagrams, and the inner size of those that are super-packets."""
         if has_gro:
-            return reference.datagrams(self.payload, self.size)
+            return reference.datagrams(self.payload, self.size, prefix_len)
         return [(payload, 0) for payload in self.cut]
 
 
@@ -149,6 +165,9 @@ class Datapath(Protocol):
 
     def decap_messages(self, messages: Sequence[Message]) -> Batch: ...
 
+    def decap_wire(self, messages: Sequence[Message]) -> Batch:
+        """As they are, with no prefix put before them."""
+
     def encap(self, raw: bytes) -> Outcome: ...
 
     def decap(self, payload: bytes, source: str) -> Outcome: ...
@@ -163,9 +182,16 @@ class Datapath(Protocol):
 class ReferenceDatapath:
     """`udptun._reference` behind the interface."""
 
-    def __init__(self, *, has_gro: bool = True, is_in_trains: bool = False, has_vnet_hdr: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        has_gro: bool = True,
+        is_in_trains: bool = False,
+        has_vnet_hdr: bool = True,
+        is_vxlan: bool = False,
+    ) -> None:
         """Without virtio headers the device gets, one by one, the packets that a write with one stands for."""
-        self.table = overlay()
+        self.table = overlay(is_vxlan=is_vxlan)
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
         self.has_vnet_hdr = has_vnet_hdr
         self.counters = dict.fromkeys(reference.COUNTERS, 0)
@@ -188,9 +214,12 @@ class ReferenceDatapath:
         return self.decap_messages(_messages(datagrams, is_in_trains=self._is_in_trains))
 
     def decap_messages(self, messages: Sequence[Message]) -> Batch:
+        return self.decap_wire(_on_the_wire(self.table, messages))
+
+    def decap_wire(self, messages: Sequence[Message]) -> Batch:
         total = Batch()
         for message in messages:
-            for payload, inner_size in message.received(has_gro=self._has_gro):
+            for payload, inner_size in message.received(has_gro=self._has_gro, prefix_len=self.table.prefix_len):
                 self._count(total, "decap_packets", self._decap(payload, IPv4Address(message.source), inner_size))
         return total
 
@@ -223,7 +252,7 @@ class ReferenceDatapath:
         if outcome.icmp:
             one.counts[outcome.icmp] = 1
         for remote, payload in outcome.sends:
-            one.sends.setdefault(remote, []).append(payload)
+            one.sends.setdefault(remote, []).append(inner_packet(self.table, remote, payload))
         for name, count in one.counts.items():
             self.counters[name] += count
         total.add(one)
@@ -235,7 +264,8 @@ class FastDatapath:
     A context manager.  Every 50 ICMP answers it goes on with a new worker, whose token bucket is full, unless
     `is_bucket_renewed` is false.  `has_gro` is UDP_GRO of the worker's socket; with `is_in_trains`, `decap_batch` sends
     what it can in trains.  Without `has_vnet_hdr` the TUN knows no virtio headers: those of `encap_batch`'s packets are
-    taken off, and writes appear behind empty ones.  Peers are of our own kind unless `are_peers_udptun` is false.
+    taken off, and writes appear behind empty ones.  Peers are of our own kind unless `are_peers_udptun` is false.  With
+    `is_vxlan` the worker sends from N_SENDERS sockets.
     """
 
     def __init__(
@@ -246,6 +276,7 @@ class FastDatapath:
         is_in_trains: bool = False,
         has_vnet_hdr: bool = True,
         are_peers_udptun: bool = True,
+        is_vxlan: bool = False,
     ) -> None:
         from udptun import _fastpath
         from udptun.datapath.stats import Stats
@@ -257,10 +288,10 @@ class FastDatapath:
         self.has_vnet_hdr = has_vnet_hdr
         self._are_peers_udptun = are_peers_udptun
         with ExitStack() as self._undo:
-            self._set_up(TableWriter.create(), Stats.create())
+            self._set_up(TableWriter.create(), Stats.create(), is_vxlan=is_vxlan)
             self._undo = self._undo.pop_all()
 
-    def _set_up(self, writer: TableWriter, stats: Stats) -> None:
+    def _set_up(self, writer: TableWriter, stats: Stats, *, is_vxlan: bool) -> None:
         self._writer, self._stats = writer, stats
         self._undo.callback(writer.close)
         self._undo.callback(stats.close)
@@ -275,8 +306,10 @@ class FastDatapath:
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self.udp = self._bound("127.0.0.1")
-        # The kernel answers EMSGSIZE only to a socket that never lets it fragment.
-        self.udp.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+        self.senders = [self._bound("127.0.0.1") for _ in range(N_SENDERS * is_vxlan)]
+        for sock in (self.udp, *self.senders):
+            # The kernel answers EMSGSIZE only to a socket that never lets it fragment.
+            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
         self.udp.setsockopt(_SOL_UDP, _UDP_GRO, self._has_gro)
         self._outer = {ip: self._bound(ip) for ip in (NEAR, NARROW, TWIN, WIDE)}
         self._by_remote: dict[Remote, socket.socket] = {}
@@ -284,7 +317,7 @@ class FastDatapath:
         for ip, sock in self._outer.items():
             ports[ip] = sock.getsockname()[1]
             self._by_remote[IPv4Address(ip), ports[ip]] = sock
-        self.table = overlay(ports)
+        self.table = overlay(ports, is_vxlan=is_vxlan)
 
         self._publish()
         self._renew_worker()
@@ -334,14 +367,21 @@ class FastDatapath:
         return self.decap_messages(_messages(datagrams, is_in_trains=self._is_in_trains))
 
     def decap_messages(self, messages: Sequence[Message]) -> Batch:
+        return self.decap_wire(_on_the_wire(self.table, messages))
+
+    def decap_wire(self, messages: Sequence[Message]) -> Batch:
         total = Batch()
         for chunk in _chunks(messages, [(len(message.cut), len(message.payload)) for message in messages]):
-            total.add(self.decap_at_once(chunk))
+            total.add(self._decap(chunk))
         return total
 
     def decap_at_once(self, messages: Sequence[Message]) -> Batch:
         """Put all of them into the socket before the worker takes any; the socket must have room."""
-        n = sum(len(message.received(has_gro=self._has_gro)) for message in messages)
+        return self._decap(_on_the_wire(self.table, messages))
+
+    def _decap(self, messages: Sequence[Message]) -> Batch:
+        prefix_len = self.table.prefix_len
+        n = sum(len(message.received(has_gro=self._has_gro, prefix_len=prefix_len)) for message in messages)
         before = self._begin(n)
         for message in messages:
             if message.source not in self._outer:
@@ -359,7 +399,7 @@ class FastDatapath:
         return self.decap_batch([(payload, source)]).outcome()
 
     def encap_trains(self, raws: Sequence[bytes]) -> list[tuple[int, int]]:
-        """The messages that `raws`, read at once, leave in: how many datagrams in each, and how long all but the last.
+        """The messages that `raws`, read at once, leave in: how many packets in each, and how long all but the last.
 
         Towards NEAR only; the packets themselves are thrown away.
         """
@@ -375,10 +415,33 @@ class FastDatapath:
         while sum(n for n, _size in messages) < n_sent:
             payload, control, _flags, _source = near.recvmsg(1 << 16, socket.CMSG_SPACE(4))
             size = struct.unpack("i", control[0][2])[0] if control else len(payload)
-            messages.append((-(-len(payload) // size), size))
+            messages.append((-(-len(payload) // size), size - self.table.prefix_len))
         near.setblocking(False)
         near.setsockopt(_SOL_UDP, _UDP_GRO, 0)
         return messages
+
+    def encap_with_ports(self, raws: Sequence[bytes]) -> list[tuple[bytes, int]]:
+        """The packets to NEAR that `raws`, read at once, leave as, and the source ports of their datagrams."""
+        near = self._outer[NEAR]
+        remote = near.getsockname()
+        before = self.counters["encap_sent"]
+        for raw in raws:
+            self.tun.send(raw)
+        assert self._worker.turn()
+        near.settimeout(DEADLINE_S)
+        got = [near.recvfrom(1 << 16) for _ in range(self.counters["encap_sent"] - before)]
+        near.setblocking(False)
+        return [
+            (inner_packet(self.table, (IPv4Address(remote[0]), remote[1]), payload), port)
+            for payload, (_ip, port) in got
+        ]
+
+    def peer_counts(self, pod: str) -> list[int]:
+        """PEER_COUNTERS of the peer that leases `pod`."""
+        peer = self.table.leasing(IPv4Address(pod))
+        assert peer is not None
+        (counts,) = self._stats.peers([self._writer.index_of(peer.subnet)], 1)
+        return counts
 
     def break_tun(self) -> None:
         self.tun.close()
@@ -407,16 +470,18 @@ class FastDatapath:
                 mtu=table.mtu,
                 source_check=SourceCheck(table.source_check),
                 offload=ALL if self.has_vnet_hdr else ALL & ~Offload.VNET_HDR,
+                vtep=None if table.vtep is None else shared.Vtep(table.vtep.vni, table.vtep.mac),
             )
         )
         for peer in table.peers:
-            remote = shared.Remote(*peer.remote, is_udptun=self._are_peers_udptun)
+            remote = shared.Remote(*peer.remote, is_udptun=self._are_peers_udptun, mac=peer.mac)
             self._writer.set_peer(peer.subnet, remote, peer.mtu)
         assert self._writer.publish(self._stats), "no worker runs, so none can hold the other slot"
 
     def _renew_worker(self) -> None:
         self._worker = self._new_worker(
-            self._writer.fd, self._stats.fd, 0, self._worker_tun.fileno(), self.udp.fileno()
+            *(self._writer.fd, self._stats.fd, 0, self._worker_tun.fileno(), self.udp.fileno()),
+            [sock.fileno() for sock in self.senders],
         )
         self._n_answers = 0
 
@@ -445,7 +510,7 @@ class FastDatapath:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             for remote, sock in self._by_remote.items():
-                if payloads := list(_drain(sock)):
+                if payloads := [inner_packet(self.table, remote, payload) for payload in _drain(sock)]:
                     batch.sends.setdefault(remote, []).extend(payloads)
             got = sum(len(payloads) for payloads in batch.sends.values())
             if got >= n_sends:
@@ -469,6 +534,22 @@ T = TypeVar("T")
 
 def _goes_to_the_deaf(outcome: Outcome) -> bool:
     return any(str(address) == DEAF for (address, _port), _payload in outcome.sends)
+
+
+def _on_the_wire(table: Table, messages: Sequence[Message]) -> Sequence[Message]:
+    return messages if table.vtep is None else [message.over_vxlan for message in messages]
+
+
+def inner_packet(table: Table, remote: Remote, payload: bytes) -> bytes:
+    """The packet in a datagram to `remote`, whose prefix must be the right one to the last bit."""
+    if table.vtep is None:
+        return payload
+    packet = payload[reference.PREFIX_LEN :]
+    peer = table.leasing(IPv4Address(packet[16:20]))
+    assert peer is not None
+    assert peer.remote == remote
+    assert payload == vxlan(packet, destination=peer.mac, source=OUR_MAC)
+    return packet
 
 
 def _messages(datagrams: Sequence[tuple[bytes, str]], *, is_in_trains: bool) -> list[Message]:

@@ -264,18 +264,20 @@ QUICK = settings(
 FULL_RUN = settings(QUICK, max_examples=10_000, derandomize=False)
 
 
-@pytest.fixture(params=["plain", "gro", "cut", "bare"])
+@pytest.fixture(params=["udp-plain", "udp-gro", "udp-cut", "udp-bare", "vxlan-gro", "vxlan-cut"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[FastDatapath, ReferenceDatapath]]:
     """Both, with the same table; their counters agree at the end too.
 
-    plain: peers send one datagram at a time; gro: trains, which arrive whole; cut: trains, which the kernel cuts up;
-    bare: as gro, with a TUN that knows no virtio headers.
+    udp, vxlan: the encapsulation.  plain: peers send one datagram at a time; gro: trains, which arrive whole; cut:
+    trains, which the kernel cuts up; bare: as gro, with a TUN that knows no virtio headers.
     """
     skip_unless_built()
+    encapsulation, name = request.param.split("-")
     how = {
-        "has_gro": request.param in ("gro", "bare"),
-        "is_in_trains": request.param != "plain",
-        "has_vnet_hdr": request.param != "bare",
+        "has_gro": name in ("gro", "bare"),
+        "is_in_trains": name != "plain",
+        "has_vnet_hdr": name != "bare",
+        "is_vxlan": encapsulation == "vxlan",
     }
     model = ReferenceDatapath(**how)
     with FastDatapath(**how) as fast:

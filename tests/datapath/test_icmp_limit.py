@@ -18,10 +18,10 @@ EXPIRED = udp(NEAR_POD, POD, ttl=1)
 
 
 @pytest.fixture
-def limited() -> Iterator[FastDatapath]:
+def limited(is_vxlan: bool) -> Iterator[FastDatapath]:
     """The fast path with one worker, and so one bucket, for the whole test."""
     skip_unless_built()
-    with FastDatapath(is_bucket_renewed=False) as datapath:
+    with FastDatapath(is_bucket_renewed=False, is_vxlan=is_vxlan) as datapath:
         yield datapath
 
 

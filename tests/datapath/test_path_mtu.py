@@ -11,12 +11,13 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from tests.datapath.harness import FastDatapath, skip_unless_built
+from tests.datapath.harness import FastDatapath, inner_packet, skip_unless_built
 from tests.packets import (
     GSO_TCPV4,
     NEAR,
@@ -38,7 +39,6 @@ from udptun import _reference as reference
 from udptun._reference import Outcome
 
 PATH_MTU = 1000
-FITS = PATH_MTU - 28
 
 pytestmark = pytest.mark.netns
 
@@ -50,7 +50,7 @@ def narrow_path(fast_in_namespace: FastDatapath) -> FastDatapath:
 
 
 @pytest.fixture
-def fast_in_namespace() -> Iterator[FastDatapath]:
+def fast_in_namespace(is_vxlan: bool) -> Iterator[FastDatapath]:
     """The fast path with all its sockets in a namespace of their own."""
     skip_unless_built()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -60,7 +60,7 @@ def fast_in_namespace() -> Iterator[FastDatapath]:
             raise OSError(ctypes.get_errno(), "cannot make a network namespace")
         try:
             run_ip("link", "set", "lo", "up")
-            with FastDatapath() as datapath:
+            with FastDatapath(is_vxlan=is_vxlan) as datapath:
                 yield datapath
         finally:
             if libc.setns(home.fileno(), clone_newnet) != 0:
@@ -71,19 +71,24 @@ def run_ip(*args: str) -> None:
     subprocess.run(["ip", *args], check=True)
 
 
+def fits(datapath: FastDatapath) -> int:
+    """The largest packet that the path takes, bytes."""
+    return PATH_MTU - 28 - datapath.table.prefix_len
+
+
 def oversize(n_bytes: int, flags: str = "") -> bytes:
     return ipv4(POD, NEAR_POD, bytes(n_bytes - 20), flags=flags)
 
 
 def test_a_packet_that_just_fits_the_path_is_sent(narrow_path: FastDatapath) -> None:
-    packet = oversize(FITS, "DF")
+    packet = oversize(fits(narrow_path), "DF")
     assert narrow_path.encap(NO_VNET_HDR + packet) == outcome(narrow_path, packet)
 
 
-@pytest.mark.parametrize("n_bytes", [FITS + 1, 1472])
-def test_the_sender_is_told_the_path_mtu_when_df_forbids_fragments(narrow_path: FastDatapath, n_bytes: int) -> None:
-    packet = oversize(n_bytes, "DF")
-    answer = NO_VNET_HDR + icmp_answer(3, 4, packet, source=OWN, next_hop_mtu=FITS)
+@pytest.mark.parametrize("excess", [1, 400])
+def test_the_sender_is_told_the_path_mtu_when_df_forbids_fragments(narrow_path: FastDatapath, excess: int) -> None:
+    packet = oversize(fits(narrow_path) + excess, "DF")
+    answer = NO_VNET_HDR + icmp_answer(3, 4, packet, source=OWN, next_hop_mtu=fits(narrow_path))
     expected = Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
     assert narrow_path.encap(NO_VNET_HDR + packet) == expected == outcome(narrow_path, packet)
 
@@ -94,7 +99,7 @@ def test_the_answer_quotes_the_packet_as_it_came_but_for_one_form_of_zero(
 ) -> None:
     packet = with_header_checksum(oversize(1472, "DF"), checksum)
     as_quoted = with_header_checksum(packet, quoted)
-    answer = NO_VNET_HDR + icmp_answer(3, 4, as_quoted, source=OWN, next_hop_mtu=FITS)
+    answer = NO_VNET_HDR + icmp_answer(3, 4, as_quoted, source=OWN, next_hop_mtu=fits(narrow_path))
     expected = Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
     assert narrow_path.encap(NO_VNET_HDR + packet) == expected == outcome(narrow_path, packet)
 
@@ -114,22 +119,24 @@ def test_fragmenting_one_packet_does_not_change_what_becomes_of_the_next(narrow_
 
 
 @pytest.mark.parametrize("flags", ["DF", ""])
-@pytest.mark.parametrize("size", [FITS - 40, FITS - 39, 1400])
+@pytest.mark.parametrize("excess", [0, 1, 400])
 def test_each_segment_of_a_super_packet_meets_the_path_mtu_by_itself(
-    narrow_path: FastDatapath, size: int, flags: str
+    narrow_path: FastDatapath, excess: int, flags: str
 ) -> None:
     """Those that fit are sent, the last one for instance; each of the others is answered, or fragmented."""
+    size = fits(narrow_path) - 40 + excess
     segment = tcp_segment(POD, NEAR_POD, pattern(3 * size + 17), check=PARTIAL)
     packet = ipv4(POD, NEAR_POD, segment, protocol=6, flags=flags)
     raw = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4, gso_size=size) + packet
     small = oversize(100, "DF")
     batch = narrow_path.encap_batch([NO_VNET_HDR + small, raw, NO_VNET_HDR + small])
     around = outcome(narrow_path, small)
-    outcomes = [around, *reference.encap(narrow_path.table, raw, path_mtu=PATH_MTU), around]
+    of_segments = reference.encap(narrow_path.table, raw, path_mtu=PATH_MTU)
+    outcomes = [around, *(bare(narrow_path, one) for one in of_segments), around]
     sends = [payload for one in outcomes for _remote, payload in one.sends]
     assert batch.sends == {around.sends[0][0]: sends}
     assert batch.writes == [write for one in outcomes for write in one.writes]
-    n_refused = 3 if flags and size > FITS - 40 else 0
+    n_refused = 3 if flags and excess else 0
     drops = {"encap_drop_too_big": n_refused, "icmp_sent": n_refused} if n_refused else {}
     assert batch.counts == {"encap_packets": 6, "encap_sent": 6 - n_refused} | drops
 
@@ -147,4 +154,10 @@ def outcome(datapath: FastDatapath, packet: bytes) -> Outcome:
     """The reference's, with the namespace's path MTU."""
     assert any(peer.remote[0] == IPv4Address(NEAR) for peer in datapath.table.peers)
     (one,) = reference.encap(datapath.table, NO_VNET_HDR + packet, path_mtu=PATH_MTU)
-    return one
+    return bare(datapath, one)
+
+
+def bare(datapath: FastDatapath, one: Outcome) -> Outcome:
+    """With the inner packets in place of the datagrams."""
+    sends = tuple((remote, inner_packet(datapath.table, remote, payload)) for remote, payload in one.sends)
+    return replace(one, sends=sends)

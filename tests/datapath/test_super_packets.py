@@ -408,7 +408,8 @@ def test_a_peer_that_may_read_one_at_a_time_is_sent_few_at_once() -> None:
 def test_all_datagrams_arrive_when_the_kernel_refuses_to_cut_messages_up(fast: FastDatapath) -> None:
     # The kernel refuses UDP_SEGMENT (EINVAL), and nothing else, on a socket without checksums.
     so_no_check = 11
-    fast.udp.setsockopt(socket.SOL_SOCKET, so_no_check, 1)
+    for sock in (fast.udp, *fast.senders):
+        sock.setsockopt(socket.SOL_SOCKET, so_no_check, 1)
     assert_sent(fast, Super(30_000, 1000), Super(777, 100, protocol=17), Super(5000, 1000, destination=TWIN_POD))
     assert_sent(fast, Super(30_000, 1000), Super(2048, 1))
 

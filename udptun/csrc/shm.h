@@ -16,7 +16,7 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 4u
+#define UT_LAYOUT_VERSION 5u
 
 #define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
@@ -28,19 +28,22 @@
 #define UT_READS 128u             /* TUN reads a turn */
 #define UT_READ_BYTES 131072u     /* and bytes: what is in hand stays in the processor's second-level cache */
 #define UT_MESSAGES 64u           /* datagrams, or trains of them, a receive */
+#define UT_PREFIX_ROOM 64u        /* before the first packet read, a cache line for its prefix */
 /* Buffers 64 KiB apart would fall into the same cache sets; this much more spreads them (multiple of 64). */
 #define UT_MESSAGE_BYTES (65536u + 1664u)
+#define UT_PREFIX_BYTES 22u       /* of a VXLAN datagram before the inner packet: VXLAN 8, inner Ethernet 14 */
+#define UT_MAX_SENDERS 16u        /* sockets beside the workers' own that datagrams leave from */
 #define UT_TABLE_HEADER_BYTES 4096u
 #define UT_STATS_HEADER_BYTES 4096u
 
-/* Where one peer is and what it leases; one cache line.  The reserved bytes are for the encapsulation header of
- * backends that have one. */
+/* Where one peer is and what it leases; one cache line. */
 struct ut_peer {
     struct sockaddr_in remote;    /* ready for sendmsg: family, port and address in network order */
     uint32_t subnet, mask;        /* of the lease */
     uint32_t mtu;                 /* largest inner packet the path carries, bytes */
     uint32_t flags;               /* UT_PEER_* */
-    uint8_t reserved[32];
+    uint8_t prefix[UT_PREFIX_BYTES]; /* ready to stand before each packet, the first prefix_len bytes of it */
+    uint8_t reserved[10];
 };
 #define UT_PEER_UDPTUN 1u         /* the lease says that udptun wrote it */
 
@@ -55,7 +58,10 @@ struct ut_slot {
     uint32_t n_l1;                /* L1 entries in use: /24s in Network, at least one */
     uint32_t n_remotes;           /* entries in use in remotes[] */
     uint32_t offloads;            /* UT_OFFLOAD_*: what workers may use */
-    uint32_t reserved[5];
+    uint32_t prefix_len;          /* before each packet on the wire: 0, or UT_PREFIX_BYTES with VXLAN */
+    uint32_t vni;                 /* VXLAN: of all that we send and take */
+    uint8_t own_mac[6];           /* VXLAN: inner destination of all that is meant for us */
+    uint8_t reserved[6];
     uint32_t l1[UT_L1_ENTRIES];
     uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
     struct ut_peer peers[UT_MAX_PEERS];
@@ -98,7 +104,8 @@ struct ut_peer_stats {
  * that goes on after it was killed can hand it on.  Nobody else reads it. */
 struct ut_read {
     uint8_t vnet[16];             /* the virtio header of the read, 10 bytes of it */
-    uint32_t at;                  /* where in the arena the packet lies; its first byte is 0 until there is one */
+    uint32_t at;                  /* where in the arena the packet lies, UT_PREFIX_ROOM at least; its first byte is 0
+                                   * until there is one */
     uint32_t is_stepped;          /* whether its TTL has been stepped */
 };
 struct ut_hands {
@@ -109,7 +116,7 @@ struct ut_hands {
     struct mmsghdr message[UT_MESSAGES]; /* the pointers in it are the writer's own */
     struct sockaddr_in source[UT_MESSAGES];
     uint8_t control[UT_MESSAGES][CMSG_SPACE(sizeof(int))];
-    uint8_t arena[UT_READ_BYTES + 65536u]; /* packets as they were read, back to back */
+    uint8_t arena[UT_PREFIX_ROOM + UT_READ_BYTES + 65536u]; /* packets as they were read, each behind its prefix */
     uint8_t train[UT_MESSAGES][UT_MESSAGE_BYTES];
 };
 

@@ -32,23 +32,24 @@ _SOCKET_GLOB = "datapath-*.sock"
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What a datapath process works with: memory files, the lock, a TUN queue and a UDP socket a worker."""
+    """What a datapath process works with: memory files, the lock, a TUN queue and a UDP socket a worker, senders."""
 
     table: int
     stats: int
     lock: int
     tun: tuple[int, ...]
     udp: tuple[int, ...]
+    senders: tuple[int, ...] = ()
 
     @classmethod
-    def from_list(cls, fds: list[int]) -> Descriptors:
+    def from_list(cls, fds: list[int], n_workers: int) -> Descriptors:
         """From the order in which HELLO carries them."""
-        table, stats, lock, *queues = fds
-        half = len(queues) // 2
-        return cls(table, stats, lock, tuple(queues[:half]), tuple(queues[half:]))
+        table, stats, lock, *rest = fds
+        tun, udp, senders = rest[:n_workers], rest[n_workers : 2 * n_workers], rest[2 * n_workers :]
+        return cls(table, stats, lock, tuple(tun), tuple(udp), tuple(senders))
 
     def as_list(self) -> list[int]:
-        return [self.table, self.stats, self.lock, *self.tun, *self.udp]
+        return [self.table, self.stats, self.lock, *self.tun, *self.udp, *self.senders]
 
 
 def new_lock() -> int:
@@ -126,7 +127,8 @@ class Process:
             ) from None
 
     def _readable(self) -> None:
-        room = socket.CMSG_SPACE(4 * (3 + 2 * fastpath.LAYOUT["max_workers"]))
+        most = 3 + 2 * fastpath.LAYOUT["max_workers"] + fastpath.LAYOUT["max_senders"]
+        room = socket.CMSG_SPACE(4 * most)
         try:
             message, ancillary, _, _ = self._connection.recvmsg(worker.HELLO.size, room, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
@@ -148,12 +150,12 @@ class Process:
             observer()
 
     def _take_hello(self, message: bytes, fds: list[int]) -> None:
-        magic, self.layout_version, self.pid, active, _, self.started_ns, build = worker.HELLO.unpack(message)
+        magic, self.layout_version, self.pid, active, n_workers, self.started_ns, build = worker.HELLO.unpack(message)
         if magic == worker.HELLO_MAGIC:
             self.is_active = bool(active)
             self.build_id = build.decode("ascii", "replace")
         if self.descriptors is None and self._child is None:
-            self.descriptors = Descriptors.from_list(fds)
+            self.descriptors = Descriptors.from_list(fds, n_workers)
         else:
             for fd in fds:
                 os.close(fd)
@@ -307,6 +309,7 @@ class Datapath:
                     *(str(fd) for fd in (listener.fileno(), fds.table, fds.stats, fds.lock)),
                     ",".join(map(str, fds.tun)),
                     ",".join(map(str, fds.udp)),
+                    ",".join(map(str, fds.senders)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
 from udptun.config import SourceCheck
 from udptun.offload import ALL, Offload
 
+_VXLAN = struct.Struct(">B3xI6s6sH")
+"""Flags, VNI above a reserved byte (RFC 7348 5); inner destination and source MAC, EtherType."""
+_VNI_IS_VALID = 0x08
+_ETHERTYPE_IPV4 = 0x0800
+
+
+@dataclass(frozen=True, slots=True)
+class Vtep:
+    """What we are to VXLAN peers: the VNI of all datagrams, and our VtepMAC, 6 bytes."""
+
+    vni: int
+    mac: bytes
+
+    def prefix(self, peer_mac: bytes) -> bytes:
+        """What stands before each inner packet to the peer, 22 bytes."""
+        return _VXLAN.pack(_VNI_IS_VALID, self.vni << 8, peer_mac, self.mac, _ETHERTYPE_IPV4)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a worker must know besides its peers.  `mtu`: largest inner packet, bytes."""
+    """What a worker must know besides its peers.  `mtu`: largest inner packet, bytes; `vtep` None: it travels bare."""
 
     network: IPv4Network
     own_subnet: IPv4Network
@@ -19,6 +37,7 @@ class Settings:
     mtu: int
     source_check: SourceCheck
     offload: Offload = ALL
+    vtep: Vtep | None = None
 
     @property
     def tunnel_address(self) -> IPv4Address:
@@ -28,8 +47,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Where a peer's datagrams go."""
+    """Where a peer's datagrams go.  `mac` is its VtepMAC, 6 bytes; empty where packets travel bare."""
 
     address: IPv4Address
     port: int
     is_udptun: bool
+    mac: bytes = b""

@@ -1,4 +1,4 @@
-"""The UDP sockets of the tunnel, one a worker, all on the same address and port."""
+"""The UDP sockets of the tunnel: one a worker, all on the same address and port, and those that VXLAN is sent from."""
 
 from __future__ import annotations
 
@@ -45,6 +45,23 @@ def open_sockets(
     return opened
 
 
+def open_senders(address: IPv4Address, n: int) -> list[socket.socket]:
+    """`n` non-blocking sockets on ports that the kernel picks, for sending only; the caller owns them.
+
+    Which one an inner flow leaves from is what the routers on the way, and the peer's processors, tell flows apart by
+    (RFC 7348 5).  Nobody reads what comes to them.  Raises KernelError.
+    """
+    opened: list[socket.socket] = []
+    try:
+        for _ in range(n):
+            opened.append(_open_socket(address, 0, shared=False, buffer_bytes=0))
+    except BaseException:
+        for udp in opened:
+            udp.close()
+        raise
+    return opened
+
+
 def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
     """Have the kernel put received datagrams together if `wanted` says so; return what it grants.
 
@@ -62,7 +79,9 @@ def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
     return granted
 
 
-def _open_socket(address: IPv4Address, port: int, *, shared: bool) -> socket.socket:
+def _open_socket(
+    address: IPv4Address, port: int, *, shared: bool, buffer_bytes: int = _RECEIVE_BUFFER_BYTES
+) -> socket.socket:
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if shared:
@@ -81,8 +100,8 @@ def _open_socket(address: IPv4Address, port: int, *, shared: bool) -> socket.soc
     # IP_PMTUDISC_WANT the kernel would fragment them in silence.
     udp.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_DO)
     try:
-        udp.setsockopt(socket.SOL_SOCKET, lib.SO_RCVBUFFORCE, _RECEIVE_BUFFER_BYTES)
+        udp.setsockopt(socket.SOL_SOCKET, lib.SO_RCVBUFFORCE, buffer_bytes)
     except PermissionError:
         # Without CAP_NET_ADMIN in the initial user namespace the system's limit applies.
-        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
     return udp

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from udptun._fastpath import LAYOUT, load_u64, store_u64
 from udptun.config import SourceCheck
 from udptun.datapath import shm
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import Remote, Settings, Vtep
 from udptun.datapath.stats import OFFLOAD_BITS, Stats
 from udptun.errors import DatapathError
 
@@ -38,14 +38,17 @@ _SETTINGS = np.dtype(
             "n_l1",
             "n_remotes",
             "offloads",
+            "prefix_len",
+            "vni",
         )
     ]
+    + [("own_mac", np.uint8, 6)]
 )
 _PEER = np.dtype(
     {
-        "names": ["family", "port_be", "address_be", "subnet", "mask", "mtu", "flags"],
-        "formats": [np.uint16, ">u2", ">u4", np.uint32, np.uint32, np.uint32, np.uint32],
-        "offsets": [0, 2, 4, 16, 20, 24, 28],
+        "names": ["family", "port_be", "address_be", "subnet", "mask", "mtu", "flags", "prefix"],
+        "formats": [np.uint16, ">u2", ">u4", np.uint32, np.uint32, np.uint32, np.uint32, (np.uint8, LAYOUT["prefix"])],
+        "offsets": [0, 2, 4, 16, 20, 24, 28, 32],
         "itemsize": LAYOUT["peer"],
     }
 )
@@ -100,7 +103,7 @@ class TableWriter:
     def configure(self, settings: Settings) -> None:
         """Set what applies to all packets, from the next `publish` on.
 
-        Raises DatapathError when `settings.network` is another one and there still are peers of the old.
+        Raises DatapathError when `settings` are of another Network or VTEP and there still are peers of the old.
         """
         network = int(settings.network.network_address)
         new = self._settings.copy()
@@ -114,9 +117,21 @@ class TableWriter:
         new["source_check"] = _SOURCE_CHECKS[settings.source_check]
         new["offloads"] = sum(bit for offload, bit in OFFLOAD_BITS.items() if offload in settings.offload)
         new["n_l1"] = max(1, settings.network.num_addresses >> 8)
+        new["prefix_len"] = 0 if settings.vtep is None else LAYOUT["prefix"]
+        new["vni"] = 0 if settings.vtep is None else settings.vtep.vni
+        new["own_mac"] = list(bytes(6) if settings.vtep is None else settings.vtep.mac)
         if self._index and (new["network"], new["n_l1"]) != (self._settings["network"], self._settings["n_l1"]):
             raise DatapathError(f"cannot move the peer table to {settings.network}: it has peers of another network")
+        if self._index and settings.vtep != self.vtep:
+            raise DatapathError("cannot change the encapsulation of the peer table: it has peers of the old one")
         self._settings = new
+
+    @property
+    def vtep(self) -> Vtep | None:
+        """What we are by the last settings, an earlier control plane's included."""
+        if not self._settings["prefix_len"]:
+            return None
+        return Vtep(int(self._settings["vni"]), self._settings["own_mac"].tobytes())
 
     def set_peer(self, subnet: IPv4Network, remote: Remote, mtu: int) -> int:
         """Add the peer that leases `subnet`, or change where it is; return its index, which it keeps while it stays.
@@ -124,6 +139,7 @@ class TableWriter:
         `subnet` lies in Network, has a prefix length of 16 to 30 and overlaps no other peer's: LeaseTable sees to
         it.  `mtu`: largest inner packet, bytes.  Raises DatapathError when the table is full.
         """
+        vtep = self.vtep
         index = self._index.get(subnet)
         if index is None:
             if not self._free:
@@ -141,6 +157,7 @@ class TableWriter:
         peer["mask"] = int(subnet.netmask)
         peer["mtu"] = mtu
         peer["flags"] = _FLAG_UDPTUN if remote.is_udptun else 0
+        peer["prefix"] = 0 if vtep is None else list(vtep.prefix(remote.mac))
         return index
 
     def remove_peer(self, subnet: IPv4Network) -> None:

@@ -20,7 +20,7 @@ from udptun._fastpath import LAYOUT
 from udptun.datapath import client
 from udptun.datapath.client import Datapath, Descriptors, Process
 from udptun.datapath.settings import Remote, Settings
-from udptun.datapath.sockets import open_sockets, set_offload
+from udptun.datapath.sockets import open_senders, open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 from udptun.netstate import DEVICE_NAME
@@ -45,6 +45,7 @@ class Tunnel:
         lock_fd: int,
         tun: Tun,
         sockets: list[socket.socket],
+        senders: list[socket.socket],
         processes: list[Process],
     ) -> None:
         self.table = table
@@ -53,7 +54,7 @@ class Tunnel:
         self.is_adopted = bool(processes)
         """Whether a datapath was running already when we came."""
         self._lock_fd = lock_fd
-        self._sockets = sockets
+        self._sockets, self._senders = sockets, senders
         self._mtu = 0
         self._wanted_offload = self.granted_offload = Offload(0)
         self._publishing = asyncio.Lock()
@@ -61,12 +62,20 @@ class Tunnel:
 
     @classmethod
     async def open(
-        cls, run_dir: Path, device: str, address: IPv4Address, port: int, n_workers: int, wanted: Offload = ALL
+        cls,
+        run_dir: Path,
+        device: str,
+        address: IPv4Address,
+        port: int,
+        n_workers: int,
+        wanted: Offload = ALL,
+        n_senders: int = 0,
     ) -> Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
-        One that serves the device of another backend is ended.  `wanted` says whether a new device has virtio headers.
-        No process is started yet (`start`).  Raises KernelError, DatapathError.
+        A datapath that serves the device of another backend is ended.  `wanted` says whether a new device has virtio
+        headers.  `n_senders`: sockets to send from; 0: packets leave from the sockets that they come to.  No process is
+        started yet (`start`).  Raises KernelError, DatapathError.
         """
         processes = await client.find(run_dir)
         held = _take_one_set(processes) if processes else None
@@ -76,18 +85,20 @@ class Tunnel:
                 os.close(fd)
             held = None
         if held is None:
+            senders: list[socket.socket] = []
             sockets = open_sockets(address, port, n_workers)
             try:
+                senders = open_senders(address, n_senders)
                 # Last: what it makes is persistent.
                 tun = open_queues(device, n_workers, wanted)
             except BaseException:
-                for udp in sockets:
+                for udp in (*sockets, *senders):
                     udp.close()
                 raise
-            return cls(run_dir, TableWriter.create(), Stats.create(), client.new_lock(), tun, sockets, [])
+            return cls(run_dir, TableWriter.create(), Stats.create(), client.new_lock(), tun, sockets, senders, [])
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in processes))
         tun = Tun(device, held.tun)
-        sockets = [socket.socket(fileno=fd) for fd in held.udp]
+        sockets, senders = ([socket.socket(fileno=fd) for fd in fds] for fds in (held.udp, held.senders))
         if processes[0].layout_version == LAYOUT["version"]:
             table, stats = TableWriter(held.table), Stats(held.stats)
         else:
@@ -95,20 +106,23 @@ class Tunnel:
             table, stats = TableWriter.create(), Stats.create()
             os.close(held.table)
             os.close(held.stats)
-        tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, processes)
+        tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, senders, processes)
         if not tun.is_attached():
             tun.reattach()
-        await tunnel.rebind(address, port, n_workers)
+        await tunnel.rebind(address, port, n_workers, n_senders)
         return tunnel
 
-    async def rebind(self, address: IPv4Address, port: int, n_workers: int) -> None:
+    async def rebind(self, address: IPv4Address, port: int, n_workers: int, n_senders: int = 0) -> None:
         """Have `n_workers` workers on this address and port; nothing happens when it is so already."""
         there = self._sockets[0].getsockname()
-        if there == (str(address), port) and n_workers == len(self.tun.fds):
+        if there == (str(address), port) and (n_workers, n_senders) == (len(self.tun.fds), len(self._senders)):
             return
         stays = self._sockets[:n_workers] if there == (str(address), port) else []
         sockets = stays + open_sockets(address, port, n_workers - len(stays), stays)
+        senders = self._senders[:n_senders] if there[0] == str(address) else []
+        senders += open_senders(address, n_senders - len(senders))
         left_sockets = [udp for udp in self._sockets if udp not in sockets]
+        left_senders = [udp for udp in self._senders if udp not in senders]
         queues, left_queues = self.tun.fds[:n_workers], self.tun.fds[n_workers:]
         if n_workers > len(queues):
             queues += open_queues(self.tun.name, n_workers - len(queues), self.tun.supported).fds
@@ -119,9 +133,9 @@ class Tunnel:
         # What the old process reads until it ends is then all there is in what we give up.
         detach_queues(left_queues)
         # In place: others hold on to the Tun.
-        self._sockets, self.tun.fds = sockets, queues
+        self._sockets, self._senders, self.tun.fds = sockets, senders, queues
         await self.datapath.replace(self._descriptors())
-        for udp in left_sockets:
+        for udp in (*left_sockets, *left_senders):
             udp.close()
         Tun(self.tun.name, left_queues).close()
         # New queues have turned the device's offloads off, new sockets have none yet.
@@ -145,8 +159,11 @@ class Tunnel:
         self.granted_offload = granted
 
     def configure(self, settings: Settings) -> None:
-        """Set what applies to all packets, from the next `publish` on; peers of another Network go."""
-        self.remove_peers([subnet for subnet in self.table.subnets if not subnet.subnet_of(settings.network)])
+        """Set what applies to all packets, from the next `publish` on; peers of another Network or VTEP go."""
+        is_other = settings.vtep != self.table.vtep
+        self.remove_peers(
+            [subnet for subnet in self.table.subnets if is_other or not subnet.subnet_of(settings.network)]
+        )
         # The workers must know how the device frames packets, whatever was wanted.
         offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
         self.table.configure(replace(settings, offload=offload))
@@ -182,7 +199,7 @@ class Tunnel:
     def detach(self) -> None:
         """Let go of processes and descriptors; the datapath forwards on."""
         self.datapath.detach()
-        for udp in self._sockets:
+        for udp in (*self._sockets, *self._senders):
             udp.close()
         self.tun.close()
         self.table.close()
@@ -196,6 +213,7 @@ class Tunnel:
             self._lock_fd,
             self.tun.fds,
             tuple(udp.fileno() for udp in self._sockets),
+            tuple(udp.fileno() for udp in self._senders),
         )
 
 

@@ -1,6 +1,6 @@
 """The datapath process.
 
-    python -I -S worker.py <_fastpath .so> <build id> <listen> <table> <stats> <lock> <tun,…> <udp,…>
+    python -I -S worker.py <_fastpath .so> <build id> <listen> <table> <stats> <lock> <tun,…> <udp,…> <senders,…>
 
 It is started with its descriptors inherited, needs no file but these two and imports next to nothing, so that it
 is ready in some 20 ms.  Any number of these processes may hold the same descriptors: the one that holds the lock
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 HELLO = struct.Struct("=4sIIIIQ32s")
 """Magic, layout version, pid, 1 if active, number of workers, start (CLOCK_MONOTONIC ns), build id in ASCII.
 
-The descriptors come in this order: table, statistics, lock, one TUN queue a worker, one UDP socket a worker.
+The descriptors come in this order: table, statistics, lock, one TUN queue a worker, one UDP socket a worker, and the
+sockets that all workers send from, if there are such.
 """
 HELLO_MAGIC = b"udpt"
 STOP = b"stop"
@@ -53,14 +54,14 @@ def load_fastpath(path: str) -> ModuleType:
 def main(argv: list[str]) -> None:
     fastpath_file, build_id, *numbers = argv
     listen_fd, table_fd, stats_fd, lock_fd = map(int, numbers[:4])
-    tun_fds, udp_fds = ([int(fd) for fd in text.split(",")] for text in numbers[4:])
-    descriptors = [table_fd, stats_fd, lock_fd, *tun_fds, *udp_fds]
+    tun_fds, udp_fds, sender_fds = ([int(fd) for fd in text.split(",") if fd] for text in numbers[4:])
+    descriptors = [table_fd, stats_fd, lock_fd, *tun_fds, *udp_fds, *sender_fds]
     # A terminal's or an init system's signals are meant for the control plane.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     fastpath = load_fastpath(fastpath_file)
     workers = [
-        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd)
+        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds)
         for i, (tun_fd, udp_fd) in enumerate(zip(tun_fds, udp_fds, strict=True))
     ]
     started_ns = time.monotonic_ns()
