@@ -84,15 +84,18 @@ class Forwarding:
         backend = choice.backend
         if backend.encapsulation is not None:
             assert backend.device is not None
+            how = backend.encapsulation
+            await reconcile.make_way(backend.device)
             tunnel = _Tunnelled(
-                backend.encapsulation,
+                how,
                 await Tunnel.open(
                     run_dir,
                     backend.device,
                     underlay.address,
-                    backend.encapsulation.port,
+                    how.port,
                     live.workers,
                     live.offload,
+                    how.n_senders,
                 ),
             )
         await reconcile.make_missing(backend.links(underlay, live))
@@ -230,7 +233,8 @@ class _Tunnelled:
         live = situation.live
         if live.workers != before.workers:
             try:
-                await self.tunnel.rebind(situation.underlay.address, self._encapsulation.port, live.workers)
+                how = self._encapsulation
+                await self.tunnel.rebind(situation.underlay.address, how.port, live.workers, how.n_senders)
             except UdptunError as exc:
                 live = replace(live, workers=before.workers)
                 log.error("not reloaded, the workers stay %d: %s", before.workers, exc)

@@ -706,6 +706,15 @@ async def make_missing(links: Iterable[DesiredLink]) -> None:
                 await kernel.add_vxlan(link.name, link.vxlan, link.mac, link.mtu)
 
 
+async def make_way(name: str) -> None:
+    """Delete the VXLAN device of ours that has the name of a TUN device to be made.  Raises KernelError."""
+    async with Netlink() as kernel:
+        link = await kernel.link(name)
+        if link is not None and link.vxlan is not None and link.alias == LINK_ALIAS:
+            await kernel.delete_link(link.index)
+            log.info("deleted link %s reason=the userspace VTEP takes its place", name)
+
+
 async def is_anything_ours() -> bool:
     """Whether the kernel has a device or a route with our mark.  Raises KernelError."""
     async with Netlink() as kernel:

@@ -29,7 +29,8 @@ PURE = [
         "subnet_env",
         *("datapath.settings", "rtnetlink", "underlay"),
     ),
-    *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw", "backends.udp", "backends.vxlan"),
+    *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
+    *("backends.udp", "backends.vtep", "backends.vxlan"),
     "masq.rules",
 ]
 SHELL = {

@@ -13,7 +13,7 @@ import pytest
 
 from udptun.errors import ConfigError, KernelError
 from udptun.lease import Lease, LeaseAttrs, Subnets
-from udptun.state import LastLeases, load, node_id, parse, render, save
+from udptun.state import LastLeases, files, load, node_id, parse, render, save, vtep_mac
 
 NETWORK = IPv4Network("10.244.0.0/16")
 NOW_S = 1_700_000_000.0
@@ -160,3 +160,29 @@ def test_a_damaged_node_id_is_refused_and_left_alone(tmp_path: Path, data: bytes
 def test_a_node_id_that_cannot_be_kept_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot keep the node id .*: No such file or directory; --state-dir must"):
         node_id(tmp_path / "missing")
+
+
+# ------------------------------------------------------------------------------------------------------- VtepMAC
+
+
+def test_vtep_mac_is_made_once_and_kept(tmp_path: Path) -> None:
+    mac = vtep_mac(tmp_path)
+    assert vtep_mac(tmp_path) == mac
+    first = int(mac[:2], 16)
+    assert (first & 1, first & 2) == (0, 2)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert vtep_mac(other) != mac
+
+
+@pytest.mark.parametrize("text", ["", "0a:00:00:00:00", "01:00:5e:00:00:01", "0A:00:00:00:00:01"])
+def test_damaged_vtep_mac_is_said_in_one_line_and_left_alone(tmp_path: Path, text: str) -> None:
+    (tmp_path / "vtep-mac").write_text(text)
+    with pytest.raises(ConfigError, match="delete it to get another one"):
+        vtep_mac(tmp_path)
+    assert (tmp_path / "vtep-mac").read_text() == text
+
+
+def test_vtep_mac_goes_with_the_identity(tmp_path: Path) -> None:
+    names = [path.name for path in files(tmp_path, with_identity=True)]
+    assert names == ["last-leases.json", "node-id", "vtep-mac"]

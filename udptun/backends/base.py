@@ -50,6 +50,10 @@ class Encapsulation(Protocol):
     def port(self) -> int:
         """The UDP port of its sockets."""
 
+    @property
+    def n_senders(self) -> int:
+        """How many sockets of ports of their own its datagrams leave from; 0: from those that receive."""
+
     def settings(self, situation: Situation) -> Settings:
         """What holds for all packets; `peers` and `direct` have no part in it."""
 

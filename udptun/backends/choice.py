@@ -8,6 +8,7 @@ from udptun.backends.alloc import Alloc
 from udptun.backends.base import Backend
 from udptun.backends.hostgw import HostGw
 from udptun.backends.udp import Udp
+from udptun.backends.vtep import UserspaceVtep
 from udptun.backends.vxlan import KernelVxlan
 from udptun.config import AllocBackend, BackendConf, Fallback, HostGwBackend, UdpBackend, VxlanBackend
 from udptun.errors import UdptunError
@@ -52,7 +53,7 @@ def _choose_vxlan(conf: VxlanBackend, host: Host, mac: str) -> Choice:
     reason = "Backend.Userspace is true" if conf.userspace else f"the kernel has no vxlan ({host.no_vxlan})"
     match Fallback.VTEP if conf.userspace else conf.fallback:
         case Fallback.VTEP:
-            raise UdptunError(f"{reason}, and the userspace VTEP is not built yet")
+            return Choice(UserspaceVtep(conf, mac), f"{reason}: userspace VTEP")
         case Fallback.UDP:
             return Choice(Udp(UdpBackend().port), f"{reason} and Backend.Fallback is udp")
         case Fallback.NONE:

@@ -23,6 +23,7 @@ class Udp:
     device = TUN_NAME
     overhead = UDP_OVERHEAD
     asks_direct = False
+    n_senders = 0
 
     def __init__(self, port: int) -> None:
         self.port = port

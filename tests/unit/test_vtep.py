@@ -1,0 +1,129 @@
+"""The userspace VTEP as data: what it wants, what it says of itself, whom it takes for a peer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+from typing import Any
+
+import pytest
+
+from udptun.backends.base import Live, Situation
+from udptun.backends.choice import Host, choose
+from udptun.backends.vtep import UserspaceVtep
+from udptun.config import SourceCheck, VxlanBackend
+from udptun.datapath.settings import Remote, Vtep
+from udptun.lease import Lease, LeaseAttrs, Subnets
+from udptun.netstate import RouteType
+from udptun.offload import ALL
+from udptun.underlay import Underlay
+
+MAC = "0a:1b:2c:3d:4e:5f"
+NETWORK, OWN = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.3.0/24")
+UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.3"), IPv4Address("198.51.100.3"))
+SITUATION = Situation(NETWORK, UNDERLAY, OWN, Live(1450, 2, SourceCheck.PEER, ALL))
+
+
+def lease(data: Any, kind: str = "vxlan", *, ip: str = "192.0.2.7", subnet: str = "10.244.7.0/24") -> Lease:
+    attrs = LeaseAttrs(IPv4Address(ip), backend_type=kind, backend_data=data)
+    return Lease(Subnets(IPv4Network(subnet)), attrs)
+
+
+def backend(**keys: Any) -> UserspaceVtep:
+    chosen = choose(VxlanBackend(userspace=True, **keys), Host(), MAC).backend
+    assert isinstance(chosen, UserspaceVtep)
+    return chosen
+
+
+def test_lease_says_what_flannels_says_and_then_what_flannel_ignores() -> None:
+    value = json.loads(backend(vni=7).attrs(UNDERLAY, "f" * 32).to_json())
+    assert (value["PublicIP"], value["BackendType"]) == ("198.51.100.3", "vxlan")
+    assert list(value["BackendData"].items()) == [
+        ("VNI", 7),
+        ("VtepMAC", MAC),
+        ("NodeID", "f" * 32),
+        ("Udptun", 1),
+    ]
+
+
+def test_device_has_flannels_name_and_one_route_leads_to_all_peers() -> None:
+    state = backend(vni=7).desired(SITUATION)
+    assert [(link.name, link.mtu) for link in state.links] == [("flannel.7", 1450)]
+    assert [(it.link, str(it.ip), it.prefixlen) for it in state.addresses] == [("flannel.7", "10.244.3.0", 32)]
+    assert [(route.dst, route.link, route.type) for route in state.routes] == [
+        (NETWORK, None, RouteType.UNREACHABLE),
+        (NETWORK, "flannel.7", RouteType.UNICAST),
+    ]
+
+
+def test_direct_routing_prefers_a_plain_route_where_there_is_no_gateway() -> None:
+    near, far = lease({"VtepMAC": MAC}), lease({"VtepMAC": MAC}, ip="203.0.113.9", subnet="10.244.8.0/24")
+    situation = replace(SITUATION, peers=(near, far), direct={near.attrs.public_ip: 2})
+    it = backend(direct_routing=True)
+    assert it.asks_direct
+    assert [(route.dst, route.gateway, route.link, route.oif) for route in it.desired(situation).routes] == [
+        (NETWORK, None, None, None),
+        (NETWORK, None, "flannel.1", None),
+        (near.subnet, near.attrs.public_ip, None, 2),
+    ]
+    assert not backend().asks_direct
+
+
+def test_datapath_is_told_vni_addresses_and_port() -> None:
+    it = backend(vni=7, port=4789)
+    settings = it.settings(SITUATION)
+    assert settings.vtep == Vtep(7, bytes.fromhex("0a1b2c3d4e5f"))
+    assert (settings.mtu, settings.underlay_address) == (1450, UNDERLAY.address)
+    # Whatever port the lease names: with VXLAN all nodes have one.
+    peer = lease({"VNI": 1, "VtepMAC": "02:00:00:00:00:07", "Port": 9999, "Udptun": 1})
+    assert it.remote(peer) == Remote(IPv4Address("192.0.2.7"), 4789, True, bytes.fromhex("020000000007"))
+    assert it.n_senders > 1
+
+
+@pytest.mark.parametrize("mac", ["02:00:00:00:00:07", "A6:B5:C4:D3:E2:F1", "00:16:3e:00:00:01"])
+def test_lease_with_a_vtep_mac_is_a_peer_whatever_its_vni(mac: str) -> None:
+    peer = lease({"VNI": 99, "VtepMAC": mac})
+    assert backend().refusal(peer) is None
+    assert backend().remote(peer).mac.hex(":") == mac.lower()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        "VtepMAC",
+        [],
+        {},
+        {"VNI": 1},
+        {"VtepMAC": None},
+        {"VtepMAC": 7},
+        {"VtepMAC": ""},
+        {"VtepMAC": "02:00:00:00:00"},
+        {"VtepMAC": "02:00:00:00:00:07:08"},
+        {"VtepMAC": "02-00-00-00-00-07"},
+        {"VtepMAC": "02:00:00:00:00:0g"},
+        {"VtepMAC": "02:00:00:00:00:07\n"},
+        {"VtepMAC": "00:00:00:00:00:00"},
+        {"VtepMAC": "ff:ff:ff:ff:ff:ff"},
+        {"VtepMAC": "01:00:5e:00:00:01"},
+    ],
+    ids=str,
+)
+def test_lease_without_a_usable_vtep_mac_is_refused_by_name(data: Any) -> None:
+    reason = backend().refusal(lease(data))
+    assert reason is not None
+    assert "VtepMAC" in reason
+
+
+@pytest.mark.parametrize("kind", ["", "udp", "host-gw", "VXLAN"])
+def test_lease_of_another_backend_is_refused_by_name(kind: str) -> None:
+    reason = backend().refusal(lease({"VNI": 1, "VtepMAC": MAC}, kind))
+    assert reason is not None
+    assert (kind or "empty") in reason
+
+
+@pytest.mark.parametrize("vni", [0, 1, 7, (1 << 24) - 1])
+def test_prefix_is_vxlan_and_inner_ethernet(vni: int) -> None:
+    prefix = Vtep(vni, bytes.fromhex("0a1b2c3d4e5f")).prefix(bytes.fromhex("020000000007"))
+    assert prefix.hex(" ") == f"08 00 00 00 {vni.to_bytes(3).hex(' ')} 00 02 00 00 00 00 07 0a 1b 2c 3d 4e 5f 08 00"

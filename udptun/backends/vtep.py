@@ -1,0 +1,80 @@
+"""The userspace VTEP: VXLAN through the datapath and a TUN device, to its peers a flannel node like any other.  Pure.
+
+It stands in for the kernel's where that is missing; lease, peers and the name of the device are the same (vxlan.py).
+The device has no Ethernet: whom a packet goes to is the datapath's business, and one route leads to all peers.
+"""
+
+from __future__ import annotations
+
+from udptun.backends import vxlan
+from udptun.backends.base import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Live, Situation, guard
+from udptun.backends.udp import tun_link
+from udptun.config import VXLAN_OVERHEAD, VxlanBackend
+from udptun.datapath.settings import Remote, Settings, Vtep
+from udptun.lease import Lease, LeaseAttrs
+from udptun.underlay import Underlay
+
+_N_SENDERS = 8
+"""Enough for two flows to share a port seldom, few enough for groups of datagrams to stay long."""
+
+
+class UserspaceVtep:
+    """See `Backend`; it is its own `Encapsulation`."""
+
+    type = vxlan.TYPE
+    overhead = VXLAN_OVERHEAD
+    n_senders = _N_SENDERS
+
+    def __init__(self, conf: VxlanBackend, mac: str) -> None:
+        """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`); it must stay the same from run to run."""
+        self.device = vxlan.device_name(conf.vni)
+        self.port = conf.port
+        self.asks_direct = conf.direct_routing
+        self._vni = conf.vni
+        self._mac = mac
+
+    @property
+    def encapsulation(self) -> UserspaceVtep:
+        return self
+
+    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+        return vxlan.lease_attrs(self._vni, self._mac, underlay, node_id)
+
+    def refusal(self, lease: Lease) -> str | None:
+        return vxlan.refusal(lease)
+
+    def settings(self, situation: Situation) -> Settings:
+        live = situation.live
+        return Settings(
+            situation.network,
+            situation.own_subnet,
+            situation.underlay.address,
+            live.mtu,
+            live.source_check,
+            live.offload,
+            Vtep(self._vni, _packed(self._mac)),
+        )
+
+    def remote(self, lease: Lease) -> Remote:
+        """The port is one for all, as with flannel."""
+        return Remote(lease.attrs.public_ip, self.port, lease.attrs.is_udptun, _packed(vxlan.mac_of(lease)))
+
+    def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink]:
+        return (tun_link(self.device, live.mtu),)
+
+    def desired(self, situation: Situation) -> DesiredState:
+        """As udp's; with DirectRouting a plain route to each peer that is reached without a gateway goes before."""
+        direct = [
+            DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=situation.direct[lease.attrs.public_ip])
+            for lease in situation.peers
+            if lease.attrs.public_ip in situation.direct
+        ]
+        return DesiredState(
+            links=self.links(situation.underlay, situation.live),
+            addresses=(DesiredAddress(self.device, situation.own_subnet.network_address, 32),),
+            routes=(guard(situation.network), DesiredRoute(situation.network, self.device), *direct),
+        )
+
+
+def _packed(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
