@@ -8,6 +8,7 @@ from dataclasses import dataclass
 TUNNEL = "udptun"
 PLAIN = "plain routing"
 VXLAN = "kernel vxlan"
+VTEP = "userspace VTEP"
 NAIVE = "naive loop"
 PYTUN = "pytun loop"
 UNDERLAY_ONLY = "underlay"
@@ -19,6 +20,7 @@ PATHS: Mapping[str, str] = {
     "udptun": TUNNEL,
     "host-gw": PLAIN,
     "vxlan": VXLAN,
+    "vtep": VTEP,
     "naive": NAIVE,
     "pytun": PYTUN,
     "underlay": UNDERLAY_ONLY,

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path as File
 from typing import Protocol, TypeVar
 
 from bench.compiler import SOURCES, compiled, missing_compiler
-from bench.figures import FASTD, FLANNELD, NAIVE, OPENVPN, PATHS, PLAIN, PYTUN, TUNNEL, UNDERLAY_ONLY, VXLAN
+from bench.figures import FASTD, FLANNELD, NAIVE, OPENVPN, PATHS, PLAIN, PYTUN, TUNNEL, UNDERLAY_ONLY, VTEP, VXLAN
 from udptun.lab.comparison import Way, kernel_vxlan, over_device, plain_routing
 from udptun.lab.errors import LabError
 from udptun.lab.topology import LAB_DIR, UNDERLAY, Host, Lab
@@ -149,6 +149,27 @@ def _vxlan(lab: Lab, _tools: Tools | None) -> Path:
         if not any(answer in str(exc) for answer in _NO_SUCH_LINK_TYPE):
             raise
         raise _AbsentError("this kernel has no vxlan") from exc
+
+
+def _vtep(lab: Lab, _tools: Tools | None) -> Path:
+    """The datapath with VXLAN's prefix, on a port and with a VNI that the kernel's has not."""
+    network, mtu, device = IPv4Network("10.247.0.0/16"), lab.underlay_mtu - 50, "tun-vtep"
+
+    def command(host: Host, peer: Host) -> list[str]:
+        subnets = [f"10.247.{it.index}.0/24" for it in (host, peer)]
+        return [
+            *(sys.executable, str(SOURCES / "peers" / "vtep.py"), str(LAB_DIR / f"{host.name}.vtep"), device),
+            *(str(host.underlay_address), "8572", str(peer.underlay_address), str(network), *subnets, str(mtu)),
+        ]
+
+    path = _program(lab, VTEP, "vtep", network, mtu, device, command)
+    # The program only sees to the processes that carry packets.
+    workers = [Process(it.host, "datapath", pid) for it in path.processes for pid in _children(it.pid)]
+    return replace(path, processes=(*path.processes, *workers))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in File(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _along(lab: Lab, name: str, way: Way, processes: Sequence[Process] = ()) -> Path:
@@ -321,6 +342,7 @@ KINDS: Mapping[str, Callable[[Lab, Tools | None], Path]] = {
     "udptun": _udptun,
     "host-gw": _plain,
     "vxlan": _vxlan,
+    "vtep": _vtep,
     "naive": _naive,
     "pytun": _pytun,
     "underlay": _underlay,

@@ -1,0 +1,49 @@
+"""The datapath as a userspace VTEP with one peer, without daemon and store: VXLAN beside the tunnel's own format.
+
+    python vtep.py RUN-DIR DEVICE LOCAL-ADDRESS PORT REMOTE-ADDRESS NETWORK OWN-SUBNET PEER-SUBNET MTU
+
+Makes DEVICE and carries NETWORK's packets between the two subnets until it is killed, or its machine is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+
+from udptun.config import SourceCheck, default_workers
+from udptun.datapath.settings import Remote, Settings, Vtep
+from udptun.datapath.tunnel import Tunnel
+from udptun.offload import ALL
+
+_VNI = 2
+_N_SENDERS = 8
+"""As backends/vtep.py has it."""
+
+
+def _mac(address: IPv4Address) -> bytes:
+    return b"\x0a\0" + address.packed
+
+
+async def main(words: list[str]) -> None:
+    directory, device, local, port, remote, network, own, peer, mtu = words
+    here, there = IPv4Address(local), IPv4Address(remote)
+    run_dir = Path(directory)
+    run_dir.mkdir(parents=True)
+    n_workers = default_workers(len(os.sched_getaffinity(0)))
+    tunnel = await Tunnel.open(run_dir, device, here, int(port), n_workers, ALL, _N_SENDERS)
+    tunnel.configure(
+        Settings(
+            *(IPv4Network(network), IPv4Network(own), here, int(mtu), SourceCheck.PEER, ALL), Vtep(_VNI, _mac(here))
+        )
+    )
+    tunnel.set_peers({IPv4Network(peer): Remote(there, int(port), True, _mac(there))})
+    await tunnel.publish()
+    await tunnel.start()
+    tunnel.set_offload(ALL)
+    await tunnel.datapath.supervise()
+
+
+asyncio.run(main(sys.argv[1:]))
