@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from heapq import heapify, heappop, heappush
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from itertools import chain
 from typing import Any
 
 Json = Any
 """A value as `json.loads` returns it; BackendData belongs to the backend that wrote it."""
+
+
+_STALE_EXPIRIES = 1000
+"""So many entries that say nothing any more are left in the list of expiries before it is made anew."""
 
 
 class LeaseFormatError(ValueError):
@@ -26,16 +33,21 @@ class LeaseFormatError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Subnets:
-    """The prefix or, in dual stack, the pair of prefixes that one lease covers."""
+    """The prefix or, in dual stack, the pair of prefixes that one lease covers.
+
+    `key` is flannel's: `10.244.3.0-24`, in dual stack `10.244.3.0-24&fd00:1::-64`.
+    """
 
     ipv4: IPv4Network
     ipv6: IPv6Network | None = None
+    key: str = field(init=False, compare=False, repr=False)
 
-    @property
-    def key(self) -> str:
-        """flannel's key: `10.244.3.0-24`, in dual stack `10.244.3.0-24&fd00:1::-64`."""
-        v4 = f"{self.ipv4.network_address}-{self.ipv4.prefixlen}"
-        return v4 if self.ipv6 is None else f"{v4}&{self.ipv6.network_address}-{self.ipv6.prefixlen}"
+    def __post_init__(self) -> None:
+        # Made once: the table asks for it several times for each of thousands of leases.
+        key = f"{self.ipv4.network_address}-{self.ipv4.prefixlen}"
+        if self.ipv6 is not None:
+            key = f"{key}&{self.ipv6.network_address}-{self.ipv6.prefixlen}"
+        object.__setattr__(self, "key", key)
 
     @classmethod
     def from_key(cls, key: str) -> Subnets:
@@ -46,8 +58,8 @@ class Subnets:
         v4, v4_len, v6, v6_len = match.groups()
         try:
             return cls(
-                IPv4Network(f"{v4}/{v4_len}"),
-                None if v6 is None else IPv6Network(f"{v6}/{v6_len}"),
+                IPv4Network((v4, int(v4_len))),
+                None if v6 is None else IPv6Network((v6, int(v6_len))),
             )
         except ValueError as exc:
             raise LeaseFormatError(f"{key!r}: {exc}") from exc
@@ -169,7 +181,7 @@ def validate(lease: Lease, network: IPv4Network) -> str | None:
 
     A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.
     """
-    if not lease.subnet.subnet_of(network):
+    if not _overlap(lease.subnet, network) or lease.subnet.prefixlen < network.prefixlen:
         return f"subnet {lease.subnet} is outside Network {network}"
     if not 16 <= lease.subnet.prefixlen <= 30:
         return f"prefix length {lease.subnet.prefixlen} is outside 16..30"
@@ -209,6 +221,7 @@ class LeaseTable:
         self._ground = _Ground()
         self._waiting: dict[str, Lease] = {}
         """Refused only because another lease has their ground."""
+        self._expiries = _Expiries()
         self.refused: dict[str, str] = {}
 
     @property
@@ -223,29 +236,54 @@ class LeaseTable:
             touched[event.lease.key] = None
             if event.type is EventType.ADDED:
                 self._known[event.lease.key] = event.lease
+                self._expiries.add(event.lease)
             else:
                 self._known.pop(event.lease.key, None)
+        if len(self._expiries) > 2 * len(self._known) + _STALE_EXPIRIES:
+            self._expiries.rebuild(self._known.values())
         return self._settle(touched)
 
     def reset(self, snapshot: Iterable[Lease]) -> list[LeaseEvent]:
         """Replace all state (the watch fell behind); return the difference by full content."""
+        return list(chain.from_iterable(self.reset_by_parts(snapshot, sys.maxsize)))
+
+    def reset_by_parts(self, snapshot: Iterable[Lease], size: int) -> Iterator[list[LeaseEvent]]:
+        """`reset`, `size` leases a step, so that others get a turn between: a million would take seconds.
+
+        What one step returns is to be applied before the next.  Other calls may come between two steps; the table
+        keeps its promises throughout, but holds all of the snapshot only after the last one.
+        """
         before = self._known
         self._known = {lease.key: lease for lease in snapshot}
-        return self._settle(before | self._known)
+        self._expiries.rebuild(self._known.values())
+        yield self._settle([key for key in before if key not in self._known])
+        # In the order of their addresses: every host gives the same one of two that overlap the ground.
+        keys = sorted(self._known, key=lambda key: _order(self._known[key]))
+        for at in range(0, len(keys), size):
+            yield self._settle(keys[at : at + size])
 
     def expire(self, now_s: float) -> list[LeaseEvent]:
         """Drop what has expired by `now_s` (Unix seconds), whether or not the store has said so yet."""
-        expired = [key for key, lease in self._known.items() if lease.is_expired(now_s)]
-        for key in expired:
-            del self._known[key]
+        expired = []
+        while (soonest := self._expiries.next(self._known)) is not None and soonest[0] <= now_s:
+            del self._known[soonest[1]]
+            expired.append(soonest[1])
         return self._settle(expired)
 
     def next_expiry_s(self) -> float | None:
         """When `expire` will next have something to do, Unix seconds."""
-        return min((lease.expires_s for lease in self._known.values() if lease.expires_s is not None), default=None)
+        soonest = self._expiries.next(self._known)
+        return None if soonest is None else soonest[0]
+
+    def postpone(self, seconds: float) -> None:
+        """Move every expiry: the clock was set by so much, and none of the leases has become older by it."""
+        self._known = {key: _postponed(lease, seconds) for key, lease in self._known.items()}
+        self._used = {key: self._known.get(key, lease) for key, lease in self._used.items()}
+        self._waiting = {key: self._known.get(key, lease) for key, lease in self._waiting.items()}
+        self._expiries.rebuild(self._known.values())
 
     def _unusable(self, lease: Lease) -> str | None:
-        if lease.subnet.overlaps(self._own_subnet):
+        if _overlap(lease.subnet, self._own_subnet):
             return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
         return validate(lease, self._network) or self._refusal(lease)
 
@@ -277,7 +315,7 @@ class LeaseTable:
                 removed.append(old)
         if removed:
             newcomers += self._waiting.values()
-        for lease in sorted(newcomers, key=lambda it: (it.subnet.network_address, it.subnet.prefixlen)):
+        for lease in sorted(newcomers, key=_order):
             other = self._ground.claim(lease)
             if other is None:
                 self._used[lease.key] = lease
@@ -293,8 +331,29 @@ class LeaseTable:
 
 
 def _same(old: Lease | None, new: Lease) -> bool:
-    """Whether a backend would do the same for both: everything but expiry and revision is equal."""
-    return old is not None and old.subnets == new.subnets and old.attrs == new.attrs
+    """Whether a backend would do the same for both, which have one key: everything but expiry and revision is equal."""
+    return old is not None and old.attrs == new.attrs
+
+
+def _order(lease: Lease) -> tuple[int, int]:
+    """By address, the wider subnet first."""
+    return int(lease.subnet.network_address), lease.subnet.prefixlen
+
+
+def _postponed(lease: Lease, seconds: float) -> Lease:
+    return lease if lease.expires_s is None else replace(lease, expires_s=lease.expires_s + seconds)
+
+
+def _overlap(a: IPv4Network, b: IPv4Network) -> bool:
+    """Whether the two share an address.  The same as `a.overlaps(b)`, which makes an object for every end of both."""
+    shorter = min(a.prefixlen, b.prefixlen)
+    return (int(a.network_address) ^ int(b.network_address)) >> (32 - shorter) == 0
+
+
+def _span(subnet: IPv4Network) -> tuple[int, int]:
+    """First and last address."""
+    first = int(subnet.network_address)
+    return first, first | 0xFFFFFFFF >> subnet.prefixlen
 
 
 class _Ground:
@@ -306,12 +365,12 @@ class _Ground:
 
     def claim(self, lease: Lease) -> Lease | None:
         """Take the lease's subnet; the lease that is in the way when it overlaps one already taken."""
-        first, last = int(lease.subnet.network_address), int(lease.subnet.broadcast_address)
+        first, last = _span(lease.subnet)
         # Of disjoint subnets only the last one that begins before our end can reach into us.
         place = bisect_right(self._firsts, last)
         if place:
             other = self._holder[self._firsts[place - 1]]
-            if int(other.subnet.broadcast_address) >= first:
+            if _span(other.subnet)[1] >= first:
                 return other
         self._firsts.insert(place, first)
         self._holder[first] = lease
@@ -322,3 +381,36 @@ class _Ground:
         first = int(lease.subnet.network_address)
         del self._holder[first]
         del self._firsts[bisect_left(self._firsts, first)]
+
+
+class _Expiries:
+    """When leases expire, soonest first.
+
+    A lease that is renewed or goes leaves its old entry behind, which says nothing once it comes to the front; so
+    a change costs little, and a look at the front nearly nothing.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, str]] = []
+
+    def add(self, lease: Lease) -> None:
+        if lease.expires_s is not None:
+            heappush(self._heap, (lease.expires_s, lease.key))
+
+    def rebuild(self, leases: Iterable[Lease]) -> None:
+        """Forget everything but `leases`."""
+        self._heap = [(lease.expires_s, lease.key) for lease in leases if lease.expires_s is not None]
+        heapify(self._heap)
+
+    def next(self, known: Mapping[str, Lease]) -> tuple[float, str] | None:
+        """The soonest of those `known`: when, and its key."""
+        while self._heap:
+            expires_s, key = self._heap[0]
+            lease = known.get(key)
+            if lease is not None and lease.expires_s == expires_s:
+                return self._heap[0]
+            heappop(self._heap)
+        return None
+
+    def __len__(self) -> int:
+        return len(self._heap)

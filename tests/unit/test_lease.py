@@ -326,6 +326,49 @@ def test_expire_removes_what_the_store_has_not_yet_said_is_gone() -> None:
     assert peers.peers == {C.key: C}
 
 
+def test_reset_by_parts_gives_the_ground_to_the_same_lease_as_reset() -> None:
+    """The parts are in the order of the addresses, not of the keys: 10.244.10.0 is before 10.244.9.0 among those."""
+    wide, narrow = lease("10.244.8.0/22", "192.0.2.50"), lease("10.244.10.0/24", "192.0.2.51")
+    for size in (1, 2, 100):
+        peers = table()
+        parts = list(peers.reset_by_parts([narrow, A, wide], size))
+        assert [event for part in parts for event in part] == added(A, wide)
+        assert set(peers.refused) == {narrow.key}
+        assert max(map(len, parts)) <= size
+
+
+def test_reset_by_parts_can_be_interrupted_by_what_happens_meanwhile() -> None:
+    peers = table()
+    peers.reset([A])
+    parts = peers.reset_by_parts([B, C], 1)
+    assert next(parts) == removed(A)
+    assert next(parts) == added(B)
+    moved = lease("10.244.3.0/24", "192.0.2.99", expires_s=100)
+    assert peers.update(added(moved) + removed(B)) == removed(B) + added(moved)
+    assert peers.expire(100) == removed(moved)
+    assert list(parts) == [[]]
+    assert peers.peers == {}
+
+
+def test_postpone_moves_every_expiry_and_changes_no_peer() -> None:
+    peers = table()
+    peers.reset([lease("10.244.1.0/24", expires_s=100), lease("10.244.1.0/25", expires_s=150), C])
+    peers.postpone(1000)
+    assert peers.next_expiry_s() == 1100
+    assert peers.expire(1099) == []
+    (gone, taken) = peers.expire(1100)
+    assert (gone.type, gone.lease.expires_s) == (EventType.REMOVED, 1100)
+    assert (taken.type, taken.lease.expires_s) == (EventType.ADDED, 1150)
+
+
+def test_a_lease_that_is_rewritten_for_ever_costs_no_memory() -> None:
+    peers = table()
+    for second in range(10_000):
+        peers.update(added(lease("10.244.1.0/24", expires_s=1e9 + second)))
+    assert len(peers._expiries) < 2000
+    assert peers.next_expiry_s() == 1e9 + 9_999
+
+
 SUBNETS = st.builds(
     lambda at, bits: IPv4Network((0x0AF40000 + at * 16, bits), strict=False), st.integers(0, 63), st.integers(21, 31)
 )
@@ -339,11 +382,11 @@ EVENTS = st.lists(st.builds(LeaseEvent, st.sampled_from(EventType), LEASES), max
 STEPS = st.lists(EVENTS | st.builds(tuple, st.lists(LEASES, max_size=12)) | st.integers(0, 100), max_size=12)
 
 
-@given(STEPS)
+@given(STEPS, st.sampled_from([1, 3, 100]))
 def test_table_holds_its_promises_after_any_sequence_of_calls(
-    steps: list[list[LeaseEvent] | tuple[Lease, ...] | int],
+    steps: list[list[LeaseEvent] | tuple[Lease, ...] | int], size: int
 ) -> None:
-    """A step is events for `update`, a snapshot for `reset` or a time for `expire`."""
+    """A step is events for `update`, a snapshot for `reset` by parts of `size`, or a time for `expire`."""
     peers, known, replayed = table(), dict[str, Lease](), dict[str, Lease]()
     for step in steps:
         before = dict(peers.peers)
@@ -352,7 +395,7 @@ def test_table_holds_its_promises_after_any_sequence_of_calls(
             events = peers.expire(step)
         elif isinstance(step, tuple):
             known = {one.key: one for one in step}
-            events = peers.reset(step)
+            events = [event for part in peers.reset_by_parts(step, size) for event in part]
         else:
             for event in step:
                 known.pop(event.lease.key, None)
@@ -366,6 +409,8 @@ def test_table_holds_its_promises_after_any_sequence_of_calls(
                 replayed[event.lease.key] = event.lease
             else:
                 assert replayed.pop(event.lease.key) == event.lease
+        expiries = [one.expires_s for one in known.values() if one.expires_s is not None]
+        assert peers.next_expiry_s() == min(expiries, default=None)
         used = dict(peers.peers)
         assert {key: one.attrs for key, one in used.items()} == {key: one.attrs for key, one in replayed.items()}
         replayed = dict(used)  # with the expiries that no event reports

@@ -99,6 +99,6 @@ class Stats:
         rows: list[list[int]] = sums.tolist()
         return rows
 
-    def clear_peer(self, index: int) -> None:
-        """Start the peer's counters at zero; only while no worker can count under the index."""
-        self._peers[:, index] = 0
+    def clear_peers(self, indexes: Sequence[int]) -> None:
+        """Start the peers' counters at zero; only while no worker can count under their indexes."""
+        self._peers[:, np.array(indexes, np.intp)] = 0

@@ -149,15 +149,17 @@ class TableWriter:
             self._fresh.append(index)
             self._top = max(self._top, index)
             self._fill(subnet, index)
-        peer = self._peers[index]
-        peer["family"] = AF_INET
-        peer["port_be"] = remote.port
-        peer["address_be"] = int(remote.address)
-        peer["subnet"] = int(subnet.network_address)
-        peer["mask"] = int(subnet.netmask)
-        peer["mtu"] = mtu
-        peer["flags"] = _FLAG_UDPTUN if remote.is_udptun else 0
-        peer["prefix"] = 0 if vtep is None else list(vtep.prefix(remote.mac))
+        # As one: field by field takes three times as long, and there may be 65,535 of them.
+        self._peers[index] = (
+            AF_INET,
+            remote.port,
+            int(remote.address),
+            int(subnet.network_address),
+            int(subnet.netmask),
+            mtu,
+            _FLAG_UDPTUN if remote.is_udptun else 0,
+            0 if vtep is None else list(vtep.prefix(remote.mac)),
+        )
         return index
 
     def remove_peer(self, subnet: IPv4Network) -> None:
@@ -186,8 +188,7 @@ class TableWriter:
         generation = self.generation
         if any(seen not in (0, generation) for seen in stats.generations_seen()[:n_workers]):
             return False
-        for index in self._fresh:
-            stats.clear_peer(index)
+        stats.clear_peers(self._fresh)
         self._fresh.clear()
         slot = self._slots[(generation + 1) & 1]
         n_l1 = int(self._settings["n_l1"])
