@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 from udptun import __version__, notify, probe, state, status, subnet_env, underlay
 from udptun.allocate import Identity, chooser
 from udptun.backends.base import Backend, Live
+from udptun.clock import Clock
 from udptun.config import (
     DatapathKeys,
     LogLevel,
@@ -46,7 +48,7 @@ from udptun.http import Response, Routes, serve
 from udptun.lease import LeaseAttrs, LeaseEvent
 from udptun.masq import firewall
 from udptun.masq.firewall import Firewall
-from udptun.membership import Membership
+from udptun.membership import Membership, find_start
 from udptun.netlink import Netlink
 from udptun.offload import corrupted_by
 from udptun.options import Options, StoreKind
@@ -67,6 +69,9 @@ def run(options: Options) -> int:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
     )
     _set_log_level(options, None)
+    # Thousands of leases are hundreds of thousands of objects that stay: looking through them for cycles every 700
+    # (Python's default) takes as long as making them.
+    gc.set_threshold(50_000)
     for warning in options.warnings:
         log.warning("%s", warning)
     if options.store_warning:
@@ -175,7 +180,9 @@ class Daemon:
             await self._serve_health(undo)
             store = open_store(options)
             undo.push_async_callback(store.aclose)
-            self._conf = await self._read_config(store)
+            clock = Clock()
+            start = await find_start(store, options.state_dir, clock)
+            self._conf = self._parse_config(start.config, store)
             self._underlay = await self._pick_underlay()
             check_underlay(self._conf, self._underlay.address)
             _set_log_level(options, self._conf.backend.log_level)
@@ -192,12 +199,14 @@ class Daemon:
             self._me = Identity(self._underlay.public_ip, attrs.port(0) or None, node_id)
             self._membership = Membership(
                 store,
+                start,
                 self._conf,
                 self._me,
                 options.state_dir,
                 60.0 * options.subnet_lease_renew_margin,
                 self._backend.refusal,
                 self._peers_changed,
+                clock,
             )
             self._forwarding = await Forwarding.open(
                 choice,
@@ -245,8 +254,8 @@ class Daemon:
         for server in servers:
             undo.callback(server.close)
 
-    async def _read_config(self, store: Store) -> NetConf:
-        conf = parse_net_conf(await store.network_config(), store.config_name)
+    def _parse_config(self, text: str, store: Store) -> NetConf:
+        conf = parse_net_conf(text, store.config_name)
         for note in conf.notes:
             log.warning("%s", note)
         return conf
@@ -287,9 +296,6 @@ class Daemon:
         if wrong:
             log.warning("previous subnet ignored: %s", wrong)
         await self._membership.join(attrs, chooser(self._conf, self._me, previous, random.SystemRandom()))
-        if not self._forwarding.is_adopted:
-            # An adopted datapath has a table that is younger than the one on disk.
-            await self._membership.recall()
         await self._membership.catch_up()
 
     async def _undo_failed_start(self, *_exc: object) -> None:
@@ -315,7 +321,7 @@ class Daemon:
             self._reload.clear()
             self._notify(notify.reloading())
             try:
-                conf = await self._read_config(store)
+                conf = self._parse_config(await store.network_config(), store)
                 check_underlay(conf, self._underlay.address)
                 live = self._live_settings(conf)
             except UdptunError as exc:

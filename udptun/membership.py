@@ -2,52 +2,209 @@
 
 The store says what is; `LeaseTable` decides what of it can be used; whoever made us is told the difference.  The last
 good table is kept in the state directory for the next start.
+
+**When leases end.**  A store drops what has expired by itself and says so: while it answers, its word alone counts, and
+no clock of ours takes a peer away.  Only while it is away does the table drop what its expiry says is over; the
+store is then asked for all leases again when it is back, because it may have kept one longer (etcd extends leases when
+its leader changes) without an event that says so.
+
+**Clocks.**  An expiry is compared with the time of day, and that may be set.  A lease does not get older by that:
+before any expiry is looked at, every one is moved by as much as the clock was set since the last look.
+
+**A store that is away at the start.**  The lease and the table of the last run are good until they expire, so packets
+are carried at once.  When the store answers, our own lease is claimed again before anything else is believed.
+
+**Two hosts with one address.**  A lease with our PublicIP and port is taken over, as flannel does: it is nearly always
+our own of before.  When the host that held it is alive, it writes the lease once more, which says that it is; the
+later one then leaves it alone.  It goes on forwarding, says so, and needs an address or a port of its own.  So each of
+the two writes once, and neither fights.  Clones of one machine, with one NodeID between them, are told apart the same
+way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any, TypeVar
 
 from udptun import state
 from udptun.allocate import Identity
-from udptun.config import NetConf
+from udptun.clock import Clock
+from udptun.config import NetConf, parse_net_conf
 from udptun.errors import ConfigError, KernelError, LeaseError, LeaseLostError, StoreUnavailableError
 from udptun.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseTable, validate
+from udptun.state import LastLeases
 from udptun.stores.base import Choice, Chooser, Snapshot, Store, WatchBatch
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_S = 1.0
+"""How long a store may take to answer at the start before the last run's table is used in its stead."""
 _RENEW_RETRY_S = 60.0
 """After a renewal, or taking a lost lease again, that failed (flannel's)."""
 _CLOCK_CHECK_S = 30.0
 """Sleep no longer than this towards a time of day: the clock may be set meanwhile."""
+_CLOCK_SET_S = 2.0
+"""A difference between the two clocks that changed by more than this since the last look was somebody's doing."""
 _EXPIRY_CHECK_S = 1.0
 _SAVE_DELAY_S = 1.0
 """Collect changes this long before the table is written to disk."""
+_LEASES_AT_ONCE = 1000
+"""So many leases are taken over before others get a turn; about 10 ms."""
 _LOGGED_EVENTS = 20
 """Peers named one by one in the log per change; of more only the number is."""
-_RECONNECT_S = (0.1, 5.0)
-"""First and longest wait before the store is asked again."""
+_LOGGED_SKIPPED = 200
+"""The same for leases that cannot be used."""
+_RECONNECT_S = (0.1, 0.8)
+"""First and longest wait before the store is asked again.  The longest is what a host may be behind once it is back;
+each wait is made up to a third shorter by chance, so that hosts don't ask all at once."""
+_SAY_AGAIN_S = (10.0, 3600.0)
+"""When a store that is away is mentioned again, first and at most; six times later each time."""
 _CALM_S = 15.0
 """A watch that has not failed for so long works, even with nothing to report (a locked file fails after 10 s)."""
 _CLAIM_PATIENCE_S = 0.3
 """How long a claim that was interrupted may take to end."""
-_KEPT_SKIPPED = 100
+_KEPT_SKIPPED = 1000
 """How many lines about skipped items of the store are remembered."""
+_PROOF_S = 60.0
+"""We show the same host that we are alive once in so long: two that both think they were first would fight."""
 
 PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a daemon starts from: the text of net-conf.json and, when the store is away, what the last run knew."""
+
+    config: str
+    last: LastLeases | None = None
+
+
+async def find_start(store: Store, state_dir: Path, clock: Clock) -> Start:
+    """The network config in the store or, while it does not answer, that of the last run; without either it waits.
+
+    Raises ConfigError as the store does.
+    """
+
+    async def recall() -> state.Remembered:
+        return await asyncio.to_thread(state.load, state_dir, None, clock.unix_s())
+
+    answer = await _ask_or_recall(store, store.network_config, recall, clock)
+    return Start(answer) if isinstance(answer, str) else Start(answer.config, answer)
+
+
+async def _ask_or_recall(
+    store: Store,
+    ask: Callable[[], Coroutine[None, None, T]],
+    recall: Callable[[], Awaitable[state.Remembered]],
+    clock: Clock,
+) -> T | LastLeases:
+    """What the store answers or, when it does not do so soon, what the last run knew; without either it waits."""
+    outage, pause = _Outage(store.name, clock), _Pause()
+    doing = ""
+    while True:
+        answer = asyncio.create_task(ask())
+        try:
+            await asyncio.wait([answer], timeout=_PATIENCE_S)
+            if not doing and (problem := _unavailable(answer, store)):
+                found = await recall()
+                if found.last is not None:
+                    log.warning("lease store unavailable, beginning with the table of the last run error=%r", problem)
+                    return found.last
+                doing = f"waiting for it, as there is no table of a last run to begin with: {found.reason}"
+                outage.goes_on(problem, doing)
+            await asyncio.wait([answer])
+            if not (problem := _unavailable(answer, store)):
+                outage.end()
+                return answer.result()
+            outage.goes_on(problem, doing)
+        finally:
+            answer.cancel()
+        await pause.sleep()
+
+
+def _unavailable(answer: asyncio.Task[Any], store: Store) -> str:
+    """Why there is no answer; empty when there is one."""
+    if not answer.done():
+        return f"{store.name} has not answered within {_PATIENCE_S:g} s"
+    exc = answer.exception()
+    return str(exc) if isinstance(exc, StoreUnavailableError) else ""
+
+
+class _Outage:
+    """Says in few lines that the store is away: each reason once, and now and then that it still is."""
+
+    def __init__(self, store_name: str, clock: Clock) -> None:
+        self._store_name = store_name
+        self._clock = clock
+        self._said: set[str] = set()
+        self._began_s = self._say_again_s = 0.0
+        self.reason = ""
+        """Empty while it answers."""
+
+    def goes_on(self, reason: str, doing: str) -> None:
+        """It failed once more; `doing` says what we do meanwhile."""
+        now_s = self._clock.elapsed_s()
+        if not self.reason:
+            self._began_s, self._say_again_s = now_s, _SAY_AGAIN_S[0]
+        self.reason = reason
+        away_s = now_s - self._began_s
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning("lease store unavailable, %s error=%r", doing, reason)
+        elif away_s >= self._say_again_s:
+            log.warning("lease store still unavailable, %s since_s=%.0f error=%r", doing, away_s, reason)
+        while away_s >= self._say_again_s:
+            self._say_again_s += min(5 * self._say_again_s, _SAY_AGAIN_S[1])
+
+    def end(self) -> None:
+        """It answers."""
+        if self.reason:
+            away_s = self._clock.elapsed_s() - self._began_s
+            log.info("lease store answers again store=%s after_s=%.1f", self._store_name, away_s)
+        self.reason = ""
+        self._said.clear()
+
+
+class _Pause:
+    """Waits twice as long each time, a little less by chance; see _RECONNECT_S."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._next_s, self._longest_s = _RECONNECT_S
+
+    async def sleep(self) -> None:
+        await asyncio.sleep(self._next_s * random.uniform(2 / 3, 1))
+        self._next_s = min(2 * self._next_s, self._longest_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Who wrote a lease.  Two hosts that agree in all of it cannot be told apart.  `port` 0: the backend has none."""
+
+    public_ip: IPv4Address
+    port: int
+    node_id: str | None
+
+    def __str__(self) -> str:
+        where = f"{self.public_ip}:{self.port}" if self.port else str(self.public_ip)
+        return f"{where} (node {self.node_id or 'without id'})"
 
 
 class Membership:
     """Holds `own`, our lease, and (from `join` on) `table`, the peers; tells `on_change` what to do about the latter.
 
-    `margin_s`: renew so long before the lease expires.  `refusal` is the backend's: why a lease is no peer of it.  The
-    store stays the caller's.
+    `start` is what `conf` was made of.  `margin_s`: renew so long before the lease expires.  `refusal` is the
+    backend's: why a lease is no peer of it.  The store stays the caller's.
     """
 
     table: LeaseTable
@@ -55,34 +212,56 @@ class Membership:
     def __init__(
         self,
         store: Store,
+        start: Start,
         conf: NetConf,
         me: Identity,
         state_dir: Path,
         margin_s: float,
         refusal: Callable[[Lease], str | None],
         on_change: PeersChanged,
+        clock: Clock,
     ) -> None:
         self._store = store
+        self._config = start.config
+        self._last = start.last
         self._conf = conf
         self._me = me
         self._state_dir = state_dir
         self._margin_s = margin_s
         self._refusal = refusal
         self._on_change = on_change
+        self._clock = clock
+        self._clock_ahead_s = clock.unix_s() - clock.elapsed_s()
         self._own: Lease | None = None
         self._is_lost = False
         """Whether the store no longer has our lease as we hold it."""
+        self._is_provisional = False
+        """Whether our lease is the last run's, and the store has not been asked yet."""
+        self._must_list = False
+        """Whether the table may lack what the store has and would not tell again."""
+        self._is_failing = False
+        """Whether the store did not answer when it was asked last."""
         self._own_news = asyncio.Event()
         self._own_problem = ""
-        self._store_problem = ""
+        self._outage = _Outage(store.name, clock)
+        self._asking = asyncio.Lock()
+        """Held while the store is asked for anything but the watch: one thing at a time (stores/base.py)."""
         self._dirty = asyncio.Event()
+        self._saving: asyncio.Future[None] | None = None
         self._skipped: tuple[str, ...] = ()
         self._said: frozenset[str] = frozenset()
+        self._clones: dict[str, str] = {}
         self._revision = 0
         self._claim: asyncio.Task[Lease] | None = None
         """The one of `join`."""
         self._held_before: frozenset[str] = frozenset()
         """The keys that were taken when `join` chose."""
+        self._replaced: frozenset[_Writer] = frozenset()
+        """Whose leases `join` took over: the later one of us and them is us."""
+        self._taker: _Writer | None = None
+        """Who wrote our lease last, when it was not us."""
+        self._proofs: dict[_Writer, float] = {}
+        """When we last took our lease back from a host that had taken it over (time elapsed)."""
 
     @property
     def own(self) -> Lease:
@@ -99,50 +278,66 @@ class Membership:
     @property
     def problems(self) -> tuple[str, ...]:
         """One line for each thing that is wrong with our lease or with the store right now."""
-        return tuple(filter(None, (self._own_problem, self._store_problem)))
+        expired = ""
+        if self._outage.reason and self.own.is_expired(self._clock.unix_s()):
+            expired = f"our lease {self.own.subnet} has expired, and another host may get it, while the store is away"
+        return tuple(filter(None, (self._own_problem, expired, self._outage.reason, *self._clones.values())))
 
     async def join(self, attrs: LeaseAttrs, choose: Chooser) -> None:
-        """Get our lease: the one we had, or a new one.  Raises ConfigError when it cannot be used."""
+        """Get our lease: the one we had, or a new one.  Raises ConfigError when it cannot be used.
+
+        While the store is away it is the last run's, or, when that is over, we wait.
+        """
         seen: list[Lease] = []
+        dropped: list[str] = []
 
         def choose_and_remember(leases: Sequence[Lease]) -> Choice:
             # Asked again, as after a lost race: the last answer counts.
-            seen[:] = leases
+            choice = choose(leases)
+            seen[:], dropped[:] = leases, choice.drop
             self._held_before = frozenset(lease.key for lease in leases)
-            return choose(leases)
+            return choice
 
-        self._claim = asyncio.create_task(self._store.claim(attrs, choose_and_remember), name="claim lease")
-        # Shielded: a claim that is cancelled may happen all the same, and then `leave_if_new` has to know of it.
-        self._own = own = await asyncio.shield(self._claim)
+        async def claim() -> Lease:
+            self._claim = asyncio.create_task(self._store.claim(attrs, choose_and_remember), name="claim lease")
+            # Shielded: a claim that is cancelled may happen all the same, and then `leave_if_new` has to know of it.
+            return await asyncio.shield(self._claim)
+
+        got: Lease | LastLeases
+        if self._last is not None and self._is_usable(self._last):
+            got = self._last
+        else:
+            got = await _ask_or_recall(self._store, claim, self._recall, self._clock)
+        if isinstance(got, Lease):
+            own = got
+        else:
+            if self._claim is not None:
+                self._claim.cancel()
+            own = replace(got.own, attrs=attrs)
+            self._is_provisional = self._must_list = True
+        self._own, self._last = own, None if isinstance(got, Lease) else got
         self.table = LeaseTable(self._conf.network, own.subnet, self._is_own, self._refusal)
-        for lease in seen:
-            if self._me.owns(lease) and not self._is_ours(lease):
-                log.warning(
-                    "the lease of another node with our public_ip=%s and port=%s is ours now subnet=%s "
-                    "its_node_id=%s our_node_id=%s; if that node is alive, give one of the two a --public-ip or a "
-                    "Backend.Port of its own",
-                    self._me.public_ip,
-                    self._me.port,
-                    lease.subnet,
-                    lease.attrs.node_id,
-                    self._me.node_id,
-                )
+        self._replaced = self._who_held([lease for lease in seen if lease.key in (own.key, *dropped)])
         if (reason := validate(own, self._conf.network)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
-        log.info("lease acquired subnet=%s public_ip=%s store=%s", own.subnet, attrs.public_ip, self._store.name)
-
-    async def recall(self) -> None:
-        """Start from the table of the last run, until the store has told its own."""
-        found = state.load(self._state_dir, self._conf.network, time.time())
-        if found.last is None:
-            log.debug("no last lease table reason=%r", found.reason)
-            return
-        await self._apply(self.table.reset(found.last.peers))
-        log.info("peers recalled from the last run n_peers=%d", len(self.table.peers))
+        if self._is_provisional:
+            log.warning("lease of the last run in use, the store will be asked subnet=%s", own.subnet)
+        else:
+            log.info("lease acquired subnet=%s public_ip=%s store=%s", own.subnet, attrs.public_ip, self._store.name)
 
     async def catch_up(self) -> None:
-        """Take over the store's present state."""
-        await self._take_snapshot(await self._store.snapshot())
+        """Take over the store's present state or, while it is away, that of the last run."""
+        if self._last is None:
+            try:
+                await self._list()
+                return
+            except StoreUnavailableError as exc:
+                self._outage.goes_on(str(exc), "beginning with the table of the last run")
+                self._last = (await self._recall()).last
+        if self._last is not None:
+            await self._reset(self._last.peers)
+            log.info("peers recalled from the last run n_peers=%d", len(self.table.peers))
+            self._last = None
 
     async def run(self) -> None:
         """Follow the store, renew our lease, expire the others' and save the table, until cancelled."""
@@ -154,8 +349,10 @@ class Membership:
                     tasks.create_task(self._expire(), name="expire leases")
                 tasks.create_task(self._keep_saved(), name="save leases")
         finally:
+            if self._saving is not None:
+                await self._saving
             if self._dirty.is_set():
-                self._save()
+                self._save(self._to_save())
 
     async def leave_if_new(self) -> None:
         """Give our lease back unless somebody, or we in an earlier run, had it before `join`.
@@ -167,119 +364,144 @@ class Membership:
         await asyncio.wait([self._claim], timeout=_CLAIM_PATIENCE_S)
         if not self._claim.done():
             self._claim.cancel()
-        elif self._claim.exception() is None and self._claim.result().key not in self._held_before:
+        elif self._claim.cancelled() or self._claim.exception() is not None:
+            return
+        elif self._claim.result().key not in self._held_before:
             await self._store.release(self._claim.result())
 
+    # ---------------------------------------------------------------------------------------- who is who
+
+    def _owns(self, lease: Lease) -> bool:
+        return self._me.owns(lease)
+
     def _is_own(self, lease: Lease) -> bool:
-        return lease.subnets == self.own.subnets or self._me.owns(lease)
+        return lease.subnets == self.own.subnets or self._owns(lease)
 
     def _is_ours(self, lease: Lease) -> bool:
         """Whether no other node can have written the lease; flannel's have no NodeID."""
-        return self._me.owns(lease) and lease.attrs.node_id in (None, self._me.node_id)
+        return self._owns(lease) and lease.attrs.node_id in (None, self._me.node_id)
+
+    def _writer(self, lease: Lease) -> _Writer:
+        return _Writer(lease.attrs.public_ip, lease.attrs.port(self._me.port or 0), lease.attrs.node_id)
+
+    def _who_held(self, leases: Iterable[Lease]) -> frozenset[_Writer]:
+        """Of leases that are ours now: who else may think that they are theirs, with a line for each."""
+        found = frozenset(self._writer(lease) for lease in leases if not self._is_ours(lease))
+        for writer in found:
+            log.warning(
+                "the lease %s of another node is ours now: it was %s, we are %s; if that node is alive, %s",
+                self.own.subnet,
+                writer,
+                self._writer(self.own),
+                self._remedy(writer),
+            )
+        return found
+
+    def _remedy(self, other: _Writer) -> str:
+        if other.node_id == self._me.node_id:
+            return (
+                f"one of the two is a copy of the other: stop it there, delete {self._state_dir}/node-id and the "
+                "subnet.env, and start it again"
+            )
+        return f"start one of the two with another --public-ip{' or Backend.Port' if self._me.port else ''}"
+
+    def _may_take_back(self, writer: _Writer) -> bool:
+        """Whether our lease, which `writer` has written, was ours first, and it has not been shown that we live."""
+        if writer in self._replaced:
+            return False
+        is_double = writer.node_id == self._me.node_id or (writer.public_ip, writer.port) == (
+            self._me.public_ip,
+            self._me.port,
+        )
+        shown_s = self._proofs.get(writer)
+        return is_double and (shown_s is None or self._clock.elapsed_s() - shown_s >= _PROOF_S)
+
+    # ---------------------------------------------------------------------------------------- the others
 
     async def _follow(self) -> None:
-        wait_s, longest_s = _RECONNECT_S
+        pause = _Pause()
         while True:
-            # A watch is silent while nothing changes, so that only time tells whether it works.
-            calm = asyncio.get_running_loop().call_later(_CALM_S, self._store_answers)
+            calm = None
             try:
+                if self._is_provisional:
+                    await self._confirm()
+                while self._must_list:
+                    await self._list()
+                self._is_failing = False
+                # A watch is silent while nothing changes, so that only time tells whether it works.
+                calm = asyncio.get_running_loop().call_later(_CALM_S, self._store_answers)
                 async with aclosing(self._store.watch(self._revision)) as batches:
                     async for batch in batches:
-                        wait_s = _RECONNECT_S[0]
+                        pause.reset()
                         self._store_answers()
                         await self._take_batch(batch)
             except (StoreUnavailableError, ConfigError) as exc:
-                if str(exc) != self._store_problem:
-                    self._store_problem = str(exc)
-                    log.warning("lease store unavailable, forwarding on with the last table error=%r", str(exc))
-                await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, longest_s)
+                self._is_failing = True
+                self._outage.goes_on(str(exc), "forwarding on with the last table")
+                await pause.sleep()
             finally:
-                calm.cancel()
+                if calm is not None:
+                    calm.cancel()
 
     def _store_answers(self) -> None:
-        if self._store_problem:
-            self._store_problem = ""
-            log.info("lease store answers again store=%s", self._store.name)
+        if self._outage.reason:
+            # Whoever waits to write our lease need wait no longer.
+            self._own_news.set()
+        self._outage.end()
+
+    async def _confirm(self) -> None:
+        """Claim the lease that we began with."""
+        config = await self._store.network_config()
+        network = parse_net_conf(config, self._store.name).network
+        if network != self._conf.network:
+            raise ConfigError(f"Network is {network} in {self._store.name}, not {self._conf.network}; restart to move")
+        if config != self._config:
+            log.warning("network config changed since the last run; SIGHUP applies it, as far as that goes")
+        try:
+            await self._take_again()
+        except LeaseLostError as exc:
+            self._is_lost = True
+            self._say_own_problem("confirmed", exc)
+        self._is_provisional = False
+        self._own_news.set()
+
+    async def _list(self) -> None:
+        self._must_list = False  # what expires from here on sets it again
+        try:
+            async with self._asking:
+                snapshot = await self._store.snapshot()
+        except BaseException:
+            self._must_list = True
+            raise
+        self._store_answers()
+        await self._take_snapshot(snapshot)
 
     async def _take_batch(self, batch: WatchBatch) -> None:
         if batch.snapshot is not None:
             await self._take_snapshot(batch.snapshot)
             return
-        self._revision = batch.revision
+        self._mind_the_clock()
         self._say_skipped(tuple(dict.fromkeys((*self._skipped, *batch.skipped)))[-_KEPT_SKIPPED:])
-        await self._apply(self.table.update(batch.events))
+        for at in range(0, len(batch.events), _LEASES_AT_ONCE):
+            await self._apply(self.table.update(batch.events[at : at + _LEASES_AT_ONCE]))
+        self._revision = batch.revision
         for event in batch.events:
-            if event.lease.key == self.own.key:
+            # What was written before we wrote it last no longer matters.
+            if event.lease.key == self.own.key and event.lease.revision >= self.own.revision:
                 self._check_own(event)
 
     async def _take_snapshot(self, snapshot: Snapshot) -> None:
-        self._revision = snapshot.revision
+        self._mind_the_clock()
         self._say_skipped(snapshot.skipped)
-        await self._apply(self.table.reset(snapshot.leases))
+        await self._reset(snapshot.leases)
+        self._revision = snapshot.revision
         mine = next((lease for lease in snapshot.leases if lease.key == self.own.key), None)
         self._check_own(LeaseEvent(EventType.REMOVED, self.own) if mine is None else LeaseEvent(EventType.ADDED, mine))
 
-    def _check_own(self, event: LeaseEvent) -> None:
-        """See what the store says about our own lease; `_hold` does what there is to do."""
-        self._is_lost = event.type is EventType.REMOVED or event.lease.attrs != self.own.attrs
-        if not self._is_lost:
-            self._own, self._own_problem = event.lease, ""
-        elif event.type is EventType.REMOVED:
-            log.warning("our lease is gone from the store, taking it again subnet=%s", self.own.subnet)
-        self._own_news.set()
-
-    async def _hold(self) -> None:
-        """Renew our lease by margin, and take it again when the store has lost it."""
-        while True:
-            expires_s = self.own.expires_s
-            due_s = _CLOCK_CHECK_S if expires_s is None else expires_s - self._margin_s - time.time()
-            if due_s > 0 and not self._is_lost:
-                await self._wait_for_own_news(min(due_s, _CLOCK_CHECK_S))
-                continue
-            was_lost = self._is_lost
-            try:
-                await (self._take_again() if was_lost else self._renew())
-            except (LeaseError, ConfigError) as exc:
-                if isinstance(exc, LeaseLostError) and not was_lost:
-                    self._is_lost = True
-                    continue
-                if str(exc) != self._own_problem:
-                    self._own_problem = str(exc)
-                    attempt = "taken again" if was_lost else "renewed"
-                    log.error("our lease cannot be %s, forwarding on error=%r", attempt, str(exc))
-                await self._wait_for_own_news(_RENEW_RETRY_S)
-
-    async def _wait_for_own_news(self, seconds: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._own_news.wait()
-        self._own_news.clear()
-
-    async def _renew(self) -> None:
-        self._own = await self._store.renew(self.own)
-        self._own_problem = ""
-        self._dirty.set()
-        log.info("lease renewed subnet=%s", self.own.subnet)
-
-    async def _take_again(self) -> None:
-        lease = await self._store.claim(self.own.attrs, self._same_subnet_again)
-        if lease.subnets != self.own.subnets:
-            raise LeaseLostError(
-                f"{self._store.name} gives this host {lease.subnet} now, not {self.own.subnet}; restart to use it"
-            )
-        self._own, self._is_lost, self._own_problem = lease, False, ""
-        self._dirty.set()
-        log.info("lease taken again subnet=%s", self.own.subnet)
-
-    def _same_subnet_again(self, leases: Sequence[Lease]) -> Choice:
-        for lease in leases:
-            if lease.subnet.overlaps(self.own.subnet) and not self._is_ours(lease):
-                raise LeaseLostError(
-                    f"{self.own.subnet} is leased to {lease.attrs.public_ip} (node "
-                    f"{lease.attrs.node_id or 'without id'}) now; restart to lease another subnet"
-                )
-        return Choice(self.own.subnets)
+    async def _reset(self, leases: Sequence[Lease]) -> None:
+        for events in self.table.reset_by_parts(leases, _LEASES_AT_ONCE):
+            await self._apply(events)
+            await asyncio.sleep(0)
 
     async def _apply(self, events: list[LeaseEvent]) -> None:
         self._say_skipped(self._skipped)
@@ -293,33 +515,188 @@ class Membership:
             )
         if len(events) > _LOGGED_EVENTS:
             log.info("peers changed n_more=%d n_peers=%d", len(events) - _LOGGED_EVENTS, len(self.table.peers))
+        for event in events:
+            if event.lease.attrs.node_id == self._me.node_id or event.lease.key in self._clones:
+                self._look_for_a_clone(event)
+
+    def _look_for_a_clone(self, event: LeaseEvent) -> None:
+        self._clones.pop(event.lease.key, None)
+        if event.type is EventType.ADDED and event.lease.attrs.node_id == self._me.node_id:
+            writer = self._writer(event.lease)
+            line = (
+                f"the lease {event.lease.subnet} of {writer} has our NodeID: it is our own of before we moved, or "
+                f"{self._remedy(writer)}"
+            )
+            self._clones[event.lease.key] = line
+            log.warning("%s", line)
 
     def _say_skipped(self, skipped: Iterable[str]) -> None:
         """One line for each item that is newly refused."""
         self._skipped = tuple(skipped)
+        if not self._skipped and not self.table.refused and not self._said:
+            return
         now = frozenset(self.skipped)
-        for line in sorted(now - self._said):
+        new = sorted(now - self._said)
+        for line in new[:_LOGGED_SKIPPED]:
             log.warning("lease skipped %s", line)
+        if len(new) > _LOGGED_SKIPPED:
+            log.warning("leases skipped n_more=%d; `udptun status` names them", len(new) - _LOGGED_SKIPPED)
         self._said = now
 
     async def _expire(self) -> None:
+        """Drop what has expired while the store is away, which would say so itself."""
         while True:
+            self._mind_the_clock()
+            now_s = self._clock.unix_s()
             next_s = self.table.next_expiry_s()
-            if next_s is not None and next_s <= time.time():
-                await self._apply(self.table.expire(time.time()))
+            if self._is_failing and next_s is not None and next_s <= now_s:
+                self._must_list = True
+                await self._apply(self.table.expire(now_s))
             await asyncio.sleep(_EXPIRY_CHECK_S)
+
+    def _mind_the_clock(self) -> None:
+        """Move all expiries along when somebody has set the clock."""
+        ahead_s = self._clock.unix_s() - self._clock.elapsed_s()
+        # A clock that is slewed goes 0.05 % wrong at most: that is left to add up.
+        set_by_s, self._clock_ahead_s = ahead_s - self._clock_ahead_s, ahead_s
+        if abs(set_by_s) < _CLOCK_SET_S:
+            return
+        log.warning("the clock was set by %+.0f s: leases last as long as they would have", set_by_s)
+        self.table.postpone(set_by_s)
+        if self._own is not None and self._own.expires_s is not None:
+            self._own = replace(self._own, expires_s=self._own.expires_s + set_by_s)
+        self._dirty.set()
+
+    # ---------------------------------------------------------------------------------------- our own
+
+    def _check_own(self, event: LeaseEvent) -> None:
+        """See what the store says about our own lease; `_hold` does what there is to do."""
+        self._is_lost = event.type is EventType.REMOVED or event.lease.attrs != self.own.attrs
+        self._taker = None
+        if not self._is_lost:
+            self._own, self._own_problem = event.lease, ""
+        elif event.type is EventType.REMOVED:
+            log.warning("our lease is gone from the store, taking it again subnet=%s", self.own.subnet)
+        else:
+            self._taker = self._writer(event.lease)
+        self._own_news.set()
+
+    async def _hold(self) -> None:
+        """Renew our lease by margin, and take it again when the store has lost it."""
+        retry_s = 0.0
+        while True:
+            self._mind_the_clock()
+            expires_s = self.own.expires_s
+            due_s = _CLOCK_CHECK_S if expires_s is None else expires_s - self._margin_s - self._clock.unix_s()
+            if self._is_provisional or (due_s > 0 and not self._is_lost):
+                await self._wait_for_own_news(_CLOCK_CHECK_S if self._is_provisional else min(due_s, _CLOCK_CHECK_S))
+                continue
+            was_lost = self._is_lost
+            try:
+                await (self._take_again() if was_lost else self._renew())
+                retry_s = 0.0
+            except (LeaseError, ConfigError) as exc:
+                if isinstance(exc, LeaseLostError) and not was_lost:
+                    self._is_lost = True
+                    continue
+                self._say_own_problem("taken again" if was_lost else "renewed", exc)
+                # Nobody else has it: the sooner it is in the store again, the better.
+                is_urgent = was_lost and not isinstance(exc, LeaseLostError)
+                retry_s = min(max(1.0, 2 * retry_s), _RENEW_RETRY_S) if is_urgent else _RENEW_RETRY_S
+                await self._wait_for_own_news(retry_s)
+
+    def _say_own_problem(self, attempt: str, exc: LeaseError | ConfigError) -> None:
+        if str(exc) != self._own_problem:
+            self._own_problem = str(exc)
+            log.error("our lease cannot be %s, forwarding on error=%r", attempt, str(exc))
+
+    async def _wait_for_own_news(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._own_news.wait()
+        self._own_news.clear()
+
+    async def _renew(self) -> None:
+        async with self._asking:
+            self._own = await self._store.renew(self.own)
+        self._own_problem = ""
+        self._dirty.set()
+        log.info("lease renewed subnet=%s", self.own.subnet)
+
+    async def _take_again(self) -> None:
+        async with self._asking:
+            lease = await self._store.claim(self.own.attrs, self._same_subnet_again)
+        if lease.subnets != self.own.subnets:
+            raise LeaseLostError(
+                f"{self._store.name} gives this host {lease.subnet} now, not {self.own.subnet}; restart to use it"
+            )
+        taker, self._taker = self._taker, None
+        self._own, self._is_lost, self._own_problem = lease, False, ""
+        self._dirty.set()
+        if taker is None or taker == self._writer(lease):
+            log.info("lease taken again subnet=%s", self.own.subnet)
+            return
+        self._proofs[taker] = self._clock.elapsed_s()
+        log.warning(
+            "our lease was taken over and is ours again subnet=%s: by %s, from %s; %s",
+            self.own.subnet,
+            taker,
+            self._writer(lease),
+            self._remedy(taker),
+        )
+
+    def _same_subnet_again(self, leases: Sequence[Lease]) -> Choice:
+        for lease in leases:
+            if not lease.subnet.overlaps(self.own.subnet) or self._is_ours(lease):
+                continue
+            writer = self._writer(lease)
+            if lease.subnets == self.own.subnets and self._may_take_back(writer):
+                continue
+            if writer in self._replaced:
+                raise LeaseLostError(
+                    f"{self.own.subnet}, which we took over, is {writer}'s again, which so is alive; we are "
+                    f"{self._writer(self.own)} and leave it alone: {self._remedy(writer)}"
+                )
+            raise LeaseLostError(
+                f"{self.own.subnet} is leased to {writer.public_ip} (node {writer.node_id or 'without id'}) now; "
+                "restart to lease another subnet"
+            )
+        return Choice(self.own.subnets)
+
+    # ---------------------------------------------------------------------------------------- the last table
+
+    async def _recall(self) -> state.Remembered:
+        """What the last run knew, if it can be used now."""
+        found = await asyncio.to_thread(state.load, self._state_dir, self._conf.network, self._clock.unix_s())
+        if found.last is not None and not self._is_usable(found.last):
+            return state.Remembered(None, f"it is of {self._writer(found.last.own)}, not of {self._me.node_id}")
+        return found
+
+    def _is_usable(self, last: LastLeases) -> bool:
+        """Whether it was this node's; its address may have changed since."""
+        return last.own.attrs.node_id == self._me.node_id
 
     async def _keep_saved(self) -> None:
         self._dirty.set()
         while True:
             await self._dirty.wait()
             await asyncio.sleep(_SAVE_DELAY_S)
-            self._save()
+            # In a thread: thousands of leases are text and on the disk only after a while.  `run` waits for it.
+            self._saving = asyncio.get_running_loop().run_in_executor(None, self._save, self._to_save())
+            await asyncio.shield(self._saving)
 
-    def _save(self) -> None:
+    def _to_save(self) -> LastLeases | None:
+        """The table as it is; None when our lease is not ours, and nothing to begin with."""
         self._dirty.clear()
-        last = state.LastLeases(self._conf.network, self.own, tuple(self.table.peers.values()))
+        if self._is_lost:
+            return None
+        return LastLeases(self._config, self._conf.network, self.own, tuple(self.table.peers.values()))
+
+    def _save(self, last: LastLeases | None) -> None:
         try:
-            state.save(self._state_dir, last, time.time())
+            if last is None:
+                state.forget(self._state_dir)
+            else:
+                state.save(self._state_dir, last, self._clock.unix_s())
         except KernelError as exc:
             log.warning("the lease table is not saved error=%r", str(exc))

@@ -20,7 +20,7 @@ from udptun import atomic_file
 from udptun.errors import ConfigError, KernelError
 from udptun.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 
-SCHEMA = 1
+SCHEMA = 2
 """Of last-leases.json.  Another number is ignored, not guessed at."""
 
 CLOCK_SLACK_S = 60.0
@@ -33,8 +33,12 @@ _LAST_LEASES = "last-leases.json"
 
 @dataclass(frozen=True, slots=True)
 class LastLeases:
-    """The lease table as it was good last: our own lease, and the peers as the store had them."""
+    """The lease table as it was good last: our own lease, and the peers as the store had them.
 
+    `config` is the text of the net-conf.json that they belong to, `network` its Network.
+    """
+
+    config: str
     network: IPv4Network
     own: Lease
     peers: tuple[Lease, ...]
@@ -49,40 +53,48 @@ class Remembered:
 
 
 def render(last: LastLeases, now_s: float) -> str:
-    """The text of last-leases.json: each lease as flannel's key and JSON value, times in Unix seconds.  Pure."""
-    content = {
+    """The text of last-leases.json: each lease as flannel's key and JSON value, times in Unix seconds.  Pure.
+
+    A lease a line, each made by itself: one call that makes megabytes of JSON would hold up every other thread.
+    """
+    head = {
         "schema": SCHEMA,
         "saved_at": now_s,
+        "config": last.config,
         "network": str(last.network),
         "own": _to_json(last.own),
-        "peers": [_to_json(peer) for peer in last.peers],
     }
-    return json.dumps(content, separators=(",", ":")) + "\n"
+    peers = ",\n".join(json.dumps(_to_json(peer), separators=(",", ":")) for peer in last.peers)
+    return f'{json.dumps(head, separators=(",", ":"))[:-1]},"peers":[\n{peers}]}}\n'
 
 
-def parse(text: str, network: IPv4Network, now_s: float) -> Remembered:
+def parse(text: str, network: IPv4Network | None, now_s: float) -> Remembered:
     """The inverse of `render`, without what has expired by `now_s`.  Pure; no content makes it raise.
 
-    Nothing is used of a file that is damaged anywhere, of another Network, or whose own lease has expired:
-    each means that the store has to be asked first.
+    Nothing is used of a file that is damaged anywhere, of another `network` where one is given, or whose own lease has
+    expired: each means that the store has to be asked first.
     """
     try:
         content = json.loads(text)
         if content["schema"] != SCHEMA:
             return Remembered(None, f"it has schema {content['schema']!r}, not {SCHEMA}")
         saved_at_s = float(content["saved_at"])
+        config = content["config"]
+        if not isinstance(config, str):
+            return Remembered(None, f"it is damaged: config is {config!r}")
         saved_network = IPv4Network(content["network"])
         own = _from_json(content["own"])
         peers = tuple(_from_json(item) for item in content["peers"])
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as exc:
         return Remembered(None, f"it is damaged: {type(exc).__name__}: {exc}")
-    if saved_network != network:
+    if network not in (None, saved_network):
         return Remembered(None, f"it is about Network {saved_network}, not {network}")
     if not now_s >= saved_at_s - CLOCK_SLACK_S:
         return Remembered(None, f"it was saved {saved_at_s - now_s:.0f} s in the future: the clock is wrong")
     if own.is_expired(now_s):
         return Remembered(None, f"our lease {own.subnet} in it has expired")
-    return Remembered(LastLeases(network, own, tuple(peer for peer in peers if not peer.is_expired(now_s))))
+    unexpired = tuple(peer for peer in peers if not peer.is_expired(now_s))
+    return Remembered(LastLeases(config, saved_network, own, unexpired))
 
 
 def _to_json(lease: Lease) -> dict[str, Any]:
@@ -97,8 +109,8 @@ def _from_json(item: Any) -> Lease:
     return Lease(Subnets.from_key(item["key"]), LeaseAttrs.from_json(item["value"]), expires)
 
 
-def load(directory: Path, network: IPv4Network, now_s: float) -> Remembered:
-    """The leases that the last run saved in `directory`.  Never raises; the reason is one line for the log."""
+def load(directory: Path, network: IPv4Network | None, now_s: float) -> Remembered:
+    """What the last run saved in `directory`; see `parse`.  Never raises; the reason is one line for the log."""
     path = directory / _LAST_LEASES
     try:
         text = path.read_text(encoding="utf-8")
@@ -115,6 +127,15 @@ def save(directory: Path, last: LastLeases, now_s: float) -> None:
         atomic_file.replace(path, render(last, now_s))
     except OSError as exc:
         raise KernelError(f"cannot write {path}", exc.errno or 0, "a restart will wait for the store") from exc
+
+
+def forget(directory: Path) -> None:
+    """Have the next start wait for the store.  Raises KernelError."""
+    path = directory / _LAST_LEASES
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise KernelError(f"cannot delete {path}", exc.errno or 0, "a restart would begin with a lost lease") from exc
 
 
 def node_id(directory: Path) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from udptun.errors import ConfigError, KernelError
 from udptun.lease import Lease, LeaseAttrs, Subnets
-from udptun.state import LastLeases, files, load, node_id, parse, render, save, vtep_mac
+from udptun.state import LastLeases, files, forget, load, node_id, parse, render, save, vtep_mac
 
 NETWORK = IPv4Network("10.244.0.0/16")
 NOW_S = 1_700_000_000.0
@@ -24,7 +24,9 @@ def lease(number: int, expires_s: float | None = NOW_S + 100) -> Lease:
     return Lease(Subnets(IPv4Network(f"10.244.{number}.0/24")), attrs, expires_s)
 
 
-LAST = LastLeases(NETWORK, lease(1), (lease(2), lease(3, NOW_S + 10), lease(4, None)))
+CONFIG = '{"Network": "10.244.0.0/16"}'
+
+LAST = LastLeases(CONFIG, NETWORK, lease(1), (lease(2), lease(3, NOW_S + 10), lease(4, None)))
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
@@ -32,6 +34,19 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     found = load(tmp_path, NETWORK, NOW_S)
     assert (found.last, found.reason) == (LAST, "")
     assert [path.name for path in tmp_path.iterdir()] == ["last-leases.json"]
+
+
+def test_what_is_saved_is_loaded_without_knowing_its_network(tmp_path: Path) -> None:
+    """The store, which may be where the network config is, does not answer."""
+    save(tmp_path, LAST, NOW_S)
+    assert load(tmp_path, None, NOW_S).last == LAST
+
+
+def test_what_is_forgotten_is_not_loaded(tmp_path: Path) -> None:
+    forget(tmp_path)
+    save(tmp_path, LAST, NOW_S)
+    forget(tmp_path)
+    assert load(tmp_path, NETWORK, NOW_S).last is None
 
 
 def test_only_unexpired_peers_are_loaded(tmp_path: Path) -> None:
@@ -69,7 +84,8 @@ CONTENT = json.loads(render(LAST, NOW_S))
         [],
         {},
         "last leases",
-        {**CONTENT, "schema": 2},
+        {**CONTENT, "schema": 3},
+        {**CONTENT, "config": {}},
         {**CONTENT, "saved_at": "yesterday"},
         {**CONTENT, "saved_at": float("nan")},
         {**CONTENT, "network": 10},
