@@ -4,9 +4,11 @@ The store says what is; `LeaseTable` decides what of it can be used; whoever mad
 good table is kept in the state directory for the next start.
 
 **When leases end.**  A store drops what has expired by itself and says so: while it answers, its word alone counts, and
-no clock of ours takes a peer away.  Only while it is away does the table drop what its expiry says is over; the
-store is then asked for all leases again when it is back, because it may have kept one longer (etcd extends leases when
-its leader changes) without an event that says so.
+no clock of ours takes a peer away.  While it is away, what is to be done depends on where it is.  A server that is down
+gives no subnet to anybody else, and its time may stand still (`Store.is_remote`): every peer stays, so that an outage
+of a day, in which nobody can renew, does not end all traffic.  A store that is on this host is away by itself only:
+the other daemons may go on with it, so what has expired is dropped, and when it answers again it is asked for all
+leases, because it may have had a later expiry that we were never told of.
 
 **Clocks.**  An expiry is compared with the time of day, and that may be set.  A lease does not get older by that:
 before any expiry is looked at, every one is moved by as much as the clock was set since the last look.
@@ -55,13 +57,15 @@ _CLOCK_SET_S = 2.0
 _EXPIRY_CHECK_S = 1.0
 _SAVE_DELAY_S = 1.0
 """Collect changes this long before the table is written to disk."""
+_SAVE_EXPIRIES_S = 60.0
+"""The same when only expiries have changed: thousands of hosts renew all the time."""
 _LEASES_AT_ONCE = 1000
 """So many leases are taken over before others get a turn; about 10 ms."""
 _LOGGED_EVENTS = 20
 """Peers named one by one in the log per change; of more only the number is."""
 _LOGGED_SKIPPED = 200
 """The same for leases that cannot be used."""
-_RECONNECT_S = (0.1, 0.8)
+_RECONNECT_S = (0.1, 0.5)
 """First and longest wait before the store is asked again.  The longest is what a host may be behind once it is back;
 each wait is made up to a third shorter by chance, so that hosts don't ask all at once."""
 _SAY_AGAIN_S = (10.0, 3600.0)
@@ -88,26 +92,40 @@ class Start:
 
 
 async def find_start(store: Store, state_dir: Path, clock: Clock) -> Start:
-    """The network config in the store or, while it does not answer, that of the last run; without either it waits.
+    """The network config in the store or, while there is none to be had, that of the last run; without either it waits.
 
-    Raises ConfigError as the store does.
+    Raises ConfigError when a person has to mend it, and that person is here: with a remote store it waits.
     """
+
+    async def ask() -> str:
+        try:
+            text = await store.network_config()
+            parse_net_conf(text, store.config_name)
+        except ConfigError as exc:
+            if store.is_remote:
+                raise StoreUnavailableError(str(exc)) from exc
+            raise
+        return text
 
     async def recall() -> state.Remembered:
         return await asyncio.to_thread(state.load, state_dir, None, clock.unix_s())
 
-    answer = await _ask_or_recall(store, store.network_config, recall, clock)
+    answer = await _ask_or_recall("no network config", store, ask, recall, clock)
     return Start(answer) if isinstance(answer, str) else Start(answer.config, answer)
 
 
 async def _ask_or_recall(
+    lack: str,
     store: Store,
     ask: Callable[[], Coroutine[None, None, T]],
     recall: Callable[[], Awaitable[state.Remembered]],
     clock: Clock,
 ) -> T | LastLeases:
-    """What the store answers or, when it does not do so soon, what the last run knew; without either it waits."""
-    outage, pause = _Outage(store.name, clock), _Pause()
+    """What the store answers or, when it does not do so soon, what the last run knew; without either it waits.
+
+    `lack` says, for the log, what there is not without an answer.
+    """
+    outage, pause = _Outage(lack, store.name, clock), _Pause()
     doing = ""
     while True:
         answer = asyncio.create_task(ask())
@@ -116,7 +134,7 @@ async def _ask_or_recall(
             if not doing and (problem := _unavailable(answer, store)):
                 found = await recall()
                 if found.last is not None:
-                    log.warning("lease store unavailable, beginning with the table of the last run error=%r", problem)
+                    log.warning("%s, beginning with the table of the last run error=%r", lack, problem)
                     return found.last
                 doing = f"waiting for it, as there is no table of a last run to begin with: {found.reason}"
                 outage.goes_on(problem, doing)
@@ -141,7 +159,8 @@ def _unavailable(answer: asyncio.Task[Any], store: Store) -> str:
 class _Outage:
     """Says in few lines that the store is away: each reason once, and now and then that it still is."""
 
-    def __init__(self, store_name: str, clock: Clock) -> None:
+    def __init__(self, lack: str, store_name: str, clock: Clock) -> None:
+        self._lack = lack
         self._store_name = store_name
         self._clock = clock
         self._said: set[str] = set()
@@ -158,9 +177,9 @@ class _Outage:
         away_s = now_s - self._began_s
         if reason not in self._said:
             self._said.add(reason)
-            log.warning("lease store unavailable, %s error=%r", doing, reason)
+            log.warning("%s, %s error=%r", self._lack, doing, reason)
         elif away_s >= self._say_again_s:
-            log.warning("lease store still unavailable, %s since_s=%.0f error=%r", doing, away_s, reason)
+            log.warning("still %s, %s for_s=%.0f error=%r", self._lack, doing, away_s, reason)
         while away_s >= self._say_again_s:
             self._say_again_s += min(5 * self._say_again_s, _SAY_AGAIN_S[1])
 
@@ -243,10 +262,12 @@ class Membership:
         """Whether the store did not answer when it was asked last."""
         self._own_news = asyncio.Event()
         self._own_problem = ""
-        self._outage = _Outage(store.name, clock)
+        self._outage = _Outage("lease store unavailable", store.name, clock)
         self._asking = asyncio.Lock()
         """Held while the store is asked for anything but the watch: one thing at a time (stores/base.py)."""
         self._dirty = asyncio.Event()
+        self._is_saved = False
+        """Whether the file has every expiry as the table has it."""
         self._saving: asyncio.Future[None] | None = None
         self._skipped: tuple[str, ...] = ()
         self._said: frozenset[str] = frozenset()
@@ -307,7 +328,7 @@ class Membership:
         if self._last is not None and self._is_usable(self._last):
             got = self._last
         else:
-            got = await _ask_or_recall(self._store, claim, self._recall, self._clock)
+            got = await _ask_or_recall("no lease", self._store, claim, self._recall, self._clock)
         if isinstance(got, Lease):
             own = got
         else:
@@ -351,7 +372,7 @@ class Membership:
         finally:
             if self._saving is not None:
                 await self._saving
-            if self._dirty.is_set():
+            if self._dirty.is_set() or not self._is_saved:
                 self._save(self._to_save())
 
     async def leave_if_new(self) -> None:
@@ -505,6 +526,7 @@ class Membership:
 
     async def _apply(self, events: list[LeaseEvent]) -> None:
         self._say_skipped(self._skipped)
+        self._is_saved = False
         if not events:
             return
         await self._on_change(events)
@@ -544,7 +566,7 @@ class Membership:
         self._said = now
 
     async def _expire(self) -> None:
-        """Drop what has expired while the store is away, which would say so itself."""
+        """Drop what has expired while the store is away, which would say so itself (see the module's text)."""
         while True:
             self._mind_the_clock()
             now_s = self._clock.unix_s()
@@ -679,7 +701,11 @@ class Membership:
     async def _keep_saved(self) -> None:
         self._dirty.set()
         while True:
-            await self._dirty.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SAVE_EXPIRIES_S):
+                    await self._dirty.wait()
+            if self._is_saved and not self._dirty.is_set():
+                continue
             await asyncio.sleep(_SAVE_DELAY_S)
             # In a thread: thousands of leases are text and on the disk only after a while.  `run` waits for it.
             self._saving = asyncio.get_running_loop().run_in_executor(None, self._save, self._to_save())
@@ -687,7 +713,9 @@ class Membership:
 
     def _to_save(self) -> LastLeases | None:
         """The table as it is; None when our lease is not ours, and nothing to begin with."""
+        self._mind_the_clock()
         self._dirty.clear()
+        self._is_saved = True
         if self._is_lost:
             return None
         return LastLeases(self._config, self._conf.network, self.own, tuple(self.table.peers.values()))

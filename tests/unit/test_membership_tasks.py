@@ -604,14 +604,14 @@ def test_store_that_fails_is_asked_less_and_less_often(monkeypatch: pytest.Monke
 
 def test_store_that_stays_away_is_mentioned_ever_less_often(caplog: pytest.LogCaptureFixture) -> None:
     clock = SetClock()
-    outage = membership._Outage("fake", clock)
+    outage = membership._Outage("lease store unavailable", "fake", clock)
     for _ in range(24 * 3600):
         for reason in ("first member refuses", "second member refuses"):
             outage.goes_on(reason, "waiting")
         clock.passed_s += 1
     away = [line for line in told(caplog, logging.WARNING) if "still" in line]
     assert len(told(caplog, logging.WARNING)) - len(away) == 2
-    assert [float(line.partition("since_s=")[2].split()[0]) for line in away[:4]] == [10, 60, 360, 2160]
+    assert [float(line.partition("for_s=")[2].split()[0]) for line in away[:4]] == [10, 60, 360, 2160]
     assert 24 <= len(away) <= 30
     outage.end()
     outage.end()
@@ -629,6 +629,88 @@ def last_leases(*peers: Lease, own: Lease | None = None) -> LastLeases:
 
 def save(directory: Path, *peers: Lease, own: Lease | None = None) -> None:
     state.save(directory, last_leases(*peers, own=own), time.time())
+
+
+def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "_SAVE_EXPIRIES_S", 0.05)
+    saves: list[float] = []
+    save_really = state.save
+
+    def counted(directory: Path, last: LastLeases, now_s: float) -> None:
+        saves.append(last.peers[0].expires_s or 0)
+        save_really(directory, last, now_s)
+
+    async def main() -> None:
+        store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=1e10))
+        member = Member(store, tmp_path)
+        async with member.running():
+            await until(lambda: saves)
+            monkeypatch.setattr(state, "save", counted)
+            for n in range(100):
+                store.put(lease("10.244.20.0/24", "192.0.2.20", expires_s=2e10 + n))
+                await asyncio.sleep(0.001)
+            await until(lambda: saves[-1] == 2e10 + 99)
+            n_saves = len(saves)
+            await turns(200)
+            assert len(saves) == n_saves < 20
+
+    monkeypatch.setattr(state, "save", counted)
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("config", ["{", '{"Network": "10.244.0.0/33"}'])
+def test_start_waits_for_a_config_in_a_remote_store_that_is_broken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, config: str
+) -> None:
+    """As flannel does: it is mended somewhere else, and for all hosts at once."""
+
+    async def main() -> None:
+        store = FakeStore()
+        store.config = config
+        with pytest.raises(ConfigError):
+            await find_start(store, tmp_path, Clock())
+        store.is_remote = True
+        starting = asyncio.create_task(find_start(store, tmp_path, Clock()))
+        await until(lambda: told(caplog, logging.WARNING, "no network config, waiting for it"))
+        await turns()
+        assert not starting.done()
+        store.config = CONFIG
+        assert (await starting).config == CONFIG
+
+    asyncio.run(main())
+    assert len(told(caplog, logging.WARNING)) == 1
+
+
+def test_start_uses_the_config_of_the_last_run_while_that_in_a_remote_store_is_broken(tmp_path: Path) -> None:
+    async def main() -> None:
+        save(tmp_path, PEER)
+        store = FakeStore()
+        store.config, store.is_remote = "{", True
+        start = await find_start(store, tmp_path, Clock())
+        assert start.config == CONFIG
+        member = Member(store, tmp_path, start=start)
+        async with member.running():
+            await until(lambda: member.membership.problems)
+            assert len(member.peers) == 1
+            store.config = CONFIG
+            await until(lambda: member.membership.problems == ())
+            assert member.peers == {}
+
+    asyncio.run(main())
+
+
+def test_peers_of_a_remote_store_outlive_their_expiry_while_it_is_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 0.02))
+        store.is_remote = True
+        member = Member(store, tmp_path)
+        async with member.running():
+            store.break_down(StoreUnavailableError("away"))
+            await asyncio.sleep(0.1)
+            await turns()
+            assert len(member.peers) == 1
+
+    asyncio.run(main())
 
 
 def test_last_table_is_saved_and_is_what_the_next_run_begins_with_while_the_store_is_away(
