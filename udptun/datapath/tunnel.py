@@ -137,7 +137,8 @@ class Tunnel:
         await self.datapath.replace(self._descriptors())
         for udp in (*left_sockets, *left_senders):
             udp.close()
-        Tun(self.tun.name, left_queues).close()
+        for fd in left_queues:
+            os.close(fd)
         # New queues have turned the device's offloads off, new sockets have none yet.
         self.set_offload(self._wanted_offload)
 
