@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import chain
@@ -22,6 +23,10 @@ from typing import Any
 Json = Any
 """A value as `json.loads` returns it; BackendData belongs to the backend that wrote it."""
 
+
+_REMEMBERED = 65_536
+"""So many texts are not parsed again: a start reads every lease twice, to choose and to follow, and a watch that lost
+its place reads them all once more.  What comes of one text is one object, which equals itself without a look inside."""
 
 _STALE_EXPIRIES = 1000
 """So many entries that say nothing any more are left in the list of expiries before it is made anew."""
@@ -50,6 +55,7 @@ class Subnets:
         object.__setattr__(self, "key", key)
 
     @classmethod
+    @lru_cache(_REMEMBERED)
     def from_key(cls, key: str) -> Subnets:
         """The inverse of `key`.  Raises LeaseFormatError; host bits are an error, not masked away."""
         match = _KEY.fullmatch(key)
@@ -110,6 +116,7 @@ class LeaseAttrs:
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
+    @lru_cache(_REMEMBERED)
     def from_json(cls, text: str) -> LeaseAttrs:
         """The inverse of `to_json`; unknown fields are ignored.  Raises LeaseFormatError."""
         try:
@@ -181,7 +188,7 @@ def validate(lease: Lease, network: IPv4Network) -> str | None:
 
     A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.
     """
-    if not _overlap(lease.subnet, network) or lease.subnet.prefixlen < network.prefixlen:
+    if not is_inside(lease.subnet, network):
         return f"subnet {lease.subnet} is outside Network {network}"
     if not 16 <= lease.subnet.prefixlen <= 30:
         return f"prefix length {lease.subnet.prefixlen} is outside 16..30"
@@ -342,6 +349,11 @@ def _order(lease: Lease) -> tuple[int, int]:
 
 def _postponed(lease: Lease, seconds: float) -> Lease:
     return lease if lease.expires_s is None else replace(lease, expires_s=lease.expires_s + seconds)
+
+
+def is_inside(subnet: IPv4Network, network: IPv4Network) -> bool:
+    """`subnet.subnet_of(network)`, which takes 11 µs: as many leases as a table holds are most of a second."""
+    return subnet.prefixlen >= network.prefixlen and _overlap(subnet, network)
 
 
 def _overlap(a: IPv4Network, b: IPv4Network) -> bool:

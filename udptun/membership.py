@@ -62,9 +62,9 @@ _SAVE_EXPIRIES_S = 60.0
 _LEASES_AT_ONCE = 1000
 """So many leases are taken over before others get a turn; about 10 ms."""
 _LOGGED_EVENTS = 20
-"""Peers named one by one in the log per change; of more only the number is."""
+"""So many peers that change at once are named one by one in the log; of more only the number is."""
 _LOGGED_SKIPPED = 200
-"""The same for leases that cannot be used."""
+"""So many leases that cannot be used are named in the log per change; `udptun status` names all."""
 _RECONNECT_S = (0.1, 0.5)
 """First and longest wait before the store is asked again.  The longest is what a host may be behind once it is back;
 each wait is made up to a third shorter by chance, so that hosts don't ask all at once."""
@@ -531,12 +531,12 @@ class Membership:
             return
         await self._on_change(events)
         self._dirty.set()
-        for event in events[:_LOGGED_EVENTS]:
-            log.info(
-                "peer %s subnet=%s public_ip=%s", event.type.value, event.lease.subnet, event.lease.attrs.public_ip
-            )
         if len(events) > _LOGGED_EVENTS:
-            log.info("peers changed n_more=%d n_peers=%d", len(events) - _LOGGED_EVENTS, len(self.table.peers))
+            log.info("peers changed n_changes=%d n_peers=%d", len(events), len(self.table.peers))
+        else:
+            for event in events:
+                subnet, attrs = event.lease.subnet, event.lease.attrs
+                log.info("peer %s subnet=%s public_ip=%s", event.type.value, subnet, attrs.public_ip)
         for event in events:
             if event.lease.attrs.node_id == self._me.node_id or event.lease.key in self._clones:
                 self._look_for_a_clone(event)

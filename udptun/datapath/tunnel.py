@@ -23,6 +23,7 @@ from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.sockets import open_senders, open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
+from udptun.lease import is_inside
 from udptun.netstate import DEVICE_NAME
 from udptun.offload import ALL, Offload, names
 from udptun.tun import Tun, detach_queues, open_queues
@@ -163,7 +164,7 @@ class Tunnel:
         """Set what applies to all packets, from the next `publish` on; peers of another Network or VTEP go."""
         is_other = settings.vtep != self.table.vtep
         self.remove_peers(
-            [subnet for subnet in self.table.subnets if is_other or not subnet.subnet_of(settings.network)]
+            [subnet for subnet in self.table.subnets if is_other or not is_inside(subnet, settings.network)]
         )
         # The workers must know how the device frames packets, whatever was wanted.
         offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
