@@ -53,8 +53,12 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         return moved or me.owns(lease)
 
     def choose(leases: Sequence[Lease]) -> Choice:
-        # Ours by address before ours by node id, then in key order as flannel.
-        ours = sorted(filter(is_ours, leases), key=lambda it: (not me.owns(it), it.key))
+        # Ours by address before ours by node id; of several the one that we wrote and have used, which pods are in;
+        # then in key order as flannel.
+        ours = sorted(
+            filter(is_ours, leases),
+            key=lambda it: (not me.owns(it), it.attrs.node_id != me.node_id, it.subnets != previous, it.key),
+        )
         kept = next((lease.subnets for lease in ours if _fits(lease.subnets, conf)), None)
         drop = tuple(lease.key for lease in ours if lease.subnets != kept)
         if kept is not None:

@@ -208,8 +208,8 @@ class LeaseTable:
     place; the first of two overlapping leases keeps the ground until it goes, and `own_subnet` is nobody else's.
     An update costs what it touches, not what the table holds.
 
-    `is_own` and `refusal` (why the backend has no use for a valid lease) must depend on nothing but the lease's subnets
-    and attrs.
+    `is_own` (whether packets for the lease would come back to us) and `refusal` (why the backend has no use for a valid
+    lease) must depend on nothing but the lease's subnets and attrs.
     """
 
     def __init__(
@@ -290,6 +290,8 @@ class LeaseTable:
         self._expiries.rebuild(self._known.values())
 
     def _unusable(self, lease: Lease) -> str | None:
+        if self._is_own(lease):
+            return f"PublicIP {lease.attrs.public_ip} is our own"
         if _overlap(lease.subnet, self._own_subnet):
             return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
         return validate(lease, self._network) or self._refusal(lease)
@@ -306,7 +308,7 @@ class LeaseTable:
                 continue
             self.refused.pop(key, None)
             self._waiting.pop(key, None)
-            if new is not None and self._is_own(new):
+            if new is not None and new.subnet == self._own_subnet and self._is_own(new):
                 new = None
             if new is not None and (reason := self._unusable(new)) is not None:
                 self.refused[key] = reason

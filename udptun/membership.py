@@ -65,6 +65,8 @@ _LOGGED_EVENTS = 20
 """So many peers that change at once are named one by one in the log; of more only the number is."""
 _LOGGED_SKIPPED = 200
 """So many leases that cannot be used are named in the log per change; `udptun status` names all."""
+_SKIPPED_CHARS = 300
+"""What is wrong may be a megabyte long."""
 _RECONNECT_S = (0.1, 0.5)
 """First and longest wait before the store is asked again.  The longest is what a host may be behind once it is back;
 each wait is made up to a third shorter by chance, so that hosts don't ask all at once."""
@@ -337,7 +339,7 @@ class Membership:
             own = replace(got.own, attrs=attrs)
             self._is_provisional = self._must_list = True
         self._own, self._last = own, None if isinstance(got, Lease) else got
-        self.table = LeaseTable(self._conf.network, own.subnet, self._is_own, self._refusal)
+        self.table = LeaseTable(self._conf.network, own.subnet, self._me.owns, self._refusal)
         self._replaced = self._who_held([lease for lease in seen if lease.key in (own.key, *dropped)])
         if (reason := validate(own, self._conf.network)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
@@ -392,15 +394,9 @@ class Membership:
 
     # ---------------------------------------------------------------------------------------- who is who
 
-    def _owns(self, lease: Lease) -> bool:
-        return self._me.owns(lease)
-
-    def _is_own(self, lease: Lease) -> bool:
-        return lease.subnets == self.own.subnets or self._owns(lease)
-
     def _is_ours(self, lease: Lease) -> bool:
         """Whether no other node can have written the lease; flannel's have no NodeID."""
-        return self._owns(lease) and lease.attrs.node_id in (None, self._me.node_id)
+        return self._me.owns(lease) and lease.attrs.node_id in (None, self._me.node_id)
 
     def _writer(self, lease: Lease) -> _Writer:
         return _Writer(lease.attrs.public_ip, lease.attrs.port(self._me.port or 0), lease.attrs.node_id)
@@ -560,7 +556,7 @@ class Membership:
         now = frozenset(self.skipped)
         new = sorted(now - self._said)
         for line in new[:_LOGGED_SKIPPED]:
-            log.warning("lease skipped %s", line)
+            log.warning("lease skipped %s", line[:_SKIPPED_CHARS])
         if len(new) > _LOGGED_SKIPPED:
             log.warning("leases skipped n_more=%d; `udptun status` names them", len(new) - _LOGGED_SKIPPED)
         self._said = now

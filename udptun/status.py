@@ -20,6 +20,7 @@ SOCKET_NAME = "udptun.sock"
 """In the run directory; speaks HTTP."""
 
 _TIMEOUT_S = 5.0
+_SHOWN_SKIPPED, _SHOWN_CHARS = 100, 300
 
 Document = Mapping[str, Any]
 
@@ -96,9 +97,21 @@ def render(document: Document, now_s: float) -> str:
     counters = document["counters"]
     drops = [(name, n) for name, n in counters.items() if "_drop_" in name and n]
     lines += ["", "drops      " + (", ".join(f"{name} {n}" for name, n in drops) or "none")]
-    lines += [f"skipped    {line}" for line in document["skipped"]]
+    lines += _skipped(document["skipped"])
     lines += [f"problem    {line}" for line in document["problems"]]
     return "\n".join(lines) + "\n"
+
+
+def _skipped(lines: list[str]) -> list[str]:
+    """How many leases are not used, and the first of them by name."""
+    if not lines:
+        return []
+    more = len(lines) - _SHOWN_SKIPPED
+    return [
+        f"skipped    {len(lines)} of the leases in the store",
+        *(f"           {line[:_SHOWN_CHARS]}" for line in lines[:_SHOWN_SKIPPED]),
+        *([f"           ... and {more} more: --json has them all"] if more > 0 else []),
+    ]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

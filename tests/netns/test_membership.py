@@ -6,9 +6,10 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import pytest
+from bad_data import GOOD, LEASES
 from traffic import (
     CLEANUP,
     n_fds,
@@ -22,7 +23,8 @@ from traffic import (
 )
 
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, UNDERLAY, Host, Lab
+from udptun.lab.topology import LEASES as DATABASE
+from udptun.lab.topology import UNDERLAY, Host, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -47,7 +49,7 @@ DELETE = "delete from leases where key = ?"
 
 def execute(host: Host, statement: str, rows: Iterable[tuple[object, ...]]) -> float:
     """Run the statement for every row, all in one transaction on the shared store; when it was done (monotonic s)."""
-    command = [sys.executable, "-I", "-S", "-c", EXECUTE, str(LEASES)]
+    command = [sys.executable, "-I", "-S", "-c", EXECUTE, str(DATABASE)]
     return float(host.run(command, input=json.dumps([statement, list(rows)])).stdout)
 
 
@@ -158,6 +160,57 @@ def test_others_follow_a_host_to_its_new_public_ip(lab: Lab) -> None:
         ping(new.pod(1), tunnel_address(host))
     print(f"datapath of the moved host: {datapath} -> {read_status(new)['datapath']['pid']}")
     new.down()
+
+
+def test_every_bad_lease_is_one_line_and_harms_nobody(two_hosts: Lab) -> None:
+    """All of them at once, as a script gone wrong writes them, while packets flow; then a start that finds them."""
+    host, other = two_hosts.hosts
+    subnet = host.subnet
+    bad = [(key, value, reason) for key, value, reason in LEASES if key != "config"]
+    bad += [
+        (f"{other.subnet.network_address}-25", GOOD, f"overlaps the lease {other.subnet.network_address}-24"),
+        (f"{host.subnet.network_address}-25", GOOD, "overlaps our own lease"),
+        ("10.244.140.0-24", GOOD.replace("192.0.2.200", str(host.underlay_address)), "is our own"),
+    ]
+    rows: dict[str, tuple[str, float]] = {}
+    reasons: dict[str, str] = {}
+    for key, value, reason in bad:
+        rows.setdefault(key, (value, in_an_hour()))
+        reasons.setdefault(key, reason)
+
+    def check(rows: Collection[str]) -> None:
+        until_all(two_hosts, "the good lease", lambda table: "10.244.250.0/24" in table)
+        skipped = read_status(host)["skipped"]
+        assert len(skipped) == len(rows), skipped
+        for key in rows:
+            assert any(
+                line.startswith((f"{key}: ", f"lease {key!r}: ")) and reasons[key] in line for line in skipped
+            ), key
+        assert read_status(host)["problems"] == []
+        assert len(peers(host)) == 2
+
+    daemons = [each.daemon for each in two_hosts.hosts]
+    with udp_flow(host.pod(1), other.pod(1), 200) as flow:
+        added = [(key, *row) for key, row in [*rows.items(), ("10.244.250.0-24", (GOOD, in_an_hour()))]]
+        execute(host, ADD, added)
+        check(rows)
+        named = [line for line in host.daemon_log().splitlines() if "lease skipped" in line]
+        print("\n".join(line[:150] for line in named))
+        assert len(named) == len(rows)
+        assert max(map(len, named)) < 400
+        assert all(each is not None and each.poll() is None for each in daemons)
+        assert host.stop_daemon() == 0
+        host.start_daemon()
+        host.wait_ready()
+        assert host.subnet == subnet, "it took the other lease with its PublicIP"
+        # Which it deletes, as flannel does: it has one lease.
+        check(rows.keys() - {"10.244.140.0-24"})
+        execute(host, DELETE, [(key,) for key in rows])
+        seconds_until(lambda: read_status(host)["skipped"] == [], "nothing to be skipped any more", FOLLOWS_S)
+        flow.wait_for_more(20)
+    assert flow.report.lost == []
+    for each in two_hosts.hosts:
+        assert "Traceback" not in each.daemon_log()
 
 
 def test_ten_thousand_leases_are_followed_and_cost_little(lab: Lab) -> None:

@@ -241,3 +241,14 @@ def test_choice_never_overlaps_a_lease_and_is_exhausted_only_when_nothing_is_fre
     else:
         with pytest.raises(SubnetExhaustedError):
             choose(config, taken, seed=seed)
+
+
+def test_of_several_leases_with_our_address_the_one_that_we_wrote_and_used_is_kept() -> None:
+    """A stranger's line with our PublicIP, first in key order, moved the host to another subnet at its next start."""
+    strangers = lease("10.244.2.0/24", "192.0.2.1")
+    others = lease("10.244.3.0/24", "192.0.2.1", NodeID="me")
+    used = lease("10.244.7.0/24", "192.0.2.1", NodeID="me")
+    leases = [strangers, others, used]
+    assert choose(conf(), leases, used.subnets) == Choice(used.subnets, (others.key, strangers.key))
+    assert choose(conf(), leases[:2]).subnets == others.subnets
+    assert choose(conf(), leases[:1]).subnets == strangers.subnets

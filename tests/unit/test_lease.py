@@ -273,7 +273,8 @@ def test_peer_is_removed_when_its_lease_turns_bad_or_ours() -> None:
     peers.update(added(A, B))
     assert peers.update(added(lease("10.244.1.0/24", "127.0.0.1"))) == removed(A)
     assert peers.update(added(lease("10.244.2.0/24", str(OWN_IP)))) == removed(B)
-    assert set(peers.refused) == {A.key}
+    assert peers.refused[B.key] == f"PublicIP {OWN_IP} is our own"
+    assert set(peers.refused) == {A.key, B.key}
 
 
 def test_refused_lease_is_forgotten_when_it_goes() -> None:
@@ -416,7 +417,7 @@ def test_table_holds_its_promises_after_any_sequence_of_calls(
         replayed = dict(used)  # with the expiries that no event reports
         assert used.items() <= known.items()
         good = {key: one for key, one in known.items() if not is_own(one) and validate(one, NETWORK) is None}
-        assert known.keys() - used.keys() - peers.refused.keys() == {key for key in known if is_own(known[key])}
+        assert known.keys() - used.keys() == peers.refused.keys()
         assert not used.keys() & peers.refused.keys()
         assert peers.refused.keys() <= known.keys()
         assert before.keys() & good.keys() <= used.keys(), "a peer in use lost its place"

@@ -68,7 +68,8 @@ def test_document_is_shown_for_people() -> None:
         "10.244.2.0/24  192.0.2.2  9000      no       1234567      2                 3      4\n"
         "\n"
         "drops      decap_drop_unknown_peer 7\n"
-        "skipped    junk: not JSON\n"
+        "skipped    1 of the leases in the store\n"
+        "           junk: not JSON\n"
         "problem    route x is not ours\n"
     )
 
@@ -164,3 +165,13 @@ def test_daemon_that_is_not_there_is_one_line(tmp_path: Path) -> None:
         status.fetch(tmp_path)
     with pytest.raises(UdptunError, match=r"AF_UNIX path too long; is it running"):
         status.fetch(tmp_path / ("x" * 100))
+
+
+def test_many_skipped_leases_are_counted_and_the_first_of_them_shown() -> None:
+    lines = status.render({**DOCUMENT, "skipped": [f"key-{n}: {'x' * 1000}" for n in range(150)]}, NOW_S).splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("skipped")]
+    assert lines[at] == "skipped    150 of the leases in the store"
+    shown = [line for line in lines if "key-" in line]
+    assert len(shown) == 100
+    assert max(map(len, shown)) < 320
+    assert lines[at + 101] == "           ... and 50 more: --json has them all"
