@@ -27,18 +27,22 @@ CANDIDATES = 100
 class Identity:
     """Who we are among the leases.  A lease is ours when PublicIP and port are; `node_id` outlives both.
 
-    `port` None: our backend publishes none, and so there is one of us at a PublicIP, as with flannel.
+    `port` None: our backend publishes none, and so there is one of us at a PublicIP, as with flannel.  A lease that
+    names no port, as flannel's, has `default_port`, or when that is None ours.
     """
 
     public_ip: IPv4Address
     port: int | None
     node_id: str
+    default_port: int | None = None
+
+    def port_of(self, lease: Lease) -> int:
+        """0: none."""
+        return lease.attrs.port(self.default_port or self.port or 0)
 
     def owns(self, lease: Lease) -> bool:
-        """Whether the lease is ours; one that names no port, as flannel's, has our own."""
-        if lease.attrs.public_ip != self.public_ip:
-            return False
-        return self.port is None or lease.attrs.port(self.port) == self.port
+        """Whether the lease is ours."""
+        return lease.attrs.public_ip == self.public_ip and self.port in (None, self.port_of(lease))
 
 
 def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.Random) -> Chooser:

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 
@@ -196,7 +197,9 @@ class Daemon:
             live = self._live_settings(self._conf)
             node_id = state.node_id(options.state_dir)
             attrs = self._backend.attrs(self._underlay, node_id)
-            self._me = Identity(self._underlay.public_ip, attrs.port(0) or None, node_id)
+            backend = self._conf.backend
+            default_port = backend.port if isinstance(backend, UdpBackend) else None
+            self._me = Identity(self._underlay.public_ip, attrs.port(0) or None, node_id, default_port)
             self._membership = Membership(
                 store,
                 start,
@@ -258,7 +261,12 @@ class Daemon:
         conf = parse_net_conf(text, store.config_name)
         for note in conf.notes:
             log.warning("%s", note)
-        return conf
+        if self._options.port is None:
+            return conf
+        if not isinstance(conf.backend, UdpBackend):
+            log.warning("--port has no effect with Backend.Type %s", conf.backend.type)
+            return conf
+        return replace(conf, backend=replace(conf.backend, own_port=self._options.port))
 
     async def _pick_underlay(self) -> Underlay:
         options = self._options

@@ -399,7 +399,7 @@ class Membership:
         return self._me.owns(lease) and lease.attrs.node_id in (None, self._me.node_id)
 
     def _writer(self, lease: Lease) -> _Writer:
-        return _Writer(lease.attrs.public_ip, lease.attrs.port(self._me.port or 0), lease.attrs.node_id)
+        return _Writer(lease.attrs.public_ip, self._me.port_of(lease), lease.attrs.node_id)
 
     def _who_held(self, leases: Iterable[Lease]) -> frozenset[_Writer]:
         """Of leases that are ours now: who else may think that they are theirs, with a line for each."""

@@ -113,6 +113,7 @@ class Options:
     v: int
     store: StoreSpec
     mtu: int | None
+    port: int | None
     workers: int | None
     source_check: SourceCheck | None
     run_dir: Path
@@ -365,6 +366,13 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
             "BYTES",
             "the underlay's MTU, over Backend.MTU and the interface's",
         ),
+        Flag(
+            "port",
+            _integer_in(PORTS),
+            None,
+            "N",
+            "UDP port of this host, over Backend.Port, where several share a public IP (Type udp)",
+        ),
         Flag("workers", _integer_in(WORKERS), None, "N", "datapath threads, over Backend.Workers"),
         Flag("source-check", _source_check, None, "WHICH", "off, peer or strict, over Backend.SourceCheck"),
     ),
@@ -559,6 +567,7 @@ class _Given:
             v=values["v"],
             store=StoreSpec(kind, path or values["state-dir"] / "leases.db"),
             mtu=values["mtu"],
+            port=values["port"],
             workers=values["workers"],
             source_check=values["source-check"],
             run_dir=values["run-dir"],

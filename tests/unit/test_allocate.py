@@ -252,3 +252,17 @@ def test_of_several_leases_with_our_address_the_one_that_we_wrote_and_used_is_ke
     assert choose(conf(), leases, used.subnets) == Choice(used.subnets, (others.key, strangers.key))
     assert choose(conf(), leases[:2]).subnets == others.subnets
     assert choose(conf(), leases[:1]).subnets == strangers.subnets
+
+
+def test_a_lease_without_a_port_is_not_ours_when_only_this_host_has_another_one() -> None:
+    """flanneld on the default port, and two of us, behind one address."""
+    flannels = lease("10.244.7.0/24", "192.0.2.1")
+    mine, others = Identity(ME.public_ip, 9001, "me", 8285), Identity(ME.public_ip, 9002, "other", 8285)
+    leases = [
+        flannels,
+        lease("10.244.8.0/24", "192.0.2.1", Port=9001, NodeID="me"),
+        lease("10.244.9.0/24", "192.0.2.1", Port=9002, NodeID="other"),
+    ]
+    assert choose(conf(), leases, me=mine) == Choice(leases[1].subnets)
+    assert choose(conf(), leases, me=others) == Choice(leases[2].subnets)
+    assert choose(conf(), leases).subnets == flannels.subnets

@@ -56,6 +56,7 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
         v=0,
         store=StoreSpec(StoreKind.LOCAL, Path("/var/lib/udptun/leases.db")),
         mtu=None,
+        port=None,
         workers=None,
         source_check=None,
         run_dir=Path("/run/udptun"),
@@ -85,7 +86,7 @@ def test_flags_are_those_of_flannel_and_ours() -> None:
         ip-masq-fully-random-disable kube-subnet-mgr kube-api-url kubeconfig-file kube-annotation-prefix
         net-config-path set-node-network-unavailable version healthz-ip healthz-port iptables-resync
         iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at"""
-    ours = "store mtu workers source-check run-dir state-dir node"
+    ours = "store mtu port workers source-check run-dir state-dir node"
     assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
 
 
@@ -93,7 +94,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 24
+    assert len(shared) == 25
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -235,6 +236,7 @@ REFUSED = [
     (["--healthz-port", "-1"], "--healthz-port=-1: must be 0..65535"),
     (["--healthz-port=08"], "--healthz-port=08: must be an integer"),
     (["--workers=0"], "--workers=0: must be 1..16"),
+    (["--port=0"], "--port=0: must be 1..65535"),
     (["--source-check=on"], "--source-check=on: must be off, peer or strict"),
     (["--version=yes"], "--version=yes: must be true or false"),
     (["--version="], "--version=: must be true or false"),

@@ -38,7 +38,7 @@ def choose(conf: BackendConf, host: Host, mac: str) -> Choice:
     """
     match conf:
         case UdpBackend():
-            return Choice(Udp(conf.port), "as configured")
+            return Choice(Udp(conf.port, conf.own_port), "as configured")
         case HostGwBackend():
             return Choice(HostGw(), "as configured")
         case AllocBackend():

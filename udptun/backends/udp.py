@@ -25,8 +25,10 @@ class Udp:
     asks_direct = False
     n_senders = 0
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self, port: int, own_port: int | None = None) -> None:
+        """`port` is that of every peer whose lease names none, as flannel's, and ours unless there is `own_port`."""
+        self.port = own_port or port
+        self._default_port = port
 
     @property
     def encapsulation(self) -> Udp:
@@ -52,7 +54,7 @@ class Udp:
         )
 
     def remote(self, lease: Lease) -> Remote:
-        return Remote(lease.attrs.public_ip, lease.attrs.port(self.port), lease.attrs.is_udptun)
+        return Remote(lease.attrs.public_ip, lease.attrs.port(self._default_port), lease.attrs.is_udptun)
 
     def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink]:
         return (tun_link(TUN_NAME, live.mtu),)
