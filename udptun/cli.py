@@ -170,7 +170,14 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
         metavar="DIR",
         help="the daemon's --run-dir (default: FLANNELD_RUN_DIR, else %(default)s)",
     )
+    parser.add_argument(
+        "--backends", action="store_true", help="say what each Backend.Type would get on this host; needs no daemon"
+    )
     given = parser.parse_args(argv)
+    if given.backends:
+        from udptun import probe
+
+        return probe.show(pretend_no_vxlan=bool(environ.get("UDPTUN_PRETEND_NO_VXLAN")), as_json=given.json)
 
     from udptun import status
 

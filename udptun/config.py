@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import ClassVar, TypeVar
@@ -288,6 +288,14 @@ def keys_that_need_a_restart(old: NetConf, new: NetConf) -> list[str]:
     return changed + [
         f"Backend.{key}" for key, name in names.items() if getattr(old.backend, name) != getattr(new.backend, name)
     ]
+
+
+def replace_live_keys(old: BackendConf, new: BackendConf) -> BackendConf:
+    """`old` with those keys of `new` that can change while packets flow; `old` when they are of different types."""
+    if type(old) is not type(new):
+        return old
+    names = {field.name for field in fields(old)} & {"mtu", "log_level", "datapath"}
+    return replace(old, **{name: getattr(new, name) for name in names})
 
 
 def _field_of(kind: type[NetConf | BackendConf], key: str) -> str:

@@ -27,7 +27,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 
-from udptun import __version__, notify, probe, state, status, subnet_env, underlay
+from udptun import __version__, notify, probe, state, status, subnet_env
 from udptun.allocate import Identity, chooser
 from udptun.backends.base import Backend, Live
 from udptun.clock import Clock
@@ -42,6 +42,7 @@ from udptun.config import (
     keys_that_need_a_restart,
     mtu_for,
     parse_net_conf,
+    replace_live_keys,
 )
 from udptun.errors import ConfigError, KernelError, UdptunError
 from udptun.forwarding import Forwarding
@@ -50,13 +51,13 @@ from udptun.lease import LeaseAttrs, LeaseEvent
 from udptun.masq import firewall
 from udptun.masq.firewall import Firewall
 from udptun.membership import Membership, find_start
-from udptun.netlink import Netlink
 from udptun.offload import corrupted_by
 from udptun.options import Options, StoreKind
 from udptun.stores.base import Store
 from udptun.stores.file import FileStore
 from udptun.stores.local import LocalStore
 from udptun.underlay import Underlay, Wish
+from udptun.underlay_watch import UnderlayWatch, find
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +143,7 @@ class Daemon:
         # Set by the stages of _serve, in this order.
         self._conf: NetConf
         self._underlay: Underlay
+        self._underlay_watch: UnderlayWatch
         self._backend: Backend
         self._me: Identity
         self._membership: Membership
@@ -184,7 +186,7 @@ class Daemon:
             clock = Clock()
             start = await find_start(store, options.state_dir, clock)
             self._conf = self._parse_config(start.config, store)
-            self._underlay = await self._pick_underlay()
+            self._underlay = await self._find_underlay()
             check_underlay(self._conf, self._underlay.address)
             _set_log_level(options, self._conf.backend.log_level)
             choice = await probe.choose_backend(
@@ -194,7 +196,7 @@ class Daemon:
             log.info(
                 "backend chosen backend=%s device=%s reason=%r", self._backend.type, self._backend.device, choice.reason
             )
-            live = self._live_settings(self._conf)
+            live = self._live_settings(self._conf, self._underlay)
             node_id = state.node_id(options.state_dir)
             attrs = self._backend.attrs(self._underlay, node_id)
             backend = self._conf.backend
@@ -240,6 +242,7 @@ class Daemon:
                 tasks.create_task(self._forwarding.run(), name="forwarding")
                 tasks.create_task(self._firewall.run(), name="firewall")
                 tasks.create_task(self._reload_on_signal(store), name="reload")
+                tasks.create_task(self._underlay_watch.run(), name="follow underlay")
 
     def _make_directories(self) -> None:
         for directory in (self._options.run_dir, self._options.state_dir):
@@ -268,31 +271,20 @@ class Daemon:
             return conf
         return replace(conf, backend=replace(conf.backend, own_port=self._options.port))
 
-    async def _pick_underlay(self) -> Underlay:
+    async def _find_underlay(self) -> Underlay:
         options = self._options
         wish = Wish(options.iface, options.iface_regex, options.iface_can_reach, options.public_ip)
-        async with Netlink() as kernel:
-            reach = None
-            if wish.can_reach is not None:
-                with contextlib.suppress(KernelError):
-                    reach = await kernel.route_get(wish.can_reach)
-            links, routes = await kernel.links(), await kernel.routes()
-            found = underlay.pick(wish, links, await kernel.addresses(), routes, reach)
-        log.info(
-            "underlay chosen iface=%s address=%s public_ip=%s mtu=%d",
-            found.link_name,
-            found.address,
-            found.public_ip,
-            found.mtu,
-        )
+        found = await find(wish)
+        self._underlay_watch = UnderlayWatch(wish, found, self._move)
+        _log_underlay("chosen", found)
         return found
 
-    def _live_settings(self, conf: NetConf) -> Live:
+    def _live_settings(self, conf: NetConf, present: Underlay) -> Live:
         """A flag says it for this host, the configuration for all, the interface when nobody does."""
         options, backend = self._options, conf.backend
         keys = backend.datapath if isinstance(backend, UdpBackend | VxlanBackend) else DatapathKeys()
         return Live(
-            mtu_for(options.mtu or backend.mtu or self._underlay.mtu, self._backend.overhead),
+            mtu_for(options.mtu or backend.mtu or present.mtu, self._backend.overhead),
             options.workers or keys.workers or default_workers(len(os.sched_getaffinity(0))),
             options.source_check or keys.source_check,
             keys.offload & ~corrupted_by(platform.release()),
@@ -331,7 +323,7 @@ class Daemon:
             try:
                 conf = self._parse_config(await store.network_config(), store)
                 check_underlay(conf, self._underlay.address)
-                live = self._live_settings(conf)
+                live = self._live_settings(conf, self._underlay)
             except UdptunError as exc:
                 _log_problems("nothing reloaded: ", exc)
             else:
@@ -343,15 +335,32 @@ class Daemon:
         for key in keys_that_need_a_restart(self._conf, conf):
             log.warning("config changed, takes effect with the next start key=%s", key)
         _set_log_level(self._options, conf.backend.log_level)
-        before = self._forwarding.live
-        await self._forwarding.apply(live)
+        await self._apply(self._underlay, live)
+        # What the underlay brings later is seen in this light.
+        self._conf = replace(self._conf, backend=replace_live_keys(self._conf.backend, conf.backend))
         live = self._forwarding.live
-        if live.mtu != before.mtu:
+        log.info("config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value)
+
+    async def _move(self, present: Underlay) -> None:
+        """Go over to what the underlay is now.  Raises UdptunError: unchanged."""
+        check_underlay(self._conf, present.address)
+        attrs = self._backend.attrs(present, self._me.node_id)
+        await self._apply(present, self._live_settings(self._conf, present))
+        if present.public_ip != self._me.public_ip:
+            self._me = replace(self._me, public_ip=present.public_ip)
+            self._membership.move(self._me, attrs)
+        _log_underlay("changed", present)
+
+    async def _apply(self, present: Underlay, live: Live) -> None:
+        """Carry packets over this underlay and with these settings from now on.  Raises UdptunError: unchanged."""
+        before = self._forwarding.live
+        await self._forwarding.apply(present, live)
+        self._underlay = present
+        if self._forwarding.live.mtu != before.mtu:
             try:
                 self._write_subnet_env()
             except UdptunError as exc:
                 _log_problems("pods do not learn of the new MTU: ", exc)
-        log.info("config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value)
 
     # ------------------------------------------------------------------------------------------------- values
 
@@ -419,8 +428,19 @@ class Daemon:
             **self._forwarding.document(leases),
             "firewall": self._firewall.document(),
             "skipped": list(self._membership.skipped),
-            "problems": [*self._membership.problems, *self._forwarding.problems(), *self._firewall.problems],
+            "problems": [
+                *self._membership.problems,
+                *self._forwarding.problems(),
+                *self._firewall.problems,
+                *filter(None, [self._underlay_watch.problem]),
+            ],
         }
+
+
+def _log_underlay(what: str, it: Underlay) -> None:
+    log.info(
+        "underlay %s iface=%s address=%s public_ip=%s mtu=%d", what, it.link_name, it.address, it.public_ip, it.mtu
+    )
 
 
 def _log_problems(prefix: str, exc: UdptunError) -> None:

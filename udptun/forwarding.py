@@ -142,13 +142,18 @@ class Forwarding:
             await self._tunnel.peers_changed(events)
         self._want(self._reconciler)
 
-    async def apply(self, live: Live) -> None:
-        """Change settings while packets flow.  What cannot be changed stays, with a line in the log."""
-        before, self.live = self.live, live
+    async def apply(self, underlay: Underlay, live: Live) -> None:
+        """Change settings, or go over to another address, while packets flow.
+
+        Settings that cannot be changed stay, with a line in the log.  Raises UdptunError, with nothing changed, when
+        there is no having the address.
+        """
+        assert self._reconciler is not None
+        situation = replace(self._situation(), underlay=underlay, live=live)
         if self._tunnel is not None:
-            self.live = await self._tunnel.apply(before, self._situation())
-        if self._reconciler is not None:
-            self._want(self._reconciler)
+            live = await self._tunnel.apply(self._situation(), situation)
+        self._underlay, self.live = underlay, live
+        self._want(self._reconciler)
 
     async def undo_failed_start(self) -> None:
         """Leave nothing behind that we made.  Raises UdptunError.
@@ -228,21 +233,22 @@ class _Tunnelled:
         self.tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
         await self.tunnel.publish()
 
-    async def apply(self, before: Live, situation: Situation) -> Live:
-        """Change to the situation's settings; return what is in force then."""
-        live = situation.live
-        if live.workers != before.workers:
-            try:
-                how = self._encapsulation
-                await self.tunnel.rebind(situation.underlay.address, how.port, live.workers, how.n_senders)
-            except UdptunError as exc:
-                live = replace(live, workers=before.workers)
-                log.error("not reloaded, the workers stay %d: %s", before.workers, exc)
-        if live.offload != before.offload:
+    async def apply(self, before: Situation, now: Situation) -> Live:
+        """Change from `before` to `now`; return the settings that are in force then.  Raises UdptunError."""
+        how, live = self._encapsulation, now.live
+        try:
+            await self.tunnel.rebind(now.underlay.address, how.port, live.workers, how.n_senders)
+        except UdptunError as exc:
+            if now.underlay.address != before.underlay.address:
+                raise
+            live = replace(live, workers=before.live.workers)
+            log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
+        if live.offload != before.live.offload:
             self.tunnel.set_offload(live.offload)
-        if replace(live, workers=before.workers) != before:
-            self.tunnel.configure(self._encapsulation.settings(situation))
-            self.tunnel.add_peers(self._remotes(situation.peers))
+        settings = self._encapsulation.settings(now)
+        if settings != self._encapsulation.settings(before):
+            self.tunnel.configure(settings)
+            self.tunnel.add_peers(self._remotes(now.peers))
             await self.tunnel.publish()
         return live
 

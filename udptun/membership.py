@@ -262,6 +262,8 @@ class Membership:
         """Whether the table may lack what the store has and would not tell again."""
         self._is_failing = False
         """Whether the store did not answer when it was asked last."""
+        self._has_moved = False
+        """Whether the store still has our lease with an address that we no longer have."""
         self._own_news = asyncio.Event()
         self._own_problem = ""
         self._outage = _Outage("lease store unavailable", store.name, clock)
@@ -361,6 +363,13 @@ class Membership:
             await self._reset(self._last.peers)
             log.info("peers recalled from the last run n_peers=%d", len(self.table.peers))
             self._last = None
+
+    def move(self, me: Identity, attrs: LeaseAttrs) -> None:
+        """Be at another address from now on, with the same subnet; `run` tells the store at once, until it knows."""
+        self._me = me
+        self._own = replace(self.own, attrs=attrs)
+        self._has_moved = True
+        self._own_news.set()
 
     async def run(self) -> None:
         """Follow the store, renew our lease, expire the others' and save the table, until cancelled."""
@@ -589,6 +598,8 @@ class Membership:
 
     def _check_own(self, event: LeaseEvent) -> None:
         """See what the store says about our own lease; `_hold` does what there is to do."""
+        if self._has_moved:
+            return
         self._is_lost = event.type is EventType.REMOVED or event.lease.attrs != self.own.attrs
         self._taker = None
         if not self._is_lost:
@@ -606,7 +617,7 @@ class Membership:
             self._mind_the_clock()
             expires_s = self.own.expires_s
             due_s = _CLOCK_CHECK_S if expires_s is None else expires_s - self._margin_s - self._clock.unix_s()
-            if self._is_provisional or (due_s > 0 and not self._is_lost):
+            if self._is_provisional or (due_s > 0 and not self._is_lost and not self._has_moved):
                 await self._wait_for_own_news(_CLOCK_CHECK_S if self._is_provisional else min(due_s, _CLOCK_CHECK_S))
                 continue
             was_lost = self._is_lost
@@ -619,7 +630,7 @@ class Membership:
                     continue
                 self._say_own_problem("taken again" if was_lost else "renewed", exc)
                 # Nobody else has it: the sooner it is in the store again, the better.
-                is_urgent = was_lost and not isinstance(exc, LeaseLostError)
+                is_urgent = (was_lost or self._has_moved) and not isinstance(exc, LeaseLostError)
                 retry_s = min(max(1.0, 2 * retry_s), _RENEW_RETRY_S) if is_urgent else _RENEW_RETRY_S
                 await self._wait_for_own_news(retry_s)
 
@@ -635,8 +646,11 @@ class Membership:
         self._own_news.clear()
 
     async def _renew(self) -> None:
+        asked = self.own
         async with self._asking:
-            self._own = await self._store.renew(self.own)
+            renewed = await self._store.renew(asked)
+        self._has_moved = self.own.attrs != asked.attrs  # once more, meanwhile
+        self._own = replace(renewed, attrs=self.own.attrs) if self._has_moved else renewed
         self._own_problem = ""
         self._dirty.set()
         log.info("lease renewed subnet=%s", self.own.subnet)
@@ -649,7 +663,7 @@ class Membership:
                 f"{self._store.name} gives this host {lease.subnet} now, not {self.own.subnet}; restart to use it"
             )
         taker, self._taker = self._taker, None
-        self._own, self._is_lost, self._own_problem = lease, False, ""
+        self._own, self._is_lost, self._own_problem, self._has_moved = lease, False, "", False
         self._dirty.set()
         if taker is None or taker == self._writer(lease):
             log.info("lease taken again subnet=%s", self.own.subnet)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import json
 import os
 from pathlib import Path
 
 from udptun import state
-from udptun.backends.choice import Choice, Host, choose
+from udptun.backends.choice import Choice, Host, choose, describe
 from udptun.config import BackendConf, VxlanBackend
 from udptun.errors import KernelError
 from udptun.netlink import Netlink
@@ -28,6 +30,17 @@ async def choose_backend(conf: BackendConf, state_dir: Path, *, pretend_no_vxlan
     if not isinstance(conf, VxlanBackend):
         return choose(conf, Host(), "")
     return choose(conf, await host(pretend_no_vxlan=pretend_no_vxlan), state.vtep_mac(state_dir))
+
+
+def show(*, pretend_no_vxlan: bool, as_json: bool) -> int:
+    """Print what each type of backend would get here, with its defaults, and why."""
+    found = asyncio.run(host(pretend_no_vxlan=pretend_no_vxlan))
+    rows = describe(found)
+    if as_json:
+        print(json.dumps([{"type": name, "works": works, "reason": reason} for name, works, reason in rows]))
+    else:
+        print("\n".join(f"{name:<8} {'yes' if works else 'no ':<3}  {reason}" for name, works, reason in rows))
+    return 0
 
 
 async def host(*, pretend_no_vxlan: bool) -> Host:
@@ -53,6 +66,10 @@ async def _no_vxlan() -> str:
         try:
             await kernel.add_vxlan(name, Vxlan(_VNI, None, 0, _PORT, learning=False, gbp=False), _MAC, _MTU)
         except KernelError as exc:
+            if exc.errno == errno.EPERM:
+                raise KernelError(
+                    "cannot find out whether the kernel has vxlan", exc.errno, "run as root or with CAP_NET_ADMIN"
+                ) from exc
             # Whatever else it is, a kernel that knows vxlan said it, and setting up the real device will say it again.
             return errno.errorcode[exc.errno] if exc.errno in _LACKING else ""
         if (link := await kernel.link(name)) is not None:

@@ -649,7 +649,7 @@ class Reconciler:
                 assert self._device is not None
                 self._device.reattach()
             case CreateVxlan(name, vxlan, mac, mtu):
-                await kernel.add_vxlan(name, vxlan, mac, mtu)
+                await _make_vxlan(kernel, name, vxlan, mac, mtu)
             case DeleteLink(link):
                 await kernel.delete_link(link.index)
             case SetSysctl(sysctl):
@@ -703,7 +703,14 @@ async def make_missing(links: Iterable[DesiredLink]) -> None:
     async with Netlink() as kernel:
         for link in links:
             if link.vxlan is not None and await kernel.link(link.name) is None:
-                await kernel.add_vxlan(link.name, link.vxlan, link.mac, link.mtu)
+                await _make_vxlan(kernel, link.name, link.vxlan, link.mac, link.mtu)
+
+
+async def _make_vxlan(kernel: Netlink, name: str, vxlan: Vxlan, mac: str, mtu: int) -> None:
+    """Make the device and put our mark on it, which the kernel does not take with the making."""
+    await kernel.add_vxlan(name, vxlan, mac, mtu)
+    if (link := await kernel.link(name)) is not None:
+        await kernel.set_link(link.index, alias=LINK_ALIAS)
 
 
 async def make_way(name: str) -> None:

@@ -67,7 +67,8 @@ def render(document: Document, now_s: float) -> str:
         f"store      {document['store']}",
         f"underlay   {underlay['interface']} {underlay['address']} mtu {underlay['mtu']}, "
         f"public {lease['public_ip']}{port}",
-        f"backend    {backend['type']} {backend['device'] or 'no device'} mtu {backend['mtu']}{source_check}",
+        f"backend    {backend['type']} {backend['device'] or 'no device'} mtu {backend['mtu']}{source_check} "
+        f"({backend['reason']})",
     ]
     if datapath is not None:
         lines.append(

@@ -53,13 +53,9 @@ class Tun:
         """What the device can do, beside all that is none of its business."""
         self._offload = Offload(0)
 
-    def device(self) -> str | None:
-        """The name that the device of the first queue has now; None when it is gone."""
-        return _device_of(self.fds[0])
-
     def is_attached(self) -> bool:
         """Whether every queue still belongs to the device of this name."""
-        return all(_device_of(fd) == self.name for fd in self.fds)
+        return all(device_of(fd) == self.name for fd in self.fds)
 
     def reattach(self) -> None:
         """Bring every detached queue back, the device too when it is gone: new, down, and without addresses.
@@ -67,7 +63,7 @@ class Tun:
         Raises KernelError.  Queues that never lost their device stay as they are.
         """
         for fd in self.fds:
-            device = _device_of(fd)
+            device = device_of(fd)
             if device is not None and device != self.name:
                 hint = f"it was renamed; `ip link set {device} name {self.name}`"
                 raise KernelError(f"TUN device {self.name} is called {device} now", 0, hint)
@@ -227,8 +223,8 @@ def _configure(name: str, fd: int, supported: Offload) -> None:
         raise KernelError(f"cannot configure TUN device {name}", exc.errno or 0) from exc
 
 
-def _device_of(fd: int) -> str | None:
-    """The name of the device that the queue belongs to; None when that is gone."""
+def device_of(fd: int) -> str | None:
+    """The name that the device of the queue has now; None when that is gone."""
     try:
         answer = fcntl.ioctl(fd, lib.TUNGETIFF, bytes(_IFREQ.size))
     except OSError as exc:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 
 from udptun.errors import UdptunError, UsageError
@@ -87,6 +87,13 @@ def pick(
         "Failed to find interface to use that matches the interfaces and/or regexes provided"
         f" ({'; '.join(tried)}; there are: {host.inventory()})"
     )
+
+
+def refresh(old: Underlay, link: Link | None, addresses: Sequence[Address]) -> Underlay | None:
+    """`old` as it is now; None when the link that it names is another one, or no longer has its address."""
+    if link is None or link.index != old.link_index or old.address not in _usable(link, addresses):
+        return None
+    return replace(old, mtu=link.mtu)
 
 
 def _underlay(found: tuple[Link, IPv4Address], wish: Wish) -> Underlay:

@@ -123,7 +123,7 @@ def test_config_takes_every_backend_key() -> None:
         '{"Network":"10.3.0.0/16","EnableNFTables":true,'
         '"Backend":{"Type":"udp","Port":1,"MTU":9000,"Workers":16,"SourceCheck":"off"}}'
     )
-    assert conf.backend == UdpBackend(1, 9000, datapath=DatapathKeys(16, SourceCheck.OFF))
+    assert conf.backend == UdpBackend(1, mtu=9000, datapath=DatapathKeys(16, SourceCheck.OFF))
     assert conf.enable_nftables
 
 

@@ -32,7 +32,7 @@ DOCUMENT: dict[str, Any] = {
         "expires_at": NOW_S + 7265,
     },
     "underlay": {"interface": "eth0", "address": "192.0.2.1", "mtu": 1500},
-    "backend": {"type": "udp", "device": "flannel0", "mtu": 1472, "source_check": "peer"},
+    "backend": {"type": "udp", "reason": "as configured", "device": "flannel0", "mtu": 1472, "source_check": "peer"},
     "datapath": {"pid": 11, "uptime_s": 3600.5, "standby_pids": [12, 13], "workers": ["running", "tun_lost"]},
     "peers": [
         {
@@ -59,7 +59,7 @@ def test_document_is_shown_for_people() -> None:
         "lease      10.244.1.0/24 of 10.244.0.0/16, expires in 2h01m\n"
         "store      local:/var/lib/udptun/leases.db\n"
         "underlay   eth0 192.0.2.1 mtu 1500, public 192.0.2.1:8285\n"
-        "backend    udp flannel0 mtu 1472, source check peer\n"
+        "backend    udp flannel0 mtu 1472, source check peer (as configured)\n"
         "datapath   pid 11, up 1h00m, standby 12, 13, workers running, tun_lost\n"
         "firewall   iptables: masquerade and forward\n"
         "daemon     pid 10, up 59s, version 0.1.0\n"

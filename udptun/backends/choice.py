@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from udptun.backends.alloc import Alloc
@@ -30,6 +31,15 @@ class Choice:
     reason: str
 
 
+_TUN_HINT = "`modprobe tun`, or let the container have /dev/net/tun"
+_CARRIED: Mapping[type, str] = {
+    Udp: "userspace tunnel, flannel's udp wire format",
+    KernelVxlan: "the kernel's VXLAN device",
+    HostGw: "routes through the peers' addresses; they must be on one link with us",
+    Alloc: "lease and subnet.env only",
+}
+
+
 def choose(conf: BackendConf, host: Host, mac: str) -> Choice:
     """The backend for `conf` on `host`; `mac` is what a VTEP of ours has.
 
@@ -45,6 +55,22 @@ def choose(conf: BackendConf, host: Host, mac: str) -> Choice:
             return Choice(Alloc(), "as configured")
         case VxlanBackend():
             return _choose_vxlan(conf, host, mac)
+
+
+def describe(host: Host) -> list[tuple[str, bool, str]]:
+    """Each type of `Backend` with its defaults: its name, whether it works on `host`, and how or why not."""
+    rows = []
+    for conf in (UdpBackend(), VxlanBackend(), HostGwBackend(), AllocBackend()):
+        try:
+            choice = choose(conf, host, "02:00:00:00:00:01")
+        except UdptunError as exc:
+            rows.append((conf.type, False, str(exc)))
+            continue
+        if choice.backend.encapsulation is not None and host.no_tun:
+            rows.append((conf.type, False, f"there is no TUN device ({host.no_tun}); {_TUN_HINT}"))
+        else:
+            rows.append((conf.type, True, _CARRIED[type(choice.backend)]))
+    return rows
 
 
 def _choose_vxlan(conf: VxlanBackend, host: Host, mac: str) -> Choice:

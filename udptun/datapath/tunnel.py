@@ -26,7 +26,7 @@ from udptun.datapath.table import TableWriter
 from udptun.lease import is_inside
 from udptun.netstate import DEVICE_NAME
 from udptun.offload import ALL, Offload, names
-from udptun.tun import Tun, detach_queues, open_queues
+from udptun.tun import Tun, detach_queues, device_of, open_queues
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ class Tunnel:
 
 def _serves_another(held: Descriptors, device: str) -> bool:
     """Whether the queues belong to a device that another backend of ours has made."""
-    name = Tun(device, held.tun).device()
+    name = device_of(held.tun[0])
     return name is not None and name != device and DEVICE_NAME.fullmatch(name) is not None
 
 

@@ -34,6 +34,8 @@ from udptun.lab.machine import SOURCE_ROOT, File, Machine, signals_deferred
 log = logging.getLogger(__name__)
 
 UNDERLAY = IPv4Network("192.168.77.0/24")
+DISTANT = IPv4Network("192.168.78.0/24")
+"""A second underlay subnet, behind a router (the switch's machine), for hosts that `Lab.relocate` puts there."""
 SWITCH = "underlay"
 """Name of the switch's machine and of its bridge, which holds UNDERLAY's first address, the hosts' gateway."""
 
@@ -309,10 +311,11 @@ class Host:
     def move(self, address: IPv4Address) -> None:
         """Change the host's underlay address; there is no moment without an address."""
         old = self.underlay_address
+        network = DISTANT if address in DISTANT else UNDERLAY
         self.machine.at().ip(
-            f"addr add {address}/{UNDERLAY.prefixlen} brd + dev eth0",
-            f"addr del {old}/{UNDERLAY.prefixlen} dev eth0",
-            f"route replace default via {UNDERLAY[1]}",
+            f"addr add {address}/{network.prefixlen} brd + dev eth0",
+            f"addr del {old}/{network.prefixlen} dev eth0",
+            f"route replace default via {network[1]}",
         )
         self.underlay_address = address
 
@@ -431,6 +434,20 @@ class Lab:
             if self._offload is not Offload.FULL:
                 self._set_offload(host)
         log.info("underlay %s connects %s", UNDERLAY, ", ".join(host.name for host in new))
+
+    def relocate(self, host: Host, network: IPv4Network) -> None:
+        """Put the host on `network`, UNDERLAY or DISTANT, with its number as its address there."""
+        bridge = f"{SWITCH}2" if network == DISTANT else SWITCH
+        switch = self.switch.at()
+        if not switch.path(f"/sys/class/net/{bridge}").exists():
+            switch.ip(
+                f"link add {bridge} mtu {self.underlay_mtu} type bridge forward_delay 0 mcast_snooping 0",
+                f"addr add {network[1]}/{network.prefixlen} dev {bridge}",
+                f"link set {bridge} up",
+            )
+            self.switch.run(["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"])
+        switch.ip(f"link set {host.name} master {bridge}")
+        host.move(network[_FIRST_HOST + host.index])
 
     def set_offload(self, mode: Offload) -> None:
         """Switch the links of the underlay, both ends, to `mode`; hosts added later get it too.  Needs ethtool."""

@@ -1,0 +1,663 @@
+"""Every backend between hosts, and the one mechanism that repairs them all.
+
+    pod h1/p1 -- cni0 [h1] eth0 -- underlay -- eth0 [h2] cni0 -- pod h2/p1
+                                      |  `---- eth0 [h3] ...; for DirectRouting h3 is behind a router
+
+What the kernel has is read with `ip -j` and `bridge -j` and compared with flannel's own set-up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from traffic import CLEANUP, cpu_s, datapath_pids, ping, read_status, tcp_flow
+
+from udptun.lab.errors import LabError
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import DISTANT, LEASES, NET_CONF, SUBNET_ENV, UNDERLAY, Host, Lab
+
+pytestmark = pytest.mark.netns
+
+NETWORK = "10.244.0.0/16"
+PROTOCOL = "158"
+SLACK = 5
+"""Deadlines are the promised times as often: the machine may be busy."""
+GUARD = {"type": "unreachable", "dst": NETWORK, "metric": 4294967295, "flags": []}
+
+BACKENDS: Mapping[str, Mapping[str, object]] = {
+    "udp": {"Type": "udp"},
+    "vxlan": {"Type": "vxlan"},
+    "host-gw": {"Type": "host-gw"},
+    "alloc": {"Type": "alloc"},
+}
+CARRYING = [name for name in BACKENDS if name != "alloc"]
+DEVICES = {"udp": "flannel0", "vxlan": "flannel.1"}
+OVERHEADS = {"udp": 28, "vxlan": 50, "host-gw": 0, "alloc": 0}
+
+
+def net_conf(backend: Mapping[str, object], **keys: object) -> dict[str, object]:
+    return {"Network": NETWORK, "Backend": dict(backend), **keys}
+
+
+@pytest.fixture(scope="module", params=CARRYING)
+def named_lab(request: pytest.FixtureRequest) -> Iterator[tuple[str, Lab]]:
+    """Three hosts for each backend, each with a pod; shared by the tests of the module."""
+    name = request.param
+    with Lab(f"b{os.getpid()}{name[:2]}", n_hosts=3, net_conf=net_conf(BACKENDS[name])) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        yield name, lab
+        for host in lab.hosts:
+            assert "Traceback" not in host.daemon_log()
+
+
+def lab_of(n_hosts: int, backend: Mapping[str, object]) -> Lab:
+    return Lab(f"c{os.getpid()}", n_hosts=n_hosts, net_conf=net_conf(backend))
+
+
+def wait_for_peers(lab: Lab) -> None:
+    def all_know_all() -> bool:
+        return all(len(read_status(host)["peers"]) == len(lab.hosts) - 1 for host in lab.hosts)
+
+    wait_until("every host to know every other", all_know_all, 20)
+
+
+def show(host: Host, *command: str) -> list[dict[str, Any]]:
+    """What `ip -j -d` or `bridge -j` says in the host; nothing about a device that is not there."""
+    argv = [command[0], "-j", *(["-d"] if command[0] == "ip" else []), *command[1:]]
+    result = host.run(argv, check=False)
+    return [entry for entry in json.loads(result.stdout or "[]") if entry] if result.returncode == 0 else []
+
+
+def own_routes(host: Host) -> list[dict[str, Any]]:
+    routes = show(host, "ip", "-4", "route", "show", "proto", PROTOCOL)
+    for route in routes:
+        route.pop("scope", None)
+    return sorted(routes, key=lambda route: (route["dst"], route.get("metric", 0)))
+
+
+def neighbours(host: Host, device: str) -> dict[str, tuple[str | None, list[str]]]:
+    return {n["dst"]: (n.get("lladdr"), n["state"]) for n in show(host, "ip", "-4", "neigh", "show", "dev", device)}
+
+
+def fdb(host: Host, device: str) -> set[tuple[str, str, str]]:
+    entries = show(host, "bridge", "fdb", "show", "dev", device)
+    return {(e["mac"], e["dst"], e["state"]) for e in entries if "dst" in e}
+
+
+def kernel_state(host: Host, name: str) -> dict[str, Any]:
+    """All that a backend looks after, without what changes from device to device."""
+    state: dict[str, Any] = {"routes": own_routes(host)}
+    if device := DEVICES.get(name):
+        links = show(host, "ip", "link", "show", device)
+        addresses = show(host, "ip", "address", "show", "dev", device)
+        state["link"] = [(link["mtu"], "UP" in link["flags"], link.get("address")) for link in links]
+        state["vxlan"] = [link.get("linkinfo", {}).get("info_data", {}).get("local") for link in links]
+        state["addresses"] = [(a["local"], a["prefixlen"]) for e in addresses for a in e.get("addr_info", [])]
+        state["neighbours"], state["fdb"] = neighbours(host, device), fdb(host, device)
+    return state
+
+
+def mac(host: Host) -> str:
+    return str(show(host, "ip", "link", "show", "flannel.1")[0]["address"])
+
+
+def leases(host: Host) -> dict[str, Any]:
+    """Key -> value of every lease in the lab's store."""
+    script = (
+        "import sqlite3, sys, json; db = sqlite3.connect(sys.argv[1]);"
+        "rows = db.execute(sys.argv[2]) if db.execute('select 1 from sqlite_master').fetchone() else [];"
+        "print(json.dumps(dict(rows)))"
+    )
+    text = host.run([sys.executable, "-c", script, str(LEASES), "select key, value from leases"]).stdout
+    return {key: json.loads(value) for key, value in json.loads(text).items()}
+
+
+def sql(host: Host, statement: str) -> None:
+    script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute(sys.argv[2]); db.commit()"
+    host.run([sys.executable, "-c", script, str(LEASES), statement])
+
+
+def write_conf(host: Host, conf: Mapping[str, object]) -> None:
+    host.path(NET_CONF).write_text(json.dumps(conf))
+
+
+def restart(host: Host, backend: Mapping[str, object], **keys: object) -> None:
+    if host.daemon is not None and host.daemon.poll() is None:
+        host.stop_daemon()
+    write_conf(host, net_conf(backend, **keys))
+    host.start_daemon()
+    host.wait_ready()
+
+
+# --- three hosts
+
+
+def test_pods_of_all_hosts_reach_each_other(named_lab: tuple[str, Lab]) -> None:
+    name, lab = named_lab
+    for source in lab.hosts:
+        for destination in lab.hosts:
+            if source is not destination:
+                # To the other pod, to the other host's pod bridge, and as large as it goes without fragments.
+                ping(source.pod(1), destination.pod(1).address)
+                ping(source, destination.pod(1).address)
+                ping(source.pod(1), destination.pod(1).address, "-M", "do", "-s", str(source.mtu - 28))
+    assert {host.mtu for host in lab.hosts} == {1500 - OVERHEADS[name]}
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp"])
+def test_iperf3_gets_through(named_lab: tuple[str, Lab], kind: str) -> None:
+    _, lab = named_lab
+    source, destination = lab.host(1).pod(1), lab.host(2).pod(1)
+    with destination.popen(["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        while "listening" not in server.stdout.readline():
+            pass
+        flags = ["-u", "-b", "20M"] if kind == "udp" else []
+        text = source.run(["iperf3", "-c", str(destination.address), "-t", "1", "-J", *flags]).stdout
+        server.communicate(timeout=30)
+    end = json.loads(text)["end"]
+    print(name_rate(end))
+    assert end["sum_received"]["bytes"] > 1_000_000
+    if kind == "udp":
+        assert end["sum"]["lost_packets"] == 0
+
+
+def name_rate(end: Mapping[str, Any]) -> str:
+    return f"{end['sum_received']['bits_per_second'] / 1e6:.0f} Mbit/s"
+
+
+def test_a_transfer_is_exact_to_the_byte(named_lab: tuple[str, Lab]) -> None:
+    _, lab = named_lab
+    one, three = lab.host(1).pod(1), lab.host(3).pod(1)
+    with tcp_flow(one, three, 2e7) as forth, tcp_flow(three, one, 2e7, port=5003) as back:
+        ping(one, three.address, "-s", "1000", count=20)
+    forth.report.assert_exact()
+    back.report.assert_exact()
+
+
+def test_the_kernel_has_what_flannel_would_have_set_up(named_lab: tuple[str, Lab]) -> None:
+    name, lab = named_lab
+    one, others = lab.host(1), lab.hosts[1:]
+    device = DEVICES.get(name)
+    if name == "udp":
+        wanted = [GUARD, {"type": "unicast", "dst": NETWORK, "dev": device, "flags": []}]
+    elif name == "vxlan":
+        wanted = [GUARD] + [
+            {
+                "type": "unicast", "dst": str(host.subnet), "gateway": str(host.subnet.network_address),
+                "dev": device, "flags": ["onlink"],
+            }
+            for host in others
+        ]
+    else:
+        wanted = [
+            {
+                "type": "unicast", "dst": str(host.subnet), "gateway": str(host.underlay_address),
+                "dev": "eth0", "flags": [],
+            }
+            for host in others
+        ]
+    key = lambda route: (route["dst"], route.get("metric", 0))  # noqa: E731
+    assert own_routes(one) == sorted(wanted, key=key)
+    if device is not None:
+        (addresses,) = show(one, "ip", "-4", "address", "show", "dev", device)
+        assert [(a["local"], a["prefixlen"], a["scope"]) for a in addresses["addr_info"]] == [
+            (str(one.subnet.network_address), 32, "global")
+        ]
+
+
+def test_the_vxlan_device_and_its_peers_are_flannels() -> None:
+    """The contract's text, with keys other than the defaults."""
+    backend = {"Type": "vxlan", "VNI": 7, "Port": 4789, "GBP": True, "MTU": 1400}
+    with lab_of(2, backend) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        one, two = lab.hosts
+        (link,) = show(one, "ip", "link", "show", "flannel.7")
+        data = link["linkinfo"]["info_data"]
+        assert link["linkinfo"]["info_kind"] == "vxlan"
+        assert (data["id"], data["local"], data["link"], data["port"]) == (7, str(one.underlay_address), "eth0", 4789)
+        assert (data["learning"], data["gbp"], link["mtu"]) == (False, True, 1350)
+        first_octet = int(link["address"][:2], 16)
+        assert first_octet & 3 == 2, "locally administered, unicast"
+        assert one.subnet_env()["FLANNEL_MTU"] == "1350"
+
+        (peer,) = show(two, "ip", "link", "show", "flannel.7")
+        tunnel_address, vtep_mac = str(two.subnet.network_address), peer["address"]
+        wait_until("the peer's neighbour", lambda: bool(neighbours(one, "flannel.7")), 10)
+        assert neighbours(one, "flannel.7") == {tunnel_address: (vtep_mac, ["PERMANENT"])}
+        assert fdb(one, "flannel.7") == {(vtep_mac, str(two.underlay_address), "permanent")}
+        lease = next(value for value in leases(one).values() if value["PublicIP"] == str(two.underlay_address))
+        assert lease["BackendType"] == "vxlan"
+        assert list(lease["BackendData"])[:2] == ["VNI", "VtepMAC"]
+        assert (lease["BackendData"]["VNI"], lease["BackendData"]["VtepMAC"]) == (7, vtep_mac)
+
+
+# --- vxlan's device
+
+
+def test_the_mac_outlives_restart_and_device_and_an_unfit_device_is_made_anew() -> None:
+    with lab_of(2, BACKENDS["vxlan"]) as lab:
+        one, two = lab.hosts
+        one.machine.at().ip(
+            f"link add flannel.1 type vxlan id 1 dev eth0 local {one.underlay_address} dstport 9999 nolearning",
+            "link set flannel.1 up",
+        )
+        lab.start()
+        wait_for_peers(lab)
+        (link,) = show(one, "ip", "link", "show", "flannel.1")
+        assert link["linkinfo"]["info_data"]["port"] == 8472
+        before = link["address"]
+        one.stop_daemon()
+        one.machine.at().ip("link delete flannel.1")
+        one.start_daemon()
+        one.wait_ready()
+        assert mac(one) == before
+        ping(one.pod(1), two.pod(1).address)
+
+
+def test_a_device_of_flanneld_is_taken_over_with_all_that_is_on_it() -> None:
+    """The device fits and stays; the peer that left while nobody ran goes; the routes become ours."""
+    with lab_of(2, BACKENDS["vxlan"]) as lab:
+        one, two = lab.hosts
+        one.machine.at().ip(
+            f"link add flannel.1 type vxlan id 1 dev eth0 local {one.underlay_address} dstport 8472 nolearning",
+            "link set flannel.1 up",
+            "neigh add 10.244.99.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent",
+            "route add 10.244.99.0/24 via 10.244.99.0 dev flannel.1 onlink",
+        )
+        one.run(["bridge", "fdb", "add", "02:00:00:00:00:99", "dev", "flannel.1", "dst", "192.168.77.99"])
+        (link,) = show(one, "ip", "link", "show", "flannel.1")
+        lab.start()
+        wait_for_peers(lab)
+        assert show(one, "ip", "link", "show", "flannel.1")[0]["ifindex"] == link["ifindex"]
+        tunnel_address = str(two.subnet.network_address)
+        wait_until("the present peer alone", lambda: list(neighbours(one, "flannel.1")) == [tunnel_address], 10)
+        assert fdb(one, "flannel.1") == {(mac(two), str(two.underlay_address), "permanent")}
+        assert show(one, "ip", "route", "show", "10.244.99.0/24") == []
+        ping(one.pod(1), two.pod(1).address)
+
+
+def test_leases_of_other_backends_are_no_peers_of_vxlan() -> None:
+    with lab_of(1, BACKENDS["vxlan"]) as lab:
+        one = lab.host(1)
+        lab.start()
+        for number, kind in ((50, "host-gw"), (51, "")):
+            value = {"PublicIP": f"192.168.77.{number}", "PublicIPv6": None, "BackendType": kind}
+            add_lease(one, f"10.244.{number}.0-24", value)
+        skipped = ["host-gw, not vxlan", "empty, not vxlan"]
+        wait_until("the leases to be refused", lambda: len(read_status(one)["skipped"]) == 2, 10)
+        assert read_status(one)["skipped"] == [
+            f"10.244.{50 + n}.0-24: its BackendType is {text}" for n, text in enumerate(skipped)
+        ]
+        assert own_routes(one) == [GUARD]
+
+
+def add_lease(host: Host, key: str, value: Mapping[str, object]) -> None:
+    sql(host, f"insert into leases (key, value) values ('{key}', '{json.dumps(value)}')")
+
+
+# --- host-gw and alloc
+
+
+def test_host_gw_refuses_to_work_behind_a_nat() -> None:
+    with lab_of(1, BACKENDS["host-gw"]) as lab:
+        one = lab.host(1)
+        one.start_daemon(["--public-ip", "203.0.113.7", "--iface", "eth0"])
+        with pytest.raises(LabError, match="ended with status 1"):
+            one.wait_ready()
+        assert "your PublicIP differs from interface IP, meaning that probably you're on a NAT" in one.daemon_log()
+        assert leases(one) == {}
+
+
+def test_routes_to_a_peer_that_left_while_we_were_down_go() -> None:
+    with lab_of(3, BACKENDS["host-gw"]) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        one, two, three = lab.hosts
+        gone = str(three.subnet)
+        wait_until("both routes", lambda: len(own_routes(one)) == 2, 10)
+        one.stop_daemon()
+        three.stop_daemon()
+        sql(one, f"delete from leases where key = '{gone.replace('/', '-')}'")
+        assert gone in [route["dst"] for route in own_routes(one)]
+        one.start_daemon()
+        one.wait_ready()
+        assert [route["dst"] for route in own_routes(one)] == [str(two.subnet)]
+
+
+def test_a_peer_that_host_gw_cannot_reach_is_a_problem_of_its_own() -> None:
+    """The kernel refuses a gateway that is on no link; every other peer is reached, and so would this one be later."""
+    with lab_of(2, BACKENDS["host-gw"]) as lab:
+        lab.relocate(lab.host(2), DISTANT)
+        lab.start()
+        wait_for_peers(lab)
+        one, two = lab.hosts
+        wait_until("the problem to be reported", lambda: bool(read_status(one)["problems"]), 10)
+        (problem,) = read_status(one)["problems"]
+        assert str(two.subnet) in problem
+        assert "Nexthop has invalid gateway" in problem
+        lab.relocate(two, UNDERLAY)
+        wait_until("the route", lambda: [route["dst"] for route in own_routes(one)] == [str(two.subnet)], 10)
+        ping(one.pod(1), two.pod(1).address)
+        wait_until("no problem", lambda: read_status(one)["problems"] == [], 10)
+
+
+def test_alloc_takes_a_lease_and_nothing_else() -> None:
+    with lab_of(1, BACKENDS["alloc"]) as lab:
+        one = lab.host(1)
+        lab.start()
+        (value,) = leases(one).values()
+        assert "BackendType" not in value
+        assert one.subnet_env()["FLANNEL_MTU"] == "1500"
+        assert own_routes(one) == []
+        assert not [link for link in show(one, "ip", "link", "show") if "flannel" in link["ifname"]]
+        assert read_status(one)["datapath"] is None
+        assert datapath_pids(one) == set()
+
+
+# --- direct routing
+
+
+def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_that_moves() -> None:
+    """h1 and h2 on one subnet, h3 behind a router; then h2 joins h3."""
+    with lab_of(3, {"Type": "vxlan", "DirectRouting": True}) as lab:
+        one, two, three = lab.hosts
+        lab.relocate(three, DISTANT)
+        lab.start()
+        wait_for_peers(lab)
+
+        def ways(host: Host) -> dict[str, tuple[str, str]]:
+            routes = [route for route in own_routes(host) if "gateway" in route]
+            return {route["dst"]: (route["gateway"], route["dev"]) for route in routes}
+
+        def direct(peer: Host) -> tuple[str, str]:
+            return str(peer.underlay_address), "eth0"
+
+        def tunnelled(peer: Host) -> tuple[str, str]:
+            return str(peer.subnet.network_address), "flannel.1"
+
+        def wait_for_ways(host: Host, **wanted: tuple[str, str]) -> None:
+            goal = {str({"one": one, "two": two, "three": three}[name].subnet): way for name, way in wanted.items()}
+            wait_until(f"the routes of {host}", lambda: ways(host) == goal, 10)
+
+        wait_for_ways(one, two=direct(two), three=tunnelled(three))
+        wait_for_ways(three, one=tunnelled(one), two=tunnelled(two))
+        assert list(neighbours(one, "flannel.1")) == [str(three.subnet.network_address)]
+        for host in (two, three):
+            ping(one.pod(1), host.pod(1).address)
+
+        lab.relocate(two, DISTANT)
+        wait_for_ways(one, two=tunnelled(two), three=tunnelled(three))
+        wait_for_ways(three, one=tunnelled(one), two=direct(two))
+        assert len(neighbours(one, "flannel.1")) == len(fdb(one, "flannel.1")) == 2
+        for host in (two, three):
+            ping(one.pod(1), host.pod(1).address)
+        ping(two.pod(1), three.pod(1).address)
+
+        # The kernel's own answer changes without any lease.
+        one.machine.at().ip(f"route add {two.underlay_address}/32 dev eth0")
+        wait_for_ways(one, two=direct(two), three=tunnelled(three))
+        one.machine.at().ip(f"route delete {two.underlay_address}/32 dev eth0")
+        wait_for_ways(one, two=tunnelled(two), three=tunnelled(three))
+
+
+# --- repair
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """`command` for `ip` (or, with its own name in front, `bridge`), from the host under test and a peer of it."""
+
+    backends: tuple[str, ...]
+    command: Callable[[str, Host, Host], str]
+
+
+DAMAGES: Mapping[str, Damage] = {
+    "device deleted": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip link delete {device}"),
+    "link down": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip link set {device} down"),
+    "link down and up": Damage(
+        ("udp", "vxlan"), lambda device, _, peer: f"sh -c 'ip link set {device} down; ip link set {device} up'"
+    ),
+    "MTU changed": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip link set {device} mtu 1200"),
+    "MAC changed": Damage(("vxlan",), lambda device, _, peer: f"ip link set {device} address 02:00:00:00:00:77"),
+    "address deleted": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip address flush dev {device}"),
+    "address added": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip address add 10.9.9.9/32 dev {device}"),
+    "routes deleted": Damage(("udp", "vxlan", "host-gw"), lambda device, _, peer: f"ip route flush proto {PROTOCOL}"),
+    "one route deleted": Damage(("vxlan", "host-gw"), lambda device, _, peer: f"ip route delete {peer.subnet}"),
+    "neighbour deleted": Damage(
+        ("vxlan",), lambda device, _, peer: f"ip neigh delete {peer.subnet.network_address} dev {device}"
+    ),
+    "neighbour replaced": Damage(
+        ("vxlan",),
+        lambda device, _, peer: (
+            f"ip neigh replace {peer.subnet.network_address} lladdr 02:00:00:00:00:66 dev {device} nud permanent"
+        ),
+    ),
+    "neighbours flushed": Damage(("vxlan",), lambda device, _, peer: f"ip neigh flush dev {device} nud permanent"),
+    "fdb entry deleted": Damage(("vxlan",), lambda device, _, peer: f"bridge fdb delete {mac(peer)} dev {device}"),
+    "fdb entry replaced": Damage(
+        ("vxlan",),
+        lambda device, _, peer: f"bridge fdb replace {mac(peer)} dev {device} dst 192.168.77.99 self permanent",
+    ),
+    "stray entries added": Damage(
+        ("vxlan",),
+        lambda device, _, peer: (
+            f"sh -c 'bridge fdb add 02:00:00:00:00:55 dev {device} dst 192.168.77.98 self permanent;"
+            f" ip neigh add 10.244.250.0 lladdr 02:00:00:00:00:55 dev {device} nud permanent'"
+        ),
+    ),
+    "underlay down and up": Damage(
+        ("host-gw",),
+        lambda device, host, peer: (
+            "sh -c 'ip link set eth0 down; ip link set eth0 up; ip route replace default via 192.168.77.1'"
+        ),
+    ),
+}
+
+
+def test_whatever_is_damaged_is_repaired_and_tcp_survives(named_lab: tuple[str, Lab]) -> None:
+    """One mechanism for all backends: after each damage everything is as before, with one line in the log."""
+    name, lab = named_lab
+    one, two = lab.host(1), lab.host(2)
+    device = DEVICES.get(name, "")
+    before = kernel_state(one, name)
+    pid = read_status(one)["pid"]
+    with tcp_flow(one.pod(1), two.pod(1)) as stream:
+        for what, damage in DAMAGES.items():
+            if name not in damage.backends:
+                continue
+            log_len = len(one.daemon_log())
+            one.run(["sh", "-c", damage.command(device, one, two)])
+            wait_until(f"{what}: repaired", lambda: kernel_state(one, name) == before, SLACK * 1.0)
+
+            def changes(log_len: int = log_len) -> list[str]:
+                log = one.daemon_log()[log_len:].splitlines()
+                return [line for line in log if "kernel state changed" in line]
+
+            wait_until(f"{what}: said", lambda: len(changes()) >= 1, 5)
+            # A set of commands may be seen half done, and then it is two repairs.
+            assert len(changes()) == 1 or damage.command(device, one, two).startswith("sh "), changes()
+            ping(one.pod(1), two.pod(1).address)
+        used_s = cpu_s(one, pid)
+        ping(one.pod(1), two.pod(1).address, "-i", "0.25", count=4)
+        assert cpu_s(one, pid) - used_s <= 0.1, "of one second in which nothing happens"
+    stream.report.assert_exact()
+    assert not [line for line in one.daemon_log().splitlines() if " E " in line]
+
+
+def test_a_changed_underlay_mtu_is_followed(named_lab: tuple[str, Lab]) -> None:
+    name, lab = named_lab
+    one = lab.host(1)
+    for underlay_mtu in (1400, 1500):
+        one.machine.at().ip(f"link set eth0 mtu {underlay_mtu}")
+        mtu = underlay_mtu - OVERHEADS[name]
+        wait_until("subnet.env to follow", lambda mtu=mtu: one.mtu == mtu, SLACK * 1.0)  # type: ignore[misc]
+        if device := DEVICES.get(name):
+            wait_until(
+                "the device to follow",
+                lambda mtu=mtu, device=device: show(one, "ip", "link", "show", device)[0]["mtu"] == mtu,  # type: ignore[misc]
+                SLACK * 1.0,
+            )
+        assert read_status(one)["underlay"]["mtu"] == underlay_mtu
+    ping(one.pod(1), lab.host(2).pod(1).address)
+
+
+def test_a_changed_underlay_address_is_followed_by_lease_and_peers_and_tcp_survives(
+    named_lab: tuple[str, Lab],
+) -> None:
+    _, lab = named_lab
+    one, two = lab.host(1), lab.host(2)
+    subnet, old = one.subnet, one.underlay_address
+    try:
+        with tcp_flow(one.pod(1), two.pod(1)) as stream:
+            one.move(UNDERLAY[77])
+            wait_until(
+                "lease and peers to follow",
+                lambda: [p["public_ip"] for p in read_status(two)["peers"] if p["subnet"] == str(subnet)]
+                == [str(UNDERLAY[77])],
+                SLACK * 2.0,
+            )
+            wait_until(
+                "the pods to reach each other",
+                lambda: one.pod(1).run(
+                    ["ping", "-c", "1", "-W", "1", str(two.pod(1).address)], check=False
+                ).returncode == 0,
+                SLACK * 2.0,
+            )
+        stream.report.assert_exact()
+        log = one.daemon_log().splitlines()
+        assert len([line for line in log if f"underlay changed iface=eth0 address={UNDERLAY[77]}" in line]) == 1
+        assert one.subnet == subnet
+        assert [lease["PublicIP"] for key, lease in leases(one).items() if key == str(subnet).replace("/", "-")] == [
+            str(UNDERLAY[77])
+        ]
+    finally:
+        one.move(old)
+        wait_until("the way back", lambda: read_status(one)["underlay"]["address"] == str(old), 10)
+
+
+# --- from one to another
+
+
+def test_a_change_of_backend_leaves_nothing_stale() -> None:
+    """Every backend after every other one, on one host; the other host changes with it."""
+    walk = eulerian(list(BACKENDS))
+    with lab_of(2, BACKENDS[walk[0]]) as lab:
+        one, two = lab.hosts
+        lab.start()
+        for name in walk[1:]:
+            for host in lab.hosts:
+                host.stop_daemon()
+            write_conf(one, net_conf(BACKENDS[name]))
+            for host in lab.hosts:
+                host.start_daemon()
+            for host in lab.hosts:
+                host.wait_ready()
+            wait_for_peers(lab)
+            links = {link["ifname"] for link in show(one, "ip", "link", "show") if link["ifname"].startswith("flannel")}
+            assert links == ({DEVICES[name]} if name in DEVICES else set()), name
+            n_routes = {"udp": 2, "vxlan": 2, "host-gw": 1, "alloc": 0}[name]
+            wait_until(f"the routes of {name}", lambda n=n_routes: len(own_routes(one)) == n, 10)  # type: ignore[misc]
+            wait_until(
+                f"{name} to have its processes and no others",
+                lambda name=name: len(datapath_pids(one)) == (2 if name == "udp" else 0),  # type: ignore[misc]
+                10,
+            )
+            if name != "alloc":
+                ping(one.pod(1), two.pod(1).address, "-s", "1000")
+        for host in lab.hosts:
+            assert "Traceback" not in host.daemon_log()
+
+
+def eulerian(names: list[str]) -> list[str]:
+    """A closed walk in which every name follows every other one exactly once (Hierholzer's)."""
+    ways = {name: [other for other in names if other != name] for name in names}
+    stack, walk = [names[0]], []
+    while stack:
+        if ways[stack[-1]]:
+            stack.append(ways[stack[-1]].pop())
+        else:
+            walk.append(stack.pop())
+    return walk[::-1]
+
+
+@pytest.mark.parametrize("name", ["udp", "vxlan"])
+def test_a_change_of_network_leaves_nothing_stale(name: str) -> None:
+    with lab_of(1, BACKENDS[name]) as lab:
+        one = lab.host(1)
+        lab.start()
+        restart(one, BACKENDS[name], Network="10.96.0.0/12")
+        routes = show(one, "ip", "route", "show", "table", "all")
+        text = json.dumps(routes + show(one, "ip", "address", "show", "dev", DEVICES[name]))
+        assert "10.96.0.0/12" in text
+        assert "10.244.0.0/16" not in text
+        (address,) = show(one, "ip", "-4", "address", "show", "dev", DEVICES[name])[0]["addr_info"]
+        assert address["local"] == str(one.subnet.network_address)
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_cleanup_removes_what_the_backend_made(name: str) -> None:
+    with lab_of(2, BACKENDS[name]) as lab:
+        one = lab.host(1)
+        lab.start()
+        wait_for_peers(lab)
+        one.stop_daemon()
+        one.run([*CLEANUP, "--release"])
+        assert own_routes(one) == []
+        assert [link["ifname"] for link in show(one, "ip", "link", "show") if "flannel" in link["ifname"]] == []
+        assert datapath_pids(one) == set()
+        assert not one.path(SUBNET_ENV).exists()
+        assert not one.path("/var/lib/udptun/vtep-mac").exists()
+        assert [value["PublicIP"] for value in leases(one).values()] == [str(lab.host(2).underlay_address)]
+
+
+# --- kernels without vxlan
+
+
+@pytest.fixture
+def no_vxlan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every daemon of this test finds a kernel without vxlan."""
+    monkeypatch.setenv("UDPTUN_PRETEND_NO_VXLAN", "1")
+
+
+@pytest.mark.usefixtures("no_vxlan")
+def test_without_vxlan_and_without_a_fallback_the_daemon_ends_with_the_reason() -> None:
+    with lab_of(1, {"Type": "vxlan", "Fallback": "none"}) as lab:
+        one = lab.host(1)
+        one.start_daemon()
+        with pytest.raises(LabError, match="ended with status 1"):
+            one.wait_ready()
+        assert "cannot create flannel.1 (vxlan id 1): the kernel has no vxlan (EOPNOTSUPP" in one.daemon_log()
+        assert leases(one) == {}
+
+
+@pytest.mark.usefixtures("no_vxlan")
+def test_without_vxlan_the_fallback_may_be_udp() -> None:
+    with lab_of(2, {"Type": "vxlan", "Fallback": "udp"}) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        one, two = lab.hosts
+        ping(one.pod(1), two.pod(1).address)
+        backend = read_status(one)["backend"]
+        assert (backend["type"], backend["device"]) == ("udp", "flannel0")
+        assert backend["reason"].endswith("and Backend.Fallback is udp")
+        assert len([line for line in one.daemon_log().splitlines() if "backend chosen" in line]) == 1
+
+
+def test_status_says_what_each_backend_would_get_here_without_a_daemon() -> None:
+    with lab_of(1, BACKENDS["vxlan"]) as lab:
+        one = lab.host(1)
+        text = one.run([sys.executable, "-m", "udptun", "status", "--backends"]).stdout
+        rows = {line.split()[0]: line.split(None, 2)[1:] for line in text.splitlines()}
+        assert rows.keys() == BACKENDS.keys()
+        assert rows["vxlan"] == ["yes", "the kernel's VXLAN device"]
+        assert show(one, "ip", "link", "show", "type", "vxlan") == [], "the probe's device is gone again"
