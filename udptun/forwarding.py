@@ -111,15 +111,15 @@ class Forwarding:
         self._peers = {lease.subnet: lease for lease in peers}
         if self._tunnel is not None:
             await self._tunnel.start(self._situation())
+        else:
+            # A datapath of an earlier run with another backend: the kernel may need its port.
+            await client.stop(await client.find(self._run_dir))
         self._reconciler = Reconciler(DesiredState(), None if self._tunnel is None else self._tunnel.tunnel.tun)
         self._want(self._reconciler)
         outcome = await self._reconciler.converge()
         if outcome.is_broken:
             what = self.backend.device or f"the {self.backend.type} backend"
             raise UdptunError(f"cannot set up {what}: {'; '.join(outcome.failures)}")
-        if self._tunnel is None:
-            # A datapath of an earlier run with another backend has carried packets until here.
-            await client.stop(await client.find(self._run_dir))
 
     async def run(self) -> None:
         """Keep it so, until cancelled."""

@@ -179,9 +179,12 @@ async def find(run_dir: Path) -> list[Process]:
 
 
 async def stop(processes: Iterable[Process]) -> None:
-    """End these processes, standbys first, so that none of them takes over."""
+    """End these processes, standbys first, so that none of them takes over, and close what they have handed us."""
     for process in sorted(processes, key=lambda process: process.is_active):
         await process.stop()
+        if process.descriptors is not None:
+            for fd in process.descriptors.as_list():
+                os.close(fd)
 
 
 class Datapath:

@@ -79,13 +79,10 @@ class Tunnel:
         started yet (`start`).  Raises KernelError, DatapathError.
         """
         processes = await client.find(run_dir)
-        held = _take_one_set(processes) if processes else None
-        if held is not None and _serves_another(held, device):
+        if any(_serves_another(process.descriptors, device) for process in processes if process.descriptors):
             await client.stop(processes)
-            for fd in held.as_list():
-                os.close(fd)
-            held = None
-        if held is None:
+            processes = []
+        if not processes:
             senders: list[socket.socket] = []
             sockets = open_sockets(address, port, n_workers)
             try:
@@ -97,6 +94,7 @@ class Tunnel:
                     udp.close()
                 raise
             return cls(run_dir, TableWriter.create(), Stats.create(), client.new_lock(), tun, sockets, senders, [])
+        held = _take_one_set(processes)
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in processes))
         tun = Tun(device, held.tun)
         sockets, senders = ([socket.socket(fileno=fd) for fd in fds] for fds in (held.udp, held.senders))
