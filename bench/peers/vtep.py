@@ -13,14 +13,13 @@ import sys
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
+from udptun.backends.vtep import N_SENDERS
 from udptun.config import SourceCheck, default_workers
 from udptun.datapath.settings import Remote, Settings, Vtep
 from udptun.datapath.tunnel import Tunnel
 from udptun.offload import ALL
 
 _VNI = 2
-_N_SENDERS = 8
-"""As backends/vtep.py has it."""
 
 
 def _mac(address: IPv4Address) -> bytes:
@@ -33,7 +32,7 @@ async def main(words: list[str]) -> None:
     run_dir = Path(directory)
     run_dir.mkdir(parents=True)
     n_workers = default_workers(len(os.sched_getaffinity(0)))
-    tunnel = await Tunnel.open(run_dir, device, here, int(port), n_workers, ALL, _N_SENDERS)
+    tunnel = await Tunnel.open(run_dir, device, here, int(port), n_workers, ALL, N_SENDERS)
     tunnel.configure(
         Settings(
             *(IPv4Network(network), IPv4Network(own), here, int(mtu), SourceCheck.PEER, ALL), Vtep(_VNI, _mac(here))
