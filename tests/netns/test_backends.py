@@ -34,12 +34,15 @@ GUARD = {"type": "unreachable", "dst": NETWORK, "metric": 4294967295, "flags": [
 BACKENDS: Mapping[str, Mapping[str, object]] = {
     "udp": {"Type": "udp"},
     "vxlan": {"Type": "vxlan"},
+    "vtep": {"Type": "vxlan", "Userspace": True},
     "host-gw": {"Type": "host-gw"},
     "alloc": {"Type": "alloc"},
 }
 CARRYING = [name for name in BACKENDS if name != "alloc"]
-DEVICES = {"udp": "flannel0", "vxlan": "flannel.1"}
-OVERHEADS = {"udp": 28, "vxlan": 50, "host-gw": 0, "alloc": 0}
+DEVICES = {"udp": "flannel0", "vxlan": "flannel.1", "vtep": "flannel.1"}
+USERSPACE = ("udp", "vtep")
+TUNNELS = (*USERSPACE, "vxlan")
+OVERHEADS = {"udp": 28, "vxlan": 50, "vtep": 50, "host-gw": 0, "alloc": 0}
 
 
 def net_conf(backend: Mapping[str, object], **keys: object) -> dict[str, object]:
@@ -187,7 +190,7 @@ def test_the_kernel_has_what_flannel_would_have_set_up(named_lab: tuple[str, Lab
     name, lab = named_lab
     one, others = lab.host(1), lab.hosts[1:]
     device = DEVICES.get(name)
-    if name == "udp":
+    if name in USERSPACE:
         wanted = [GUARD, {"type": "unicast", "dst": NETWORK, "dev": device, "flags": []}]
     elif name == "vxlan":
         wanted = [GUARD] + [
@@ -422,16 +425,16 @@ class Damage:
 
 
 DAMAGES: Mapping[str, Damage] = {
-    "device deleted": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip link delete {device}"),
-    "link down": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip link set {device} down"),
+    "device deleted": Damage(TUNNELS, lambda device, _, peer: f"ip link delete {device}"),
+    "link down": Damage(TUNNELS, lambda device, _, peer: f"ip link set {device} down"),
     "link down and up": Damage(
-        ("udp", "vxlan"), lambda device, _, peer: f"sh -c 'ip link set {device} down; ip link set {device} up'"
+        TUNNELS, lambda device, _, peer: f"sh -c 'ip link set {device} down; ip link set {device} up'"
     ),
-    "MTU changed": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip link set {device} mtu 1200"),
+    "MTU changed": Damage(TUNNELS, lambda device, _, peer: f"ip link set {device} mtu 1200"),
     "MAC changed": Damage(("vxlan",), lambda device, _, peer: f"ip link set {device} address 02:00:00:00:00:77"),
-    "address deleted": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip address flush dev {device}"),
-    "address added": Damage(("udp", "vxlan"), lambda device, _, peer: f"ip address add 10.9.9.9/32 dev {device}"),
-    "routes deleted": Damage(("udp", "vxlan", "host-gw"), lambda device, _, peer: f"ip route flush proto {PROTOCOL}"),
+    "address deleted": Damage(TUNNELS, lambda device, _, peer: f"ip address flush dev {device}"),
+    "address added": Damage(TUNNELS, lambda device, _, peer: f"ip address add 10.9.9.9/32 dev {device}"),
+    "routes deleted": Damage((*TUNNELS, "host-gw"), lambda device, _, peer: f"ip route flush proto {PROTOCOL}"),
     "one route deleted": Damage(("vxlan", "host-gw"), lambda device, _, peer: f"ip route delete {peer.subnet}"),
     "neighbour deleted": Damage(
         ("vxlan",), lambda device, _, peer: f"ip neigh delete {peer.subnet.network_address} dev {device}"
@@ -548,9 +551,16 @@ def test_a_changed_underlay_address_is_followed_by_lease_and_peers_and_tcp_survi
 # --- from one to another
 
 
-def test_a_change_of_backend_leaves_nothing_stale() -> None:
-    """Every backend after every other one, on one host; the other host changes with it."""
-    walk = eulerian(list(BACKENDS))
+@pytest.mark.parametrize(
+    "walk",
+    [
+        pytest.param(["udp", "vxlan", "vtep", "udp", "vtep", "vxlan", "host-gw", "vtep", "alloc", "udp"], id="some"),
+        pytest.param(None, id="every-one-after-every-other", marks=pytest.mark.full),
+    ],
+)
+def test_a_change_of_backend_leaves_nothing_stale(walk: list[str] | None) -> None:
+    """One backend after another on one host; the other host changes with it."""
+    walk = walk or eulerian(list(BACKENDS))
     with lab_of(2, BACKENDS[walk[0]]) as lab:
         one, two = lab.hosts
         lab.start()
@@ -565,11 +575,11 @@ def test_a_change_of_backend_leaves_nothing_stale() -> None:
             wait_for_peers(lab)
             links = {link["ifname"] for link in show(one, "ip", "link", "show") if link["ifname"].startswith("flannel")}
             assert links == ({DEVICES[name]} if name in DEVICES else set()), name
-            n_routes = {"udp": 2, "vxlan": 2, "host-gw": 1, "alloc": 0}[name]
+            n_routes = {"udp": 2, "vxlan": 2, "vtep": 2, "host-gw": 1, "alloc": 0}[name]
             wait_until(f"the routes of {name}", lambda n=n_routes: len(own_routes(one)) == n, 10)  # type: ignore[misc]
             wait_until(
                 f"{name} to have its processes and no others",
-                lambda name=name: len(datapath_pids(one)) == (2 if name == "udp" else 0),  # type: ignore[misc]
+                lambda name=name: len(datapath_pids(one)) == (2 if name in USERSPACE else 0),  # type: ignore[misc]
                 10,
             )
             if name != "alloc":
@@ -590,7 +600,7 @@ def eulerian(names: list[str]) -> list[str]:
     return walk[::-1]
 
 
-@pytest.mark.parametrize("name", ["udp", "vxlan"])
+@pytest.mark.parametrize("name", TUNNELS)
 def test_a_change_of_network_leaves_nothing_stale(name: str) -> None:
     with lab_of(1, BACKENDS[name]) as lab:
         one = lab.host(1)
@@ -658,6 +668,6 @@ def test_status_says_what_each_backend_would_get_here_without_a_daemon() -> None
         one = lab.host(1)
         text = one.run([sys.executable, "-m", "udptun", "status", "--backends"]).stdout
         rows = {line.split()[0]: line.split(None, 2)[1:] for line in text.splitlines()}
-        assert rows.keys() == BACKENDS.keys()
+        assert rows.keys() == {backend["Type"] for backend in BACKENDS.values()}
         assert rows["vxlan"] == ["yes", "the kernel's VXLAN device"]
         assert show(one, "ip", "link", "show", "type", "vxlan") == [], "the probe's device is gone again"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from udptun.backends.base import Live, Situation
-from udptun.backends.choice import Host, choose
+from udptun.backends.choice import Host, choose, describe
 from udptun.backends.vtep import UserspaceVtep
 from udptun.config import SourceCheck, VxlanBackend
 from udptun.datapath.settings import Remote, Vtep
@@ -34,6 +34,17 @@ def backend(**keys: Any) -> UserspaceVtep:
     chosen = choose(VxlanBackend(userspace=True, **keys), Host(), MAC).backend
     assert isinstance(chosen, UserspaceVtep)
     return chosen
+
+
+def test_vtep_stands_in_where_the_kernel_has_no_vxlan() -> None:
+    lacking = Host(no_vxlan="EOPNOTSUPP")
+    choice = choose(VxlanBackend(), lacking, MAC)
+    assert isinstance(choice.backend, UserspaceVtep)
+    assert choice.reason == "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"
+    assert ("vxlan", True, "userspace VTEP; the kernel has no vxlan") in describe(lacking)
+    (row,) = [row for row in describe(Host("ENOENT", "EOPNOTSUPP")) if row[0] == "vxlan"]
+    assert row[1] is False
+    assert "TUN" in row[2]
 
 
 def test_lease_says_what_flannels_says_and_then_what_flannel_ignores() -> None:
