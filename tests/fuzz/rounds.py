@@ -2,10 +2,9 @@
 
     python -m tests.fuzz.rounds --cpu-seconds 600
 
-Four kinds of rounds in turn: whatever the TUN may give, whatever peers may send, flows to merge (each against the
-reference), and super-packets that one worker cuts up and another puts together again, some of them corrupted on the
-way.
-`python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
+Four kinds of rounds in turn, over both encapsulations: whatever the TUN may give, whatever peers may send, flows to merge
+(each against the reference), and super-packets that one worker cuts up and another puts together again, some of them
+corrupted on the way.  `python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
 """
 
 from __future__ import annotations
@@ -37,15 +36,24 @@ class Rounds:
     def __post_init__(self) -> None:
         self._undo = ExitStack()
         self._pairs = []
-        for has_gro, has_vnet_hdr in ((True, True), (False, True), (True, False)):
-            how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr}
+        for has_gro, has_vnet_hdr, is_vxlan in (
+            (True, True, False),
+            (True, True, True),
+            (False, True, False),
+            (False, True, True),
+            (True, False, False),
+        ):
+            how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr, "is_vxlan": is_vxlan}
             fast, model = self._undo.enter_context(FastDatapath(**how)), ReferenceDatapath(**how)
             model.table = fast.table
             self._pairs.append((fast, model))
-        # The far end: the subnet that packets go to is its own, and they come from the near end's.
-        self._far = self._undo.enter_context(FastDatapath())
-        near = next(peer for peer in self._far.table.peers if str(peer.remote[0]) == NEAR)
-        self._far.set_overlay("10.244.0.0/16", "10.244.2.0/24", [("10.244.1.0/24", near)])
+        # The far ends of the first two: the subnet that packets go to is theirs, and they come from the near end's.
+        self._far = []
+        for is_vxlan in (False, True):
+            far = self._undo.enter_context(FastDatapath(is_vxlan=is_vxlan))
+            near = next(peer for peer in far.table.peers if str(peer.remote[0]) == NEAR)
+            far.set_overlay("10.244.0.0/16", "10.244.2.0/24", [("10.244.1.0/24", near)])
+            self._far.append(far)
 
     def close(self) -> None:
         self._undo.close()
@@ -78,7 +86,7 @@ class Rounds:
         @CHUNK
         @given(supers=st.lists(super_packets(), min_size=1, max_size=4), data=st.data())
         def round_trip(supers: list[Super], data: st.DataObject) -> None:
-            self._there_and_back(supers, data)
+            self._there_and_back(self._pairs[number % 2][0], self._far[number % 2], supers, data)
 
         for kind in (encap, decap, flows, round_trip):
             kind()
@@ -89,10 +97,11 @@ class Rounds:
         self.n_merged += assert_same_packets(got.writes, expected.writes)
         self.n[kind] += 1
 
-    def _there_and_back(self, supers: list[Super], data: st.DataObject) -> None:
-        fast, _model = self._pairs[0]
+    def _there_and_back(
+        self, near: FastDatapath, far: FastDatapath, supers: list[Super], data: st.DataObject
+    ) -> None:
         packets = [stepped(packet) for one in supers for packet in one.packets]
-        (sent,) = fast.encap_batch([one.raw for one in supers]).sends.values()
+        (sent,) = near.encap_batch([one.raw for one in supers]).sends.values()
         assert sent == packets
         for _ in range(data.draw(st.sampled_from((0, 0, 1, 3)))):
             spoilt = data.draw(st.integers(0, len(sent) - 1))
@@ -100,7 +109,7 @@ class Rounds:
             at = data.draw(st.integers((sent[spoilt][0] & 15) * 4, len(sent[spoilt]) - 1))
             flipped = sent[spoilt][at] ^ (1 << data.draw(st.integers(0, 7)))
             sent[spoilt] = sent[spoilt][:at] + bytes([flipped]) + sent[spoilt][at + 1 :]
-        got = self._far.decap_messages(trains([(payload, NEAR) for payload in sent]))
+        got = far.decap_messages(trains([(payload, NEAR) for payload in sent]))
         assert got.counts == {"decap_packets": len(sent), "decap_delivered": len(sent)}, got.counts
         # A partial checksum may come about by the spoiling; what else is written is the packet itself.
         plain = [write for write in got.writes if write[1] or not write[0]]
