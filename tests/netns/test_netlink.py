@@ -8,16 +8,27 @@ import socket
 import struct
 import subprocess
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, TypeVar
 
 import pytest
 from netns import Namespace, namespace, open_fds, requires_netns
 
-from udptun import netlink
+from udptun import netlink, rtnetlink
 from udptun.errors import KernelError
 from udptun.netlink import Netlink, Notice, NoticeKind, RulesetNotice, watch, watch_ruleset
-from udptun.netstate import ROUTE_PROTOCOL, Address, Route, RouteType, Scope
+from udptun.netstate import (
+    ROUTE_PROTOCOL,
+    Address,
+    FdbEntry,
+    Link,
+    Neighbour,
+    Route,
+    RouteType,
+    Scope,
+    Vxlan,
+)
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
@@ -374,3 +385,102 @@ def test_ruleset_notices_name_table_and_chain(ns: Namespace) -> None:
         await notices.aclose()
 
     ns.call_async(listen)
+
+
+# --- VXLAN, neighbours and fdb entries, many at once
+
+
+VXLAN = Vxlan(7, IPv4Address("192.0.2.1"), 0, 4789, learning=False, gbp=True)
+
+
+@pytest.fixture
+def vxlan(ns: Namespace) -> Link:
+    """flannel.7 over v0, up, as `add_vxlan` makes it."""
+    lower = ns.show("link show v0")[0]["ifindex"]
+    ask(ns, lambda k: k.add_vxlan("flannel.7", replace(VXLAN, lower_index=lower), "02:00:00:00:00:07", 1400))
+    ns.ip("link set flannel.7 up")
+    link = ask(ns, lambda k: k.link("flannel.7"))
+    assert link is not None
+    return link
+
+
+def test_a_vxlan_device_is_made_and_read_as_asked_for(ns: Namespace, vxlan: Link) -> None:
+    (shown,) = ns.show("link show flannel.7")
+    data = shown["linkinfo"]["info_data"]
+    assert (data["id"], data["local"], data["link"], data["port"]) == (7, "192.0.2.1", "v0", 4789)
+    assert (data["learning"], data["gbp"], shown["mtu"], shown["address"]) == (False, True, 1400, "02:00:00:00:00:07")
+    assert vxlan.vxlan == replace(VXLAN, lower_index=ns.show("link show v0")[0]["ifindex"])
+    assert vxlan.mac == "02:00:00:00:00:07"
+    ask(ns, lambda k: k.set_link(vxlan.index, alias="udptun", mac="02:00:00:00:00:08"))
+    again = ask(ns, lambda k: k.link("flannel.7"))
+    assert again is not None
+    assert (again.alias, again.mac) == ("udptun", "02:00:00:00:00:08")
+
+
+def test_a_vxlan_device_made_by_ip_is_read_with_what_tells_it_apart(ns: Namespace) -> None:
+    ns.ip("link add x9 type vxlan id 9 group 239.1.1.1 dev v0 l2miss dstport 8472")
+    link = ask(ns, lambda k: k.link("x9"))
+    assert link is not None
+    assert link.vxlan is not None
+    found = link.vxlan
+    assert (found.vni, found.local, found.group, found.l2miss) == (9, None, IPv4Address("239.1.1.1"), True)
+    assert (found.learning, found.gbp) == (True, False)
+
+
+def test_many_changes_go_in_order_and_each_has_its_own_answer(ns: Namespace, vxlan: Link) -> None:
+    """250 peers are more than one batch; the two bad ones in between spoil none of the others."""
+    neighbours = [Neighbour(vxlan.index, NETWORK[256 * n], f"02:00:00:00:00:{n:02x}") for n in range(1, 251)]
+    entries = [FdbEntry(vxlan.index, n.mac, IPv4Address(f"192.0.2.{1 + i}")) for i, n in enumerate(neighbours)]
+    ways = [
+        Route(IPv4Network((int(n.ip), 24)), IPv4Address(int(n.ip)), vxlan.index, onlink=True) for n in neighbours
+    ]
+    bad = [rtnetlink.add_route(ways[0]), rtnetlink.add_route(Route(NETWORK, IPv4Address("203.0.113.1"), vxlan.index))]
+    requests = [
+        *map(rtnetlink.set_neighbour, neighbours),
+        *map(rtnetlink.set_fdb, entries),
+        *map(rtnetlink.add_route, ways),
+    ]
+    errors = ask(ns, lambda k: k.change([*requests, *bad, *map(rtnetlink.set_fdb, entries[:1])]))
+    assert errors[:750] == [None] * 750
+    assert [str(error) for error in errors[750:752]] == [
+        "cannot add route 10.244.1.0/24: EEXIST",
+        "cannot add route 10.244.0.0/16: ENETUNREACH; Nexthop has invalid gateway",
+    ]
+    assert errors[752] is None
+    assert sorted(ask(ns, lambda k: k.neighbours(vxlan.index)), key=lambda n: int(n.ip)) == neighbours
+    assert set(ask(ns, lambda k: k.fdb(vxlan.index))) == set(entries)
+    assert ask(ns, lambda k: k.routes(ROUTE_PROTOCOL)) == ways
+    shown = {n["dst"]: n for n in ns.show("neigh show dev flannel.7")}
+    assert (shown["10.244.7.0"]["lladdr"], shown["10.244.7.0"]["state"]) == ("02:00:00:00:00:07", ["PERMANENT"])
+    assert len(ns.show("route show dev flannel.7")) == 250
+
+    removals = [*map(rtnetlink.delete_neighbour, neighbours), *map(rtnetlink.delete_fdb, entries)]
+    assert ask(ns, lambda k: k.change(removals)) == [None] * 500
+    assert ns.show("neigh show dev flannel.7") == []
+    assert ask(ns, lambda k: k.fdb(vxlan.index)) == []
+
+
+def test_what_is_on_the_link_is_told_from_what_is_behind_a_gateway(ns: Namespace) -> None:
+    ns.ip("route add 198.51.100.0/24 via 192.0.2.9")
+    ns.ip("route add blackhole 198.51.100.66/32")
+    index = ns.show("link show v0")[0]["ifindex"]
+    near, far, hole, nowhere = map(IPv4Address, ("192.0.2.7", "198.51.100.7", "198.51.100.66", "203.0.113.1"))
+    assert ask(ns, lambda k: k.on_link([near, far, hole, nowhere])) == {near: index}
+
+
+def test_watch_reports_a_neighbour_and_an_fdb_entry_with_their_link_when_asked_to(ns: Namespace, vxlan: Link) -> None:
+    wanted = Notice(NoticeKind.NEIGHBOUR, link_index=vxlan.index)
+    ns.ip("neigh add 10.244.7.0 lladdr 02:00:00:00:00:77 dev flannel.7 nud permanent")
+    for change in ("ip neigh delete 10.244.7.0", "bridge fdb add 02:00:00:00:00:88 dst 192.0.2.8"):
+        command = ["ip", "netns", "exec", ns.name, *change.split(), "dev", "flannel.7"]
+
+        async def listen(command: list[str] = command) -> None:
+            notices = watch(neighbours=True)
+            await anext(notices)
+            async with asyncio.timeout(10):
+                await asyncio.to_thread(subprocess.run, command, check=True)
+                while wanted not in await anext(notices):
+                    pass
+            await notices.aclose()
+
+        ns.call_async(listen)

@@ -9,8 +9,20 @@ import pytest
 
 from udptun.backends.base import Live, Situation
 from udptun.backends.udp import Udp
-from udptun.config import SourceCheck
-from udptun.netstate import ROUTE_PROTOCOL, Address, Link, Route, RouteType, TunFlags
+from udptun.backends.vxlan import KernelVxlan
+from udptun.config import SourceCheck, VxlanBackend
+from udptun.lease import Lease, LeaseAttrs, Subnets
+from udptun.netstate import (
+    ROUTE_PROTOCOL,
+    Address,
+    FdbEntry,
+    Link,
+    Neighbour,
+    Route,
+    RouteType,
+    TunFlags,
+    Vxlan,
+)
 from udptun.offload import ALL
 from udptun.reconcile import ActualState, DeleteRoute, ReviveDevice, conflicts, describe, plan
 from udptun.underlay import Underlay
@@ -132,3 +144,129 @@ def test_udp_backend_wants_flannels_address_and_routes() -> None:
         ("10.244.0.0/16", "flannel0", RouteType.UNICAST, 0),
     ]
     assert [(link.name, link.mtu, link.min_tx_queue_len) for link in WANTED.links] == [("flannel0", 1472, 500)]
+
+
+# --- a VXLAN device and what is there for each peer
+
+PEER = IPv4Network("10.244.7.0/24")
+LEASE = Lease(
+    Subnets(PEER),
+    LeaseAttrs(IPv4Address("192.0.2.7"), backend_type="vxlan", backend_data={"VtepMAC": "02:00:00:00:00:07"}),
+)
+VXLAN = KernelVxlan(VxlanBackend(), "02:00:00:00:00:01").desired(
+    Situation(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), replace(LIVE, mtu=1450), (LEASE,))
+)
+ATTRIBUTES = Vxlan(1, UNDERLAY.address, 2, 8472, learning=False, gbp=False)
+DEVICE = Link(
+    *(8, "flannel.1", "vxlan", 1450, True, True, False, 1000),
+    vxlan=ATTRIBUTES,
+    mac="02:00:00:00:00:01",
+    alias="udptun",
+)
+NEIGHBOUR = Neighbour(8, PEER.network_address, "02:00:00:00:00:07")
+FDB = FdbEntry(8, "02:00:00:00:00:07", IPv4Address("192.0.2.7"))
+WAY = Route(PEER, PEER.network_address, 8, onlink=True)
+UP = ActualState(
+    {"flannel.1": DEVICE},
+    frozenset(),
+    (Address(8, IPv4Address("10.244.3.0"), 32),),
+    (GUARD, WAY),
+    (),
+    {"net/ipv6/conf/flannel.1/accept_ra": "0"},
+    (NEIGHBOUR,),
+    (FDB,),
+)
+
+
+def said_of_vxlan(**changes: object) -> list[str]:
+    actual = replace(UP, **changes)  # type: ignore[arg-type]  # the test's own keywords
+    return [str(change) for change in plan(VXLAN, actual)]
+
+
+def test_plan_is_empty_when_device_and_peers_are_as_wanted() -> None:
+    assert said_of_vxlan() == []
+
+
+def test_plan_makes_a_missing_vxlan_device_and_waits_for_it() -> None:
+    assert said_of_vxlan(links={"flannel.1": None}, routes=(), addresses=(), neighbours=(), fdb=()) == [
+        "add route unreachable 10.244.0.0/16 metric 4294967295 proto 158",
+        "create vxlan device flannel.1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(DEVICE, vxlan=replace(ATTRIBUTES, vni=2)),
+        replace(DEVICE, vxlan=replace(ATTRIBUTES, port=4789)),
+        replace(DEVICE, vxlan=replace(ATTRIBUTES, local=IPv4Address("192.0.2.9"))),
+        replace(DEVICE, vxlan=replace(ATTRIBUTES, lower_index=3)),
+        replace(DEVICE, vxlan=replace(ATTRIBUTES, gbp=True)),
+        replace(DEVICE, vxlan=replace(ATTRIBUTES, l2miss=True)),
+        replace(DEVICE, kind="bridge", vxlan=None),
+    ],
+)
+def test_plan_makes_an_unfit_device_anew(other: Link) -> None:
+    assert said_of_vxlan(links={"flannel.1": other})[:2] == ["delete link flannel.1", "create vxlan device flannel.1"]
+
+
+def test_plan_sets_what_can_be_set_on_a_device_that_fits() -> None:
+    foreign = replace(DEVICE, mac="02:00:00:00:00:99", alias="", mtu=1400, is_up=False)
+    assert said_of_vxlan(links={"flannel.1": foreign}) == [
+        "set link flannel.1 up mtu 1450 address 02:00:00:00:00:01 alias udptun"
+    ]
+
+
+def test_plan_brings_back_what_a_peer_lacks_and_in_which_order() -> None:
+    assert said_of_vxlan(neighbours=(), fdb=(), routes=(GUARD,)) == [
+        "set neighbour 10.244.7.0 lladdr 02:00:00:00:00:07",
+        "set fdb 02:00:00:00:00:07 dst 192.0.2.7",
+        "add route 10.244.7.0/24 via 10.244.7.0 dev if8 onlink proto 158",
+    ]
+
+
+def test_plan_replaces_in_place_and_deletes_what_is_nobodys() -> None:
+    wrong = replace(NEIGHBOUR, mac="02:00:00:00:00:66")
+    nobodys = replace(NEIGHBOUR, ip=IPv4Address("10.244.9.0"))
+    assert said_of_vxlan(neighbours=(wrong, nobodys)) == [
+        "set neighbour 10.244.7.0 lladdr 02:00:00:00:00:07",
+        "delete neighbour 10.244.9.0",
+    ]
+    elsewhere = replace(FDB, dst=IPv4Address("192.0.2.66"))
+    stray = replace(FDB, mac="02:00:00:00:00:99")
+    assert said_of_vxlan(fdb=(elsewhere, stray)) == [
+        "set fdb 02:00:00:00:00:07 dst 192.0.2.7",
+        "delete fdb 02:00:00:00:00:99 dst 192.0.2.7",
+    ]
+    assert said_of_vxlan(fdb=(FDB, elsewhere)) == ["delete fdb 02:00:00:00:00:07 dst 192.0.2.66"], "a second one"
+
+
+def test_plan_leaves_what_the_kernel_has_learnt_by_itself() -> None:
+    learnt = replace(NEIGHBOUR, ip=IPv4Address("10.244.9.0"), is_permanent=False)
+    assert said_of_vxlan(neighbours=(NEIGHBOUR, learnt)) == []
+    assert said_of_vxlan(fdb=(FDB, replace(FDB, mac="02:00:00:00:00:99", is_permanent=False))) == []
+
+
+def test_plan_takes_over_routes_of_a_predecessor() -> None:
+    """flanneld's: the same way, another owner; and one through our device to a peer that is gone."""
+    theirs = replace(WAY, protocol=3)
+    gone = replace(theirs, dst=IPv4Network("10.244.9.0/24"), gateway=IPv4Address("10.244.9.0"))
+    assert said_of_vxlan(routes=(GUARD,), foreign=(theirs, gone)) == [
+        "delete route 10.244.7.0/24 via 10.244.7.0 dev if8 onlink proto 3",
+        "add route 10.244.7.0/24 via 10.244.7.0 dev if8 onlink proto 158",
+        "delete route 10.244.9.0/24 via 10.244.9.0 dev if8 onlink proto 3",
+    ]
+
+
+def test_plan_deletes_a_device_that_another_backend_left_when_all_else_is_done() -> None:
+    assert said_of_vxlan(stray_links=(LINK,), routes=(GUARD, WAY, THROUGH)) == [
+        "delete route 10.244.0.0/16 dev if7 proto 158",
+        "delete link flannel0",
+    ]
+
+
+def test_plan_goes_on_with_other_peers_while_a_foreign_route_holds_the_place_of_one() -> None:
+    foreign = Route(PEER, IPv4Address("192.0.2.9"), 2, protocol=4)
+    assert said_of_vxlan(routes=(GUARD,), foreign=(foreign,), neighbours=()) == [
+        "set neighbour 10.244.7.0 lladdr 02:00:00:00:00:07"
+    ]

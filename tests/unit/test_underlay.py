@@ -9,7 +9,7 @@ import pytest
 
 from udptun.errors import UsageError
 from udptun.netstate import Address, Link, Route, RouteType, Scope
-from udptun.underlay import Underlay, UnderlayError, Wish, pick
+from udptun.underlay import Underlay, UnderlayError, Wish, pick, refresh
 
 LO = Link(1, "lo", "", 65536, True, True, True, 1000)
 ETH0 = Link(2, "eth0", "", 1500, True, True, False, 1000)
@@ -158,3 +158,13 @@ def test_a_deprecated_address_is_never_chosen() -> None:
 def test_loopback_is_not_an_interface_for_peers() -> None:
     with pytest.raises(UnderlayError, match="failed to find IPv4 address for interface lo"):
         choose(ifaces=("lo",))
+
+
+def test_an_underlay_is_the_same_as_long_as_its_link_has_its_address() -> None:
+    old = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.2"), IPv4Address("203.0.113.7"))
+    assert refresh(old, ETH0, ADDRESSES) == old
+    assert refresh(old, replace(ETH0, mtu=1400), ADDRESSES) == replace(old, mtu=1400)
+    assert refresh(old, replace(ETH0, is_up=False), ADDRESSES) == old
+    assert refresh(old, ETH0, ADDRESSES[:2]) is None
+    assert refresh(old, replace(ETH0, index=9), ADDRESSES) is None
+    assert refresh(old, None, []) is None

@@ -35,7 +35,7 @@ _TUN_HINT = "`modprobe tun`, or let the container have /dev/net/tun"
 _CARRIED: Mapping[type, str] = {
     Udp: "userspace tunnel, flannel's udp wire format",
     KernelVxlan: "the kernel's VXLAN device",
-    UserspaceVtep: "userspace VTEP; the kernel has no vxlan",
+    UserspaceVtep: "userspace VTEP, to its peers like the kernel's, which this kernel does not have",
     HostGw: "routes through the peers' addresses; they must be on one link with us",
     Alloc: "lease and subnet.env only",
 }

@@ -1,0 +1,203 @@
+"""What each backend says and wants, and which one a host gets.  No kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+
+from udptun.backends.alloc import Alloc
+from udptun.backends.base import Backend, DesiredFdb, DesiredNeighbour, DesiredRoute, DesiredState, Live, Situation
+from udptun.backends.choice import Choice, Host, choose, describe
+from udptun.backends.hostgw import HostGw
+from udptun.backends.udp import Udp
+from udptun.backends.vtep import UserspaceVtep
+from udptun.backends.vxlan import KernelVxlan
+from udptun.config import (
+    AllocBackend,
+    BackendConf,
+    Fallback,
+    HostGwBackend,
+    SourceCheck,
+    UdpBackend,
+    VxlanBackend,
+    replace_live_keys,
+)
+from udptun.errors import UdptunError
+from udptun.lease import Json, Lease, LeaseAttrs, Subnets
+from udptun.netstate import RouteType, Vxlan
+from udptun.offload import ALL
+from udptun.underlay import Underlay
+
+NETWORK = IPv4Network("10.244.0.0/16")
+UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
+BEHIND_NAT = replace(UNDERLAY, public_ip=IPv4Address("203.0.113.7"))
+LIVE = Live(1450, 1, SourceCheck.PEER, ALL)
+MAC = "02:00:00:00:00:01"
+NO_MAC = "its BackendData has no VtepMAC that is a unicast MAC address"
+GUARD = DesiredRoute(NETWORK, type=RouteType.UNREACHABLE, metric=0xFFFFFFFF)
+
+
+def lease(number: int, kind: str = "vxlan", data: Json = None) -> Lease:
+    """Of 192.0.2.`number`, with the subnet and the MAC of that number."""
+    data = data or {"VNI": 1, "VtepMAC": f"02:00:00:00:00:{number:02X}"}
+    attrs = LeaseAttrs(IPv4Address(f"192.0.2.{number}"), backend_type=kind, backend_data=data)
+    return Lease(Subnets(IPv4Network(f"10.244.{number}.0/24")), attrs)
+
+
+def situation(*peers: Lease, **changes: object) -> Situation:
+    return replace(Situation(NETWORK, UNDERLAY, IPv4Network("10.244.1.0/24"), LIVE, peers), **changes)  # type: ignore[arg-type]  # of the caller
+
+
+# --- vxlan
+
+
+def test_vxlan_wants_flannels_device_and_three_things_for_each_peer() -> None:
+    wanted = KernelVxlan(VxlanBackend(), MAC).desired(situation(lease(2), lease(3)))
+    (link,) = wanted.links
+    assert (link.name, link.mtu, link.mac) == ("flannel.1", 1450, MAC)
+    assert link.vxlan == Vxlan(1, IPv4Address("192.0.2.1"), 2, 8472, learning=False, gbp=False)
+    assert [(sysctl.path, sysctl.value) for sysctl in link.sysctls] == [("net/ipv6/conf/flannel.1/accept_ra", "0")]
+    assert [(str(a.ip), a.prefixlen) for a in wanted.addresses] == [("10.244.1.0", 32)]
+    second, third = IPv4Address("10.244.2.0"), IPv4Address("10.244.3.0")
+    assert wanted.neighbours == (
+        DesiredNeighbour("flannel.1", second, "02:00:00:00:00:02"),
+        DesiredNeighbour("flannel.1", third, "02:00:00:00:00:03"),
+    )
+    assert wanted.fdb == (
+        DesiredFdb("flannel.1", "02:00:00:00:00:02", IPv4Address("192.0.2.2")),
+        DesiredFdb("flannel.1", "02:00:00:00:00:03", IPv4Address("192.0.2.3")),
+    )
+    assert wanted.routes == (
+        GUARD,
+        DesiredRoute(IPv4Network("10.244.2.0/24"), "flannel.1", gateway=second, onlink=True),
+        DesiredRoute(IPv4Network("10.244.3.0/24"), "flannel.1", gateway=third, onlink=True),
+    )
+
+
+def test_vxlan_sends_from_the_interfaces_own_address_behind_a_nat() -> None:
+    wanted = KernelVxlan(VxlanBackend(), MAC).desired(situation(underlay=BEHIND_NAT))
+    assert wanted.links[0].vxlan is not None
+    assert wanted.links[0].vxlan.local == UNDERLAY.address
+
+
+def test_a_peer_that_is_reached_directly_gets_a_plain_route_alone() -> None:
+    backend = KernelVxlan(VxlanBackend(direct_routing=True), MAC)
+    wanted = backend.desired(situation(lease(2), lease(3), direct={IPv4Address("192.0.2.2"): 5}))
+    assert backend.asks_direct
+    assert wanted.routes[1] == DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=5)
+    assert [str(n.ip) for n in wanted.neighbours] == ["10.244.3.0"]
+    assert [str(e.dst) for e in wanted.fdb] == ["192.0.2.3"]
+
+
+def test_vxlan_leases_have_flannels_two_keys_first() -> None:
+    for backend in (KernelVxlan(VxlanBackend(vni=7), MAC), UserspaceVtep(VxlanBackend(vni=7), MAC)):
+        attrs = backend.attrs(BEHIND_NAT, "n" * 32)
+        assert (attrs.public_ip, attrs.backend_type) == (BEHIND_NAT.public_ip, "vxlan")
+        assert list(attrs.backend_data.items())[:2] == [("VNI", 7), ("VtepMAC", MAC)]
+        assert attrs.node_id == "n" * 32
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (lease(2, data={"VNI": 9, "VtepMAC": "02:00:00:00:00:02"}), None),
+        (lease(2, "host-gw"), "its BackendType is host-gw, not vxlan"),
+        (lease(2, "", {"Port": 8285}), "its BackendType is empty, not vxlan"),
+        (lease(2, data={"VNI": 1}), NO_MAC),
+        (lease(2, data=["x"]), NO_MAC),
+        (lease(2, data={"VtepMAC": "01:00:5e:00:00:02"}), NO_MAC),
+        (lease(2, data={"VtepMAC": "00:00:00:00:00:00"}), NO_MAC),
+        (lease(2, data={"VtepMAC": "02:00:00:00:00:02\n"}), NO_MAC),
+    ],
+)
+def test_which_leases_are_peers_of_a_vtep(other: Lease, reason: str | None) -> None:
+    assert KernelVxlan(VxlanBackend(), MAC).refusal(other) == reason
+    assert UserspaceVtep(VxlanBackend(), MAC).refusal(other) == reason
+
+
+# --- the others
+
+
+def test_udp_takes_any_lease_for_a_peer() -> None:
+    for other in (lease(2), lease(2, "host-gw"), lease(2, "", {"Port": 9000})):
+        assert Udp(8285).refusal(other) is None
+
+
+def test_host_gw_wants_a_route_through_each_peer_and_nothing_else() -> None:
+    wanted = HostGw().desired(situation(lease(2, "host-gw"), lease(3, "host-gw")))
+    assert wanted == DesiredState(
+        routes=(
+            DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=2),
+            DesiredRoute(IPv4Network("10.244.3.0/24"), gateway=IPv4Address("192.0.2.3"), oif=2),
+        )
+    )
+    assert HostGw().refusal(lease(2)) == "its BackendType is vxlan, not host-gw"
+    assert HostGw().attrs(UNDERLAY, "n").backend_type == "host-gw"
+    with pytest.raises(UdptunError, match="your PublicIP differs from interface IP") as caught:
+        HostGw().attrs(BEHIND_NAT, "n")
+    assert caught.value.exit_status == 1
+
+
+def test_alloc_wants_nothing_and_its_lease_has_no_type() -> None:
+    assert Alloc().desired(situation(lease(2))) == DesiredState()
+    assert Alloc().attrs(UNDERLAY, "n").backend_type == ""
+
+
+# --- the choice
+
+NO_VXLAN = Host(no_vxlan="EOPNOTSUPP")
+
+
+@pytest.mark.parametrize(
+    ("conf", "host", "kind", "reason"),
+    [
+        (UdpBackend(), Host(), Udp, "as configured"),
+        (HostGwBackend(), NO_VXLAN, HostGw, "as configured"),
+        (AllocBackend(), Host(), Alloc, "as configured"),
+        (VxlanBackend(), Host(), KernelVxlan, "the kernel has vxlan"),
+        (VxlanBackend(), NO_VXLAN, UserspaceVtep, "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"),
+        (VxlanBackend(userspace=True), Host(), UserspaceVtep, "Backend.Userspace is true: userspace VTEP"),
+        (VxlanBackend(userspace=True, fallback=Fallback.UDP), Host(), UserspaceVtep, "Backend.Userspace is true: "),
+        (VxlanBackend(fallback=Fallback.UDP), Host(), KernelVxlan, "the kernel has vxlan"),
+        (VxlanBackend(fallback=Fallback.UDP), NO_VXLAN, Udp, "the kernel has no vxlan (EOPNOTSUPP) and Backend."),
+    ],
+)
+def test_the_choice_and_its_reason(conf: BackendConf, host: Host, kind: type[Backend], reason: str) -> None:
+    choice = choose(conf, host, MAC)
+    assert type(choice.backend) is kind
+    assert choice.reason.startswith(reason)
+
+
+def test_without_a_fallback_there_is_no_vxlan_without_the_kernels() -> None:
+    with pytest.raises(UdptunError, match=r"cannot create flannel\.3 \(vxlan id 3\): the kernel has no vxlan"):
+        choose(VxlanBackend(vni=3, fallback=Fallback.NONE), NO_VXLAN, MAC)
+
+
+def test_the_fallback_udp_listens_on_flannels_udp_port_not_on_vxlans() -> None:
+    choice = choose(VxlanBackend(port=4789, fallback=Fallback.UDP), NO_VXLAN, MAC)
+    assert isinstance(choice, Choice)
+    assert choice.backend.encapsulation is not None
+    assert choice.backend.encapsulation.port == 8285
+
+
+def test_what_a_host_can_do_is_described_type_by_type() -> None:
+    assert [(name, works) for name, works, _ in describe(Host())] == [
+        ("udp", True),
+        ("vxlan", True),
+        ("host-gw", True),
+        ("alloc", True),
+    ]
+    bare = {name: (works, reason) for name, works, reason in describe(Host("ENOENT", "EOPNOTSUPP"))}
+    assert not bare["udp"][0]
+    assert not bare["vxlan"][0]
+    assert "there is no TUN device (ENOENT)" in bare["vxlan"][1]
+    assert bare["host-gw"][0]
+    assert [reason[:14] for name, works, reason in describe(NO_VXLAN) if name == "vxlan"] == ["userspace VTEP"]
+
+
+def test_only_keys_that_can_change_while_packets_flow_are_taken_over() -> None:
+    old, new = VxlanBackend(vni=1, mtu=1500), VxlanBackend(vni=2, mtu=1400)
+    assert replace_live_keys(old, new) == VxlanBackend(vni=1, mtu=1400)
+    assert replace_live_keys(old, UdpBackend(mtu=1400)) == old
