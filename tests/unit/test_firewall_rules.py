@@ -214,6 +214,8 @@ def test_rules_that_might_be_somebody_elses_stay() -> None:
     saved = {"nat": NAT + OLD_NAT, "filter": FILTER}
     assert not iptables_leftovers(saved, NETWORK, SUBNET)
     assert not iptables_leftovers({"nat": "", "filter": ""}, *OLD)
+    odd = "-A POSTROUTING -m comment --comment FLANNEL-POSTRTG's -j RETURN\n"
+    assert not iptables_repair(CHAINS, {"nat": NAT + odd, "filter": FILTER})
 
 
 # --- the nftables form

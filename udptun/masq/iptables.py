@@ -19,8 +19,8 @@ from udptun.netstate import IPNetwork
 
 _LEGACY_TABLES = Path("/proc/net/ip_tables_names")
 _NFPROTO_IPV4 = 2
-_NO_CHAINS = iptables_chains(Wanted())
-_NO_CHAIN = ("No chain/target/match by that name", "is incompatible, use 'nft' tool")
+_UNWANTED = iptables_chains(Wanted())
+_NO_SUCH_CHAIN = ("No chain/target/match by that name", "is incompatible, use 'nft' tool")
 """The second is how iptables-nft 1.8.9 says it, and of a chain with rules that it cannot express."""
 
 
@@ -44,7 +44,7 @@ class Program:
             return await tool.run(self.name, "-w", "-t", table, "-S", *filter(None, [chain]))
         except FirewallError as exc:
             # A built-in chain is always there: what it holds is unknown then, and must not be guessed at.
-            if chain.startswith("FLANNEL-") and any(words in str(exc) for words in _NO_CHAIN):
+            if chain.startswith("FLANNEL-") and any(words in str(exc) for words in _NO_SUCH_CHAIN):
                 return ""
             raise
 
@@ -82,7 +82,7 @@ class IptablesRules:
                 return Repair()
             raise
         if self._only_against_drop and "-P FORWARD DROP" not in listed["filter"].splitlines():
-            chains = _NO_CHAINS
+            chains = _UNWANTED
             listed = await self._list(chains)
         return iptables_repair(chains, listed)
 
@@ -103,7 +103,7 @@ class IptablesRules:
 
     def concerns(self, notice: RulesetNotice) -> bool:
         return notice.family == _NFPROTO_IPV4 and any(
-            notice.table == chain.table and notice.chain in (None, chain.name, chain.parent) for chain in _NO_CHAINS
+            notice.table == chain.table and notice.chain in (None, chain.name, chain.parent) for chain in _UNWANTED
         )
 
 
@@ -115,7 +115,7 @@ class OldIptablesRules:
         self._network, self._subnet = network, subnet
 
     async def look(self) -> Repair:
-        listed = {chain.table: await self._program.list(chain.table, chain.parent) for chain in _NO_CHAINS}
+        listed = {chain.table: await self._program.list(chain.table, chain.parent) for chain in _UNWANTED}
         return iptables_leftovers(listed, self._network, self._subnet)
 
     async def apply(self, script: str) -> None:

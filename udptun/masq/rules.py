@@ -36,7 +36,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Packets from `source` to `destination`, or from and to all others where `not_`, get the verdict.
+    """Packets from `source` to `destination` get the verdict; with `not_source`, `not_destination` all but those.
 
     None fits every address.  `marked`: only packets with MARK among the bits of their mark.
     """
@@ -169,21 +169,25 @@ def _exists(chain: Chain, listed: str) -> bool:
 
 def _repair_chain(chain: Chain, listed: str) -> tuple[list[str], list[str]]:
     declared = f":{chain.name} - [0:0]"  # makes the chain, or empties it
+    lines = listed.splitlines()
     exists = _exists(chain, listed)
     if not chain.rules:
         if not exists:
             return [], []
         # Whoever leads into the chain and however: it cannot go while any rule does.
-        jumps = [line for line in listed.splitlines() if line.endswith((f" -j {chain.name}", f" -g {chain.name}"))]
+        jumps = [line for line in lines if line.endswith((f" -j {chain.name}", f" -g {chain.name}"))]
         return [*(f"-D{line[2:]}" for line in jumps), declared, f"-X {chain.name}"], [f"leftover chain {chain.name}"]
 
     findings: list[str] = []
     if not exists:
         findings.append(f"missing chain {chain.name}")
-    elif _of_chain(chain.name, listed) != [shlex.split(rule) for rule in chain.rules]:
+    elif [_words(line) for line in lines if line.startswith(f"-A {chain.name} ")] != [
+        _words(f"-A {chain.name} {rule}") for rule in chain.rules
+    ]:
         findings.append(f"other rules in chain {chain.name}")
     script = [declared, *(f"-A {chain.name} {rule}" for rule in chain.rules)] if findings else []
-    n_jumps = _of_chain(chain.parent, listed).count(shlex.split(chain.jump))
+    jump = _words(f"-A {chain.parent} {chain.jump}")
+    n_jumps = sum(_words(line) == jump for line in lines if chain.name in line)
     if n_jumps == 0:
         findings.append(f"missing jump in {chain.parent}")
         script.append(f"-A {chain.parent} {chain.jump}")
@@ -200,30 +204,36 @@ def iptables_leftovers(listed: Mapping[str, str], network: IPNetwork, subnet: IP
     they go only when all of nat are there for these two, those of an earlier run.  `listed` holds what `iptables -S`
     prints of the two chains, by table.
     """
-    in_nat = _of_chain("POSTROUTING", listed["nat"])
     for target in ("MASQUERADE --random-fully", "MASQUERADE"):
         old = [
-            f"-s {network} -d {network} -j RETURN",
-            f"-s {network} ! -d {_MULTICAST[network.version]} -j {target}",
-            f"! -s {network} -d {subnet} -j RETURN",
-            f"! -s {network} -d {network} -j {target}",
+            f"POSTROUTING -s {network} -d {network} -j RETURN",
+            f"POSTROUTING -s {network} ! -d {_MULTICAST[network.version]} -j {target}",
+            f"POSTROUTING ! -s {network} -d {subnet} -j RETURN",
+            f"POSTROUTING ! -s {network} -d {network} -j {target}",
         ]
-        if all(rule.split() in in_nat for rule in old):
+        if _has_all(listed["nat"], old):
             break
     else:
         return Repair()
-    script = ["*nat", *(f"-D POSTROUTING {rule}" for rule in old), "COMMIT"]
-    accepts = [f"-s {network} -j ACCEPT", f"-d {network} -j ACCEPT"]
-    in_filter = _of_chain("FORWARD", listed["filter"])
-    if all(rule.split() in in_filter for rule in accepts):
-        script += ["*filter", *(f"-D FORWARD {rule}" for rule in accepts), "COMMIT"]
+    script = ["*nat", *(f"-D {rule}" for rule in old), "COMMIT"]
+    accepts = [f"FORWARD -s {network} -j ACCEPT", f"FORWARD -d {network} -j ACCEPT"]
+    if _has_all(listed["filter"], accepts):
+        script += ["*filter", *(f"-D {rule}" for rule in accepts), "COMMIT"]
     return Repair("".join(f"{line}\n" for line in script), (f"leftover rules of an older flannel for {network}",))
 
 
-def _of_chain(chain: str, listed: str) -> list[list[str]]:
-    """The rules of the chain, each as its words."""
-    start = f"-A {chain} "
-    return [shlex.split(line)[2:] for line in listed.splitlines() if line.startswith(start)]
+def _has_all(listed: str, rules: Iterable[str]) -> bool:
+    lines = listed.splitlines()
+    return all(f"-A {rule}" in lines for rule in rules)
+
+
+def _words(line: str) -> list[str]:
+    """The words of a rule, however this iptables quotes them."""
+    try:
+        return shlex.split(line)
+    except ValueError:
+        # Somebody else's, whatever it says.
+        return [line]
 
 
 # --- the nftables form
