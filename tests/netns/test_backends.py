@@ -96,8 +96,8 @@ def fdb(host: Host, device: str) -> set[tuple[str, str, str]]:
 
 
 def kernel_state(host: Host, name: str) -> dict[str, Any]:
-    """All that a backend looks after, without what changes from device to device."""
-    state: dict[str, Any] = {"routes": own_routes(host)}
+    """All that the daemon looks after, without what changes from device to device."""
+    state: dict[str, Any] = {"routes": own_routes(host), "rules": host.run(["iptables", "-S"]).stdout}
     if device := DEVICES.get(name):
         links = show(host, "ip", "link", "show", device)
         addresses = show(host, "ip", "address", "show", "dev", device)
@@ -418,7 +418,7 @@ def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_th
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """`command` for `ip` (or, with its own name in front, `bridge`), from the host under test and a peer of it."""
+    """`command` for a shell, from the device, the host under test and a peer of it."""
 
     backends: tuple[str, ...]
     command: Callable[[str, Host, Host], str]
@@ -464,6 +464,11 @@ DAMAGES: Mapping[str, Damage] = {
             "sh -c 'ip link set eth0 down; ip link set eth0 up; ip route replace default via 192.168.77.1'"
         ),
     ),
+    "forward rules deleted": Damage(tuple(CARRYING), lambda device, _, peer: "iptables -F FLANNEL-FWD"),
+    "forward chain deleted": Damage(
+        tuple(CARRYING),
+        lambda device, _, peer: "iptables -F FORWARD && iptables -F FLANNEL-FWD && iptables -X FLANNEL-FWD",
+    ),
 }
 
 
@@ -484,7 +489,7 @@ def test_whatever_is_damaged_is_repaired_and_tcp_survives(named_lab: tuple[str, 
 
             def changes(log_len: int = log_len) -> list[str]:
                 log = one.daemon_log()[log_len:].splitlines()
-                return [line for line in log if "kernel state changed" in line]
+                return [line for line in log if "kernel state changed" in line or "firewall rules repaired" in line]
 
             wait_until(f"{what}: said", lambda: len(changes()) >= 1, 5)
             # A set of commands may be seen half done, and then it is two repairs.
