@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -70,9 +71,10 @@ def _openssl(*arguments: str | Path) -> None:
 
 
 class EtcdServer:
-    """One member.  `command` goes before etcd's own (nsenter ... for one in a namespace).
+    """One member.  `command` goes before etcd's and etcdctl's own (ip netns exec ... for one in a namespace).
 
     `tls`: clients have to come over TLS to this certificate; `client_ca`: with a certificate that this CA signed.
+    `control_port`: a second one, for `etcdctl`, so that the first can be cut off.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class EtcdServer:
         *,
         address: str = "127.0.0.1",
         port: int | None = None,
+        control_port: int | None = None,
         name: str = "etcd",
         tls: KeyPair | None = None,
         ca: Path | None = None,
@@ -93,6 +96,7 @@ class EtcdServer:
         self.directory = directory / name
         self.name = name
         self.port = port if port is not None else free_ports(1)[0]
+        self.control_port = control_port if control_port is not None else self.port
         self.address = address
         self.tls = tls
         self.ca = ca
@@ -107,7 +111,10 @@ class EtcdServer:
 
     @property
     def endpoint(self) -> str:
-        return f"{'https' if self.tls else 'http'}://{self.address}:{self.port}"
+        return self._url(self.port)
+
+    def _url(self, port: int) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.address}:{port}"
 
     @property
     def pid(self) -> int:
@@ -124,7 +131,7 @@ class EtcdServer:
             "etcd",
             f"--name={self.name}",
             f"--data-dir={self.directory / 'data'}",
-            f"--listen-client-urls={self.endpoint}",
+            f"--listen-client-urls={','.join(dict.fromkeys(map(self._url, (self.port, self.control_port))))}",
             f"--advertise-client-urls={self.endpoint}",
             f"--listen-peer-urls={peer_url}",
             f"--initial-advertise-peer-urls={peer_url}",
@@ -146,6 +153,19 @@ class EtcdServer:
 
     def _log(self) -> str:
         return (self.directory / "log").read_text()[-2000:]
+
+    def wait_listening(self) -> None:
+        """For one whose certificate keeps etcdctl out."""
+
+        def listens() -> bool:
+            with socket.socket() as client:
+                return client.connect_ex((self.address, self.port)) == 0
+
+        until(listens, "etcd listens", self._log)
+
+    def is_leader(self) -> bool:
+        (member,) = json.loads(self.etcdctl("endpoint", "status", "-w", "json"))
+        return bool(member["Status"]["leader"] == member["Status"]["header"]["member_id"])
 
     def replace_certificate(self, tls: KeyPair) -> None:
         """etcd reads the files anew for each connection."""
@@ -184,7 +204,8 @@ class EtcdServer:
         ca = ["--cacert", str(self.ca)] if self.ca else []
         client = ["--cert", str(self.client.certificate), "--key", str(self.client.key)] if self.client else []
         user = ["--user", self.user] if self.user else []
-        command = [*self._command, "etcdctl", "--endpoints", self.endpoint, *ca, *client, *user, *arguments]
+        command = [*self._command, "etcdctl", "--endpoints", self._url(self.control_port)]
+        command += [*ca, *client, *user, *arguments]
         environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
         return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=DEADLINE_S)
 
@@ -232,9 +253,11 @@ def running(servers: Iterable[EtcdServer]) -> Iterator[list[EtcdServer]]:
             server.kill()
 
 
-def until(holds: Callable[[], object], what: str, detail: Callable[[], str] = str) -> None:
-    """Wait for a condition, `DEADLINE_S` at most."""
-    deadline_s = time.monotonic() + DEADLINE_S
+def until(
+    holds: Callable[[], object], what: str, detail: Callable[[], str] = str, deadline_s: float = DEADLINE_S
+) -> None:
+    """Wait for a condition, `deadline_s` at most."""
+    end_s = time.monotonic() + deadline_s
     while not holds():
-        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S} s: {what} {detail()}"
+        assert time.monotonic() < end_s, f"not within {deadline_s} s: {what} {detail()}"
         time.sleep(0.05)

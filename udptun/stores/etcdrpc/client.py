@@ -13,7 +13,8 @@ import asyncio
 import itertools
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -45,6 +46,8 @@ _CHANNEL_OPTIONS = (
     # A server that is cut off is noticed after 9 s.  etcd refuses clients that ask more often than every 5 s.
     ("grpc.keepalive_time_ms", 6_000),
     ("grpc.keepalive_timeout_ms", 3_000),
+    # The one that ends the connection, in grpc 1.85; its default is a minute.
+    ("grpc.http2.ping_timeout_ms", 3_000),
     ("grpc.http2.max_pings_without_data", 0),
     # Attempts at the same endpoint are to be attempts of their own.
     ("grpc.use_local_subchannel_pool", 1),
@@ -86,6 +89,9 @@ class _Connection:
     endpoint: Endpoint
     channel: grpc.aio.Channel
     token: str = ""
+    has_watched: bool = False
+    n_users: int = 0
+    is_given_up: bool = False
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -112,13 +118,14 @@ class Client:
         while True:
             connection = await self._connect(operation)
             try:
-                return await self._call_with_token(connection, method, request)
+                async with _used(connection):
+                    return await self._call_with_token(connection, method, request)
             except grpc.aio.AioRpcError as exc:
                 error = explain(exc, connection.endpoint, self._settings, operation)
                 if not isinstance(error, StoreUnavailableError):
                     raise error from exc
                 if exc.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                    await self._drop(connection)
+                    await self._give_up(connection)
                     if not is_last_try:
                         is_last_try = True
                         continue
@@ -127,6 +134,11 @@ class Client:
     async def watch(self, request: pb.WatchCreateRequest, operation: str) -> Watch:
         """A watch whose first response says that it is there; the caller closes it."""
         connection = await self._connect(operation)
+        if connection.token and connection.has_watched:
+            # The token may have ended meanwhile, and a watch tells that too late.
+            await self._renew_token(connection, operation)
+        connection.has_watched = True
+        connection.n_users += 1
         open_stream = connection.channel.stream_stream(
             _WATCH_PATH,
             request_serializer=pb.WatchRequest.SerializeToString,
@@ -138,18 +150,19 @@ class Client:
     async def aclose(self) -> None:
         self._is_closed = True
         if self._connection is not None:
-            await self._drop(self._connection)
+            await self._connection.channel.close()
+            self._connection = None
 
     async def failed(
         self, connection: _Connection, exc: grpc.aio.AioRpcError, operation: str
     ) -> LeaseError | ConfigError:
         """What the end of a watch means; the connection is not used again."""
-        await self._drop(connection)
+        await self._give_up(connection)
         return explain(exc, connection.endpoint, self._settings, operation)
 
     async def refused(self, connection: _Connection, reason: str, operation: str) -> LeaseError | ConfigError:
         """What it means that etcd cancelled a watch."""
-        await self._drop(connection)
+        await self._give_up(connection)
         return _meaning(reason, f"cannot {operation} in etcd at {connection.endpoint}", self._settings)
 
     async def _call_with_token(
@@ -165,6 +178,12 @@ class Client:
         if connection.token == token:
             await self._authenticate(connection)
         return await _send(connection, method, request)
+
+    async def _renew_token(self, connection: _Connection, operation: str) -> None:
+        try:
+            await self._authenticate(connection)
+        except grpc.aio.AioRpcError as exc:
+            raise await self.failed(connection, exc, operation) from exc
 
     async def _authenticate(self, connection: _Connection) -> None:
         request = pb.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
@@ -212,7 +231,9 @@ class Client:
                         error = explain(exc, endpoint, self._settings, operation)
                         if isinstance(error, ConfigError):
                             raise error from exc
-                        failures[endpoint] = _reason(exc, endpoint)
+                        failures[endpoint] = _reason(exc)
+                        if failures[endpoint] == _CLOSED and not endpoint.is_tls:
+                            failures[endpoint] += "; if it speaks TLS, write https://"
                     else:
                         self._first = endpoints.index(endpoint)
                         return connection
@@ -247,11 +268,13 @@ class Client:
             raise
         return connection
 
-    async def _drop(self, connection: _Connection) -> None:
+    async def _give_up(self, connection: _Connection) -> None:
+        """Let nobody use it from now on.  Who does already goes on: closing it would cancel their tasks, to grpc."""
         if self._connection is connection:
             self._connection = None
             self._first = (self._first + 1) % len(self._settings.endpoints)
-        await connection.channel.close()
+        connection.is_given_up = True
+        await _close_if_unused(connection)
 
 
 class Watch:
@@ -280,14 +303,10 @@ class Watch:
             response = await self._call.read()
         except grpc.aio.AioRpcError as exc:
             raise await self._client.failed(self._connection, exc, self._operation) from exc
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # The channel was closed under us, by a call that found it dead.
-            raise self._ended("the connection was given up") from None
         if not isinstance(response, pb.WatchResponse):  # grpc's EOF
-            raise self._ended("etcd ended the watch")
+            raise StoreUnavailableError(
+                f"cannot {self._operation} in etcd at {self._connection.endpoint}: etcd ended the watch"
+            )
         if response.compact_revision:
             raise RevisionGoneError(f"compacted up to {response.compact_revision}")
         if response.canceled:
@@ -298,9 +317,24 @@ class Watch:
         """End it, and wait for the end: grpc's thread would tell a loop that is no more."""
         self._call.cancel()
         await self._call.code()
+        self._connection.n_users -= 1
+        await _close_if_unused(self._connection)
 
-    def _ended(self, reason: str) -> StoreUnavailableError:
-        return StoreUnavailableError(f"cannot {self._operation} in etcd at {self._connection.endpoint}: {reason}")
+
+@asynccontextmanager
+async def _used(connection: _Connection) -> AsyncIterator[None]:
+    """Whoever uses a connection that is given up meanwhile closes it."""
+    connection.n_users += 1
+    try:
+        yield
+    finally:
+        connection.n_users -= 1
+        await _close_if_unused(connection)
+
+
+async def _close_if_unused(connection: _Connection) -> None:
+    if connection.is_given_up and not connection.n_users:
+        await connection.channel.close()
 
 
 async def _send(connection: _Connection, method: Method[_Request, _Response], request: _Request) -> _Response:
@@ -360,12 +394,12 @@ def explain(
     details = exc.details() or ""
     if details.startswith("etcdserver: ") or exc.code() is grpc.StatusCode.PERMISSION_DENIED:
         return _meaning(details, f"cannot {operation} in etcd at {endpoint}", settings)
-    return StoreUnavailableError(f"cannot {operation} in etcd: {endpoint}: {_reason(exc, endpoint)}")
+    return StoreUnavailableError(f"cannot {operation} in etcd: {endpoint}: {_reason(exc)}")
 
 
 def _meaning(said: str, prefix: str, settings: EtcdOptions) -> LeaseError | ConfigError:
     """What etcd's own message means, with what to do about it."""
-    text = said.removeprefix("etcdserver: ")
+    text = re.sub(r"^(rpc error: code = \w+ desc = )?(etcdserver: )?", "", said)
     if "required revision" in text:
         return RevisionGoneError(text)
     for pattern, advice in _CONFIG_ADVICE.items():
@@ -381,7 +415,6 @@ _CONFIG_ADVICE: Mapping[str, str] = {
     "invalid user ID or password": "mend --etcd-username and --etcd-password",
     "user name is empty": "it wants a user: give --etcd-username and --etcd-password",
     "permission denied": "the user {user} needs a role with readwrite on the prefix (etcdctl role grant-permission)",
-    "PermissionDenied": "the user {user} needs a role with readwrite on the prefix (etcdctl role grant-permission)",
 }
 
 _ADVICE: Mapping[str, str] = {
@@ -406,11 +439,14 @@ _TRANSPORT = (
     (r"Handshake read failed|WRONG_VERSION_NUMBER", "it does not speak TLS; is it an http:// endpoint?"),
     (r"hostname lookup error.*: ([^:\]]+)\]?$", r"the name cannot be resolved: \1"),
     (r"Network is unreachable|No route to host", "no route to it"),
-    (r"(?:keepalive|ping) ?(?:watchdog)? ?timeout", "no answer to keepalive pings"),
+    (r"(?:ping|keepalive watchdog) timeout", "no answer to keepalive pings"),
 )
 
 
-def _reason(exc: grpc.aio.AioRpcError, endpoint: Endpoint) -> str:
+_CLOSED = "the connection was closed"
+
+
+def _reason(exc: grpc.aio.AioRpcError) -> str:
     """What went wrong on the way to an endpoint, in words that stay the same while it stays wrong."""
     details = exc.details() or ""
     if details.startswith("etcdserver: "):
@@ -422,8 +458,7 @@ def _reason(exc: grpc.aio.AioRpcError, endpoint: Endpoint) -> str:
     if exc.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {CALL_S:.0f} s"
     if re.search(r"Socket closed|Stream removed|Connection reset|GOAWAY|Broken pipe|FD Shutdown", details):
-        hint = "" if endpoint.is_tls else "; if it speaks TLS, write https://"
-        return f"the connection was closed{hint}"
+        return _CLOSED
     return " ".join(details.split()) or exc.code().name
 
 
