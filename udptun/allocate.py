@@ -63,7 +63,7 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
             filter(is_ours, leases),
             key=lambda it: (not me.owns(it), it.attrs.node_id != me.node_id, it.subnets != previous, it.key),
         )
-        kept = next((lease.subnets for lease in ours if _fits(lease.subnets, conf)), None)
+        kept = next((lease.subnets for lease in ours if fits(lease.subnets, conf)), None)
         drop = tuple(lease.key for lease in ours if lease.subnets != kept)
         if kept is not None:
             return Choice(kept, drop)
@@ -73,7 +73,7 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
     return choose
 
 
-def _fits(subnets: Subnets, conf: NetConf) -> bool:
+def fits(subnets: Subnets, conf: NetConf) -> bool:
     """Whether a lease of these is what `conf` would hand out."""
     if not _ipv4_fits(subnets.ipv4, conf):
         return False

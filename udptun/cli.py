@@ -137,7 +137,7 @@ def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
             "usage: udptun cleanup [--release] [FLAG...]\n\n"
             "Stop the datapath and remove device, routes and files.  Takes the daemon's flags, so that it finds\n"
             "what a daemon with the same flags left.\n\n"
-            f"{flags.flag_help(cleanup=True)}"
+            f"{flags.cleanup_help()}"
         )
         return 0
     if options.version:
@@ -184,12 +184,57 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     return status.show(given.run_dir, given.json)
 
 
+_LEASE_USAGE = """\
+usage: udptun lease list [--json] [FLAG...]
+       udptun lease show SUBNET|KEY [--json] [FLAG...]
+       udptun lease reserve SUBNET|KEY --public-ip IP [--port N] [FLAG...]
+       udptun lease release SUBNET|KEY [FLAG...]
+       udptun lease init [--force] PATH
+
+list      the leases in the store that the flags name, as those of the daemon do
+show      all of one
+reserve   keep a subnet for the host with that address: a lease that does not expire
+release   delete a lease or a reservation
+init      write a leases file to start from, for --store file:PATH
+"""
+
+
 def _lease(argv: list[str], environ: Mapping[str, str]) -> int:
-    parser = _Parser(prog="udptun lease", description="Leases files, for --store file.")
-    actions = parser.add_subparsers(required=True, metavar="ACTION")
-    init = actions.add_parser("init", help="write a leases file to start from")
-    init.add_argument("path", type=Path, metavar="PATH")
-    init.add_argument("--force", action="store_true", help="overwrite what is there")
+    action, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if action == "init":
+        return _lease_init(rest)
+
+    from udptun import options as flags
+
+    if action in ("-h", "--help", "-help"):
+        print(_LEASE_USAGE + flags.lease_help())
+        return 0
+    if action not in ("list", "show", "reserve", "release"):
+        what = f"unknown action {action}" if action else "what to do is missing"
+        raise UsageError(f"lease: {what}: list, show, reserve, release or init")
+    n_words = 0 if action == "list" else 1
+    request = flags.parse_lease_flags(rest, environ, n_words)
+    if request.options.help:
+        print(_LEASE_USAGE + flags.lease_help())
+        return 0
+    if len(request.words) < n_words:
+        raise UsageError(f"lease {action}: which one? give a SUBNET, as 10.244.3.0/24, or a KEY, as 10.244.3.0-24")
+
+    from udptun import lease_cli
+
+    actions = {
+        "list": lease_cli.list_leases,
+        "show": lease_cli.show,
+        "reserve": lease_cli.reserve,
+        "release": lease_cli.release,
+    }
+    return actions[action](request)
+
+
+def _lease_init(argv: list[str]) -> int:
+    parser = _Parser(prog="udptun lease init", description="Write a leases file to start from, for --store file:PATH.")
+    parser.add_argument("path", type=Path, metavar="PATH")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
     given = parser.parse_args(argv)
 
     from udptun.stores import file
@@ -218,7 +263,7 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "daemon": ("join this host to the overlay network; installed as flanneld too", _daemon),
     "status": ("say what the daemon of this host is doing", _status),
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
-    "lease": ("write a leases file to start from", _lease),
+    "lease": ("list, show, reserve and release leases; write a leases file", _lease),
     "lab": ("hosts, pods and daemons in namespaces on one machine", _lab),
     "version": ("print the version", _version),
 }

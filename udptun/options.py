@@ -428,6 +428,11 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
 _RELEASE = Flag("release", _boolean, False, "", "give the lease back too; without it the host finds it again")
 
 
+_JSON = Flag("json", _boolean, False, "", "for programs")
+_LEASE_TOPICS = ("Leases", _ETCD)
+"""What the help of `udptun lease` is about."""
+
+
 def parse_daemon_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> Options:
     """The options of `udptun daemon`, or of `flanneld` with `as_flanneld`; `argv` begins after the command.
 
@@ -443,11 +448,36 @@ def parse_cleanup_flags(argv: Sequence[str], environ: Mapping[str, str]) -> tupl
     return given.options(as_flanneld=False), given.values[_RELEASE.name]
 
 
-def flag_help(*, cleanup: bool = False) -> str:
-    """What `--help` says about the flags; with `cleanup`, `--release` among them."""
-    lines = ["  --release", f"        {_RELEASE.help}"] if cleanup else []
-    for topic, flags in FLAGS.items():
-        lines += ["", f"{topic}:"]
+@dataclass(frozen=True, slots=True)
+class LeaseRequest:
+    """The arguments of `udptun lease list`, `show`, `reserve` or `release`."""
+
+    options: Options
+    words: tuple[str, ...]
+    json: bool
+
+
+def parse_lease_flags(argv: Sequence[str], environ: Mapping[str, str], n_words: int) -> LeaseRequest:
+    """What `udptun lease` takes: every flag of the daemon, --json, and up to `n_words` words."""
+    given = _Given(argv, environ, _by_name() | {_JSON.name: _JSON}, n_words)
+    return LeaseRequest(given.options(as_flanneld=False), tuple(given.words), given.values[_JSON.name])
+
+
+def lease_help() -> str:
+    """What `udptun lease --help` says about the flags."""
+    return flag_help({"": (_JSON,), **{topic: FLAGS[topic] for topic in _LEASE_TOPICS}})
+
+
+def cleanup_help() -> str:
+    """What `udptun cleanup --help` says about the flags."""
+    return flag_help({"": (_RELEASE,), **FLAGS})
+
+
+def flag_help(topics: Mapping[str, Sequence[Flag]] = FLAGS) -> str:
+    """What `--help` says about flags under their headings."""
+    lines = []
+    for topic, flags in topics.items():
+        lines += ["", f"{topic}:"] if topic else []
         for flag in flags:
             lines.append(f"  --{flag.name}{' ' if flag.value_name else ''}{flag.value_name}")
             default = str(flag.default or "").lower() if flag.is_boolean else str(flag.default or "")
@@ -475,8 +505,13 @@ def _by_name() -> dict[str, Flag]:
 class _Given:
     """What argv and the environment give: a value per flag, and where it was said."""
 
-    def __init__(self, argv: Sequence[str], environ: Mapping[str, str], flags: Mapping[str, Flag]) -> None:
+    def __init__(
+        self, argv: Sequence[str], environ: Mapping[str, str], flags: Mapping[str, Flag], n_words: int = 0
+    ) -> None:
         self._flags = flags
+        self._n_words = n_words
+        self.words: list[str] = []
+        """Arguments that are no flags; more than `n_words` are refused."""
         self._environ = environ
         self.values: dict[str, Any] = {name: flag.default for name, flag in flags.items()}  # each flag's own type
         self._said: dict[str, str] = {}
@@ -516,6 +551,9 @@ class _Given:
                     raise UsageError(_unexpected(rest))
                 return
             match = re.fullmatch(r"--?([^-=][^=]*)(=.*)?", word, re.DOTALL)
+            if match is None and not word.startswith("-") and len(self.words) < self._n_words:
+                self.words.append(word)
+                continue
             if match is None:
                 raise UsageError(_unexpected(word))
             name, text = match.groups()

@@ -72,17 +72,17 @@ def render(document: Document, now_s: float) -> str:
     ]
     if datapath is not None:
         lines.append(
-            f"datapath   pid {datapath['pid'] or 'none'}, up {_duration(datapath['uptime_s'] or 0)}, standby "
+            f"datapath   pid {datapath['pid'] or 'none'}, up {duration(datapath['uptime_s'] or 0)}, standby "
             f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
         )
     firewall = document["firewall"]
     rules = " and ".join(kind for kind in ("masquerade", "forward") if firewall[kind])
     lines += [
         f"firewall   {firewall['form']}: {rules}" if rules else "firewall   no rules",
-        f"daemon     pid {document['pid']}, up {_duration(document['uptime_s'])}, version {document['version']}",
+        f"daemon     pid {document['pid']}, up {duration(document['uptime_s'])}, version {document['version']}",
         "",
     ]
-    lines += _table(
+    lines += table(
         ["PEER SUBNET", "PUBLIC IP", "PORT", "UDPTUN", "SENT PACKETS", "BYTES", "RECEIVED PACKETS", "BYTES"],
         [
             [
@@ -115,10 +115,9 @@ def _skipped(lines: list[str]) -> list[str]:
     ]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns as wide as their widest cell; numbers to the right."""
+def table(head: list[str], rows: list[list[str]], left: int = 2) -> list[str]:
+    """Lines with columns as wide as their widest cell, the first `left` ones words, the others numbers."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    left = 2
     return [
         "  ".join(
             cell.ljust(width) if i < left else cell.rjust(width)
@@ -131,10 +130,11 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def _left(expires_at: float | None, now_s: float) -> str:
     if expires_at is None:
         return "never expires"
-    return f"expires in {_duration(expires_at - now_s)}" if expires_at > now_s else "expired"
+    return f"expires in {duration(expires_at - now_s)}" if expires_at > now_s else "expired"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`3h02m`, `2m05s` or `7s`."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"

@@ -17,9 +17,12 @@ from udptun.options import (
     Options,
     StoreKind,
     StoreSpec,
+    cleanup_help,
     flag_help,
+    lease_help,
     parse_cleanup_flags,
     parse_daemon_flags,
+    parse_lease_flags,
 )
 
 ALL_FLAGS = [flag for flags in FLAGS.values() for flag in flags]
@@ -432,7 +435,7 @@ def test_help_names_every_flag_its_default_and_what_is_not_built() -> None:
     assert "accept overlay traffic in FORWARD; default true, where the host can\n" in text
     assert max(map(len, text.splitlines())) <= 110
     assert "--release" not in text
-    assert "--release" in flag_help(cleanup=True)
+    assert "--release" in cleanup_help()
 
 
 def test_cleanup_takes_the_daemons_flags_and_release() -> None:
@@ -440,6 +443,18 @@ def test_cleanup_takes_the_daemons_flags_and_release() -> None:
     assert release
     assert (options.run_dir, options.store.path) == (Path("/r"), Path("/s/leases.db"))
     assert parse_cleanup_flags(["--node", "--release"], {})[1] is False
+
+
+def test_lease_takes_words_and_the_daemons_flags_in_any_order() -> None:
+    request = parse_lease_flags(["--json", "10.1.2.0/24", "--etcd-prefix=/p", "--public-ip", "192.0.2.1"], {}, 1)
+    assert (request.words, request.json) == (("10.1.2.0/24",), True)
+    assert (request.options.store.kind, request.options.etcd.prefix) == (StoreKind.ETCD, "/p")
+    assert request.options.public_ip == IPv4Address("192.0.2.1")
+    with pytest.raises(UsageError, match=r"unexpected argument 'b'"):
+        parse_lease_flags(["a", "b"], {}, 1)
+    assert "--etcd-prefix" in lease_help()
+    assert "--json" in lease_help()
+    assert "--mtu" not in lease_help()
 
 
 def test_release_is_no_flag_of_the_daemon() -> None:
