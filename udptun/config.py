@@ -112,11 +112,11 @@ class UdpBackend:
 
     type: ClassVar[str] = "udp"
     port: int = 8285
-    own_port: int | None = None
-    """This host's where it differs, by the --port flag; never in net-conf.json, which is for all."""
     mtu: int | None = None
     log_level: LogLevel | None = None
     datapath: DatapathKeys = DatapathKeys()
+    own_port: int | None = None
+    """This host's where it differs, by the --port flag; never in net-conf.json, which is for all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,10 @@ of a day, in which nobody can renew, does not end all traffic.  A store that is 
 the other daemons may go on with it, so what has expired is dropped, and when it answers again it is asked for all
 leases, because it may have had a later expiry that we were never told of.
 
+A peer that goes is kept for a moment all the same (_GRACE_S): when its lease was deleted by mistake, or the store has
+lost all, its own daemon writes it again at once, and no packet is lost over it.  Its successor on the same subnet
+does not wait.
+
 **Clocks.**  An expiry is compared with the time of day, and that may be set.  A lease does not get older by that:
 before any expiry is looked at, every one is moved by as much as the clock was set since the last look.
 
@@ -55,6 +59,8 @@ _CLOCK_CHECK_S = 30.0
 _CLOCK_SET_S = 2.0
 """A difference between the two clocks that changed by more than this since the last look was somebody's doing."""
 _EXPIRY_CHECK_S = 1.0
+_GRACE_S = 0.5
+"""How long a peer is kept whose lease is gone, for its daemon to make it again."""
 _SAVE_DELAY_S = 1.0
 """Collect changes this long before the table is written to disk."""
 _SAVE_EXPIRIES_S = 60.0
@@ -276,6 +282,9 @@ class Membership:
         self._skipped: tuple[str, ...] = ()
         self._said: frozenset[str] = frozenset()
         self._clones: dict[str, str] = {}
+        self._leaving: dict[str, float] = {}
+        """The keys of peers that the store no longer has, and when they go (time elapsed)."""
+        self._news_of_leaving = asyncio.Event()
         self._revision = 0
         self._claim: asyncio.Task[Lease] | None = None
         """The one of `join`."""
@@ -377,6 +386,7 @@ class Membership:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._follow(), name="follow leases")
                 tasks.create_task(self._hold(), name="hold lease")
+                tasks.create_task(self._let_go(), name="let peers go")
                 if not self._store.is_remote:
                     tasks.create_task(self._expire(), name="expire leases")
                 tasks.create_task(self._keep_saved(), name="save leases")
@@ -508,8 +518,9 @@ class Membership:
             return
         self._mind_the_clock()
         self._say_skipped(tuple(dict.fromkeys((*self._skipped, *batch.skipped)))[-_KEPT_SKIPPED:])
-        for at in range(0, len(batch.events), _LEASES_AT_ONCE):
-            await self._apply(self.table.update(batch.events[at : at + _LEASES_AT_ONCE]))
+        events = self._hold_back(batch.events)
+        for at in range(0, len(events), _LEASES_AT_ONCE):
+            await self._apply(self.table.update(events[at : at + _LEASES_AT_ONCE]))
         self._revision = batch.revision
         for event in batch.events:
             # What was written before we wrote it last no longer matters.
@@ -519,10 +530,44 @@ class Membership:
     async def _take_snapshot(self, snapshot: Snapshot) -> None:
         self._mind_the_clock()
         self._say_skipped(snapshot.skipped)
-        await self._reset(snapshot.leases)
+        there = {lease.key for lease in snapshot.leases}
+        gone = [lease for key, lease in self.table.peers.items() if key not in there]
+        self._leaving = {lease.key: self._leaving.get(lease.key, self._goes_at()) for lease in gone}
+        self._news_of_leaving.set()
+        await self._reset((*snapshot.leases, *gone))
         self._revision = snapshot.revision
         mine = next((lease for lease in snapshot.leases if lease.key == self.own.key), None)
         self._check_own(LeaseEvent(EventType.REMOVED, self.own) if mine is None else LeaseEvent(EventType.ADDED, mine))
+
+    def _hold_back(self, events: Iterable[LeaseEvent]) -> list[LeaseEvent]:
+        """What of the events is to be done now: all but the end of a peer."""
+        now: list[LeaseEvent] = []
+        for event in events:
+            key = event.lease.key
+            if event.type is EventType.REMOVED and key in self.table.peers:
+                self._leaving.setdefault(key, self._goes_at())
+                self._news_of_leaving.set()
+            else:
+                self._leaving.pop(key, None)
+                now.append(event)
+        return now
+
+    def _goes_at(self) -> float:
+        return self._clock.elapsed_s() + _GRACE_S
+
+    async def _let_go(self) -> None:
+        """Drop the peers whose moment of grace is over."""
+        while True:
+            if not self._leaving:
+                self._news_of_leaving.clear()
+                await self._news_of_leaving.wait()
+            await asyncio.sleep(min(self._leaving.values(), default=0) - self._clock.elapsed_s())
+            now_s = self._clock.elapsed_s()
+            over = [key for key, at_s in self._leaving.items() if at_s <= now_s][:_LEASES_AT_ONCE]
+            for key in over:
+                del self._leaving[key]
+            peers = [self.table.peers[key] for key in over if key in self.table.peers]
+            await self._apply(self.table.update(LeaseEvent(EventType.REMOVED, peer) for peer in peers))
 
     async def _reset(self, leases: Sequence[Lease]) -> None:
         for events in self.table.reset_by_parts(leases, _LEASES_AT_ONCE):

@@ -334,8 +334,8 @@ def no_packet_errors(*places: Host | Pod) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nothing_in_clear_text(lab: Lab, path: Path) -> Iterator[None]:
-    """Only the tunnel's datagrams and ARP cross the underlay while the block runs.
+def nothing_in_clear_text(lab: Lab, path: Path, besides: str = "") -> Iterator[None]:
+    """Only the tunnel's datagrams and ARP, and what the expression `besides` fits, cross the underlay in the block.
 
     An echo to the switch after the block proves that the capture would have seen anything else.
     """
@@ -344,7 +344,7 @@ def nothing_in_clear_text(lab: Lab, path: Path) -> Iterator[None]:
         return lab.switch.run(["tcpdump", "-n", "-r", str(path)]).stdout.splitlines()
 
     witness = lab.hosts[0]
-    with lab.capture(path, CLEAR_TEXT):
+    with lab.capture(path, f"{CLEAR_TEXT} and not ({besides})" if besides else CLEAR_TEXT):
         yield
         ping(witness, UNDERLAY[1], count=1)
         wait_until("the capture to show the witness", lambda: any("ICMP echo" in line for line in seen()), 10)
