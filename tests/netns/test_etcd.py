@@ -84,7 +84,8 @@ class Etcd(EtcdServer):
 def etcd_lab(name: str, directory: Path, n_hosts: int, conf: Mapping[str, object] = CONF) -> Iterator[tuple[Lab, Etcd]]:
     """A lab without running daemons, and etcd in its switch."""
     with Lab(name, n_hosts=n_hosts, daemon_command=COMMAND) as lab:
-        enter = ["nsenter", f"--net={lab.switch.at().net_ns}"]
+        # The kernel ends it when this session is killed.
+        enter = ["setpriv", "--pdeathsig", "KILL", "nsenter", f"--net={lab.switch.at().net_ns}"]
         flags = ["--max-txn-ops=4096", "--max-request-bytes=8000000"]
         etcd = Etcd(directory, address=str(UNDERLAY[1]), port=2379, command=enter, flags=flags)
         try:
@@ -294,7 +295,7 @@ def test_nothing_is_lost_while_etcd_is_down_and_the_tables_are_right_soon_after(
     said = [line for line in host.daemon_log().splitlines()[before:] if "unavailable" in line]
     print("\n".join(said))
     assert 1 <= len(said) <= 4
-    seconds_until(lambda: read_status(host)["problems"] == [], "all to be well", 30)
+    seconds_until(lambda: read_status(host)["problems"] == [], "all to be well", FOLLOWS_S)
 
 
 @pytest.mark.parametrize("away_s", [5, pytest.param(60, marks=pytest.mark.full)])

@@ -397,11 +397,12 @@ def test_a_watch_gets_a_snapshot_when_the_history_is_lost(make: Make, tmp_path: 
         await store.claim(host(3), exactly(3))
         async with watching(store, first.revision) as watcher:
             await watcher.until(lambda: watcher.numbers == {1, 2, 3})
-            assert watcher.batches[0].snapshot is not None
             # From there on it goes by events again.
             await store.claim(host(4), exactly(4))
             await watcher.until(lambda: watcher.numbers == {1, 2, 3, 4})
-            assert [batch.snapshot is None for batch in watcher.batches] == [False, True]
+            # Some stores say at once that they answer, with a batch of nothing.
+            told = [batch for batch in watcher.batches if batch.snapshot or batch.events]
+            assert [batch.snapshot is None for batch in told] == [False, True]
         await store.aclose()
 
     asyncio.run(main())

@@ -370,6 +370,8 @@ class _Follower:
             try:
                 if self._watch is None:
                     await self._open()
+                    # Empty: who waits for etcd to answer need not wait for something to change.
+                    return WatchBatch(self._after)
                 batch = await self._next()
             except (_DoubtError, RevisionGoneError) as exc:
                 await self._close()
