@@ -2,9 +2,11 @@
 
     python -m tests.fuzz.rounds --cpu-seconds 600
 
-Four kinds of rounds in turn, over both encapsulations: whatever the TUN may give, whatever peers may send, flows to merge
-(each against the reference), and super-packets that one worker cuts up and another puts together again, some of them
-corrupted on the way.  `python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
+Four kinds of rounds in turn, over both encapsulations: whatever the TUN may give, whatever peers may send, flows to
+merge (each against the reference), and super-packets that one worker cuts up and another puts together again, some of
+them corrupted on the way.
+
+`python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
 """
 
 from __future__ import annotations

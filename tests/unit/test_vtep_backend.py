@@ -41,7 +41,8 @@ def test_vtep_stands_in_where_the_kernel_has_no_vxlan() -> None:
     choice = choose(VxlanBackend(), lacking, MAC)
     assert isinstance(choice.backend, UserspaceVtep)
     assert choice.reason == "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"
-    assert ("vxlan", True, "userspace VTEP; the kernel has no vxlan") in describe(lacking)
+    how = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
+    assert ("vxlan", True, how) in describe(lacking)
     (row,) = [row for row in describe(Host("ENOENT", "EOPNOTSUPP")) if row[0] == "vxlan"]
     assert row[1] is False
     assert "TUN" in row[2]
