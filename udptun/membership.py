@@ -781,5 +781,6 @@ class Membership:
                 state.forget(self._state_dir)
             else:
                 state.save(self._state_dir, last, self._clock.unix_s())
+                log.debug("lease table saved n_peers=%d", len(last.peers))
         except KernelError as exc:
             log.warning("the lease table is not saved error=%r", str(exc))

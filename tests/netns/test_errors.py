@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from traffic import datapath_pids, kill
 
+from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, Host, Lab
 
 UDPTUN = [sys.executable, "-m", "udptun"]
@@ -451,13 +452,6 @@ CASES = [
         argv=("--store=local:/run/none/leases.db",),
     ),
     Case(
-        "no room for the database",
-        1,
-        r"cannot claim a subnet in /run/small/leases\.db: .* \(SQLITE_(FULL|IOERR_SHMSIZE)\); make room on its .*",
-        shell("mkdir /run/small; mount -t tmpfs -o size=8k none /run/small"),
-        argv=("--store=local:/run/small/leases.db",),
-    ),
-    Case(
         "no free subnet",
         1,
         r"out of subnets: 1 leases take all 1 subnets between 10\.244\.5\.0 and 10\.244\.5\.0 \(/24\); release .*",
@@ -561,20 +555,46 @@ def test_a_start_that_fails_has_one_line_its_status_and_leaves_nothing_behind(ho
     assert len(lines) == 1, lines
     assert re.fullmatch(case.line, lines[0]), lines[0]
     assert status == case.status
-    assert left_behind(host, Path("/run/small/leases.db") if "room" in case.name else LEASES) == list(case.stays)
+    assert left_behind(host) == list(case.stays)
 
 
 @pytest.mark.netns
-@pytest.mark.full
-def test_a_store_that_stays_locked_ends_the_start_with_one_line_and_status_1(host: Host) -> None:
-    used_database()(host)
-    holder = lock_database(host)
-    status, lines = start(host)
-    holder.kill()
-    assert status == 1
-    assert len(lines) == 1
-    assert re.fullmatch(r"cannot claim a subnet in .*: database is locked \(SQLITE_BUSY\); another .*", lines[0])
-    assert left_behind(host) == []
+@pytest.mark.parametrize("trouble", ["no room", "locked"])
+def test_a_start_waits_for_a_store_that_does_not_answer_and_leaves_nothing_behind_when_told_to_end(
+    host: Host, trouble: str
+) -> None:
+    host.path(NET_CONF).write_text(json.dumps(CONF))
+    if trouble == "no room":
+        shell("mkdir /run/small; mount -t tmpfs -o size=8k none /run/small")(host)
+        said = r"cannot claim a subnet in /run/small/leases\.db: .* \(SQLITE_(FULL|IOERR_SHMSIZE)\); make room on its"
+    else:
+        used_database()(host)
+        holder = lock_database(host)
+        said = r"local:/run/udptun-lab/leases\.db has not answered within 1 s"
+    argv = [f"--store=local:{'/run/small/leases.db' if trouble == 'no room' else LEASES}"]
+    before = len(host.daemon_log())
+
+    def waits() -> list[str]:
+        lines = [line for line in host.daemon_log()[before:].splitlines() if "no lease, waiting for it" in line]
+        assert len(lines) <= 1
+        return lines
+
+    for ends in (True, False):
+        before = len(host.daemon_log())
+        host.start_daemon(argv)
+        wait_until("the daemon to say that it waits", lambda: bool(waits()), 10)
+        assert re.search(said, waits()[0]), waits()
+        if ends:
+            assert host.stop_daemon() == 0
+            assert left_behind(host, Path("/run/none")) == []
+    if trouble == "no room":
+        host.run(["mount", "-o", "remount,size=10M", "/run/small"])
+    else:
+        holder.kill()
+        holder.communicate()
+    host.wait_ready()
+    assert host.stop_daemon() == 0
+    host.run([*UDPTUN, "cleanup", *argv])
 
 
 @pytest.mark.netns
