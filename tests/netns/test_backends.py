@@ -21,7 +21,7 @@ from traffic import CLEANUP, cpu_s, datapath_pids, ping, read_status, tcp_flow
 
 from udptun.lab.errors import LabError
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import DISTANT, LEASES, NET_CONF, SUBNET_ENV, UNDERLAY, Host, Lab
+from udptun.lab.topology import DISTANT, LEASES, NET_CONF, SUBNET_ENV, UNDERLAY, Host, Lab, Pod
 
 pytestmark = pytest.mark.netns
 
@@ -56,6 +56,10 @@ def named_lab(request: pytest.FixtureRequest) -> Iterator[tuple[str, Lab]]:
     with Lab(f"b{os.getpid()}{name[:2]}", n_hosts=3, net_conf=net_conf(BACKENDS[name])) as lab:
         lab.start()
         wait_for_peers(lab)
+        for source in lab.hosts:
+            for destination in lab.hosts:
+                if source is not destination:
+                    wait_for_answer(source.pod(1), destination.pod(1))
         yield name, lab
         for host in lab.hosts:
             assert "Traceback" not in host.daemon_log()
@@ -70,6 +74,12 @@ def wait_for_peers(lab: Lab) -> None:
         return all(len(read_status(host)["peers"]) == len(lab.hosts) - 1 for host in lab.hosts)
 
     wait_until("every host to know every other", all_know_all, 20)
+
+
+def wait_for_answer(source: Pod, destination: Pod) -> None:
+    """Both ways are up: a peer that is known is not yet one that the kernel was told of."""
+    command = ["ping", "-c", "1", "-W", "1", "-s", "1000", str(destination.address)]
+    wait_until(f"{destination} to answer", lambda: source.run(command, check=False).returncode == 0, SLACK * 2.0)
 
 
 def show(host: Host, *command: str) -> list[dict[str, Any]]:
@@ -264,7 +274,7 @@ def test_the_mac_outlives_restart_and_device_and_an_unfit_device_is_made_anew() 
         one.start_daemon()
         one.wait_ready()
         assert mac(one) == before
-        ping(one.pod(1), two.pod(1).address)
+        wait_for_answer(one.pod(1), two.pod(1))
 
 
 def test_a_device_of_flanneld_is_taken_over_with_all_that_is_on_it() -> None:
@@ -286,7 +296,7 @@ def test_a_device_of_flanneld_is_taken_over_with_all_that_is_on_it() -> None:
         wait_until("the present peer alone", lambda: list(neighbours(one, "flannel.1")) == [tunnel_address], 10)
         assert fdb(one, "flannel.1") == {(mac(two), str(two.underlay_address), "permanent")}
         assert show(one, "ip", "route", "show", "10.244.99.0/24") == []
-        ping(one.pod(1), two.pod(1).address)
+        wait_for_answer(one.pod(1), two.pod(1))
 
 
 def test_leases_of_other_backends_are_no_peers_of_vxlan() -> None:
@@ -350,7 +360,7 @@ def test_a_peer_that_host_gw_cannot_reach_is_a_problem_of_its_own() -> None:
         assert "Nexthop has invalid gateway" in problem
         lab.relocate(two, UNDERLAY)
         wait_until("the route", lambda: [route["dst"] for route in own_routes(one)] == [str(two.subnet)], 10)
-        ping(one.pod(1), two.pod(1).address)
+        wait_for_answer(one.pod(1), two.pod(1))
         wait_until("no problem", lambda: read_status(one)["problems"] == [], 10)
 
 
@@ -396,15 +406,15 @@ def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_th
         wait_for_ways(three, one=tunnelled(one), two=tunnelled(two))
         assert list(neighbours(one, "flannel.1")) == [str(three.subnet.network_address)]
         for host in (two, three):
-            ping(one.pod(1), host.pod(1).address)
+            wait_for_answer(one.pod(1), host.pod(1))
 
         lab.relocate(two, DISTANT)
         wait_for_ways(one, two=tunnelled(two), three=tunnelled(three))
         wait_for_ways(three, one=tunnelled(one), two=direct(two))
         assert len(neighbours(one, "flannel.1")) == len(fdb(one, "flannel.1")) == 2
         for host in (two, three):
-            ping(one.pod(1), host.pod(1).address)
-        ping(two.pod(1), three.pod(1).address)
+            wait_for_answer(one.pod(1), host.pod(1))
+        wait_for_answer(two.pod(1), three.pod(1))
 
         # The kernel's own answer changes without any lease.
         one.machine.at().ip(f"route add {two.underlay_address}/32 dev eth0")
@@ -534,13 +544,7 @@ def test_a_changed_underlay_address_is_followed_by_lease_and_peers_and_tcp_survi
                 == [str(UNDERLAY[77])],
                 SLACK * 2.0,
             )
-            wait_until(
-                "the pods to reach each other",
-                lambda: one.pod(1).run(
-                    ["ping", "-c", "1", "-W", "1", str(two.pod(1).address)], check=False
-                ).returncode == 0,
-                SLACK * 2.0,
-            )
+            wait_for_answer(one.pod(1), two.pod(1))
         stream.report.assert_exact()
         log = one.daemon_log().splitlines()
         assert len([line for line in log if f"underlay changed iface=eth0 address={UNDERLAY[77]}" in line]) == 1
@@ -588,7 +592,7 @@ def test_a_change_of_backend_leaves_nothing_stale(walk: list[str] | None) -> Non
                 10,
             )
             if name != "alloc":
-                ping(one.pod(1), two.pod(1).address, "-s", "1000")
+                wait_for_answer(one.pod(1), two.pod(1))
         for host in lab.hosts:
             assert "Traceback" not in host.daemon_log()
 
@@ -661,7 +665,7 @@ def test_without_vxlan_the_fallback_may_be_udp() -> None:
         lab.start()
         wait_for_peers(lab)
         one, two = lab.hosts
-        ping(one.pod(1), two.pod(1).address)
+        wait_for_answer(one.pod(1), two.pod(1))
         backend = read_status(one)["backend"]
         assert (backend["type"], backend["device"]) == ("udp", "flannel0")
         assert backend["reason"].endswith("and Backend.Fallback is udp")
