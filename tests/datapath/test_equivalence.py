@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.datapath.cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP
 from tests.datapath.harness import (
+    ICMP_BURST,
     Batch,
     FastDatapath,
     Message,
@@ -53,6 +54,7 @@ from tests.packets import (
     tcp_segment,
     udp_segment,
     vnet_hdr,
+    vxlan,
     with_header_checksum,
 )
 
@@ -249,6 +251,27 @@ def streams(draw: st.DrawFn) -> list[Message]:
     return trains(datagrams, longest=draw(st.sampled_from((1, 2, 3, 10, 50))))
 
 
+@st.composite
+def wire_messages(draw: st.DrawFn) -> list[Message]:
+    """What anybody may send: packets with and without a prefix, most of them changed, in trains of any size."""
+    messages = []
+    for _ in range(draw(st.integers(1, 8))):
+        payload = b""
+        for _ in range(draw(st.integers(1, 5))):
+            piece = bytearray(draw(ANY_PACKET))
+            if draw(st.integers(0, 5)):
+                piece[:0] = vxlan(b"")
+            for _ in range(draw(st.sampled_from((0, 0, 1, 2)))):
+                at = draw(st.integers(0, 41))
+                piece[at : at + 1] = draw(st.binary(max_size=2))
+            payload += piece
+        payload = payload[:60_000]
+        smallest = -(-len(payload) // ICMP_BURST) or 1
+        size = draw(st.just(0) | st.integers(smallest, max(smallest, len(payload))))
+        messages.append(Message(payload, draw(OUTER), size if size < len(payload) else 0))
+    return messages
+
+
 ENCAP_BATCHES = st.lists(reads(), min_size=5, max_size=40)
 DECAP_BATCHES = st.lists(st.tuples(ANY_PACKET, OUTER), min_size=5, max_size=40)
 SOURCE_CHECKS = st.sampled_from(("off", "peer", "peer", "strict"))
@@ -322,6 +345,17 @@ def check_decap(pair: tuple[FastDatapath, ReferenceDatapath], how: settings) -> 
     equal()
 
 
+def check_wire(pair: tuple[FastDatapath, ReferenceDatapath], how: settings) -> None:
+    fast, model = pair
+
+    @how
+    @given(messages=wire_messages())
+    def equal(messages: list[Message]) -> None:
+        assert_equal(fast.decap_wire(messages), model.decap_wire(messages))
+
+    equal()
+
+
 def check_streams(pair: tuple[FastDatapath, ReferenceDatapath], how: settings) -> None:
     fast, model = pair
     n_merged = n_written = 0
@@ -352,6 +386,10 @@ def test_decap_equals_the_reference_over_random_batches(pair: tuple[FastDatapath
     assert pair[1].counters["decap_packets"] > 1000
 
 
+def test_decap_equals_the_reference_over_whatever_anybody_sends(pair: tuple[FastDatapath, ReferenceDatapath]) -> None:
+    check_wire(pair, settings(QUICK, max_examples=60))
+
+
 def test_merged_flows_come_out_as_the_reference_delivers_them(pair: tuple[FastDatapath, ReferenceDatapath]) -> None:
     check_streams(pair, QUICK)
 
@@ -362,6 +400,14 @@ def test_very_many_merged_flows_come_out_as_the_reference_delivers_them(
     pair: tuple[FastDatapath, ReferenceDatapath],
 ) -> None:
     check_streams(pair, FULL_RUN)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_decap_equals_the_reference_over_very_much_of_what_anybody_sends(
+    pair: tuple[FastDatapath, ReferenceDatapath],
+) -> None:
+    check_wire(pair, FULL_RUN)
 
 
 @pytest.mark.full

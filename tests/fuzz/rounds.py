@@ -2,9 +2,9 @@
 
     python -m tests.fuzz.rounds --cpu-seconds 600
 
-Four kinds of rounds in turn, over both encapsulations: whatever the TUN may give, whatever peers may send, flows to
-merge (each against the reference), and super-packets that one worker cuts up and another puts together again, some of
-them corrupted on the way.
+Five kinds of rounds in turn, over both encapsulations: whatever the TUN may give, whatever peers may send, whatever
+anybody may, flows to merge (each against the reference), and super-packets that one worker cuts up and another puts
+together again, some of them corrupted on the way.
 
 `python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
 """
@@ -15,47 +15,43 @@ import argparse
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.datapath.harness import Batch, FastDatapath, Message, ReferenceDatapath, assert_same_packets, trains
-from tests.datapath.test_equivalence import DECAP_BATCHES, ENCAP_BATCHES, QUICK, streams
+from tests.datapath.test_equivalence import DECAP_BATCHES, ENCAP_BATCHES, QUICK, streams, wire_messages
 from tests.datapath.test_super_packets import Super
 from tests.packets import MTU, NEAR, NO_VNET_HDR, stepped
 
 CHUNK = settings(QUICK, max_examples=25, derandomize=False, phases=(Phase.generate,))
 PROGRESS_S = 15.0
+KINDS = ("encap", "decap", "wire", "flows", "round trips")
 
 
 @dataclass
 class Rounds:
     """Workers, their references, and how much they have done."""
 
-    n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("encap", "decap", "flows", "round trips"), 0))
+    n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     n_merged: int = 0
 
     def __post_init__(self) -> None:
         self._undo = ExitStack()
         self._pairs = []
-        for has_gro, has_vnet_hdr, is_vxlan in (
-            (True, True, False),
-            (True, True, True),
-            (False, True, False),
-            (False, True, True),
-            (True, False, False),
-        ):
+        for is_vxlan, has_gro, has_vnet_hdr in product((False, True), (True, False), (True, False)):
             how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr, "is_vxlan": is_vxlan}
             fast, model = self._undo.enter_context(FastDatapath(**how)), ReferenceDatapath(**how)
             model.table = fast.table
             self._pairs.append((fast, model))
-        # The far ends of the first two: the subnet that packets go to is theirs, and they come from the near end's.
-        self._far = []
+        # Near and far: the subnet that packets go to is the far end's, and they come from the near end's.
+        self._ends = []
         for is_vxlan in (False, True):
             far = self._undo.enter_context(FastDatapath(is_vxlan=is_vxlan))
             near = next(peer for peer in far.table.peers if str(peer.remote[0]) == NEAR)
             far.set_overlay("10.244.0.0/16", "10.244.2.0/24", [("10.244.1.0/24", near)])
-            self._far.append(far)
+            self._ends.append((self._undo.enter_context(FastDatapath(is_vxlan=is_vxlan)), far))
 
     def close(self) -> None:
         self._undo.close()
@@ -80,6 +76,12 @@ class Rounds:
 
         @seed(number)
         @CHUNK
+        @given(messages=wire_messages())
+        def wire(messages: list[Message]) -> None:
+            self._compare("wire", fast.decap_wire(messages), model.decap_wire(messages))
+
+        @seed(number)
+        @CHUNK
         @given(messages=streams())
         def flows(messages: list[Message]) -> None:
             self._compare("flows", fast.decap_messages(messages), model.decap_messages(messages))
@@ -88,9 +90,9 @@ class Rounds:
         @CHUNK
         @given(supers=st.lists(super_packets(), min_size=1, max_size=4), data=st.data())
         def round_trip(supers: list[Super], data: st.DataObject) -> None:
-            self._there_and_back(self._pairs[number % 2][0], self._far[number % 2], supers, data)
+            self._there_and_back(*self._ends[number % 2], supers, data)
 
-        for kind in (encap, decap, flows, round_trip):
+        for kind in (encap, decap, wire, flows, round_trip):
             kind()
 
     def _compare(self, kind: str, got: Batch, expected: Batch) -> None:
