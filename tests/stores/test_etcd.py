@@ -196,6 +196,32 @@ def test_a_key_without_an_etcd_lease_is_a_reservation_and_stays_one(harness: Etc
     assert etcd_leases(harness) == before
 
 
+def test_junk_under_a_free_subnet_is_overwritten_by_a_lease_that_ends(harness: EtcdHarness) -> None:
+    """It has no etcd lease either, and is no reservation all the same."""
+    harness.etcdctl("put", harness.key("10.0.7.0-24"), "junk")
+
+    async def main(store: etcd.EtcdStore) -> None:
+        assert (await store.claim(host(1), exactly(7))).expires_s is not None
+
+    on_store(harness, main)
+    assert get(harness, "10.0.7.0-24")["lease"]
+
+
+def test_expiries_of_leases_that_were_renewed_are_forgotten(harness: EtcdHarness) -> None:
+    async def main(store: etcd.EtcdStore) -> None:
+        other = harness.store()
+        async with watching(store) as watcher:
+            lease = await other.claim(host(1), exactly(1))
+            for _ in range(5):
+                lease = await other.renew(lease)
+                await watcher.until(lambda lease=lease: watcher.revision >= lease.revision)
+                await watcher.until(lambda: (watcher.leases[SUBNETS[1].key].expires_s or 0) > time.time() + 80_000)
+            assert len(store._expiries) == 1
+        await other.aclose()
+
+    on_store(harness, main)
+
+
 def test_a_lost_race_is_run_again_on_what_is_there_then(harness: EtcdHarness) -> None:
     before = etcd_leases(harness)
     seen: list[list[str]] = []
@@ -533,6 +559,35 @@ def test_a_user_where_etcd_wants_none_does_no_harm(harness: EtcdHarness) -> None
         await store.aclose()
 
     asyncio.run(main())
+
+
+def test_authentication_that_is_enabled_under_way_is_followed_when_a_user_is_given(tmp_path: Path) -> None:
+    server = EtcdServer(tmp_path)
+    flags = [f"--etcd-endpoints={server.endpoint}", "--etcd-username=flannel", "--etcd-password=secret"]
+
+    async def main() -> None:
+        async with following(etcd_store(*flags)) as follower:
+            await follower.until(lambda: follower.revision > 0)
+            server.enable_auth("/coreos.com/network")
+            lease = await follower.store.claim(host(1), exactly(1))
+            await follower.until_keys(lease.key)
+
+    with running([server]):
+        asyncio.run(main())
+
+
+def test_an_exact_list_that_fails_half_way_is_one_line(
+    harness: EtcdHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    granted = harness.etcdctl("lease", "grant", "300").split()[1]
+    harness.etcdctl("put", f"--lease={granted}", harness.key("10.0.1.0-24"), host(1).to_json())
+
+    async def fail(store: etcd.EtcdStore, etcd_lease: int) -> float:
+        raise StoreUnavailableError(f"no answer about {etcd_lease}")
+
+    monkeypatch.setattr(etcd.EtcdStore, "_look_up", fail)
+    line, _ = refusal(harness.store(), lambda store: store.snapshot(exact=True))
+    assert line == f"no answer about {int(granted, 16)}"
 
 
 def test_a_token_that_has_ended_is_replaced_in_silence(tmp_path: Path) -> None:

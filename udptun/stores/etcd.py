@@ -227,10 +227,12 @@ class EtcdStore:
         Without `ttl_s`, or over a reservation, the result is a reservation.
         """
         key = self._key(subnets.key)
-        is_reservation = ttl_s is None or (there is not None and not there.lease)
+        # Junk is no reservation.
+        is_reserved = there is not None and not there.lease and self._read(there, []).lease is not None
         etcd_lease, expires_s = 0, None
-        if ttl_s is not None and not is_reservation:
+        if ttl_s is not None and not is_reserved:
             now_s = self._clock()
+            self._granted = {it: expiry for it, expiry in self._granted.items() if expiry > now_s}
             granted = await self._client.call(GRANT, pb.LeaseGrantRequest(TTL=ttl_s), operation)
             etcd_lease, expires_s = granted.ID, now_s + granted.TTL
             # Before the write: the watch may tell of it before its answer is here.
@@ -290,9 +292,12 @@ class EtcdStore:
             for etcd_lease in ids:
                 self._expiries[etcd_lease] = await self._look_up(etcd_lease)
 
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(_CONCURRENT_LOOKUPS):
-                tasks.create_task(some(wanted))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(_CONCURRENT_LOOKUPS):
+                    tasks.create_task(some(wanted))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from group
 
     # ----------------------------------------------------------------------------------------------- values
 
@@ -440,6 +445,7 @@ class _Follower:
             # Not the header's revision: that is etcd's now, and there may be more on the way.
             self._after = max(self._after, event.kv.mod_revision)
             before = self._before(event)
+            self._forget_expiry(event.kv.key)
             if event.type == pb.Event.PUT:
                 known = self._store._read(event.kv, skipped)
                 if self._table is not None:
@@ -465,6 +471,12 @@ class _Follower:
         if event.type == pb.Event.DELETE:
             raise _DoubtError(f"etcd no longer knows what {event.kv.key!r} was")
         return None
+
+    def _forget_expiry(self, key: bytes) -> None:
+        """Its key goes on to another etcd lease, or to none: else each renewal of each host would leave one behind."""
+        known = None if self._table is None else self._table.get(key)
+        if known is not None:
+            self._store._expiries.pop(known.etcd_lease, None)
 
     def _is_unknown(self, known: _Known) -> bool:
         return known.lease is not None and self._store._is_unknown(known.etcd_lease)

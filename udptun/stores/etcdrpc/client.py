@@ -37,8 +37,8 @@ CONNECT_S = 3.0
 """How long a round of connecting may take before it is reported as failed."""
 
 _STAGGER_S = 0.4
-"""An endpoint that has not answered by then gets company: the next one is tried beside it, or the same one anew.
-That bounds how long an endpoint that was cut off is back before we notice."""
+"""An endpoint that does not take our connection by then gets company: the next one is tried beside it, or the same one
+anew.  That bounds how long an endpoint that was cut off is back before we notice."""
 
 _CHANNEL_OPTIONS = (
     # A list of 10,000 leases is 2.5 MB; grpc's limit is 4.
@@ -161,7 +161,7 @@ class Client:
         return explain(exc, connection.endpoint, self._settings, operation)
 
     async def refused(self, connection: _Connection, reason: str, operation: str) -> LeaseError | ConfigError:
-        """What it means that etcd cancelled a watch."""
+        """What it means that a watch ended for `reason`; the connection is not used again."""
         await self._give_up(connection)
         return _meaning(reason, f"cannot {operation} in etcd at {connection.endpoint}", self._settings)
 
@@ -172,8 +172,9 @@ class Client:
         try:
             return await _send(connection, method, request)
         except grpc.aio.AioRpcError as exc:
-            # Tokens end after five minutes without a call, with a restart of etcd, and with a change of any user.
-            if not token or not _is_about_the_token(exc):
+            # Tokens end after five minutes without a call, with a restart of etcd, and with a change of any user; there
+            # was none if authentication was enabled since.
+            if not self._settings.username or not _is_about_the_token(exc):
                 raise
         if connection.token == token:
             await self._authenticate(connection)
@@ -208,26 +209,31 @@ class Client:
         endpoints = self._settings.endpoints
         credentials = _read_credentials(self._settings)
         deadline_s = asyncio.get_running_loop().time() + CONNECT_S
-        attempts: dict[asyncio.Task[_Connection], Endpoint] = {}
+        attempts: dict[asyncio.Task[None], _Connection] = {}
         failures: dict[Endpoint, str] = {}
         order = itertools.cycle((*endpoints[self._first :], *endpoints[: self._first]))
         try:
             while len(failures) < len(endpoints):
                 left_s = deadline_s - asyncio.get_running_loop().time()
-                if left_s <= 0:
+                # One that is connected and slow to answer has enough to do.
+                is_answered = any(_is_ready(connection) for connection in attempts.values())
+                if left_s <= 0 and not is_answered:
                     break
-                endpoint = next(order)
-                if endpoint in failures:
-                    continue
-                attempts[asyncio.create_task(self._open(endpoint, credentials))] = endpoint
-                done, _ = await asyncio.wait(
-                    attempts, timeout=min(_STAGGER_S, left_s), return_when=asyncio.FIRST_COMPLETED
-                )
+                if not is_answered:
+                    endpoint = next(order)
+                    if endpoint in failures:
+                        continue
+                    connection = _make_connection(endpoint, credentials)
+                    attempts[asyncio.create_task(self._greet(connection))] = connection
+                done, _ = await asyncio.wait(attempts, timeout=_STAGGER_S, return_when=asyncio.FIRST_COMPLETED)
                 for attempt in done:
-                    endpoint = attempts.pop(attempt)
+                    connection = attempts[attempt]
+                    endpoint = connection.endpoint
                     try:
-                        connection = attempt.result()
+                        attempt.result()
                     except grpc.aio.AioRpcError as exc:
+                        del attempts[attempt]
+                        await connection.channel.close()
                         error = explain(exc, endpoint, self._settings, operation)
                         if isinstance(error, ConfigError):
                             raise error from exc
@@ -235,38 +241,29 @@ class Client:
                         if failures[endpoint] == _CLOSED and not endpoint.is_tls:
                             failures[endpoint] += "; if it speaks TLS, write https://"
                     else:
+                        del attempts[attempt]
                         self._first = endpoints.index(endpoint)
                         return connection
         finally:
             for attempt in attempts:
                 attempt.cancel()
-            for late in await asyncio.gather(*attempts, return_exceptions=True):
-                if isinstance(late, _Connection):
-                    await late.channel.close()
+            await asyncio.gather(*attempts, return_exceptions=True)
+            for connection in attempts.values():
+                await connection.channel.close()
         said = [f"{it}: {failures.get(it, f'no answer within {CONNECT_S:.0f} s')}" for it in endpoints]
         raise StoreUnavailableError(f"cannot {operation} in etcd: {'; '.join(said)}")
 
-    async def _open(self, endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> _Connection:
-        """Connect and ask something that every member answers which is part of its cluster."""
-        if credentials is None:
-            channel = grpc.aio.insecure_channel(endpoint.address, options=_CHANNEL_OPTIONS)
-        else:
-            channel = grpc.aio.secure_channel(endpoint.address, credentials, options=_CHANNEL_OPTIONS)
-        connection = _Connection(endpoint, channel)
+    async def _greet(self, connection: _Connection) -> None:
+        """Ask something that every member answers which is part of its cluster."""
+        if self._settings.username:
+            await self._authenticate(connection)
+            return
+        request = pb.RangeRequest(key=b"\0", count_only=True, serializable=True)
         try:
-            if self._settings.username:
-                await self._authenticate(connection)
-            else:
-                request = pb.RangeRequest(key=b"\0", count_only=True, serializable=True)
-                try:
-                    await _send(connection, RANGE, request)
-                except grpc.aio.AioRpcError as exc:
-                    if exc.code() is not grpc.StatusCode.PERMISSION_DENIED:
-                        raise
-        except BaseException:
-            await channel.close()
-            raise
-        return connection
+            await _send(connection, RANGE, request)
+        except grpc.aio.AioRpcError as exc:
+            if exc.code() is not grpc.StatusCode.PERMISSION_DENIED:
+                raise
 
     async def _give_up(self, connection: _Connection) -> None:
         """Let nobody use it from now on.  Who does already goes on: closing it would cancel their tasks, to grpc."""
@@ -295,18 +292,24 @@ class Watch:
         self._operation = operation
 
     async def read(self) -> pb.WatchResponse:
-        """The next response.  RevisionGoneError when the history that was asked for is gone."""
+        """The next response; the first, which says that the watch is there, is waited for no longer than for a call.
+
+        RevisionGoneError when the history that was asked for is gone.
+        """
         try:
-            if self._request is not None:
-                await self._call.write(self._request)
+            async with asyncio.timeout(CALL_S if self._request is not None else None):
+                if self._request is not None:
+                    await self._call.write(self._request)
+                response = await self._call.read()
                 self._request = None
-            response = await self._call.read()
         except grpc.aio.AioRpcError as exc:
             raise await self._client.failed(self._connection, exc, self._operation) from exc
+        except TimeoutError:
+            raise await self._client.refused(
+                self._connection, f"no answer within {CALL_S:.0f} s", self._operation
+            ) from None
         if not isinstance(response, pb.WatchResponse):  # grpc's EOF
-            raise StoreUnavailableError(
-                f"cannot {self._operation} in etcd at {self._connection.endpoint}: etcd ended the watch"
-            )
+            raise await self._client.refused(self._connection, "etcd ended the watch", self._operation)
         if response.compact_revision:
             raise RevisionGoneError(f"compacted up to {response.compact_revision}")
         if response.canceled:
@@ -319,6 +322,19 @@ class Watch:
         await self._call.code()
         self._connection.n_users -= 1
         await _close_if_unused(self._connection)
+
+
+def _make_connection(endpoint: Endpoint, credentials: grpc.ChannelCredentials | None) -> _Connection:
+    if credentials is None:
+        channel = grpc.aio.insecure_channel(endpoint.address, options=_CHANNEL_OPTIONS)
+    else:
+        channel = grpc.aio.secure_channel(endpoint.address, credentials, options=_CHANNEL_OPTIONS)
+    return _Connection(endpoint, channel)
+
+
+def _is_ready(connection: _Connection) -> bool:
+    """Whether the server has answered on the level of HTTP/2."""
+    return connection.channel.get_state() is grpc.ChannelConnectivity.READY
 
 
 @asynccontextmanager
@@ -464,4 +480,6 @@ def _reason(exc: grpc.aio.AioRpcError) -> str:
 
 def _is_about_the_token(exc: grpc.aio.AioRpcError) -> bool:
     details = exc.details() or ""
-    return exc.code() is grpc.StatusCode.UNAUTHENTICATED or "revision of auth store is old" in details
+    if exc.code() is grpc.StatusCode.UNAUTHENTICATED:
+        return True
+    return "revision of auth store is old" in details or "user name is empty" in details
