@@ -572,3 +572,40 @@ def test_pods_of_flannel_and_of_udptun_reach_each_other(
             back.report.assert_exact()
             for host in ours:
                 assert read_status(host)["problems"] == []
+
+
+def test_a_node_moves_from_flannel_to_udptun_and_back_and_its_pods_stay(tmp_path: Path) -> None:
+    """The steps of docs/operations.md."""
+    with etcd_lab("t-moves", tmp_path, 3) as (lab, etcd):
+        others, moving = lab.hosts[:2], lab.host(3)
+        for host in others:
+            host.start_daemon()
+        for host in others:
+            host.wait_ready()
+            host.add_pod()
+
+        def seen_as(host: Host) -> bool | None:
+            """Whether the host takes it for one of udptun's."""
+            kinds = {peer["subnet"]: bool(peer["udptun"]) for peer in read_status(host)["peers"]}
+            return kinds.get(str(STAND_IN_SUBNET))
+
+        def check(is_udptun: bool) -> None:
+            for host in others:
+                seconds_until(lambda host=host: seen_as(host) is is_udptun, "the lease", FOLLOWS_S)  # type: ignore[misc]
+                ping(host.pod(1), moving.pod(1).address)
+                ping(moving.pod(1), host.pod(1).address, "-s", "1400")
+
+        with stand_in(lab, etcd, moving, tmp_path):
+            moving.add_pod()
+            check(is_udptun=False)
+        moving.start_daemon()
+        moving.wait_ready()
+        assert moving.subnet == STAND_IN_SUBNET
+        check(is_udptun=True)
+        assert read_status(moving)["problems"] == []
+        assert [line for line in moving.daemon_log().splitlines() if " W " in line] == []
+        assert moving.stop_daemon() == 0
+        print(moving.run([*COMMAND[:3], "cleanup", *COMMAND[4:]]).stdout)
+        assert f"{STAND_IN_SUBNET.network_address}-24" in etcd.leases()
+        with stand_in(lab, etcd, moving, tmp_path):
+            check(is_udptun=False)
