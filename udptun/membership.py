@@ -350,7 +350,7 @@ class Membership:
             own = replace(got.own, attrs=attrs)
             self._is_provisional = self._must_list = True
         self._own, self._last = own, None if isinstance(got, Lease) else got
-        self.table = LeaseTable(self._conf.network, own.subnet, self._me.owns, self._refusal)
+        self.table = LeaseTable(self._conf.network, own.subnet, self._is_own, self._refusal)
         self._replaced = self._who_held([lease for lease in seen if lease.key in (own.key, *dropped)])
         if (reason := validate(own, self._conf.network)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
@@ -412,6 +412,12 @@ class Membership:
             await self._store.release(self._claim.result())
 
     # ---------------------------------------------------------------------------------------- who is who
+
+    def _is_own(self, lease: Lease) -> bool:
+        """Whether a lease is none of a peer's: it is at our address, or is our own of before we moved."""
+        return self._me.owns(lease) or (
+            lease.subnets == self.own.subnets and lease.attrs.node_id == self._me.node_id
+        )
 
     def _is_ours(self, lease: Lease) -> bool:
         """Whether no other node can have written the lease; flannel's have no NodeID."""

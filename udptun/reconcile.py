@@ -561,7 +561,10 @@ class Reconciler:
 
     async def _look(self, kernel: Netlink) -> ActualState:
         if self._decide is not None:
-            direct = await kernel.on_link(self._gateways)
+            asked, direct = None, self._direct
+            while asked is not self._gateways:  # others may be asked about while the kernel answers
+                asked = self._gateways
+                direct = await kernel.on_link(asked)
             if direct != self._direct:
                 self._direct = direct
                 self._desired = self._decide(direct)

@@ -368,9 +368,7 @@ class Lab:
             self.switch.at().path(NET_CONF).write_text(self._net_conf)
             self.switch.at().ip(
                 "link set lo up",
-                f"link add {SWITCH} mtu {self.underlay_mtu} type bridge forward_delay 0 mcast_snooping 0",
-                f"addr add {UNDERLAY[1]}/{UNDERLAY.prefixlen} dev {SWITCH}",
-                f"link set {SWITCH} up",
+                *self._subnet(SWITCH, UNDERLAY),
             )
             undo.callback(self._hosts_down)
             self._add_hosts(self._n_hosts)
@@ -440,14 +438,23 @@ class Lab:
         bridge = f"{SWITCH}2" if network == DISTANT else SWITCH
         switch = self.switch.at()
         if not switch.path(f"/sys/class/net/{bridge}").exists():
-            switch.ip(
-                f"link add {bridge} mtu {self.underlay_mtu} type bridge forward_delay 0 mcast_snooping 0",
-                f"addr add {network[1]}/{network.prefixlen} dev {bridge}",
-                f"link set {bridge} up",
-            )
+            switch.ip(*self._subnet(bridge, network))
             self.switch.run(["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"])
         switch.ip(f"link set {host.name} master {bridge}")
         host.move(network[_FIRST_HOST + host.index])
+
+    def _subnet(self, bridge: str, network: IPv4Network) -> list[str]:
+        """The `ip` commands that make the bridge of an underlay subnet.
+
+        With a MAC of its own: otherwise it has the lowest of its ports', and hosts that know the old one when a port
+        goes lose their gateway for as long as they remember it.
+        """
+        mac = f"02:{network[1].packed.hex(':')}:00"
+        return [
+            f"link add {bridge} mtu {self.underlay_mtu} address {mac} type bridge forward_delay 0 mcast_snooping 0",
+            f"addr add {network[1]}/{network.prefixlen} dev {bridge}",
+            f"link set {bridge} up",
+        ]
 
     def set_offload(self, mode: Offload) -> None:
         """Switch the links of the underlay, both ends, to `mode`; hosts added later get it too.  Needs ethtool."""
