@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -33,8 +33,8 @@ class Response:
     content_type: str = "text/plain; charset=utf-8"
 
 
-Routes = Mapping[str, Callable[[], Response]]
-"""Path -> what makes its answer.  Called in the event loop, so it must not block."""
+Routes = Mapping[str, Callable[[], Response | Awaitable[Response]]]
+"""Path -> what makes its answer.  Called in the event loop, so it must not block: what takes longer is awaited."""
 
 
 async def serve(routes: Routes, where: tuple[str, int] | Path) -> asyncio.Server:
@@ -77,7 +77,7 @@ async def serve(routes: Routes, where: tuple[str, int] | Path) -> asyncio.Server
 async def _answer(routes: Routes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_S)
-        response = _respond(routes, head)
+        response = await _respond(routes, head)
     except (asyncio.LimitOverrunError, TimeoutError):
         response = _error(HTTPStatus.BAD_REQUEST)
     except asyncio.IncompleteReadError as exc:
@@ -95,7 +95,7 @@ async def _answer(routes: Routes, reader: asyncio.StreamReader, writer: asyncio.
     await asyncio.wait_for(writer.drain(), REQUEST_S)
 
 
-def _respond(routes: Routes, head: bytes) -> Response:
+async def _respond(routes: Routes, head: bytes) -> Response:
     words = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1.") or not words[1].startswith("/"):
         return _error(HTTPStatus.BAD_REQUEST)
@@ -106,7 +106,8 @@ def _respond(routes: Routes, head: bytes) -> Response:
     if method != "GET":
         return _error(HTTPStatus.METHOD_NOT_ALLOWED)
     try:
-        return route()
+        response = route()
+        return response if isinstance(response, Response) else await response
     except Exception:
         log.exception("no answer for a request path=%s", target)
         return _error(HTTPStatus.INTERNAL_SERVER_ERROR)

@@ -50,7 +50,7 @@ from udptun.stores.base import Choice, Chooser, Snapshot, Store, WatchBatch
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 1.0
+_PATIENCE_S = 2.0
 """How long a store may take to answer at the start before the last run's table is used in its stead."""
 _RENEW_RETRY_S = 60.0
 """After a renewal, or taking a lost lease again, that failed (flannel's)."""
@@ -141,11 +141,13 @@ async def _ask_or_recall(
             await asyncio.wait([answer], timeout=_PATIENCE_S)
             if not doing and (problem := _unavailable(answer, store)):
                 found = await recall()
-                if found.last is not None:
+                # Reading a large table takes a while, too.
+                if found.last is not None and (problem := _unavailable(answer, store)):
                     log.warning("%s, beginning with the table of the last run error=%r", lack, problem)
                     return found.last
                 doing = f"waiting for it, as there is no table of a last run to begin with: {found.reason}"
-                outage.goes_on(problem, doing)
+                if problem:
+                    outage.goes_on(problem, doing)
             await asyncio.wait([answer])
             if not (problem := _unavailable(answer, store)):
                 outage.end()
@@ -307,7 +309,7 @@ class Membership:
     @property
     def skipped(self) -> tuple[str, ...]:
         """One line for each lease in the store that is not used, naming it and the reason."""
-        return (*self._skipped, *(f"{key}: {reason}" for key, reason in self.table.refused.items()))
+        return (*self._skipped, *(f"{key}: {reason}" for key, reason in list(self.table.refused.items())))
 
     @property
     def problems(self) -> tuple[str, ...]:

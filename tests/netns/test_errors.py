@@ -570,7 +570,7 @@ def test_a_start_waits_for_a_store_that_does_not_answer_and_leaves_nothing_behin
     else:
         used_database()(host)
         holder = lock_database(host)
-        said = r"local:/run/udptun-lab/leases\.db has not answered within 1 s"
+        said = r"local:/run/udptun-lab/leases\.db has not answered within 2 s"
     argv = [f"--store=local:{'/run/small/leases.db' if trouble == 'no room' else LEASES}"]
     before = len(host.daemon_log())
 
