@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 from etcd_harness import NEEDS, EtcdAuthHarness, EtcdHarness, EtcdTlsHarness, etcd_store
-from etcd_server import EtcdServer, free_ports, running
+from etcd_server import Authority, EtcdServer, free_ports, running
 from follower import following
 from store_harness import SUBNETS, exactly, first_free, host, watching
 
@@ -19,6 +21,7 @@ from udptun.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavaila
 from udptun.lease import EventType, Lease, LeaseAttrs, Subnets
 from udptun.stores import etcd
 from udptun.stores.base import Choice, Store
+from udptun.stores.etcdrpc import etcd_pb2 as pb
 
 pytestmark = pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}")
 
@@ -66,6 +69,23 @@ def get(harness: EtcdHarness, name: str) -> dict[str, Any]:
     answer = json.loads(harness.etcdctl("get", "-w", "json", harness.key(name)))
     (kv,) = answer["kvs"]
     return kv
+
+
+# The messages
+
+
+def test_the_messages_are_those_of_the_proto_file() -> None:
+    """They were generated once, and nothing here generates them again."""
+    text = Path(pb.__file__).with_name("etcd.proto").read_text()
+    written = {}
+    for name, body in re.findall(r"^message (\w+) \{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE):
+        body = re.sub(r"enum \w+ \{.*?\}", "", body, flags=re.DOTALL)
+        written[name] = {field: int(number) for field, number in re.findall(r"(\w+) = (\d+);", body)}
+    generated = {
+        message.name: {field.name: field.number for field in message.fields}
+        for message in pb.DESCRIPTOR.message_types_by_name.values()
+    }
+    assert written == generated
 
 
 # flannel's bytes
@@ -466,14 +486,57 @@ def test_another_endpoint_is_used_when_the_first_does_not_answer(harness: EtcdHa
         assert asyncio.run(main()) < 2.5
 
 
+def has_ipv6_loopback() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("address", "host_of_url"),
+    [
+        ("127.0.0.1", "localhost"),
+        pytest.param(
+            "[::1]", "[::1]", marks=pytest.mark.skipif(not has_ipv6_loopback(), reason="needs an IPv6 loopback")
+        ),
+    ],
+)
+def test_endpoints_are_names_or_addresses_of_either_family(tmp_path: Path, address: str, host_of_url: str) -> None:
+    server = EtcdServer(tmp_path, address=address)
+    store = etcd_store(f"--etcd-endpoints=http://{host_of_url}:{server.port}")
+
+    async def main() -> None:
+        assert (await store.snapshot()).leases == ()
+        await store.aclose()
+
+    with running([server]):
+        asyncio.run(main())
+
+
+def test_a_certificate_for_another_name_is_named(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "tls")
+    pair = authority.issue("elsewhere", "DNS:elsewhere.example")
+    server = EtcdServer(tmp_path, tls=pair, ca=authority.certificate)
+    try:
+        server.start(wait=False)
+        server.wait_listening()
+        flags = [f"--etcd-endpoints={server.endpoint}", f"--etcd-cafile={authority.certificate}"]
+        line, error = refusal(etcd_store(*flags), lambda store: store.snapshot())
+    finally:
+        server.kill()
+    assert isinstance(error, StoreUnavailableError)
+    assert line.endswith(": its TLS certificate is not for this name or address")
+
+
 @pytest.fixture
 def tls(tmp_path: Path) -> EtcdTlsHarness:
     return EtcdTlsHarness(tmp_path)
 
 
 def test_a_ca_of_somebody_else_is_named(tls: EtcdTlsHarness, tmp_path: Path) -> None:
-    from etcd_server import Authority
-
     other = Authority(tmp_path / "other").certificate
     line, error = refusal(etcd_store(*tls.flags(), f"--etcd-cafile={other}"), lambda store: store.snapshot())
     assert isinstance(error, StoreUnavailableError)
