@@ -32,20 +32,17 @@ Make = Callable[[Path], Harness]
 HARNESSES = (LocalHarness, FileHarness, EtcdHarness, EtcdTlsHarness, EtcdAuthHarness, EtcdClusterHarness)
 
 
-def over(*needed: Can) -> pytest.MarkDecorator:
-    """Every store that can do what is needed."""
-    return pytest.mark.parametrize(
-        "make",
-        [
-            pytest.param(
-                make,
-                id=make.name,
-                marks=pytest.mark.skipif(bool(make.needs), reason=f"needs {', '.join(make.needs)}"),
-            )
-            for make in HARNESSES
-            if not set(needed) & set(make.lacks)
-        ],
-    )
+def over(*needed: Can, is_slow: bool = False) -> pytest.MarkDecorator:
+    """Every store that can do what is needed; a slow test of etcd on one kind of servers, on all with --full."""
+    parameters = []
+    for make in HARNESSES:
+        if set(needed) & set(make.lacks):
+            continue
+        marks = [pytest.mark.skipif(bool(make.needs), reason=f"needs {', '.join(make.needs)}")]
+        if is_slow and make in (EtcdTlsHarness, EtcdAuthHarness, EtcdClusterHarness):
+            marks.append(pytest.mark.full)
+        parameters.append(pytest.param(make, id=make.name, marks=marks))
+    return pytest.mark.parametrize("make", parameters)
 
 
 def as_written(lease: Lease) -> tuple[str, str, int]:
@@ -232,7 +229,7 @@ def test_the_network_config_is_read_and_its_absence_names_the_path(make: Make, t
     asyncio.run(main())
 
 
-@over()
+@over(is_slow=True)
 def test_ten_thousand_leases_are_listed_within_half_a_second(make: Make, tmp_path: Path) -> None:
     harness = make(tmp_path)
     harness.write((number, number) for number in range(10_000))
@@ -251,7 +248,7 @@ def test_ten_thousand_leases_are_listed_within_half_a_second(make: Make, tmp_pat
     asyncio.run(main())
 
 
-@over()
+@over(is_slow=True)
 def test_a_watcher_sees_a_thousand_hosts_come_and_go(make: Make, tmp_path: Path) -> None:
     harness = make(tmp_path)
     harness.write([])
@@ -271,7 +268,7 @@ def test_a_watcher_sees_a_thousand_hosts_come_and_go(make: Make, tmp_path: Path)
     asyncio.run(main())
 
 
-@over()
+@over(is_slow=True)
 def test_closing_a_watch_and_its_store_frees_threads_and_descriptors(make: Make, tmp_path: Path) -> None:
     harness = make(tmp_path)
     harness.write([(1, 1)])
@@ -408,7 +405,7 @@ def test_a_watch_gets_a_snapshot_when_the_history_is_lost(make: Make, tmp_path: 
     asyncio.run(main())
 
 
-@over(Can.EXPIRE, Can.SHARE)
+@over(Can.EXPIRE, Can.SHARE, is_slow=True)
 def test_expiry_reaches_every_watcher_as_one_removal_with_the_last_known_lease(make: Make, tmp_path: Path) -> None:
     harness = make(tmp_path)
 
@@ -429,7 +426,7 @@ def test_expiry_reaches_every_watcher_as_one_removal_with_the_last_known_lease(m
     asyncio.run(main())
 
 
-@over(Can.EXPIRE, Can.ALLOCATE)
+@over(Can.EXPIRE, Can.ALLOCATE, is_slow=True)
 def test_an_expired_lease_is_lost_and_its_subnet_free(make: Make, tmp_path: Path) -> None:
     harness = make(tmp_path)
 
