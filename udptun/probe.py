@@ -10,6 +10,7 @@ from pathlib import Path
 
 from udptun import state
 from udptun.backends.choice import Choice, Host, choose, describe
+from udptun.backends.vxlan import device_name
 from udptun.config import BackendConf, VxlanBackend
 from udptun.errors import KernelError
 from udptun.netlink import Netlink
@@ -29,7 +30,12 @@ async def choose_backend(conf: BackendConf, state_dir: Path, *, pretend_no_vxlan
     """`choice.choose`, with what it needs to know of this host.  Raises UdptunError."""
     if not isinstance(conf, VxlanBackend):
         return choose(conf, Host(), "")
-    return choose(conf, await host(pretend_no_vxlan=pretend_no_vxlan), state.vtep_mac(state_dir))
+    found = await host(pretend_no_vxlan=pretend_no_vxlan)
+    async with Netlink() as kernel:
+        link = await kernel.link(device_name(conf.vni))
+    # A device of flanneld's: its peers know the MAC, and need not learn another.
+    first = link.mac if link is not None and link.vxlan is not None else ""
+    return choose(conf, found, state.vtep_mac(state_dir, first))
 
 
 def show(*, pretend_no_vxlan: bool, as_json: bool) -> int:

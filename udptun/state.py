@@ -155,16 +155,17 @@ def node_id(directory: Path) -> str:
     return text
 
 
-def vtep_mac(directory: Path) -> str:
+def vtep_mac(directory: Path, first: str = "") -> str:
     """The MAC of this host's VTEP, kernel's or userspace's: the one in `directory`, made at the first call.
 
-    Random, unicast and locally administered, and the same for as long as the file is kept: the peers have it in their
-    neighbour tables.  Raises ConfigError when it cannot be read or written, or is damaged.
+    It is `first` or, without that, random, unicast and locally administered; and the same for as long as the file is
+    kept: the peers have it in their neighbour tables.  Raises ConfigError when it cannot be read or written, or is
+    damaged.
     """
     path = directory / _VTEP_MAC
     fresh = bytearray(os.urandom(6))
     fresh[0] = fresh[0] & 0xFC | 0x02
-    text = _kept(path, "VTEP's MAC", fresh.hex(":"))
+    text = _kept(path, "VTEP's MAC", first or fresh.hex(":"))
     if not re.fullmatch(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}", text):
         raise ConfigError(
             f"{path} holds {text[:40]!r}, not a unicast MAC address; restore it, or delete it to get another one"

@@ -295,7 +295,8 @@ def test_a_device_of_flanneld_is_taken_over_with_all_that_is_on_it() -> None:
         (link,) = show(one, "ip", "link", "show", "flannel.1")
         lab.start()
         wait_for_peers(lab)
-        assert show(one, "ip", "link", "show", "flannel.1")[0]["ifindex"] == link["ifindex"]
+        (ours,) = show(one, "ip", "link", "show", "flannel.1")
+        assert (ours["ifindex"], ours["address"]) == (link["ifindex"], link["address"]), "peers have the MAC"
         tunnel_address = str(two.subnet.network_address)
         wait_until("the present peer alone", lambda: list(neighbours(one, "flannel.1")) == [tunnel_address], 10)
         assert fdb(one, "flannel.1") == {(mac(two), str(two.underlay_address), "permanent")}
@@ -384,9 +385,13 @@ def test_alloc_takes_a_lease_and_nothing_else() -> None:
 # --- direct routing
 
 
-def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_that_moves() -> None:
-    """h1 and h2 on one subnet, h3 behind a router; then h2 joins h3."""
-    with lab_of(3, {"Type": "vxlan", "DirectRouting": True}) as lab:
+@pytest.mark.parametrize("name", ["vxlan", "vtep"])
+def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_that_moves(name: str) -> None:
+    """h1 and h2 on one subnet, h3 behind a router; then h2 joins h3.
+
+    Through the userspace VTEP there is one route for all peers; only those that are reached directly have their own.
+    """
+    with lab_of(3, {**BACKENDS[name], "DirectRouting": True}) as lab:
         one, two, three = lab.hosts
         lab.relocate(three, DISTANT)
         lab.start()
@@ -399,23 +404,26 @@ def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_th
         def direct(peer: Host) -> tuple[str, str]:
             return str(peer.underlay_address), "eth0"
 
-        def tunnelled(peer: Host) -> tuple[str, str]:
-            return str(peer.subnet.network_address), "flannel.1"
+        def tunnelled(peer: Host) -> tuple[str, str] | None:
+            return (str(peer.subnet.network_address), "flannel.1") if name == "vxlan" else None
 
-        def wait_for_ways(host: Host, **wanted: tuple[str, str]) -> None:
-            goal = {str({"one": one, "two": two, "three": three}[name].subnet): way for name, way in wanted.items()}
+        def wait_for_ways(host: Host, **wanted: tuple[str, str] | None) -> None:
+            peers = {"one": one, "two": two, "three": three}
+            goal = {str(peers[peer].subnet): way for peer, way in wanted.items() if way is not None}
             wait_until(f"the routes of {host}", lambda: ways(host) == goal, 10)
 
         wait_for_ways(one, two=direct(two), three=tunnelled(three))
         wait_for_ways(three, one=tunnelled(one), two=tunnelled(two))
-        assert list(neighbours(one, "flannel.1")) == [str(three.subnet.network_address)]
+        if name == "vxlan":
+            assert list(neighbours(one, "flannel.1")) == [str(three.subnet.network_address)]
         for host in (two, three):
             wait_for_answer(one.pod(1), host.pod(1))
 
         lab.relocate(two, DISTANT)
         wait_for_ways(one, two=tunnelled(two), three=tunnelled(three))
         wait_for_ways(three, one=tunnelled(one), two=direct(two))
-        assert len(neighbours(one, "flannel.1")) == len(fdb(one, "flannel.1")) == 2
+        if name == "vxlan":
+            assert len(neighbours(one, "flannel.1")) == len(fdb(one, "flannel.1")) == 2
         for host in (two, three):
             wait_for_answer(one.pod(1), host.pod(1))
         wait_for_answer(two.pod(1), three.pod(1))
@@ -560,6 +568,25 @@ def test_a_changed_underlay_address_is_followed_by_lease_and_peers_and_tcp_survi
         wait_until("the way back", lambda: read_status(one)["underlay"]["address"] == str(old), 10)
 
 
+def test_a_host_that_loses_its_address_says_so_and_goes_on_when_it_has_one_again() -> None:
+    with lab_of(2, BACKENDS["vxlan"]) as lab:
+        one, two = lab.hosts
+        lab.start()
+        wait_for_answer(one.pod(1), two.pod(1))
+        one.machine.at().ip("addr flush dev eth0")
+        wait_until("the problem to be said", lambda: bool(read_status(one)["problems"]), 10)
+        (problem,) = read_status(one)["problems"]
+        assert problem.startswith("Failed to find any valid interface to use: failed to get default interface")
+        one.machine.at().ip(
+            f"addr add {UNDERLAY[88]}/24 brd + dev eth0", f"route add default via {UNDERLAY[1]}"
+        )
+        wait_until("no problem", lambda: read_status(one)["problems"] == [], 10)
+        assert read_status(one)["underlay"]["address"] == str(UNDERLAY[88])
+        wait_for_answer(one.pod(1), two.pod(1))
+        errors = [line for line in one.daemon_log().splitlines() if " E udptun" in line]
+        assert len(errors) == 1, errors
+
+
 # --- from one to another
 
 
@@ -640,6 +667,20 @@ def test_cleanup_removes_what_the_backend_made(name: str) -> None:
         assert not one.path(SUBNET_ENV).exists()
         assert not one.path("/var/lib/udptun/vtep-mac").exists()
         assert [value["PublicIP"] for value in leases(one).values()] == [str(lab.host(2).underlay_address)]
+
+
+def test_a_start_that_gets_no_lease_leaves_no_device_behind() -> None:
+    """There is one subnet for two hosts; the device is made before the lease is asked for."""
+    conf = net_conf(BACKENDS["vxlan"], SubnetMin="10.244.9.0", SubnetMax="10.244.9.0")
+    with Lab(f"c{os.getpid()}", n_hosts=2, net_conf=conf) as lab:
+        one, two = lab.hosts
+        one.start_daemon()
+        one.wait_ready()
+        two.start_daemon()
+        with pytest.raises(LabError, match="out of subnets"):
+            two.wait_ready()
+        assert show(two, "ip", "link", "show", "flannel.1") == []
+        assert own_routes(two) == []
 
 
 # --- kernels without vxlan
