@@ -277,7 +277,7 @@ DECAP_BATCHES = st.lists(st.tuples(ANY_PACKET, OUTER), min_size=5, max_size=40)
 SOURCE_CHECKS = st.sampled_from(("off", "peer", "peer", "strict"))
 
 QUICK = settings(
-    max_examples=200,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,
@@ -378,12 +378,12 @@ def check_streams(pair: tuple[FastDatapath, ReferenceDatapath], how: settings) -
 
 def test_encap_equals_the_reference_over_random_batches(pair: tuple[FastDatapath, ReferenceDatapath]) -> None:
     check_encap(pair, QUICK)
-    assert pair[1].counters["encap_packets"] > 1000
+    assert pair[1].counters["encap_packets"] > 500
 
 
 def test_decap_equals_the_reference_over_random_batches(pair: tuple[FastDatapath, ReferenceDatapath]) -> None:
     check_decap(pair, QUICK)
-    assert pair[1].counters["decap_packets"] > 1000
+    assert pair[1].counters["decap_packets"] > 500
 
 
 def test_decap_equals_the_reference_over_whatever_anybody_sends(pair: tuple[FastDatapath, ReferenceDatapath]) -> None:
