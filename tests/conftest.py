@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# An example that takes long says that the machine is busy, and nothing else.
+settings.register_profile("udptun", deadline=None)
+settings.load_profile("udptun")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -114,8 +114,10 @@ def load(directory: Path, network: IPv4Network | None, now_s: float) -> Remember
     path = directory / _LAST_LEASES
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        return Remembered(None, f"cannot read {path}: {exc}")
+    except OSError as exc:
+        return Remembered(None, f"cannot read {path}: {exc.strerror}")
+    except UnicodeDecodeError as exc:
+        return Remembered(None, f"cannot read {path}: not UTF-8 at byte {exc.start}")
     found = parse(text, network, now_s)
     return found if found.last is not None else Remembered(None, f"ignoring {path}: {found.reason}")
 

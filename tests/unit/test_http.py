@@ -15,9 +15,21 @@ import pytest
 
 from udptun import http as server
 from udptun.errors import KernelError
-from udptun.http import Response, serve
+from udptun.http import Response, Routes, serve
 
-ROUTES = {
+
+async def _slow() -> Response:
+    await asyncio.sleep(0.01)
+    return Response(HTTPStatus.OK, "at last")
+
+
+async def _broken() -> Response:
+    raise ZeroDivisionError
+
+
+ROUTES: Routes = {
+    "/slow": _slow,
+    "/slow_and_broken": _broken,
     "/healthz": lambda: Response(HTTPStatus.OK, "flanneld is running"),
     "/readyz": lambda: Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet"),
     "/status": lambda: Response(HTTPStatus.OK, '{"ä":1}', "application/json"),
@@ -57,6 +69,8 @@ async def answer_to(host: str, port: int, request: bytes) -> bytes:
         ("/healthz?verbose=1", 200, "flanneld is running", "text/plain; charset=utf-8"),
         ("/readyz", 503, "flanneld is not ready yet", "text/plain; charset=utf-8"),
         ("/status", 200, '{"ä":1}', "application/json"),
+        ("/slow", 200, "at last", "text/plain; charset=utf-8"),
+        ("/slow_and_broken", 500, "500 internal server error\n", "text/plain; charset=utf-8"),
         ("/", 404, "404 not found\n", "text/plain; charset=utf-8"),
         ("/healthz/", 404, "404 not found\n", "text/plain; charset=utf-8"),
         ("/broken", 500, "500 internal server error\n", "text/plain; charset=utf-8"),
