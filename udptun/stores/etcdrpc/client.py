@@ -250,7 +250,7 @@ class Client:
             await asyncio.gather(*attempts, return_exceptions=True)
             for connection in attempts.values():
                 await connection.channel.close()
-        said = [f"{it}: {failures.get(it, f'no answer within {CONNECT_S:.0f} s')}" for it in endpoints]
+        said = [f"{it}: {failures.get(it, _NO_ANSWER)}" for it in endpoints]
         raise StoreUnavailableError(f"cannot {operation} in etcd: {'; '.join(said)}")
 
     async def _greet(self, connection: _Connection) -> None:
@@ -441,8 +441,11 @@ _ADVICE: Mapping[str, str] = {
     "invalid auth token": "trying again with a new one",
 }
 
+_NO_ANSWER = f"no answer within {CONNECT_S:.0f} s"
+
 _TRANSPORT = (
     (r"Connection refused", "connection refused"),
+    (r"Connection timed out", _NO_ANSWER),
     (r"CERTIFICATE_VERIFY_FAILED: certificate has expired", "its TLS certificate has expired"),
     (r"CERTIFICATE_VERIFY_FAILED: certificate is not yet valid", "its TLS certificate is not valid yet"),
     (
