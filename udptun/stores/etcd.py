@@ -497,12 +497,13 @@ class _Follower:
         return found
 
     def _take_expiries(self, found: dict[int, float]) -> WatchBatch | None:
-        self._store._expiries.update(found)
         if self._table is None:
             return None
         events: list[LeaseEvent] = []
         for key, known in self._table.items():
+            # Others were replaced while we asked.
             if known.lease is not None and known.etcd_lease in found:
+                self._store._expiries[known.etcd_lease] = found[known.etcd_lease]
                 lease = replace(known.lease, expires_s=found[known.etcd_lease])
                 self._table[key] = replace(known, lease=lease)
                 events.append(LeaseEvent(EventType.ADDED, lease))
