@@ -140,6 +140,8 @@ class Daemon:
         self._started_s = time.time()
         self._is_ready = False
         self._reload = asyncio.Event()
+        self._changing = asyncio.Lock()
+        """Held while settings or underlay change: each of the two starts from what the other has left."""
         # Set by the stages of _serve, in this order.
         self._conf: NetConf
         self._underlay: Underlay
@@ -322,16 +324,16 @@ class Daemon:
             self._notify(notify.reloading())
             try:
                 conf = self._parse_config(await store.network_config(), store)
-                check_underlay(conf, self._underlay.address)
-                live = self._live_settings(conf, self._underlay)
+                async with self._changing:
+                    await self._apply_config(conf)
             except UdptunError as exc:
                 _log_problems("nothing reloaded: ", exc)
-            else:
-                await self._apply_config(conf, live)
             self._notify(notify.READY)
 
-    async def _apply_config(self, conf: NetConf, live: Live) -> None:
-        """Change what can change while packets flow; name what cannot."""
+    async def _apply_config(self, conf: NetConf) -> None:
+        """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed."""
+        check_underlay(conf, self._underlay.address)
+        live = self._live_settings(conf, self._underlay)
         for key in keys_that_need_a_restart(self._conf, conf):
             log.warning("config changed, takes effect with the next start key=%s", key)
         _set_log_level(self._options, conf.backend.log_level)
@@ -343,9 +345,10 @@ class Daemon:
 
     async def _move(self, present: Underlay) -> None:
         """Go over to what the underlay is now.  Raises UdptunError: unchanged."""
-        check_underlay(self._conf, present.address)
-        attrs = self._backend.attrs(present, self._me.node_id)
-        await self._apply(present, self._live_settings(self._conf, present))
+        async with self._changing:
+            check_underlay(self._conf, present.address)
+            attrs = self._backend.attrs(present, self._me.node_id)
+            await self._apply(present, self._live_settings(self._conf, present))
         if present.public_ip != self._me.public_ip:
             self._me = replace(self._me, public_ip=present.public_ip)
             self._membership.move(self._me, attrs)

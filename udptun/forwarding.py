@@ -149,7 +149,8 @@ class Forwarding:
         there is no having the address.
         """
         assert self._reconciler is not None
-        situation = replace(self._situation(), underlay=underlay, live=live)
+        # The peers as they come and go meanwhile, not as they are now.
+        situation = replace(self._situation(), underlay=underlay, live=live, peers=self._peers.values())
         if self._tunnel is not None:
             live = await self._tunnel.apply(self._situation(), situation)
         self._underlay, self.live = underlay, live

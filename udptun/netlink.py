@@ -271,6 +271,8 @@ class Netlink:
                 while len(errors) < len(requests):
                     for kind, flags, sequence, body in rtnetlink.messages(await loop.sock_recv(self._raw, _READ_LEN)):
                         n = sequence - first
+                        if not 0 <= n < len(requests):
+                            continue  # late, from a batch that we gave up
                         if flags & rtnetlink.F_DUMP_INTR:
                             torn.add(n)
                         if kind == rtnetlink.DONE:

@@ -593,7 +593,7 @@ def test_a_host_that_loses_its_address_says_so_and_goes_on_when_it_has_one_again
 @pytest.mark.parametrize(
     "walk",
     [
-        pytest.param(["udp", "vxlan", "vtep", "udp", "vtep", "vxlan", "host-gw", "vtep", "alloc", "udp"], id="some"),
+        pytest.param(["udp", "vxlan", "vtep", "vxlan", "host-gw", "alloc", "udp"], id="some"),
         pytest.param(None, id="every-one-after-every-other", marks=pytest.mark.full),
     ],
 )
@@ -653,7 +653,7 @@ def test_a_change_of_network_leaves_nothing_stale(name: str) -> None:
         assert address["local"] == str(one.subnet.network_address)
 
 
-@pytest.mark.parametrize("name", list(BACKENDS))
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "udp"])
 def test_cleanup_removes_what_the_backend_made(name: str) -> None:
     with lab_of(2, BACKENDS[name]) as lab:
         one = lab.host(1)
