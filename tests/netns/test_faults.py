@@ -142,7 +142,7 @@ def test_the_standby_goes_on_by_itself_when_daemon_and_then_datapath_are_killed(
 @pytest.mark.parametrize("how", ["one_by_one", "at_once"])
 def test_forwarding_resumes_with_the_daemon_when_all_were_killed(lab: Lab, tmp_path: Path, how: str) -> None:
     host = lab.host(1)
-    with traffic(lab, tmp_path / "c.pcap") as (datagrams, _):
+    with traffic(lab, tmp_path / "c.pcap", n_kills=2) as (datagrams, _):
         if how == "at_once":
             kill(host, read_status(host)["pid"], *datapath_pids(host))
         else:
