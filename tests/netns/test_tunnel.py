@@ -141,8 +141,8 @@ def test_iperf3_finds_no_faulty_packet_whatever_offloads_the_links_have(
             undo.callback(features, pod, "eth0", tx="on", tso="on", gso="on")
         with no_packet_errors(three_hosts.host(1), three_hosts.host(2), one, two):
             tcp = iperf3(one, two, "-n", "24M")
-            # 1 MiB of buffer, and 900 packets a second toward a device that holds 500: whoever does not get the processor
-            # for half a second loses nothing.
+            # 1 MiB of buffer, and 900 packets a second toward a device that holds 500: whoever does not get the
+            # processor for half a second loses nothing.
             udp = iperf3(two, one, "-u", "-b", "10M", "-l", "1400", "-n", "1M", "-w", "1M")
             with tcp_flow(one, two, 2e7) as stream, udp_flow(two, one, 500) as datagrams:
                 datagrams.wait_for_more(100)
