@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from contextlib import suppress
 
 from udptun.errors import FirewallError
@@ -14,14 +16,22 @@ _LIMIT_S = 30.0
 async def run(command: str, *arguments: str, script: str = "") -> str:
     """What `command` prints when it is given `script`.  Raises FirewallError unless it ends with status 0."""
     attempt = " ".join([command, *arguments])
-    try:
-        process = await asyncio.create_subprocess_exec(
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
             command,
             *arguments,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
+    )
+    try:
+        # Shielded: asyncio ends a process that is half started in the way that _end says.
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with suppress(OSError):
+            await _end(await starting)
+        raise
     except FileNotFoundError:
         raise FirewallError(f"`{attempt}`: {command} is not installed (or not in PATH)") from None
     except OSError as exc:
@@ -32,13 +42,22 @@ async def run(command: str, *arguments: str, script: str = "") -> str:
     except TimeoutError:
         raise FirewallError(f"`{attempt}` has not ended after {_LIMIT_S:.0f} s and was killed") from None
     finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        await _end(process)
     if process.returncode:
         said = [line.strip() for line in err.decode(errors="replace").splitlines() if line.strip()]
         raise FirewallError(
             f"`{attempt}` ended with status {process.returncode}: {' / '.join(said[:3]) or 'no reason given'}"
         )
     return out.decode(errors="replace")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill the process if it still runs.
+
+    Not by `process.kill`: that looks first whether it has ended, and takes its status away from the thread of asyncio's
+    that waits for it, which then warns in the log.
+    """
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        await process.wait()
