@@ -3,7 +3,7 @@
  * gcc -shared -fPIC -o old_kernel.so old_kernel.c; OLD_KERNEL=gso_write,narrow_einval LD_PRELOAD=./old_kernel.so ...
  *
  *   gso_write       super-packets written to a TUN are EINVAL (6.6.44 and others with e269d79c7d35)
- *   narrow_einval   datagrams of a group that the path is too narrow for are EINVAL, not EMSGSIZE (before 6.12)
+ *   narrow_einval   datagrams of a group that the path is too narrow for are EINVAL, not EMSGSIZE
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -142,7 +142,7 @@ def test_each_segment_of_a_super_packet_meets_the_path_mtu_by_itself(
 
 
 def test_a_narrow_path_does_not_end_the_sending_of_groups(narrow_path: FastDatapath) -> None:
-    """Kernels before 6.12 say EINVAL here, as those do that know no UDP_SEGMENT."""
+    """Some kernels say EINVAL here, as those do that know no UDP_SEGMENT."""
     segment = tcp_segment(POD, NEAR_POD, pattern(3 * 1400), check=PARTIAL)
     packet = ipv4(POD, NEAR_POD, segment, protocol=6, flags="DF")
     raw = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4, gso_size=1400) + packet

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
 from udptun.config import SourceCheck
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import Remote, Settings, Vtep
 from udptun.lease import Lease, LeaseAttrs
 from udptun.netstate import IPAddress, IPNetwork, Route, RouteType, Vxlan
 from udptun.offload import Offload
@@ -41,6 +41,19 @@ class Situation:
     live: Live
     peers: Collection[Lease] = ()
     direct: Mapping[IPv4Address, int] = field(default_factory=dict)
+
+    def settings(self, vtep: Vtep | None = None) -> Settings:
+        """What the datapath is told of it; `vtep` as in `Settings`."""
+        live = self.live
+        return Settings(
+            self.network,
+            self.own_subnet,
+            self.underlay.address,
+            live.mtu,
+            live.source_check,
+            live.offload,
+            vtep,
+        )
 
 
 class Encapsulation(Protocol):

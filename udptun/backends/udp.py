@@ -43,15 +43,7 @@ class Udp:
         """Any lease will do, as with flannel: whoever listens on the port is a peer."""
 
     def settings(self, situation: Situation) -> Settings:
-        live = situation.live
-        return Settings(
-            situation.network,
-            situation.own_subnet,
-            situation.underlay.address,
-            live.mtu,
-            live.source_check,
-            live.offload,
-        )
+        return situation.settings()
 
     def remote(self, lease: Lease) -> Remote:
         return Remote(lease.attrs.public_ip, lease.attrs.port(self._default_port), lease.attrs.is_udptun)

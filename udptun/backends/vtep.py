@@ -45,16 +45,7 @@ class UserspaceVtep:
         return vxlan.refusal(lease)
 
     def settings(self, situation: Situation) -> Settings:
-        live = situation.live
-        return Settings(
-            situation.network,
-            situation.own_subnet,
-            situation.underlay.address,
-            live.mtu,
-            live.source_check,
-            live.offload,
-            Vtep(self._vni, _packed(self._mac)),
-        )
+        return situation.settings(Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
         """The port is one for all, as with flannel."""
