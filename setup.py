@@ -6,8 +6,8 @@ from setuptools import Extension, setup
 FASTPATH = Extension(
     "udptun._fastpath",
     sources=["udptun/_fastpath.pyx"],
-    include_dirs=["udptun/csrc"],
-    depends=["udptun/csrc/checksum.h", "udptun/csrc/shm.h"],
+    include_dirs=["udptun/fastpath/csrc"],
+    depends=["udptun/fastpath/csrc/checksum.h", "udptun/fastpath/csrc/shm.h"],
     # Python's own CFLAGS carry -O2 or -O3 and -g; the last flag wins.
     extra_compile_args=["-O3", "-g1", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from udptun.errors import UdptunError
+from udptun.core.errors import UdptunError
 
 
 class BenchError(UdptunError):

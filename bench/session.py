@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.cpu import SESSION_MARK, CpuTimes
-from udptun.errors import UdptunError
+from udptun.core.errors import UdptunError
 from udptun.lab.errors import LabError
 from udptun.lab.machine import wait_until
 

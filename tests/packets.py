@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv4Network
 from scapy.layers.inet import ICMP, IP
 from scapy.packet import Raw
 
-from udptun._reference import Peer, Table, Vtep
+from tests.reference import Peer, Table, Vtep
 
 NO_VNET_HDR = bytes(10)
 """The virtio header of a packet that nothing is special about."""

@@ -1,6 +1,6 @@
 """`python -m udptun` is the `udptun` command."""
 
-from udptun.cli import main
+from udptun.commands.cli import main
 
 if __name__ == "__main__":
     main()

@@ -10,9 +10,9 @@ One worker is one thread without the GIL.  A turn of its loop moves one batch ea
     TUN --readv--> encap --queue_datagram, queue_segments--> groups --send_groups--> UDP      (encap_turn)
     UDP --recvmmsg--> decap --add_packet--> items --write_items--> TUN                        (decap_turn)
 
-A read of the TUN may be a super-packet, which _segment.pxd cuts up; datagrams of one peer and size go to the kernel in
+A read of the TUN may be a super-packet, which fastpath/segment.pxd cuts up; datagrams of one peer and size go to the kernel in
 groups, one message each.  A received message may be a train of datagrams; packets of one flow are put together again by
-_coalesce.pxd and written as one item.  On the wire there are always single packets.
+fastpath/coalesce.pxd and written as one item.  On the wire there are always single packets.
 
 Before each packet on the wire may stand a prefix (VXLAN): the peer's, ready in the table.  A `Packet` to be sent always
 has room for it in front, so that prefix and packet are one piece.  With VXLAN datagrams leave from several sockets,
@@ -44,10 +44,10 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
-from udptun._coalesce cimport *
-from udptun._segment cimport *
-from udptun._sys cimport *
-from udptun._wire cimport *
+from udptun.fastpath.coalesce cimport *
+from udptun.fastpath.segment cimport *
+from udptun.fastpath.sys cimport *
+from udptun.fastpath.wire cimport *
 
 # ---------------------------------------------------------------------------------------------------- limits
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from bench.session import whole_number
 from bench.summary import Spread, table
 from udptun._fastpath import TableReader
-from udptun.config import SourceCheck
+from udptun.config.net_conf import SourceCheck
+from udptun.core.errors import DatapathError
 from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
-from udptun.errors import DatapathError
 
 N_LEASES = (1, 1_000, 65_534)
 N_ADDRESSES = 1 << 20

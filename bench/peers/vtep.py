@@ -14,10 +14,10 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from udptun.backends.vtep import N_SENDERS
-from udptun.config import SourceCheck, default_workers
+from udptun.config.net_conf import SourceCheck, default_workers
+from udptun.core.offload import ALL
 from udptun.datapath.settings import Remote, Settings, Vtep
 from udptun.datapath.tunnel import Tunnel
-from udptun.offload import ALL
 
 _VNI = 2
 

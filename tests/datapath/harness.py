@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import pytest
 
+from tests import reference
 from tests.packets import (
     DEAF,
     NARROW,
@@ -42,13 +43,12 @@ from tests.packets import (
     vxlan,
     with_header_checksum,
 )
-from udptun import _reference as reference
-from udptun._reference import Outcome, Peer, Remote, Table
+from tests.reference import Outcome, Peer, Remote, Table
 
 if TYPE_CHECKING:
+    from udptun.core.offload import Offload
     from udptun.datapath.stats import Stats
     from udptun.datapath.table import TableWriter
-    from udptun.offload import Offload
 
 DEADLINE_S = 5.0
 """Loopback delivers in microseconds; this is for a machine that is busy with something else."""
@@ -180,7 +180,7 @@ class Datapath(Protocol):
 
 
 class ReferenceDatapath:
-    """`udptun._reference` behind the interface."""
+    """`tests.reference` behind the interface."""
 
     def __init__(
         self,
@@ -457,9 +457,9 @@ class FastDatapath:
         return sock
 
     def _publish(self) -> None:
-        from udptun.config import SourceCheck
+        from udptun.config.net_conf import SourceCheck
+        from udptun.core.offload import ALL, Offload
         from udptun.datapath import settings as shared
-        from udptun.offload import ALL, Offload
 
         table = self.table
         self._writer.configure(

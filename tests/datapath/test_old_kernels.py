@@ -13,7 +13,7 @@ import pytest
 
 from tests.datapath.harness import FastDatapath, Message, ReferenceDatapath, assert_same_packets, skip_unless_built
 from tests.packets import NEAR, NEAR_POD, POD, ipv4, pattern, tcp_segment, udp_segment
-from udptun.offload import Offload
+from udptun.core.offload import Offload
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

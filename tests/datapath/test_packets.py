@@ -39,7 +39,7 @@ from tests.packets import (
     vnet_hdr,
     with_header_checksum,
 )
-from udptun._reference import COUNTERS, Outcome, Remote
+from tests.reference import COUNTERS, Outcome, Remote
 
 OUT = udp(POD, NEAR_POD, b"a good packet")
 IN = udp(NEAR_POD, POD, b"a good packet")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import reference
 from tests.datapath.harness import FastDatapath, inner_packet, skip_unless_built
 from tests.packets import (
     GSO_TCPV4,
@@ -35,8 +36,7 @@ from tests.packets import (
     vnet_hdr,
     with_header_checksum,
 )
-from udptun import _reference as reference
-from udptun._reference import Outcome
+from tests.reference import Outcome
 
 PATH_MTU = 1000
 

@@ -21,9 +21,9 @@ import pytest
 from scapy.all import IP, UDP
 
 from udptun import _fastpath
-from udptun.config import SourceCheck
-from udptun.datapath import client, worker
-from udptun.datapath.client import Datapath, Descriptors
+from udptun.config.net_conf import SourceCheck
+from udptun.datapath import processes, worker
+from udptun.datapath.processes import Datapath, Descriptors
 from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
@@ -50,7 +50,7 @@ class Rig:
         )
         self.table.set_peer(PEER, Remote(IPv4Address("127.0.0.2"), self.peer.getsockname()[1], True), 1472)
         assert self.table.publish(self.stats)
-        self.lock = client.new_lock()
+        self.lock = processes.new_lock()
         self.descriptors = Descriptors(
             self.table.fd, self.stats.fd, self.lock, (self.tun.fileno(),), (self.udp.fileno(),)
         )
@@ -137,13 +137,13 @@ def test_new_process_is_started_when_both_are_killed(rig: Rig) -> None:
 
 def test_next_control_plane_finds_both_processes_and_their_descriptors(rig: Rig) -> None:
     async def test(datapath: Datapath) -> None:
-        found = await client.find(rig.run_dir)
+        found = await processes.find(rig.run_dir)
         assert [process.is_active for process in found] == [True, False]
         assert [process.pid for process in found] == [
             process.pid for process in sorted(datapath.processes, key=lambda process: not process.is_active)
         ]
         for process in found:
-            assert process.build_id == client.build_id()
+            assert process.build_id == processes.build_id()
             assert process.descriptors is not None
             for theirs, ours in zip(process.descriptors.as_list(), rig.descriptors.as_list(), strict=True):
                 assert os.path.sameopenfile(theirs, ours)
@@ -162,8 +162,8 @@ def test_processes_of_another_build_are_replaced_without_losing_what_waits(
         old = Datapath(rig.run_dir, rig.descriptors, [])
         await old.start()
         old.detach()
-        monkeypatch.setattr(client, "build_id", lambda: "f" * 32)
-        found = await client.find(rig.run_dir)
+        monkeypatch.setattr(processes, "build_id", lambda: "f" * 32)
+        found = await processes.find(rig.run_dir)
         for process in found:
             assert process.descriptors is not None
             for fd in process.descriptors.as_list():
@@ -184,7 +184,7 @@ def test_sockets_of_dead_processes_are_swept_away(rig: Rig) -> None:
     stale = rig.run_dir / "datapath-00000000.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(stale))
-    assert asyncio.run(client.find(rig.run_dir)) == []
+    assert asyncio.run(processes.find(rig.run_dir)) == []
     assert not stale.exists()
 
 

@@ -44,7 +44,7 @@ from tests.packets import (
     vnet_hdr,
     with_header_checksum,
 )
-from udptun._reference import Outcome, Remote
+from tests.reference import Outcome, Remote
 
 
 @dataclass(frozen=True, slots=True)

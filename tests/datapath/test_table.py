@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from udptun._fastpath import LAYOUT, TableReader
-from udptun.config import SourceCheck
+from udptun.config.net_conf import SourceCheck
+from udptun.core.errors import DatapathError
 from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
-from udptun.errors import DatapathError
 
 NETWORK = IPv4Network("10.0.0.0/8")
 HERE = IPv4Address("192.0.2.1")

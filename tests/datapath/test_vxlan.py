@@ -36,7 +36,7 @@ from tests.packets import (
     vnet_hdr,
     vxlan,
 )
-from udptun._reference import PREFIX_LEN, Outcome
+from tests.reference import PREFIX_LEN, Outcome
 
 IN = udp(NEAR_POD, POD, b"a good packet")
 BROADCAST = b"\xff" * 6

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.netns
 
 UDPTUN = [sys.executable, "-m", "udptun"]
 DAEMON = [*UDPTUN, "daemon", "--store", f"local:{LEASES}", "--net-config-path", str(NET_CONF)]
-FLANNELD = [sys.executable, "-c", "import sys; sys.argv[0] = '/opt/bin/flanneld'; from udptun.cli import main; main()"]
+AS_FLANNELD = "import sys; sys.argv[0] = '/opt/bin/flanneld'; from udptun.commands.cli import main; main()"
+FLANNELD = [sys.executable, "-c", AS_FLANNELD]
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "status.md"
 
 

@@ -23,7 +23,8 @@ from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, Host, Lab
 
 UDPTUN = [sys.executable, "-m", "udptun"]
-FLANNELD = [sys.executable, "-c", "import sys; sys.argv[0] = '/opt/flanneld'; from udptun.cli import main; main()"]
+AS_FLANNELD = "import sys; sys.argv[0] = '/opt/flanneld'; from udptun.commands.cli import main; main()"
+FLANNELD = [sys.executable, "-c", AS_FLANNELD]
 CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
 
 

@@ -214,7 +214,7 @@ def test_a_deleted_device_comes_back_under_traffic(lab: Lab, tmp_path: Path) -> 
             datagrams.wait_for_more(1000, 1 * SLACK)
         used, elapsed = cpu_s(host, datapath) - cpu, time.monotonic() - start
     print(f"longest gap of {n} deletions: see above; datapath used {100 * used / elapsed:.0f} % of a processor")
-    lines = [line for line in host.daemon_log().splitlines() if "udptun.reconcile" in line]
+    lines = [line for line in host.daemon_log().splitlines() if "udptun.kernel.reconcile.reconciler" in line]
     # The first is of the start.
     print("\n".join(lines[1:]))
     assert sum("revive device flannel0" in line for line in lines) == n

@@ -15,10 +15,8 @@ from typing import Any, TypeVar
 import pytest
 from netns import Namespace, namespace, open_fds, requires_netns
 
-from udptun import netlink, rtnetlink
-from udptun.errors import KernelError
-from udptun.netlink import Netlink, Notice, NoticeKind, RulesetNotice, watch, watch_ruleset
-from udptun.netstate import (
+from udptun.core.errors import KernelError
+from udptun.core.network_state import (
     ROUTE_PROTOCOL,
     Address,
     FdbEntry,
@@ -29,6 +27,8 @@ from udptun.netstate import (
     Scope,
     Vxlan,
 )
+from udptun.kernel import netlink, rtnetlink
+from udptun.kernel.netlink import Netlink, Notice, NoticeKind, RulesetNotice, watch, watch_ruleset
 
 pytestmark = [pytest.mark.netns, requires_netns]
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.netns.traffic import CLEANUP, no_packet_errors, read_status, tcp_flow, udp_flow
+from udptun.core.offload import ALL, names
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Host, Lab, Offload
-from udptun.offload import ALL, names
 
 pytestmark = pytest.mark.netns
 

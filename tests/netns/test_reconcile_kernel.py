@@ -20,18 +20,19 @@ from typing import Any
 import pytest
 from netns import Namespace, namespace, open_fds, requires_netns, seconds_until
 
-from udptun import netlink
-from udptun.backends.base import DesiredState, Live, Situation
+from udptun.backends.base import Live, Situation
 from udptun.backends.udp import TUN_NAME, Udp
 from udptun.backends.vxlan import KernelVxlan
-from udptun.config import SourceCheck, VxlanBackend
-from udptun.errors import KernelError
-from udptun.lease import Lease, LeaseAttrs, Subnets
-from udptun.netstate import ROUTE_PROTOCOL
-from udptun.offload import ALL
-from udptun.reconcile import Outcome, Reconciler, remove
-from udptun.tun import VNET_HDR_LEN, Tun, open_queues
-from udptun.underlay import Underlay
+from udptun.config.net_conf import SourceCheck, VxlanBackend
+from udptun.core.desired import DesiredState
+from udptun.core.errors import KernelError
+from udptun.core.lease import Lease, LeaseAttrs, Subnets
+from udptun.core.network_state import ROUTE_PROTOCOL
+from udptun.core.offload import ALL
+from udptun.kernel import netlink
+from udptun.kernel.reconcile.reconciler import Outcome, Reconciler, remove
+from udptun.kernel.tun import VNET_HDR_LEN, Tun, open_queues
+from udptun.kernel.underlay import Underlay
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
@@ -220,7 +221,7 @@ def test_damage_is_repaired_within_the_limit(running: Running, damage: str, capl
         return shape(ns) == wanted_shape() and not ns.show("route show 10.77.0.0/16")
 
     seconds_until(lambda: running.reconciler.last.changes == (), 10)
-    with caplog.at_level(logging.INFO, logger="udptun.reconcile"):
+    with caplog.at_level(logging.INFO, logger="udptun.kernel.reconcile.reconciler"):
         ns.ip(damage)
         # The command returns with the damage done; a repair that was faster than our first look counts as well.
         took = seconds_until(is_repaired, REPAIR_LIMIT_S)
@@ -263,7 +264,7 @@ def test_a_sysctl_that_was_turned_back_is_repaired_at_the_next_look(ns: Namespac
 def test_changes_without_a_notice_are_found_by_the_timer(
     ns: Namespace, tun: Tun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("udptun.reconcile._PERIOD_S", 0.2)
+    monkeypatch.setattr("udptun.kernel.reconcile.reconciler._PERIOD_S", 0.2)
     with ExitStack() as stack:
         running = Running(ns, tun, stack)
         ns.call(lambda: ACCEPT_LOCAL.write_text("0"))

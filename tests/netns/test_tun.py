@@ -14,8 +14,8 @@ import pytest
 from netns import Namespace, namespace, open_fds, requires_netns
 
 from udptun.backends.udp import TUN_NAME
-from udptun.errors import KernelError
-from udptun.tun import VNET_HDR_LEN, Tun, open_queues
+from udptun.core.errors import KernelError
+from udptun.kernel.tun import VNET_HDR_LEN, Tun, open_queues
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
@@ -186,8 +186,8 @@ def test_a_device_held_by_a_single_queue_program_is_refused(ns: Namespace) -> No
 
 def test_a_missing_tun_device_file_is_named_with_the_remedy(ns: Namespace) -> None:
     code = (
-        "from udptun.tun import open_queues\n"
-        "from udptun.errors import KernelError\n"
+        "from udptun.kernel.tun import open_queues\n"
+        "from udptun.core.errors import KernelError\n"
         "try: open_queues('flannel0', 1)\n"
         "except KernelError as exc: print(exc)\n"
     )
@@ -200,8 +200,8 @@ def test_a_missing_tun_device_file_is_named_with_the_remedy(ns: Namespace) -> No
 
 def test_a_missing_capability_is_named(ns: Namespace) -> None:
     code = (
-        "from udptun.tun import open_queues\n"
-        "from udptun.errors import KernelError\n"
+        "from udptun.kernel.tun import open_queues\n"
+        "from udptun.core.errors import KernelError\n"
         "try: open_queues('flannel0', 1)\n"
         "except KernelError as exc: print(exc)\n"
     )

@@ -8,8 +8,8 @@ from ipaddress import IPv4Address
 import pytest
 from netns import Namespace, namespace, requires_netns
 
-from udptun.netlink import Netlink
-from udptun.underlay import Underlay, UnderlayError, Wish, pick
+from udptun.kernel.netlink import Netlink
+from udptun.kernel.underlay import Underlay, UnderlayError, Wish, pick
 
 pytestmark = [pytest.mark.netns, requires_netns]
 

@@ -42,11 +42,11 @@ from traffic import (
 )
 
 from udptun.backends.vtep import N_SENDERS
+from udptun.core.lease import LeaseAttrs, Subnets
+from udptun.core.offload import ALL, names
+from udptun.core.offload import Offload as KernelOffload
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, UNDERLAY, Host, Lab, Pod
-from udptun.lease import LeaseAttrs, Subnets
-from udptun.offload import ALL, names
-from udptun.offload import Offload as KernelOffload
 
 pytestmark = pytest.mark.netns
 
@@ -59,9 +59,9 @@ EVERY = names(ALL & ~KernelOffload.VNET_HDR)
 
 CLAIM = """
 import asyncio, ipaddress, pathlib, sys
-from udptun.lease import LeaseAttrs, Subnets
-from udptun.offload import ALL, names
-from udptun.offload import Offload as KernelOffload
+from udptun.core.lease import LeaseAttrs, Subnets
+from udptun.core.offload import ALL, names
+from udptun.core.offload import Offload as KernelOffload
 from udptun.stores.base import Choice
 from udptun.stores.local import LocalStore
 

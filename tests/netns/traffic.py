@@ -21,7 +21,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
-from udptun import status
+from udptun.commands import status
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, UNDERLAY, Host, Lab, Pod
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar
 from etcd_server import MISSING, Authority, EtcdServer, cluster, running
 from store_harness import SUBNETS, Can, host
 
-from udptun.options import parse_daemon_flags
+from udptun.config.flags import parse_daemon_flags
 
 if TYPE_CHECKING:
-    from udptun.stores.etcd import EtcdStore
+    from udptun.stores.etcd.store import EtcdStore
 
 NEEDS = [*MISSING, *(f"the module {name}" for name in ("grpc", "google") if not importlib.util.find_spec(name))]
 
@@ -164,6 +164,6 @@ class EtcdClusterHarness(EtcdHarness):
 
 def etcd_store(*flags: str) -> EtcdStore:
     """As the daemon makes it from its flags."""
-    from udptun.stores.etcd import EtcdStore
+    from udptun.stores.etcd.store import EtcdStore
 
     return EtcdStore(parse_daemon_flags(flags, {}).etcd)

@@ -13,8 +13,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 
-from udptun.errors import ConfigError, StoreUnavailableError
-from udptun.lease import EventType, Lease, LeaseEvent
+from udptun.core.errors import ConfigError, StoreUnavailableError
+from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.stores.base import Store
 
 RETRY_S = 0.1
@@ -97,8 +97,8 @@ async def following(store: Store) -> AsyncIterator[Follower]:
 
 
 async def main(flags: list[str]) -> None:
-    from udptun.options import parse_daemon_flags
-    from udptun.stores.etcd import EtcdStore
+    from udptun.config.flags import parse_daemon_flags
+    from udptun.stores.etcd.store import EtcdStore
 
     async with following(EtcdStore(parse_daemon_flags(flags, {}).etcd)) as follower:
         while True:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from udptun.allocate import Identity, chooser
-from udptun.clock import Clock
-from udptun.config import parse_net_conf
-from udptun.lease import EventType, LeaseAttrs, LeaseEvent
-from udptun.membership import Membership, Start
+from udptun.config.net_conf import parse_net_conf
+from udptun.core.clock import Clock
+from udptun.core.lease import EventType, LeaseAttrs, LeaseEvent
+from udptun.membership.allocate import Identity, chooser
+from udptun.membership.membership import Membership, Start
 from udptun.stores.base import Store
 
 CONFIG = '{"Network": "10.0.0.0/16"}'

@@ -17,7 +17,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, Protocol
 
-from udptun.lease import EventType, Lease, LeaseAttrs, Subnets
+from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
 from udptun.stores.base import Choice, Store, WatchBatch
 from udptun.stores.file import FileStore
 from udptun.stores.local import LocalStore

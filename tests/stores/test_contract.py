@@ -23,8 +23,8 @@ from store_harness import (
     watching,
 )
 
-from udptun.errors import ConfigError, LeaseError, LeaseLostError, SubnetExhaustedError
-from udptun.lease import EventType, Lease, LeaseAttrs
+from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, SubnetExhaustedError
+from udptun.core.lease import EventType, Lease, LeaseAttrs
 from udptun.stores.base import Choice
 
 Make = Callable[[Path], Harness]

@@ -17,11 +17,11 @@ from etcd_server import Authority, EtcdServer, free_ports, running
 from follower import following
 from store_harness import SUBNETS, exactly, first_free, host, watching
 
-from udptun.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError, UdptunError
-from udptun.lease import EventType, Lease, LeaseAttrs, Subnets
-from udptun.stores import etcd
+from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError, UdptunError
+from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
 from udptun.stores.base import Choice, Store
-from udptun.stores.etcdrpc import etcd_pb2 as pb
+from udptun.stores.etcd import etcd_pb2 as pb
+from udptun.stores.etcd import store as etcd
 
 pytestmark = pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}")
 

@@ -24,10 +24,10 @@ from etcd_server import DEADLINE_S, Authority, EtcdServer, cluster, free_ports, 
 from follower import Follower, following
 from store_harness import SUBNETS, exactly, host
 
-from udptun.errors import StoreUnavailableError
-from udptun.lease import EventType
-from udptun.stores.etcdrpc import client
-from udptun.stores.etcdrpc import etcd_pb2 as pb
+from udptun.core.errors import StoreUnavailableError
+from udptun.core.lease import EventType
+from udptun.stores.etcd import client
+from udptun.stores.etcd import etcd_pb2 as pb
 
 pytestmark = pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}")
 

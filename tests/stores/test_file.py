@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from store_harness import NET_CONF, first_free, host, watching
 
-from udptun.errors import ConfigError, LeaseLostError
-from udptun.lease import EventType, LeaseAttrs
+from udptun.core.errors import ConfigError, LeaseLostError
+from udptun.core.lease import EventType, LeaseAttrs
 from udptun.stores.base import Snapshot
 from udptun.stores.file import FileStore, parse, write_starter
 

@@ -10,7 +10,7 @@ import pytest
 from etcd_harness import NEEDS, EtcdAuthHarness, EtcdHarness
 from store_harness import SUBNETS, FileHarness, LocalHarness, exactly, host
 
-from udptun import cli
+from udptun.commands import cli
 
 NET_CONF = '{"Network": "10.0.0.0/8", "SubnetLen": 24, "SubnetMin": "10.0.0.0", "Backend": {"Type": "udp"}}'
 

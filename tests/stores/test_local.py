@@ -19,8 +19,8 @@ import pytest
 from store_harness import DEADLINE_S, SUBNETS, LocalHarness, exactly, first_free, host, watching
 
 import udptun
-from udptun.errors import ConfigError, LeaseLostError, StoreUnavailableError
-from udptun.lease import EventType
+from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
+from udptun.core.lease import EventType
 from udptun.stores import local
 from udptun.stores.local import HISTORY, LocalStore
 

@@ -12,11 +12,11 @@ import pytest
 from etcd_harness import NEEDS, EtcdHarness
 from member import CONFIG, Member, SetClock, holds
 
-from udptun import membership
-from udptun.lease import Lease, LeaseAttrs
-from udptun.options import parse_daemon_flags
+from udptun.config.flags import parse_daemon_flags
+from udptun.core.lease import Lease, LeaseAttrs
+from udptun.membership import membership
 from udptun.stores.base import Chooser
-from udptun.stores.etcd import EtcdStore
+from udptun.stores.etcd.store import EtcdStore
 
 pytestmark = pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}")
 
@@ -51,7 +51,7 @@ def test_short_leases_are_renewed_for_ever_and_end_with_their_host_whatever_the_
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(membership, "_CLOCK_CHECK_S", 0.2)
-    caplog.set_level(logging.INFO, logger="udptun.membership")
+    caplog.set_level(logging.INFO, logger="udptun.membership.membership")
 
     async def main() -> None:
         harness = EtcdHarness(tmp_path)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.allocate import CANDIDATES, Identity, chooser
-from udptun.config import NetConf, parse_net_conf
-from udptun.errors import SubnetExhaustedError
-from udptun.lease import Json, Lease, LeaseAttrs, Subnets
+from udptun.config.net_conf import NetConf, parse_net_conf
+from udptun.core.errors import SubnetExhaustedError
+from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
+from udptun.membership.allocate import CANDIDATES, Identity, chooser
 from udptun.stores.base import Choice
 
 ME = Identity(IPv4Address("192.0.2.1"), 8285, "me")

@@ -8,13 +8,13 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from udptun.backends.alloc import Alloc
-from udptun.backends.base import Backend, DesiredFdb, DesiredNeighbour, DesiredRoute, DesiredState, Live, Situation
+from udptun.backends.base import Backend, Live, Situation
 from udptun.backends.choice import Choice, Host, choose, describe
 from udptun.backends.hostgw import HostGw
 from udptun.backends.udp import Udp
 from udptun.backends.vtep import UserspaceVtep
 from udptun.backends.vxlan import KernelVxlan
-from udptun.config import (
+from udptun.config.net_conf import (
     AllocBackend,
     BackendConf,
     Fallback,
@@ -24,11 +24,12 @@ from udptun.config import (
     VxlanBackend,
     replace_live_keys,
 )
-from udptun.errors import UdptunError
-from udptun.lease import Json, Lease, LeaseAttrs, Subnets
-from udptun.netstate import RouteType, Vxlan
-from udptun.offload import ALL
-from udptun.underlay import Underlay
+from udptun.core.desired import DesiredFdb, DesiredNeighbour, DesiredRoute, DesiredState
+from udptun.core.errors import UdptunError
+from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
+from udptun.core.network_state import RouteType, Vxlan
+from udptun.core.offload import ALL
+from udptun.kernel.underlay import Underlay
 
 NETWORK = IPv4Network("10.244.0.0/16")
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))

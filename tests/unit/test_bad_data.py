@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from bad_data import CONFIGS, GOOD, LEASES, SUBNET_ENVS
 
-from udptun import subnet_env
-from udptun.config import parse_net_conf
-from udptun.errors import ConfigError
-from udptun.lease import Lease, LeaseAttrs, LeaseFormatError, LeaseTable, Subnets
+from udptun.config import subnet_env
+from udptun.config.net_conf import parse_net_conf
+from udptun.core.errors import ConfigError
+from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, LeaseTable, Subnets
 
 NETWORK = IPv4Network("10.244.0.0/16")
 OWN = IPv4Network("10.244.3.0/24")

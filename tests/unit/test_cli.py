@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 import udptun
-from udptun import __version__, cli
-from udptun.errors import ConfigError, KernelError
-from udptun.options import Options, StoreKind
+from udptun import __version__
+from udptun.commands import cli
+from udptun.config.flags import Options, StoreKind
+from udptun.core.errors import ConfigError, KernelError
 
 UDPTUN = [sys.executable, "-m", "udptun"]
 
@@ -68,7 +69,7 @@ def status_of(*argv: str) -> int:
 
 def test_daemon_runs_with_its_options_and_gives_its_status(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLANNELD_NODE", "n1")
-    fakes.put("daemon", "run", 7)
+    fakes.put("control.daemon", "run", 7)
     assert status_of("daemon", "-iface=eth0", "--store=file:/l") == 7
     ((options,),) = fakes.calls
     assert isinstance(options, Options)
@@ -79,7 +80,7 @@ def test_flanneld_is_the_daemon_with_etcd_unless_a_store_is_named(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/opt/bin/flanneld", "--store=local"])
-    fakes.put("daemon", "run")
+    fakes.put("control.daemon", "run")
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 0
@@ -169,24 +170,24 @@ def test_usage_errors_are_one_line_with_status_2(
 
 
 def test_each_problem_of_a_configuration_has_its_line(fakes: Fakes, capsys: pytest.CaptureFixture[str]) -> None:
-    fakes.put("daemon", "run", ConfigError("Network: bad", "SubnetLen: worse"))
+    fakes.put("control.daemon", "run", ConfigError("Network: bad", "SubnetLen: worse"))
     assert status_of("daemon") == 2
     assert capsys.readouterr().err == "udptun: error: Network: bad\nudptun: error: SubnetLen: worse\n"
 
 
 def test_a_run_time_failure_has_status_1(fakes: Fakes, capsys: pytest.CaptureFixture[str]) -> None:
-    fakes.put("daemon", "run", KernelError("cannot open /dev/net/tun", 1, "run as root"))
+    fakes.put("control.daemon", "run", KernelError("cannot open /dev/net/tun", 1, "run as root"))
     assert status_of("daemon") == 1
     assert capsys.readouterr().err == "udptun: error: cannot open /dev/net/tun: EPERM; run as root\n"
 
 
 def test_an_interrupt_has_status_130(fakes: Fakes) -> None:
-    fakes.put("daemon", "run", KeyboardInterrupt())
+    fakes.put("control.daemon", "run", KeyboardInterrupt())
     assert status_of("daemon") == 130
 
 
 def test_a_broken_pipe_that_is_not_stdouts_is_not_hidden(fakes: Fakes) -> None:
-    fakes.put("daemon", "run", BrokenPipeError("some socket"))
+    fakes.put("control.daemon", "run", BrokenPipeError("some socket"))
     with pytest.raises(BrokenPipeError, match="some socket"):
         cli.main(["daemon"])
 
@@ -228,14 +229,14 @@ def test_status_shows_what_the_daemon_of_the_run_dir_says(
 ) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    fakes.put("status", "show", 1)
+    fakes.put("commands.status", "show", 1)
     assert status_of("status", *argv) == 1
     assert fakes.calls == [call]
 
 
 @pytest.mark.parametrize("release", [False, True])
 def test_cleanup_takes_the_daemons_flags_and_release(fakes: Fakes, release: bool) -> None:
-    fakes.put("cleanup", "cleanup")
+    fakes.put("commands.cleanup", "cleanup")
     assert status_of("cleanup", "--run-dir=/r", *(["--release"] if release else [])) == 0
     ((options, given),) = fakes.calls
     assert (options.run_dir, given) == (Path("/r"), release)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.config import (
+from udptun.config.net_conf import (
     UDP_OVERHEAD,
     AllocBackend,
     BackendConf,
@@ -27,7 +27,7 @@ from udptun.config import (
     mtu_for,
     parse_net_conf,
 )
-from udptun.errors import ConfigError
+from udptun.core.errors import ConfigError
 
 
 def parse(text: str) -> NetConf:

@@ -15,7 +15,7 @@ from udptun import _fastpath
 from udptun._kabi import ffi, lib
 
 SOURCE = Path(udptun.__file__).parent
-CSRC = SOURCE / "csrc"
+CSRC = SOURCE / "fastpath" / "csrc"
 
 CHECKSUM_TEST = r"""
 #include <stdio.h>
@@ -126,7 +126,8 @@ def test_no_function_of_the_fast_path_can_take_the_gil_once_it_has_let_go_of_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "at_least"), [("_fastpath.pyx", 20), ("_wire.pxd", 10), ("_segment.pxd", 4), ("_coalesce.pxd", 8)]
+    ("name", "at_least"),
+    [("_fastpath.pyx", 20), ("fastpath/wire.pxd", 10), ("fastpath/segment.pxd", 4), ("fastpath/coalesce.pxd", 8)],
 )
 def test_every_function_under_the_loop_is_declared_noexcept_nogil(name: str, at_least: int) -> None:
     loop, _, _ = (SOURCE / name).read_text().partition("Python face")
@@ -136,7 +137,7 @@ def test_every_function_under_the_loop_is_declared_noexcept_nogil(name: str, at_
 
 
 def test_numbers_in_the_fast_path_are_the_kernel_headers() -> None:
-    assert f"VNET = {ffi.sizeof('struct virtio_net_hdr')} " in (SOURCE / "_coalesce.pxd").read_text()
+    assert f"VNET = {ffi.sizeof('struct virtio_net_hdr')} " in (SOURCE / "fastpath" / "coalesce.pxd").read_text()
     assert lib.VIRTIO_NET_HDR_F_NEEDS_CSUM == 1
     assert lib.VIRTIO_NET_HDR_GSO_TCPV4 == 1
 

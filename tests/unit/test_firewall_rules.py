@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from udptun.masq.rules import (
+from udptun.firewall.rules import (
     TABLES,
     Repair,
     Wanted,

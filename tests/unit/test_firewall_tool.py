@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from udptun.errors import FirewallError
-from udptun.masq import tool
+from udptun.core.errors import FirewallError
+from udptun.firewall import tool
 
 
 def test_a_tool_that_is_interrupted_at_any_moment_is_gone_without_a_word(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from udptun import http as server
-from udptun.errors import KernelError
-from udptun.http import Response, Routes, serve
+from udptun.control import http as server
+from udptun.control.http import Response, Routes, serve
+from udptun.core.errors import KernelError
 
 
 async def _slow() -> Response:

@@ -10,29 +10,34 @@ from pathlib import Path
 import pytest
 
 import udptun
-from udptun.daemon import open_store
-from udptun.errors import ConfigError
-from udptun.options import parse_daemon_flags
+from udptun.config.flags import parse_daemon_flags
+from udptun.control.daemon import open_store
+from udptun.core.errors import ConfigError
 
 PACKAGE = Path(udptun.__file__).parent
 
-PURE = [
-    *(
-        "allocate",
-        "atomic_file",
-        "config",
-        "errors",
-        "lease",
-        "netstate",
-        "offload",
-        "options",
-        "subnet_env",
-        *("datapath.settings", "rtnetlink", "underlay"),
-    ),
+FLOORS = (
+    {"core"},
+    {"config"},
+    {"kernel"},
+    {"stores", "firewall", "datapath"},
+    {"membership"},
+    {"backends"},
+    {"control"},
+    {"commands"},
+)
+"""The folders from the ground up.  A module imports from its own folder and from lower floors.
+
+The rooms of one floor do not know each other.  `lab` stands beside the house: it runs the commands in namespaces.
+"""
+PURE = {"core", "config"}
+"""These touch the system through files alone."""
+PURE_MODULES = [
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
     *("backends.udp", "backends.vtep", "backends.vxlan"),
-    "masq.rules",
+    *("datapath.settings", "firewall.rules", "kernel.rtnetlink", "kernel.underlay", "membership.allocate"),
 ]
+"""Modules of the other folders that decide and do nothing."""
 SHELL = {
     "asyncio",
     "cffi",
@@ -49,11 +54,15 @@ SHELL = {
     "threading",
 }
 OWNERS = {
-    "pyroute2": {"netlink.py"},
-    "pytun": {"tun.py"},
-    "grpc": {"stores/etcdrpc/client.py"},
-    "google": {"stores/etcdrpc/client.py", "stores/etcdrpc/etcd_pb2.py"},
+    "pyroute2": {"kernel/netlink.py"},
+    "pytun": {"kernel/tun.py"},
+    "grpc": {"stores/etcd/client.py"},
+    "google": {"stores/etcd/client.py", "stores/etcd/etcd_pb2.py"},
 }
+
+
+def floor_of(folder: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if folder in rooms)
 
 
 def imported(path: Path) -> set[str]:
@@ -64,22 +73,49 @@ def imported(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("module", PURE)
+def pure_modules() -> list[str]:
+    folders = [path for folder in PURE for path in (PACKAGE / folder).rglob("*.py")]
+    names = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in folders]
+    return sorted([name for name in names if not name.endswith("__init__")] + PURE_MODULES)
+
+
+EXCEPTIONS = {("commands", "lab")}
+"""`udptun lab` is a command; its code stands beside the house."""
+
+
+def imported_of_ours(path: Path) -> set[str]:
+    """The folders of `udptun` that the file imports from, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    folders = {parts[1] for name in names if len(parts := name.split(".")) > 1 and parts[0] == "udptun"}
+    return {folder for folder in folders if (PACKAGE / folder).is_dir()}
+
+
+@pytest.mark.parametrize("module", pure_modules())
 def test_pure_module_loads_no_shell(module: str) -> None:
     script = f"import sys, udptun.{module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert f"udptun.{module}" in loaded
     assert not SHELL.intersection(loaded)
-    allowed = {
-        "udptun",
-        "udptun.backends",
-        "udptun.datapath",
-        "udptun.masq",
-        "udptun.stores",
-        "udptun.stores.base",
-        *(f"udptun.{pure}" for pure in PURE),
-    }
-    assert {name for name in loaded if name.partition(".")[0] == "udptun"} <= allowed
+
+
+def test_every_folder_has_a_floor() -> None:
+    rooms = {path.parent.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE}
+    assert rooms == set().union(*FLOORS) | {"lab"}
+
+
+def test_module_imports_from_its_own_folder_and_from_lower_floors_only() -> None:
+    upward = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in PACKAGE.rglob("*.py")
+        if (folder := path.relative_to(PACKAGE).parts[0]) != "lab" and path.parent != PACKAGE
+        for name in imported_of_ours(path)
+        if name != folder and (name == "lab" or floor_of(name) >= floor_of(folder)) and (folder, name) not in EXCEPTIONS
+    ]
+    assert not upward
 
 
 def test_each_library_with_an_owner_is_imported_by_its_owner_only() -> None:
@@ -90,23 +126,23 @@ def test_each_library_with_an_owner_is_imported_by_its_owner_only() -> None:
 
 def test_cli_alone_reads_argv_and_the_environment() -> None:
     """Besides the programs of their own: the datapath worker, and the lab with its namespace holder."""
-    others = {PACKAGE / "cli.py", PACKAGE / "_kabi_build.py", PACKAGE / "datapath" / "worker.py"}
+    others = {PACKAGE / "commands" / "cli.py", PACKAGE / "_kabi_build.py", PACKAGE / "datapath" / "worker.py"}
     for path in {*PACKAGE.rglob("*.py")} - others - {*(PACKAGE / "lab").rglob("*.py")}:
         for word in ("sys.argv", "os.environ", "os.getenv", "sys.exit"):
             assert word not in path.read_text(), f"{path} uses {word}"
 
 
 def test_cli_starts_without_the_daemons_libraries() -> None:
-    script = "import sys, udptun.cli; print(*sys.modules)"
+    script = "import sys, udptun.commands.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert SHELL.intersection(loaded) <= {"select"}
-    assert "udptun.options" not in loaded
+    assert "udptun.config.flags" not in loaded
 
 
 def test_daemon_loads_grpc_only_for_the_etcd_store() -> None:
-    script = "import sys, udptun.daemon; print(*sys.modules)"
+    script = "import sys, udptun.control.daemon; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"grpc", "google", "udptun.stores.etcd"} & set(loaded)
+    assert not {"grpc", "google", "udptun.stores.etcd.store", "udptun.stores.etcd.client"} & set(loaded)
 
 
 def test_etcd_without_its_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.lease import (
+from udptun.core.lease import (
     EventType,
     Json,
     Lease,

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from udptun import membership, state
-from udptun.allocate import Identity, chooser
-from udptun.clock import Clock
-from udptun.config import parse_net_conf
-from udptun.errors import ConfigError, LeaseLostError, StoreUnavailableError
-from udptun.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
-from udptun.membership import Membership, Start, find_start
-from udptun.state import LastLeases
+from udptun.config.net_conf import parse_net_conf
+from udptun.core.clock import Clock
+from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
+from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.membership import membership, state
+from udptun.membership.allocate import Identity, chooser
+from udptun.membership.membership import Membership, Start, find_start
+from udptun.membership.state import LastLeases
 from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch
 
 CONFIG = '{"Network": "10.244.0.0/16", "SubnetMax": "10.244.9.0"}'
@@ -209,7 +209,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     monkeypatch.setattr(membership, "_SAVE_DELAY_S", 0.005)
     monkeypatch.setattr(membership, "_GRACE_S", 0.005)
     monkeypatch.setattr(membership, "_RECONNECT_S", (0.001, 0.004))
-    caplog.set_level(logging.INFO, logger="udptun.membership")
+    caplog.set_level(logging.INFO, logger="udptun.membership.membership")
 
 
 def told(caplog: pytest.LogCaptureFixture, level: int, text: str = "") -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from udptun import notify
+from udptun.control import notify
 
 
 @pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])

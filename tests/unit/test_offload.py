@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from udptun.config import UdpBackend, parse_net_conf
-from udptun.errors import ConfigError
-from udptun.offload import ALL, Offload, corrupted_by, names, parse
+from udptun.config.net_conf import UdpBackend, parse_net_conf
+from udptun.core.errors import ConfigError
+from udptun.core.offload import ALL, Offload, corrupted_by, names, parse
 
 
 def test_every_offload_is_found_by_the_name_it_is_shown_with() -> None:

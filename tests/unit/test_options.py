@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from udptun.config import SourceCheck
-from udptun.errors import UsageError
-from udptun.options import (
+from udptun.config.flags import (
     FLAGS,
     Endpoint,
     EtcdOptions,
@@ -24,6 +22,8 @@ from udptun.options import (
     parse_daemon_flags,
     parse_lease_flags,
 )
+from udptun.config.net_conf import SourceCheck
+from udptun.core.errors import UsageError
 
 ALL_FLAGS = [flag for flags in FLAGS.values() for flag in flags]
 

@@ -74,8 +74,8 @@ def test_wheel_has_every_module_both_extensions_and_nothing_else(wheel: Path) ->
     assert {name.split(".")[0] for name in extensions} == {"udptun/_fastpath", "udptun/_kabi"}
     # The .pyx, .pxd and .h are what a traceback and a reader of the compiled module want.
     assert names - extensions == sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
-    assert "udptun = udptun.cli:main" in entry_points
-    assert "flanneld = udptun.cli:main" in entry_points
+    assert "udptun = udptun.commands.cli:main" in entry_points
+    assert "flanneld = udptun.commands.cli:main" in entry_points
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,10 @@ def test_commands_of_the_wheel_say_the_version(installed: Path, wheel: Path) -> 
 
 
 def test_daemon_of_the_wheel_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    script = "import udptun.daemon, udptun._fastpath as f, udptun.datapath.worker as w; print(f.__file__, w.__file__)"
+    script = (
+        "import udptun.control.daemon, udptun._fastpath as f, udptun.datapath.worker as w; "
+        "print(f.__file__, w.__file__)"
+    )
     for path in run([installed / "python", "-c", script], tmp_path).stdout.split():
         assert Path(path).is_relative_to(installed.parent)
     flags = [f"--{name}={tmp_path / name}" for name in ("run-dir", "state-dir", "net-config-path", "subnet-file")]
@@ -110,7 +113,7 @@ def test_daemon_of_the_wheel_runs_from_the_wheel(installed: Path, tmp_path: Path
     for command in ([installed / "udptun", "daemon"], [installed / "flanneld"]):
         done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
-        assert f"E udptun.daemon: no network config at {tmp_path}/net-config-path: write it" in done.stderr
+        assert f"E udptun.control.daemon: no network config at {tmp_path}/net-config-path: write it" in done.stderr
 
 
 @functools.cache

@@ -10,9 +10,9 @@ import pytest
 from udptun.backends.base import Live, Situation
 from udptun.backends.udp import Udp
 from udptun.backends.vxlan import KernelVxlan
-from udptun.config import SourceCheck, VxlanBackend
-from udptun.lease import Lease, LeaseAttrs, Subnets
-from udptun.netstate import (
+from udptun.config.net_conf import SourceCheck, VxlanBackend
+from udptun.core.lease import Lease, LeaseAttrs, Subnets
+from udptun.core.network_state import (
     ROUTE_PROTOCOL,
     Address,
     FdbEntry,
@@ -23,9 +23,9 @@ from udptun.netstate import (
     TunFlags,
     Vxlan,
 )
-from udptun.offload import ALL
-from udptun.reconcile import ActualState, DeleteRoute, ReviveDevice, conflicts, describe, plan
-from udptun.underlay import Underlay
+from udptun.core.offload import ALL
+from udptun.kernel.reconcile.reconciler import ActualState, DeleteRoute, ReviveDevice, conflicts, describe, plan
+from udptun.kernel.underlay import Underlay
 
 NETWORK = IPv4Network("10.244.0.0/16")
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import reference
 from tests.packets import (
     GSO_TCPV4,
     MTU,
@@ -40,8 +41,7 @@ from tests.packets import (
     vnet_hdr,
     with_header_checksum,
 )
-from udptun import _reference as reference
-from udptun._reference import COUNTERS, Outcome
+from tests.reference import COUNTERS, Outcome
 
 TABLE = overlay()
 NEAR_REMOTE = TABLE.peers[0].remote

@@ -7,8 +7,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import pytest
 
-from udptun import rtnetlink
-from udptun.netstate import FdbEntry, Neighbour, Route, RouteType
+from udptun.core.network_state import FdbEntry, Neighbour, Route, RouteType
+from udptun.kernel import rtnetlink
 
 SUBNET = IPv4Network("10.244.3.0/24")
 

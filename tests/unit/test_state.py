@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from udptun.errors import ConfigError, KernelError
-from udptun.lease import Lease, LeaseAttrs, Subnets
-from udptun.state import LastLeases, files, forget, load, node_id, parse, render, save, vtep_mac
+from udptun.core.errors import ConfigError, KernelError
+from udptun.core.lease import Lease, LeaseAttrs, Subnets
+from udptun.membership.state import LastLeases, files, forget, load, node_id, parse, render, save, vtep_mac
 
 NETWORK = IPv4Network("10.244.0.0/16")
 NOW_S = 1_700_000_000.0

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from udptun import status
-from udptun.errors import UdptunError
+from udptun.commands import status
+from udptun.control.document import SOCKET_NAME
+from udptun.core.errors import UdptunError
 
 NOW_S = 1_700_000_000.0
 
@@ -108,7 +109,7 @@ def daemon(run_dir: Path, answer: bytes | None) -> Iterator[None]:
                 connection.sendall(answer)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(run_dir / status.SOCKET_NAME))
+        listener.bind(str(run_dir / SOCKET_NAME))
         listener.listen()
         thread = threading.Thread(target=serve)
         thread.start()
@@ -126,7 +127,7 @@ def test_json_is_passed_on_as_the_daemon_wrote_it(tmp_path: Path, capsys: pytest
     with daemon(tmp_path, http("200 OK", text)):
         assert status.show(tmp_path, as_json=True) == 0
     assert capsys.readouterr().out == text
-    (tmp_path / status.SOCKET_NAME).unlink()
+    (tmp_path / SOCKET_NAME).unlink()
     with daemon(tmp_path, http("200 OK", text)):
         assert status.show(tmp_path, as_json=False) == 0
     assert "10.244.2.0/24  192.0.2.2" in capsys.readouterr().out
@@ -149,12 +150,12 @@ def test_daemon_that_answers_badly_is_one_line(
     monkeypatch.setattr(status, "_TIMEOUT_S", 0.2 if answer is None else 10.0)
     with daemon(tmp_path, answer), pytest.raises(UdptunError) as caught:
         status.show(tmp_path, as_json=False)
-    assert str(caught.value) == line.format(path=tmp_path / status.SOCKET_NAME)
+    assert str(caught.value) == line.format(path=tmp_path / SOCKET_NAME)
     assert caught.value.exit_status == 1
 
 
 def test_daemon_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / status.SOCKET_NAME
+    path = tmp_path / SOCKET_NAME
     with pytest.raises(UdptunError) as caught:
         status.fetch(tmp_path)
     said = f"no udptun daemon answers at {path}: No such file or directory; is it running, and with this --run-dir?"

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun import subnet_env
-from udptun.config import parse_net_conf
-from udptun.errors import KernelError
-from udptun.lease import Subnets
+from udptun.config import subnet_env
+from udptun.config.net_conf import parse_net_conf
+from udptun.core.errors import KernelError
+from udptun.core.lease import Subnets
 
 V4 = Subnets(IPv4Network("10.244.30.0/24"))
 DUAL = Subnets(IPv4Network("10.244.30.0/24"), IPv6Network("fd00:244:0:55::/64"))
@@ -173,7 +173,7 @@ def test_write_syncs_the_text_before_the_rename_and_the_directory_after(tmp_path
     script = """
 import os, sys
 from pathlib import Path
-from udptun import subnet_env
+from udptun.config import subnet_env
 fsync = os.fsync
 def spy(fd):
     print("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))

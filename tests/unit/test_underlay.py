@@ -7,9 +7,9 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from udptun.errors import UsageError
-from udptun.netstate import Address, Link, Route, RouteType, Scope
-from udptun.underlay import Underlay, UnderlayError, Wish, pick, refresh
+from udptun.core.errors import UsageError
+from udptun.core.network_state import Address, Link, Route, RouteType, Scope
+from udptun.kernel.underlay import Underlay, UnderlayError, Wish, pick, refresh
 
 LO = Link(1, "lo", "", 65536, True, True, True, 1000)
 ETH0 = Link(2, "eth0", "", 1500, True, True, False, 1000)

@@ -12,12 +12,12 @@ import pytest
 from udptun.backends.base import Live, Situation
 from udptun.backends.choice import Host, choose, describe
 from udptun.backends.vtep import UserspaceVtep
-from udptun.config import SourceCheck, VxlanBackend
+from udptun.config.net_conf import SourceCheck, VxlanBackend
+from udptun.core.lease import Lease, LeaseAttrs, Subnets
+from udptun.core.network_state import RouteType
+from udptun.core.offload import ALL
 from udptun.datapath.settings import Remote, Vtep
-from udptun.lease import Lease, LeaseAttrs, Subnets
-from udptun.netstate import RouteType
-from udptun.offload import ALL
-from udptun.underlay import Underlay
+from udptun.kernel.underlay import Underlay
 
 MAC = "0a:1b:2c:3d:4e:5f"
 NETWORK, OWN = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.3.0/24")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import DesiredState, Live, Situation
-from udptun.lease import Lease, LeaseAttrs
-from udptun.underlay import Underlay
+from udptun.backends.base import Live, Situation
+from udptun.core.desired import DesiredState
+from udptun.core.lease import Lease, LeaseAttrs
+from udptun.kernel.underlay import Underlay
 
 
 class Alloc:

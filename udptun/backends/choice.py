@@ -11,8 +11,8 @@ from udptun.backends.hostgw import HostGw
 from udptun.backends.udp import Udp
 from udptun.backends.vtep import UserspaceVtep
 from udptun.backends.vxlan import KernelVxlan
-from udptun.config import AllocBackend, BackendConf, Fallback, HostGwBackend, UdpBackend, VxlanBackend
-from udptun.errors import UdptunError
+from udptun.config.net_conf import AllocBackend, BackendConf, Fallback, HostGwBackend, UdpBackend, VxlanBackend
+from udptun.core.errors import UdptunError
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import DesiredRoute, DesiredState, Live, Situation
-from udptun.errors import UdptunError
-from udptun.lease import Lease, LeaseAttrs
-from udptun.underlay import Underlay
+from udptun.backends.base import Live, Situation
+from udptun.core.desired import DesiredRoute, DesiredState
+from udptun.core.errors import UdptunError
+from udptun.core.lease import Lease, LeaseAttrs
+from udptun.kernel.underlay import Underlay
 
 
 class HostGw:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Live, Situation, Sysctl, guard
-from udptun.config import UDP_OVERHEAD
+from udptun.backends.base import Live, Situation
+from udptun.config.net_conf import UDP_OVERHEAD
+from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
+from udptun.core.lease import Lease, LeaseAttrs
 from udptun.datapath.settings import Remote, Settings
-from udptun.lease import Lease, LeaseAttrs
-from udptun.underlay import Underlay
+from udptun.kernel.underlay import Underlay
 
 TUN_NAME = "flannel0"
 """Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the

@@ -7,12 +7,13 @@ The device has no Ethernet: whom a packet goes to is the datapath's business, an
 from __future__ import annotations
 
 from udptun.backends import vxlan
-from udptun.backends.base import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Live, Situation, guard
+from udptun.backends.base import Live, Situation
 from udptun.backends.udp import tun_link
-from udptun.config import VXLAN_OVERHEAD, VxlanBackend
+from udptun.config.net_conf import VXLAN_OVERHEAD, VxlanBackend
+from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, guard
+from udptun.core.lease import Lease, LeaseAttrs
 from udptun.datapath.settings import Remote, Settings, Vtep
-from udptun.lease import Lease, LeaseAttrs
-from udptun.underlay import Underlay
+from udptun.kernel.underlay import Underlay
 
 N_SENDERS = 4
 """Sockets that the flows are spread over.  Packets from different ones do not share a send: with 8, eight TCP streams

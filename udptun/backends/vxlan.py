@@ -9,22 +9,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from udptun.backends.base import (
+from udptun.backends.base import Live, Situation
+from udptun.config.net_conf import VXLAN_OVERHEAD, VxlanBackend
+from udptun.core.desired import (
     DesiredAddress,
     DesiredFdb,
     DesiredLink,
     DesiredNeighbour,
     DesiredRoute,
     DesiredState,
-    Live,
-    Situation,
     Sysctl,
     guard,
 )
-from udptun.config import VXLAN_OVERHEAD, VxlanBackend
-from udptun.lease import Lease, LeaseAttrs
-from udptun.netstate import Vxlan
-from udptun.underlay import Underlay
+from udptun.core.lease import Lease, LeaseAttrs
+from udptun.core.network_state import Vxlan
+from udptun.kernel.underlay import Underlay
 
 TYPE = "vxlan"
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from ipaddress import IPv4Address
 
 from udptun._kabi import lib
-from udptun.errors import KernelError
-from udptun.offload import Offload
+from udptun.core.errors import KernelError
+from udptun.core.offload import Offload
 
 _RECEIVE_BUFFER_BYTES = 8 << 20
 """Holds what arrives while no process reads: about 0.1 s at 60,000 small datagrams a second (the kernel books

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from udptun._fastpath import COUNTERS, LAYOUT, store_u64
+from udptun.core.offload import Offload
 from udptun.datapath import shm
-from udptun.offload import Offload
 
 _WORKER = np.dtype(
     {

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from udptun._fastpath import LAYOUT, load_u64, store_u64
-from udptun.config import SourceCheck
+from udptun.config.net_conf import SourceCheck
+from udptun.core.errors import DatapathError
 from udptun.datapath import shm
 from udptun.datapath.settings import Remote, Settings, Vtep
 from udptun.datapath.stats import OFFLOAD_BITS, Stats
-from udptun.errors import DatapathError
 
 _SETTINGS = np.dtype(
     [

@@ -17,16 +17,16 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
-from udptun.datapath import client
-from udptun.datapath.client import Datapath, Descriptors, Process
+from udptun.core.lease import is_inside
+from udptun.core.network_state import DEVICE_NAME
+from udptun.core.offload import ALL, Offload, names
+from udptun.datapath import processes
+from udptun.datapath.processes import Datapath, Descriptors, Process
 from udptun.datapath.settings import Remote, Settings
 from udptun.datapath.sockets import open_senders, open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
-from udptun.lease import is_inside
-from udptun.netstate import DEVICE_NAME
-from udptun.offload import ALL, Offload, names
-from udptun.tun import Tun, detach_queues, device_of, open_queues
+from udptun.kernel.tun import Tun, detach_queues, device_of, open_queues
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +78,11 @@ class Tunnel:
         headers.  `n_senders`: sockets to send from; 0: packets leave from the sockets that they come to.  No process is
         started yet (`start`).  Raises KernelError, DatapathError.
         """
-        processes = await client.find(run_dir)
-        if any(_serves_another(process.descriptors, device) for process in processes if process.descriptors):
-            await client.stop(processes)
-            processes = []
-        if not processes:
+        found = await processes.find(run_dir)
+        if any(_serves_another(process.descriptors, device) for process in found if process.descriptors):
+            await processes.stop(found)
+            found = []
+        if not found:
             senders: list[socket.socket] = []
             sockets = open_sockets(address, port, n_workers)
             try:
@@ -93,19 +93,19 @@ class Tunnel:
                 for udp in (*sockets, *senders):
                     udp.close()
                 raise
-            return cls(run_dir, TableWriter.create(), Stats.create(), client.new_lock(), tun, sockets, senders, [])
-        held = _take_one_set(processes)
-        log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in processes))
+            return cls(run_dir, TableWriter.create(), Stats.create(), processes.new_lock(), tun, sockets, senders, [])
+        held = _take_one_set(found)
+        log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in found))
         tun = Tun(device, held.tun)
         sockets, senders = ([socket.socket(fileno=fd) for fd in fds] for fds in (held.udp, held.senders))
-        if processes[0].layout_version == LAYOUT["version"]:
+        if found[0].layout_version == LAYOUT["version"]:
             table, stats = TableWriter(held.table), Stats(held.stats)
         else:
             # Its processes read on from theirs until `start` replaces them.
             table, stats = TableWriter.create(), Stats.create()
             os.close(held.table)
             os.close(held.stats)
-        tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, senders, processes)
+        tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, senders, found)
         if not tun.is_attached():
             tun.reattach()
         await tunnel.rebind(address, port, n_workers, n_senders)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from udptun._kabi import lib
-from udptun.errors import UdptunError
+from udptun.core.errors import UdptunError
 from udptun.lab import owner
 from udptun.lab.errors import LabError
 from udptun.lab.machine import Place

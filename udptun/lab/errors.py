@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from subprocess import CompletedProcess
 
-from udptun.errors import UdptunError
+from udptun.core.errors import UdptunError
 
 
 class LabError(UdptunError):

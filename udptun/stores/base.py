@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from udptun.errors import ConfigError, LeaseError
-from udptun.lease import Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.core.errors import ConfigError, LeaseError
+from udptun.core.lease import Lease, LeaseAttrs, LeaseEvent, Subnets
 
 LEASE_TTL_S = 86_400
 """How long a lease lasts without renewal, seconds (flannel pkg/subnet/etcd subnetTTL)."""

@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from udptun.errors import ConfigError, LeaseLostError
-from udptun.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.core.errors import ConfigError, LeaseLostError
+from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
 from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, read_network_config, reason
 
 POLL_S = 0.2

@@ -38,8 +38,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from udptun.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
-from udptun.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseFormatError, Subnets
+from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
+from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseFormatError, Subnets
 from udptun.stores.base import (
     LEASE_TTL_S,
     Chooser,

@@ -1,0 +1,77 @@
+"""`udptun cleanup`: leave the host as it was, so that another overlay daemon can start.
+
+A flannel0 that is left behind makes flanneld create flannel1 beside it and lose traffic in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from udptun.config import subnet_env
+from udptun.config.flags import Options
+from udptun.control.daemon import LOCK_FILE, lock_run_dir, open_store
+from udptun.control.document import SOCKET_NAME
+from udptun.datapath import processes
+from udptun.firewall import firewall
+from udptun.kernel.reconcile import reconciler as reconcile
+from udptun.membership import state
+
+
+def cleanup(options: Options, release: bool) -> int:
+    """Stop the datapath; remove device, routes, firewall rules and files, and with `release` give the lease back.
+
+    Prints a line for each thing done.  Raises UdptunError while a daemon runs: it would make it all anew.
+    """
+    with ExitStack() as undo:
+        if options.run_dir.exists():
+            # Until the end: a daemon that starts meanwhile would lose its files.
+            undo.callback(os.close, lock_run_dir(options.run_dir))
+        asyncio.run(_clean_up(options, release))
+    for directory in (options.run_dir, options.state_dir, options.subnet_file.parent):
+        with suppress(OSError):
+            # Stays when somebody else keeps something in it, or when it never was.
+            directory.rmdir()
+    return 0
+
+
+async def _clean_up(options: Options, release: bool) -> None:
+    # Standbys first: none of them shall take over.  Without the directory nothing can be found, but a device or a
+    # route may be left all the same.
+    for process in reversed(await processes.find(options.run_dir)):
+        await process.stop()
+        print(f"stopped datapath process {process.pid}")
+    for line in await reconcile.remove():
+        print(line)
+    for line in await firewall.remove(subnet_env.read_networks(options.subnet_file)):
+        print(f"removed {line}")
+    if release and state.has_node_id(options.state_dir):
+        await _release(options)
+    for path in (
+        options.subnet_file,
+        *state.files(options.state_dir, with_identity=release),
+        options.run_dir / SOCKET_NAME,
+        options.run_dir / LOCK_FILE,
+    ):
+        _delete(path)
+
+
+async def _release(options: Options) -> None:
+    """Give back every lease with our NodeID."""
+    me = state.node_id(options.state_dir)
+    store = open_store(options)
+    try:
+        for lease in (await store.snapshot()).leases:
+            if lease.attrs.node_id == me:
+                await store.release(lease)
+                print(f"released the lease {lease.subnet} in {store.name}")
+    finally:
+        await store.aclose()
+
+
+def _delete(path: Path) -> None:
+    if path.exists():
+        path.unlink()
+        print(f"deleted {path}")

@@ -1,0 +1,269 @@
+"""The commands.  The only file that reads argv and the environment, or exits.
+
+Exit status: 0 done, or stopped cleanly; 1 failed while running; 2 a flag or configuration that a person has to
+mend; 130 interrupted; 141 the reader of our output went away.  Installed as `flanneld`, the program is
+`udptun daemon`.  Each command imports what it needs when it runs, so that `udptun status` does not wait for the
+daemon's libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from udptun import __version__
+from udptun.core.errors import ConfigError, UdptunError, UsageError
+
+_STDOUT_FD = 1
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command that `argv` (default: the process's, without the program's name) says, and exit."""
+    # grpc would print what its errors say as well.  It reads this when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    program = Path(sys.argv[0]).name
+    words = sys.argv[1:] if argv is None else argv
+    sys.exit(_run("flanneld" if program == "flanneld" else "udptun", list(words), os.environ))
+
+
+def _run(program: str, argv: list[str], environ: Mapping[str, str]) -> int:
+    try:
+        status = _flanneld(argv, environ) if program == "flanneld" else _udptun(argv, environ)
+        print(end="", flush=True)
+    except UdptunError as exc:
+        for line in exc.problems if isinstance(exc, ConfigError) else [str(exc)]:
+            print(f"{program}: error: {_one_line(line)}", file=sys.stderr)
+        return exc.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
+    return status
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is stdout whose pipe is broken; if so, what is left to write there goes nowhere."""
+    stdout = select.poll()
+    stdout.register(_STDOUT_FD, 0)
+    if not stdout.poll(0):
+        return False
+    # The interpreter flushes stdout once more on its way out.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT_FD)
+    return True
+
+
+def _one_line(text: str) -> str:
+    """A message may quote what somebody typed."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
+
+
+def _udptun(argv: list[str], environ: Mapping[str, str]) -> int:
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help", "-help", "help"):
+        print(_overview())
+        return 0
+    if name in ("--version", "-version"):
+        name = "version"
+    if not name:
+        print(_overview(), file=sys.stderr)
+        return UsageError.exit_status
+    if name not in _COMMANDS:
+        from udptun.config.net_conf import did_you_mean
+
+        what = "unknown flag" if name.startswith("-") else "unknown command"
+        raise UsageError(f"{what} {name}{did_you_mean(name, _COMMANDS)} (udptun --help lists the commands)")
+    return _COMMANDS[name][1](rest, environ)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<9} {summary}" for name, (summary, _) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: udptun COMMAND [ARGUMENT...]",
+            "",
+            "A flannel-compatible overlay daemon with a userspace UDP tunnel.",
+            "",
+            *lines,
+            "",
+            "udptun COMMAND --help says more.",
+        ]
+    )
+
+
+def _flanneld(argv: list[str], environ: Mapping[str, str]) -> int:
+    return _start_daemon("flanneld", argv, environ)
+
+
+def _daemon(argv: list[str], environ: Mapping[str, str]) -> int:
+    return _start_daemon("udptun daemon", argv, environ)
+
+
+def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.config import flags
+
+    options = flags.parse_daemon_flags(argv, environ, as_flanneld=name == "flanneld")
+    if options.help:
+        print(f"usage: {name} [FLAG...]\n\nJoin this host to the overlay network.\n{flags.flag_help()}")
+        return 0
+    if options.version:
+        print(f"udptun {__version__}", file=sys.stderr)  # to stderr, as flanneld does
+        return 0
+
+    # The imports below take a while, and until the daemon handles signals itself there is nothing to undo.  At once,
+    # not by SystemExit: one that is raised in a callback of the import machinery is printed and forgotten.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    from udptun.control import daemon
+
+    return daemon.run(options)
+
+
+def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.config import flags
+
+    options, release = flags.parse_cleanup_flags(argv, environ)
+    if options.help:
+        print(
+            "usage: udptun cleanup [--release] [FLAG...]\n\n"
+            "Stop the datapath and remove device, routes and files.  Takes the daemon's flags, so that it finds\n"
+            "what a daemon with the same flags left.\n\n"
+            f"{flags.cleanup_help()}"
+        )
+        return 0
+    if options.version:
+        return _version([], environ)
+
+    from udptun.commands import cleanup
+
+    return cleanup.cleanup(options, release)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one line per error, and no guessing at abbreviations."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})  # type: ignore[arg-type]  # argparse's own settings
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.removeprefix('udptun ')}: {message}")
+
+
+def _status(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.config.flags import DEFAULT_RUN_DIR
+
+    parser = _Parser(prog="udptun status", description="Say what the daemon of this host is doing.")
+    parser.add_argument("--json", action="store_true", help="for programs; see docs/status.md")
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path(environ.get("FLANNELD_RUN_DIR") or DEFAULT_RUN_DIR),
+        metavar="DIR",
+        help="the daemon's --run-dir (default: FLANNELD_RUN_DIR, else %(default)s)",
+    )
+    parser.add_argument(
+        "--backends", action="store_true", help="say what each Backend.Type would get on this host; needs no daemon"
+    )
+    given = parser.parse_args(argv)
+    if given.backends:
+        from udptun.commands import probe
+
+        return probe.show(pretend_no_vxlan=bool(environ.get("UDPTUN_PRETEND_NO_VXLAN")), as_json=given.json)
+
+    from udptun.commands import status
+
+    return status.show(given.run_dir, given.json)
+
+
+_LEASE_USAGE = """\
+usage: udptun lease list [--json] [FLAG...]
+       udptun lease show SUBNET|KEY [--json] [FLAG...]
+       udptun lease reserve SUBNET|KEY --public-ip IP [--port N] [FLAG...]
+       udptun lease release SUBNET|KEY [FLAG...]
+       udptun lease init [--force] PATH
+
+list      the leases in the store that the flags name, as those of the daemon do
+show      all of one
+reserve   keep a subnet for the host with that address: a lease that does not expire
+release   delete a lease or a reservation
+init      write a leases file to start from, for --store file:PATH
+"""
+
+
+def _lease(argv: list[str], environ: Mapping[str, str]) -> int:
+    action, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if action == "init":
+        return _lease_init(rest)
+
+    from udptun.config import flags
+
+    if action in ("-h", "--help", "-help"):
+        print(_LEASE_USAGE + flags.lease_help())
+        return 0
+    if action not in ("list", "show", "reserve", "release"):
+        what = f"unknown action {action}" if action else "what to do is missing"
+        raise UsageError(f"lease: {what}: list, show, reserve, release or init")
+    n_words = 0 if action == "list" else 1
+    request = flags.parse_lease_flags(rest, environ, n_words)
+    if request.options.help:
+        print(_LEASE_USAGE + flags.lease_help())
+        return 0
+    if len(request.words) < n_words:
+        raise UsageError(f"lease {action}: which one? give a SUBNET, as 10.244.3.0/24, or a KEY, as 10.244.3.0-24")
+
+    from udptun.commands import lease as lease_cli
+
+    actions = {
+        "list": lease_cli.list_leases,
+        "show": lease_cli.show,
+        "reserve": lease_cli.reserve,
+        "release": lease_cli.release,
+    }
+    return actions[action](request)
+
+
+def _lease_init(argv: list[str]) -> int:
+    parser = _Parser(prog="udptun lease init", description="Write a leases file to start from, for --store file:PATH.")
+    parser.add_argument("path", type=Path, metavar="PATH")
+    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    given = parser.parse_args(argv)
+
+    from udptun.stores import file
+
+    file.write_starter(given.path, force=given.force)
+    return 0
+
+
+def _lab(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.lab import cli as lab
+
+    parser: argparse.ArgumentParser = _Parser(prog="udptun")
+    lab.add_parser(parser.add_subparsers())
+    return lab.run(parser.parse_args(["lab", *argv]))
+
+
+def _version(argv: list[str], environ: Mapping[str, str]) -> int:
+    _Parser(prog="udptun version", description="Print the version.").parse_args(argv)
+    print(f"udptun {__version__}")
+    return 0
+
+
+_Command = Callable[[list[str], Mapping[str, str]], int]
+
+_COMMANDS: Mapping[str, tuple[str, _Command]] = {
+    "daemon": ("join this host to the overlay network; installed as flanneld too", _daemon),
+    "status": ("say what the daemon of this host is doing", _status),
+    "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
+    "lease": ("list, show, reserve and release leases; write a leases file", _lease),
+    "lab": ("hosts, pods and daemons in namespaces on one machine", _lab),
+    "version": ("print the version", _version),
+}

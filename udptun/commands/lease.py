@@ -1,0 +1,183 @@
+"""`udptun lease list|show|reserve|release`: an operator's view of the store, whichever it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Network
+
+from udptun.commands.status import duration, table
+from udptun.config.flags import LeaseRequest, StoreKind
+from udptun.config.net_conf import parse_net_conf
+from udptun.control.daemon import open_store
+from udptun.core.errors import UdptunError, UsageError
+from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
+from udptun.membership.allocate import fits
+from udptun.stores.base import Snapshot, Store
+
+SCHEMA = 1
+"""Of what --json prints: keys are only ever added."""
+
+
+def list_leases(request: LeaseRequest) -> int:
+    """Print every lease in the store; what is none goes to stderr."""
+
+    async def work(store: Store) -> None:
+        snapshot = await store.snapshot(exact=True)
+        if request.json:
+            leases = [_to_json(lease) for lease in _sorted(snapshot)]
+            document = {"schema": SCHEMA, "store": store.name, "leases": leases, "skipped": list(snapshot.skipped)}
+            print(json.dumps(document))
+            return
+        rows = [
+            [
+                _subnets(lease),
+                str(lease.attrs.public_ip),
+                (lease.attrs.node_id or "-")[:8],
+                lease.attrs.backend_type or "-",
+                str(lease.attrs.port(0) or "-"),
+                _expiry(lease),
+            ]
+            for lease in _sorted(snapshot)
+        ]
+        print("\n".join(table(["SUBNET", "PUBLIC IP", "NODE", "BACKEND", "PORT", "EXPIRES"], rows, left=4)))
+        for line in snapshot.skipped:
+            print(f"skipped: {line}", file=sys.stderr)
+
+    return _with_store(request, work)
+
+
+def show(request: LeaseRequest) -> int:
+    """Print all of one lease, named by its subnet or key."""
+    wanted = _subnets_of(*request.words)
+
+    async def work(store: Store) -> None:
+        lease = _find(await store.snapshot(exact=True), wanted, store)
+        if request.json:
+            print(json.dumps({"schema": SCHEMA, "store": store.name, **_to_json(lease)}))
+            return
+        attrs = lease.attrs
+        lines = {
+            "subnet": _subnets(lease),
+            "key": lease.key,
+            "public IP": " ".join(str(ip) for ip in (attrs.public_ip, attrs.public_ipv6) if ip is not None),
+            "port": str(attrs.port(0) or "not named: Backend.Port"),
+            "node": attrs.node_id or "not named",
+            "backend": attrs.backend_type or "not named",
+            "expires": _expiry(lease),
+            "revision": str(lease.revision),
+            "value": attrs.to_json(),
+        }
+        print("\n".join(f"{name:<10} {value}" for name, value in lines.items()))
+
+    return _with_store(request, work)
+
+
+def reserve(request: LeaseRequest) -> int:
+    """Keep a subnet for the node with --public-ip."""
+    (word,) = request.words
+    subnets = _subnets_of(word)
+    public_ip = request.options.public_ip
+    if public_ip is None:
+        raise UsageError("lease reserve: --public-ip is missing: for which host is the subnet?")
+    port = request.options.port
+    attrs = LeaseAttrs(public_ip, backend_data=None if port is None else {"Port": port})
+
+    async def work(store: Store) -> None:
+        conf = parse_net_conf(await store.network_config(), store.config_name)
+        if not fits(subnets, conf):
+            raise UdptunError(
+                f"cannot reserve {word}: no host would take it; the subnets of {conf.network} are those of length "
+                f"/{conf.subnet_len} from {conf.subnet_min} to {conf.subnet_max}"
+                + (f", each with one of {conf.ipv6_network} behind an & in the key" if conf.enable_ipv6 else "")
+            )
+        lease = await store.reserve(subnets, attrs)
+        held = f", which node {lease.attrs.node_id} holds" if lease.attrs.node_id else ""
+        print(f"reserved {lease.subnet} for {lease.attrs.public_ip} in {store.name}{held}; it does not expire")
+
+    return _with_store(request, work)
+
+
+def release(request: LeaseRequest) -> int:
+    """Delete a lease or a reservation, whoever's it is."""
+    wanted = _subnets_of(*request.words)
+
+    async def work(store: Store) -> None:
+        lease = _find(await store.snapshot(), wanted, store)
+        await store.delete(lease)
+        kind = "reservation" if lease.expires_s is None else "lease"
+        print(
+            f"released the {kind} {lease.subnet} of {lease.attrs.public_ip} in {store.name}; "
+            "a daemon that runs with it takes it again"
+        )
+
+    return _with_store(request, work)
+
+
+def _with_store(request: LeaseRequest, work: Callable[[Store], Awaitable[None]]) -> int:
+    options = request.options
+    if options.store.kind is StoreKind.LOCAL and not options.store.path.exists():
+        # It would be made.
+        raise UdptunError(f"there is no lease store {options.store}; name another with --store or the --etcd-* flags")
+
+    async def main() -> None:
+        store = open_store(options)
+        try:
+            await work(store)
+        finally:
+            await store.aclose()
+
+    asyncio.run(main())
+    return 0
+
+
+def _subnets_of(word: str) -> Subnets:
+    """What `10.244.3.0/24` or a key means.  Raises UsageError."""
+    try:
+        return Subnets.from_key(word) if "-" in word else Subnets(IPv4Network(word))
+    except (LeaseFormatError, ValueError) as exc:
+        raise UsageError(f"{word!r} is neither a subnet as 10.244.3.0/24 nor a key as 10.244.3.0-24: {exc}") from exc
+
+
+def _find(snapshot: Snapshot, wanted: Subnets, store: Store) -> Lease:
+    for lease in snapshot.leases:
+        if lease.subnets == wanted or (wanted.ipv6 is None and lease.subnet == wanted.ipv4):
+            return lease
+    unusable = next((f"; skipped: {line}" for line in snapshot.skipped if wanted.key in line), "")
+    raise UdptunError(f"there is no lease {wanted.ipv4} in {store.name}{unusable}")
+
+
+def _sorted(snapshot: Snapshot) -> list[Lease]:
+    return sorted(snapshot.leases, key=lambda lease: (lease.subnet.network_address, lease.subnet.prefixlen))
+
+
+def _subnets(lease: Lease) -> str:
+    return " ".join(str(subnet) for subnet in (lease.subnet, lease.subnets.ipv6) if subnet is not None)
+
+
+def _expiry(lease: Lease) -> str:
+    if lease.expires_s is None:
+        return "never"
+    left_s = lease.expires_s - time.time()
+    return f"in {duration(left_s)}" if left_s > 0 else "now"
+
+
+def _to_json(lease: Lease) -> dict[str, object]:
+    attrs = lease.attrs
+    return {
+        "key": lease.key,
+        "subnet": str(lease.subnet),
+        "ipv6_subnet": None if lease.subnets.ipv6 is None else str(lease.subnets.ipv6),
+        "public_ip": str(attrs.public_ip),
+        "public_ipv6": None if attrs.public_ipv6 is None else str(attrs.public_ipv6),
+        "port": attrs.port(0) or None,
+        "node_id": attrs.node_id,
+        "backend_type": attrs.backend_type,
+        "udptun": attrs.is_udptun,
+        "expires_at": lease.expires_s,
+        "revision": lease.revision,
+        "value": json.loads(attrs.to_json()),
+    }

@@ -1,0 +1,137 @@
+"""`udptun status`: ask the live daemon, show what it says.
+
+The document is docs/status.md's, schema 1: keys are only ever added.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from udptun.control.document import SOCKET_NAME
+from udptun.core.errors import UdptunError
+
+_TIMEOUT_S = 5.0
+_SHOWN_SKIPPED, _SHOWN_CHARS = 100, 300
+
+Document = Mapping[str, Any]
+
+
+def show(run_dir: Path, as_json: bool) -> int:
+    """Print the status of the daemon that uses `run_dir`.  Raises UdptunError when there is none."""
+    text = fetch(run_dir)
+    sys.stdout.write(text if as_json else render(json.loads(text), time.time()))
+    return 0
+
+
+def fetch(run_dir: Path) -> str:
+    """The status document's text, from the daemon's socket.  Raises UdptunError."""
+    path = run_dir / SOCKET_NAME
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        try:
+            connection.connect(str(path))
+            connection.sendall(b"GET /status HTTP/1.1\r\nHost: udptun\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        except TimeoutError:
+            raise UdptunError(f"the daemon at {path} does not answer within {_TIMEOUT_S:.0f} s") from None
+        except OSError as exc:
+            raise UdptunError(
+                f"no udptun daemon answers at {path}: {exc.strerror or exc}; is it running, and with this --run-dir?"
+            ) from exc
+    head, _, body = answer.decode(errors="replace").partition("\r\n\r\n")
+    status_line = head.partition("\r\n")[0]
+    if " 200 " not in status_line:
+        raise UdptunError(body.strip() or f"the daemon at {path} answered {status_line!r}")
+    if not body.endswith("\n"):
+        # It ended while it answered.
+        raise UdptunError(f"the daemon at {path} answered with half a document")
+    return body
+
+
+def render(document: Document, now_s: float) -> str:
+    """The document for people.  `now_s` (Unix seconds) turns times of expiry into what is left."""
+    lease, underlay, backend, datapath = (document[key] for key in ("lease", "underlay", "backend", "datapath"))
+    port = "" if lease["port"] is None else f":{lease['port']}"
+    source_check = f", source check {backend['source_check']}" if "source_check" in backend else ""
+    lines = [
+        f"lease      {lease['subnet']} of {document['network']}, {_left(lease['expires_at'], now_s)}",
+        f"store      {document['store']}",
+        f"underlay   {underlay['interface']} {underlay['address']} mtu {underlay['mtu']}, "
+        f"public {lease['public_ip']}{port}",
+        f"backend    {backend['type']} {backend['device'] or 'no device'} mtu {backend['mtu']}{source_check} "
+        f"({backend['reason']})",
+    ]
+    if datapath is not None:
+        lines.append(
+            f"datapath   pid {datapath['pid'] or 'none'}, up {duration(datapath['uptime_s'] or 0)}, standby "
+            f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
+        )
+    firewall = document["firewall"]
+    rules = " and ".join(kind for kind in ("masquerade", "forward") if firewall[kind])
+    lines += [
+        f"firewall   {firewall['form']}: {rules}" if rules else "firewall   no rules",
+        f"daemon     pid {document['pid']}, up {duration(document['uptime_s'])}, version {document['version']}",
+        "",
+    ]
+    lines += table(
+        ["PEER SUBNET", "PUBLIC IP", "PORT", "UDPTUN", "SENT PACKETS", "BYTES", "RECEIVED PACKETS", "BYTES"],
+        [
+            [
+                peer["subnet"],
+                peer["public_ip"],
+                str(peer["port"] or "-"),
+                "yes" if peer["udptun"] else "no",
+                *(str(peer.get(key, "-")) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
+            ]
+            for peer in document["peers"]
+        ],
+    )
+    counters = document["counters"]
+    drops = [(name, n) for name, n in counters.items() if "_drop_" in name and n]
+    lines += ["", "drops      " + (", ".join(f"{name} {n}" for name, n in drops) or "none")]
+    lines += _skipped(document["skipped"])
+    lines += [f"problem    {line}" for line in document["problems"]]
+    return "\n".join(lines) + "\n"
+
+
+def _skipped(lines: list[str]) -> list[str]:
+    """How many leases are not used, and the first of them by name."""
+    if not lines:
+        return []
+    more = len(lines) - _SHOWN_SKIPPED
+    return [
+        f"skipped    {len(lines)} of the leases in the store",
+        *(f"           {line[:_SHOWN_CHARS]}" for line in lines[:_SHOWN_SKIPPED]),
+        *([f"           ... and {more} more: --json has them all"] if more > 0 else []),
+    ]
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 2) -> list[str]:
+    """Lines with columns as wide as their widest cell, the first `left` ones words, the others numbers."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def _left(expires_at: float | None, now_s: float) -> str:
+    if expires_at is None:
+        return "never expires"
+    return f"expires in {duration(expires_at - now_s)}" if expires_at > now_s else "expired"
+
+
+def duration(seconds: float) -> str:
+    """`3h02m`, `2m05s` or `7s`."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"

@@ -1,0 +1,1 @@
+"""The daemon: its stages and what it serves."""

@@ -1,0 +1,1 @@
+"""Values and rules that everything may use.  Pure, except `atomic_file`, which writes one."""

@@ -1,0 +1,48 @@
+"""flannel's nftables table through `nft`: every change replaces the whole table in one transaction."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from udptun.core.errors import FirewallError
+from udptun.firewall import tool
+from udptun.firewall.rules import TABLES, Repair, Wanted, nft_chains, nft_findings, nft_removal, nft_script
+from udptun.kernel.netlink import RulesetNotice
+
+
+class NftRules:
+    """The rules in the nftables form, for one IP version.  A `Rules` of `udptun.firewall.firewall`."""
+
+    def __init__(self, wanted: Wanted, version: int = 4) -> None:
+        self._version = version
+        self._chains = nft_chains(wanted)
+
+    async def look(self) -> Repair:
+        family, table = TABLES[self._version]
+        listed = await _list(family, table)
+        if not self._chains:
+            return Repair(nft_removal(family, table), (f"leftover table {family} {table}",)) if listed else Repair()
+        findings = nft_findings(self._version, self._chains, listed)
+        return Repair(nft_script(self._version, self._chains) if findings else "", findings, is_new=not listed)
+
+    async def apply(self, script: str) -> None:
+        await tool.run("nft", "-f", "-", script=script)
+
+    def concerns(self, notice: RulesetNotice) -> bool:
+        return notice.table == TABLES[self._version][1]
+
+
+async def _list(family: str, table: str) -> list[dict[str, Any]]:
+    """The objects of the table; none when there is no such table."""
+    try:
+        printed = await tool.run("nft", "-j", "list", "table", family, table)
+    except FirewallError as exc:
+        if "No such file or directory" in str(exc):
+            return []
+        raise
+    try:
+        listed: list[dict[str, Any]] = json.loads(printed)["nftables"]
+    except (ValueError, LookupError, TypeError) as exc:
+        raise FirewallError(f"nft does not list table {family} {table} as JSON: {printed[:80]!r}") from exc
+    return listed

@@ -1,0 +1,63 @@
+"""Run the system's firewall tools, one command at a time and never for longer than they are good for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import suppress
+
+from udptun.core.errors import FirewallError
+
+_LIMIT_S = 30.0
+"""A tool that takes longer hangs.  iptables waits for its lock (-w) while others hold it, on busy hosts for seconds."""
+
+
+async def run(command: str, *arguments: str, script: str = "") -> str:
+    """What `command` prints when it is given `script`.  Raises FirewallError unless it ends with status 0."""
+    attempt = " ".join([command, *arguments])
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
+            command,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    )
+    try:
+        # Shielded: asyncio ends a process that is half started in the way that _end says.
+        process = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        with suppress(OSError):
+            await _end(await starting)
+        raise
+    except FileNotFoundError:
+        raise FirewallError(f"`{attempt}`: {command} is not installed (or not in PATH)") from None
+    except OSError as exc:
+        raise FirewallError(f"`{attempt}`: {exc.strerror}") from exc
+    try:
+        async with asyncio.timeout(_LIMIT_S):
+            out, err = await process.communicate(script.encode())
+    except TimeoutError:
+        raise FirewallError(f"`{attempt}` has not ended after {_LIMIT_S:.0f} s and was killed") from None
+    finally:
+        await _end(process)
+    if process.returncode:
+        said = [line.strip() for line in err.decode(errors="replace").splitlines() if line.strip()]
+        raise FirewallError(
+            f"`{attempt}` ended with status {process.returncode}: {' / '.join(said[:3]) or 'no reason given'}"
+        )
+    return out.decode(errors="replace")
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill the process if it still runs.
+
+    Not by `process.kill`: that looks first whether it has ended, and takes its status away from the thread of asyncio's
+    that waits for it, which then warns in the log.
+    """
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        await process.wait()

@@ -1,0 +1,1 @@
+"""The only place that speaks to the kernel about links, addresses, routes and devices."""

@@ -1,0 +1,1 @@
+"""Our lease and everyone else's: claim, hold, follow, remember."""
