@@ -62,13 +62,13 @@ import asyncio, ipaddress, pathlib, sys
 from udptun.core.lease import LeaseAttrs, Subnets
 from udptun.core.offload import ALL, names
 from udptun.core.offload import Offload as KernelOffload
-from udptun.stores.base import Choice
+from udptun.stores.base import SubnetChoice
 from udptun.stores.local import LocalStore
 
 async def claim():
     store = LocalStore(pathlib.Path(sys.argv[1]), pathlib.Path("/net-conf.json"))
     subnets = Subnets(ipaddress.IPv4Network(sys.argv[3]))
-    await store.claim(LeaseAttrs.from_json(sys.argv[2]), lambda leases: Choice(subnets))
+    await store.claim(LeaseAttrs.from_json(sys.argv[2]), lambda leases: SubnetChoice(subnets))
     await store.aclose()
 
 asyncio.run(claim())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
-from udptun.stores.base import Choice, Store, WatchBatch
+from udptun.stores.base import Store, SubnetChoice, WatchBatch
 from udptun.stores.file import FileStore
 from udptun.stores.local import LocalStore
 
@@ -37,13 +37,13 @@ def host(number: int, port: int = 8285) -> LeaseAttrs:
     )
 
 
-def first_free(leases: Sequence[Lease]) -> Choice:
+def first_free(leases: Sequence[Lease]) -> SubnetChoice:
     taken = {lease.key for lease in leases}
-    return Choice(next(subnets for subnets in SUBNETS if subnets.key not in taken))
+    return SubnetChoice(next(subnets for subnets in SUBNETS if subnets.key not in taken))
 
 
-def exactly(number: int, *drop: str) -> Callable[[Sequence[Lease]], Choice]:
-    return lambda leases: Choice(SUBNETS[number], drop)
+def exactly(number: int, *drop: str) -> Callable[[Sequence[Lease]], SubnetChoice]:
+    return lambda leases: SubnetChoice(SUBNETS[number], drop)
 
 
 class Can(Enum):

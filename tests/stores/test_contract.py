@@ -25,7 +25,7 @@ from store_harness import (
 
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, SubnetExhaustedError
 from udptun.core.lease import EventType, Lease, LeaseAttrs
-from udptun.stores.base import Choice
+from udptun.stores.base import SubnetChoice
 
 Make = Callable[[Path], Harness]
 
@@ -324,7 +324,7 @@ def test_a_claim_deletes_what_the_choice_drops(make: Make, tmp_path: Path) -> No
 def test_a_claim_changes_nothing_when_the_chooser_finds_no_subnet(make: Make, tmp_path: Path) -> None:
     harness = make(tmp_path)
 
-    def none_left(leases: object) -> Choice:
+    def none_left(leases: object) -> SubnetChoice:
         raise SubnetExhaustedError("out of subnets")
 
     async def main() -> None:
@@ -438,7 +438,7 @@ def test_an_expired_lease_is_lost_and_its_subnet_free(make: Make, tmp_path: Path
         with pytest.raises(LeaseLostError):
             await store.renew(old)
         assert (await store.snapshot()).leases == ()
-        assert (await store.claim(host(2), lambda leases: Choice(SUBNETS[len(leases)]))).subnets == SUBNETS[0]
+        assert (await store.claim(host(2), lambda leases: SubnetChoice(SUBNETS[len(leases)]))).subnets == SUBNETS[0]
         await store.aclose()
 
     asyncio.run(main())

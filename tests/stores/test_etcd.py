@@ -19,7 +19,7 @@ from store_harness import SUBNETS, exactly, first_free, host, watching
 
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError, UdptunError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
-from udptun.stores.base import Choice, Store
+from udptun.stores.base import Store, SubnetChoice
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd import store as etcd
 
@@ -110,7 +110,7 @@ def test_a_dual_stack_lease_has_both_prefixes_in_its_key(harness: EtcdHarness) -
     subnets = Subnets.from_key("10.244.11.0-24&fd00:244:0:f::-64")
 
     async def main(store: etcd.EtcdStore) -> None:
-        await store.claim(host(1), lambda leases: Choice(subnets))
+        await store.claim(host(1), lambda leases: SubnetChoice(subnets))
         assert [lease.subnets for lease in (await store.snapshot()).leases] == [subnets]
 
     on_store(harness, main)
@@ -246,7 +246,7 @@ def test_a_lost_race_is_run_again_on_what_is_there_then(harness: EtcdHarness) ->
     before = etcd_leases(harness)
     seen: list[list[str]] = []
 
-    def choose(leases: Sequence[Lease]) -> Choice:
+    def choose(leases: Sequence[Lease]) -> SubnetChoice:
         seen.append([lease.key for lease in leases])
         choice = first_free(leases)
         if len(seen) <= 3:
@@ -266,7 +266,7 @@ def test_ten_lost_races_are_one_clear_error_and_nothing_is_left_of_them(harness:
     before = etcd_leases(harness)
     turns: list[int] = []
 
-    def choose(leases: Sequence[Lease]) -> Choice:
+    def choose(leases: Sequence[Lease]) -> SubnetChoice:
         turns.append(len(leases))
         choice = first_free(leases)
         harness.etcdctl("put", harness.key(choice.subnets.key), host(99).to_json())

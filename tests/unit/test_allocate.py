@@ -16,7 +16,7 @@ from udptun.config.net_conf import NetConf, parse_net_conf
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.membership.allocate import CANDIDATES, Identity, chooser
-from udptun.stores.base import Choice
+from udptun.stores.base import SubnetChoice
 
 ME = Identity(IPv4Address("192.0.2.1"), 8285, "me")
 DUAL = '"EnableIPv6":true,"IPv6Network":"fc00::/48"'
@@ -37,13 +37,13 @@ def lease(ipv4: str, public_ip: str, ipv6: str | None = None, **data: Json) -> L
 
 def choose(
     config: NetConf, leases: Iterable[Lease], previous: Subnets | None = None, me: Identity = ME, seed: int = 1
-) -> Choice:
+) -> SubnetChoice:
     return chooser(config, me, previous, random.Random(seed))(list(leases))
 
 
 def test_choice_is_the_own_lease_when_it_fits() -> None:
     leases = [lease("10.244.3.0/24", "192.0.2.9"), lease("10.244.7.0/24", "192.0.2.1")]
-    assert choose(conf(), leases, previous=subnets("10.244.9.0/24")) == Choice(subnets("10.244.7.0/24"))
+    assert choose(conf(), leases, previous=subnets("10.244.9.0/24")) == SubnetChoice(subnets("10.244.7.0/24"))
 
 
 def test_own_lease_is_known_by_public_ip_and_port() -> None:
@@ -51,7 +51,7 @@ def test_own_lease_is_known_by_public_ip_and_port() -> None:
         lease("10.244.3.0/24", "192.0.2.1", Port=9000, NodeID="other"),
         lease("10.244.7.0/24", "192.0.2.1", Port=8285, NodeID="me"),
     ]
-    assert choose(conf(), leases) == Choice(subnets("10.244.7.0/24"))
+    assert choose(conf(), leases) == SubnetChoice(subnets("10.244.7.0/24"))
 
 
 def test_own_lease_without_a_port_has_the_configured_one() -> None:
@@ -68,7 +68,7 @@ def test_a_backend_without_a_port_owns_every_lease_of_its_public_ip() -> None:
 
 def test_own_lease_is_reused_when_the_node_id_was_lost() -> None:
     leases = [lease("10.244.7.0/24", "192.0.2.1", Port=8285, NodeID="before the disk was replaced")]
-    assert choose(conf(), leases) == Choice(subnets("10.244.7.0/24"))
+    assert choose(conf(), leases) == SubnetChoice(subnets("10.244.7.0/24"))
 
 
 @pytest.mark.parametrize(
@@ -83,21 +83,21 @@ def test_own_lease_is_dropped_when_the_configuration_no_longer_has_it(own: str) 
 
 def test_first_fitting_own_lease_in_key_order_is_kept_and_the_others_dropped() -> None:
     leases = [lease(f"10.244.{n}.0/{length}", "192.0.2.1") for n, length in ((9, 24), (5, 24), (4, 25), (7, 24))]
-    assert choose(conf(), leases) == Choice(
+    assert choose(conf(), leases) == SubnetChoice(
         subnets("10.244.5.0/24"), ("10.244.4.0-25", "10.244.7.0-24", "10.244.9.0-24")
     )
 
 
 def test_ground_of_a_dropped_own_lease_is_free_again() -> None:
     config = conf('"SubnetMin":"10.244.5.0","SubnetMax":"10.244.5.0"')
-    assert choose(config, [lease("10.244.5.128/25", "192.0.2.1")]) == Choice(
+    assert choose(config, [lease("10.244.5.128/25", "192.0.2.1")]) == SubnetChoice(
         subnets("10.244.5.0/24"), ("10.244.5.128-25",)
     )
 
 
 def test_previous_subnet_is_taken_again_when_it_is_free() -> None:
     others = [lease(f"10.244.{n}.0/24", f"192.0.2.{n}") for n in range(2, 200)]
-    assert choose(conf(), others, subnets("10.244.222.0/24")) == Choice(subnets("10.244.222.0/24"))
+    assert choose(conf(), others, subnets("10.244.222.0/24")) == SubnetChoice(subnets("10.244.222.0/24"))
 
 
 @pytest.mark.parametrize("held", ["10.244.222.0/24", "10.244.222.64/26", "10.244.208.0/20"], ids=lambda held: held)
@@ -117,7 +117,7 @@ def test_previous_subnet_is_ignored_when_the_configuration_no_longer_has_it(had:
 
 def test_a_host_that_moved_keeps_the_subnet_that_its_node_id_and_subnet_env_both_name() -> None:
     held = lease("10.244.7.0/24", "192.0.2.99", Port=8285, NodeID="me")
-    assert choose(conf(), [held], subnets("10.244.7.0/24")) == Choice(subnets("10.244.7.0/24"))
+    assert choose(conf(), [held], subnets("10.244.7.0/24")) == SubnetChoice(subnets("10.244.7.0/24"))
 
 
 def test_a_node_id_alone_takes_no_lease_because_a_cloned_disk_has_it_too() -> None:
@@ -184,13 +184,13 @@ def test_own_lease_keeps_its_ipv4_part_when_ipv6_is_switched_on() -> None:
 
 def test_own_lease_is_dropped_when_ipv6_is_switched_off() -> None:
     own = lease("10.244.7.0/24", "192.0.2.1", "fc00:0:0:5::/64")
-    assert choose(conf(), [own], own.subnets) == Choice(subnets("10.244.7.0/24"), (own.key,))
+    assert choose(conf(), [own], own.subnets) == SubnetChoice(subnets("10.244.7.0/24"), (own.key,))
 
 
 def test_dual_stack_lease_and_previous_subnets_are_taken_again() -> None:
     own = lease("10.244.7.0/24", "192.0.2.1", "fc00:0:0:5::/64")
-    assert choose(conf(DUAL), [own]) == Choice(own.subnets)
-    assert choose(conf(DUAL), [], own.subnets) == Choice(own.subnets)
+    assert choose(conf(DUAL), [own]) == SubnetChoice(own.subnets)
+    assert choose(conf(DUAL), [], own.subnets) == SubnetChoice(own.subnets)
 
 
 def test_exhaustion_of_ipv6_alone_names_the_ipv6_range() -> None:
@@ -249,7 +249,7 @@ def test_of_several_leases_with_our_address_the_one_that_we_wrote_and_used_is_ke
     others = lease("10.244.3.0/24", "192.0.2.1", NodeID="me")
     used = lease("10.244.7.0/24", "192.0.2.1", NodeID="me")
     leases = [strangers, others, used]
-    assert choose(conf(), leases, used.subnets) == Choice(used.subnets, (others.key, strangers.key))
+    assert choose(conf(), leases, used.subnets) == SubnetChoice(used.subnets, (others.key, strangers.key))
     assert choose(conf(), leases[:2]).subnets == others.subnets
     assert choose(conf(), leases[:1]).subnets == strangers.subnets
 
@@ -263,6 +263,6 @@ def test_a_lease_without_a_port_is_not_ours_when_only_this_host_has_another_one(
         lease("10.244.8.0/24", "192.0.2.1", Port=9001, NodeID="me"),
         lease("10.244.9.0/24", "192.0.2.1", Port=9002, NodeID="other"),
     ]
-    assert choose(conf(), leases, me=mine) == Choice(leases[1].subnets)
-    assert choose(conf(), leases, me=others) == Choice(leases[2].subnets)
+    assert choose(conf(), leases, me=mine) == SubnetChoice(leases[1].subnets)
+    assert choose(conf(), leases, me=others) == SubnetChoice(leases[2].subnets)
     assert choose(conf(), leases).subnets == flannels.subnets

@@ -17,7 +17,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from udptun.config.net_conf import NetConf
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Lease, Subnets
-from udptun.stores.base import Choice, Chooser
+from udptun.stores.base import Chooser, SubnetChoice
 
 CANDIDATES = 100
 """How many free subnets, ascending, the random choice is among."""
@@ -56,7 +56,7 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         moved = lease.attrs.node_id == me.node_id and lease.subnets == previous
         return moved or me.owns(lease)
 
-    def choose(leases: Sequence[Lease]) -> Choice:
+    def choose(leases: Sequence[Lease]) -> SubnetChoice:
         # Ours by address before ours by node id; of several the one that we wrote and have used, which pods are in;
         # then in key order as flannel.
         ours = sorted(
@@ -66,9 +66,9 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         kept = next((lease.subnets for lease in ours if fits(lease.subnets, conf)), None)
         drop = tuple(lease.key for lease in ours if lease.subnets != kept)
         if kept is not None:
-            return Choice(kept, drop)
+            return SubnetChoice(kept, drop)
         others = [lease.subnets for lease in leases if not is_ours(lease)]
-        return Choice(Subnets(_ipv4(conf, others, previous, rng), _ipv6(conf, others, previous, rng)), drop)
+        return SubnetChoice(Subnets(_ipv4(conf, others, previous, rng), _ipv6(conf, others, previous, rng)), drop)
 
     return choose
 

@@ -46,7 +46,7 @@ from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseTab
 from udptun.membership import state
 from udptun.membership.allocate import Identity
 from udptun.membership.state import LastLeases
-from udptun.stores.base import Choice, Chooser, Snapshot, Store, WatchBatch
+from udptun.stores.base import Chooser, Snapshot, Store, SubnetChoice, WatchBatch
 
 log = logging.getLogger(__name__)
 
@@ -327,7 +327,7 @@ class Membership:
         seen: list[Lease] = []
         dropped: list[str] = []
 
-        def choose_and_remember(leases: Sequence[Lease]) -> Choice:
+        def choose_and_remember(leases: Sequence[Lease]) -> SubnetChoice:
             # Asked again, as after a lost race: the last answer counts.
             choice = choose(leases)
             seen[:], dropped[:] = leases, choice.drop
@@ -730,7 +730,7 @@ class Membership:
             self._remedy(taker),
         )
 
-    def _same_subnet_again(self, leases: Sequence[Lease]) -> Choice:
+    def _same_subnet_again(self, leases: Sequence[Lease]) -> SubnetChoice:
         for lease in leases:
             if not lease.subnet.overlaps(self.own.subnet) or self._is_ours(lease):
                 continue
@@ -746,7 +746,7 @@ class Membership:
                 f"{self.own.subnet} is leased to {writer.public_ip} (node {writer.node_id or 'without id'}) now; "
                 "restart to lease another subnet"
             )
-        return Choice(self.own.subnets)
+        return SubnetChoice(self.own.subnets)
 
     # ---------------------------------------------------------------------------------------- the last table
 

@@ -48,14 +48,14 @@ class WatchBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SubnetChoice:
     """What a claim shall do: take `subnets`, after deleting the keys in `drop` (own, unfit leases)."""
 
     subnets: Subnets
     drop: tuple[str, ...] = ()
 
 
-Chooser = Callable[[Sequence[Lease]], Choice]
+Chooser = Callable[[Sequence[Lease]], SubnetChoice]
 """Given every lease, decide what to claim.  Pure: a store may call it on another thread, and
 again when it lost a race.
 
