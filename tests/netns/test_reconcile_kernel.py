@@ -29,7 +29,7 @@ from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import ROUTE_PROTOCOL
 from udptun.core.offload import ALL
-from udptun.kernel import netlink
+from udptun.kernel import netlink, notices
 from udptun.kernel.reconcile.reconciler import Outcome, Reconciler, remove
 from udptun.kernel.tun import VNET_HDR_LEN, Tun, open_queues
 from udptun.kernel.underlay import Underlay
@@ -353,7 +353,7 @@ def test_a_failed_repair_is_tried_again_by_itself(running: Running, monkeypatch:
 def test_damage_is_repaired_although_no_notice_socket_could_be_had_at_first(
     ns: Namespace, tun: Tun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = netlink._notice_socket
+    real = notices._open
     attempts = []
 
     def refuse_once(protocol: int, groups: int) -> socket.socket:
@@ -362,7 +362,7 @@ def test_damage_is_repaired_although_no_notice_socket_could_be_had_at_first(
             raise KernelError("cannot listen for netlink notices", 24)
         return real(protocol, groups)
 
-    monkeypatch.setattr(netlink, "_notice_socket", refuse_once)
+    monkeypatch.setattr(notices, "_open", refuse_once)
     with ExitStack() as stack:
         running = Running(ns, tun, stack)
         assert "cannot listen for netlink notices: EMFILE" in caplog.text

@@ -20,7 +20,7 @@ from udptun.core.network_state import IPNetwork
 from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, programs
 from udptun.firewall.nft import NftRules
 from udptun.firewall.rules import Repair, Wanted, forward, masquerade
-from udptun.kernel.netlink import RulesetNotice, watch_ruleset
+from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
 
 log = logging.getLogger(__name__)
 

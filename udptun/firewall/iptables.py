@@ -15,7 +15,7 @@ from udptun.core.errors import FirewallError
 from udptun.core.network_state import IPNetwork
 from udptun.firewall import tool
 from udptun.firewall.rules import Chain, Repair, Wanted, iptables_chains, iptables_leftovers, iptables_repair
-from udptun.kernel.netlink import RulesetNotice
+from udptun.firewall.ruleset_notices import RulesetNotice
 
 _LEGACY_TABLES = Path("/proc/net/ip_tables_names")
 _NFPROTO_IPV4 = 2

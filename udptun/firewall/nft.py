@@ -8,7 +8,7 @@ from typing import Any
 from udptun.core.errors import FirewallError
 from udptun.firewall import tool
 from udptun.firewall.rules import TABLES, Repair, Wanted, nft_chains, nft_findings, nft_removal, nft_script
-from udptun.kernel.netlink import RulesetNotice
+from udptun.firewall.ruleset_notices import RulesetNotice
 
 
 class NftRules:

@@ -1,4 +1,4 @@
-"""The kernel's links, addresses, routes and neighbours: every call of pyroute2, and the socket that reports changes.
+"""The kernel's links, addresses, routes and neighbours: every call of pyroute2.
 
 A `Netlink` is one short conversation: open it, look, change, close it.  Opening costs 0.15 ms; keeping one is
 what hurts: after its receive buffer has overflowed once, pyroute2 answers a dump with nothing at all, and no
@@ -6,9 +6,6 @@ error.  For the same reason its empty dump is believed only when a second socket
 
 Links and addresses, few and with many properties, are pyroute2's.  Routes, neighbours and fdb entries, of which there
 are some for each peer, go through a socket of our own in batches (`change`); rtnetlink.py knows their form.
-
-`watch` says *that* something changed, never what; whoever listens looks again.  The kernel sends no notice for
-the routes it removes together with a link or an address: a listener for routes needs the other kinds as well.
 
 IPv4 for now; whatever differs by family takes it as a parameter.
 """
@@ -18,11 +15,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import struct
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from enum import Enum
 from ipaddress import IPv4Address, ip_address
 from typing import Any
 
@@ -47,24 +41,9 @@ from udptun.kernel import rtnetlink
 from udptun.kernel.rtnetlink import Request
 
 _NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR = 16, 17, 20, 21
 _RTM_GETADDR = 22
-_RTMGRP_LINK, _RTMGRP_NEIGH, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV4_ROUTE = 0x1, 0x4, 0x10, 0x40
 # include/uapi/linux/netlink.h
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
-
-# linux/netlink.h, linux/netfilter/nfnetlink.h and nf_tables.h.
-_NETLINK_NETFILTER = 12
-_NFNLGRP_NFTABLES = 7
-_NFNL_SUBSYS_NFTABLES = 10
-_NFTA_TABLE = 1
-"""The table's name, in messages about tables, chains and rules alike."""
-_NFT_CHAIN_ATTRIBUTE = {
-    _NFNL_SUBSYS_NFTABLES << 8 | message: attribute
-    # NFT_MSG_NEWTABLE, DELTABLE; NEWCHAIN, DELCHAIN with NFTA_CHAIN_NAME; NEWRULE, DELRULE with NFTA_RULE_CHAIN.
-    for message, attribute in ((0, 0), (2, 0), (3, 3), (5, 3), (6, 2), (8, 2))
-}
-"""The messages that `_ruleset_notices` heeds, and the attribute that holds the chain's name in each (0: none does)."""
 
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
@@ -77,8 +56,6 @@ _BATCH = 100
 """Requests sent at once: their answers, 0.8 KiB of the receive buffer each, fit into the kernel's default for it."""
 _READ_LEN = 1 << 18
 """Room for one datagram of a dump, bytes; the kernel makes them 32 KiB at most."""
-_WATCH_BUFFER = 1 << 20
-"""Receive buffer of the notice socket, bytes: some thousand notices."""
 
 
 class Netlink:
@@ -411,147 +388,3 @@ def _address_arguments(address: Address) -> dict[str, object]:
         "address": str(address.peer or address.ip),
         "prefixlen": address.prefixlen,
     }
-
-
-class NoticeKind(Enum):
-    LINK = "link"
-    ADDRESS = "address"
-    ROUTE = "route"
-    NEIGHBOUR = "neighbour"
-    """An fdb entry too."""
-    OVERFLOW = "overflow"
-    """The kernel had more to say than the buffer holds: anything may have changed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something of this kind changed.
-
-    A route's owner and prefix length tell whether it can matter, and so does a neighbour's link.
-    """
-
-    kind: NoticeKind
-    protocol: int = 0
-    prefixlen: int = 0
-    link_index: int = 0
-
-
-async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice], None]:
-    """Notices as they come, those that arrive together as one set.  Never ends by itself.
-
-    The first item is an OVERFLOW, sent once the socket listens: whatever happened before then was not seen.
-    `neighbours`: report those too; a host's own come and go all the time.
-    A socket that fails is opened anew, with an OVERFLOW.  Raises KernelError when none can be opened.
-    """
-    groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV4_ROUTE | (_RTMGRP_NEIGH if neighbours else 0)
-    async with aclosing(_messages(socket.NETLINK_ROUTE, groups)) as messages:
-        async for data in messages:
-            yield frozenset({Notice(NoticeKind.OVERFLOW)} if data is None else _notices(data))
-
-
-@dataclass(frozen=True, slots=True)
-class RulesetNotice:
-    """Something changed in this table of nftables, where iptables-nft keeps its rules too; None: the whole table.
-
-    `family` is NFPROTO_IPV4 (2) and the like.
-    """
-
-    family: int
-    table: str
-    chain: str | None
-
-
-async def watch_ruleset() -> AsyncGenerator[frozenset[RulesetNotice] | None, None]:
-    """As `watch`, for the packet filter's rules; None where `watch` has an OVERFLOW.
-
-    Of legacy iptables the kernel tells nothing.
-    """
-    async with aclosing(_messages(_NETLINK_NETFILTER, 1 << (_NFNLGRP_NFTABLES - 1))) as messages:
-        async for data in messages:
-            yield None if data is None else _ruleset_notices(data)
-
-
-async def _messages(protocol: int, groups: int) -> AsyncGenerator[bytes | None, None]:
-    """What the kernel sends to these groups; None first, and whenever something was lost."""
-    loop = asyncio.get_running_loop()
-    while True:
-        with _notice_socket(protocol, groups) as listener:
-            yield None
-            while True:
-                try:
-                    data = await loop.sock_recv(listener, 1 << 16)
-                except OSError as exc:
-                    if exc.errno != errno.ENOBUFS:
-                        break
-                    _drain(listener)
-                    yield None
-                    continue
-                yield data
-
-
-def _notice_socket(protocol: int, groups: int) -> socket.socket:
-    try:
-        listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-    except OSError as exc:
-        raise KernelError("cannot listen for netlink notices", exc.errno or 0) from exc
-    try:
-        listener.setblocking(False)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _WATCH_BUFFER)
-        listener.bind((0, groups))
-    except OSError as exc:
-        listener.close()
-        raise KernelError("cannot listen for netlink notices", exc.errno or 0) from exc
-    return listener
-
-
-def _drain(listener: socket.socket) -> None:
-    """Throw away what is queued.
-
-    The kernel tells of an overflow once and then drops in silence until the queue is empty (NETLINK_S_CONGESTED
-    in net/netlink/af_netlink.c).  Whoever looks before that may miss the change that comes next.
-    """
-    while True:
-        try:
-            listener.recv(1 << 16)
-        except BlockingIOError:
-            return
-        except OSError as exc:
-            if exc.errno != errno.ENOBUFS:
-                return
-
-
-def _notices(data: bytes) -> set[Notice]:
-    """Decode the fixed part of each message; attributes are not needed."""
-    notices: set[Notice] = set()
-    offset = 0
-    while offset + rtnetlink.HEADER.size <= len(data):
-        length, kind, *_ = rtnetlink.HEADER.unpack_from(data, offset)
-        body = offset + rtnetlink.HEADER.size
-        if length < rtnetlink.HEADER.size or offset + length > len(data):
-            # Cut off: what the rest said is lost.
-            notices.add(Notice(NoticeKind.OVERFLOW))
-            break
-        if kind in (_RTM_NEWLINK, _RTM_DELLINK):
-            notices.add(Notice(NoticeKind.LINK))
-        elif kind in (_RTM_NEWADDR, _RTM_DELADDR):
-            notices.add(Notice(NoticeKind.ADDRESS))
-        elif kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
-            # struct rtmsg: family, dst_len, src_len, tos, table, protocol, …
-            notices.add(Notice(NoticeKind.ROUTE, protocol=data[body + 5], prefixlen=data[body + 1]))
-        elif kind in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH):
-            # struct ndmsg: family, three of padding, ifindex, …
-            notices.add(Notice(NoticeKind.NEIGHBOUR, link_index=struct.unpack_from("=i", data, body + 4)[0]))
-        offset += (length + 3) & ~3
-    return notices
-
-
-def _ruleset_notices(data: bytes) -> frozenset[RulesetNotice]:
-    notices: set[RulesetNotice] = set()
-    for kind, _flags, _sequence, body in rtnetlink.messages(data):
-        if kind in _NFT_CHAIN_ATTRIBUTE:
-            # struct nfgenmsg: family, version, two of res_id.
-            names = {number: value.rstrip(b"\0") for number, value in rtnetlink.attributes(body, 4)}
-            chain = names.get(_NFT_CHAIN_ATTRIBUTE[kind])
-            table = names.get(_NFTA_TABLE, b"").decode(errors="replace")
-            notices.add(RulesetNotice(body[0], table, None if chain is None else chain.decode(errors="replace")))
-    return frozenset(notices)

@@ -8,7 +8,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 
 from udptun.core.errors import KernelError, UdptunError
-from udptun.kernel.netlink import Netlink, NoticeKind, watch
+from udptun.kernel.netlink import Netlink
+from udptun.kernel.notices import NoticeKind, watch
 from udptun.kernel.underlay import Underlay, Wish, pick, refresh
 
 log = logging.getLogger(__name__)

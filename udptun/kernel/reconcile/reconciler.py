@@ -41,7 +41,8 @@ from udptun.core.network_state import (
     Vxlan,
 )
 from udptun.kernel import rtnetlink
-from udptun.kernel.netlink import Netlink, Notice, NoticeKind, watch
+from udptun.kernel.netlink import Netlink
+from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.rtnetlink import Request
 
 log = logging.getLogger(__name__)
