@@ -1,13 +1,10 @@
 """Bars of a result: one row a figure, one column a mode, one bar a path, with a whisker from the least to the greatest.
 
-Drawn as a list of shapes first; SVG is written from that by hand, PNG through matplotlib where it is installed.  Pure.
+A plot is a list of shapes first; `svg` writes them as a file.  Pure.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +26,8 @@ _INK, _OURS, _OTHERS = "#1f2933", "#0b6fb8", "#9fb0bf"
 # Pixels.
 _LABEL, _PANEL, _VALUE, _GAP, _MARGIN = 112, 170, 56, 18, 16
 _BAR, _PITCH, _TITLE, _ROW_GAP = 12, 18, 22, 16
+_NORMAL, _SMALL = 12, 11
+"""Sizes of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Text:
     y: float
     text: str
     anchor: str = "start"
-    size: int = 12
+    size: int = _NORMAL
     is_bold: bool = False
 
 
@@ -63,16 +62,11 @@ class Drawing:
     shapes: tuple[Box | Text, ...]
 
 
-def files(document: Mapping[str, Any]) -> dict[str, str | bytes]:
-    """Every plot there is something for: end of the file's name -> content, SVG and, with matplotlib, PNG."""
+def files(document: Mapping[str, Any]) -> dict[str, str]:
+    """Every plot that the document has figures for: the end of its file's name -> SVG."""
     runs = Runs(document["runs"])
-    contents: dict[str, str | bytes] = {}
-    for suffix, rows in PLOTS.items():
-        if (drawing := draw(runs, rows)) is not None:
-            contents[f"{suffix}.svg"] = svg(drawing)
-            if has_matplotlib():
-                contents[f"{suffix}.png"] = png(drawing)
-    return contents
+    drawings = {f"{suffix}.svg": draw(runs, rows) for suffix, rows in PLOTS.items()}
+    return {suffix: svg(drawing) for suffix, drawing in drawings.items() if drawing is not None}
 
 
 def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
@@ -127,62 +121,27 @@ def _bar(spread: Spread, path: str, form: str, left: float, y: float, most: floa
         Box(left, y, x(spread.median) - left, _BAR, colour),
         Box(x(spread.low), middle - 0.75, max(x(spread.high) - x(spread.low), 0.5), 1.5, _INK),
         *(Box(x(end) - 0.5, middle - 3, 1, 6, _INK) for end in (spread.low, spread.high)),
-        Text(x(spread.high) + 5, y + 10, f"{spread.median:{form}}", size=11),
+        Text(x(spread.high) + 5, y + 10, f"{spread.median:{form}}", size=_SMALL),
     ]
 
 
 def svg(drawing: Drawing) -> str:
-    """As a file of its own."""
+    """As a file of its own.  The group names what most shapes share, so that each shape names only what differs."""
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{drawing.width:g}" height="{drawing.height:g}" '
-        f'viewBox="0 0 {drawing.width:g} {drawing.height:g}" font-family="DejaVu Sans, Verdana, sans-serif">',
+        f'viewBox="0 0 {drawing.width:g} {drawing.height:g}">',
         '<rect width="100%" height="100%" fill="white"/>',
+        f'<g fill="{_INK}" font-family="DejaVu Sans, Verdana, sans-serif" font-size="{_SMALL}">',
     ]
     for shape in drawing.shapes:
         if isinstance(shape, Box):
+            fill = f' fill="{shape.colour}"' * (shape.colour != _INK)
             lines.append(
-                f'<rect x="{shape.x:g}" y="{shape.y:g}" width="{shape.width:g}" height="{shape.height:g}" '
-                f'fill="{shape.colour}"/>'
+                f'<rect x="{shape.x:g}" y="{shape.y:g}" width="{shape.width:g}" height="{shape.height:g}"{fill}/>'
             )
         else:
+            size = f' font-size="{shape.size}"' * (shape.size != _SMALL)
+            anchor = f' text-anchor="{shape.anchor}"' * (shape.anchor != "start")
             weight = ' font-weight="bold"' * shape.is_bold
-            lines.append(
-                f'<text x="{shape.x:g}" y="{shape.y:g}" font-size="{shape.size}" text-anchor="{shape.anchor}" '
-                f'fill="{_INK}"{weight}>{escape(shape.text)}</text>'
-            )
-    return "\n".join([*lines, "</svg>", ""])
-
-
-def has_matplotlib() -> bool:
-    """Whether `png` can work."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
-def png(drawing: Drawing) -> bytes:
-    """The same picture at twice the size, by matplotlib."""
-    # Imported by name: it is optional, and type checkers need not have it.
-    figure_module, patches = importlib.import_module("matplotlib.figure"), importlib.import_module("matplotlib.patches")
-    dots_per_inch = 100
-    figure = figure_module.Figure((drawing.width / dots_per_inch, drawing.height / dots_per_inch), facecolor="white")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, drawing.width), ylim=(drawing.height, 0))
-    axes.axis("off")
-    for shape in drawing.shapes:
-        if isinstance(shape, Box):
-            axes.add_patch(
-                patches.Rectangle((shape.x, shape.y), shape.width, shape.height, facecolor=shape.colour, linewidth=0)
-            )
-        else:
-            axes.text(
-                shape.x,
-                shape.y,
-                shape.text,
-                fontsize=shape.size * 72 / dots_per_inch,
-                ha="right" if shape.anchor == "end" else "left",
-                va="baseline",
-                color=_INK,
-                weight="bold" if shape.is_bold else "normal",
-            )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=2 * dots_per_inch)
-    return buffer.getvalue()
+            lines.append(f'<text x="{shape.x:g}" y="{shape.y:g}"{size}{anchor}{weight}>{escape(shape.text)}</text>')
+    return "\n".join([*lines, "</g>", "</svg>", ""])

@@ -43,10 +43,7 @@ _RATIOS = [
 
 
 def write(file: Path) -> list[Path]:
-    """Write Markdown and plots beside the result `file`, with its name; return what was written.
-
-    PNG needs matplotlib.  Raises BenchError.
-    """
+    """Write Markdown and plots beside the result `file`, with its name; return what was written.  Raises BenchError."""
     document = results.load(file)
     return results.write_beside(file, {".md": markdown(document), **plot.files(document)})
 
@@ -107,9 +104,7 @@ def _goals(verdicts: Sequence[Verdict]) -> list[str]:
         word = "met" if verdict.is_met else "**missed**"
         return f"{sign} {verdict.goal.limits[verdict.mode]:g}: {_ratio(verdict.ratio)} {word}"
 
-    rows = [
-        [f"{goal.title} vs {goal.base}", *(cell(by_cell.get((goal, mode))) for mode in modes)] for goal in goals
-    ]
+    rows = [[f"{goal.title} vs {goal.base}", *(cell(by_cell.get((goal, mode))) for mode in modes)] for goal in goals]
     return _markdown_table(["", *(f"mode {mode}" for mode in modes)], rows)
 
 
@@ -168,5 +163,3 @@ def _ratio(spread: Spread | None) -> str:
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---", *("---:" for _ in head[1:])]
     return [f"| {' | '.join(row)} |" for row in [head, rule, *rows]]
-
-

@@ -27,22 +27,22 @@ def load(file: Path) -> Mapping[str, Any]:
 
 def save(document: Mapping[str, Any], file: Path) -> None:
     """Write `document`; `file` is whole at every moment.  Raises BenchError."""
-    _write(file, (json.dumps(document, indent=1) + "\n").encode())
+    _write(file, json.dumps(document, indent=1) + "\n")
 
 
-def write_beside(file: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
+def write_beside(file: Path, contents: Mapping[str, str]) -> list[Path]:
     """Write files with the name of `file` but for its suffix: "-rtt.svg" -> content.  Raises BenchError."""
     written = []
     for suffix, content in contents.items():
         written.append(file.with_name(file.stem + suffix))
-        _write(written[-1], content.encode() if isinstance(content, str) else content)
+        _write(written[-1], content)
     return written
 
 
-def _write(file: Path, content: bytes) -> None:
+def _write(file: Path, content: str) -> None:
     beside = file.with_name(file.name + ".new")
     try:
-        beside.write_bytes(content)
+        beside.write_text(content)
         beside.replace(file)
     except OSError as exc:
         raise BenchError(f"cannot write {file}: {exc.strerror}; name another file") from exc

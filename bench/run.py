@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path as File
 from typing import Any
 
-from bench import machine, plot, report, results
+from bench import machine, report, results
 from bench.compiler import missing_compiler
 from bench.cpu import Usage
 from bench.errors import BenchError
@@ -119,8 +119,6 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
     if file is not None:
         written = report.write(file)
         screen.step(f"written: {', '.join(map(str, [file, *written]))}")
-        if not plot.has_matplotlib():
-            screen.step("no PNG: matplotlib is not installed")
     if failed := sum(one["error"] is not None for one in document["runs"]):
         raise BenchError(f"{failed} of {len(document['runs'])} runs failed; the report names them")
 
@@ -175,9 +173,7 @@ def _runs(screen: Screen, tools: Bench, steps: Sequence[Step], paths: Sequence[P
         yield _run(screen, tools, step, path, RUN[LEASES_OF.get(step.workload, step.workload)])
 
 
-def _run(
-    screen: Screen, tools: Bench, step: Step, path: Path, act: Callable[[Bench, Path], Result]
-) -> dict[str, Any]:
+def _run(screen: Screen, tools: Bench, step: Step, path: Path, act: Callable[[Bench, Path], Result]) -> dict[str, Any]:
     """One run as the result file has it.  One that fails is kept, with the reason; the others go on."""
     record = {"round": step.round, "mode": step.mode, "workload": step.workload, "path": step.path}
     try:

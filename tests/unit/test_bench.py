@@ -345,8 +345,7 @@ def test_report_names_runs_that_failed() -> None:
     assert "* failed: round 1, mode A, tcp_1, naive loop: it broke" in report.markdown(document(failed)).splitlines()
 
 
-def test_report_is_written_beside_the_result(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "has_matplotlib", lambda: False)
+def test_report_is_written_beside_the_result(tmp_path: File) -> None:
     results.save(three_rounds(), tmp_path / "run.json")
     written = report.write(tmp_path / "run.json")
     assert [file.name for file in written] == ["run.md", "run-tcp.svg", "run-cpu.svg"]
@@ -400,13 +399,6 @@ def test_plot_escapes_what_xml_would_misread() -> None:
 
 def test_plot_of_nothing_is_none() -> None:
     assert plot.draw(Runs([]), [("tcp_1", "gbit_per_s")]) is None
-
-
-def test_png_has_the_drawing_at_twice_the_size() -> None:
-    pytest.importorskip("matplotlib")
-    data = plot.png(plot.Drawing(300, 100, (plot.Box(0, 0, 50, 50, "#000000"), plot.Text(10, 80, "x"))))
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (600, 200)
 
 
 # --- helpers that run elsewhere
