@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,25 @@ from bench.goals import Verdict, judge
 from bench.session import BUSY_LIMIT
 from bench.summary import Cell, Runs, Spread
 
+_WIDTH = 120
+
 _TABLES: Mapping[str, Sequence[tuple[str, str]]] = {
-    "streams": [
-        ("tcp_1", "gbit_per_s"),
-        ("tcp_8", "gbit_per_s"),
-        ("tcp_both", "gbit_per_s"),
-        ("tcp_1", "tunnel_cpu_s_per_gb"),
-        ("tcp_1", "system_cpu_s_per_gb"),
-        ("memory", "memory_mib"),
-    ],
-    "datagrams": [
-        *((f"udp_{n}", figure) for n in (64, 512, 1400) for figure in ("kpackets_per_s", "lost")),
-        *(("rtt", figure) for figure in ("p50_us", "p99_us", "p99_9_us")),
-    ],
+    "Gbit/s": [(workload, "gbit_per_s") for workload in ("tcp_1", "tcp_8", "tcp_both")],
+    "CPU and memory": [("tcp_1", "tunnel_cpu_s_per_gb"), ("tcp_1", "system_cpu_s_per_gb"), ("memory", "memory_mib")],
+    "kpackets/s": [(f"udp_{n}", "kpackets_per_s") for n in (64, 512, 1400)],
+    "lost": [(f"udp_{n}", "lost") for n in (64, 512, 1400)],
+    "ping-pong, UDP, 64 bytes": [("rtt", figure) for figure in ("p50_us", "p99_us", "p99_9_us")],
 }
-_LEASES = [
-    ("leases_tcp_1", "gbit_per_s"),
-    ("leases_tcp_1", "tunnel_cpu_s_per_gb"),
-    ("leases_udp_64", "kpackets_per_s"),
-    ("leases_memory", "daemon_mib"),
-    ("leases_memory", "datapath_mib"),
-]
+"""What the first column's head says -> columns as (workload, figure); not wider than _WIDTH."""
+
+_LEASES: Mapping[str, Sequence[tuple[str, str]]] = {
+    "speed by leases": [
+        ("leases_tcp_1", "gbit_per_s"),
+        ("leases_tcp_1", "tunnel_cpu_s_per_gb"),
+        ("leases_udp_64", "kpackets_per_s"),
+    ],
+    "memory by leases": [("leases_memory", "daemon_mib"), ("leases_memory", "datapath_mib")],
+}
 _RATIOS = [
     *(("tcp_1", figure) for figure in ("gbit_per_s", "tunnel_cpu_s_per_gb", "system_cpu_s_per_gb")),
     *((workload, "gbit_per_s") for workload in ("tcp_8", "tcp_both")),
@@ -59,7 +58,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         for title, columns in _TABLES.items():
             lines += _figures(runs, mode, title, columns)
         lines += _ratios(runs, mode)
-        lines += _figures(runs, mode, "by leases", _LEASES)
+        for title, columns in _LEASES.items():
+            lines += _figures(runs, mode, title, columns)
     return "\n".join([*lines, ""])
 
 
@@ -67,45 +67,61 @@ def _head(document: Mapping[str, Any]) -> list[str]:
     machine = document["machine"]
     foreign = [run["usage"]["foreign_cores"] for run in document["runs"]]
     n_disturbed = sum(cores >= BUSY_LIMIT for cores in foreign)
-    failed = [run for run in document["runs"] if run["error"]]
     changed = " with uncommitted changes" * bool(machine["uncommitted_changes"])
-    lines = [
-        f"# Benchmark of {document['started']}",
-        "",
-        f"`{' '.join(document['command'])}`",
-        "",
-        f"* commit {machine['commit'] or 'unknown'}{changed}; {machine['kernel']}; {machine['cpu']}, "
+    items = [
+        f"commit {machine['commit'] or 'unknown'}{changed}; {machine['kernel']}; {machine['cpu']}, "
         f"{machine['cores']} cores; {machine['iperf3']}",
-        f"* {document['options']['repeats']} interleaved rounds, {document['options']['seconds']} s a run; "
+        f"{document['options']['repeats']} interleaved rounds, {document['options']['seconds']} s a run; "
         "median (least–greatest); ratios are taken within a round",
-        f"* before: {document['idle_busy_cores']:.2f} cores busy with something else",
+        f"before: {document['idle_busy_cores']:.2f} cores busy with something else",
     ]
     if foreign:
-        lines.append(
-            f"* during: {statistics.median(foreign):.2f} cores taken by others (median; {max(foreign):.2f} at most); "
+        items.append(
+            f"during: {statistics.median(foreign):.2f} cores taken by others (median; {max(foreign):.2f} at most); "
             f"{BUSY_LIMIT:g} or more in {n_disturbed} of {len(foreign)} runs"
         )
-    lines += [f"* {name} left out: {reason}" for name, reason in document["missing"].items()]
-    return lines + [
-        f"* failed: round {run['round']}, mode {run['mode']}, {run['workload']}, {run['path']}: {run['error']}"
-        for run in failed
+    items += [f"{name} left out: {reason}" for name, reason in document["missing"].items()]
+    items += [
+        f"failed: round {run['round']}, mode {run['mode']}, {run['workload']}, {run['path']}: {run['error']}"
+        for run in document["runs"]
+        if run["error"]
     ]
+    command = " \\\n".join(_wrapped(" ".join(document["command"]), "    ", "        ", _WIDTH - len(" \\")))
+    return [
+        f"# Benchmark of {document['started']}",
+        "",
+        *command.split("\n"),
+        "",
+        *(line for item in items for line in _wrapped(item, "* ", "  ", _WIDTH)),
+    ]
+
+
+def _wrapped(text: str, first: str, other: str, width: int) -> list[str]:
+    """Lines of `width` at most, broken at blanks alone; `first` and `other` are what the lines begin with."""
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=other, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _goals(verdicts: Sequence[Verdict]) -> list[str]:
-    goals = list(dict.fromkeys(verdict.goal for verdict in verdicts))
+    """A table for each path that is compared with."""
     by_cell = {(verdict.goal, verdict.mode): verdict for verdict in verdicts}
     modes = [mode for mode in MODES if any(verdict.mode == mode for verdict in verdicts)]
+    lines = ["In each cell the goal, then the ratio that was measured. Bold: missed."]
+    for base in dict.fromkeys(verdict.goal.base for verdict in verdicts):
+        goals = dict.fromkeys(verdict.goal for verdict in verdicts if verdict.goal.base == base)
+        rows = [[goal.title, *(_verdict(by_cell.get((goal, mode))) for mode in modes)] for goal in goals]
+        lines += ["", *_markdown_table([f"vs {base}", *(f"mode {mode}" for mode in modes)], rows)]
+    return lines
 
-    def cell(verdict: Verdict | None) -> str:
-        if verdict is None:
-            return "-"
-        sign = "≤" if verdict.goal.is_at_most else "≥"
-        word = "met" if verdict.is_met else "**missed**"
-        return f"{sign} {verdict.goal.limits[verdict.mode]:g}: {_ratio(verdict.ratio)} {word}"
 
-    rows = [[f"{goal.title} vs {goal.base}", *(cell(by_cell.get((goal, mode))) for mode in modes)] for goal in goals]
-    return _markdown_table(["", *(f"mode {mode}" for mode in modes)], rows)
+def _verdict(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "-"
+    sign = "≤" if verdict.goal.is_at_most else "≥"
+    bold = "" if verdict.is_met else "**"
+    median, _, spread = _ratio(verdict.ratio).partition(" ")
+    return f"{sign} {verdict.goal.limits[verdict.mode]:g}: {bold}{median}{bold} {spread}"
 
 
 def _figures(runs: Runs, mode: str, title: str, columns: Sequence[tuple[str, str]]) -> list[str]:
@@ -122,9 +138,16 @@ def _figures(runs: Runs, mode: str, title: str, columns: Sequence[tuple[str, str
         for path in _in_order(paths)
         if any((path, column) in found for column in used)
     ]
-    if not rows:
-        return []
-    return ["", *_markdown_table([title, *(f"{_short(w)}: {FIGURES[f].title}" for w, f in used)], rows)]
+    return ["", *_markdown_table([title, *_heads(columns, used)], rows)] if rows else []
+
+
+def _heads(columns: Sequence[tuple[str, str]], used: Sequence[tuple[str, str]]) -> list[str]:
+    """Heads of the `used` ones of a table's columns.  The first column's head says what they all have in common."""
+    if len({figure for _, figure in columns}) == 1:
+        return [_short(workload) for workload, _ in used]
+    if len({workload for workload, _ in columns}) == 1:
+        return [FIGURES[figure].title for _, figure in used]
+    return [f"{_short(workload)}: {FIGURES[figure].title}" for workload, figure in used]
 
 
 def _ratios(runs: Runs, mode: str) -> list[str]:
