@@ -42,12 +42,10 @@ class Ping:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`figures` by name (bench/figures.py); `raw` is all that the measuring program said."""
+    """`figures` by name (bench/figures.py)."""
 
-    command: tuple[str, ...]
     figures: Mapping[str, float]
     usage: Usage
-    raw: Mapping[str, Any]
 
 
 def ping(path: Path, count: int, interval_s: float) -> Ping:
@@ -79,7 +77,7 @@ def parse_ping(text: str) -> tuple[float, ...]:
 def tcp(path: Path, seconds: int, n_streams: int = 1, both_ways: bool = False) -> Result:
     """TCP streams from client to server; `both_ways`: as many in the other direction at the same time."""
     options = ["-P", str(n_streams), *(["--bidir"] if both_ways else [])]
-    # Without figures of single seconds, which would be most of the file.
+    # -i 0: no figures of single seconds.
     command = ["iperf3", "-c", str(path.address), "-t", str(seconds), *options, "-i", "0", "-J"]
     server = ["iperf3", "-s", "-1", "--forceflush", "-B", str(path.address)]
     with _running(path.server, server, "Server listening"):
@@ -90,7 +88,7 @@ def tcp(path: Path, seconds: int, n_streams: int = 1, both_ways: bool = False) -
         output = json.loads(result.stdout)
     except ValueError as exc:
         raise BenchError(_failed(path, "iperf3", result)) from exc
-    return Result(tuple(command), _own(path, parse_tcp(output, usage)), usage, output)
+    return Result(_own(path, parse_tcp(output, usage)), usage)
 
 
 def parse_tcp(output: Mapping[str, Any], usage: Usage) -> dict[str, float]:
@@ -130,8 +128,7 @@ def udp_flood(path: Path, seconds: int, n_bytes: int, udp: File) -> Result:
             said = sink.communicate(timeout=_SLACK_S + 1)[0]
         except subprocess.TimeoutExpired as exc:
             raise BenchError(f"the UDP receiver in {path.server} does not end on its own") from exc
-    figures = _own(path, parse_flood(blast.stdout, said, n_bytes, usage))
-    return Result((udp.name, *command[1:]), figures, usage, {"sender": blast.stdout, "sink": said})
+    return Result(_own(path, parse_flood(blast.stdout, said, n_bytes, usage)), usage)
 
 
 def parse_flood(sender: str, sink: str, n_bytes: int, usage: Usage) -> dict[str, float]:
@@ -161,10 +158,7 @@ def round_trips(path: Path, seconds: int, udp: File, lab: Lab) -> Result:
         usage = meter.read()
     if result.returncode:
         raise BenchError(_failed(path, "udp pingpong", result))
-    figures = parse_round_trips(result.stdout)
-    # Some 10,000 times: their percentiles are kept, not they.
-    raw = {"lost": figures["lost_round_trips"], "n": figures["round_trips"]}
-    return Result((udp.name, *command[1:]), figures, usage, raw)
+    return Result(parse_round_trips(result.stdout), usage)
 
 
 def parse_round_trips(text: str) -> dict[str, float]:
@@ -219,7 +213,7 @@ def memory(path: Path) -> Result:
             mib = _number(r"\nPss: +(\d+) kB", rollup) / 1024
             for name in {f"{process.role}_mib", "memory_mib"}:
                 figures[name] = figures.get(name, 0.0) + mib
-    return Result((), figures, Usage.none(), {})
+    return Result(figures, Usage.none())
 
 
 # --- shared

@@ -84,7 +84,7 @@ def _head(document: Mapping[str, Any]) -> list[str]:
     items += [
         f"failed: round {run['round']}, mode {run['mode']}, {run['workload']}, {run['path']}: {run['error']}"
         for run in document["runs"]
-        if run["error"]
+        if run.get("error")
     ]
     command = " \\\n".join(_wrapped(" ".join(document["command"]), "    ", "        ", _WIDTH - len(" \\")))
     return [

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="under two minutes: fewer of everything not named")
     parser.add_argument("--flanneld", type=File, metavar="PATH", help="a real flanneld to measure too; needs etcd")
-    parser.add_argument("--json", type=File, metavar="FILE", help="write every raw run there, the report beside it")
+    parser.add_argument("--json", type=File, metavar="FILE", help="write every run there, the report beside it")
     given = vars(parser.parse_args(arguments))
     named = {name: given[name] for name in ("modes", "paths", "workloads", "repeats", "seconds") if given[name]}
     options = replace(QUICK if given["quick"] else FULL, **named)
@@ -119,7 +119,7 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
     if file is not None:
         written = report.write(file)
         screen.step(f"written: {', '.join(map(str, [file, *written]))}")
-    if failed := sum(one["error"] is not None for one in document["runs"]):
+    if failed := sum("error" in one for one in document["runs"]):
         raise BenchError(f"{failed} of {len(document['runs'])} runs failed; the report names them")
 
 
@@ -182,11 +182,11 @@ def _run(screen: Screen, tools: Bench, step: Step, path: Path, act: Callable[[Be
         result = act(tools, path)
     except (BenchError, LabError, subprocess.TimeoutExpired) as exc:
         screen.add(f"failed: {exc}\n")
-        return {**record, **asdict(Result((), {}, Usage.none(), {})), "error": str(exc)}
+        return {**record, **asdict(Result({}, Usage.none())), "error": str(exc)}
     noise = result.usage.foreign_cores
     disturbed = f"; disturbed: others took {noise:.2f} cores" * (noise >= BUSY_LIMIT)
     screen.add(f"{_brief(result.figures)}{disturbed}\n")
-    return {**record, **asdict(result), "error": None}
+    return {**record, **asdict(result)}
 
 
 def _brief(figures: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import xml.etree.ElementTree as ET
 from ipaddress import IPv4Address, IPv4Network
@@ -48,7 +49,6 @@ def one(round: int, path: str, figures: dict[str, float], mode: str = "A", workl
         "path": path,
         "figures": figures,
         "usage": {"foreign_cores": 0.0},
-        "error": None,
     }
 
 
@@ -391,13 +391,45 @@ def test_report_and_compare_are_commands_that_say_what_is_wrong_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [("{", "is not JSON"), ("[]", "`schema` is not 2"), ('{"schema": 1}', "`schema` is not 2")]
+    ("content", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[]", r"`schema` is none of \(2, 3\)"),
+        ('{"schema": 1}', r"`schema` is none of \(2, 3\)"),
+        ('{"schema": 4}', r"`schema` is none of \(2, 3\)"),
+    ],
 )
 def test_file_that_is_no_result_is_refused(content: str, reason: str, tmp_path: File) -> None:
     file = tmp_path / "old.json"
     file.write_text(content)
     with pytest.raises(BenchError, match=reason):
         results.load(file)
+
+
+def test_result_file_has_a_line_for_each_run_and_every_digit_of_its_figures(tmp_path: File) -> None:
+    """Before, a run took some 130 lines, most of them what iperf3 had said."""
+    figures = {"gbit_per_s": 7.117398913192701, "retransmits": 332, "tunnel_cpu_s_per_gb": 0.1 + 0.2}
+    before = document(one(0, TUNNEL, figures), {**one(1, NAIVE, {}), "error": 'it said "no"\n'})
+    results.save(before, tmp_path / "run.json")
+    assert results.load(tmp_path / "run.json") == before
+    lines = (tmp_path / "run.json").read_text().splitlines()
+    assert len(lines) == len(before) + 2 + 2 + 1
+    (run,) = (line for line in lines if "7.117398913192701" in line)
+    assert json.loads(run.rstrip(",")) == before["runs"][0]
+    results.save(document(), tmp_path / "none.json")
+    assert results.load(tmp_path / "none.json") == document()
+
+
+def test_report_of_a_result_of_schema_2_is_the_same(tmp_path: File) -> None:
+    old = three_rounds()
+    old["schema"] = 2
+    for run in old["runs"]:
+        run |= {"command": ["iperf3"], "raw": {"end": {}}, "error": None}
+    old["runs"].append({**one(1, NAIVE, {}), "command": [], "raw": {}, "error": "it broke"})
+    (tmp_path / "run.json").write_text(json.dumps(old, indent=1))
+    new = three_rounds()
+    new["runs"].append({**one(1, NAIVE, {}), "error": "it broke"})
+    assert report.markdown(results.load(tmp_path / "run.json")) == report.markdown(new)
 
 
 def test_plot_is_well_formed_and_bars_are_as_long_as_their_figures() -> None:
