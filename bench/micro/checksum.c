@@ -4,7 +4,7 @@
  *
  * CHECK is the folded sum, for the caller to compare with its own.
  */
-#include "../../udptun/csrc/checksum.h"
+#include "../../udptun/fastpath/csrc/checksum.h"
 
 #include <stdio.h>
 #include <stdlib.h>
