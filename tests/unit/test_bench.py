@@ -38,6 +38,7 @@ from bench.run import FULL, QUICK, Options, plan
 from bench.summary import Cell, Runs, Spread, percentile, ratios, table
 from bench.workloads import RUN
 
+RESULTS = sorted((File(__file__).parents[2] / "bench" / "results").glob("*.json"))
 USAGE = Usage(wall_s=2.0, system_s=3.0, tunnel_s=1.0, foreign_cores=0.0)
 
 
@@ -430,6 +431,25 @@ def test_report_of_a_result_of_schema_2_is_the_same(tmp_path: File) -> None:
     new = three_rounds()
     new["runs"].append({**one(1, NAIVE, {}), "error": "it broke"})
     assert report.markdown(results.load(tmp_path / "run.json")) == report.markdown(new)
+
+
+@pytest.mark.skipif(not RESULTS, reason="the results are in the repository alone")
+def test_committed_results_are_compact_and_their_reports_are_what_report_writes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before, they took 3.8 MB and 91,000 lines."""
+    assert sum(path.stat().st_size for path in RESULTS[0].parent.iterdir()) < 500_000
+    for file in RESULTS:
+        result = results.load(file)
+        assert result["schema"] == results.SCHEMA
+        assert file.read_text().count("\n") < len(result["runs"]) + 20
+        beside = {".md": report.markdown(result), **plot.files(result)}
+        for suffix, content in beside.items():
+            assert file.with_name(file.stem + suffix).read_text() == content
+        compare.main([str(file), str(file)])
+        assert "no difference" in capsys.readouterr().out
+    expected = {file.with_name(file.stem + end) for file in RESULTS for end in (".md", ".json")}
+    assert {path for path in RESULTS[0].parent.iterdir() if path.suffix != ".svg"} == expected
 
 
 def test_plot_is_well_formed_and_bars_are_as_long_as_their_figures() -> None:
