@@ -20,7 +20,7 @@ from bench.summary import Spread, table
 from udptun._fastpath import TableReader
 from udptun.config.net_conf import SourceCheck
 from udptun.core.errors import DatapathError
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 
@@ -60,7 +60,7 @@ def make(n_leases: int) -> Lookups:
     stats, writer = Stats.create(), TableWriter.create()
     subnets = [IPv4Network((int(_NETWORK.network_address) + ((1 + i) << 8), 24)) for i in range(n_leases)]
     own = next(_NETWORK.subnets(new_prefix=24))
-    writer.configure(Settings(_NETWORK, own, IPv4Address("192.0.2.1"), 1472, SourceCheck.PEER))
+    writer.configure(PacketSettings(_NETWORK, own, IPv4Address("192.0.2.1"), 1472, SourceCheck.PEER))
     for i, subnet in enumerate(subnets):
         writer.set_peer(subnet, Remote(IPv4Address(_FIRST_REMOTE + i), 8285, True), 1472)
     if not writer.publish(stats):

@@ -24,7 +24,7 @@ from bench.session import whole_number
 from bench.summary import Spread, table
 from udptun._fastpath import Worker
 from udptun.config.net_conf import SourceCheck
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 
@@ -110,7 +110,7 @@ class _Bench:
             writer, self._stats = TableWriter.create(), Stats.create()
             undo.callback(writer.close)
             undo.callback(self._stats.close)
-            settings = Settings(IPv4Network("10.1.0.0/16"), _OURS, IPv4Address(_HERE), _MTU, SourceCheck.PEER)
+            settings = PacketSettings(IPv4Network("10.1.0.0/16"), _OURS, IPv4Address(_HERE), _MTU, SourceCheck.PEER)
             writer.configure(settings)
             writer.set_peer(_PEER, Remote(IPv4Address(_THERE), self._peer.getsockname()[1], True), _MTU)
             if not writer.publish(self._stats):

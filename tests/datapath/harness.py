@@ -463,7 +463,7 @@ class FastDatapath:
 
         table = self.table
         self._writer.configure(
-            shared.Settings(
+            shared.PacketSettings(
                 network=table.network,
                 own_subnet=table.own_subnet,
                 underlay_address=table.underlay_address,

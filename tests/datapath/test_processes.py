@@ -24,7 +24,7 @@ from udptun import _fastpath
 from udptun.config.net_conf import SourceCheck
 from udptun.datapath import processes, worker
 from udptun.datapath.processes import Datapath, Descriptors
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 
@@ -46,7 +46,7 @@ class Rig:
         self.peer.bind(("127.0.0.2", 0))
         self.peer.setblocking(False)
         self.table.configure(
-            Settings(IPv4Network("10.244.0.0/16"), OWN, IPv4Address("127.0.0.1"), 1472, SourceCheck.PEER)
+            PacketSettings(IPv4Network("10.244.0.0/16"), OWN, IPv4Address("127.0.0.1"), 1472, SourceCheck.PEER)
         )
         self.table.set_peer(PEER, Remote(IPv4Address("127.0.0.2"), self.peer.getsockname()[1], True), 1472)
         assert self.table.publish(self.stats)

@@ -16,7 +16,7 @@ import pytest
 from udptun._fastpath import LAYOUT, TableReader
 from udptun.config.net_conf import SourceCheck
 from udptun.core.errors import DatapathError
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 
@@ -24,9 +24,9 @@ NETWORK = IPv4Network("10.0.0.0/8")
 HERE = IPv4Address("192.0.2.1")
 
 
-def settings(network: IPv4Network = NETWORK) -> Settings:
+def settings(network: IPv4Network = NETWORK) -> PacketSettings:
     own = next(network.subnets(new_prefix=max(24, network.prefixlen)))
-    return Settings(network, own, HERE, 1472, SourceCheck.PEER)
+    return PacketSettings(network, own, HERE, 1472, SourceCheck.PEER)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from netns import Namespace, namespace, open_fds, requires_netns, seconds_until
 
-from udptun.backends.base import Live, Situation
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import TUN_NAME, Udp
 from udptun.backends.vxlan import KernelVxlan
 from udptun.config.net_conf import SourceCheck, VxlanBackend
@@ -42,8 +42,8 @@ SUBNET = IPv4Network("10.244.3.0/24")
 
 def udp(network: IPv4Network, subnet: IPv4Network, mtu: int) -> DesiredState:
     underlay = Underlay("v0", 1, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
-    live = Live(mtu, 1, SourceCheck.PEER, ALL)
-    return Udp(8285).desired(Situation(network, underlay, subnet, live))
+    live = LiveSettings(mtu, 1, SourceCheck.PEER, ALL)
+    return Udp(8285).desired(BackendInput(network, underlay, subnet, live))
 
 
 WANTED = udp(NETWORK, SUBNET, 1472)
@@ -520,9 +520,10 @@ def test_a_thousand_peers_of_vxlan_are_set_up_at_once_and_one_more_costs_little(
         return Lease(Subnets(IPv4Network((0x0A010000 + (n << 8), 24))), attrs)
 
     def wanted(n: int) -> DesiredState:
-        live = Live(1450, 1, SourceCheck.PEER, ALL)
+        live = LiveSettings(1450, 1, SourceCheck.PEER, ALL)
         peers = [peer(i) for i in range(1, n + 1)]
-        return backend.desired(Situation(IPv4Network("10.0.0.0/8"), underlay, IPv4Network("10.0.0.0/24"), live, peers))
+        inputs = BackendInput(IPv4Network("10.0.0.0/8"), underlay, IPv4Network("10.0.0.0/24"), live, peers)
+        return backend.desired(inputs)
 
     async def grow() -> tuple[float, float]:
         reconciler = Reconciler(wanted(1000), None)

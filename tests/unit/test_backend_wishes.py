@@ -8,8 +8,8 @@ from ipaddress import IPv4Address, IPv4Network
 import pytest
 
 from udptun.backends.alloc import Alloc
-from udptun.backends.base import Backend, Live, Situation
-from udptun.backends.choice import Choice, Host, choose, describe
+from udptun.backends.base import Backend, BackendInput, LiveSettings
+from udptun.backends.choice import BackendChoice, KernelSupport, choose, describe
 from udptun.backends.hostgw import HostGw
 from udptun.backends.udp import Udp
 from udptun.backends.vtep import UserspaceVtep
@@ -34,7 +34,7 @@ from udptun.kernel.underlay import Underlay
 NETWORK = IPv4Network("10.244.0.0/16")
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
 BEHIND_NAT = replace(UNDERLAY, public_ip=IPv4Address("203.0.113.7"))
-LIVE = Live(1450, 1, SourceCheck.PEER, ALL)
+LIVE = LiveSettings(1450, 1, SourceCheck.PEER, ALL)
 MAC = "02:00:00:00:00:01"
 NO_MAC = "its BackendData has no VtepMAC that is a unicast MAC address"
 GUARD = DesiredRoute(NETWORK, type=RouteType.UNREACHABLE, metric=0xFFFFFFFF)
@@ -47,15 +47,15 @@ def lease(number: int, kind: str = "vxlan", data: Json = None) -> Lease:
     return Lease(Subnets(IPv4Network(f"10.244.{number}.0/24")), attrs)
 
 
-def situation(*peers: Lease, **changes: object) -> Situation:
-    return replace(Situation(NETWORK, UNDERLAY, IPv4Network("10.244.1.0/24"), LIVE, peers), **changes)  # type: ignore[arg-type]  # of the caller
+def inputs(*peers: Lease, **changes: object) -> BackendInput:
+    return replace(BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.1.0/24"), LIVE, peers), **changes)  # type: ignore[arg-type]  # of the caller
 
 
 # --- vxlan
 
 
 def test_vxlan_wants_flannels_device_and_three_things_for_each_peer() -> None:
-    wanted = KernelVxlan(VxlanBackend(), MAC).desired(situation(lease(2), lease(3)))
+    wanted = KernelVxlan(VxlanBackend(), MAC).desired(inputs(lease(2), lease(3)))
     (link,) = wanted.links
     assert (link.name, link.mtu, link.mac) == ("flannel.1", 1450, MAC)
     assert link.vxlan == Vxlan(1, IPv4Address("192.0.2.1"), 2, 8472, learning=False, gbp=False)
@@ -78,14 +78,14 @@ def test_vxlan_wants_flannels_device_and_three_things_for_each_peer() -> None:
 
 
 def test_vxlan_sends_from_the_interfaces_own_address_behind_a_nat() -> None:
-    wanted = KernelVxlan(VxlanBackend(), MAC).desired(situation(underlay=BEHIND_NAT))
+    wanted = KernelVxlan(VxlanBackend(), MAC).desired(inputs(underlay=BEHIND_NAT))
     assert wanted.links[0].vxlan is not None
     assert wanted.links[0].vxlan.local == UNDERLAY.address
 
 
 def test_a_peer_that_is_reached_directly_gets_a_plain_route_alone() -> None:
     backend = KernelVxlan(VxlanBackend(direct_routing=True), MAC)
-    wanted = backend.desired(situation(lease(2), lease(3), direct={IPv4Address("192.0.2.2"): 5}))
+    wanted = backend.desired(inputs(lease(2), lease(3), direct={IPv4Address("192.0.2.2"): 5}))
     assert backend.asks_direct
     assert wanted.routes[1] == DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=5)
     assert [str(n.ip) for n in wanted.neighbours] == ["10.244.3.0"]
@@ -127,7 +127,7 @@ def test_udp_takes_any_lease_for_a_peer() -> None:
 
 
 def test_host_gw_wants_a_route_through_each_peer_and_nothing_else() -> None:
-    wanted = HostGw().desired(situation(lease(2, "host-gw"), lease(3, "host-gw")))
+    wanted = HostGw().desired(inputs(lease(2, "host-gw"), lease(3, "host-gw")))
     assert wanted == DesiredState(
         routes=(
             DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=2),
@@ -142,31 +142,32 @@ def test_host_gw_wants_a_route_through_each_peer_and_nothing_else() -> None:
 
 
 def test_alloc_wants_nothing_and_its_lease_has_no_type() -> None:
-    assert Alloc().desired(situation(lease(2))) == DesiredState()
+    assert Alloc().desired(inputs(lease(2))) == DesiredState()
     assert Alloc().attrs(UNDERLAY, "n").backend_type == ""
 
 
 # --- the choice
 
-NO_VXLAN = Host(no_vxlan="EOPNOTSUPP")
+ALL_SUPPORTED = KernelSupport()
+NO_VXLAN = KernelSupport(no_vxlan="EOPNOTSUPP")
 
 
 @pytest.mark.parametrize(
-    ("conf", "host", "kind", "reason"),
+    ("conf", "support", "kind", "reason"),
     [
-        (UdpBackend(), Host(), Udp, "as configured"),
+        (UdpBackend(), ALL_SUPPORTED, Udp, "as configured"),
         (HostGwBackend(), NO_VXLAN, HostGw, "as configured"),
-        (AllocBackend(), Host(), Alloc, "as configured"),
-        (VxlanBackend(), Host(), KernelVxlan, "the kernel has vxlan"),
+        (AllocBackend(), ALL_SUPPORTED, Alloc, "as configured"),
+        (VxlanBackend(), ALL_SUPPORTED, KernelVxlan, "the kernel has vxlan"),
         (VxlanBackend(), NO_VXLAN, UserspaceVtep, "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"),
-        (VxlanBackend(userspace=True), Host(), UserspaceVtep, "Backend.Userspace is true: userspace VTEP"),
-        (VxlanBackend(userspace=True, fallback=Fallback.UDP), Host(), UserspaceVtep, "Backend.Userspace is true: "),
-        (VxlanBackend(fallback=Fallback.UDP), Host(), KernelVxlan, "the kernel has vxlan"),
+        (VxlanBackend(userspace=True), ALL_SUPPORTED, UserspaceVtep, "Backend.Userspace is true: userspace VTEP"),
+        (VxlanBackend(userspace=True, fallback=Fallback.UDP), ALL_SUPPORTED, UserspaceVtep, "Backend.Userspace"),
+        (VxlanBackend(fallback=Fallback.UDP), ALL_SUPPORTED, KernelVxlan, "the kernel has vxlan"),
         (VxlanBackend(fallback=Fallback.UDP), NO_VXLAN, Udp, "the kernel has no vxlan (EOPNOTSUPP) and Backend."),
     ],
 )
-def test_the_choice_and_its_reason(conf: BackendConf, host: Host, kind: type[Backend], reason: str) -> None:
-    choice = choose(conf, host, MAC)
+def test_the_choice_and_its_reason(conf: BackendConf, support: KernelSupport, kind: type[Backend], reason: str) -> None:
+    choice = choose(conf, support, MAC)
     assert type(choice.backend) is kind
     assert choice.reason.startswith(reason)
 
@@ -178,19 +179,19 @@ def test_without_a_fallback_there_is_no_vxlan_without_the_kernels() -> None:
 
 def test_the_fallback_udp_listens_on_flannels_udp_port_not_on_vxlans() -> None:
     choice = choose(VxlanBackend(port=4789, fallback=Fallback.UDP), NO_VXLAN, MAC)
-    assert isinstance(choice, Choice)
+    assert isinstance(choice, BackendChoice)
     assert choice.backend.encapsulation is not None
     assert choice.backend.encapsulation.port == 8285
 
 
 def test_what_a_host_can_do_is_described_type_by_type() -> None:
-    assert [(name, works) for name, works, _ in describe(Host())] == [
+    assert [(name, works) for name, works, _ in describe(KernelSupport())] == [
         ("udp", True),
         ("vxlan", True),
         ("host-gw", True),
         ("alloc", True),
     ]
-    bare = {name: (works, reason) for name, works, reason in describe(Host("ENOENT", "EOPNOTSUPP"))}
+    bare = {name: (works, reason) for name, works, reason in describe(KernelSupport("ENOENT", "EOPNOTSUPP"))}
     assert not bare["udp"][0]
     assert not bare["vxlan"][0]
     assert "there is no TUN device (ENOENT)" in bare["vxlan"][1]

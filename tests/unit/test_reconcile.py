@@ -7,7 +7,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from udptun.backends.base import Live, Situation
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import Udp
 from udptun.backends.vxlan import KernelVxlan
 from udptun.config.net_conf import SourceCheck, VxlanBackend
@@ -29,8 +29,8 @@ from udptun.kernel.underlay import Underlay
 
 NETWORK = IPv4Network("10.244.0.0/16")
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
-LIVE = Live(1472, 1, SourceCheck.PEER, ALL)
-WANTED = Udp(8285).desired(Situation(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), LIVE))
+LIVE = LiveSettings(1472, 1, SourceCheck.PEER, ALL)
+WANTED = Udp(8285).desired(BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), LIVE))
 LINK = Link(7, "flannel0", "tun", 1472, True, True, False, 500, TunFlags(False, True, True, True))
 ADDRESS = Address(7, IPv4Address("10.244.3.0"), 32)
 THROUGH = Route(NETWORK, oif=7)
@@ -154,7 +154,7 @@ LEASE = Lease(
     LeaseAttrs(IPv4Address("192.0.2.7"), backend_type="vxlan", backend_data={"VtepMAC": "02:00:00:00:00:07"}),
 )
 VXLAN = KernelVxlan(VxlanBackend(), "02:00:00:00:00:01").desired(
-    Situation(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), replace(LIVE, mtu=1450), (LEASE,))
+    BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), replace(LIVE, mtu=1450), (LEASE,))
 )
 ATTRIBUTES = Vxlan(1, UNDERLAY.address, 2, 8472, learning=False, gbp=False)
 DEVICE = Link(

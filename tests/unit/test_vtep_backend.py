@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from udptun.backends.base import Live, Situation
-from udptun.backends.choice import Host, choose, describe
+from udptun.backends.base import BackendInput, LiveSettings
+from udptun.backends.choice import KernelSupport, choose, describe
 from udptun.backends.vtep import UserspaceVtep
 from udptun.config.net_conf import SourceCheck, VxlanBackend
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
@@ -22,7 +22,7 @@ from udptun.kernel.underlay import Underlay
 MAC = "0a:1b:2c:3d:4e:5f"
 NETWORK, OWN = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.3.0/24")
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.3"), IPv4Address("198.51.100.3"))
-SITUATION = Situation(NETWORK, UNDERLAY, OWN, Live(1450, 2, SourceCheck.PEER, ALL))
+INPUT = BackendInput(NETWORK, UNDERLAY, OWN, LiveSettings(1450, 2, SourceCheck.PEER, ALL))
 
 
 def lease(data: Any, kind: str = "vxlan", *, ip: str = "192.0.2.7", subnet: str = "10.244.7.0/24") -> Lease:
@@ -31,19 +31,19 @@ def lease(data: Any, kind: str = "vxlan", *, ip: str = "192.0.2.7", subnet: str 
 
 
 def backend(**keys: Any) -> UserspaceVtep:
-    chosen = choose(VxlanBackend(userspace=True, **keys), Host(), MAC).backend
+    chosen = choose(VxlanBackend(userspace=True, **keys), KernelSupport(), MAC).backend
     assert isinstance(chosen, UserspaceVtep)
     return chosen
 
 
 def test_vtep_stands_in_where_the_kernel_has_no_vxlan() -> None:
-    lacking = Host(no_vxlan="EOPNOTSUPP")
+    lacking = KernelSupport(no_vxlan="EOPNOTSUPP")
     choice = choose(VxlanBackend(), lacking, MAC)
     assert isinstance(choice.backend, UserspaceVtep)
     assert choice.reason == "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"
     how = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
     assert ("vxlan", True, how) in describe(lacking)
-    (row,) = [row for row in describe(Host("ENOENT", "EOPNOTSUPP")) if row[0] == "vxlan"]
+    (row,) = [row for row in describe(KernelSupport("ENOENT", "EOPNOTSUPP")) if row[0] == "vxlan"]
     assert row[1] is False
     assert "TUN" in row[2]
 
@@ -60,7 +60,7 @@ def test_lease_says_what_flannels_says_and_then_what_flannel_ignores() -> None:
 
 
 def test_device_has_flannels_name_and_one_route_leads_to_all_peers() -> None:
-    state = backend(vni=7).desired(SITUATION)
+    state = backend(vni=7).desired(INPUT)
     assert [(link.name, link.mtu) for link in state.links] == [("flannel.7", 1450)]
     assert [(it.link, str(it.ip), it.prefixlen) for it in state.addresses] == [("flannel.7", "10.244.3.0", 32)]
     assert [(route.dst, route.link, route.type) for route in state.routes] == [
@@ -71,10 +71,10 @@ def test_device_has_flannels_name_and_one_route_leads_to_all_peers() -> None:
 
 def test_direct_routing_prefers_a_plain_route_where_there_is_no_gateway() -> None:
     near, far = lease({"VtepMAC": MAC}), lease({"VtepMAC": MAC}, ip="203.0.113.9", subnet="10.244.8.0/24")
-    situation = replace(SITUATION, peers=(near, far), direct={near.attrs.public_ip: 2})
+    inputs = replace(INPUT, peers=(near, far), direct={near.attrs.public_ip: 2})
     it = backend(direct_routing=True)
     assert it.asks_direct
-    assert [(route.dst, route.gateway, route.link, route.oif) for route in it.desired(situation).routes] == [
+    assert [(route.dst, route.gateway, route.link, route.oif) for route in it.desired(inputs).routes] == [
         (NETWORK, None, None, None),
         (NETWORK, None, "flannel.1", None),
         (near.subnet, near.attrs.public_ip, None, 2),
@@ -84,7 +84,7 @@ def test_direct_routing_prefers_a_plain_route_where_there_is_no_gateway() -> Non
 
 def test_datapath_is_told_vni_addresses_and_port() -> None:
     it = backend(vni=7, port=4789)
-    settings = it.settings(SITUATION)
+    settings = it.packet_settings(INPUT)
     assert settings.vtep == Vtep(7, bytes.fromhex("0a1b2c3d4e5f"))
     assert (settings.mtu, settings.underlay_address) == (1450, UNDERLAY.address)
     # Whatever port the lease names: with VXLAN all nodes have one.

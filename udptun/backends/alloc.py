@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import Live, Situation
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.core.desired import DesiredState
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
@@ -24,8 +24,8 @@ class Alloc:
     def refusal(self, lease: Lease) -> None:
         """Nothing is done about any lease."""
 
-    def links(self, underlay: Underlay, live: Live) -> tuple[()]:
+    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[()]:
         return ()
 
-    def desired(self, situation: Situation) -> DesiredState:
+    def desired(self, inputs: BackendInput) -> DesiredState:
         return DesiredState()

@@ -11,12 +11,12 @@ from udptun.config.net_conf import SourceCheck
 from udptun.core.desired import DesiredLink, DesiredState
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.offload import Offload
-from udptun.datapath.settings import Remote, Settings, Vtep
+from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.kernel.underlay import Underlay
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class LiveSettings:
     """What SIGHUP can change.  `mtu`: largest packet of a pod, bytes.  The rest is the userspace tunnel's alone."""
 
     mtu: int
@@ -26,7 +26,7 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class BackendInput:
     """All that a backend decides from.
 
     `peers` are usable leases, disjoint and none of them our own.  `direct`: those PublicIPs that the kernel reaches
@@ -36,14 +36,14 @@ class Situation:
     network: IPv4Network
     underlay: Underlay
     own_subnet: IPv4Network
-    live: Live
+    live: LiveSettings
     peers: Collection[Lease] = ()
     direct: Mapping[IPv4Address, int] = field(default_factory=dict)
 
-    def settings(self, vtep: Vtep | None = None) -> Settings:
-        """What the datapath is told of it; `vtep` as in `Settings`."""
+    def packet_settings(self, vtep: Vtep | None = None) -> PacketSettings:
+        """What the datapath is told of it; `vtep` as in `PacketSettings`."""
         live = self.live
-        return Settings(
+        return PacketSettings(
             self.network,
             self.own_subnet,
             self.underlay.address,
@@ -65,7 +65,7 @@ class Encapsulation(Protocol):
     def n_senders(self) -> int:
         """How many sockets of ports of their own its datagrams leave from; 0: from those that receive."""
 
-    def settings(self, situation: Situation) -> Settings:
+    def packet_settings(self, inputs: BackendInput) -> PacketSettings:
         """What holds for all packets; `peers` and `direct` have no part in it."""
 
     def remote(self, lease: Lease) -> Remote:
@@ -76,7 +76,7 @@ class Backend(Protocol):
     """One way to carry packets: leases in, wishes out.  Knows values only, is made once a run, and never changes.
 
     Whoever drives it (`forwarding.py`) makes device and sockets before the lease, gives it every change of the peers
-    and of the underlay as another `Situation`, and does what it says.
+    and of the underlay as another `BackendInput`, and does what it says.
     """
 
     @property
@@ -97,7 +97,7 @@ class Backend(Protocol):
 
     @property
     def asks_direct(self) -> bool:
-        """Whether `desired` depends on `Situation.direct`."""
+        """Whether `desired` depends on `BackendInput.direct`."""
 
     def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
         """What our lease says.  Raises UdptunError when this host cannot be a peer of this kind."""
@@ -105,8 +105,8 @@ class Backend(Protocol):
     def refusal(self, lease: Lease) -> str | None:
         """Why a valid lease, of whatever backend, is no peer of ours; None when it is one."""
 
-    def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink, ...]:
+    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink, ...]:
         """The `links` of `desired`, which must be there before a lease is worth having."""
 
-    def desired(self, situation: Situation) -> DesiredState:
+    def desired(self, inputs: BackendInput) -> DesiredState:
         """What the kernel is to have, complete: whatever else carries our mark is a leftover."""

@@ -16,7 +16,7 @@ from udptun.core.errors import UdptunError
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class KernelSupport:
     """What the kernel of this host lacks, each as the error that it answers with; empty: it has it."""
 
     no_tun: str = ""
@@ -24,7 +24,7 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class BackendChoice:
     """`reason` is one short line for people."""
 
     backend: Backend
@@ -41,48 +41,48 @@ _CARRIED: Mapping[type, str] = {
 }
 
 
-def choose(conf: BackendConf, host: Host, mac: str) -> Choice:
-    """The backend for `conf` on `host`; `mac` is what a VTEP of ours has.
+def choose(conf: BackendConf, support: KernelSupport, mac: str) -> BackendChoice:
+    """The backend for `conf` on a host whose kernel has `support`; `mac` is what a VTEP of ours has.
 
     Raises UdptunError when vxlan can be had in no way that `conf` allows.  A missing TUN device is no matter here:
     opening it says more.
     """
     match conf:
         case UdpBackend():
-            return Choice(Udp(conf.port, conf.own_port), "as configured")
+            return BackendChoice(Udp(conf.port, conf.own_port), "as configured")
         case HostGwBackend():
-            return Choice(HostGw(), "as configured")
+            return BackendChoice(HostGw(), "as configured")
         case AllocBackend():
-            return Choice(Alloc(), "as configured")
+            return BackendChoice(Alloc(), "as configured")
         case VxlanBackend():
-            return _choose_vxlan(conf, host, mac)
+            return _choose_vxlan(conf, support, mac)
 
 
-def describe(host: Host) -> list[tuple[str, bool, str]]:
-    """Each type of `Backend` with its defaults: its name, whether it works on `host`, and how or why not."""
+def describe(support: KernelSupport) -> list[tuple[str, bool, str]]:
+    """Each type of `Backend` with its defaults: its name, whether it works there, and how or why not."""
     rows = []
     for conf in (UdpBackend(), VxlanBackend(), HostGwBackend(), AllocBackend()):
         try:
-            choice = choose(conf, host, "02:00:00:00:00:01")
+            choice = choose(conf, support, "02:00:00:00:00:01")
         except UdptunError as exc:
             rows.append((conf.type, False, str(exc)))
             continue
-        if choice.backend.encapsulation is not None and host.no_tun:
-            rows.append((conf.type, False, f"there is no TUN device ({host.no_tun}); {_TUN_HINT}"))
+        if choice.backend.encapsulation is not None and support.no_tun:
+            rows.append((conf.type, False, f"there is no TUN device ({support.no_tun}); {_TUN_HINT}"))
         else:
             rows.append((conf.type, True, _CARRIED[type(choice.backend)]))
     return rows
 
 
-def _choose_vxlan(conf: VxlanBackend, host: Host, mac: str) -> Choice:
-    if not conf.userspace and not host.no_vxlan:
-        return Choice(KernelVxlan(conf, mac), "the kernel has vxlan")
-    reason = "Backend.Userspace is true" if conf.userspace else f"the kernel has no vxlan ({host.no_vxlan})"
+def _choose_vxlan(conf: VxlanBackend, support: KernelSupport, mac: str) -> BackendChoice:
+    if not conf.userspace and not support.no_vxlan:
+        return BackendChoice(KernelVxlan(conf, mac), "the kernel has vxlan")
+    reason = "Backend.Userspace is true" if conf.userspace else f"the kernel has no vxlan ({support.no_vxlan})"
     match Fallback.VTEP if conf.userspace else conf.fallback:
         case Fallback.VTEP:
-            return Choice(UserspaceVtep(conf, mac), f"{reason}: userspace VTEP")
+            return BackendChoice(UserspaceVtep(conf, mac), f"{reason}: userspace VTEP")
         case Fallback.UDP:
-            return Choice(Udp(UdpBackend().port), f"{reason} and Backend.Fallback is udp")
+            return BackendChoice(Udp(UdpBackend().port), f"{reason} and Backend.Fallback is udp")
         case Fallback.NONE:
             raise UdptunError(
                 f"cannot create flannel.{conf.vni} (vxlan id {conf.vni}): {reason} and Backend.Fallback is none; load "

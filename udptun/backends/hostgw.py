@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import Live, Situation
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.core.desired import DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError
 from udptun.core.lease import Lease, LeaseAttrs
@@ -34,13 +34,13 @@ class HostGw:
             return f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {self.type}"
         return None
 
-    def links(self, underlay: Underlay, live: Live) -> tuple[()]:
+    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[()]:
         return ()
 
-    def desired(self, situation: Situation) -> DesiredState:
+    def desired(self, inputs: BackendInput) -> DesiredState:
         return DesiredState(
             routes=tuple(
-                DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=situation.underlay.link_index)
-                for lease in situation.peers
+                DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=inputs.underlay.link_index)
+                for lease in inputs.peers
             )
         )

@@ -6,7 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from udptun.backends.choice import Choice, Host, choose
+from udptun.backends.choice import BackendChoice, KernelSupport, choose
 from udptun.backends.vxlan import device_name
 from udptun.config.net_conf import BackendConf, VxlanBackend
 from udptun.core.errors import KernelError
@@ -24,11 +24,11 @@ _MAC, _MTU = "02:00:00:00:00:01", 1450
 _LACKING = {errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOSYS}
 
 
-async def choose_backend(conf: BackendConf, state_dir: Path, *, pretend_no_vxlan: bool) -> Choice:
+async def choose_backend(conf: BackendConf, state_dir: Path, *, pretend_no_vxlan: bool) -> BackendChoice:
     """`choice.choose`, with what it needs to know of this host.  Raises UdptunError."""
     if not isinstance(conf, VxlanBackend):
-        return choose(conf, Host(), "")
-    found = await host(pretend_no_vxlan=pretend_no_vxlan)
+        return choose(conf, KernelSupport(), "")
+    found = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
     async with Netlink() as kernel:
         link = await kernel.link(device_name(conf.vni))
     # A device of flanneld's: its peers know the MAC, and need not learn another.
@@ -36,12 +36,12 @@ async def choose_backend(conf: BackendConf, state_dir: Path, *, pretend_no_vxlan
     return choose(conf, found, state.vtep_mac(state_dir, first))
 
 
-async def host(*, pretend_no_vxlan: bool) -> Host:
+async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:
     """Try a TUN device and a VXLAN device.
 
     `pretend_no_vxlan`: answer as a kernel without vxlan does, for the tests.
     """
-    return Host(_no_tun(), "EOPNOTSUPP, pretended" if pretend_no_vxlan else await _no_vxlan())
+    return KernelSupport(_no_tun(), "EOPNOTSUPP, pretended" if pretend_no_vxlan else await _no_vxlan())
 
 
 def _no_tun() -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import Live, Situation
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.config.net_conf import UDP_OVERHEAD
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
 from udptun.core.lease import Lease, LeaseAttrs
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import PacketSettings, Remote
 from udptun.kernel.underlay import Underlay
 
 TUN_NAME = "flannel0"
@@ -43,25 +43,25 @@ class Udp:
     def refusal(self, lease: Lease) -> None:
         """Any lease will do, as with flannel: whoever listens on the port is a peer."""
 
-    def settings(self, situation: Situation) -> Settings:
-        return situation.settings()
+    def packet_settings(self, inputs: BackendInput) -> PacketSettings:
+        return inputs.packet_settings()
 
     def remote(self, lease: Lease) -> Remote:
         return Remote(lease.attrs.public_ip, lease.attrs.port(self._default_port), lease.attrs.is_udptun)
 
-    def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink]:
+    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         return (tun_link(TUN_NAME, live.mtu),)
 
-    def desired(self, situation: Situation) -> DesiredState:
+    def desired(self, inputs: BackendInput) -> DesiredState:
         """The device with our subnet's first address, and the routes that lead Network into it.
 
         The address is a /32, as flannel's since 0.11: with the network's own length the kernel would add a route and a
         broadcast address of its own.
         """
-        network = situation.network
+        network = inputs.network
         return DesiredState(
-            links=self.links(situation.underlay, situation.live),
-            addresses=(DesiredAddress(TUN_NAME, situation.own_subnet.network_address, 32),),
+            links=self.links(inputs.underlay, inputs.live),
+            addresses=(DesiredAddress(TUN_NAME, inputs.own_subnet.network_address, 32),),
             routes=(guard(network), DesiredRoute(network, TUN_NAME)),
         )
 

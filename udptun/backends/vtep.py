@@ -7,12 +7,12 @@ The device has no Ethernet: whom a packet goes to is the datapath's business, an
 from __future__ import annotations
 
 from udptun.backends import vxlan
-from udptun.backends.base import Live, Situation
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import tun_link
 from udptun.config.net_conf import VXLAN_OVERHEAD, VxlanBackend
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, guard
 from udptun.core.lease import Lease, LeaseAttrs
-from udptun.datapath.settings import Remote, Settings, Vtep
+from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.kernel.underlay import Underlay
 
 N_SENDERS = 4
@@ -45,27 +45,27 @@ class UserspaceVtep:
     def refusal(self, lease: Lease) -> str | None:
         return vxlan.refusal(lease)
 
-    def settings(self, situation: Situation) -> Settings:
-        return situation.settings(Vtep(self._vni, _packed(self._mac)))
+    def packet_settings(self, inputs: BackendInput) -> PacketSettings:
+        return inputs.packet_settings(Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
         """The port is one for all, as with flannel."""
         return Remote(lease.attrs.public_ip, self.port, lease.attrs.is_udptun, _packed(vxlan.mac_of(lease)))
 
-    def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink]:
+    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)
 
-    def desired(self, situation: Situation) -> DesiredState:
+    def desired(self, inputs: BackendInput) -> DesiredState:
         """As udp's; with DirectRouting a plain route to each peer that is reached without a gateway goes before."""
         direct = [
-            DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=situation.direct[lease.attrs.public_ip])
-            for lease in situation.peers
-            if lease.attrs.public_ip in situation.direct
+            DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=inputs.direct[lease.attrs.public_ip])
+            for lease in inputs.peers
+            if lease.attrs.public_ip in inputs.direct
         ]
         return DesiredState(
-            links=self.links(situation.underlay, situation.live),
-            addresses=(DesiredAddress(self.device, situation.own_subnet.network_address, 32),),
-            routes=(guard(situation.network), DesiredRoute(situation.network, self.device), *direct),
+            links=self.links(inputs.underlay, inputs.live),
+            addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
+            routes=(guard(inputs.network), DesiredRoute(inputs.network, self.device), *direct),
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from udptun.backends.base import Live, Situation
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.config.net_conf import VXLAN_OVERHEAD, VxlanBackend
 from udptun.core.desired import (
     DesiredAddress,
@@ -48,7 +48,7 @@ class KernelVxlan:
     def refusal(self, lease: Lease) -> str | None:
         return refusal(lease)
 
-    def links(self, underlay: Underlay, live: Live) -> tuple[DesiredLink]:
+    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         conf = self._conf
         # Not the PublicIP, as flannel has it since 0.27.4: behind a NAT that is an address of somebody else.
         vxlan = Vxlan(conf.vni, underlay.address, underlay.link_index, conf.port, conf.learning, conf.gbp)
@@ -56,12 +56,12 @@ class KernelVxlan:
         accept_ra = Sysctl(f"net/ipv6/conf/{self.device}/accept_ra", "0", is_optional=True)
         return (DesiredLink(self.device, live.mtu, 0, (accept_ra,), vxlan, self._mac),)
 
-    def desired(self, situation: Situation) -> DesiredState:
-        tunnelled = [lease for lease in situation.peers if lease.attrs.public_ip not in situation.direct]
+    def desired(self, inputs: BackendInput) -> DesiredState:
+        tunnelled = [lease for lease in inputs.peers if lease.attrs.public_ip not in inputs.direct]
         return DesiredState(
-            links=self.links(situation.underlay, situation.live),
-            addresses=(DesiredAddress(self.device, situation.own_subnet.network_address, 32),),
-            routes=(guard(situation.network), *routes(self.device, situation)),
+            links=self.links(inputs.underlay, inputs.live),
+            addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
+            routes=(guard(inputs.network), *routes(self.device, inputs)),
             neighbours=tuple(
                 DesiredNeighbour(self.device, lease.subnet.network_address, mac_of(lease)) for lease in tunnelled
             ),
@@ -105,12 +105,12 @@ def _mac(lease: Lease) -> str | None:
     return None if int(mac[:2], 16) & 1 or mac == "00:00:00:00:00:00" else mac
 
 
-def routes(device: str, situation: Situation) -> list[DesiredRoute]:
+def routes(device: str, inputs: BackendInput) -> list[DesiredRoute]:
     """A route for each peer: through `device`, or straight to a peer that the kernel reaches without a gateway."""
     found = []
-    for lease in situation.peers:
+    for lease in inputs.peers:
         subnet, public_ip = lease.subnet, lease.attrs.public_ip
-        oif = situation.direct.get(public_ip)
+        oif = inputs.direct.get(public_ip)
         found.append(
             DesiredRoute(subnet, device, gateway=subnet.network_address, onlink=True)
             if oif is None

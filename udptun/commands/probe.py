@@ -11,7 +11,7 @@ from udptun.backends.choice import describe
 
 def show(*, pretend_no_vxlan: bool, as_json: bool) -> int:
     """Print what each type of backend would get here, with its defaults, and why."""
-    found = asyncio.run(probe.host(pretend_no_vxlan=pretend_no_vxlan))
+    found = asyncio.run(probe.kernel_support(pretend_no_vxlan=pretend_no_vxlan))
     rows = describe(found)
     if as_json:
         print(json.dumps([{"type": name, "works": works, "reason": reason} for name, works, reason in rows]))

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from udptun import __version__
 from udptun.backends import probe
-from udptun.backends.base import Backend, Live
+from udptun.backends.base import Backend, LiveSettings
 from udptun.config import subnet_env
 from udptun.config.flags import Options, StoreKind
 from udptun.config.net_conf import (
@@ -285,11 +285,11 @@ class Daemon:
         _log_underlay("chosen", found)
         return found
 
-    def _live_settings(self, conf: NetConf, present: Underlay) -> Live:
+    def _live_settings(self, conf: NetConf, present: Underlay) -> LiveSettings:
         """A flag says it for this host, the configuration for all, the interface when nobody does."""
         options, backend = self._options, conf.backend
         keys = backend.datapath if isinstance(backend, UdpBackend | VxlanBackend) else DatapathKeys()
-        return Live(
+        return LiveSettings(
             mtu_for(options.mtu or backend.mtu or present.mtu, self._backend.overhead),
             options.workers or keys.workers or default_workers(len(os.sched_getaffinity(0))),
             options.source_check or keys.source_check,
@@ -358,7 +358,7 @@ class Daemon:
             self._membership.move(self._me, attrs)
         _log_underlay("changed", present)
 
-    async def _apply(self, present: Underlay, live: Live) -> None:
+    async def _apply(self, present: Underlay, live: LiveSettings) -> None:
         """Carry packets over this underlay and with these settings from now on.  Raises UdptunError: unchanged."""
         before = self._forwarding.live
         await self._forwarding.apply(present, live)

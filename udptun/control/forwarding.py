@@ -17,8 +17,8 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from udptun.backends.base import Encapsulation, Live, Situation
-from udptun.backends.choice import Choice
+from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
+from udptun.backends.choice import BackendChoice
 from udptun.core.desired import DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
@@ -42,10 +42,10 @@ class Forwarding:
 
     def __init__(
         self,
-        choice: Choice,
+        choice: BackendChoice,
         network: IPv4Network,
         underlay: Underlay,
-        live: Live,
+        live: LiveSettings,
         run_dir: Path,
         tunnel: _Tunnelled | None,
         was_clean: bool,
@@ -68,10 +68,10 @@ class Forwarding:
     @classmethod
     async def open(
         cls,
-        choice: Choice,
+        choice: BackendChoice,
         network: IPv4Network,
         underlay: Underlay,
-        live: Live,
+        live: LiveSettings,
         run_dir: Path,
         *,
         with_blackhole: bool = False,
@@ -111,7 +111,7 @@ class Forwarding:
         self._own_subnet = own_subnet
         self._peers = {lease.subnet: lease for lease in peers}
         if self._tunnel is not None:
-            await self._tunnel.start(self._situation())
+            await self._tunnel.start(self._inputs())
         else:
             # A datapath of an earlier run with another backend: the kernel may need its port.
             await processes.stop(await processes.find(self._run_dir))
@@ -143,7 +143,7 @@ class Forwarding:
             await self._tunnel.peers_changed(events)
         self._want(self._reconciler)
 
-    async def apply(self, underlay: Underlay, live: Live) -> None:
+    async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
         """Change settings, or go over to another address, while packets flow.
 
         Settings that cannot be changed stay, with a line in the log.  Raises UdptunError, with nothing changed, when
@@ -151,9 +151,9 @@ class Forwarding:
         """
         assert self._reconciler is not None
         # The peers as they come and go meanwhile, not as they are now.
-        situation = replace(self._situation(), underlay=underlay, live=live, peers=self._peers.values())
+        inputs = replace(self._inputs(), underlay=underlay, live=live, peers=self._peers.values())
         if self._tunnel is not None:
-            live = await self._tunnel.apply(self._situation(), situation)
+            live = await self._tunnel.apply(self._inputs(), inputs)
         self._underlay, self.live = underlay, live
         self._want(self._reconciler)
 
@@ -197,23 +197,23 @@ class Forwarding:
 
     def _want(self, reconciler: Reconciler) -> None:
         """Have the kernel as the backend wants it now."""
-        situation = self._situation()
+        inputs = self._inputs()
         if self.backend.asks_direct:
             reconciler.set_decision(
-                {lease.attrs.public_ip for lease in situation.peers},
-                lambda direct: self._desired(replace(situation, direct=direct)),
+                {lease.attrs.public_ip for lease in inputs.peers},
+                lambda direct: self._desired(replace(inputs, direct=direct)),
             )
         else:
-            reconciler.set_desired(self._desired(situation))
+            reconciler.set_desired(self._desired(inputs))
 
-    def _desired(self, situation: Situation) -> DesiredState:
-        desired = self.backend.desired(situation)
+    def _desired(self, inputs: BackendInput) -> DesiredState:
+        desired = self.backend.desired(inputs)
         if not self._with_blackhole:
             return desired
-        return replace(desired, routes=(*desired.routes, blackhole(situation.own_subnet)))
+        return replace(desired, routes=(*desired.routes, blackhole(inputs.own_subnet)))
 
-    def _situation(self) -> Situation:
-        return Situation(self._network, self._underlay, self._own_subnet, self.live, tuple(self._peers.values()))
+    def _inputs(self) -> BackendInput:
+        return BackendInput(self._network, self._underlay, self._own_subnet, self.live, tuple(self._peers.values()))
 
 
 class _Tunnelled:
@@ -223,19 +223,19 @@ class _Tunnelled:
         self.tunnel = tunnel
         self._encapsulation = encapsulation
 
-    async def start(self, situation: Situation) -> None:
-        self.tunnel.configure(self._encapsulation.settings(situation))
-        self.tunnel.set_peers(self._remotes(situation.peers))
+    async def start(self, inputs: BackendInput) -> None:
+        self.tunnel.configure(self._encapsulation.packet_settings(inputs))
+        self.tunnel.set_peers(self._remotes(inputs.peers))
         await self.tunnel.publish()
         await self.tunnel.start()
-        self.tunnel.set_offload(situation.live.offload)
+        self.tunnel.set_offload(inputs.live.offload)
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
         self.tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
         self.tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
         await self.tunnel.publish()
 
-    async def apply(self, before: Situation, now: Situation) -> Live:
+    async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
         """Change from `before` to `now`; return the settings that are in force then.  Raises UdptunError."""
         how, live = self._encapsulation, now.live
         try:
@@ -247,14 +247,14 @@ class _Tunnelled:
             log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
         if live.offload != before.live.offload:
             self.tunnel.set_offload(live.offload)
-        settings = self._encapsulation.settings(now)
-        if settings != self._encapsulation.settings(before):
+        settings = self._encapsulation.packet_settings(now)
+        if settings != self._encapsulation.packet_settings(before):
             self.tunnel.configure(settings)
             self.tunnel.add_peers(self._remotes(now.peers))
             await self.tunnel.publish()
         return live
 
-    def document(self, leases: Sequence[Lease], live: Live) -> dict[str, Any]:
+    def document(self, leases: Sequence[Lease], live: LiveSettings) -> dict[str, Any]:
         table, stats, datapath = self.tunnel.table, self.tunnel.stats, self.tunnel.datapath
         counts = stats.peers([table.index_of(lease.subnet) for lease in leases], live.workers)
         active = datapath.active

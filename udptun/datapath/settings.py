@@ -28,7 +28,7 @@ class Vtep:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class PacketSettings:
     """What a worker must know besides its peers.  `mtu`: largest inner packet, bytes; `vtep` None: it travels bare."""
 
     network: IPv4Network

@@ -20,7 +20,7 @@ from udptun._fastpath import LAYOUT, load_u64, store_u64
 from udptun.config.net_conf import SourceCheck
 from udptun.core.errors import DatapathError
 from udptun.datapath import shm
-from udptun.datapath.settings import Remote, Settings, Vtep
+from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.datapath.stats import OFFLOAD_BITS, Stats
 
 _SETTINGS = np.dtype(
@@ -100,7 +100,7 @@ class TableWriter:
         """Of the published table; 0: none yet."""
         return load_u64(self._generation, 0)
 
-    def configure(self, settings: Settings) -> None:
+    def configure(self, settings: PacketSettings) -> None:
         """Set what applies to all packets, from the next `publish` on.
 
         Raises DatapathError when `settings` are of another Network or VTEP and there still are peers of the old.

@@ -22,7 +22,7 @@ from udptun.core.network_state import DEVICE_NAME
 from udptun.core.offload import ALL, Offload, names
 from udptun.datapath import processes
 from udptun.datapath.processes import Datapath, Descriptors, Process
-from udptun.datapath.settings import Remote, Settings
+from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.sockets import open_senders, open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
@@ -158,7 +158,7 @@ class Tunnel:
             log.info("offloads in_use=%s refused=%s", ",".join(names(granted)), ",".join(names(wanted & ~granted)))
         self.granted_offload = granted
 
-    def configure(self, settings: Settings) -> None:
+    def configure(self, settings: PacketSettings) -> None:
         """Set what applies to all packets, from the next `publish` on; peers of another Network or VTEP go."""
         is_other = settings.vtep != self.table.vtep
         self.remove_peers(
