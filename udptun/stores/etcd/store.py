@@ -29,7 +29,8 @@ from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUna
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseFormatError, Subnets
 from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, is_same_node, reservation
 from udptun.stores.etcd import etcd_pb2 as pb
-from udptun.stores.etcd.client import GRANT, RANGE, REVOKE, TIME_TO_LIVE, TXN, Client, RevisionGoneError, Watch
+from udptun.stores.etcd.client import GRANT, RANGE, REVOKE, TIME_TO_LIVE, TXN, Client, Watch
+from udptun.stores.etcd.failures import RevisionGoneError
 
 log = logging.getLogger(__name__)
 
