@@ -22,6 +22,8 @@ from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
 from udptun.stores.base import Store, SubnetChoice
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd import store as etcd
+from udptun.stores.etcd import watch
+from udptun.stores.etcd.etcd_leases import EtcdLeases
 
 pytestmark = pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}")
 
@@ -236,7 +238,7 @@ def test_expiries_of_leases_that_were_renewed_are_forgotten(harness: EtcdHarness
                 lease = await other.renew(lease)
                 await watcher.until(lambda lease=lease: watcher.revision >= lease.revision)
                 await watcher.until(lambda: (watcher.leases[SUBNETS[1].key].expires_s or 0) > time.time() + 80_000)
-            assert len(store._expiries) == 1
+            assert len(store._etcd_leases._found) == 1
         await other.aclose()
 
     on_store(harness, main)
@@ -392,7 +394,7 @@ def test_keys_beside_the_leases_are_not_ours(harness: EtcdHarness) -> None:
 def test_a_check_that_finds_etcd_otherwise_gives_a_snapshot(
     harness: EtcdHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcd, "CHECK_S", 0.2)
+    monkeypatch.setattr(watch, "CHECK_S", 0.2)
     harness.write([(1, 1), (2, 2)])
 
     async def main() -> None:
@@ -418,13 +420,13 @@ def test_a_check_that_finds_etcd_otherwise_gives_a_snapshot(
 
 
 def lose_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = etcd._Follower._take
+    take = watch.LeaseWatch._take
 
-    def lose(follower: Any, response: Any) -> Any:
-        monkeypatch.setattr(etcd._Follower, "_take", take)
-        return take(follower, type(response)(header=response.header))
+    def lose(lease_watch: Any, response: Any) -> Any:
+        monkeypatch.setattr(watch.LeaseWatch, "_take", take)
+        return take(lease_watch, type(response)(header=response.header))
 
-    monkeypatch.setattr(etcd._Follower, "_take", lose)
+    monkeypatch.setattr(watch.LeaseWatch, "_take", lose)
 
 
 def test_a_watch_behind_its_snapshot_starts_over_when_etcd_was_put_back_to_an_earlier_state(tmp_path: Path) -> None:
@@ -645,10 +647,10 @@ def test_an_exact_list_that_fails_half_way_is_one_line(
     granted = harness.etcdctl("lease", "grant", "300").split()[1]
     harness.etcdctl("put", f"--lease={granted}", harness.key("10.0.1.0-24"), host(1).to_json())
 
-    async def fail(store: etcd.EtcdStore, etcd_lease: int) -> float:
+    async def fail(etcd_leases: EtcdLeases, etcd_lease: int) -> float:
         raise StoreUnavailableError(f"no answer about {etcd_lease}")
 
-    monkeypatch.setattr(etcd.EtcdStore, "_look_up", fail)
+    monkeypatch.setattr(EtcdLeases, "look_up", fail)
     line, _ = refusal(harness.store(), lambda store: store.snapshot(exact=True))
     assert line == f"no answer about {int(granted, 16)}"
 

@@ -1,1 +1,1 @@
-"""etcd's v3 API as far as the etcd store needs it.  The only owner of grpc and protobuf: the extra `udptun[etcd]`."""
+"""The `etcd` store.  The only owner of grpc and protobuf: the extra `udptun[etcd]`."""

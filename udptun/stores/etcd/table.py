@@ -1,0 +1,67 @@
+"""What is under `<prefix>/subnets/`: flannel's keys and values as leases, and the table that a watch goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
+from udptun.stores.etcd import etcd_pb2 as pb
+from udptun.stores.etcd.etcd_leases import EtcdLeases
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is under one key.  `lease`: None when it cannot be read."""
+
+    mod_revision: int
+    etcd_lease: int
+    lease: Lease | None
+
+
+Table = dict[bytes, Known]
+
+
+@dataclass(slots=True)
+class LastTable:
+    """The table as it was at `revision` of the cluster `cluster_id` (0: not known yet).
+
+    A watch from just that revision goes on with it; one from another revision begins without a table.
+    """
+
+    revision: int = -1
+    table: Table = field(default_factory=dict)
+    cluster_id: int = 0
+
+
+class LeaseKeys:
+    """Translates between etcd's keys and values and leases."""
+
+    def __init__(self, prefix: str, etcd_leases: EtcdLeases) -> None:
+        self._etcd_leases = etcd_leases
+        self.first = f"{prefix}/subnets/".encode()
+        """Every lease's key begins with it."""
+        self.end = self.first[:-1] + b"0"
+        """The first key behind all of them: "0" follows "/"."""
+
+    def key(self, name: str) -> bytes:
+        """etcd's key of the lease whose key is `name`."""
+        return self.first + name.encode()
+
+    def read(self, kv: pb.KeyValue, skipped: list[str]) -> Known:
+        """What is under a key; when it is no lease, a line in `skipped` says why."""
+        name = kv.key.removeprefix(self.first)
+        lease = None
+        try:
+            subnets = Subnets.from_key(name.decode())
+            attrs = LeaseAttrs.from_json(kv.value.decode())
+            lease = Lease(subnets, attrs, self._etcd_leases.expiry(kv.lease), kv.mod_revision)
+        except LeaseFormatError as exc:
+            skipped.append(f"lease {name.decode(errors='backslashreplace')!r}: {exc}")
+        except UnicodeDecodeError as exc:
+            which = "key" if exc.object == name else "value"
+            skipped.append(f"lease {name.decode(errors='backslashreplace')!r}: its {which} is not UTF-8")
+        return Known(kv.mod_revision, kv.lease, lease)
+
+    def lease(self, kv: pb.KeyValue) -> Lease | None:
+        """The lease under a key; None when it is none."""
+        return self.read(kv, []).lease
