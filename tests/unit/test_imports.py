@@ -54,7 +54,7 @@ SHELL = {
     "threading",
 }
 OWNERS = {
-    "pyroute2": {"kernel/netlink.py"},
+    "pyroute2": {"kernel/link_messages.py"},
     "pytun": {"kernel/tun.py"},
     "grpc": {"stores/etcd/client.py"},
     "google": {"stores/etcd/client.py", "stores/etcd/etcd_pb2.py"},

@@ -25,20 +25,20 @@ SUBNET = IPv4Network("10.244.3.0/24")
     ],
 )
 def test_a_route_reads_as_it_was_written(route: Route) -> None:
-    assert rtnetlink.route(rtnetlink.add_route(route).body) == route
+    assert rtnetlink.decode_route(rtnetlink.add_route(route).body) == route
 
 
 def test_a_neighbour_and_an_fdb_entry_read_as_they_were_written() -> None:
     neighbour = Neighbour(7, IPv4Address("10.244.3.0"), "02:00:00:00:00:03")
     entry = FdbEntry(7, "02:00:00:00:00:03", IPv4Address("192.0.2.3"))
-    assert rtnetlink.neighbour(rtnetlink.set_neighbour(neighbour).body) == neighbour
-    assert rtnetlink.fdb_entry(rtnetlink.set_fdb(entry).body) == entry
+    assert rtnetlink.decode_neighbour(rtnetlink.set_neighbour(neighbour).body) == neighbour
+    assert rtnetlink.decode_fdb_entry(rtnetlink.set_fdb(entry).body) == entry
 
 
 def test_a_neighbour_without_a_mac_and_an_fdb_entry_without_a_destination_are_none() -> None:
     head = struct.pack("=BxxxiHBB", 2, 7, 0x01, 0, 0)
-    assert rtnetlink.neighbour(head + struct.pack("=HH4s", 8, 1, bytes([10, 244, 3, 0]))) is None
-    assert rtnetlink.fdb_entry(head + struct.pack("=HH6sxx", 10, 2, bytes(6))) is None
+    assert rtnetlink.decode_neighbour(head + struct.pack("=HH4s", 8, 1, bytes([10, 244, 3, 0]))) is None
+    assert rtnetlink.decode_fdb_entry(head + struct.pack("=HH6sxx", 10, 2, bytes(6))) is None
 
 
 def test_the_first_of_several_next_hops_counts() -> None:
@@ -48,7 +48,7 @@ def test_the_first_of_several_next_hops_counts() -> None:
         for oif, last in ((2, 7), (3, 8))
     )
     body = struct.pack("=BBBBBBBBI", 2, 0, 0, 0, 254, 3, 0, 1, 0) + struct.pack("=HH", 4 + len(hops), 9) + hops
-    found = rtnetlink.route(body)
+    found = rtnetlink.decode_route(body)
     assert (found.gateway, found.oif, found.dst) == (IPv4Address("192.0.2.7"), 2, IPv4Network("0.0.0.0/0"))
 
 
@@ -57,7 +57,7 @@ def test_messages_of_one_datagram_are_told_apart_by_their_sequence_numbers() -> 
     data = b"".join(request.encode(10 + n) for n, request in enumerate(requests))
     found = list(rtnetlink.messages(data))
     assert [sequence for _, _, sequence, _ in found] == [10, 11, 12]
-    assert [rtnetlink.route(body).oif for _, _, _, body in found] == [1, 2, 3]
+    assert [rtnetlink.decode_route(body).oif for _, _, _, body in found] == [1, 2, 3]
     assert all(flags & rtnetlink.F_ACK for _, flags, _, _ in found)
     assert list(rtnetlink.messages(bytes(16))) == [], "a length of nothing ends it"
 
@@ -68,6 +68,6 @@ def test_a_refusal_has_the_kernels_number_and_words() -> None:
     text = b"Nexthop has invalid gateway\0"
     words = struct.pack("=HH", 4 + len(text), 1) + text
     body = struct.pack("=i", -101) + asked + words
-    assert rtnetlink.refusal(body, 0x300) == (101, "Nexthop has invalid gateway")
-    assert rtnetlink.refusal(struct.pack("=i", -17) + asked, 0x100) == (17, "")
-    assert rtnetlink.refusal(struct.pack("=i", 0) + asked, 0x100) == (0, "")
+    assert rtnetlink.decode_error(body, 0x300) == (101, "Nexthop has invalid gateway")
+    assert rtnetlink.decode_error(struct.pack("=i", -17) + asked, 0x100) == (17, "")
+    assert rtnetlink.decode_error(struct.pack("=i", 0) + asked, 0x100) == (0, "")

@@ -11,6 +11,7 @@ from udptun.backends.vxlan import device_name
 from udptun.config.net_conf import BackendConf, VxlanBackend
 from udptun.core.errors import KernelError
 from udptun.core.network_state import Vxlan
+from udptun.kernel.link_messages import add_vxlan, delete_link
 from udptun.kernel.netlink import Netlink
 from udptun.membership import state
 
@@ -57,7 +58,7 @@ async def _no_vxlan() -> str:
     name = _NAME.format(os.getpid())
     async with Netlink() as kernel:
         try:
-            await kernel.add_vxlan(name, Vxlan(_VNI, None, 0, _PORT, learning=False, gbp=False), _MAC, _MTU)
+            await kernel.do(add_vxlan(name, Vxlan(_VNI, None, 0, _PORT, learning=False, gbp=False), _MAC, _MTU))
         except KernelError as exc:
             if exc.errno == errno.EPERM:
                 raise KernelError(
@@ -66,5 +67,5 @@ async def _no_vxlan() -> str:
             # Whatever else it is, a kernel that knows vxlan said it, and setting up the real device will say it again.
             return errno.errorcode[exc.errno] if exc.errno in _LACKING else ""
         if (link := await kernel.link(name)) is not None:
-            await kernel.delete_link(link.index)
+            await kernel.do(delete_link(link))
     return ""

@@ -77,6 +77,33 @@ class Link:
     alias: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """What to change of `link`; None leaves a setting as it is."""
+
+    link: Link
+    up: bool | None = None
+    mtu: int | None = None
+    tx_queue_len: int | None = None
+    mac: str | None = None
+    alias: str | None = None
+
+    def __str__(self) -> str:
+        """As `ip link set` takes it."""
+        words = [self.link.name]
+        if self.up is not None:
+            words.append("up" if self.up else "down")
+        if self.mtu is not None:
+            words.append(f"mtu {self.mtu}")
+        if self.tx_queue_len is not None:
+            words.append(f"txqueuelen {self.tx_queue_len}")
+        if self.mac is not None:
+            words.append(f"address {self.mac}")
+        if self.alias is not None:
+            words.append(f"alias {self.alias}")
+        return " ".join(words)
+
+
 class Scope(IntEnum):
     """Scope of an address or a route (rt_scope)."""
 

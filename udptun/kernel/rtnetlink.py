@@ -20,7 +20,7 @@ ERROR, DONE = 2, 3
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
 F_REQUEST, F_ACK, F_DUMP_INTR, F_DUMP = 0x1, 0x4, 0x10, 0x300
-_F_REPLACE, _F_EXCL, _F_CREATE = 0x100, 0x200, 0x400
+F_REPLACE, F_EXCL, F_CREATE = 0x100, 0x200, 0x400
 _F_CAPPED, _F_ACK_TLVS = 0x100, 0x200
 
 _AF_INET, _AF_BRIDGE, _AF_INET6 = 2, 7, 10
@@ -32,7 +32,7 @@ _NEIGHBOUR = struct.Struct("=BxxxiHBB")
 """struct ndmsg: family, ifindex, state, flags, type."""
 _NEXT_HOP = struct.Struct("=HBBi")
 """struct rtnexthop: length, flags, hops, ifindex."""
-_U32 = struct.Struct("=I")
+_U32, _I32 = struct.Struct("=I"), struct.Struct("=i")
 
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTAX_MTU = 8, 9, 15, 2
@@ -64,7 +64,7 @@ def add_route(route: Route) -> Request:
 
     The kernel's "replace" looks at prefix and metric alone and would take another owner's route.
     """
-    return Request(f"cannot add route {route.dst}", NEWROUTE, _F_CREATE | _F_EXCL, _route_body(route))
+    return Request(f"cannot add route {route.dst}", NEWROUTE, F_CREATE | F_EXCL, _route_body(route))
 
 
 def delete_route(route: Route) -> Request:
@@ -80,14 +80,14 @@ def dump_routes(family: int, table: int, protocol: int) -> Request:
 
 def get_route(ip: IPAddress) -> Request:
     """How the kernel would send to `ip`."""
-    body = _ROUTE.pack(_family(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, ip.packed)
+    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, ip.packed)
     return Request(f"no route to {ip}", GETROUTE, 0, body)
 
 
 def set_neighbour(neighbour: Neighbour) -> Request:
     """Add, or replace what there is for the address."""
     operation = f"cannot set neighbour {neighbour.ip}"
-    return Request(operation, NEWNEIGH, _F_CREATE | _F_REPLACE, _neighbour_body(neighbour))
+    return Request(operation, NEWNEIGH, F_CREATE | F_REPLACE, _neighbour_body(neighbour))
 
 
 def delete_neighbour(neighbour: Neighbour) -> Request:
@@ -96,7 +96,7 @@ def delete_neighbour(neighbour: Neighbour) -> Request:
 
 def set_fdb(entry: FdbEntry) -> Request:
     """Add, or replace what there is for the MAC."""
-    return Request(f"cannot set fdb entry {entry.mac}", NEWNEIGH, _F_CREATE | _F_REPLACE, _fdb_body(entry))
+    return Request(f"cannot set fdb entry {entry.mac}", NEWNEIGH, F_CREATE | F_REPLACE, _fdb_body(entry))
 
 
 def delete_fdb(entry: FdbEntry) -> Request:
@@ -114,7 +114,7 @@ def dump_fdb(link_index: int) -> Request:
     return Request("cannot list fdb", GETNEIGH, F_DUMP, _NEIGHBOUR.pack(_AF_BRIDGE, link_index, 0, 0, 0))
 
 
-def route(body: bytes) -> Route:
+def decode_route(body: bytes) -> Route:
     """The route in a message's body.  Of several next hops it is the first."""
     family, dst_len, _, _, table, protocol, scope, kind, flags = _ROUTE.unpack_from(body)
     found = dict(attributes(body, _ROUTE.size))
@@ -139,7 +139,7 @@ def route(body: bytes) -> Route:
     )
 
 
-def neighbour(body: bytes) -> Neighbour | None:
+def decode_neighbour(body: bytes) -> Neighbour | None:
     """The neighbour in a message's body; None when it has no link-layer address (yet)."""
     _, link_index, state, _, _ = _NEIGHBOUR.unpack_from(body)
     found = dict(attributes(body, _NEIGHBOUR.size))
@@ -148,7 +148,7 @@ def neighbour(body: bytes) -> Neighbour | None:
     return Neighbour(link_index, _address(found[_NDA_DST]), found[_NDA_LLADDR].hex(":"), bool(state & NUD_PERMANENT))
 
 
-def fdb_entry(body: bytes) -> FdbEntry | None:
+def decode_fdb_entry(body: bytes) -> FdbEntry | None:
     """The forwarding entry in a message's body; None when it does not lead to another VTEP."""
     _, link_index, state, _, _ = _NEIGHBOUR.unpack_from(body)
     found = dict(attributes(body, _NEIGHBOUR.size))
@@ -157,15 +157,23 @@ def fdb_entry(body: bytes) -> FdbEntry | None:
     return FdbEntry(link_index, found[_NDA_LLADDR].hex(":"), _address(found[_NDA_DST]), bool(state & NUD_PERMANENT))
 
 
-def refusal(body: bytes, flags: int) -> tuple[int, str]:
-    """errno (0: done) and the kernel's own sentence, of the body of an ERROR message."""
-    (number,) = struct.unpack_from("=i", body)
-    if number == 0 or not flags & _F_ACK_TLVS:
-        return -number, ""
-    (echoed,) = _U32.unpack_from(body, 4)
-    start = 4 + (HEADER.size if flags & _F_CAPPED else echoed)
+def decode_error(body: bytes, flags: int) -> tuple[int, str]:
+    """errno (0: done) and the kernel's own sentence, from the body of an ERROR message."""
+    (number,) = _I32.unpack_from(body)
+    (echoed,) = _U32.unpack_from(body, _I32.size)
+    start = _I32.size + (HEADER.size if flags & _F_CAPPED else echoed)
+    return -number, _sentence(body, start) if number and flags & _F_ACK_TLVS else ""
+
+
+def decode_done(body: bytes, flags: int) -> tuple[int, str]:
+    """errno (0: complete) and the kernel's own sentence, from the body of a DONE message, the last one of a dump."""
+    (number,) = _I32.unpack_from(body)
+    return -number, _sentence(body, _I32.size) if number and flags & _F_ACK_TLVS else ""
+
+
+def _sentence(body: bytes, start: int) -> str:
     text = dict(attributes(body, start)).get(_NLMSGERR_ATTR_MSG, b"")
-    return -number, text.rstrip(b"\0").decode(errors="replace")
+    return text.rstrip(b"\0").decode(errors="replace")
 
 
 def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
@@ -184,7 +192,7 @@ def _route_body(route: Route) -> bytes:
     flags = _RTNH_F_ONLINK if route.onlink else 0
     parts = [
         _ROUTE.pack(
-            _family(dst),
+            family_of(dst),
             route.dst.prefixlen,
             0,
             0,
@@ -211,7 +219,7 @@ def _route_body(route: Route) -> bytes:
 
 
 def _neighbour_body(neighbour: Neighbour) -> bytes:
-    head = _NEIGHBOUR.pack(_family(neighbour.ip), neighbour.link_index, NUD_PERMANENT, 0, 0)
+    head = _NEIGHBOUR.pack(family_of(neighbour.ip), neighbour.link_index, NUD_PERMANENT, 0, 0)
     mac = bytes.fromhex(neighbour.mac.replace(":", ""))
     return head + _attribute(_NDA_DST, neighbour.ip.packed) + _attribute(_NDA_LLADDR, mac)
 
@@ -237,7 +245,8 @@ def attributes(data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
         offset += (length + 3) & ~3
 
 
-def _family(ip: IPAddress) -> int:
+def family_of(ip: IPAddress) -> int:
+    """AF_INET or AF_INET6."""
     return _AF_INET if ip.version == 4 else _AF_INET6
 
 

@@ -35,12 +35,13 @@ from udptun.core.network_state import (
     FdbEntry,
     IPNetwork,
     Link,
+    LinkSettings,
     Neighbour,
     Route,
     RouteType,
     Vxlan,
 )
-from udptun.kernel import rtnetlink
+from udptun.kernel import link_messages, rtnetlink
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.rtnetlink import Request
@@ -655,17 +656,19 @@ class Reconciler:
             case CreateVxlan(name, vxlan, mac, mtu):
                 await _make_vxlan(kernel, name, vxlan, mac, mtu)
             case DeleteLink(link):
-                await kernel.delete_link(link.index)
+                await kernel.do(link_messages.delete_link(link))
             case SetSysctl(sysctl):
                 _write_sysctl(sysctl)
             case SetLink(link, up, mtu, tx_queue_len, wanted_mac, alias):
-                await kernel.set_link(
-                    link.index, up=up, mtu=mtu, tx_queue_len=tx_queue_len, mac=wanted_mac, alias=alias
+                await kernel.do(
+                    link_messages.set_link(
+                        LinkSettings(link, up=up, mtu=mtu, tx_queue_len=tx_queue_len, mac=wanted_mac, alias=alias)
+                    )
                 )
             case AddAddress(address):
-                await kernel.add_address(address)
+                await kernel.do(link_messages.add_address(address))
             case DeleteAddress(address):
-                await kernel.delete_address(address)
+                await kernel.do(link_messages.delete_address(address))
 
     def _settle(self, outcome: Outcome) -> None:
         """Keep the outcome; say what was done, in one line, and what is new in its problems."""
@@ -712,9 +715,9 @@ async def make_missing(links: Iterable[DesiredLink]) -> None:
 
 async def _make_vxlan(kernel: Netlink, name: str, vxlan: Vxlan, mac: str, mtu: int) -> None:
     """Make the device and put our mark on it, which the kernel does not take with the making."""
-    await kernel.add_vxlan(name, vxlan, mac, mtu)
+    await kernel.do(link_messages.add_vxlan(name, vxlan, mac, mtu))
     if (link := await kernel.link(name)) is not None:
-        await kernel.set_link(link.index, alias=LINK_ALIAS)
+        await kernel.do(link_messages.set_link(LinkSettings(link, alias=LINK_ALIAS)))
 
 
 async def make_way(name: str) -> None:
@@ -722,7 +725,7 @@ async def make_way(name: str) -> None:
     async with Netlink() as kernel:
         link = await kernel.link(name)
         if link is not None and link.vxlan is not None and link.alias == LINK_ALIAS:
-            await kernel.delete_link(link.index)
+            await kernel.do(link_messages.delete_link(link))
             log.info("deleted link %s reason=the userspace VTEP takes its place", name)
 
 
@@ -742,12 +745,12 @@ async def remove() -> list[str]:
     async with Netlink() as kernel:
         for link in await kernel.links():
             if _is_ours(link):
-                await kernel.delete_link(link.index)
+                await kernel.do(link_messages.delete_link(link))
                 lines.append(f"deleted link {link.name}")
             elif DEVICE_NAME.fullmatch(link.name):
                 lines.append(f"left {link.name} alone: it is not a device of udptun")
         for route in await kernel.routes(ROUTE_PROTOCOL):
-            await kernel.delete_route(route)
+            await kernel.do(rtnetlink.delete_route(route))
             lines.append(f"deleted route {describe(route)}")
     return lines
 
