@@ -9,11 +9,14 @@ from __future__ import annotations
 from ipaddress import ip_address
 from typing import Any
 
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-
 from udptun.core.network_state import Address, Link, LinkSettings, TunFlags, Vxlan
+from udptun.kernel.lean_import import import_without_init
 from udptun.kernel.rtnetlink import F_CREATE, F_DUMP, F_EXCL, HEADER, Request, family_of
+
+import_without_init("pyroute2", "netlink.rtnl.ifinfmsg", "netlink.rtnl.ifaddrmsg")
+
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg  # noqa: E402
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # noqa: E402
 
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
