@@ -173,7 +173,7 @@ class Member:
         self.me = me
         self.membership = Membership(
             *(store, start or Start(CONFIG), CONF, me, directory, margin_s),
-            *(lambda lease: None, self._changed, clock or Clock()),
+            *(lambda lease: None, self._changed, parse_net_conf, clock or Clock()),
         )
 
     async def _changed(self, events: Sequence[LeaseEvent]) -> None:
@@ -713,9 +713,9 @@ def test_start_waits_for_a_config_in_a_remote_store_that_is_broken(
         store = FakeStore()
         store.config = config
         with pytest.raises(ConfigError):
-            await find_start(store, tmp_path, Clock())
+            await find_start(store, tmp_path, Clock(), parse_net_conf)
         store.is_remote = True
-        starting = asyncio.create_task(find_start(store, tmp_path, Clock()))
+        starting = asyncio.create_task(find_start(store, tmp_path, Clock(), parse_net_conf))
         await until(lambda: told(caplog, logging.WARNING, "no network config, waiting for it"))
         await turns()
         assert not starting.done()
@@ -731,7 +731,7 @@ def test_start_uses_the_config_of_the_last_run_while_that_in_a_remote_store_is_b
         save(tmp_path, PEER)
         store = FakeStore()
         store.config, store.is_remote = "{", True
-        start = await find_start(store, tmp_path, Clock())
+        start = await find_start(store, tmp_path, Clock(), parse_net_conf)
         assert start.config == CONFIG
         member = Member(store, tmp_path, start=start)
         async with member.running():
@@ -773,7 +773,7 @@ def test_last_table_is_saved_and_is_what_the_next_run_begins_with_while_the_stor
         own = first.membership.own
         store = FakeStore()
         store.fail = store.fail_writes = StoreUnavailableError("away")
-        start = await find_start(store, tmp_path, Clock())
+        start = await find_start(store, tmp_path, Clock(), parse_net_conf)
         assert start.config == CONFIG
         second = Member(store, tmp_path, start=start)
         async with second.running():
@@ -861,7 +861,7 @@ def test_start_without_a_usable_table_waits_for_the_store_with_a_line_for_each_r
             save(tmp_path, PEER, own=own)
         store = FakeStore()
         store.fail = StoreUnavailableError("away")
-        starting = asyncio.create_task(find_start(store, tmp_path, Clock()))
+        starting = asyncio.create_task(find_start(store, tmp_path, Clock(), parse_net_conf))
         await until(lambda: told(caplog, logging.WARNING, "error='away'"))
         await turns()
         store.fail = StoreUnavailableError("locked")
@@ -1153,7 +1153,7 @@ def test_a_full_table_leaves_the_event_loop_to_others(tmp_path: Path) -> None:
             pass
 
         member = Membership(
-            store, Start(CONFIG), conf, ME, tmp_path, 3600, lambda lease: None, ignore, Clock()
+            store, Start(CONFIG), conf, ME, tmp_path, 3600, lambda lease: None, ignore, parse_net_conf, Clock()
         )
         await member.join(OWN_ATTRS, chooser(conf, ME, None, random.Random(1)))
         await member.catch_up()

@@ -190,7 +190,7 @@ class Daemon:
             store = open_store(options)
             undo.push_async_callback(store.aclose)
             clock = Clock()
-            start = await find_start(store, options.state_dir, clock)
+            start = await find_start(store, options.state_dir, clock, parse_net_conf)
             self._conf = self._parse_config(start.config, store)
             self._underlay = await self._find_underlay()
             check_underlay(self._conf, self._underlay.address)
@@ -217,6 +217,7 @@ class Daemon:
                 60.0 * options.subnet_lease_renew_margin,
                 self._backend.refusal,
                 self._peers_changed,
+                parse_net_conf,
                 clock,
             )
             self._forwarding = await Forwarding.open(

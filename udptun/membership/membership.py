@@ -39,7 +39,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, TypeVar
 
-from udptun.config.net_conf import NetConf, parse_net_conf
+from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, KernelError, LeaseError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseTable, validate
@@ -88,6 +88,8 @@ _PROOF_S = 60.0
 """We show the same host that we are alive once in so long: two that both think they were first would fight."""
 
 PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
+ParseNetConf = Callable[[str, str], NetConf]
+"""Makes a configuration of a text and the name of where it is from; raises ConfigError.  It knows the backends' keys."""
 T = TypeVar("T")
 
 
@@ -99,7 +101,7 @@ class Start:
     last: LastLeases | None = None
 
 
-async def find_start(store: Store, state_dir: Path, clock: Clock) -> Start:
+async def find_start(store: Store, state_dir: Path, clock: Clock, parse: ParseNetConf) -> Start:
     """The network config in the store or, while there is none to be had, that of the last run; without either it waits.
 
     Raises ConfigError when a person has to mend it, and that person is here: with a remote store it waits.
@@ -108,7 +110,7 @@ async def find_start(store: Store, state_dir: Path, clock: Clock) -> Start:
     async def ask() -> str:
         try:
             text = await store.network_config()
-            parse_net_conf(text, store.config_name)
+            parse(text, store.config_name)
         except ConfigError as exc:
             if store.is_remote:
                 raise StoreUnavailableError(str(exc)) from exc
@@ -248,6 +250,7 @@ class Membership:
         margin_s: float,
         refusal: Callable[[Lease], str | None],
         on_change: PeersChanged,
+        parse: ParseNetConf,
         clock: Clock,
     ) -> None:
         self._store = store
@@ -259,6 +262,7 @@ class Membership:
         self._margin_s = margin_s
         self._refusal = refusal
         self._on_change = on_change
+        self._parse = parse
         self._clock = clock
         self._clock_ahead_s = clock.unix_s() - clock.elapsed_s()
         self._own: Lease | None = None
@@ -496,7 +500,7 @@ class Membership:
     async def _confirm(self) -> None:
         """Claim the lease that we began with."""
         config = await self._store.network_config()
-        network = parse_net_conf(config, self._store.name).network
+        network = self._parse(config, self._store.name).network
         if network != self._conf.network:
             raise ConfigError(f"Network is {network} in {self._store.name}, not {self._conf.network}; restart to move")
         if config != self._config:
