@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import compare, report, run
+from bench import compare, report, run, startup
 from bench.errors import BenchError
 
 
@@ -16,6 +16,8 @@ def main(arguments: Sequence[str]) -> int:
         match arguments:
             case ["compare", *rest]:
                 compare.main(rest)
+            case ["startup", *rest]:
+                return startup.main(rest)
             case ["report", *rest]:
                 _report(rest)
             case _:
