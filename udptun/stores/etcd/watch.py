@@ -245,7 +245,7 @@ class LeaseWatch:
             except RevisionGoneError as exc:
                 if "compacted" not in str(exc):
                     raise
-                # Our revision is compacted, because nothing has come for long.  So the present state should be the same.
+                # Our revision is compacted, as nothing has come for long.  So the present state should be the same.
                 etcds = await self._count_and_highest(0)
                 if self._after != after:
                     continue
