@@ -63,7 +63,7 @@ from udptun.core.lease import LeaseAttrs, Subnets
 from udptun.core.offload import ALL, names
 from udptun.core.offload import Offload as KernelOffload
 from udptun.stores.base import SubnetChoice
-from udptun.stores.local import LocalStore
+from udptun.stores.local.store import LocalStore
 
 async def claim():
     store = LocalStore(pathlib.Path(sys.argv[1]), pathlib.Path("/net-conf.json"))

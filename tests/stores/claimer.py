@@ -8,7 +8,7 @@ from pathlib import Path
 
 from store_harness import first_free, host
 
-from udptun.stores.local import LocalStore
+from udptun.stores.local.store import LocalStore
 
 
 async def main(path: Path, first: int, count: int) -> None:

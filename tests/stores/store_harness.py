@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
 from udptun.stores.base import Store, SubnetChoice, WatchBatch
 from udptun.stores.file import FileStore
-from udptun.stores.local import LocalStore
+from udptun.stores.local.store import LocalStore
 
 NETWORK = IPv4Network("10.0.0.0/8")
 NET_CONF = '{"Network": "10.0.0.0/8", "Backend": {"Type": "udp"}}'

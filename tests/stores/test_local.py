@@ -21,8 +21,9 @@ from store_harness import DEADLINE_S, SUBNETS, LocalHarness, exactly, first_free
 import udptun
 from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType
-from udptun.stores import local
-from udptun.stores.local import HISTORY, LocalStore
+from udptun.stores.local import database
+from udptun.stores.local.schema import HISTORY
+from udptun.stores.local.store import LocalStore
 
 CLAIMER = Path(__file__).with_name("claimer.py")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="unshare and seteuid need root")
@@ -147,7 +148,7 @@ def test_a_claim_from_another_network_and_mount_namespace_reaches_the_watcher(ha
 def test_a_busy_file_holds_up_neither_the_event_loop_nor_the_next_claim(
     harness: LocalHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "BUSY_S", 0.3)
+    monkeypatch.setattr(database, "BUSY_S", 0.3)
 
     async def main() -> None:
         store = harness.store()

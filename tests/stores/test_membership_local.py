@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from member import Member, SetClock, holds
 
-from udptun.stores.local import LocalStore
+from udptun.stores.local.store import LocalStore
 
 
 @pytest.mark.parametrize("set_by_s", [30 * 86_400, -30 * 86_400])

@@ -61,7 +61,7 @@ from udptun.membership.allocate import Identity, chooser
 from udptun.membership.membership import Membership, find_start
 from udptun.stores.base import Store
 from udptun.stores.file import FileStore
-from udptun.stores.local import LocalStore
+from udptun.stores.local.store import LocalStore
 
 log = logging.getLogger(__name__)
 
