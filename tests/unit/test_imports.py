@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import udptun
 from udptun.config.flags import parse_daemon_flags
-from udptun.control.daemon import open_store
 from udptun.core.errors import ConfigError
+from udptun.stores.open import open_store
 
 PACKAGE = Path(udptun.__file__).parent
 
@@ -58,6 +59,7 @@ OWNERS = {
     "pytun": {"kernel/tun.py"},
     "grpc": {"stores/etcd/client.py"},
     "google": {"stores/etcd/client.py", "stores/etcd/etcd_pb2.py"},
+    "sqlite3": {f"stores/local/{name}.py" for name in ("database", "rows", "store")},
 }
 
 
@@ -143,6 +145,26 @@ def test_daemon_loads_grpc_only_for_the_etcd_store() -> None:
     script = "import sys, udptun.control.daemon; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"grpc", "google", "udptun.stores.etcd.store", "udptun.stores.etcd.client"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("store", "libraries"),
+    [
+        ("file:/nowhere", set()),
+        ("local:/nowhere", {"sqlite3"}),
+        pytest.param("etcd", {"grpc", "google"}, marks=pytest.mark.skipif(not find_spec("grpc"), reason="needs grpc")),
+    ],
+)
+def test_each_store_loads_its_own_library_and_only_when_it_is_opened(store: str, libraries: set[str]) -> None:
+    script = (
+        "import sys, udptun.membership.membership; from udptun.stores.open import open_store; print(*sys.modules)\n"
+        "from udptun.config.flags import parse_daemon_flags\n"
+        f"open_store(parse_daemon_flags(['--store={store}'], {{}})); print(*sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    before, after = (set(line.split()) & {"sqlite3", "grpc", "google"} for line in printed.splitlines())
+    assert before == set()
+    assert after == libraries
 
 
 def test_etcd_without_its_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

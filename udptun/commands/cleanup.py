@@ -12,12 +12,13 @@ from pathlib import Path
 
 from udptun.config import subnet_env
 from udptun.config.flags import Options
-from udptun.control.daemon import LOCK_FILE, lock_run_dir, open_store
+from udptun.control.daemon import LOCK_FILE, lock_run_dir
 from udptun.control.document import SOCKET_NAME
 from udptun.datapath import processes
 from udptun.firewall import firewall
 from udptun.kernel.reconcile import reconciler as reconcile
 from udptun.membership import state
+from udptun.stores.open import open_store
 
 
 def cleanup(options: Options, release: bool) -> int:

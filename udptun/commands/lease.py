@@ -12,11 +12,11 @@ from ipaddress import IPv4Network
 from udptun.commands.status import duration, table
 from udptun.config.flags import LeaseRequest, StoreKind
 from udptun.config.net_conf import parse_net_conf
-from udptun.control.daemon import open_store
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership.allocate import fits
 from udptun.stores.base import Snapshot, Store
+from udptun.stores.open import open_store
 
 SCHEMA = 1
 """Of what --json prints: keys are only ever added."""

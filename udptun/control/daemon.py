@@ -31,7 +31,7 @@ from udptun import __version__
 from udptun.backends import probe
 from udptun.backends.base import Backend, LiveSettings
 from udptun.config import subnet_env
-from udptun.config.flags import Options, StoreKind
+from udptun.config.flags import Options
 from udptun.config.net_conf import (
     DatapathKeys,
     LogLevel,
@@ -60,8 +60,7 @@ from udptun.membership import state
 from udptun.membership.allocate import Identity, chooser
 from udptun.membership.membership import Membership, find_start
 from udptun.stores.base import Store
-from udptun.stores.file import FileStore
-from udptun.stores.local.store import LocalStore
+from udptun.stores.open import open_store
 
 log = logging.getLogger(__name__)
 
@@ -94,25 +93,6 @@ def _set_log_level(options: Options, configured: LogLevel | None) -> None:
     # Not the root logger's level: pyroute2 would print every netlink message.
     by_flag = LogLevel.DEBUG if options.v >= 1 else LogLevel.INFO
     logging.getLogger("udptun").setLevel((configured or by_flag).value)
-
-
-def open_store(options: Options) -> Store:
-    """The store that --store names; nothing is read or written yet."""
-    path = options.store.path
-    match options.store.kind:
-        case StoreKind.LOCAL:
-            return LocalStore(path, options.net_config_path)
-        case StoreKind.FILE:
-            return FileStore(path, options.net_config_path, options.node or None)
-        case StoreKind.ETCD:
-            try:
-                # Here, because its libraries are an extra.
-                from udptun.stores.etcd.store import EtcdStore
-            except ImportError as exc:
-                raise ConfigError(
-                    f"cannot use etcd: {exc}; install the extra: pip install 'udptun[etcd]', or name another --store"
-                ) from exc
-            return EtcdStore(options.etcd)
 
 
 def lock_run_dir(run_dir: Path) -> int:
