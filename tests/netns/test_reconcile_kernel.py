@@ -30,6 +30,7 @@ from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import ROUTE_PROTOCOL
 from udptun.core.offload import ALL
 from udptun.kernel import netlink, notices
+from udptun.kernel.reconcile import reconciler
 from udptun.kernel.reconcile.reconciler import Outcome, Reconciler, remove
 from udptun.kernel.tun import VNET_HDR_LEN, Tun, open_queues
 from udptun.kernel.underlay import Underlay
@@ -264,7 +265,7 @@ def test_a_sysctl_that_was_turned_back_is_repaired_at_the_next_look(ns: Namespac
 def test_changes_without_a_notice_are_found_by_the_timer(
     ns: Namespace, tun: Tun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("udptun.kernel.reconcile.reconciler._PERIOD_S", 0.2)
+    monkeypatch.setattr(reconciler, "_PACE", replace(reconciler._PACE, period_s=0.2))
     with ExitStack() as stack:
         running = Running(ns, tun, stack)
         ns.call(lambda: ACCEPT_LOCAL.write_text("0"))

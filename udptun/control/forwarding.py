@@ -175,7 +175,7 @@ class Forwarding:
             self._tunnel.tunnel.detach()
 
     def problems(self) -> tuple[str, ...]:
-        return () if self._reconciler is None else self._reconciler.last.problems
+        return () if self._reconciler is None else self._reconciler.problems
 
     def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
         """The keys of docs/status.md that are about carrying packets; `leases` are the peers' in the order wanted."""

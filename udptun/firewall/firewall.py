@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +21,7 @@ from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, p
 from udptun.firewall.nft import NftRules
 from udptun.firewall.rules import Repair, Wanted, forward, masquerade
 from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
+from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +74,10 @@ class Firewall:
         self._network = network
         self._kept: list[Rules] = []
         self._is_new = False
-        self._wake = asyncio.Event()
         self._repaired: deque[float] = deque(maxlen=_STRIFE_REPAIRS)
-        self.problems: tuple[str, ...] = ()
-        """What is not as wanted and cannot be set right now, a line each."""
+        self._problem = ""
+        pace = Pace(_QUIET_S, _MAX_WAIT_S, storm_s=0.0, period_s=settings.resync_s, retry_s=settings.resync_s)
+        self._loop = WatchLoop("firewall rules", self._relevant_notices, self._repair, pace)
 
     async def set_up(self, subnet: IPNetwork, previous: tuple[IPNetwork, IPNetwork] | None) -> None:
         """Set the rules, then remove those of the other form and of older flannels.
@@ -169,30 +170,18 @@ class Firewall:
 
     async def run(self) -> None:
         """Look after every notice and every `resync_s` seconds, and set right what differs, until cancelled."""
-        if not self._kept:
-            return
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen(), name="ruleset notices")
-            while True:
-                self._wake.clear()
-                await self._repair()
-                try:
-                    async with asyncio.timeout(self._settings.resync_s):
-                        await self._wake.wait()
-                except TimeoutError:
-                    continue
-                await self._wait_for_quiet()
+        if self._kept:
+            await self._loop.run()
 
-    async def _listen(self) -> None:
-        while True:
-            try:
-                async with aclosing(watch_ruleset()) as batches:
-                    async for notices in batches:
-                        if self._is_concerned(notices):
-                            self._wake.set()
-            except KernelError as exc:
-                log.debug("no notices of changed rules, the timer alone looks error=%s", exc)
-            await asyncio.sleep(self._settings.resync_s)
+    async def _relevant_notices(self) -> AsyncGenerator[object, None]:
+        try:
+            async with aclosing(watch_ruleset()) as batches:
+                async for notices in batches:
+                    if self._is_concerned(notices):
+                        yield notices
+        except KernelError as exc:
+            # Where there is no nftables there is legacy iptables alone, which tells of nothing anyway.
+            log.debug("no notices of changed rules, the timer alone looks error=%s", exc)
 
     def _is_concerned(self, notices: frozenset[RulesetNotice] | None) -> bool:
         """Whether to look at once.  kube-proxy changes rules all day long that are none of ours."""
@@ -200,18 +189,8 @@ class Firewall:
             return False
         return notices is None or any(rules.concerns(notice) for rules in self._kept for notice in notices)
 
-    async def _wait_for_quiet(self) -> None:
-        clock = asyncio.get_running_loop().time
-        latest = clock() + _MAX_WAIT_S
-        while clock() < latest:
-            self._wake.clear()
-            try:
-                async with asyncio.timeout_at(min(clock() + _QUIET_S, latest)):
-                    await self._wake.wait()
-            except TimeoutError:
-                return
-
-    async def _repair(self) -> None:
+    async def _repair(self) -> bool:
+        """Whether all is as wanted now."""
         problem = ""
         try:
             found = await _apply(await _look(self._kept))
@@ -224,11 +203,17 @@ class Firewall:
                 log.info("firewall rules repaired found=%r", "; ".join(found))
             elif found:
                 problem = "firewall rules: they do not stay as they are set; another program changes them all the time"
-        if problem and problem not in self.problems:
+        if problem and problem != self._problem:
             log.warning("%s", problem)
-        if self.problems and not problem:
+        if self._problem and not problem:
             log.info("firewall rules are as wanted again")
-        self.problems = (problem,) if problem else ()
+        self._problem = problem
+        return not problem
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is not as wanted and cannot be set right now, a line each."""
+        return tuple(filter(None, [self._problem, self._loop.problem]))
 
     @property
     def _is_strife(self) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
@@ -45,19 +45,13 @@ from udptun.kernel import link_messages, rtnetlink
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.rtnetlink import Request
+from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
 
-_SETTLE_S = 0.02
-"""Wait after a notice before looking: one `ip link del` brings several."""
-_MAX_SETTLE_S = 0.15
-"""The same in a storm of notices; bounds both the cost of the looks and the time to a repair."""
-_STORM_S = 1.0
-"""Looks closer together than this are one storm."""
-_PERIOD_S = 30.0
-"""Look this often without any notice: some changes (sysctls) send none."""
-_RETRY_S = 1.0
-"""First wait after a failed repair; doubled up to the period."""
+_PACE = Pace(settle_s=0.02, max_settle_s=0.15, storm_s=1.0, period_s=30.0, retry_s=1.0)
+"""One `ip link del` brings several notices within 20 ms.  150 ms bounds both the cost of the looks in a storm of
+notices and the time to a repair.  Some changes (sysctls) bring no notice; the timer finds them."""
 _ROUNDS = 5
 """Looks per repair.  Set-up takes three: revive the device, configure it, find nothing left to do."""
 _PROC_SYS = Path("/proc/sys")
@@ -451,13 +445,19 @@ class Reconciler:
         """Of the VXLAN devices, at the last look."""
         self._sweep = True
         """Whether devices of ours that nobody wants any more may be about."""
-        self._wake = asyncio.Event()
+        self._loop = WatchLoop("kernel state", self._relevant_notices, self._repair, _PACE)
         self._busy = asyncio.Lock()
         self._foreign: tuple[Route, ...] = ()
         self._prefix_lengths: set[int] = set()
         # Reading the whole routing table for other owners' routes is dear on a host with thousands: only when due.
         self._survey = True
+        self._survey_due_s = 0.0
         self.last = Outcome()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is not as wanted, a line each."""
+        return (*self.last.problems, *filter(None, [self._loop.problem]))
 
     def set_desired(self, desired: DesiredState) -> None:
         """Want something else from now on; `run` (or the next converge) changes what differs."""
@@ -478,7 +478,7 @@ class Reconciler:
 
     def _look_again(self) -> None:
         self._survey = True
-        self._wake.set()
+        self._loop.wake()
 
     async def converge(self) -> Outcome:
         """Look and repair until there is nothing left to do, or nothing that can be done now.
@@ -512,54 +512,33 @@ class Reconciler:
 
     async def run(self) -> None:
         """Converge now, after every notice and every 30 s, until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen(), name="netlink notices")
-            await self._keep()
+        await self._loop.run()
 
-    async def _keep(self) -> None:
-        clock = asyncio.get_running_loop().time
-        settle, retry = _SETTLE_S, _RETRY_S
-        while True:
-            self._wake.clear()
-            outcome = await self.converge()
-            looked = clock()
-            wait = retry if outcome.failures else _PERIOD_S
-            retry = min(2 * retry, _PERIOD_S) if outcome.failures else _RETRY_S
-            try:
-                async with asyncio.timeout(wait):
-                    await self._wake.wait()
-            except TimeoutError:
-                self._survey = True
-                continue
-            settle = min(2 * settle, _MAX_SETTLE_S) if clock() - looked < _STORM_S else _SETTLE_S
-            await asyncio.sleep(settle)
+    async def _repair(self) -> bool:
+        return not (await self.converge()).failures
 
-    async def _listen(self) -> None:
-        while True:
-            try:
-                has_neighbours = any(link.vxlan is not None for link in self._desired.links)
-                async with aclosing(watch(neighbours=has_neighbours)) as batches:
-                    async for notices in batches:
-                        for notice in notices:
-                            self._heed(notice)
-            except KernelError as exc:
-                log.warning("no netlink notices, looking every %d s only error=%s", _PERIOD_S, exc)
-            await asyncio.sleep(_RETRY_S)
+    async def _relevant_notices(self) -> AsyncGenerator[frozenset[Notice], None]:
+        has_neighbours = any(link.vxlan is not None for link in self._desired.links)
+        async with aclosing(watch(neighbours=has_neighbours)) as batches:
+            async for notices in batches:
+                is_relevant = False
+                for notice in notices:
+                    is_relevant |= self._heed(notice)
+                if is_relevant:
+                    yield notices
 
-    def _heed(self, notice: Notice) -> None:
-        """Look again, unless it is one of a routing daemon's thousands of routes that cannot be ours."""
+    def _heed(self, notice: Notice) -> bool:
+        """Whether to look again.  Most of a routing daemon's thousands of routes cannot be ours."""
         if notice.kind is NoticeKind.NEIGHBOUR and notice.link_index not in self._own_indexes:
-            return
+            return False
         is_foreign_route = notice.kind is NoticeKind.ROUTE and notice.protocol != ROUTE_PROTOCOL
         if is_foreign_route and notice.prefixlen not in self._prefix_lengths:
-            if self._gateways:
-                # It may be the way to one of them.
-                self._wake.set()
-            return
+            # It may be the way to one of the gateways.
+            return bool(self._gateways)
         # Another owner's route that goes together with its link has no notice of its own.
         if is_foreign_route or notice.kind is NoticeKind.OVERFLOW or self._foreign:
             self._survey = True
-        self._wake.set()
+        return True
 
     async def _look(self, kernel: Netlink) -> ActualState:
         if self._decide is not None:
@@ -575,7 +554,8 @@ class Reconciler:
         addresses = [a for link in links.values() if link for a in await kernel.addresses(link.index)]
         vxlan = [link.index for link in links.values() if link is not None and link.vxlan is not None]
         self._own_indexes = frozenset(vxlan)
-        if self._survey:
+        clock = asyncio.get_running_loop().time
+        if self._survey or clock() >= self._survey_due_s:
             # Cleared first: what comes up during the reading asks for another one.
             self._survey = False
             try:
@@ -583,6 +563,7 @@ class Reconciler:
             except KernelError:
                 self._survey = True
                 raise
+            self._survey_due_s = clock() + _PACE.period_s
             prefixes = {route.dst for route in desired.routes}
             self._prefix_lengths = {prefix.prefixlen for prefix in prefixes}
             self._foreign = tuple(
