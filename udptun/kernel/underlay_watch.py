@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 
 from udptun.core.errors import KernelError, UdptunError
 from udptun.kernel.netlink import Netlink
-from udptun.kernel.notices import NoticeKind, watch
+from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.underlay import Underlay, Wish, pick, refresh
+from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
 
-_SETTLE_S = 0.05
-"""Wait after a notice before looking: an address that is replaced is gone for a moment."""
-_RETRY_S = 1.0
+_PACE = Pace(settle_s=0.05, max_settle_s=0.2, storm_s=1.0, period_s=30.0, retry_s=1.0)
+"""An address that is replaced is gone for a moment; 50 ms let the new one come."""
 
 
 async def find(wish: Wish) -> Underlay:
@@ -37,39 +36,43 @@ class UnderlayWatch:
     """
 
     def __init__(self, wish: Wish, current: Underlay, move: Callable[[Underlay], Awaitable[None]]) -> None:
-        """`move` raises UdptunError, with nothing changed, when there is no going over."""
+        """`move` raises UdptunError, with nothing changed, when there is no going over.  It is then called again."""
         self._wish = wish
         self._current = current
         self._move = move
-        self.problem = ""
-        """What is wrong right now."""
+        self._problem = ""
+        self._loop = WatchLoop("underlay", self._relevant_notices, self._follow, _PACE)
+
+    @property
+    def problem(self) -> str:
+        """What is wrong right now; empty when nothing is."""
+        return self._problem or self._loop.problem
 
     async def run(self) -> None:
-        """Look after every notice that may be about the underlay, until cancelled."""
-        while True:
-            try:
-                async with aclosing(watch()) as batches:
-                    async for notices in batches:
-                        # Routes matter only while an interface is looked for.
-                        if self.problem or any(notice.kind is not NoticeKind.ROUTE for notice in notices):
-                            await asyncio.sleep(_SETTLE_S)
-                            await self._look()
-            except KernelError as exc:
-                log.debug("no netlink notices about the underlay error=%s", exc)
-            await asyncio.sleep(_RETRY_S)
+        """Look after every notice that may be about the underlay and every 30 s, until cancelled."""
+        await self._loop.run()
 
-    async def _look(self) -> None:
+    async def _relevant_notices(self) -> AsyncGenerator[frozenset[Notice], None]:
+        async with aclosing(watch()) as batches:
+            async for notices in batches:
+                # Routes matter only while an interface is looked for.
+                if self._problem or any(notice.kind is not NoticeKind.ROUTE for notice in notices):
+                    yield notices
+
+    async def _follow(self) -> bool:
+        """Whether we are on the underlay as it is now."""
         try:
             present = await self._present()
             if present != self._current:
                 await self._move(present)
                 self._current = present
         except UdptunError as exc:
-            if str(exc) != self.problem:
+            if str(exc) != self._problem:
                 log.error("the underlay has changed and cannot be followed, going on as before error=%r", str(exc))
-            self.problem = str(exc)
-        else:
-            self.problem = ""
+            self._problem = str(exc)
+            return False
+        self._problem = ""
+        return True
 
     async def _present(self) -> Underlay:
         async with Netlink() as kernel:
