@@ -12,7 +12,8 @@ from pathlib import Path
 from udptun.config.net_conf import parse_net_conf
 from udptun.core.clock import Clock
 from udptun.core.lease import EventType, LeaseAttrs, LeaseEvent
-from udptun.membership.allocate import Identity, chooser
+from udptun.membership.allocate import chooser
+from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership, Start
 from udptun.stores.base import Store
 

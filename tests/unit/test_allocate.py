@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from udptun.config.net_conf import NetConf, parse_net_conf
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
-from udptun.membership.allocate import CANDIDATES, Identity, chooser
+from udptun.membership.allocate import CANDIDATES, chooser
+from udptun.membership.identity import Identity
 from udptun.stores.base import SubnetChoice
 
 ME = Identity(IPv4Address("192.0.2.1"), 8285, "me")

@@ -19,10 +19,11 @@ from udptun.config.net_conf import parse_net_conf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
-from udptun.membership import membership, state
-from udptun.membership.allocate import Identity, chooser
+from udptun.membership import membership, saved
+from udptun.membership.allocate import chooser
+from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership, Start, find_start
-from udptun.membership.state import LastLeases
+from udptun.membership.saved import LastLeases
 from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch
 
 CONFIG = '{"Network": "10.244.0.0/16", "SubnetMax": "10.244.9.0"}'
@@ -673,13 +674,13 @@ def last_leases(*peers: Lease, own: Lease | None = None) -> LastLeases:
 
 
 def save(directory: Path, *peers: Lease, own: Lease | None = None) -> None:
-    state.save(directory, last_leases(*peers, own=own), time.time())
+    saved.save(directory, last_leases(*peers, own=own), time.time())
 
 
 def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(membership, "_SAVE_EXPIRIES_S", 0.05)
     saves: list[float] = []
-    save_really = state.save
+    save_really = saved.save
 
     def counted(directory: Path, last: LastLeases, now_s: float) -> None:
         saves.append(last.peers[0].expires_s or 0)
@@ -690,7 +691,7 @@ def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pyte
         member = Member(store, tmp_path)
         async with member.running():
             await until(lambda: saves)
-            monkeypatch.setattr(state, "save", counted)
+            monkeypatch.setattr(saved, "save", counted)
             for n in range(100):
                 store.put(lease("10.244.20.0/24", "192.0.2.20", expires_s=2e10 + n))
                 await asyncio.sleep(0.001)
@@ -699,7 +700,7 @@ def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pyte
             await turns(200)
             assert len(saves) == n_saves < 20
 
-    monkeypatch.setattr(state, "save", counted)
+    monkeypatch.setattr(saved, "save", counted)
     asyncio.run(main())
 
 
@@ -822,7 +823,7 @@ def test_start_whose_lease_went_to_another_meanwhile_says_so_and_follows_the_sto
             (problem,) = member.membership.problems
             assert "10.244.3.0/24 is leased to 192.0.2.66" in problem
             assert member.store.leases[thief.key] == thief
-            await until(lambda: state.load(tmp_path, None, time.time()).last is None)
+            await until(lambda: saved.load(tmp_path, None, time.time()).last is None)
 
     asyncio.run(main())
     assert len(told(caplog, logging.ERROR)) == 1
@@ -1072,9 +1073,9 @@ def test_clock_that_is_set_takes_no_peer_away_and_hurries_no_renewal(
                 assert store.renewals == 0
                 assert member.membership.problems == (() if failure is None else ("away",))
             assert member.membership.own.expires_s == pytest.approx(expires_s + set_by_s, abs=1)
-            saved = state.load(tmp_path, None, clock.unix_s()).last
-            assert saved is not None
-            assert len(saved.peers) == 1
+            last = saved.load(tmp_path, None, clock.unix_s()).last
+            assert last is not None
+            assert len(last.peers) == 1
 
     asyncio.run(main())
     assert len(told(caplog, logging.WARNING, f"the clock was set by {set_by_s:+.0f} s")) == 1
@@ -1170,9 +1171,9 @@ def test_a_full_table_leaves_the_event_loop_to_others(tmp_path: Path) -> None:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        saved = state.load(tmp_path, None, time.time()).last
-        assert saved is not None
-        assert len(saved.peers) == len(many)
+        last = saved.load(tmp_path, None, time.time()).last
+        assert last is not None
+        assert len(last.peers) == len(many)
 
     asyncio.run(main())
 

@@ -13,7 +13,7 @@ from udptun.core.errors import KernelError
 from udptun.core.network_state import Vxlan
 from udptun.kernel.link_messages import add_vxlan, delete_link
 from udptun.kernel.netlink import Netlink
-from udptun.membership import state
+from udptun.membership import identity
 
 _NAME = "utprobe{}"
 """With our pid: 15 characters at most."""
@@ -34,7 +34,7 @@ async def choose_backend(conf: BackendConf, state_dir: Path, *, pretend_no_vxlan
         link = await kernel.link(device_name(conf.vni))
     # A device of flanneld's: its peers know the MAC, and need not learn another.
     first = link.mac if link is not None and link.vxlan is not None else ""
-    return choose(conf, found, state.vtep_mac(state_dir, first))
+    return choose(conf, found, identity.vtep_mac(state_dir, first))
 
 
 async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:

@@ -17,7 +17,7 @@ from udptun.control.document import SOCKET_NAME
 from udptun.datapath import processes
 from udptun.firewall import firewall
 from udptun.kernel.reconcile import reconciler as reconcile
-from udptun.membership import state
+from udptun.membership import identity, saved
 from udptun.stores.open import open_store
 
 
@@ -48,11 +48,13 @@ async def _clean_up(options: Options, release: bool) -> None:
         print(line)
     for line in await firewall.remove(subnet_env.read_networks(options.subnet_file)):
         print(f"removed {line}")
-    if release and state.has_node_id(options.state_dir):
+    if release and identity.has_node_id(options.state_dir):
         await _release(options)
     for path in (
         options.subnet_file,
-        *state.files(options.state_dir, with_identity=release),
+        options.state_dir / saved.FILE,
+        # Without them the host would be another node.
+        *(identity.files(options.state_dir) if release else ()),
         options.run_dir / SOCKET_NAME,
         options.run_dir / LOCK_FILE,
     ):
@@ -61,7 +63,7 @@ async def _clean_up(options: Options, release: bool) -> None:
 
 async def _release(options: Options) -> None:
     """Give back every lease with our NodeID."""
-    me = state.node_id(options.state_dir)
+    me = identity.node_id(options.state_dir)
     store = open_store(options)
     try:
         for lease in (await store.snapshot()).leases:

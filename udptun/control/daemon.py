@@ -56,8 +56,9 @@ from udptun.firewall import firewall
 from udptun.firewall.firewall import Firewall
 from udptun.kernel.underlay import Underlay, Wish
 from udptun.kernel.underlay_watch import UnderlayWatch, find
-from udptun.membership import state
-from udptun.membership.allocate import Identity, chooser
+from udptun.membership import identity
+from udptun.membership.allocate import chooser
+from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership, find_start
 from udptun.stores.base import Store
 from udptun.stores.open import open_store
@@ -183,7 +184,7 @@ class Daemon:
                 "backend chosen backend=%s device=%s reason=%r", self._backend.type, self._backend.device, choice.reason
             )
             live = self._live_settings(self._conf, self._underlay)
-            node_id = state.node_id(options.state_dir)
+            node_id = identity.node_id(options.state_dir)
             attrs = self._backend.attrs(self._underlay, node_id)
             backend = self._conf.backend
             default_port = backend.port if isinstance(backend, UdpBackend) else None

@@ -12,37 +12,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network
 
 from udptun.config.net_conf import NetConf
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Lease, Subnets
+from udptun.membership.identity import Identity
 from udptun.stores.base import Chooser, SubnetChoice
 
 CANDIDATES = 100
 """How many free subnets, ascending, the random choice is among."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who we are among the leases.  A lease is ours when PublicIP and port are; `node_id` outlives both.
-
-    `port` None: our backend publishes none, and so there is one of us at a PublicIP, as with flannel.  A lease that
-    names no port, as flannel's, has `default_port`, or when that is None ours.
-    """
-
-    public_ip: IPv4Address
-    port: int | None
-    node_id: str
-    default_port: int | None = None
-
-    def port_of(self, lease: Lease) -> int:
-        """0: none."""
-        return lease.attrs.port(self.default_port or self.port or 0)
-
-    def owns(self, lease: Lease) -> bool:
-        """Whether the lease is ours."""
-        return lease.attrs.public_ip == self.public_ip and self.port in (None, self.port_of(lease))
 
 
 def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.Random) -> Chooser:

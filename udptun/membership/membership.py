@@ -35,7 +35,6 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,9 +42,9 @@ from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, KernelError, LeaseError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseTable, validate
-from udptun.membership import state
-from udptun.membership.allocate import Identity
-from udptun.membership.state import LastLeases
+from udptun.membership import saved
+from udptun.membership.identity import Identity, Node
+from udptun.membership.saved import LastLeases
 from udptun.stores.base import Chooser, Snapshot, Store, SubnetChoice, WatchBatch
 
 log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ _PROOF_S = 60.0
 
 PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
 ParseNetConf = Callable[[str, str], NetConf]
-"""Makes a configuration of a text and the name of where it is from; raises ConfigError.  It knows the backends' keys."""
+"""Makes a configuration of a text and the name of its place, and knows the backends' keys.  Raises ConfigError."""
 T = TypeVar("T")
 
 
@@ -117,8 +116,8 @@ async def find_start(store: Store, state_dir: Path, clock: Clock, parse: ParseNe
             raise
         return text
 
-    async def recall() -> state.Remembered:
-        return await asyncio.to_thread(state.load, state_dir, None, clock.unix_s())
+    async def recall() -> saved.Remembered:
+        return await asyncio.to_thread(saved.load, state_dir, None, clock.unix_s())
 
     answer = await _ask_or_recall("no network config", store, ask, recall, clock)
     return Start(answer) if isinstance(answer, str) else Start(answer.config, answer)
@@ -128,7 +127,7 @@ async def _ask_or_recall(
     lack: str,
     store: Store,
     ask: Callable[[], Coroutine[None, None, T]],
-    recall: Callable[[], Awaitable[state.Remembered]],
+    recall: Callable[[], Awaitable[saved.Remembered]],
     clock: Clock,
 ) -> T | LastLeases:
     """What the store answers or, when it does not do so soon, what the last run knew; without either it waits.
@@ -218,19 +217,6 @@ class _Pause:
         self._next_s = min(2 * self._next_s, self._longest_s)
 
 
-@dataclass(frozen=True, slots=True)
-class _Writer:
-    """Who wrote a lease.  Two hosts that agree in all of it cannot be told apart.  `port` 0: the backend has none."""
-
-    public_ip: IPv4Address
-    port: int
-    node_id: str | None
-
-    def __str__(self) -> str:
-        where = f"{self.public_ip}:{self.port}" if self.port else str(self.public_ip)
-        return f"{where} (node {self.node_id or 'without id'})"
-
-
 class Membership:
     """Holds `own`, our lease, and (from `join` on) `table`, the peers; tells `on_change` what to do about the latter.
 
@@ -296,11 +282,11 @@ class Membership:
         """The one of `join`."""
         self._held_before: frozenset[str] = frozenset()
         """The keys that were taken when `join` chose."""
-        self._replaced: frozenset[_Writer] = frozenset()
+        self._replaced: frozenset[Node] = frozenset()
         """Whose leases `join` took over: the later one of us and them is us."""
-        self._taker: _Writer | None = None
+        self._taker: Node | None = None
         """Who wrote our lease last, when it was not us."""
-        self._proofs: dict[_Writer, float] = {}
+        self._proofs: dict[Node, float] = {}
         """When we last took our lease back from a host that had taken it over (time elapsed)."""
 
     @property
@@ -425,27 +411,20 @@ class Membership:
             lease.subnets == self.own.subnets and lease.attrs.node_id == self._me.node_id
         )
 
-    def _is_ours(self, lease: Lease) -> bool:
-        """Whether no other node can have written the lease; flannel's have no NodeID."""
-        return self._me.owns(lease) and lease.attrs.node_id in (None, self._me.node_id)
-
-    def _writer(self, lease: Lease) -> _Writer:
-        return _Writer(lease.attrs.public_ip, self._me.port_of(lease), lease.attrs.node_id)
-
-    def _who_held(self, leases: Iterable[Lease]) -> frozenset[_Writer]:
+    def _who_held(self, leases: Iterable[Lease]) -> frozenset[Node]:
         """Of leases that are ours now: who else may think that they are theirs, with a line for each."""
-        found = frozenset(self._writer(lease) for lease in leases if not self._is_ours(lease))
+        found = frozenset(self._me.node_of(lease) for lease in leases if not self._me.must_have_written(lease))
         for writer in found:
             log.warning(
                 "the lease %s of another node is ours now: it was %s, we are %s; if that node is alive, %s",
                 self.own.subnet,
                 writer,
-                self._writer(self.own),
+                self._me.node_of(self.own),
                 self._remedy(writer),
             )
         return found
 
-    def _remedy(self, other: _Writer) -> str:
+    def _remedy(self, other: Node) -> str:
         if other.node_id == self._me.node_id:
             return (
                 f"one of the two is a copy of the other: stop it there, delete {self._state_dir}/node-id and the "
@@ -453,16 +432,12 @@ class Membership:
             )
         return f"start one of the two with another --public-ip{' or Backend.Port' if self._me.port else ''}"
 
-    def _may_take_back(self, writer: _Writer) -> bool:
+    def _may_take_back(self, writer: Node) -> bool:
         """Whether our lease, which `writer` has written, was ours first, and it has not been shown that we live."""
         if writer in self._replaced:
             return False
-        is_double = writer.node_id == self._me.node_id or (writer.public_ip, writer.port) == (
-            self._me.public_ip,
-            self._me.port,
-        )
         shown_s = self._proofs.get(writer)
-        return is_double and (shown_s is None or self._clock.elapsed_s() - shown_s >= _PROOF_S)
+        return self._me.is_double(writer) and (shown_s is None or self._clock.elapsed_s() - shown_s >= _PROOF_S)
 
     # ---------------------------------------------------------------------------------------- the others
 
@@ -606,7 +581,7 @@ class Membership:
     def _look_for_a_clone(self, event: LeaseEvent) -> None:
         self._clones.pop(event.lease.key, None)
         if event.type is EventType.ADDED and event.lease.attrs.node_id == self._me.node_id:
-            writer = self._writer(event.lease)
+            writer = self._me.node_of(event.lease)
             line = (
                 f"the lease {event.lease.subnet} of {writer} has our NodeID: it is our own of before we moved, or "
                 f"{self._remedy(writer)}"
@@ -664,7 +639,7 @@ class Membership:
         elif event.type is EventType.REMOVED:
             log.warning("our lease is gone from the store, taking it again subnet=%s", self.own.subnet)
         else:
-            self._taker = self._writer(event.lease)
+            self._taker = self._me.node_of(event.lease)
         self._own_news.set()
 
     async def _hold(self) -> None:
@@ -722,7 +697,7 @@ class Membership:
         taker, self._taker = self._taker, None
         self._own, self._is_lost, self._own_problem, self._has_moved = lease, False, "", False
         self._dirty.set()
-        if taker is None or taker == self._writer(lease):
+        if taker is None or taker == self._me.node_of(lease):
             log.info("lease taken again subnet=%s", self.own.subnet)
             return
         self._proofs[taker] = self._clock.elapsed_s()
@@ -730,21 +705,21 @@ class Membership:
             "our lease was taken over and is ours again subnet=%s: by %s, from %s; %s",
             self.own.subnet,
             taker,
-            self._writer(lease),
+            self._me.node_of(lease),
             self._remedy(taker),
         )
 
     def _same_subnet_again(self, leases: Sequence[Lease]) -> SubnetChoice:
         for lease in leases:
-            if not lease.subnet.overlaps(self.own.subnet) or self._is_ours(lease):
+            if not lease.subnet.overlaps(self.own.subnet) or self._me.must_have_written(lease):
                 continue
-            writer = self._writer(lease)
+            writer = self._me.node_of(lease)
             if lease.subnets == self.own.subnets and self._may_take_back(writer):
                 continue
             if writer in self._replaced:
                 raise LeaseLostError(
                     f"{self.own.subnet}, which we took over, is {writer}'s again, which so is alive; we are "
-                    f"{self._writer(self.own)} and leave it alone: {self._remedy(writer)}"
+                    f"{self._me.node_of(self.own)} and leave it alone: {self._remedy(writer)}"
                 )
             raise LeaseLostError(
                 f"{self.own.subnet} is leased to {writer.public_ip} (node {writer.node_id or 'without id'}) now; "
@@ -754,11 +729,11 @@ class Membership:
 
     # ---------------------------------------------------------------------------------------- the last table
 
-    async def _recall(self) -> state.Remembered:
+    async def _recall(self) -> saved.Remembered:
         """What the last run knew, if it can be used now."""
-        found = await asyncio.to_thread(state.load, self._state_dir, self._conf.network, self._clock.unix_s())
+        found = await asyncio.to_thread(saved.load, self._state_dir, self._conf.network, self._clock.unix_s())
         if found.last is not None and not self._is_usable(found.last):
-            return state.Remembered(None, f"it is of {self._writer(found.last.own)}, not of {self._me.node_id}")
+            return saved.Remembered(None, f"it is of {self._me.node_of(found.last.own)}, not of {self._me.node_id}")
         return found
 
     def _is_usable(self, last: LastLeases) -> bool:
@@ -790,9 +765,9 @@ class Membership:
     def _save(self, last: LastLeases | None) -> None:
         try:
             if last is None:
-                state.forget(self._state_dir)
+                saved.forget(self._state_dir)
             else:
-                state.save(self._state_dir, last, self._clock.unix_s())
+                saved.save(self._state_dir, last, self._clock.unix_s())
                 log.debug("lease table saved n_peers=%d", len(last.peers))
         except KernelError as exc:
             log.warning("the lease table is not saved error=%r", str(exc))

@@ -1,41 +1,34 @@
-"""What a host remembers across restarts, in its state directory: who it is and the last good lease table.
+"""The last good lease table, in `last-leases.json` of the state directory.
 
-`node-id` holds the NodeID of our leases and `vtep-mac` the MAC of our VTEP.  `last-leases.json` lets a daemon forward
-before its store has answered.
+With it a daemon forwards before its store has answered.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 from udptun.core import atomic_file
-from udptun.core.errors import ConfigError, KernelError
+from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 
 SCHEMA = 2
-"""Of last-leases.json.  Another number is ignored, not guessed at."""
+"""Of last-leases.json.  A file with another number is ignored."""
 
 CLOCK_SLACK_S = 60.0
-"""How far the clock may be behind the time of saving before the saved expiries mean nothing, seconds."""
+"""How far the clock may be behind the time of saving, seconds.  Further behind, the saved expiries mean nothing."""
 
-_NODE_ID = "node-id"
-_VTEP_MAC = "vtep-mac"
-_LAST_LEASES = "last-leases.json"
+FILE = "last-leases.json"
 
 
 @dataclass(frozen=True, slots=True)
 class LastLeases:
-    """The lease table as it was good last: our own lease, and the peers as the store had them.
+    """The lease table when it was last good: our own lease, and the peers as the store had them.
 
-    `config` is the text of the net-conf.json that they belong to, `network` its Network.
+    `config` is the text of the net-conf.json that they belong to, and `network` its Network.
     """
 
     config: str
@@ -55,7 +48,7 @@ class Remembered:
 def render(last: LastLeases, now_s: float) -> str:
     """The text of last-leases.json: each lease as flannel's key and JSON value, times in Unix seconds.  Pure.
 
-    A lease a line, each made by itself: one call that makes megabytes of JSON would hold up every other thread.
+    Each lease is a line that is made by itself: one call that makes megabytes of JSON would hold up every other thread.
     """
     head = {
         "schema": SCHEMA,
@@ -69,10 +62,10 @@ def render(last: LastLeases, now_s: float) -> str:
 
 
 def parse(text: str, network: IPv4Network | None, now_s: float) -> Remembered:
-    """The inverse of `render`, without what has expired by `now_s`.  Pure; no content makes it raise.
+    """The inverse of `render`, without the peers that have expired by `now_s`.  Pure; no content makes it raise.
 
-    Nothing is used of a file that is damaged anywhere, of another `network` where one is given, or whose own lease has
-    expired: each means that the store has to be asked first.
+    Nothing of the file is used in three cases, and then the store has to be asked first: it is damaged anywhere, it is
+    about another Network than `network` (None: any will do), or our own lease in it has expired.
     """
     try:
         content = json.loads(text)
@@ -102,7 +95,7 @@ def _to_json(lease: Lease) -> dict[str, Any]:
 
 
 def _from_json(item: Any) -> Lease:
-    """`item` as `_to_json` made it; what else it may be ends in one of the errors that `parse` catches."""
+    """The inverse of `_to_json`.  Anything else raises one of the errors that `parse` catches."""
     expires = item["expires"]
     if expires is not None and type(expires) not in (int, float):
         raise LeaseFormatError(f"expires is {expires!r}")
@@ -111,7 +104,7 @@ def _from_json(item: Any) -> Lease:
 
 def load(directory: Path, network: IPv4Network | None, now_s: float) -> Remembered:
     """What the last run saved in `directory`; see `parse`.  Never raises; the reason is one line for the log."""
-    path = directory / _LAST_LEASES
+    path = directory / FILE
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as exc:
@@ -124,7 +117,7 @@ def load(directory: Path, network: IPv4Network | None, now_s: float) -> Remember
 
 def save(directory: Path, last: LastLeases, now_s: float) -> None:
     """Replace last-leases.json in `directory`.  Raises KernelError; the caller decides how often to call."""
-    path = directory / _LAST_LEASES
+    path = directory / FILE
     try:
         atomic_file.replace(path, render(last, now_s))
     except OSError as exc:
@@ -133,67 +126,8 @@ def save(directory: Path, last: LastLeases, now_s: float) -> None:
 
 def forget(directory: Path) -> None:
     """Have the next start wait for the store.  Raises KernelError."""
-    path = directory / _LAST_LEASES
+    path = directory / FILE
     try:
         path.unlink(missing_ok=True)
     except OSError as exc:
         raise KernelError(f"cannot delete {path}", exc.errno or 0, "a restart would begin with a lost lease") from exc
-
-
-def node_id(directory: Path) -> str:
-    """This host's NodeID, 32 hexadecimal digits: the one in `directory`, made at the first call.
-
-    Of several processes that make it at once one wins and all return the same.  Raises ConfigError when it
-    cannot be read or written, or is damaged: a new one in its stead would make our own lease look like
-    another host's.
-    """
-    path = directory / _NODE_ID
-    text = _kept(path, "node id", uuid.uuid4().hex)
-    if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
-        raise ConfigError(
-            f"{path} holds {text[:40]!r}, not the 32 hexadecimal digits of a node id; restore it, or delete it to "
-            "become a new node (the old node's lease then stays until it expires)"
-        )
-    return text
-
-
-def vtep_mac(directory: Path, first: str = "") -> str:
-    """The MAC of this host's VTEP, kernel's or userspace's: the one in `directory`, made at the first call.
-
-    It is `first` or, without that, random, unicast and locally administered; and the same for as long as the file is
-    kept: the peers have it in their neighbour tables.  Raises ConfigError when it cannot be read or written, or is
-    damaged.
-    """
-    path = directory / _VTEP_MAC
-    fresh = bytearray(os.urandom(6))
-    fresh[0] = fresh[0] & 0xFC | 0x02
-    text = _kept(path, "VTEP's MAC", first or fresh.hex(":"))
-    if not re.fullmatch(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}", text):
-        raise ConfigError(
-            f"{path} holds {text[:40]!r}, not a unicast MAC address; restore it, or delete it to get another one"
-        )
-    return text
-
-
-def _kept(path: Path, what: str, fresh: str) -> str:
-    """What the file holds; `fresh`, once and for all, when there is none yet."""
-    try:
-        if not path.exists():
-            # FileExistsError: another process was first, and its text counts.
-            with suppress(FileExistsError):
-                atomic_file.create(path, f"{fresh}\n")
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError as exc:
-        raise ConfigError(
-            f"cannot keep the {what} in {path}: {exc.strerror}; --state-dir must name a directory that we may write to"
-        ) from exc
-
-
-def has_node_id(directory: Path) -> bool:
-    """Whether a daemon with this state directory has ever held a lease."""
-    return (directory / _NODE_ID).exists()
-
-
-def files(directory: Path, *, with_identity: bool) -> list[Path]:
-    """The files kept in `directory`; without the NodeID the host stays the node that it is."""
-    return [directory / name for name in (_LAST_LEASES, *([_NODE_ID, _VTEP_MAC] if with_identity else []))]

@@ -1,19 +1,17 @@
-"""The state directory: NodeID and the last good lease table."""
+"""The last good lease table, in the state directory."""
 
 from __future__ import annotations
 
 import json
-import stat
-import threading
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from udptun.core.errors import ConfigError, KernelError
+from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
-from udptun.membership.state import LastLeases, files, forget, load, node_id, parse, render, save, vtep_mac
+from udptun.membership.saved import LastLeases, forget, load, parse, render, save
 
 NETWORK = IPv4Network("10.244.0.0/16")
 NOW_S = 1_700_000_000.0
@@ -133,72 +131,3 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["last-leases.json"]
     with pytest.raises(KernelError, match="ENOENT"):
         save(tmp_path / "missing", LAST, NOW_S)
-
-
-def test_the_node_id_is_made_once_and_kept(tmp_path: Path) -> None:
-    made = node_id(tmp_path)
-    assert len(made) == 32
-    assert node_id(tmp_path) == made
-    assert [path.name for path in tmp_path.iterdir()] == ["node-id"]
-    other = tmp_path / "other"
-    other.mkdir()
-    assert node_id(other) != made
-
-
-def test_the_node_id_is_one_when_many_make_it_at_once(tmp_path: Path) -> None:
-    found: list[str] = []
-    start = threading.Barrier(8)
-
-    def make() -> None:
-        start.wait()
-        found.append(node_id(tmp_path))
-
-    threads = [threading.Thread(target=make) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
-    assert len(set(found)) == 1
-    assert stat.S_ISREG((tmp_path / "node-id").stat().st_mode)
-    assert [path.name for path in tmp_path.iterdir()] == ["node-id"]
-
-
-@pytest.mark.parametrize("data", [b"", b"host-a\n", b"\xff" * 32, b"0" * 31, b"0" * 33, b"G" * 32, b"\0" * 4096])
-def test_a_damaged_node_id_is_refused_and_left_alone(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "node-id"
-    path.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"node-id holds .*, not the 32 hexadecimal digits .*; restore it, or delete"):
-        node_id(tmp_path)
-    assert path.read_bytes() == data
-
-
-def test_a_node_id_that_cannot_be_kept_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot keep the node id .*: No such file or directory; --state-dir must"):
-        node_id(tmp_path / "missing")
-
-
-# ------------------------------------------------------------------------------------------------------- VtepMAC
-
-
-def test_vtep_mac_is_made_once_and_kept(tmp_path: Path) -> None:
-    mac = vtep_mac(tmp_path)
-    assert vtep_mac(tmp_path) == mac
-    first = int(mac[:2], 16)
-    assert (first & 1, first & 2) == (0, 2)
-    other = tmp_path / "other"
-    other.mkdir()
-    assert vtep_mac(other) != mac
-
-
-@pytest.mark.parametrize("text", ["", "0a:00:00:00:00", "01:00:5e:00:00:01", "0A:00:00:00:00:01"])
-def test_damaged_vtep_mac_is_said_in_one_line_and_left_alone(tmp_path: Path, text: str) -> None:
-    (tmp_path / "vtep-mac").write_text(text)
-    with pytest.raises(ConfigError, match="delete it to get another one"):
-        vtep_mac(tmp_path)
-    assert (tmp_path / "vtep-mac").read_text() == text
-
-
-def test_vtep_mac_goes_with_the_identity(tmp_path: Path) -> None:
-    names = [path.name for path in files(tmp_path, with_identity=True)]
-    assert names == ["last-leases.json", "node-id", "vtep-mac"]

@@ -1,0 +1,128 @@
+"""Who this host is: among the leases (`Identity`), and across restarts (two files in the state directory).
+
+`node-id` holds the NodeID of our leases, and `vtep-mac` the MAC of our VTEP.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+
+from udptun.core import atomic_file
+from udptun.core.errors import ConfigError
+from udptun.core.lease import Lease
+
+_NODE_ID = "node-id"
+_VTEP_MAC = "vtep-mac"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node as its lease names it.  Two nodes that agree in all of it cannot be told apart.
+
+    `port` 0: the lease names none, and neither does our backend.
+    """
+
+    public_ip: IPv4Address
+    port: int
+    node_id: str | None
+
+    def __str__(self) -> str:
+        where = f"{self.public_ip}:{self.port}" if self.port else str(self.public_ip)
+        return f"{where} (node {self.node_id or 'without id'})"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """How we know our own leases, and by what we know other nodes from theirs.
+
+    A lease is ours when PublicIP and port are; `node_id` outlives both.  `port` None: our backend publishes none, so
+    there is one of us at a PublicIP, as with flannel.  A lease that names no port, as flannel's, has `default_port`, or
+    ours when that is None.
+    """
+
+    public_ip: IPv4Address
+    port: int | None
+    node_id: str
+    default_port: int | None = None
+
+    def node_of(self, lease: Lease) -> Node:
+        """Who wrote the lease."""
+        return Node(lease.attrs.public_ip, self._port_of(lease), lease.attrs.node_id)
+
+    def owns(self, lease: Lease) -> bool:
+        """Whether the lease is at our address."""
+        return lease.attrs.public_ip == self.public_ip and self.port in (None, self._port_of(lease))
+
+    def must_have_written(self, lease: Lease) -> bool:
+        """Whether no other node can have written the lease; flannel's have no NodeID."""
+        return self.owns(lease) and lease.attrs.node_id in (None, self.node_id)
+
+    def is_double(self, node: Node) -> bool:
+        """Whether the node has our address or our NodeID."""
+        return node.node_id == self.node_id or (node.public_ip, node.port) == (self.public_ip, self.port)
+
+    def _port_of(self, lease: Lease) -> int:
+        return lease.attrs.port(self.default_port or self.port or 0)
+
+
+def node_id(directory: Path) -> str:
+    """This host's NodeID, 32 hexadecimal digits: the one in `directory`, made at the first call.
+
+    When several processes make it at once, one wins and all return the same.  Raises ConfigError when it cannot be read
+    or written, or is damaged.  It is not replaced then: with a new one our own lease would look like another host's.
+    """
+    path = directory / _NODE_ID
+    text = _kept(path, "node id", os.urandom(16).hex())
+    if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
+        raise ConfigError(
+            f"{path} holds {text[:40]!r}, not the 32 hexadecimal digits of a node id; restore it, or delete it to "
+            "become a new node (the old node's lease then stays until it expires)"
+        )
+    return text
+
+
+def has_node_id(directory: Path) -> bool:
+    """Whether a daemon with this state directory has ever held a lease."""
+    return (directory / _NODE_ID).exists()
+
+
+def vtep_mac(directory: Path, first: str = "") -> str:
+    """The MAC of this host's VTEP, the kernel's or the userspace one: the one in `directory`, made at the first call.
+
+    The first call keeps `first` or, without that, makes a random one, unicast and locally administered.  It is the same
+    for as long as the file is kept, because the peers have it in their neighbour tables.  Raises ConfigError when it
+    cannot be read or written, or is damaged.
+    """
+    path = directory / _VTEP_MAC
+    fresh = bytearray(os.urandom(6))
+    fresh[0] = fresh[0] & 0xFC | 0x02
+    text = _kept(path, "VTEP's MAC", first or fresh.hex(":"))
+    if not re.fullmatch(r"[0-9a-f][02468ace](:[0-9a-f]{2}){5}", text):
+        raise ConfigError(
+            f"{path} holds {text[:40]!r}, not a unicast MAC address; restore it, or delete it to get another one"
+        )
+    return text
+
+
+def files(directory: Path) -> list[Path]:
+    """The files in `directory` that make the host the node that it is."""
+    return [directory / _NODE_ID, directory / _VTEP_MAC]
+
+
+def _kept(path: Path, what: str, fresh: str) -> str:
+    """What the file holds; `fresh`, once and for all, when there is no file yet."""
+    try:
+        if not path.exists():
+            # FileExistsError: another process was first, and its text counts.
+            with suppress(FileExistsError):
+                atomic_file.create(path, f"{fresh}\n")
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError as exc:
+        raise ConfigError(
+            f"cannot keep the {what} in {path}: {exc.strerror}; --state-dir must name a directory that we may write to"
+        ) from exc
