@@ -1,4 +1,4 @@
-"""What the tunnel costs, measured: in a lab beside other ways to connect pods, and single steps alone.
+"""Measure what the tunnel costs: in a lab beside other ways to connect pods, and in single steps alone.
 
     python -m bench                  every path, workload and underlay mode, interleaved; `report`, `compare`
     python -m bench.demo             two hosts with leases, routes and pings on screen, and a short comparison

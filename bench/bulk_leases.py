@@ -2,8 +2,8 @@
 
     python bulk_leases.py DATABASE NETWORK N
 
-Afterwards it has N leases besides those that daemons hold: those that an earlier call put there go.  Runs where the
-database's directory is, with nothing but the standard library.
+Leases of an earlier call are removed first; leases that daemons hold stay.  Runs where the database's directory is, and
+needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from ipaddress import IPv4Address, IPv4Network
 
 _FIRST_PUBLIC_IP = IPv4Address("198.18.0.0")
-"""Of the 131,072 addresses that are set aside for benchmarks (RFC 2544), none of which a lab's host has."""
+"""The first of 131,072 addresses that are set aside for benchmarks (RFC 2544).  No host of a lab has one of them."""
 
 
 def put(database: sqlite3.Connection, network: IPv4Network, n: int) -> None:

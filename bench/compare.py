@@ -14,15 +14,18 @@ from bench.figures import FIGURES, PATHS
 from bench.summary import Cell, Runs, Spread, ratios, table
 
 MIN_RUNS = 3
-"""Of either result, for anything to be said."""
+"""Either result must have so many runs of a cell before anything is said about it."""
 
 _CERTAIN = 0.9
-"""Share of all pairs of an old run and a new one that must agree.  With five runs each a change that is none gets there
-about once in thirty cells, with ten each once in five hundred; with three each all pairs must agree."""
+"""Share of all pairs of an old run and a new one that must agree.
+
+With five runs each, a change that is none reaches it about once in thirty cells; with ten each, once in five hundred.
+With three each, all pairs must agree.
+"""
 
 
 class Verdict(Enum):
-    """Of one cell.  Faster is better: more of what should be much, less of what should be little."""
+    """What is said of one cell.  Faster means better: a higher rate, or less time, loss or memory."""
 
     FASTER = "faster"
     SLOWER = "slower"
@@ -41,7 +44,7 @@ class Change:
 
 
 def judge(old: Sequence[float], new: Sequence[float], is_more_better: bool) -> Verdict:
-    """Compare every old run with every new one; a tie is half a win.  Size and outliers of a difference don't count."""
+    """Compare every old run with every new one.  A tie is half a win; how large a difference is does not count."""
     if min(len(old), len(new)) < MIN_RUNS:
         return Verdict.TOO_FEW
     wins = sum((after > before) + (after == before) / 2 for before in old for after in new)
@@ -53,7 +56,7 @@ def judge(old: Sequence[float], new: Sequence[float], is_more_better: bool) -> V
 
 
 def changes(old: Runs, new: Runs, base: str | None) -> list[Change]:
-    """Every cell that both have and that can be better or worse; `base`: as multiples of that path's figure."""
+    """Every cell that both have and that can be better or worse, as multiples of the path `base` where it is given."""
     found = []
     for cell in old.cells:
         is_more_better = FIGURES[cell.figure].is_more_better if cell.figure in FIGURES else None
@@ -76,7 +79,7 @@ def _values(runs: Runs, cell: Cell, base: str | None) -> list[float]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What besides the commit was not the same, a line each: figures are then to be taken with care."""
+    """A line for each thing besides the commit that was not the same.  Each of them can explain a difference too."""
     facts = [("machine", name) for name in ("kernel", "cpu", "cores", "python", "iperf3", "tcp_congestion_control")]
     return [
         f"{name}: {old[group][name]} then, {new[group][name]} now"

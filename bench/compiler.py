@@ -1,4 +1,4 @@
-"""The bench's C programs, compiled when they are needed: nothing of them is installed or kept."""
+"""Compile the bench's C programs when they are needed.  Nothing of them is installed or kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SOURCES = Path(__file__).parent
 
 
 def missing_compiler() -> str | None:
-    """Why no C program can be had, or None."""
+    """Why no C program can be compiled here, or None."""
     return None if shutil.which("gcc") else "needs the command gcc"
 
 

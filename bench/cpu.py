@@ -1,4 +1,4 @@
-"""CPU time from /proc: the machine's, single processes', and that of programs which are none of our business."""
+"""CPU time from /proc: of the machine, of single processes, and of all programs that no bench started."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class CpuTimes:
 class Usage:
     """Between two moments: seconds of CPU time, and of the clock.
 
-    `system_s` is everything the machine did, interrupts included, but for other people's programs.  `foreign_cores` is
-    how many cores those and the hypervisor took meanwhile.
+    `system_s` is everything that the machine did, interrupts included, except for foreign programs.  `foreign_cores` is
+    how many cores foreign programs and the hypervisor took meanwhile.
     """
 
     wall_s: float
@@ -59,7 +59,7 @@ class Usage:
 
     @classmethod
     def none(cls) -> Usage:
-        """Where no time passes."""
+        """Of a measurement that takes no time."""
         return cls(0.0, 0.0, 0.0, 0.0)
 
     @property
@@ -68,11 +68,11 @@ class Usage:
 
 
 class Meter:
-    """Measures the block between its making and `read`; `pids` are the tunnel's processes."""
+    """Measures from its creation until `read`; `pids` are the tunnel's processes."""
 
     def __init__(self, pids: Iterable[int]) -> None:
         self._pids = tuple(pids)
-        # The look at all processes costs milliseconds: outside of what is measured.
+        # Looking at all processes takes milliseconds, so it comes before what is measured.
         self._foreign_s = _foreign_seconds()
         self._tunnel_s = _seconds_of(self._pids)
         self._machine = CpuTimes.now()
@@ -83,7 +83,7 @@ class Meter:
         machine, tunnel_s, foreign_s = CpuTimes.now(), _seconds_of(self._pids), _foreign_seconds()
         stolen_s = (machine.stolen - self._machine.stolen) / _TICKS_PER_S
         busy_s = (machine.busy - self._machine.busy) / _TICKS_PER_S
-        # A foreign process that was not waited for takes its time with it: never less than nothing.
+        # The time of a foreign process that nobody waited for disappears with it: the difference may be below zero.
         others_s = max(0.0, foreign_s - self._foreign_s)
         return Usage(
             wall_s,
@@ -102,7 +102,7 @@ def _seconds_of(pids: Iterable[int]) -> float:
 
 def _process_ticks(pid: int) -> tuple[int, int]:
     """CPU time of the process, and of its children that have ended (proc_pid_stat(5))."""
-    # The command's name may hold anything, blanks and parentheses too; it ends with the last one.
+    # The command's name may hold anything, also blanks and parentheses.  It ends with the last parenthesis.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[11]) + int(fields[12]), int(fields[13]) + int(fields[14])
 
@@ -120,7 +120,7 @@ def _foreign_seconds() -> float:
 
 
 def foreign_pids() -> set[int]:
-    """All processes that are neither ours nor the kernel's."""
+    """All processes that no bench started, without threads of the kernel and without our own ancestors."""
     mark = f"{SESSION_MARK}={os.environ.get(SESSION_MARK, '')}".encode()
     ours = _ancestors()
     found = set()
@@ -135,7 +135,7 @@ def foreign_pids() -> set[int]:
 
 
 def _ancestors() -> set[int]:
-    """We ourselves, and whoever waits for us: our children's time reaches them when we end."""
+    """Our own pid and those of all ancestors.  Our children's time reaches them when we end."""
     pids = {os.getpid()}
     pid = os.getppid()
     while pid > 1:

@@ -1,4 +1,4 @@
-"""Two hosts with a pod each on this machine, the tunnel between them, and what it does: `./dev demo`."""
+"""`./dev demo`: two hosts with a pod each on this machine, the tunnel between them, and what it does."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def demo(screen: Screen, seconds: int, n_rounds: int) -> None:
-    """All of it, from the lab's making to its end.  Raises UdptunError when something does not work."""
+    """Run the whole demo, from making the lab to removing it.  Raises UdptunError when something does not work."""
     if missing := missing_requirements(("ip", "bridge", "nsenter", "ping", "iperf3", "gcc")):
         raise BenchError(f"the demo needs {' and '.join(missing)}")
     screen.step("making a switch and two hosts, h1 and h2, in namespaces of this machine")
@@ -112,7 +112,7 @@ class Figures:
 
 def _measure(screen: Screen, which: str, path: Path, seconds: int, udp: File) -> Figures:
     screen.begin(f"{which}, {path.name + ':':<{len(PLAIN) + 1}} ")
-    # The first echo finds out the neighbours' addresses.
+    # The first echo resolves the neighbours' addresses.
     ping(path, 1, 1)
     echo = ping(path, 10, 0.05)
     screen.add(f"ping {statistics.median(echo.rtt_ms):.2f} ms, ")
@@ -124,7 +124,7 @@ def _measure(screen: Screen, which: str, path: Path, seconds: int, udp: File) ->
 
 
 def _counters(host: Host) -> tuple[dict[str, int], dict[str, int]]:
-    """What the datapath counted, and what overflowed in the kernel's queues before it."""
+    """What the datapath counted, and how many packets the kernel's full queues dropped before it."""
     status: dict[str, Any] = json.loads(host.run([*_STATUS, "--json"]).stdout)
     snmp = [line.split() for line in host.path("/proc/1/net/snmp").read_text().splitlines() if line.startswith("Udp:")]
     queue = int(host.path("/sys/class/net/flannel0/statistics/tx_dropped").read_text())
@@ -138,7 +138,7 @@ def _counters(host: Host) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def comparison(paths: Paths, rounds: Sequence[dict[str, Figures]]) -> list[str]:
-    """The table of all paths; what is missing keeps its line."""
+    """The table of all paths, and a line for each missing one."""
     present = {path.name for path in paths.present}
 
     def of(name: str, what: str, workload: str = "tcp") -> list[float]:
@@ -173,7 +173,7 @@ def comparison(paths: Paths, rounds: Sequence[dict[str, Figures]]) -> list[str]:
 
 
 def packets(hosts: Sequence[tuple[str, dict[str, int], dict[str, int]]]) -> list[str]:
-    """Name, counters and queue overflows of each host -> a table and a line for every kind of loss."""
+    """From name, counters and full queues of each host to a table, and a line for every kind of loss."""
     rows, losses = [], []
     for name, counters, queues in hosts:
         drops = {counter: n for counter, n in counters.items() if "_drop_" in counter}

@@ -28,7 +28,7 @@ PATHS: Mapping[str, str] = {
     "fastd": FASTD,
     "openvpn": OPENVPN,
 }
-"""By the word for it on the command line, in the order of tables."""
+"""Word on the command line -> name in tables, in the order of tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,10 @@ WORKLOADS: Mapping[str, str] = {
     "memory": "memory",
     "leases": "leases",
 }
-"""By the word for it on the command line, in the order of tables.
+"""Word on the command line -> name in tables, in the order of tables.
 
-`leases` is a series of its own: its runs have the workloads of LEASES_OF, on the paths `lease_path` names."""
+`leases` is a series of its own: its runs have the workloads of LEASES_OF, on the paths that `lease_path` names.
+"""
 
 LEASES_OF: Mapping[str, str] = {
     "leases_tcp_1": "tcp_1",

@@ -1,6 +1,7 @@
-"""The goals that the tunnel is built to, as data, and what a result says about each.  Pure.
+"""The goals of the tunnel as data, and whether a result meets each.  Pure.
 
-All are medians of ratios to another path, each taken within one round; `lease_path` paths stand for the tunnel itself.
+A goal is about the median of the ratios to another path, each taken within one round.  A path of `lease_path` is the
+tunnel itself with that many leases.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ GOALS = (
     Goal("tunnel CPU/GB, TCP 1", "tcp_1", "tunnel_cpu_s_per_gb", NAIVE, _modes(0.15, 0.33, 0.25), is_at_most=True),
     Goal("system CPU/GB, TCP 1", "tcp_1", "system_cpu_s_per_gb", VXLAN, _modes(2.3, 1.9, 1.4), is_at_most=True),
     *(
-        # "No measurable rate": what two runs of the same differ by on a shared machine.
+        # 0.95: two runs of the same differ by as much on a shared machine.
         Goal(
             f"{title}, {N_LEASES[-1]:,} leases",
             workload,

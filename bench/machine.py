@@ -11,7 +11,7 @@ _SOURCE = Path(__file__).resolve().parents[1]
 
 
 def facts() -> dict[str, object]:
-    """Commit, kernel, CPU model and cores; None for what cannot be found out."""
+    """Commit, kernel, CPU model, cores and so on; None for what cannot be found out."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
@@ -25,7 +25,7 @@ def facts() -> dict[str, object]:
 
 
 def _cpu_model(cpuinfo: str) -> str | None:
-    """arm64 kernels name no model; there the numbers of implementer and part have to do."""
+    """The model's name.  arm64 kernels give none; there it is the numbers of implementer and part."""
     values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())}
     if "model name" in values:
         return values["model name"]

@@ -1,6 +1,6 @@
 """One measurement of one path each: ping, TCP streams, a flood of datagrams, round trips one at a time.
 
-Whatever is measured, the figures are what arrived, and the CPU time of the same moments stands beside them.
+The figures are about what arrived.  The CPU time of the same moments stands beside them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from bench.summary import percentile
 from udptun.lab.topology import Lab
 
 _SLACK_S = 20
-"""How much longer than asked for a program may take, connecting and exchanging results included."""
+"""How much longer than asked for a program may take, for connecting and for exchanging results."""
 
 _PORT = "5301"
-"""Of our own traffic programs; iperf3 has its usual one."""
+"""UDP port of our own traffic programs; iperf3 listens on its usual one."""
 
 ECHO_BYTES = 64
 """UDP payload of a ping-pong."""
@@ -75,7 +75,7 @@ def parse_ping(text: str) -> tuple[float, ...]:
 
 
 def tcp(path: Path, seconds: int, n_streams: int = 1, both_ways: bool = False) -> Result:
-    """TCP streams from client to server; `both_ways`: as many in the other direction at the same time."""
+    """TCP streams from client to server, and with `both_ways` as many in the other direction at the same time."""
     options = ["-P", str(n_streams), *(["--bidir"] if both_ways else [])]
     # -i 0: no figures of single seconds.
     command = ["iperf3", "-c", str(path.address), "-t", str(seconds), *options, "-i", "0", "-J"]
@@ -92,7 +92,7 @@ def tcp(path: Path, seconds: int, n_streams: int = 1, both_ways: bool = False) -
 
 
 def parse_tcp(output: Mapping[str, Any], usage: Usage) -> dict[str, float]:
-    """Figures from iperf3's JSON.  Raises BenchError when it lacks what we need."""
+    """Figures from iperf3's JSON.  Raises BenchError when something that we need is not in it."""
     if "error" in output:
         raise BenchError(f"iperf3 failed: {output['error']}")
     end: Mapping[str, Any] = output.get("end", {})
@@ -116,7 +116,7 @@ def parse_tcp(output: Mapping[str, Any], usage: Usage) -> dict[str, float]:
 
 
 def udp_flood(path: Path, seconds: int, n_bytes: int, udp: File) -> Result:
-    """Datagrams with `n_bytes` of payload, as fast as one sender's single calls can make them."""
+    """Datagrams with `n_bytes` of payload, as fast as one sender makes them with a system call each."""
     command = [str(udp), "blast", str(path.address), _PORT, str(n_bytes), str(seconds)]
     with _running(path.server, [str(udp), "sink", str(path.address), _PORT], "ready") as sink:
         meter = Meter(path.pids)
@@ -132,11 +132,11 @@ def udp_flood(path: Path, seconds: int, n_bytes: int, udp: File) -> Result:
 
 
 def parse_flood(sender: str, sink: str, n_bytes: int, usage: Usage) -> dict[str, float]:
-    """Figures from what both ends printed.  Raises BenchError when that makes no rate."""
+    """Figures from what both ends printed.  Raises BenchError when too little arrived for a rate."""
     sent, received = _number(r"sent (\d+)", sender), _number(r"received (\d+)", sink)
     took_ns = _number(r"first-to-last (\d+)", sink)
     if received < 2 or not took_ns:
-        raise BenchError(f"{received} of {sent} datagrams of {n_bytes} bytes arrived: no rate can be had from that")
+        raise BenchError(f"{received} of {sent} datagrams of {n_bytes} bytes arrived: too few for a rate")
     per_s = (received - 1) / took_ns * 1e9
     return {
         "kpackets_per_s": per_s / 1e3,
@@ -149,7 +149,7 @@ def parse_flood(sender: str, sink: str, n_bytes: int, usage: Usage) -> dict[str,
 
 
 def round_trips(path: Path, seconds: int, udp: File, lab: Lab) -> Result:
-    """One datagram at a time there and back, every CPU kept from sleeping by a spinner of the lowest priority."""
+    """One datagram at a time there and back.  A spinner of the lowest priority on every CPU keeps it awake."""
     command = [str(udp), "pingpong", str(path.address), _PORT, str(ECHO_BYTES), str(seconds)]
     echo = [str(udp), "echo", str(path.address), _PORT]
     with _awake(lab), _running(path.server, echo, "ready"):
@@ -162,7 +162,7 @@ def round_trips(path: Path, seconds: int, udp: File, lab: Lab) -> Result:
 
 
 def parse_round_trips(text: str) -> dict[str, float]:
-    """Percentiles, microseconds, from a nanosecond figure a line.  Raises BenchError when none came back."""
+    """Percentiles in microseconds from lines with nanoseconds.  Raises BenchError when no datagram came back."""
     times = sorted(int(line) / 1e3 for line in text.split("\n") if line.isdecimal())
     lost = _number(r"lost (\d+)", text)
     if not times:
@@ -187,11 +187,12 @@ while True: pass"""
 
 @contextlib.contextmanager
 def _awake(lab: Lab) -> Iterator[None]:
-    """No CPU goes to sleep in the block.
+    """Keep every CPU awake in the block.
 
-    Waking a sleeping one costs a virtual machine more, and less evenly, than a tunnel does.  SCHED_IDLE: the spinner
-    gives way to everything else at once, and the scheduler places work as if the CPU were idle.  That holds within a
-    session (sched(7), autogroup): ours of low weight gives way to other sessions, the datapath's among them, too.
+    Waking a sleeping CPU costs a virtual machine more than a tunnel does, and not evenly.  With SCHED_IDLE the spinner
+    gives way to everything else at once, and the scheduler places work as if the CPU were idle.  That holds within one
+    session (sched(7), autogroup).  So the spinner has a session of its own, with a low weight: it gives way to other
+    sessions too, such as the datapath's.
     """
     with contextlib.ExitStack() as undo:
         for cpu in sorted(os.sched_getaffinity(0)):
@@ -205,7 +206,7 @@ def _awake(lab: Lab) -> Iterator[None]:
 
 
 def memory(path: Path) -> Result:
-    """Of the tunnel's processes on the first host, MiB: PSS, which divides a shared page among its users."""
+    """Memory of the tunnel's processes on the first host, MiB: PSS, which divides a shared page among its users."""
     figures: dict[str, float] = {}
     for process in path.processes:
         if process.host == path.processes[0].host:
@@ -220,7 +221,7 @@ def memory(path: Path) -> Result:
 
 
 def _own(path: Path, figures: dict[str, float]) -> dict[str, float]:
-    """Where the kernel does it all there is no process whose CPU time could be told apart."""
+    """`figures`, without the tunnel's CPU time where the kernel is the tunnel and no process can be told apart."""
     return {name: value for name, value in figures.items() if path.processes or not name.startswith("tunnel_")}
 
 
@@ -241,7 +242,7 @@ def _failed(path: Path, program: str, result: subprocess.CompletedProcess[str]) 
 
 @contextlib.contextmanager
 def _running(end: End, command: Sequence[str], ready: str) -> Iterator[subprocess.Popen[str]]:
-    """A receiving program, which has said `ready` when the block begins and is gone after it."""
+    """Run a receiving program for the block, which begins when the program has said `ready`."""
     program = end.popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert program.stdout is not None
     with program:

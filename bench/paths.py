@@ -1,7 +1,7 @@
 """The paths that are compared, all at once in one lab: from the first pod of h1 to the first pod of h2, and back.
 
-Each has links of its own in both pods, so all stand side by side from the beginning and cost nothing while idle.  What
-cannot be set up here is left out, by name and with the reason.
+Each path has links of its own in both pods.  So all of them stand side by side from the beginning and cost nothing
+while they are idle.  A path that cannot be set up here is left out, with its name and the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 _READY_TIMEOUT_S = 15.0
 """For a tunnel program to carry its first ping; fastd's handshake may take several seconds."""
 
-# What `ip` says for RTNETLINK's EOPNOTSUPP to a link type that no module provides, with and without its help text.
+# `ip` says one of these when RTNETLINK answers EOPNOTSUPP, because no module provides the link type.
 _NO_SUCH_LINK_TYPE = ("Unknown device type", "Operation not supported")
 
 
@@ -46,7 +46,7 @@ class End(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process that carries a path's packets, or sees to it; `pid` is the one that we see."""
+    """A process that carries or controls a path's packets; `pid` as in our own PID namespace."""
 
     host: str
     role: str
@@ -80,18 +80,19 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What the makers need besides the lab.  `directory` is for compiled programs; `flanneld` None: not given."""
+    """What the functions that set paths up need besides the lab.  `directory` is for compiled programs."""
 
     directory: File
     flanneld: File | None
+    """A real flanneld's program, if one was given."""
 
 
 class _AbsentError(Exception):
-    """This path cannot be had here; the text says why."""
+    """This path cannot be set up here; the text says why."""
 
 
 def connect(lab: Lab, keys: Sequence[str] = ("udptun", "host-gw", "vxlan"), tools: Tools | None = None) -> Paths:
-    """Set up the paths with these keys of KINDS in a started lab.  Without `tools`: such as need no program."""
+    """Set up the paths with these keys of KINDS in a started lab.  Without `tools`, only paths that need no program."""
     present, missing = [], {}
     for key in keys:
         try:
@@ -102,9 +103,9 @@ def connect(lab: Lab, keys: Sequence[str] = ("udptun", "host-gw", "vxlan"), tool
 
 
 def interleave(things: Sequence[T], n_rounds: int) -> Iterator[tuple[int, Sequence[T]]]:
-    """The rounds, from 0, each with all of them; every round begins with the next one.
+    """Number every round from 0 and give it all `things` in an order of its own: each round begins with the next one.
 
-    So a machine that slows down or speeds up meanwhile does it to all alike, and none is always first.
+    So a machine that slows down or speeds up meanwhile does it to all alike, and no thing is always first.
     """
     for i in range(n_rounds):
         first = i % len(things)
@@ -121,7 +122,7 @@ def _udptun(lab: Lab, _tools: Tools | None) -> Path:
 
 
 def _daemon_and_datapath(host: Host) -> list[Process]:
-    """The datapath outlives the daemon, so it is nobody's child; it is known by its PID namespace and command line."""
+    """The datapath outlives the daemon, so it is no child of it.  Its PID namespace and command line identify it."""
     assert host.daemon is not None
     found = [Process(host.name, "daemon", host.daemon.pid)]
     own = File(f"/proc/{host.daemon.pid}/ns/pid").readlink()
@@ -152,7 +153,7 @@ def _vxlan(lab: Lab, _tools: Tools | None) -> Path:
 
 
 def _vtep(lab: Lab, _tools: Tools | None) -> Path:
-    """The datapath with VXLAN's prefix, on a port and with a VNI that the kernel's has not."""
+    """The datapath with VXLAN's prefix, on another port and with another VNI than the kernel's VXLAN beside it."""
     network, mtu, device = IPv4Network("10.247.0.0/16"), lab.underlay_mtu - 50, "tun-vtep"
 
     def command(host: Host, peer: Host) -> list[str]:
@@ -163,7 +164,7 @@ def _vtep(lab: Lab, _tools: Tools | None) -> Path:
         ]
 
     path = _program(lab, VTEP, "vtep", network, mtu, device, command)
-    # The program only sees to the processes that carry packets.
+    # The program starts the processes that carry packets, and is none of them.
     workers = [Process(it.host, "datapath", pid) for it in path.processes for pid in _children(it.pid)]
     return replace(path, processes=(*path.processes, *workers))
 
@@ -177,7 +178,7 @@ def _along(lab: Lab, name: str, way: Way, processes: Sequence[Process] = ()) -> 
     return Path(name, way.mtu, client, server, way.address(server), tuple(processes))
 
 
-# --- tunnel programs: each makes a TUN device in both hosts
+# --- tunnel programs, each of which makes a TUN device in both hosts
 
 
 def _naive(lab: Lab, tools: Tools | None) -> Path:
@@ -201,7 +202,7 @@ def _pytun(lab: Lab, _tools: Tools | None) -> Path:
 
 
 def _openvpn(lab: Lab, _tools: Tools | None) -> Path:
-    """Without keys, as it says itself in three warnings; the data channel then adds no header of its own."""
+    """Without keys (openvpn prints three warnings about it).  Its data channel then adds no header of its own."""
     openvpn = _installed("openvpn")
     mtu = lab.underlay_mtu - 28
 
@@ -216,9 +217,9 @@ def _openvpn(lab: Lab, _tools: Tools | None) -> Path:
 
 
 def _fastd(lab: Lab, _tools: Tools | None) -> Path:
-    """Method `null`: no cipher and no authentication of packets; the handshake has both, once."""
+    """With method `null`: no cipher and no authentication of packets.  Only the handshake has both."""
     fastd = _installed("fastd")
-    # Its header is one byte with that method.
+    # With that method fastd adds a header of one byte.
     mtu = lab.underlay_mtu - 28 - 1
     keys = {}
     for host in lab.hosts[:2]:
@@ -238,7 +239,7 @@ def _fastd(lab: Lab, _tools: Tools | None) -> Path:
 
 
 def _flanneld(lab: Lab, tools: Tools | None) -> Path:
-    """Type udp, with an etcd on the switch.  Its device is flannel1 because udptun has flannel0."""
+    """Type udp, with an etcd on the switch.  flanneld calls its device flannel1, because udptun has flannel0."""
     assert tools is not None
     if tools.flanneld is None:
         raise _AbsentError("give its program with --flanneld")
@@ -255,7 +256,7 @@ def _flanneld(lab: Lab, tools: Tools | None) -> Path:
     put = ["env", "ETCDCTL_API=3", etcdctl, "--endpoints", url, "put", "/coreos.com/network/config", config]
     _wait("etcd to take flannel's configuration", lambda: lab.switch.run(put, check=False).returncode == 0)
     for host in lab.hosts[:2]:
-        # flanneld takes the subnet of an earlier run again: so the addresses are known beforehand.
+        # flanneld takes the subnet of an earlier run again, so the addresses are known beforehand.
         subnet = f"10.254.{host.index}.1/24"
         host.path(LAB_DIR / f"{host.name}.flanneld").write_text(f"FLANNEL_NETWORK={network}\nFLANNEL_SUBNET={subnet}\n")
 
@@ -275,14 +276,14 @@ def _program(
     device: str,
     command: Callable[[Host, Host], Sequence[str]],
 ) -> Path:
-    """Run `command` in both hosts, connect the pods through the `device` that it makes, wait until a ping passes.
+    """Run `command` in both hosts, connect the pods through the `device` that it makes, and wait until a ping passes.
 
-    What it prints goes to a log in the lab; its last line is the reason when it ends or carries nothing.
+    What the program prints goes to a log in the lab, whose last line is the reason when it ends or carries nothing.
     """
     children = {}
     for host, peer in _both(lab):
         with _log(host, links).open("w") as log:
-            # A session of its own, as the daemon's datapath has: the scheduler shares the CPU among sessions first.
+            # A session of its own, as udptun's datapath has: the scheduler shares the CPU among sessions first.
             children[host.name] = host.machine.popen(
                 command(host, peer),
                 stdin=subprocess.DEVNULL,
@@ -306,7 +307,7 @@ def _program(
     processes = [Process(host, "program", child.pid) for host, child in children.items()]
     path = _along(lab, name, way, processes)
     try:
-        # Of full size: an MTU that does not fit would only show as a slow path later.
+        # Of full size: otherwise an MTU that does not fit would only show later, as a slow path.
         largest = ["ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(mtu - 28), str(path.address)]
         _wait(f"a ping of {mtu} bytes", lambda: path.client.run(largest, check=False).returncode == 0)
     except _AbsentError as exc:
@@ -350,4 +351,4 @@ KINDS: Mapping[str, Callable[[Lab, Tools | None], Path]] = {
     "fastd": _fastd,
     "openvpn": _openvpn,
 }
-"""By the words of figures.PATHS."""
+"""Word on the command line (figures.PATHS) -> the function that sets the path up."""

@@ -32,7 +32,7 @@ _NORMAL, _SMALL = 12, 11
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A filled rectangle; x and y of its upper left corner."""
+    """A filled rectangle; x and y are its upper left corner."""
 
     x: float
     y: float
@@ -70,7 +70,7 @@ def files(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
-    """Rows are (workload, figure).  All modes of a row share one scale, which begins at 0; None: nothing to draw."""
+    """Draw rows of (workload, figure); None without a figure.  All modes of a row share a scale that begins at 0."""
     drawn = {cell.mode for cell in runs.cells if (cell.workload, cell.figure) in rows}
     modes = [mode for mode in MODES if mode in drawn]
     if not modes:

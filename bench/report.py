@@ -1,4 +1,4 @@
-"""From a result to Markdown; `write` puts it and the plots beside the result, all else is pure."""
+"""From a result to Markdown.  `write` puts it and the plots beside the result; everything else is pure."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _short(workload: str) -> str:
 
 
 def _in_order(paths: Sequence[str]) -> list[str]:
-    """Rounds begin with different paths, so the order in which they came says nothing."""
+    """In the order of figures.PATHS: rounds begin with different paths, so the order of the runs says nothing."""
     known = [*PATHS.values(), *(lease_path(n) for n in N_LEASES)]
     return sorted(paths, key=known.index)
 

@@ -1,4 +1,4 @@
-"""The measurement: one lab, all paths in it, interleaved rounds, one result file."""
+"""`./dev bench`: measure all paths in one lab, in interleaved rounds, into one result file."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
         if file is not None:
             results.save(document, file)
 
-    # Before the first round: a name that cannot be written must not cost the measurement.
+    # Before the first round: a file that cannot be written must not cost a whole measurement.
     save()
     screen.step("bringing up two hosts with a pod each")
     conf = {"Network": str(NETWORK), "Backend": {"Type": "udp"}}
@@ -125,7 +125,7 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One run to be made.  `path` is the name it is kept under, `n_leases` what the store holds of other hosts'."""
+    """One run to be made.  `path` is its name in the result, `n_leases` the number of other hosts' leases."""
 
     round: int
     mode: str
@@ -135,7 +135,7 @@ class Step:
 
 
 def plan(options: Options, paths: Sequence[Path]) -> list[Step]:
-    """Every run, in the order of measurement.  The path changes fastest: what is compared lies seconds apart."""
+    """Every run, in the order of measurement.  The path changes fastest, so compared runs are seconds apart."""
     steps: list[Step] = []
     for i, order in interleave(paths, options.repeats):
         steps += [
@@ -144,7 +144,7 @@ def plan(options: Options, paths: Sequence[Path]) -> list[Step]:
             for workload in options.workloads
             if workload in RUN
             for path in order
-            # The kernel's own ways have no process whose memory could be told apart.
+            # Where the kernel carries the packets, no process's memory can be told apart.
             if workload != "memory" or path.processes
         ]
         if "leases" in options.workloads and any(path.name == TUNNEL for path in paths):
@@ -174,10 +174,10 @@ def _runs(screen: Screen, tools: Bench, steps: Sequence[Step], paths: Sequence[P
 
 
 def _run(screen: Screen, tools: Bench, step: Step, path: Path, act: Callable[[Bench, Path], Result]) -> dict[str, Any]:
-    """One run as the result file has it.  One that fails is kept, with the reason; the others go on."""
+    """Make one run and return it as the result file has it.  A run that fails is kept with the reason."""
     record = {"round": step.round, "mode": step.mode, "workload": step.workload, "path": step.path}
     try:
-        # Finds out the neighbours' addresses, and that the path works.
+        # Resolves the neighbours' addresses, and shows that the path works.
         ping(path, 1, 1)
         result = act(tools, path)
     except (BenchError, LabError, subprocess.TimeoutExpired) as exc:
@@ -196,7 +196,7 @@ def _brief(figures: Mapping[str, float]) -> str:
 
 
 def _some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """For argparse: words of `known`, with commas between, each once."""
+    """A type for argparse: words of `known` with commas between, each once."""
 
     def parse(text: str) -> tuple[str, ...]:
         given = tuple(dict.fromkeys(text.split(",")))

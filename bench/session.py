@@ -1,4 +1,4 @@
-"""What every command here that makes a lab has in common: progress on screen, ^C, errors, and proof of a clean end."""
+"""What all commands that make a lab have in common: progress on screen, ^C, errors, and proof of a clean end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from udptun.lab.machine import wait_until
 _END_TIMEOUT_S = 10
 _IDLE_S = 1.0
 BUSY_LIMIT = 0.1
-"""Cores; what else runs then costs a two-core machine up to a twentieth of its throughput."""
+"""Cores.  When other programs take as much, a machine of two cores loses up to a twentieth of its throughput."""
 
 _LINKS = ("flannel0", "cni0", "underlay", "h1", "h2", "plain", "vxlan", "vxlan.1")
 _PATHS = ("/run/flannel", "/run/udptun", "/run/udptun-lab", "/var/lib/udptun", "/run/netns/p1")
 
 
 class Screen:
-    """Lines with the seconds since the start before them.  Bold on a terminal, plain text elsewhere."""
+    """Prints lines that begin with the seconds since the start.  Titles are bold on a terminal, plain elsewhere."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -40,37 +40,37 @@ class Screen:
         self.add("\n")
 
     def begin(self, text: str) -> None:
-        """As `step`, with the line left open for `add`."""
+        """As `step`, but leave the line open for `add`."""
         self.end_line()
         self.add(f"[{time.monotonic() - self._start:5.1f} s] {text}")
 
     def add(self, text: str) -> None:
-        """Go on in the open line."""
+        """Continue the open line."""
         print(text, end="", flush=True)
         self._is_line_open = not text.endswith("\n")
 
     def end_line(self) -> None:
-        """End the line that was left open, if there is one."""
+        """End the open line, if there is one."""
         if self._is_line_open:
             self.add("\n")
 
     def title(self, text: str) -> None:
-        """What follows belongs to `text`."""
+        """Print `text` as the title of what follows."""
         self.end_line()
         self.add(f"\n\033[1m{text}\033[0m\n" if self._is_terminal else f"\n{text}\n")
 
     def show(self, text: str) -> None:
-        """Output of something else, as it is, a little to the right."""
+        """Print another program's output unchanged, indented."""
         self.add("".join(f"    {line}".rstrip() + "\n" for line in text.rstrip().splitlines()))
 
 
 def run(screen: Screen, act: Callable[[], None]) -> int:
-    """Run `act`, which makes a lab and leaves it; check that nothing of it remains.  Return the exit status.
+    """Run `act`, which makes a lab and removes it, and check that nothing remains.  Return the exit status.
 
-    0; 1 when it failed or left something behind, with a line on stderr; 130 after ^C.
+    It is 0, or 1 with a line on stderr when `act` failed or left something behind, or 130 after ^C.
     """
     os.environ[SESSION_MARK] = f"{os.getpid()}-{time.time_ns()}"
-    # A shell without job control starts us in the background with ^C ignored.
+    # A shell without job control starts background commands with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before = _names()
     status = 0
@@ -95,7 +95,7 @@ def run(screen: Screen, act: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def uninterrupted_end() -> Iterator[None]:
-    """To be left before the lab is: from then on ^C waits for the lab's removal, which takes a fraction of a second."""
+    """From the end of the block, ignore ^C.  Enter it after the lab: then nothing interrupts the lab's removal."""
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ def uninterrupted_end() -> Iterator[None]:
 
 
 def check_idle(screen: Screen) -> float:
-    """How many cores are busy while we do nothing: the noise under every figure.  Warns when it is much."""
+    """How many cores are busy while the bench does nothing: the noise under every figure.  Warns when it is much."""
     screen.begin("idle check: ")
     before = CpuTimes.now()
     time.sleep(_IDLE_S)
@@ -113,7 +113,7 @@ def check_idle(screen: Screen) -> float:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """For argparse: an integer from `low` to `high`."""
+    """A type for argparse: an integer from `low` to `high`."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not low <= int(text) <= high:
@@ -128,7 +128,7 @@ def _left(before: set[str]) -> list[str]:
 
 
 def _names() -> set[str]:
-    """What a lab that was not cleaned up would show of itself outside its namespaces."""
+    """Links, paths and mounts that a lab which was not cleaned up would show outside its namespaces."""
     names = {f"link {name}" for name in _LINKS if Path("/sys/class/net", name).exists()}
     names |= {path for path in _PATHS if Path(path).exists()}
     mounts = {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()}
@@ -136,7 +136,7 @@ def _names() -> set[str]:
 
 
 def _processes() -> list[str]:
-    """Other processes of this session; a zombie is none."""
+    """Other processes of this session.  A zombie has no environment and is none of them."""
     mark = f"{SESSION_MARK}={os.environ[SESSION_MARK]}".encode()
     found = []
     for entry in Path("/proc").iterdir():

@@ -1,4 +1,4 @@
-"""From raw runs to medians, spreads and ratios.  Pure."""
+"""From runs to medians, spreads and ratios.  Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Rounds = Mapping[int, float]
-"""One figure by round.  A round in which it could not be measured is not there."""
+"""Round -> one figure, without the rounds in which it could not be measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one figure belongs to: all of it, over the rounds, is one cell of the tables."""
+    """What a figure belongs to.  Its values over all rounds are one cell of the tables."""
 
     mode: str
     workload: str
@@ -36,7 +36,7 @@ class Cell:
 
 
 class Runs:
-    """The raw runs of one result file, by cell."""
+    """The runs of one result file, by cell."""
 
     def __init__(self, runs: Iterable[Mapping[str, Any]]) -> None:
         self.cells: dict[Cell, dict[int, float]] = {}
@@ -46,7 +46,7 @@ class Runs:
                 self.cells.setdefault(cell, {})[run["round"]] = value
 
     def spread(self, cell: Cell) -> Spread | None:
-        """Over all rounds; None when it was not measured."""
+        """The cell's spread over all rounds; None when it was not measured."""
         rounds = self.cells.get(cell)
         return Spread.of(list(rounds.values())) if rounds else None
 
@@ -63,24 +63,24 @@ class Runs:
         return list(dict.fromkeys(cell.workload for cell in self.cells))
 
     def paths(self, workload: str) -> list[str]:
-        """Those that the workload was measured on, in the order in which they came first."""
+        """The paths on which the workload was measured, in the order in which they came first."""
         return list(dict.fromkeys(cell.path for cell in self.cells if cell.workload == workload))
 
 
 def ratios(rounds: Rounds, base: Rounds) -> dict[int, float]:
-    """Divided within each round: what slows a whole round down cancels out.  A base of 0 makes no ratio."""
+    """Ratios within each round, so that what slows a whole round down cancels out.  A base of 0 makes no ratio."""
     return {i: value / base[i] for i, value in rounds.items() if base.get(i)}
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The least value that at least `percent` of all are not above (nearest rank); `ordered` ascends and has some."""
+    """The least value that `percent` of all do not exceed (nearest rank).  `ordered` ascends and is not empty."""
     # Rounded first: 99.9 % of 1000 must be 999, not 999.0000000000001.
     rank = math.ceil(round(len(ordered) * percent / 100, 6))
     return ordered[max(rank, 1) - 1]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns as wide as their widest cell; the first to the left, figures to the right."""
+    """Lines with columns as wide as their widest cell: the first column to the left, all others to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return [
         "  ".join(

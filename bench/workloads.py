@@ -18,15 +18,15 @@ from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, Host, Lab
 
 NETWORK = IPv4Network("100.0.0.0/8")
-"""Of the bench's lab: has room for the most leases that there can be, and nothing of the other paths lies in it."""
+"""Network of the bench's lab.  It has room for the most leases there can be, and no other path's addresses in it."""
 
 _LEASES_TIMEOUT_S = 120.0
-"""For both daemons to have taken over 65,534 leases; a few seconds on an idle machine."""
+"""How long both daemons may take to have 65,534 leases in use; a few seconds on an idle machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a workload needs besides the path.  `seconds` is how long it sends."""
+    """What a workload needs besides the path.  `udp` is the traffic program, `seconds` how long a run sends."""
 
     lab: Lab
     udp: File
@@ -53,7 +53,7 @@ RUN: Mapping[str, Callable[[Bench, Path], Result]] = {
 def set_leases(lab: Lab, n: int) -> None:
     """Have `n` leases of other hosts in the store, and wait until both daemons have them all in use."""
     bulk = str(SOURCES / "bulk_leases.py")
-    # The other host's is one of them.
+    # The other host's own lease is one of the n.
     lab.host(1).run([sys.executable, bulk, str(LEASES), str(NETWORK), str(n - 1)], timeout=_LEASES_TIMEOUT_S)
     for host in lab.hosts:
         wait_until(f"{n} leases in use on {host}", partial(_has_peers, host, n), _LEASES_TIMEOUT_S)
@@ -61,5 +61,5 @@ def set_leases(lab: Lab, n: int) -> None:
 
 def _has_peers(host: Host, n: int) -> bool:
     status = host.run([sys.executable, "-m", "udptun", "status", "--json"], check=False)
-    # A daemon that is busy with that many leases may not answer in time; then it does not have them yet.
+    # A daemon that is busy with so many leases may not answer in time.  Then it does not have them yet.
     return status.returncode == 0 and len(json.loads(status.stdout)["peers"]) == n

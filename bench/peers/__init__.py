@@ -1,1 +1,1 @@
-"""Tunnels to compare with that nobody has to install: programs of their own, which bench.paths starts."""
+"""Tunnels to compare with that need no installation.  Each is a program, which bench.paths starts."""

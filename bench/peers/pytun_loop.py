@@ -1,4 +1,4 @@
-"""The tunnel as one would first write it in Python, as a yardstick: python-pytun, select, one packet at a time.
+"""A first tunnel in Python to compare with: python-pytun, select, one packet at a time.
 
     python pytun_loop.py DEVICE LOCAL-ADDRESS PORT REMOTE-ADDRESS
 
@@ -20,7 +20,7 @@ _IPV4_HEADER = 20
 
 
 def step_ttl(packet: bytearray) -> bool:
-    """Take one from the TTL and mend the header's checksum (RFC 1624, equation 3); False when it must not go on."""
+    """Take one from the TTL and update the header's checksum (RFC 1624, equation 3).  False: drop the packet."""
     if len(packet) < _IPV4_HEADER or packet[0] >> 4 != 4 or packet[8] <= 1:
         return False
     checksum, old = struct.unpack_from("!H", packet, 10)[0], packet[8] << 8 | packet[9]
@@ -36,7 +36,7 @@ def main(device: str, local: str, port: int, remote: str) -> None:
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     udp.bind((local, port))
     udp.setblocking(False)
-    # Last: whoever sees the device may rely on the rest.
+    # The device comes last: whoever sees it may rely on the socket.
     tun = TunTapDevice(name=device, flags=IFF_TUN | IFF_NO_PI)
     os.set_blocking(tun.fileno(), False)
     print("ready", flush=True)

@@ -1,8 +1,8 @@
-"""The datapath as a userspace VTEP with one peer, without daemon and store: VXLAN beside the tunnel's own format.
+"""The datapath as a userspace VTEP with one peer, without daemon and store.
 
     python vtep.py RUN-DIR DEVICE LOCAL-ADDRESS PORT REMOTE-ADDRESS NETWORK OWN-SUBNET PEER-SUBNET MTU
 
-Makes DEVICE and carries NETWORK's packets between the two subnets until it is killed, or its machine is.
+Makes DEVICE and carries NETWORK's packets between the two subnets until it is killed.
 """
 
 from __future__ import annotations
