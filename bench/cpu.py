@@ -120,18 +120,27 @@ def _foreign_seconds() -> float:
 
 
 def foreign_pids() -> set[int]:
-    """All processes that no bench started, without threads of the kernel and without our own ancestors."""
+    """All processes that no bench started, without threads of the kernel and without our own ancestors.
+
+    Zombies of a foreign process are in it, although they have no environment any more: when the parent waits for one,
+    the CPU time of its whole life becomes the parent's.
+    """
     mark = f"{SESSION_MARK}={os.environ.get(SESSION_MARK, '')}".encode()
     ours = _ancestors()
-    found = set()
+    found: set[int] = set()
+    parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) not in ours:
+            pid, environment = int(entry.name), b""
+            # Threads of the kernel and zombies have none: an empty file, or ESRCH as on Linux 6.18.
             with contextlib.suppress(OSError):
                 environment = (entry / "environ").read_bytes()
-                # Threads of the kernel and zombies have none.
-                if environment and mark not in environment.split(b"\0"):
-                    found.add(int(entry.name))
-    return found
+            if not environment:
+                with contextlib.suppress(OSError):
+                    parents[pid] = _parent(pid)
+            elif mark not in environment.split(b"\0"):
+                found.add(pid)
+    return found | {pid for pid, parent in parents.items() if parent in found}
 
 
 def _ancestors() -> set[int]:
@@ -140,5 +149,9 @@ def _ancestors() -> set[int]:
     pid = os.getppid()
     while pid > 1:
         pids.add(pid)
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        pid = _parent(pid)
     return pids
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

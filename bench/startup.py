@@ -1,6 +1,6 @@
 """What a start costs and what a daemon weighs: one daemon alone in a lab of one host, started again and again.
 
-    ./dev bench startup [--store file|etcd] [--leases N] [--runs N]
+./dev bench startup [--store file|etcd] [--leases N] [--runs N]
 """
 
 from __future__ import annotations

@@ -272,6 +272,26 @@ def test_cpu_time_of_a_process_is_foreign_when_no_bench_started_it(
         assert usage.system_s > 0.2
 
 
+def test_zombie_of_a_foreign_process_is_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a zombie was nobody's: a run in which its parent waited for it was called disturbed by 598 cores."""
+    code = (
+        "import os\nif os.fork() == 0: os._exit(0)\n"
+        "os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)\nprint(flush=True)\ninput()"
+    )
+    for is_foreign in (True, False):
+        monkeypatch.setenv(SESSION_MARK, "another" if is_foreign else "1")
+        environment = dict(os.environ)
+        monkeypatch.setenv(SESSION_MARK, "1")
+        with subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as parent:
+            assert parent.stdout is not None
+            parent.stdout.readline()
+            (zombie,) = map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
+            assert {parent.pid, zombie} & foreign_pids() == ({parent.pid, zombie} if is_foreign else set())
+            parent.kill()
+
+
 def test_bench_refuses_words_it_does_not_know() -> None:
     bench = run("bench", "--paths", "udptun,carrier-pigeon")
     assert bench.returncode == 2
