@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from bench.session import whole_number
 from bench.summary import Spread, table
 from udptun._fastpath import TableReader
-from udptun.config.net_conf import SourceCheck
 from udptun.core.errors import DatapathError
+from udptun.core.tunnel import SourceCheck
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter

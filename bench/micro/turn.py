@@ -23,7 +23,7 @@ from bench.errors import BenchError
 from bench.session import whole_number
 from bench.summary import Spread, table
 from udptun._fastpath import Worker
-from udptun.config.net_conf import SourceCheck
+from udptun.core.tunnel import SourceCheck
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter

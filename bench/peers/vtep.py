@@ -14,8 +14,8 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from udptun.backends.vtep import N_SENDERS
-from udptun.config.net_conf import SourceCheck, default_workers
 from udptun.core.offload import ALL
+from udptun.core.tunnel import SourceCheck, default_workers
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.datapath.tunnel import Tunnel
 

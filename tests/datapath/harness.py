@@ -457,8 +457,8 @@ class FastDatapath:
         return sock
 
     def _publish(self) -> None:
-        from udptun.config.net_conf import SourceCheck
         from udptun.core.offload import ALL, Offload
+        from udptun.core.tunnel import SourceCheck
         from udptun.datapath import settings as shared
 
         table = self.table

@@ -21,7 +21,7 @@ import pytest
 from scapy.all import IP, UDP
 
 from udptun import _fastpath
-from udptun.config.net_conf import SourceCheck
+from udptun.core.tunnel import SourceCheck
 from udptun.datapath import processes, worker
 from udptun.datapath.processes import Datapath, Descriptors
 from udptun.datapath.settings import PacketSettings, Remote

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from udptun._fastpath import LAYOUT, TableReader
-from udptun.config.net_conf import SourceCheck
 from udptun.core.errors import DatapathError
+from udptun.core.tunnel import SourceCheck
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter

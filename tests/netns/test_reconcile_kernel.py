@@ -22,13 +22,13 @@ from netns import Namespace, namespace, open_fds, requires_netns, seconds_until
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import TUN_NAME, Udp
-from udptun.backends.vxlan import KernelVxlan
-from udptun.config.net_conf import SourceCheck, VxlanBackend
+from udptun.backends.vxlan import KernelVxlan, VxlanKeys
 from udptun.core.desired import DesiredState
 from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import ROUTE_PROTOCOL
 from udptun.core.offload import ALL
+from udptun.core.tunnel import SourceCheck
 from udptun.kernel import netlink, notices
 from udptun.kernel.reconcile import reconciler
 from udptun.kernel.reconcile.reconciler import Outcome, Reconciler, remove
@@ -513,7 +513,7 @@ def test_a_thousand_peers_of_vxlan_are_set_up_at_once_and_one_more_costs_little(
     """Neighbour, fdb entry and route each; promised: within a second or so."""
     lower = ns.show("link show v0")[0]["ifindex"]
     underlay = Underlay("v0", lower, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
-    backend = KernelVxlan(VxlanBackend(), "02:00:00:00:00:01")
+    backend = KernelVxlan(VxlanKeys(), "02:00:00:00:00:01")
 
     def peer(n: int) -> Lease:
         data = {"VtepMAC": f"02:00:00:00:{n >> 8:02x}:{n & 255:02x}"}

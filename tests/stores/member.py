@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from udptun.config.net_conf import parse_net_conf
+from udptun.backends.choice import parse_net_conf
 from udptun.core.clock import Clock
 from udptun.core.lease import EventType, LeaseAttrs, LeaseEvent
 from udptun.membership.allocate import chooser

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udptun.config.net_conf import NetConf, parse_net_conf
+from udptun.backends.choice import parse_net_conf
+from udptun.config.net_conf import NetConf
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.membership.allocate import CANDIDATES, chooser
@@ -210,7 +211,7 @@ def test_chooser_may_be_asked_again_after_a_lost_race() -> None:
 
 def test_choice_is_quick_among_ten_thousand_leases() -> None:
     config = parse_net_conf('{"Network":"10.0.0.0/8"}', "test")
-    base = int(config.subnet_min)
+    base = int(config.ipv4.subnet_min)
     taken = [
         Lease(Subnets(IPv4Network((base + n * 256, 24))), LeaseAttrs(IPv4Address(0xC6120000 + n)))
         for n in range(10_000)
@@ -234,7 +235,7 @@ def test_choice_never_overlaps_a_lease_and_is_exhausted_only_when_nothing_is_fre
     ]
     every = [
         IPv4Network((base, length))
-        for base in range(int(config.subnet_min), int(config.subnet_max) + 1, 1 << 32 - length)
+        for base in range(int(config.ipv4.subnet_min), int(config.ipv4.subnet_max) + 1, 1 << 32 - length)
     ]
     free = [one for one in every if not any(one.overlaps(other.subnet) for other in taken)]
     if free:

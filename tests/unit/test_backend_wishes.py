@@ -7,28 +7,20 @@ from ipaddress import IPv4Address, IPv4Network
 
 import pytest
 
-from udptun.backends.alloc import Alloc
+from udptun.backends.alloc import Alloc, AllocKeys
 from udptun.backends.base import Backend, BackendInput, LiveSettings
 from udptun.backends.choice import BackendChoice, KernelSupport, choose, describe
-from udptun.backends.hostgw import HostGw
-from udptun.backends.udp import Udp
+from udptun.backends.hostgw import HostGw, HostGwKeys
+from udptun.backends.udp import Udp, UdpKeys
 from udptun.backends.vtep import UserspaceVtep
-from udptun.backends.vxlan import KernelVxlan
-from udptun.config.net_conf import (
-    AllocBackend,
-    BackendConf,
-    Fallback,
-    HostGwBackend,
-    SourceCheck,
-    UdpBackend,
-    VxlanBackend,
-    replace_live_keys,
-)
+from udptun.backends.vxlan import Fallback, KernelVxlan, VxlanKeys
+from udptun.config.net_conf import BackendKeys, replace_live_keys
 from udptun.core.desired import DesiredFdb, DesiredNeighbour, DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import RouteType, Vxlan
 from udptun.core.offload import ALL
+from udptun.core.tunnel import SourceCheck
 from udptun.kernel.underlay import Underlay
 
 NETWORK = IPv4Network("10.244.0.0/16")
@@ -55,7 +47,7 @@ def inputs(*peers: Lease, **changes: object) -> BackendInput:
 
 
 def test_vxlan_wants_flannels_device_and_three_things_for_each_peer() -> None:
-    wanted = KernelVxlan(VxlanBackend(), MAC).desired(inputs(lease(2), lease(3)))
+    wanted = KernelVxlan(VxlanKeys(), MAC).desired(inputs(lease(2), lease(3)))
     (link,) = wanted.links
     assert (link.name, link.mtu, link.mac) == ("flannel.1", 1450, MAC)
     assert link.vxlan == Vxlan(1, IPv4Address("192.0.2.1"), 2, 8472, learning=False, gbp=False)
@@ -78,13 +70,13 @@ def test_vxlan_wants_flannels_device_and_three_things_for_each_peer() -> None:
 
 
 def test_vxlan_sends_from_the_interfaces_own_address_behind_a_nat() -> None:
-    wanted = KernelVxlan(VxlanBackend(), MAC).desired(inputs(underlay=BEHIND_NAT))
+    wanted = KernelVxlan(VxlanKeys(), MAC).desired(inputs(underlay=BEHIND_NAT))
     assert wanted.links[0].vxlan is not None
     assert wanted.links[0].vxlan.local == UNDERLAY.address
 
 
 def test_a_peer_that_is_reached_directly_gets_a_plain_route_alone() -> None:
-    backend = KernelVxlan(VxlanBackend(direct_routing=True), MAC)
+    backend = KernelVxlan(VxlanKeys(direct_routing=True), MAC)
     wanted = backend.desired(inputs(lease(2), lease(3), direct={IPv4Address("192.0.2.2"): 5}))
     assert backend.asks_direct
     assert wanted.routes[1] == DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=5)
@@ -93,7 +85,7 @@ def test_a_peer_that_is_reached_directly_gets_a_plain_route_alone() -> None:
 
 
 def test_vxlan_leases_have_flannels_two_keys_first() -> None:
-    for backend in (KernelVxlan(VxlanBackend(vni=7), MAC), UserspaceVtep(VxlanBackend(vni=7), MAC)):
+    for backend in (KernelVxlan(VxlanKeys(vni=7), MAC), UserspaceVtep(VxlanKeys(vni=7), MAC)):
         attrs = backend.attrs(BEHIND_NAT, "n" * 32)
         assert (attrs.public_ip, attrs.backend_type) == (BEHIND_NAT.public_ip, "vxlan")
         assert list(attrs.backend_data.items())[:2] == [("VNI", 7), ("VtepMAC", MAC)]
@@ -114,8 +106,8 @@ def test_vxlan_leases_have_flannels_two_keys_first() -> None:
     ],
 )
 def test_which_leases_are_peers_of_a_vtep(other: Lease, reason: str | None) -> None:
-    assert KernelVxlan(VxlanBackend(), MAC).refusal(other) == reason
-    assert UserspaceVtep(VxlanBackend(), MAC).refusal(other) == reason
+    assert KernelVxlan(VxlanKeys(), MAC).refusal(other) == reason
+    assert UserspaceVtep(VxlanKeys(), MAC).refusal(other) == reason
 
 
 # --- the others
@@ -155,18 +147,18 @@ NO_VXLAN = KernelSupport(no_vxlan="EOPNOTSUPP")
 @pytest.mark.parametrize(
     ("conf", "support", "kind", "reason"),
     [
-        (UdpBackend(), ALL_SUPPORTED, Udp, "as configured"),
-        (HostGwBackend(), NO_VXLAN, HostGw, "as configured"),
-        (AllocBackend(), ALL_SUPPORTED, Alloc, "as configured"),
-        (VxlanBackend(), ALL_SUPPORTED, KernelVxlan, "the kernel has vxlan"),
-        (VxlanBackend(), NO_VXLAN, UserspaceVtep, "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"),
-        (VxlanBackend(userspace=True), ALL_SUPPORTED, UserspaceVtep, "Backend.Userspace is true: userspace VTEP"),
-        (VxlanBackend(userspace=True, fallback=Fallback.UDP), ALL_SUPPORTED, UserspaceVtep, "Backend.Userspace"),
-        (VxlanBackend(fallback=Fallback.UDP), ALL_SUPPORTED, KernelVxlan, "the kernel has vxlan"),
-        (VxlanBackend(fallback=Fallback.UDP), NO_VXLAN, Udp, "the kernel has no vxlan (EOPNOTSUPP) and Backend."),
+        (UdpKeys(), ALL_SUPPORTED, Udp, "as configured"),
+        (HostGwKeys(), NO_VXLAN, HostGw, "as configured"),
+        (AllocKeys(), ALL_SUPPORTED, Alloc, "as configured"),
+        (VxlanKeys(), ALL_SUPPORTED, KernelVxlan, "the kernel has vxlan"),
+        (VxlanKeys(), NO_VXLAN, UserspaceVtep, "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"),
+        (VxlanKeys(userspace=True), ALL_SUPPORTED, UserspaceVtep, "Backend.Userspace is true: userspace VTEP"),
+        (VxlanKeys(userspace=True, fallback=Fallback.UDP), ALL_SUPPORTED, UserspaceVtep, "Backend.Userspace"),
+        (VxlanKeys(fallback=Fallback.UDP), ALL_SUPPORTED, KernelVxlan, "the kernel has vxlan"),
+        (VxlanKeys(fallback=Fallback.UDP), NO_VXLAN, Udp, "the kernel has no vxlan (EOPNOTSUPP) and Backend."),
     ],
 )
-def test_the_choice_and_its_reason(conf: BackendConf, support: KernelSupport, kind: type[Backend], reason: str) -> None:
+def test_the_choice_and_its_reason(conf: BackendKeys, support: KernelSupport, kind: type[Backend], reason: str) -> None:
     choice = choose(conf, support, MAC)
     assert type(choice.backend) is kind
     assert choice.reason.startswith(reason)
@@ -174,11 +166,11 @@ def test_the_choice_and_its_reason(conf: BackendConf, support: KernelSupport, ki
 
 def test_without_a_fallback_there_is_no_vxlan_without_the_kernels() -> None:
     with pytest.raises(UdptunError, match=r"cannot create flannel\.3 \(vxlan id 3\): the kernel has no vxlan"):
-        choose(VxlanBackend(vni=3, fallback=Fallback.NONE), NO_VXLAN, MAC)
+        choose(VxlanKeys(vni=3, fallback=Fallback.NONE), NO_VXLAN, MAC)
 
 
 def test_the_fallback_udp_listens_on_flannels_udp_port_not_on_vxlans() -> None:
-    choice = choose(VxlanBackend(port=4789, fallback=Fallback.UDP), NO_VXLAN, MAC)
+    choice = choose(VxlanKeys(port=4789, fallback=Fallback.UDP), NO_VXLAN, MAC)
     assert isinstance(choice, BackendChoice)
     assert choice.backend.encapsulation is not None
     assert choice.backend.encapsulation.port == 8285
@@ -200,6 +192,6 @@ def test_what_a_host_can_do_is_described_type_by_type() -> None:
 
 
 def test_only_keys_that_can_change_while_packets_flow_are_taken_over() -> None:
-    old, new = VxlanBackend(vni=1, mtu=1500), VxlanBackend(vni=2, mtu=1400)
-    assert replace_live_keys(old, new) == VxlanBackend(vni=1, mtu=1400)
-    assert replace_live_keys(old, UdpBackend(mtu=1400)) == old
+    old, new = VxlanKeys(vni=1, mtu=1500), VxlanKeys(vni=2, mtu=1400)
+    assert replace_live_keys(old, new) == VxlanKeys(vni=1, mtu=1400)
+    assert replace_live_keys(old, UdpKeys(mtu=1400)) == old

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from bad_data import CONFIGS, GOOD, LEASES, SUBNET_ENVS
 
+from udptun.backends.choice import parse_net_conf
 from udptun.config import subnet_env
-from udptun.config.net_conf import parse_net_conf
 from udptun.core.errors import ConfigError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, LeaseTable, Subnets
 

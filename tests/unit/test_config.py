@@ -9,25 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udptun.backends.alloc import AllocKeys
+from udptun.backends.base import mtu_for
+from udptun.backends.choice import parse_net_conf
+from udptun.backends.hostgw import HostGwKeys
+from udptun.backends.udp import UDP_OVERHEAD, UdpKeys
+from udptun.backends.vxlan import Fallback, VxlanKeys
 from udptun.config.net_conf import (
-    UDP_OVERHEAD,
-    AllocBackend,
-    BackendConf,
-    DatapathKeys,
-    Fallback,
-    HostGwBackend,
+    BackendKeys,
     LogLevel,
     NetConf,
-    SourceCheck,
-    UdpBackend,
-    VxlanBackend,
+    SubnetPool,
     check_underlay,
-    default_workers,
     keys_that_need_a_restart,
-    mtu_for,
-    parse_net_conf,
 )
 from udptun.core.errors import ConfigError
+from udptun.core.tunnel import SourceCheck, default_workers
 
 
 def parse(text: str) -> NetConf:
@@ -45,18 +42,15 @@ def problems(text: str) -> tuple[str, ...]:
 def test_config_gets_flannels_defaults_when_only_a_lower_case_network_is_given() -> None:
     conf = parse('{"network":"10.3.0.0/16"}')
     assert conf == NetConf(
-        enable_ipv4=True,
-        enable_ipv6=False,
         enable_nftables=False,
-        network=IPv4Network("10.3.0.0/16"),
-        subnet_min=IPv4Address("10.3.1.0"),
-        subnet_max=IPv4Address("10.3.255.0"),
-        subnet_len=24,
-        ipv6_network=None,
-        ipv6_subnet_min=None,
-        ipv6_subnet_max=None,
-        ipv6_subnet_len=None,
-        backend=UdpBackend(port=8285, mtu=None, datapath=DatapathKeys(None, SourceCheck.PEER)),
+        ipv4=SubnetPool(
+            network=IPv4Network("10.3.0.0/16"),
+            subnet_min=IPv4Address("10.3.1.0"),
+            subnet_max=IPv4Address("10.3.255.0"),
+            subnet_len=24,
+        ),
+        ipv6=None,
+        backend=UdpKeys(port=8285, mtu=None, workers=None, source_check=SourceCheck.PEER),
         notes=(),
     )
 
@@ -66,23 +60,22 @@ def test_config_takes_overrides_of_the_ipv4_range() -> None:
         '{"Network":"10.3.0.0/16","SubnetMin":"10.3.5.0","SubnetMax":"10.3.8.0","SubnetLen":28,'
         '"Backend":{"Type":"udp","Port":7890}}'
     )
-    assert (str(conf.subnet_min), str(conf.subnet_max), conf.subnet_len) == ("10.3.5.0", "10.3.8.0", 28)
-    assert conf.backend.port == 7890
+    pool = conf.ipv4
+    assert (str(pool.subnet_min), str(pool.subnet_max), pool.subnet_len) == ("10.3.5.0", "10.3.8.0", 28)
+    assert conf.backend == UdpKeys(port=7890)
 
 
 def test_config_takes_words_in_any_letter_case() -> None:
     text = '{"Network":"10.3.0.0/16","Backend":{"Type":"UDP","SourceCheck":"OFF","logLevel":"Warning"}}'
     backend = parse(text).backend
-    assert isinstance(backend, UdpBackend)
-    assert (backend.datapath.source_check, backend.log_level) == (SourceCheck.OFF, LogLevel.WARNING)
+    assert isinstance(backend, UdpKeys)
+    assert (backend.source_check, backend.log_level) == (SourceCheck.OFF, LogLevel.WARNING)
 
 
 def test_config_gets_flannels_ipv6_defaults() -> None:
     conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}')
-    assert conf.ipv6_network == IPv6Network("fc00::/48")
-    assert conf.ipv6_subnet_min == IPv6Address("fc00:0:0:1::")
-    assert conf.ipv6_subnet_max == IPv6Address("fc00:0:0:ffff::")
-    assert conf.ipv6_subnet_len == 64
+    first, last = IPv6Address("fc00:0:0:1::"), IPv6Address("fc00:0:0:ffff::")
+    assert conf.ipv6 == SubnetPool(IPv6Network("fc00::/48"), first, last, 64)
 
 
 def test_config_takes_overrides_of_the_ipv6_range() -> None:
@@ -90,8 +83,8 @@ def test_config_takes_overrides_of_the_ipv6_range() -> None:
         '{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48","IPv6SubnetMin":"fc00:0:0:1::",'
         '"IPv6SubnetMax":"fc00:0:0:f::","IPv6SubnetLen":124}'
     )
-    assert conf.ipv6_subnet_max == IPv6Address("fc00:0:0:f::")
-    assert conf.ipv6_subnet_len == 124
+    first, last = IPv6Address("fc00:0:0:1::"), IPv6Address("fc00:0:0:f::")
+    assert conf.ipv6 == SubnetPool(IPv6Network("fc00::/48"), first, last, 124)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +99,8 @@ def test_config_takes_overrides_of_the_ipv6_range() -> None:
 )
 def test_config_derives_the_subnets_from_the_network(network: str, subnet_len: int, first: str, last: str) -> None:
     conf = parse(json.dumps({"Network": network}))
-    assert (conf.subnet_len, str(conf.subnet_min), str(conf.subnet_max)) == (subnet_len, first, last)
+    pool = conf.ipv4
+    assert (pool.subnet_len, str(pool.subnet_min), str(pool.subnet_max)) == (subnet_len, first, last)
 
 
 def test_config_masks_host_bits_of_the_network() -> None:
@@ -115,7 +109,7 @@ def test_config_masks_host_bits_of_the_network() -> None:
 
 def test_config_reads_keys_and_backend_type_in_any_letter_case() -> None:
     conf = parse('{"NETWORK":"10.3.0.0/16","backend":{"type":"UDP","port":9000,"sourcecheck":"strict"}}')
-    assert conf.backend == UdpBackend(port=9000, datapath=DatapathKeys(source_check=SourceCheck.STRICT))
+    assert conf.backend == UdpKeys(port=9000, source_check=SourceCheck.STRICT)
 
 
 def test_config_takes_every_backend_key() -> None:
@@ -123,7 +117,7 @@ def test_config_takes_every_backend_key() -> None:
         '{"Network":"10.3.0.0/16","EnableNFTables":true,'
         '"Backend":{"Type":"udp","Port":1,"MTU":9000,"Workers":16,"SourceCheck":"off"}}'
     )
-    assert conf.backend == UdpBackend(1, mtu=9000, datapath=DatapathKeys(16, SourceCheck.OFF))
+    assert conf.backend == UdpKeys(port=1, mtu=9000, workers=16, source_check=SourceCheck.OFF)
     assert conf.enable_nftables
 
 
@@ -132,21 +126,31 @@ def test_config_takes_every_key_of_a_vxlan_backend() -> None:
         '{"Network":"10.3.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":4789,"GBP":true,"Learning":true,'
         '"DirectRouting":true,"MTU":9000,"Userspace":true,"Fallback":"udp","LogLevel":"debug","Workers":2}}'
     )
-    datapath = DatapathKeys(workers=2)
-    assert conf.backend == VxlanBackend(7, 4789, True, True, True, 9000, True, Fallback.UDP, LogLevel.DEBUG, datapath)
+    assert conf.backend == VxlanKeys(
+        vni=7,
+        port=4789,
+        gbp=True,
+        learning=True,
+        direct_routing=True,
+        mtu=9000,
+        userspace=True,
+        fallback=Fallback.UDP,
+        log_level=LogLevel.DEBUG,
+        workers=2,
+    )
     assert conf.notes == ()
 
 
 @pytest.mark.parametrize(
     ("backend", "wanted"),
     [
-        ('{"Type":"vxlan"}', VxlanBackend()),
-        ('{"Type":"vxlan","Port":0,"VNI":0}', VxlanBackend(vni=0, port=8472)),
-        ('{"type":"Host-GW"}', HostGwBackend()),
-        ('{"Type":"alloc"}', AllocBackend()),
+        ('{"Type":"vxlan"}', VxlanKeys()),
+        ('{"Type":"vxlan","Port":0,"VNI":0}', VxlanKeys(vni=0, port=8472)),
+        ('{"type":"Host-GW"}', HostGwKeys()),
+        ('{"Type":"alloc"}', AllocKeys()),
     ],
 )
-def test_config_gets_flannels_defaults_for_each_type(backend: str, wanted: BackendConf) -> None:
+def test_config_gets_flannels_defaults_for_each_type(backend: str, wanted: BackendKeys) -> None:
     assert parse(f'{{"Network":"10.3.0.0/16","Backend":{backend}}}').backend == wanted
 
 
@@ -181,7 +185,7 @@ def test_config_counts_null_and_zero_values_as_not_given() -> None:
 
 def test_config_ignores_unknown_keys_and_notes_what_they_may_mean() -> None:
     conf = parse('{"Network":"10.3.0.0/16","SubnetLength":25,"Zebra":[{}],"Backend":{"Type":"udp","Prt":9}}')
-    assert conf.subnet_len == 24
+    assert conf.ipv4.subnet_len == 24
     assert conf.notes == (
         "net-conf.json: SubnetLength: unknown key, ignored; did you mean SubnetLen?",
         "net-conf.json: Zebra: unknown key, ignored",
@@ -190,7 +194,7 @@ def test_config_ignores_unknown_keys_and_notes_what_they_may_mean() -> None:
 
 
 def test_config_ignores_what_is_wrong_with_the_range_of_a_disabled_family() -> None:
-    assert parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/127","IPv6SubnetLen":3}').ipv6_network is None
+    assert parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/127","IPv6SubnetLen":3}').ipv6 is None
 
 
 def test_config_says_that_udp_carries_no_ipv6() -> None:
@@ -435,8 +439,8 @@ def test_config_parser_never_raises_anything_but_config_error(text: str) -> None
     except ConfigError as exc:
         assert exc.problems  # noqa: PT017 - the point is that this type alone may come
     else:
-        assert conf.subnet_min <= conf.subnet_max
-        assert conf.subnet_min in conf.network
+        assert conf.ipv4.subnet_min <= conf.ipv4.subnet_max
+        assert conf.ipv4.subnet_min in conf.network
 
 
 def test_check_underlay_refuses_a_network_that_holds_the_hosts_own_address() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from udptun.config.net_conf import parse_net_conf
+from udptun.backends.choice import parse_net_conf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from udptun.config.net_conf import UdpBackend, parse_net_conf
+from udptun.backends.choice import parse_net_conf
+from udptun.backends.udp import UdpKeys
 from udptun.core.errors import ConfigError
 from udptun.core.offload import ALL, Offload, corrupted_by, names, parse
 
@@ -38,8 +39,8 @@ def test_kernel_that_corrupts_segmented_sends_is_not_asked_for_them(release: str
 def test_configuration_switches_offloads_off_one_by_one() -> None:
     text = '{"Network": "10.244.0.0/16", "Backend": {"Type": "udp", "OffloadDisabled": ["uso", "write_udp"]}}'
     backend = parse_net_conf(text, "it").backend
-    assert isinstance(backend, UdpBackend)
-    assert backend.datapath.offload == ALL & ~Offload.USO & ~Offload.WRITE_UDP
+    assert isinstance(backend, UdpKeys)
+    assert backend.offload == ALL & ~Offload.USO & ~Offload.WRITE_UDP
 
 
 @pytest.mark.parametrize("value", ['"tso"', "[1]", '["gso"]', "true", '{"tso": false}'])

@@ -22,8 +22,8 @@ from udptun.config.flags import (
     parse_daemon_flags,
     parse_lease_flags,
 )
-from udptun.config.net_conf import SourceCheck
 from udptun.core.errors import UsageError
+from udptun.core.tunnel import SourceCheck
 
 ALL_FLAGS = [flag for flags in FLAGS.values() for flag in flags]
 

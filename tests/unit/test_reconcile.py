@@ -9,8 +9,7 @@ import pytest
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import Udp
-from udptun.backends.vxlan import KernelVxlan
-from udptun.config.net_conf import SourceCheck, VxlanBackend
+from udptun.backends.vxlan import KernelVxlan, VxlanKeys
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import (
     ROUTE_PROTOCOL,
@@ -24,6 +23,7 @@ from udptun.core.network_state import (
     Vxlan,
 )
 from udptun.core.offload import ALL
+from udptun.core.tunnel import SourceCheck
 from udptun.kernel.reconcile.reconciler import ActualState, DeleteRoute, ReviveDevice, conflicts, describe, plan
 from udptun.kernel.underlay import Underlay
 
@@ -153,7 +153,7 @@ LEASE = Lease(
     Subnets(PEER),
     LeaseAttrs(IPv4Address("192.0.2.7"), backend_type="vxlan", backend_data={"VtepMAC": "02:00:00:00:00:07"}),
 )
-VXLAN = KernelVxlan(VxlanBackend(), "02:00:00:00:00:01").desired(
+VXLAN = KernelVxlan(VxlanKeys(), "02:00:00:00:00:01").desired(
     BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), replace(LIVE, mtu=1450), (LEASE,))
 )
 ATTRIBUTES = Vxlan(1, UNDERLAY.address, 2, 8472, learning=False, gbp=False)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udptun.backends.choice import parse_net_conf
 from udptun.config import subnet_env
-from udptun.config.net_conf import parse_net_conf
 from udptun.core.errors import KernelError
 from udptun.core.lease import Subnets
 

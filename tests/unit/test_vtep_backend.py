@@ -12,10 +12,11 @@ import pytest
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import KernelSupport, choose, describe
 from udptun.backends.vtep import UserspaceVtep
-from udptun.config.net_conf import SourceCheck, VxlanBackend
+from udptun.backends.vxlan import VxlanKeys
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import RouteType
 from udptun.core.offload import ALL
+from udptun.core.tunnel import SourceCheck
 from udptun.datapath.settings import Remote, Vtep
 from udptun.kernel.underlay import Underlay
 
@@ -31,14 +32,14 @@ def lease(data: Any, kind: str = "vxlan", *, ip: str = "192.0.2.7", subnet: str 
 
 
 def backend(**keys: Any) -> UserspaceVtep:
-    chosen = choose(VxlanBackend(userspace=True, **keys), KernelSupport(), MAC).backend
+    chosen = choose(VxlanKeys(userspace=True, **keys), KernelSupport(), MAC).backend
     assert isinstance(chosen, UserspaceVtep)
     return chosen
 
 
 def test_vtep_stands_in_where_the_kernel_has_no_vxlan() -> None:
     lacking = KernelSupport(no_vxlan="EOPNOTSUPP")
-    choice = choose(VxlanBackend(), lacking, MAC)
+    choice = choose(VxlanKeys(), lacking, MAC)
     assert isinstance(choice.backend, UserspaceVtep)
     assert choice.reason == "the kernel has no vxlan (EOPNOTSUPP): userspace VTEP"
     how = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from udptun.backends.base import BackendInput, LiveSettings
+from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredState
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocKeys(BackendKeys):
+    """`Backend` of Type alloc: a lease and subnet.env, no packets."""
+
+    type: ClassVar[str] = "alloc"
+
+
 class Alloc:
     """See `Backend`."""
 
-    type = "alloc"
+    type = AllocKeys.type
+    summary = "lease and subnet.env only"
     device = None
     overhead = 0
     encapsulation = None

@@ -7,12 +7,39 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
-from udptun.config.net_conf import SourceCheck
+from udptun.config.go_json import choice, integer, key
+from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredLink, DesiredState
+from udptun.core.errors import ConfigError
 from udptun.core.lease import Lease, LeaseAttrs
-from udptun.core.offload import Offload
+from udptun.core.offload import ALL, Offload
+from udptun.core.offload import parse as parse_offloads
+from udptun.core.tunnel import MTU_MIN, UNDERLAY_MTUS, WORKERS, SourceCheck
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.kernel.underlay import Underlay
+
+
+def _all_offloads_but(value: object) -> Offload:
+    """Reads a JSON list of offloads' names; see `Reader`."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError("must be a list of offload names")
+    return ALL & ~parse_offloads(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunnelKeys(BackendKeys):
+    """The keys of a backend that puts packets into UDP datagrams, or may do so on some host.
+
+    `mtu`: the underlay's, bytes; None: take the interface's.  `workers` None: `default_workers`.  `offload`: what may
+    be used where the kernel grants it.
+    """
+
+    mtu: int | None = key("MTU", integer(UNDERLAY_MTUS, zero_is_unset=True), None, is_live=True)
+    workers: int | None = key("Workers", integer(WORKERS), None, is_live=True)
+    source_check: SourceCheck = key(
+        "SourceCheck", choice({it.value: it for it in SourceCheck}), SourceCheck.PEER, is_live=True
+    )
+    offload: Offload = key("OffloadDisabled", _all_offloads_but, ALL, is_live=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +81,20 @@ class BackendInput:
         )
 
 
+def mtu_for(underlay_mtu: int, overhead: int) -> int:
+    """Largest inner IPv4 packet (bytes) that fits one outer one with so many bytes of `overhead`.
+
+    Raises ConfigError below 68, the smallest MTU IPv4 allows (RFC 791).
+    """
+    mtu = underlay_mtu - overhead
+    if mtu < MTU_MIN:
+        raise ConfigError(
+            f"MTU: an underlay MTU of {underlay_mtu} leaves {mtu} bytes for the pods' packets; "
+            f"IPv4 needs {MTU_MIN}, so the underlay needs {MTU_MIN + overhead}"
+        )
+    return mtu
+
+
 class Encapsulation(Protocol):
     """What the datapath is told by a backend whose packets it carries."""
 
@@ -82,6 +123,10 @@ class Backend(Protocol):
     @property
     def type(self) -> str:
         """Its name, as `Backend.Type` has it."""
+
+    @property
+    def summary(self) -> str:
+        """How it carries packets, in a few words for people."""
 
     @property
     def device(self) -> str | None:

@@ -1,18 +1,30 @@
-"""Which backend a configuration gets on this host, and why.  Pure: the caller has asked the kernel."""
+"""Which backends there are, the configuration with the keys of all of them, and which one a host gets.  Pure.
+
+The caller has asked the kernel what it can do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from udptun.backends.alloc import Alloc
+from udptun.backends.alloc import Alloc, AllocKeys
 from udptun.backends.base import Backend
-from udptun.backends.hostgw import HostGw
-from udptun.backends.udp import Udp
+from udptun.backends.hostgw import HostGw, HostGwKeys
+from udptun.backends.udp import Udp, UdpKeys
 from udptun.backends.vtep import UserspaceVtep
-from udptun.backends.vxlan import KernelVxlan
-from udptun.config.net_conf import AllocBackend, BackendConf, Fallback, HostGwBackend, UdpBackend, VxlanBackend
+from udptun.backends.vxlan import Fallback, KernelVxlan, VxlanKeys, device_name
+from udptun.config import net_conf
+from udptun.config.net_conf import BackendKeys, NetConf
 from udptun.core.errors import UdptunError
+
+KINDS: Mapping[str, type[BackendKeys]] = {kind.type: kind for kind in (UdpKeys, VxlanKeys, HostGwKeys, AllocKeys)}
+"""The keys of each `Backend.Type` there is."""
+
+
+def parse_net_conf(text: str, source: str) -> NetConf:
+    """`net_conf.parse`, with the keys of every backend there is."""
+    return net_conf.parse(text, source, KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,59 +44,53 @@ class BackendChoice:
 
 
 _TUN_HINT = "`modprobe tun`, or let the container have /dev/net/tun"
-_CARRIED: Mapping[type, str] = {
-    Udp: "userspace tunnel, flannel's udp wire format",
-    KernelVxlan: "the kernel's VXLAN device",
-    UserspaceVtep: "userspace VTEP, to its peers like the kernel's, which this kernel does not have",
-    HostGw: "routes through the peers' addresses; they must be on one link with us",
-    Alloc: "lease and subnet.env only",
-}
 
 
-def choose(conf: BackendConf, support: KernelSupport, mac: str) -> BackendChoice:
-    """The backend for `conf` on a host whose kernel has `support`; `mac` is what a VTEP of ours has.
+def choose(keys: BackendKeys, support: KernelSupport, mac: str) -> BackendChoice:
+    """The backend for `keys` on a host whose kernel has `support`; `mac` is what a VTEP of ours has.
 
-    Raises UdptunError when vxlan can be had in no way that `conf` allows.  A missing TUN device is no matter here:
+    Raises UdptunError when vxlan can be had in no way that `keys` allow.  A missing TUN device does not matter here:
     opening it says more.
     """
-    match conf:
-        case UdpBackend():
-            return BackendChoice(Udp(conf.port, conf.own_port), "as configured")
-        case HostGwBackend():
+    match keys:
+        case UdpKeys():
+            return BackendChoice(Udp(keys.port, keys.own_port), "as configured")
+        case VxlanKeys():
+            return _choose_vxlan(keys, support, mac)
+        case HostGwKeys():
             return BackendChoice(HostGw(), "as configured")
-        case AllocBackend():
+        case AllocKeys():
             return BackendChoice(Alloc(), "as configured")
-        case VxlanBackend():
-            return _choose_vxlan(conf, support, mac)
+    raise AssertionError(f"no backend has the keys {keys}")
 
 
 def describe(support: KernelSupport) -> list[tuple[str, bool, str]]:
     """Each type of `Backend` with its defaults: its name, whether it works there, and how or why not."""
     rows = []
-    for conf in (UdpBackend(), VxlanBackend(), HostGwBackend(), AllocBackend()):
+    for name, kind in KINDS.items():
         try:
-            choice = choose(conf, support, "02:00:00:00:00:01")
+            backend = choose(kind(), support, "02:00:00:00:00:01").backend
         except UdptunError as exc:
-            rows.append((conf.type, False, str(exc)))
+            rows.append((name, False, str(exc)))
             continue
-        if choice.backend.encapsulation is not None and support.no_tun:
-            rows.append((conf.type, False, f"there is no TUN device ({support.no_tun}); {_TUN_HINT}"))
+        if backend.encapsulation is not None and support.no_tun:
+            rows.append((name, False, f"there is no TUN device ({support.no_tun}); {_TUN_HINT}"))
         else:
-            rows.append((conf.type, True, _CARRIED[type(choice.backend)]))
+            rows.append((name, True, backend.summary))
     return rows
 
 
-def _choose_vxlan(conf: VxlanBackend, support: KernelSupport, mac: str) -> BackendChoice:
-    if not conf.userspace and not support.no_vxlan:
-        return BackendChoice(KernelVxlan(conf, mac), "the kernel has vxlan")
-    reason = "Backend.Userspace is true" if conf.userspace else f"the kernel has no vxlan ({support.no_vxlan})"
-    match Fallback.VTEP if conf.userspace else conf.fallback:
+def _choose_vxlan(keys: VxlanKeys, support: KernelSupport, mac: str) -> BackendChoice:
+    if not keys.userspace and not support.no_vxlan:
+        return BackendChoice(KernelVxlan(keys, mac), "the kernel has vxlan")
+    reason = "Backend.Userspace is true" if keys.userspace else f"the kernel has no vxlan ({support.no_vxlan})"
+    match Fallback.VTEP if keys.userspace else keys.fallback:
         case Fallback.VTEP:
-            return BackendChoice(UserspaceVtep(conf, mac), f"{reason}: userspace VTEP")
+            return BackendChoice(UserspaceVtep(keys, mac), f"{reason}: userspace VTEP")
         case Fallback.UDP:
-            return BackendChoice(Udp(UdpBackend().port), f"{reason} and Backend.Fallback is udp")
+            return BackendChoice(Udp(UdpKeys().port), f"{reason} and Backend.Fallback is udp")
         case Fallback.NONE:
             raise UdptunError(
-                f"cannot create flannel.{conf.vni} (vxlan id {conf.vni}): {reason} and Backend.Fallback is none; load "
-                'the module vxlan, or set Backend.Fallback to "vtep"'
+                f"cannot create {device_name(keys.vni)} (vxlan id {keys.vni}): {reason} and Backend.Fallback is none; "
+                'load the module vxlan, or set Backend.Fallback to "vtep"'
             )

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from udptun.backends.base import BackendInput, LiveSettings
+from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostGwKeys(BackendKeys):
+    """`Backend` of Type host-gw."""
+
+    type: ClassVar[str] = "host-gw"
+
+
 class HostGw:
     """See `Backend`."""
 
-    type = "host-gw"
+    type = HostGwKeys.type
+    summary = "routes through the peers' addresses; they must be on one link with us"
     device = None
     overhead = 0
     encapsulation = None

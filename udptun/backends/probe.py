@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from udptun.backends.choice import BackendChoice, KernelSupport, choose
-from udptun.backends.vxlan import device_name
-from udptun.config.net_conf import BackendConf, VxlanBackend
+from udptun.backends.vxlan import VxlanKeys, device_name
+from udptun.config.net_conf import BackendKeys
 from udptun.core.errors import KernelError
 from udptun.core.network_state import Vxlan
 from udptun.kernel.link_messages import add_vxlan, delete_link
@@ -25,16 +25,16 @@ _MAC, _MTU = "02:00:00:00:00:01", 1450
 _LACKING = {errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOSYS}
 
 
-async def choose_backend(conf: BackendConf, state_dir: Path, *, pretend_no_vxlan: bool) -> BackendChoice:
+async def choose_backend(keys: BackendKeys, state_dir: Path, *, pretend_no_vxlan: bool) -> BackendChoice:
     """`choice.choose`, with what it needs to know of this host.  Raises UdptunError."""
-    if not isinstance(conf, VxlanBackend):
-        return choose(conf, KernelSupport(), "")
+    if not isinstance(keys, VxlanKeys):
+        return choose(keys, KernelSupport(), "")
     found = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
     async with Netlink() as kernel:
-        link = await kernel.link(device_name(conf.vni))
+        link = await kernel.link(device_name(keys.vni))
     # A device of flanneld's: its peers know the MAC, and need not learn another.
     first = link.mac if link is not None and link.vxlan is not None else ""
-    return choose(conf, found, identity.vtep_mac(state_dir, first))
+    return choose(keys, found, identity.vtep_mac(state_dir, first))
 
 
 async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from udptun.backends.base import BackendInput, LiveSettings
-from udptun.config.net_conf import UDP_OVERHEAD
+from dataclasses import dataclass
+from typing import ClassVar
+
+from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys
+from udptun.config.go_json import integer, key
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
 from udptun.core.lease import Lease, LeaseAttrs
+from udptun.core.tunnel import PORTS
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.kernel.underlay import Underlay
+
+UDP_OVERHEAD = 28
+"""Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go)."""
 
 TUN_NAME = "flannel0"
 """Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
@@ -17,10 +24,23 @@ _MIN_TX_QUEUE_LEN = 500
 """What the kernel gives a TUN device (TUN_READQ_SIZE); packets wait there while a dead datapath is replaced."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UdpKeys(TunnelKeys):
+    """`Backend` of Type udp.
+
+    `own_port` is this host's where it differs, by the --port flag; never in net-conf.json, which is for all.
+    """
+
+    type: ClassVar[str] = "udp"
+    port: int = key("Port", integer(PORTS), 8285)
+    own_port: int | None = None
+
+
 class Udp:
     """See `Backend`; it is its own `Encapsulation`."""
 
-    type = "udp"
+    type = UdpKeys.type
+    summary = "userspace tunnel, flannel's udp wire format"
     device = TUN_NAME
     overhead = UDP_OVERHEAD
     asks_direct = False

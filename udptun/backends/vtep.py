@@ -9,7 +9,6 @@ from __future__ import annotations
 from udptun.backends import vxlan
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import tun_link
-from udptun.config.net_conf import VXLAN_OVERHEAD, VxlanBackend
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, guard
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
@@ -23,16 +22,17 @@ came to 0.85 of the udp backend's throughput on a machine of two cores, with 4 a
 class UserspaceVtep:
     """See `Backend`; it is its own `Encapsulation`."""
 
-    type = vxlan.TYPE
-    overhead = VXLAN_OVERHEAD
+    type = vxlan.VxlanKeys.type
+    summary = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
+    overhead = vxlan.VXLAN_OVERHEAD
     n_senders = N_SENDERS
 
-    def __init__(self, conf: VxlanBackend, mac: str) -> None:
+    def __init__(self, keys: vxlan.VxlanKeys, mac: str) -> None:
         """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`); it must stay the same from run to run."""
-        self.device = vxlan.device_name(conf.vni)
-        self.port = conf.port
-        self.asks_direct = conf.direct_routing
-        self._vni = conf.vni
+        self.device = vxlan.device_name(keys.vni)
+        self.port = keys.port
+        self.asks_direct = keys.direct_routing
+        self._vni = keys.vni
         self._mac = mac
 
     @property

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
 
-from udptun.backends.base import BackendInput, LiveSettings
-from udptun.config.net_conf import VXLAN_OVERHEAD, VxlanBackend
+from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys
+from udptun.config.go_json import boolean, choice, integer, key
 from udptun.core.desired import (
     DesiredAddress,
     DesiredFdb,
@@ -23,35 +26,70 @@ from udptun.core.desired import (
 )
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.network_state import Vxlan
+from udptun.core.tunnel import PORTS
 from udptun.kernel.underlay import Underlay
 
-TYPE = "vxlan"
+VXLAN_OVERHEAD = 50
+"""IPv4 header 20 + UDP header 8 + VXLAN header 8 + inner Ethernet header 14 (RFC 7348; flannel vxlan/device.go)."""
+
+VNIS = range(1 << 24)
+"""VXLAN network identifiers (RFC 7348)."""
+
+
+class Fallback(Enum):
+    """What stands in for `Type: vxlan` on a host whose kernel has none."""
+
+    VTEP = "vtep"
+    """A userspace VTEP, to the peers like any other."""
+    UDP = "udp"
+    """The udp backend; only peers that run udptun, and udp themselves, reach this host."""
+    NONE = "none"
+    """Nothing: fail, as flannel does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VxlanKeys(TunnelKeys):
+    """`Backend` of Type vxlan (flannel, pkg/backend/vxlan/vxlan.go), and what a stand-in for the kernel's needs.
+
+    `port` is the kernel's own default (drivers/net/vxlan); IANA's is 4789.  `userspace`: use the VTEP of `fallback`
+    although the kernel could.
+    """
+
+    type: ClassVar[str] = "vxlan"
+    vni: int = key("VNI", integer(VNIS), 1)
+    port: int = key("Port", integer(PORTS, zero_is_unset=True), 8472)
+    gbp: bool = key("GBP", boolean, False)
+    learning: bool = key("Learning", boolean, False)
+    direct_routing: bool = key("DirectRouting", boolean, False)
+    userspace: bool = key("Userspace", boolean, False)
+    fallback: Fallback = key("Fallback", choice({it.value: it for it in Fallback}), Fallback.VTEP)
 
 
 class KernelVxlan:
     """See `Backend`."""
 
-    type = TYPE
+    type = VxlanKeys.type
+    summary = "the kernel's VXLAN device"
     overhead = VXLAN_OVERHEAD
     encapsulation = None
 
-    def __init__(self, conf: VxlanBackend, mac: str) -> None:
+    def __init__(self, keys: VxlanKeys, mac: str) -> None:
         """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`); it must stay the same from run to run."""
-        self.device = device_name(conf.vni)
-        self.asks_direct = conf.direct_routing
-        self._conf = conf
+        self.device = device_name(keys.vni)
+        self.asks_direct = keys.direct_routing
+        self._keys = keys
         self._mac = mac
 
     def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
-        return lease_attrs(self._conf.vni, self._mac, underlay, node_id)
+        return lease_attrs(self._keys.vni, self._mac, underlay, node_id)
 
     def refusal(self, lease: Lease) -> str | None:
         return refusal(lease)
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
-        conf = self._conf
+        keys = self._keys
         # Not the PublicIP, as flannel has it since 0.27.4: behind a NAT that is an address of somebody else.
-        vxlan = Vxlan(conf.vni, underlay.address, underlay.link_index, conf.port, conf.learning, conf.gbp)
+        vxlan = Vxlan(keys.vni, underlay.address, underlay.link_index, keys.port, keys.learning, keys.gbp)
         # The tunnel carries IPv4 alone, and a router's advertisement in it is none of ours.
         accept_ra = Sysctl(f"net/ipv6/conf/{self.device}/accept_ra", "0", is_optional=True)
         return (DesiredLink(self.device, live.mtu, 0, (accept_ra,), vxlan, self._mac),)
@@ -77,13 +115,13 @@ def device_name(vni: int) -> str:
 def lease_attrs(vni: int, mac: str, underlay: Underlay, node_id: str) -> LeaseAttrs:
     """What a VTEP's lease says: flannel's two keys, then ours, which it ignores."""
     data = {"VNI": vni, "VtepMAC": mac, "NodeID": node_id, "Udptun": 1}
-    return LeaseAttrs(underlay.public_ip, backend_type=TYPE, backend_data=data)
+    return LeaseAttrs(underlay.public_ip, backend_type=VxlanKeys.type, backend_data=data)
 
 
 def refusal(lease: Lease) -> str | None:
     """Why a lease is no peer of a VTEP.  Its VNI is not looked at, as flannel does not."""
-    if lease.attrs.backend_type != TYPE:
-        return f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {TYPE}"
+    if lease.attrs.backend_type != VxlanKeys.type:
+        return f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {VxlanKeys.type}"
     if _mac(lease) is None:
         return "its BackendData has no VtepMAC that is a unicast MAC address"
     return None

@@ -76,7 +76,7 @@ def _udptun(argv: list[str], environ: Mapping[str, str]) -> int:
         print(_overview(), file=sys.stderr)
         return UsageError.exit_status
     if name not in _COMMANDS:
-        from udptun.config.net_conf import did_you_mean
+        from udptun.core.errors import did_you_mean
 
         what = "unknown flag" if name.startswith("-") else "unknown command"
         raise UsageError(f"{what} {name}{did_you_mean(name, _COMMANDS)} (udptun --help lists the commands)")

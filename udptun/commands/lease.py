@@ -9,9 +9,9 @@ import time
 from collections.abc import Awaitable, Callable
 from ipaddress import IPv4Network
 
+from udptun.backends.choice import parse_net_conf
 from udptun.commands.status import duration, table
 from udptun.config.flags import LeaseRequest, StoreKind
-from udptun.config.net_conf import parse_net_conf
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership.allocate import fits
@@ -91,8 +91,8 @@ def reserve(request: LeaseRequest) -> int:
         if not fits(subnets, conf):
             raise UdptunError(
                 f"cannot reserve {word}: no host would take it; the subnets of {conf.network} are those of length "
-                f"/{conf.subnet_len} from {conf.subnet_min} to {conf.subnet_max}"
-                + (f", each with one of {conf.ipv6_network} behind an & in the key" if conf.enable_ipv6 else "")
+                f"/{conf.ipv4.subnet_len} from {conf.ipv4.subnet_min} to {conf.ipv4.subnet_max}"
+                + ("" if conf.ipv6 is None else f", each with one of {conf.ipv6.network} behind an & in the key")
             )
         lease = await store.reserve(subnets, attrs)
         held = f", which node {lease.attrs.node_id} holds" if lease.attrs.node_id else ""

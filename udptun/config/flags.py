@@ -19,8 +19,8 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
-from udptun.config.net_conf import PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck, did_you_mean
-from udptun.core.errors import UsageError
+from udptun.core.errors import UsageError, did_you_mean
+from udptun.core.tunnel import PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck
 
 DEFAULT_RUN_DIR = Path("/run/udptun")
 ENVIRONMENT_PREFIX = "FLANNELD_"

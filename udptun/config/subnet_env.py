@@ -26,11 +26,9 @@ def render(conf: NetConf, subnets: Subnets, mtu: int, ip_masq: bool) -> str:
     `mtu` is that of flannel0, bytes.  The subnet's line has its second address (network + 1), which bridge and
     Docker take as the gateway's.
     """
-    lines = []
-    if conf.enable_ipv4:
-        lines += [f"FLANNEL_NETWORK={conf.network}", f"FLANNEL_SUBNET={_gateway(subnets.ipv4)}"]
-    if conf.enable_ipv6 and subnets.ipv6 is not None:
-        lines += [f"FLANNEL_IPV6_NETWORK={conf.ipv6_network}", f"FLANNEL_IPV6_SUBNET={_gateway(subnets.ipv6)}"]
+    lines = [f"FLANNEL_NETWORK={conf.ipv4.network}", f"FLANNEL_SUBNET={_gateway(subnets.ipv4)}"]
+    if conf.ipv6 is not None and subnets.ipv6 is not None:
+        lines += [f"FLANNEL_IPV6_NETWORK={conf.ipv6.network}", f"FLANNEL_IPV6_SUBNET={_gateway(subnets.ipv6)}"]
     lines += [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={str(ip_masq).lower()}"]
     return "".join(f"{line}\n" for line in lines)
 

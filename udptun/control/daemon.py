@@ -29,22 +29,12 @@ from pathlib import Path
 
 from udptun import __version__
 from udptun.backends import probe
-from udptun.backends.base import Backend, LiveSettings
+from udptun.backends.base import Backend, LiveSettings, TunnelKeys, mtu_for
+from udptun.backends.choice import parse_net_conf
+from udptun.backends.udp import UdpKeys
 from udptun.config import subnet_env
 from udptun.config.flags import Options
-from udptun.config.net_conf import (
-    DatapathKeys,
-    LogLevel,
-    NetConf,
-    UdpBackend,
-    VxlanBackend,
-    check_underlay,
-    default_workers,
-    keys_that_need_a_restart,
-    mtu_for,
-    parse_net_conf,
-    replace_live_keys,
-)
+from udptun.config.net_conf import LogLevel, NetConf, check_underlay, keys_that_need_a_restart, replace_live_keys
 from udptun.control import document, notify
 from udptun.control.forwarding import Forwarding
 from udptun.control.http import Response, Routes, serve
@@ -52,6 +42,7 @@ from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, KernelError, UdptunError
 from udptun.core.lease import LeaseAttrs, LeaseEvent
 from udptun.core.offload import corrupted_by
+from udptun.core.tunnel import default_workers
 from udptun.firewall import firewall
 from udptun.firewall.firewall import Firewall
 from udptun.kernel.underlay import Underlay, Wish
@@ -186,8 +177,8 @@ class Daemon:
             live = self._live_settings(self._conf, self._underlay)
             node_id = identity.node_id(options.state_dir)
             attrs = self._backend.attrs(self._underlay, node_id)
-            backend = self._conf.backend
-            default_port = backend.port if isinstance(backend, UdpBackend) else None
+            keys = self._conf.backend
+            default_port = keys.port if isinstance(keys, UdpKeys) else None
             self._me = Identity(self._underlay.public_ip, attrs.port(0) or None, node_id, default_port)
             self._membership = Membership(
                 store,
@@ -254,7 +245,7 @@ class Daemon:
             log.warning("%s", note)
         if self._options.port is None:
             return conf
-        if not isinstance(conf.backend, UdpBackend):
+        if not isinstance(conf.backend, UdpKeys):
             log.warning("--port has no effect with Backend.Type %s", conf.backend.type)
             return conf
         return replace(conf, backend=replace(conf.backend, own_port=self._options.port))
@@ -269,10 +260,10 @@ class Daemon:
 
     def _live_settings(self, conf: NetConf, present: Underlay) -> LiveSettings:
         """A flag says it for this host, the configuration for all, the interface when nobody does."""
-        options, backend = self._options, conf.backend
-        keys = backend.datapath if isinstance(backend, UdpBackend | VxlanBackend) else DatapathKeys()
+        options = self._options
+        keys = conf.backend if isinstance(conf.backend, TunnelKeys) else TunnelKeys()
         return LiveSettings(
-            mtu_for(options.mtu or backend.mtu or present.mtu, self._backend.overhead),
+            mtu_for(options.mtu or keys.mtu or present.mtu, self._backend.overhead),
             options.workers or keys.workers or default_workers(len(os.sched_getaffinity(0))),
             options.source_check or keys.source_check,
             keys.offload & ~corrupted_by(platform.release()),

@@ -6,6 +6,7 @@ A message says what was attempted, with what, what the system answered and what 
 from __future__ import annotations
 
 import errno as _errno
+from collections.abc import Iterable
 
 
 class UdptunError(Exception):
@@ -64,3 +65,12 @@ class FirewallError(UdptunError):
 
 class DatapathError(UdptunError):
     """The datapath process could not be started, adopted or reached."""
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?` for the one of `known` that looks like `word` in any letter case, else nothing."""
+    import difflib  # only needed once something is wrong
+
+    by_fold = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(word.casefold(), by_fold, n=1)
+    return f"; did you mean {prefix}{by_fold[close[0]]}?" if close else ""

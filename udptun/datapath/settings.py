@@ -6,8 +6,8 @@ import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from udptun.config.net_conf import SourceCheck
 from udptun.core.offload import ALL, Offload
+from udptun.core.tunnel import SourceCheck
 
 _VXLAN = struct.Struct(">B3xI6s6sH")
 """Flags, VNI above a reserved byte (RFC 7348 5); inner destination and source MAC, EtherType."""

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from udptun._fastpath import LAYOUT, load_u64, store_u64
-from udptun.config.net_conf import SourceCheck
 from udptun.core.errors import DatapathError
+from udptun.core.tunnel import SourceCheck
 from udptun.datapath import shm
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.datapath.stats import OFFLOAD_BITS, Stats

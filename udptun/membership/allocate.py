@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
-from udptun.config.net_conf import NetConf
+from udptun.config.net_conf import AddressT, NetConf, NetworkT, SubnetPool
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Lease, Subnets
 from udptun.membership.identity import Identity
@@ -47,57 +46,44 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         if kept is not None:
             return SubnetChoice(kept, drop)
         others = [lease.subnets for lease in leases if not is_ours(lease)]
-        return SubnetChoice(Subnets(_ipv4(conf, others, previous, rng), _ipv6(conf, others, previous, rng)), drop)
+        ipv4 = _pick(conf.ipv4, [it.ipv4 for it in others], None if previous is None else previous.ipv4, rng)
+        if conf.ipv6 is None:
+            return SubnetChoice(Subnets(ipv4), drop)
+        others_ipv6 = [it.ipv6 for it in others if it.ipv6 is not None]
+        ipv6 = _pick(conf.ipv6, others_ipv6, None if previous is None else previous.ipv6, rng)
+        return SubnetChoice(Subnets(ipv4, ipv6), drop)
 
     return choose
 
 
 def fits(subnets: Subnets, conf: NetConf) -> bool:
     """Whether a lease of these is what `conf` would hand out."""
-    if not _ipv4_fits(subnets.ipv4, conf):
+    if not _is_of(conf.ipv4, subnets.ipv4):
         return False
-    if not conf.enable_ipv6:
-        return subnets.ipv6 is None
-    return subnets.ipv6 is not None and _ipv6_fits(subnets.ipv6, conf)
+    if conf.ipv6 is None or subnets.ipv6 is None:
+        return conf.ipv6 is None and subnets.ipv6 is None
+    return _is_of(conf.ipv6, subnets.ipv6)
 
 
-def _ipv4_fits(subnet: IPv4Network, conf: NetConf) -> bool:
-    return subnet.prefixlen == conf.subnet_len and conf.subnet_min <= subnet.network_address <= conf.subnet_max
+def _is_of(pool: SubnetPool[NetworkT, AddressT], subnet: NetworkT) -> bool:
+    first, last = int(pool.subnet_min), int(pool.subnet_max)
+    return subnet.prefixlen == pool.subnet_len and first <= int(subnet.network_address) <= last
 
 
-def _ipv6_fits(subnet: IPv6Network, conf: NetConf) -> bool:
-    assert conf.ipv6_subnet_min is not None
-    assert conf.ipv6_subnet_max is not None
-    return (
-        subnet.prefixlen == conf.ipv6_subnet_len
-        and conf.ipv6_subnet_min <= subnet.network_address <= conf.ipv6_subnet_max
-    )
+def _pick(
+    pool: SubnetPool[NetworkT, AddressT], others: Iterable[NetworkT], previous: NetworkT | None, rng: random.Random
+) -> NetworkT:
+    """`previous` if it is of the pool and free, else a random one of the first free ones.
 
-
-def _ipv4(conf: NetConf, others: Iterable[Subnets], previous: Subnets | None, rng: random.Random) -> IPv4Network:
-    taken = [_range(subnets.ipv4) for subnets in others]
-    wish = previous.ipv4 if previous is not None and _ipv4_fits(previous.ipv4, conf) else None
-    pool = _Pool(int(conf.subnet_min), int(conf.subnet_max), 1 << (32 - conf.subnet_len))
-    base = pool.pick(None if wish is None else int(wish.network_address), taken, rng)
-    if base is None:
-        raise _exhausted(pool, taken, f"{conf.subnet_min} and {conf.subnet_max} (/{conf.subnet_len})")
-    return IPv4Network((base, conf.subnet_len))
-
-
-def _ipv6(conf: NetConf, others: Iterable[Subnets], previous: Subnets | None, rng: random.Random) -> IPv6Network | None:
-    if not conf.enable_ipv6:
-        return None
-    assert conf.ipv6_subnet_min is not None
-    assert conf.ipv6_subnet_max is not None
-    assert conf.ipv6_subnet_len is not None
-    taken = [_range(subnets.ipv6) for subnets in others if subnets.ipv6 is not None]
-    had = None if previous is None else previous.ipv6
-    wish = had if had is not None and _ipv6_fits(had, conf) else None
-    pool = _Pool(int(conf.ipv6_subnet_min), int(conf.ipv6_subnet_max), 1 << (128 - conf.ipv6_subnet_len))
-    base = pool.pick(None if wish is None else int(wish.network_address), taken, rng)
-    if base is None:
-        raise _exhausted(pool, taken, f"{conf.ipv6_subnet_min} and {conf.ipv6_subnet_max} (/{conf.ipv6_subnet_len})")
-    return IPv6Network((base, conf.ipv6_subnet_len))
+    Raises SubnetExhaustedError when none is free.
+    """
+    taken = [_range(subnet) for subnet in others]
+    if previous is not None and _is_of(pool, previous) and not _overlaps(_range(previous), taken):
+        return previous
+    candidates = [base for base, _ in zip(_free(pool, taken), range(CANDIDATES), strict=False)]
+    if not candidates:
+        raise _exhausted(pool, taken)
+    return type(pool.network)((rng.choice(candidates), pool.subnet_len))
 
 
 _Range = tuple[int, int]
@@ -109,43 +95,31 @@ def _range(subnet: IPv4Network | IPv6Network) -> _Range:
     return first, first + subnet.num_addresses - 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """Subnets of `size` addresses at `first`, `first + size` .. `last`, both included."""
+def _overlaps(one: _Range, taken: Iterable[_Range]) -> bool:
+    first, last = one
+    return any(low <= last and first <= high for low, high in taken)
 
-    first: int
-    last: int
-    size: int
 
-    def pick(self, wish: int | None, taken: Sequence[_Range], rng: random.Random) -> int | None:
-        """The subnet at `wish` if it is free, else a random one of the first free ones; None when all are taken."""
-        if wish is not None and not any(low < wish + self.size and wish <= high for low, high in taken):
-            return wish
-        candidates = [base for base, _ in zip(self._free(taken), range(CANDIDATES), strict=False)]
-        return rng.choice(candidates) if candidates else None
-
-    def _free(self, taken: Sequence[_Range]) -> Iterator[int]:
-        """Free subnets, ascending."""
-        base = self.first
-        for low, high in sorted(taken):
-            while base <= self.last and base + self.size <= low:
-                yield base
-                base += self.size
-            if high >= base:
-                # On to the first boundary behind what is taken.
-                base += -(-(high + 1 - base) // self.size) * self.size
-        while base <= self.last:
+def _free(pool: SubnetPool[NetworkT, AddressT], taken: Iterable[_Range]) -> Iterator[int]:
+    """The addresses of free subnets, ascending."""
+    size, last = pool.subnet_size, int(pool.subnet_max)
+    base = int(pool.subnet_min)
+    for low, high in sorted(taken):
+        while base <= last and base + size <= low:
             yield base
-            base += self.size
+            base += size
+        if high >= base:
+            # On to the first boundary behind what is taken.
+            base += -(-(high + 1 - base) // size) * size
+    while base <= last:
+        yield base
+        base += size
 
-    @property
-    def n_subnets(self) -> int:
-        return (self.last - self.first) // self.size + 1
 
-
-def _exhausted(pool: _Pool, taken: Sequence[_Range], where: str) -> SubnetExhaustedError:
-    n_inside = sum(low < pool.last + pool.size and pool.first <= high for low, high in taken)
+def _exhausted(pool: SubnetPool[NetworkT, AddressT], taken: Iterable[_Range]) -> SubnetExhaustedError:
+    first, last, size = int(pool.subnet_min), int(pool.subnet_max), pool.subnet_size
+    n_inside = sum(low < last + size and first <= high for low, high in taken)
     return SubnetExhaustedError(
-        f"out of subnets: {n_inside} leases take all {pool.n_subnets} subnets between {where}; "
-        "release leases that nobody uses, or widen the Network"
+        f"out of subnets: {n_inside} leases take all {(last - first) // size + 1} subnets between {pool.subnet_min} "
+        f"and {pool.subnet_max} (/{pool.subnet_len}); release leases that nobody uses, or widen the Network"
     )

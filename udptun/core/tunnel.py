@@ -1,0 +1,38 @@
+"""What may be asked of the userspace tunnel, by net-conf.json for all hosts and by a flag for one.  Pure."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+MTU_MIN = 68
+"""The smallest MTU, bytes, that IPv4 allows (RFC 791)."""
+
+UNDERLAY_MTUS = range(MTU_MIN + 28, 65536)
+"""Underlay MTUs, bytes, that leave a device an MTU that IPv4 allows.
+
+28 is the least overhead there is: an IPv4 header of 20 and a UDP header of 8.
+"""
+
+WORKERS = range(1, 17)
+"""How many datapath threads may be asked for."""
+
+PORTS = range(1, 65536)
+
+
+class SourceCheck(Enum):
+    """Which senders the decap side accepts; docs/wire-format.md names the rows that each one switches."""
+
+    OFF = "off"
+    """Any outer source."""
+    PEER = "peer"
+    """Outer source is a peer; an inner source inside Network lies in that peer's subnet."""
+    STRICT = "strict"
+    """As PEER, and every inner source lies in that peer's subnet."""
+
+
+def default_workers(n_cpus: int) -> int:
+    """How many datapath threads serve a machine of so many processors.
+
+    With two or three processors, a second thread takes from the first one and from the pods what it adds.
+    """
+    return 1 if n_cpus < 4 else min(4, n_cpus // 2)
