@@ -20,7 +20,8 @@ from bench.measure import Ping, Result, ping, tcp, udp_flood
 from bench.paths import Path, Paths, connect, interleave
 from bench.session import Screen, check_idle, run, uninterrupted_end, whole_number
 from bench.summary import ratios, table
-from udptun.lab.topology import DEFAULT_NET_CONF, Host, Lab, missing_requirements
+from udptun.lab.host import Host
+from udptun.lab.topology import DEFAULT_NET_CONF, Lab, missing_requirements
 
 _STATUS = [sys.executable, "-m", "udptun", "status"]
 _UDP_SECONDS = 1

@@ -21,7 +21,8 @@ from bench.compiler import SOURCES, compiled, missing_compiler
 from bench.figures import FASTD, FLANNELD, NAIVE, OPENVPN, PATHS, PLAIN, PYTUN, TUNNEL, UNDERLAY_ONLY, VTEP, VXLAN
 from udptun.lab.comparison import Way, kernel_vxlan, over_device, plain_routing
 from udptun.lab.errors import LabError
-from udptun.lab.topology import LAB_DIR, UNDERLAY, Host, Lab
+from udptun.lab.host import UNDERLAY, Host
+from udptun.lab.topology import LAB_DIR, Lab
 
 T = TypeVar("T")
 

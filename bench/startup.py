@@ -20,8 +20,9 @@ from pathlib import Path
 from bench import machine
 from bench.errors import BenchError
 from bench.session import Screen, check_idle, run, uninterrupted_end, whole_number
+from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LAB_DIR, Host, Lab
+from udptun.lab.topology import LAB_DIR, Lab
 
 _NETWORK = IPv4Network("10.224.0.0/11")
 _FIRST_PUBLIC_IP = IPv4Address("198.18.0.0")

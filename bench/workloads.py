@@ -14,8 +14,9 @@ from bench import measure
 from bench.compiler import SOURCES, compiled
 from bench.measure import Result
 from bench.paths import Path
+from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, Host, Lab
+from udptun.lab.topology import LEASES, Lab
 
 NETWORK = IPv4Network("100.0.0.0/8")
 """Network of the bench's lab.  It has room for the most leases there can be, and no other path's addresses in it."""

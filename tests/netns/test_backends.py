@@ -20,8 +20,9 @@ import pytest
 from traffic import CLEANUP, cpu_s, datapath_pids, peers, ping, read_status, seconds_until, tcp_flow
 
 from udptun.lab.errors import LabError
+from udptun.lab.host import DISTANT, SUBNET_ENV, UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import DISTANT, LEASES, NET_CONF, SUBNET_ENV, UNDERLAY, Host, Lab, Pod
+from udptun.lab.topology import LEASES, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -209,16 +210,22 @@ def test_the_kernel_has_what_flannel_would_have_set_up(named_lab: tuple[str, Lab
     elif name == "vxlan":
         wanted = [GUARD] + [
             {
-                "type": "unicast", "dst": str(host.subnet), "gateway": str(host.subnet.network_address),
-                "dev": device, "flags": ["onlink"],
+                "type": "unicast",
+                "dst": str(host.subnet),
+                "gateway": str(host.subnet.network_address),
+                "dev": device,
+                "flags": ["onlink"],
             }
             for host in others
         ]
     else:
         wanted = [
             {
-                "type": "unicast", "dst": str(host.subnet), "gateway": str(host.underlay_address),
-                "dev": "eth0", "flags": [],
+                "type": "unicast",
+                "dst": str(host.subnet),
+                "gateway": str(host.underlay_address),
+                "dev": "eth0",
+                "flags": [],
             }
             for host in others
         ]
@@ -577,9 +584,7 @@ def test_a_host_that_loses_its_address_says_so_and_goes_on_when_it_has_one_again
         wait_until("the problem to be said", lambda: bool(read_status(one)["problems"]), 10)
         (problem,) = read_status(one)["problems"]
         assert problem.startswith("Failed to find any valid interface to use: failed to get default interface")
-        one.machine.at().ip(
-            f"addr add {UNDERLAY[88]}/24 brd + dev eth0", f"route add default via {UNDERLAY[1]}"
-        )
+        one.machine.at().ip(f"addr add {UNDERLAY[88]}/24 brd + dev eth0", f"route add default via {UNDERLAY[1]}")
         wait_until("no problem", lambda: read_status(one)["problems"] == [], 10)
         assert read_status(one)["underlay"]["address"] == str(UNDERLAY[88])
         wait_for_answer(one.pod(1), two.pod(1))

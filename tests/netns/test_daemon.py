@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from traffic import CLEANUP, datapath_pids, kill, ping, read_status, socket_in, tcp_flow, udp_flow
 
+from udptun.lab.host import SUBNET_ENV, Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, Host, Lab
+from udptun.lab.topology import LEASES, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 

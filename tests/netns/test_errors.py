@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 from traffic import datapath_pids, kill
 
+from udptun.lab.host import SUBNET_ENV, Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, Host, Lab
+from udptun.lab.topology import LEASES, NET_CONF, Lab
 
 UDPTUN = [sys.executable, "-m", "udptun"]
 AS_FLANNELD = "import sys; sys.argv[0] = '/opt/flanneld'; from udptun.commands.cli import main; main()"
@@ -39,9 +40,7 @@ def errors(text: str) -> list[str]:
 # --- the command line: no log yet, one line
 
 
-NOT_BUILT = (
-    "is not built yet; built: local, file, etcd (--store local[:PATH], --store file:PATH or the --etcd-* flags)"
-)
+NOT_BUILT = "is not built yet; built: local, file, etcd (--store local[:PATH], --store file:PATH or the --etcd-* flags)"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Hosts whose leases are in a real etcd, which the underlay's switch runs: joins, races, outages and flannel beside us.
 
-    etcd 192.168.77.1:2379 (switch) -- underlay -- h1, h2, h3
+etcd 192.168.77.1:2379 (switch) -- underlay -- h1, h2, h3
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from traffic import (
 )
 
 from bench.compiler import compiled, missing_compiler
+from udptun.lab.host import SUBNET_ENV, UNDERLAY, Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import SUBNET_ENV, UNDERLAY, Host, Lab
+from udptun.lab.topology import Lab
 
 pytestmark = [
     pytest.mark.netns,
@@ -129,9 +130,7 @@ def cluster(running: tuple[Lab, Etcd]) -> tuple[Lab, Etcd]:
 def expected(etcd: Etcd, host: Host) -> dict[str, str]:
     """The table that the host should have: etcd's, without its own lease."""
     own = f"{host.subnet.network_address}-{host.subnet.prefixlen}"
-    return {
-        key.replace("-", "/"): json.loads(value)["PublicIP"] for key, value in etcd.leases().items() if key != own
-    }
+    return {key.replace("-", "/"): json.loads(value)["PublicIP"] for key, value in etcd.leases().items() if key != own}
 
 
 def wait_for_equal_tables(lab: Lab, etcd: Etcd) -> float:

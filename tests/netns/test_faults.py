@@ -32,8 +32,9 @@ from traffic import (
     udp_flow,
 )
 
+from udptun.lab.host import Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, Host, Lab, Pod
+from udptun.lab.topology import LEASES, Lab
 
 pytestmark = pytest.mark.netns
 

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import pytest
 from traffic import CLEANUP, cpu_s, ping, read_status, socket_in, udp_flow
 
+from udptun.lab.host import Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, Host, Lab, Pod
+from udptun.lab.topology import LEASES, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 

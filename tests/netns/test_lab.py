@@ -18,8 +18,9 @@ from traffic import processes
 
 from udptun.lab.comparison import Way, kernel_vxlan, plain_routing
 from udptun.lab.errors import CommandError, LabError
+from udptun.lab.host import SUBNET_ENV, UNDERLAY
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LAB_DIR, SUBNET_ENV, UNDERLAY, Lab, Offload
+from udptun.lab.topology import LAB_DIR, Lab, Offload
 
 pytestmark = pytest.mark.netns
 

@@ -22,9 +22,10 @@ from traffic import (
     udp_flow,
 )
 
+from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES as DATABASE
-from udptun.lab.topology import UNDERLAY, Host, Lab
+from udptun.lab.topology import Lab
 
 pytestmark = pytest.mark.netns
 

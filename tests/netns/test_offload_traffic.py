@@ -1,7 +1,7 @@
 """Every way to switch the offloads, each with the same traffic: nothing changes but the speed.
 
-    pod h1/p1 == tcp, 20 MB and more, byte-exact ==> pod h2/p1, over underlay links of each mode
-    pod h1/p1 -- udp, trains of equal datagrams (UDP_SEGMENT) and single ones --> pod h2/p1
+pod h1/p1 == tcp, 20 MB and more, byte-exact ==> pod h2/p1, over underlay links of each mode
+pod h1/p1 -- udp, trains of equal datagrams (UDP_SEGMENT) and single ones --> pod h2/p1
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import pytest
 
 from tests.netns.traffic import CLEANUP, no_packet_errors, read_status, tcp_flow, udp_flow
 from udptun.core.offload import ALL, names
+from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Host, Lab, Offload
+from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Lab, Offload
 
 pytestmark = pytest.mark.netns
 

@@ -15,7 +15,8 @@ import pytest
 from test_membership import FOLLOWS_S
 from traffic import peers, ping, read_status, seconds_until, tcp_flow, udp_flow
 
-from udptun.lab.topology import UNDERLAY, Host, Lab
+from udptun.lab.host import UNDERLAY, Host
+from udptun.lab.topology import Lab
 
 pytestmark = pytest.mark.netns
 

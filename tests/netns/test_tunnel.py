@@ -31,8 +31,9 @@ from traffic import (
     udp_flow,
 )
 
+from udptun.lab.host import Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LAB_DIR, Host, Lab, Offload, Pod
+from udptun.lab.topology import LAB_DIR, Lab, Offload
 
 pytestmark = pytest.mark.netns
 

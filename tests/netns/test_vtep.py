@@ -45,8 +45,9 @@ from udptun.backends.vtep import N_SENDERS
 from udptun.core.lease import LeaseAttrs, Subnets
 from udptun.core.offload import ALL, names
 from udptun.core.offload import Offload as KernelOffload
+from udptun.lab.host import SUBNET_ENV, UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, SUBNET_ENV, UNDERLAY, Host, Lab, Pod
+from udptun.lab.topology import LEASES, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -322,9 +323,7 @@ def test_captures_decode_as_vxlan_from_many_ports(lab: Lab, tmp_path: Path) -> N
     assert 3 <= len(ports) <= N_SENDERS
     assert PORT not in ports
     fragments = {
-        packet[UDP].sport
-        for packet in sent
-        if (ip := VXLAN(bytes(packet[UDP].payload))[IP]).flags.MF or ip.frag
+        packet[UDP].sport for packet in sent if (ip := VXLAN(bytes(packet[UDP].payload))[IP]).flags.MF or ip.frag
     }
     assert len(fragments) == 1
 
@@ -369,6 +368,7 @@ def test_traceroute_from_a_kernel_node_shows_the_vtep(lab: Lab) -> None:
 
 
 # --- the kernel's offloads
+
 
 def test_traffic_is_exact_whatever_the_links_do(lab: Lab, links: None) -> None:
     for source, destination in far_pairs(lab):

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from udptun.commands import status
+from udptun.lab.host import UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, UNDERLAY, Host, Lab, Pod
+from udptun.lab.topology import LEASES, NET_CONF, Lab
 
 _END = Path(__file__).with_name("traffic_end.py")
 _DEADLINE_S = 30.0

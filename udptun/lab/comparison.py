@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from udptun.lab.errors import LabError
-from udptun.lab.topology import Host, Lab, Pod
+from udptun.lab.host import Host, Pod
+from udptun.lab.topology import Lab
 
 _VXLAN_OVERHEAD = 50
 """Outer IPv4 20, UDP 8, VXLAN 8, inner Ethernet 14, bytes."""

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from udptun.lab.errors import LabError
-from udptun.lab.topology import Host, Lab
+from udptun.lab.host import Host
+from udptun.lab.topology import Lab
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
