@@ -16,7 +16,8 @@ import pytest
 import udptun
 from udptun import __version__
 from udptun.commands import cli
-from udptun.config.flags import Options, StoreKind
+from udptun.config.flags import Options
+from udptun.config.store_flags import StoreKind
 from udptun.core.errors import ConfigError, KernelError
 
 UDPTUN = [sys.executable, "-m", "udptun"]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from udptun.config.flags import Endpoint, EtcdOptions, parse_daemon_flags
+from udptun.config.flags import parse_daemon_flags
+from udptun.config.store_flags import Endpoint, EtcdOptions
 from udptun.core.errors import ConfigError, StoreUnavailableError
 from udptun.stores.etcd.failures import Failure, RevisionGoneError, explain, is_about_the_token, why_not_connected
 

@@ -10,18 +10,15 @@ import pytest
 
 from udptun.config.flags import (
     FLAGS,
-    Endpoint,
-    EtcdOptions,
     Options,
-    StoreKind,
-    StoreSpec,
     cleanup_help,
-    flag_help,
+    daemon_help,
     lease_help,
     parse_cleanup_flags,
     parse_daemon_flags,
     parse_lease_flags,
 )
+from udptun.config.store_flags import Endpoint, EtcdOptions, StoreKind, StoreSpec
 from udptun.core.errors import UsageError
 from udptun.core.tunnel import SourceCheck
 
@@ -97,7 +94,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 25
+    assert len(shared) == 27
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -427,7 +424,7 @@ def test_version_can_be_asked_for_whatever_the_environment_says() -> None:
 
 
 def test_help_names_every_flag_its_default_and_what_is_not_built() -> None:
-    text = flag_help()
+    text = daemon_help()
     for flag in ALL_FLAGS:
         assert f"  --{flag.name}" in text
     assert "default /run/flannel/subnet.env" in text

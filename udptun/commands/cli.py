@@ -111,7 +111,7 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
 
     options = flags.parse_daemon_flags(argv, environ, as_flanneld=name == "flanneld")
     if options.help:
-        print(f"usage: {name} [FLAG...]\n\nJoin this host to the overlay network.\n{flags.flag_help()}")
+        print(f"usage: {name} [FLAG...]\n\nJoin this host to the overlay network.\n{flags.daemon_help()}")
         return 0
     if options.version:
         print(f"udptun {__version__}", file=sys.stderr)  # to stderr, as flanneld does

@@ -11,7 +11,8 @@ from ipaddress import IPv4Network
 
 from udptun.backends.choice import parse_net_conf
 from udptun.commands.status import duration, table
-from udptun.config.flags import LeaseRequest, StoreKind
+from udptun.config.flags import LeaseRequest
+from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership.allocate import fits

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from udptun.config.flags import Options, StoreKind
+from udptun.config.flags import Options
+from udptun.config.store_flags import StoreKind
 from udptun.core.errors import ConfigError
 from udptun.stores.base import Store
 

@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from udptun.config.flags import Endpoint, EtcdOptions
+from udptun.config.store_flags import Endpoint, EtcdOptions
 from udptun.core.errors import ConfigError, LeaseError, StoreUnavailableError
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.failures import (

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from udptun.config.flags import Endpoint, EtcdOptions
+from udptun.config.store_flags import Endpoint, EtcdOptions
 from udptun.core.errors import ConfigError, LeaseError, StoreUnavailableError
 
 CALL_S = 5.0

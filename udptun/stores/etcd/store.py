@@ -21,7 +21,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from udptun.config.flags import EtcdOptions
+from udptun.config.store_flags import EtcdOptions
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, is_same_node, reservation

@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 from typing import NamedTuple
 
-from udptun.config.flags import EtcdOptions
+from udptun.config.store_flags import EtcdOptions
 from udptun.core.errors import ConfigError
 
 
