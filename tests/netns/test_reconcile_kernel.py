@@ -31,7 +31,8 @@ from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
 from udptun.kernel import netlink, notices
 from udptun.kernel.reconcile import reconciler
-from udptun.kernel.reconcile.reconciler import Outcome, Reconciler, remove
+from udptun.kernel.reconcile.ownership import remove_ours
+from udptun.kernel.reconcile.reconciler import Outcome, Reconciler
 from udptun.kernel.tun import VNET_HDR_LEN, Tun, open_queues
 from udptun.kernel.underlay import Underlay
 
@@ -398,20 +399,20 @@ def test_remove_leaves_nothing_of_ours_and_everything_else(ns: Namespace) -> Non
     tun = ns.call(lambda: open_queues(TUN_NAME, 1))
     converge(ns, tun)
     assert everything() != clean
-    lines = ns.call_async(lambda: remove())
+    lines = ns.call_async(lambda: remove_ours())
     assert lines == [
         f"deleted link {TUN_NAME}",
         f"deleted route unreachable {NETWORK} metric 4294967295 proto {ROUTE_PROTOCOL}",
     ]
     assert everything() == clean
-    assert ns.call_async(lambda: remove()) == []
+    assert ns.call_async(lambda: remove_ours()) == []
     tun.close()
 
 
 @pytest.mark.parametrize("command", [f"tuntap add {TUN_NAME} mode tun", f"link add {TUN_NAME} type bridge"])
 def test_remove_leaves_a_device_that_is_not_ours(ns: Namespace, command: str) -> None:
     ns.ip(command)
-    assert ns.call_async(lambda: remove()) == [f"left {TUN_NAME} alone: it is not a device of udptun"]
+    assert ns.call_async(lambda: remove_ours()) == [f"left {TUN_NAME} alone: it is not a device of udptun"]
     assert ns.show(f"link show {TUN_NAME}")
 
 

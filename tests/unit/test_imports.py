@@ -36,8 +36,8 @@ PURE = {"core", "config"}
 PURE_MODULES = [
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
     *("backends.udp", "backends.vtep", "backends.vxlan"),
-    *("datapath.settings", "firewall.rules", "kernel.rtnetlink", "kernel.underlay"),
-    *("membership.allocate", "membership.identity"),
+    *("kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
+    *("datapath.settings", "firewall.rules", "membership.allocate", "membership.identity"),
 ]
 """Modules of the other folders that decide and do nothing."""
 SHELL = {

@@ -21,10 +21,12 @@ from udptun.core.network_state import (
     RouteType,
     TunFlags,
     Vxlan,
+    describe_route,
 )
 from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
-from udptun.kernel.reconcile.reconciler import ActualState, DeleteRoute, ReviveDevice, conflicts, describe, plan
+from udptun.kernel.reconcile.change import Change, Verb
+from udptun.kernel.reconcile.plan import ActualState, conflicts, plan
 from udptun.kernel.underlay import Underlay
 
 NETWORK = IPv4Network("10.244.0.0/16")
@@ -70,7 +72,7 @@ def test_plan_configures_a_new_device_sysctls_first_and_routes_last() -> None:
 def test_plan_revives_a_device_that_our_queues_no_longer_reach() -> None:
     """The name is there, but it is somebody else's device: nothing on it may be touched."""
     actual = replace(GOOD, attached=frozenset())
-    assert plan(WANTED, actual)[0] == ReviveDevice("flannel0")
+    assert plan(WANTED, actual)[0] == Change(Verb.REVIVE, WANTED.links[0])
     assert not any("link" in line or "sysctl" in line for line in said(actual))
 
 
@@ -91,7 +93,7 @@ def test_plan_takes_the_right_address_with_the_wrong_length_for_another_one() ->
 def test_plan_deletes_leftovers_last() -> None:
     old = Route(IPv4Network("10.96.0.0/12"), type=RouteType.UNREACHABLE, metric=0xFFFFFFFF)
     changes = plan(WANTED, replace(GOOD, routes=(old,)))
-    assert changes[-1] == DeleteRoute(old)
+    assert changes[-1] == Change(Verb.DELETE, old)
     assert len(changes) == 3
 
 
@@ -134,7 +136,7 @@ def test_a_conflict_names_the_route_its_effect_and_the_remedy(foreign: Route, li
 
 
 def test_describe_knows_no_name_for_an_unusual_type() -> None:
-    assert describe(Route(NETWORK, type=11)) == f"type 11 10.244.0.0/16 proto {ROUTE_PROTOCOL}"
+    assert describe_route(Route(NETWORK, type=11)) == f"type 11 10.244.0.0/16 proto {ROUTE_PROTOCOL}"
 
 
 def test_udp_backend_wants_flannels_address_and_routes() -> None:

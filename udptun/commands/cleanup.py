@@ -16,7 +16,7 @@ from udptun.control.daemon import LOCK_FILE, lock_run_dir
 from udptun.control.document import SOCKET_NAME
 from udptun.datapath import processes
 from udptun.firewall import firewall
-from udptun.kernel.reconcile import reconciler as reconcile
+from udptun.kernel.reconcile.ownership import remove_ours
 from udptun.membership import identity, saved
 from udptun.stores.open import open_store
 
@@ -44,7 +44,7 @@ async def _clean_up(options: Options, release: bool) -> None:
     for process in reversed(await processes.find(options.run_dir)):
         await process.stop()
         print(f"stopped datapath process {process.pid}")
-    for line in await reconcile.remove():
+    for line in await remove_ours():
         print(line)
     for line in await firewall.remove(subnet_env.read_networks(options.subnet_file)):
         print(f"removed {line}")

@@ -27,7 +27,8 @@ from udptun.datapath import processes
 from udptun.datapath.settings import Remote
 from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.tunnel import Tunnel
-from udptun.kernel.reconcile import reconciler as reconcile
+from udptun.kernel.reconcile.apply import create_missing_vxlans
+from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, remove_ours
 from udptun.kernel.reconcile.reconciler import Reconciler
 from udptun.kernel.underlay import Underlay
 
@@ -80,13 +81,13 @@ class Forwarding:
 
         `with_blackhole`: the own subnet shall have a blackhole route behind all others (--ip-blackhole-route).
         """
-        was_clean = not await reconcile.is_anything_ours()
+        was_clean = not await is_anything_ours()
         tunnel = None
         backend = choice.backend
         if backend.encapsulation is not None:
             assert backend.device is not None
             how = backend.encapsulation
-            await reconcile.make_way(backend.device)
+            await delete_own_vxlan(backend.device)
             tunnel = _Tunnelled(
                 how,
                 await Tunnel.open(
@@ -99,7 +100,7 @@ class Forwarding:
                     how.n_senders,
                 ),
             )
-        await reconcile.make_missing(backend.links(underlay, live))
+        await create_missing_vxlans(backend.links(underlay, live))
         return cls(choice, network, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
 
     @property
@@ -167,7 +168,7 @@ class Forwarding:
         if self._tunnel is not None:
             await self._tunnel.tunnel.datapath.stop()
         if self._was_clean:
-            await reconcile.remove()
+            await remove_ours()
 
     def detach(self) -> None:
         """Let go of everything; packets are carried on."""

@@ -6,6 +6,7 @@ IPv4 for now; the types take both families.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -176,3 +177,26 @@ class FdbEntry:
     mac: str
     dst: IPAddress
     is_permanent: bool = True
+
+
+def describe_route(route: Route, link_names: Mapping[int, str] | None = None) -> str:
+    """The route as `ip route` takes it.  A link that `link_names` does not know is called by its index."""
+    words = [] if route.type == RouteType.UNICAST else [_type_name(route.type)]
+    words.append(str(route.dst))
+    if route.gateway is not None:
+        words.append(f"via {route.gateway}")
+    if route.oif is not None:
+        words.append(f"dev {(link_names or {}).get(route.oif, f'if{route.oif}')}")
+    if route.onlink:
+        words.append("onlink")
+    if route.metric:
+        words.append(f"metric {route.metric}")
+    words.append(f"proto {route.protocol}")
+    return " ".join(words)
+
+
+def _type_name(number: int) -> str:
+    try:
+        return RouteType(number).name.lower()
+    except ValueError:
+        return f"type {number}"
