@@ -14,7 +14,8 @@ from udptun.core.clock import Clock
 from udptun.core.lease import EventType, LeaseAttrs, LeaseEvent
 from udptun.membership.allocate import chooser
 from udptun.membership.identity import Identity
-from udptun.membership.membership import Membership, Start
+from udptun.membership.membership import Membership
+from udptun.membership.start import Start
 from udptun.stores.base import Store
 
 CONFIG = '{"Network": "10.0.0.0/16"}'

@@ -14,7 +14,7 @@ from member import CONFIG, Member, SetClock, holds
 
 from udptun.config.flags import parse_daemon_flags
 from udptun.core.lease import Lease, LeaseAttrs
-from udptun.membership import membership
+from udptun.membership import lease_clock
 from udptun.stores.base import Chooser
 from udptun.stores.etcd.store import EtcdStore
 
@@ -50,8 +50,8 @@ def made_at(harness: EtcdHarness, key: str) -> int:
 def test_short_leases_are_renewed_for_ever_and_end_with_their_host_whatever_the_clocks_say(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(membership, "_CLOCK_CHECK_S", 0.2)
-    caplog.set_level(logging.INFO, logger="udptun.membership.membership")
+    monkeypatch.setattr(lease_clock, "CHECK_S", 0.2)
+    caplog.set_level(logging.INFO, logger="udptun.membership")
 
     async def main() -> None:
         harness = EtcdHarness(tmp_path)

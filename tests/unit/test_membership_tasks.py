@@ -19,11 +19,15 @@ from udptun.backends.choice import parse_net_conf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
-from udptun.membership import membership, saved
+from udptun.membership import follow, grace, lease_clock, outage, saved, skipped
+from udptun.membership import own as own_lease
+from udptun.membership import start as start_module
 from udptun.membership.allocate import chooser
 from udptun.membership.identity import Identity
-from udptun.membership.membership import Membership, Start, find_start
+from udptun.membership.membership import Membership
+from udptun.membership.outage import Backoff, Outage
 from udptun.membership.saved import LastLeases
+from udptun.membership.start import Start, find_start
 from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch
 
 CONFIG = '{"Network": "10.244.0.0/16", "SubnetMax": "10.244.9.0"}'
@@ -205,12 +209,12 @@ class Member:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(membership, "_RENEW_RETRY_S", 0.01)
-    monkeypatch.setattr(membership, "_EXPIRY_CHECK_S", 0.005)
-    monkeypatch.setattr(membership, "_SAVE_DELAY_S", 0.005)
-    monkeypatch.setattr(membership, "_GRACE_S", 0.005)
-    monkeypatch.setattr(membership, "_RECONNECT_S", (0.001, 0.004))
-    caplog.set_level(logging.INFO, logger="udptun.membership.membership")
+    monkeypatch.setattr(own_lease, "RENEW_RETRY_S", 0.01)
+    monkeypatch.setattr(follow, "EXPIRY_CHECK_S", 0.005)
+    monkeypatch.setattr(saved, "SAVE_DELAY_S", 0.005)
+    monkeypatch.setattr(grace, "GRACE_S", 0.005)
+    monkeypatch.setattr(outage, "RECONNECT_S", (0.001, 0.004))
+    caplog.set_level(logging.INFO, logger="udptun.membership")
 
 
 def told(caplog: pytest.LogCaptureFixture, level: int, text: str = "") -> list[str]:
@@ -256,7 +260,7 @@ def test_joining_that_is_interrupted_leaves_the_lease_that_it_gets_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
     """A store works on a thread, which nobody cancels: the lease stayed."""
-    monkeypatch.setattr(membership, "_CLAIM_PATIENCE_S", 10 if ends else 0.01)
+    monkeypatch.setattr(start_module, "CLAIM_PATIENCE_S", 10 if ends else 0.01)
 
     async def main() -> None:
         store = FakeStore(PEER)
@@ -484,7 +488,7 @@ def test_peers_follow_the_store(tmp_path: Path) -> None:
 
 def test_peer_whose_lease_is_made_again_at_once_is_never_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deleted by mistake, or all of them lost: between the two events the peers dropped its packets for 20 ms."""
-    monkeypatch.setattr(membership, "_GRACE_S", 0.2)
+    monkeypatch.setattr(grace, "GRACE_S", 0.2)
 
     async def main() -> None:
         store = FakeStore(PEER)
@@ -613,7 +617,7 @@ def test_store_that_fails_costs_one_line_for_each_reason_and_no_peer(
 def test_store_that_works_again_is_said_to_although_nothing_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(membership, "_CALM_S", 0.05)
+    monkeypatch.setattr(follow, "CALM_S", 0.05)
 
     async def main() -> None:
         store = FakeStore(PEER)
@@ -635,13 +639,13 @@ def test_store_that_fails_is_asked_less_and_less_often(monkeypatch: pytest.Monke
         slept.append(seconds)
 
     async def main() -> None:
-        monkeypatch.setattr(membership, "_RECONNECT_S", (0.125, 1.0))
-        monkeypatch.setattr(membership.asyncio, "sleep", recorded)
-        pause = membership._Pause()
+        monkeypatch.setattr(outage, "RECONNECT_S", (0.125, 1.0))
+        monkeypatch.setattr(outage.asyncio, "sleep", recorded)
+        backoff = Backoff()
         for _ in range(6):
-            await pause.sleep()
-        pause.reset()
-        await pause.sleep()
+            await backoff.sleep()
+        backoff.reset()
+        await backoff.sleep()
 
     asyncio.run(main())
     for seconds, longest in zip(slept, [0.125, 0.25, 0.5, 1.0, 1.0, 1.0, 0.125], strict=True):
@@ -650,7 +654,7 @@ def test_store_that_fails_is_asked_less_and_less_often(monkeypatch: pytest.Monke
 
 def test_store_that_stays_away_is_mentioned_ever_less_often(caplog: pytest.LogCaptureFixture) -> None:
     clock = SetClock()
-    outage = membership._Outage("lease store unavailable", "fake", clock)
+    outage = Outage("lease store unavailable", "fake", clock)
     for _ in range(24 * 3600):
         for reason in ("first member refuses", "second member refuses"):
             outage.goes_on(reason, "waiting")
@@ -678,7 +682,7 @@ def save(directory: Path, *peers: Lease, own: Lease | None = None) -> None:
 
 
 def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "_SAVE_EXPIRIES_S", 0.05)
+    monkeypatch.setattr(saved, "SAVE_EXPIRIES_S", 0.05)
     saves: list[float] = []
     save_really = saved.save
 
@@ -896,7 +900,7 @@ def test_start_does_not_use_the_table_of_another_node(tmp_path: Path, caplog: py
 def test_start_does_not_wait_for_a_store_that_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(membership, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(start_module, "PATIENCE_S", 0.05)
 
     async def main() -> None:
         save(tmp_path, PEER)
@@ -1085,7 +1089,7 @@ def test_clock_that_is_set_takes_no_peer_away_and_hurries_no_renewal(
 def test_time_that_passes_counts_however_the_clock_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_by_s: float
 ) -> None:
-    monkeypatch.setattr(membership, "_CLOCK_CHECK_S", 0.01)
+    monkeypatch.setattr(lease_clock, "CHECK_S", 0.01)
 
     async def main() -> None:
         clock = SetClock()
@@ -1188,7 +1192,7 @@ def test_many_leases_that_cannot_be_used_are_counted_and_not_all_named_in_the_lo
             assert len(member.membership.skipped) == 1000
 
     asyncio.run(main())
-    assert len(told(caplog, logging.WARNING, "lease skipped ")) == membership._LOGGED_SKIPPED
+    assert len(told(caplog, logging.WARNING, "lease skipped ")) == skipped.LOGGED
     assert told(caplog, logging.WARNING, "leases skipped")[0].startswith("leases skipped n_more=800")
 
 

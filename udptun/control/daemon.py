@@ -50,7 +50,8 @@ from udptun.kernel.underlay_watch import UnderlayWatch, find
 from udptun.membership import identity
 from udptun.membership.allocate import chooser
 from udptun.membership.identity import Identity
-from udptun.membership.membership import Membership, find_start
+from udptun.membership.membership import Membership
+from udptun.membership.start import find_start
 from udptun.stores.base import Store
 from udptun.stores.open import open_store
 

@@ -1,17 +1,22 @@
-"""The last good lease table, in `last-leases.json` of the state directory.
+"""The last good lease table, in `last-leases.json` of the state directory: its form, and the task that keeps it saved.
 
 With it a daemon forwards before its store has answered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 from udptun.core import atomic_file
+from udptun.core.clock import Clock
 from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 
@@ -22,6 +27,14 @@ CLOCK_SLACK_S = 60.0
 """How far the clock may be behind the time of saving, seconds.  Further behind, the saved expiries mean nothing."""
 
 FILE = "last-leases.json"
+
+SAVE_DELAY_S = 1.0
+"""Changes are collected for so long before the table is written to disk."""
+
+SAVE_EXPIRIES_S = 60.0
+"""How often the table is written when only expiries have changed: thousands of hosts renew all the time."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +144,64 @@ def forget(directory: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as exc:
         raise KernelError(f"cannot delete {path}", exc.errno or 0, "a restart would begin with a lost lease") from exc
+
+
+class SavedTable:
+    """Keeps the file as the table is: `keep` while the daemon runs, `finish` at its end.
+
+    `content` gives what to save; None when our lease is no longer ours, so that the next start has to ask the store.
+    """
+
+    def __init__(self, directory: Path, content: Callable[[], LastLeases | None], clock: Clock) -> None:
+        self._directory = directory
+        self._content = content
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self._has_expiries = False
+        """Whether the file has every expiry as the table has it."""
+        self._saving: asyncio.Future[None] | None = None
+
+    def note_change(self) -> None:
+        """The file has to be written soon."""
+        self._changed.set()
+
+    def note_expiries(self) -> None:
+        """Expiries have changed, at least."""
+        self._has_expiries = False
+
+    async def keep(self) -> None:
+        """Write the file after changes, until cancelled."""
+        self._changed.set()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SAVE_EXPIRIES_S):
+                    await self._changed.wait()
+            if self._has_expiries and not self._changed.is_set():
+                continue
+            await asyncio.sleep(SAVE_DELAY_S)
+            # In a thread, because it takes a while to make text of thousands of leases and to write it.
+            self._saving = asyncio.get_running_loop().run_in_executor(None, self._write, self._take())
+            await asyncio.shield(self._saving)
+
+    async def finish(self) -> None:
+        """Write what `keep`, which has ended, has not written."""
+        if self._saving is not None:
+            await self._saving
+        if self._changed.is_set() or not self._has_expiries:
+            self._write(self._take())
+
+    def _take(self) -> LastLeases | None:
+        content = self._content()
+        self._changed.clear()
+        self._has_expiries = True
+        return content
+
+    def _write(self, content: LastLeases | None) -> None:
+        try:
+            if content is None:
+                forget(self._directory)
+            else:
+                save(self._directory, content, self._clock.unix_s())
+                log.debug("lease table saved n_peers=%d", len(content.peers))
+        except KernelError as exc:
+            log.warning("the lease table is not saved error=%r", str(exc))

@@ -1,0 +1,114 @@
+"""The other hosts: what the store tells of them, applied to the table, and the difference told to whoever forwards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from udptun.core.lease import EventType, Lease, LeaseEvent, LeaseTable
+from udptun.membership.doubles import Clones
+from udptun.membership.grace import Grace
+from udptun.membership.lease_clock import LeaseClock
+from udptun.membership.saved import SavedTable
+from udptun.membership.skipped import Skipped
+from udptun.stores.base import Snapshot, WatchBatch
+
+log = logging.getLogger(__name__)
+
+LEASES_AT_ONCE = 1000
+"""So many leases are applied before other tasks get a turn; about 10 ms."""
+
+_LOGGED_EVENTS = 20
+"""So many peers that change at once are named in the log; of more only the number is logged."""
+
+PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
+"""Applies a difference among the peers.  It is awaited before the next one is told."""
+
+
+class Peers:
+    """Keeps `table`, and tells `on_change` each difference among the usable peers.
+
+    `update`, `reset` and `recall` are called by one task at a time.  `let_go` runs beside them.
+    """
+
+    def __init__(
+        self, table: LeaseTable, on_change: PeersChanged, clones: Clones, saved: SavedTable, clock: LeaseClock
+    ) -> None:
+        self.table = table
+        self.skipped = Skipped(table.refused)
+        self._on_change = on_change
+        self._clones = clones
+        self._saved = saved
+        self._clock = clock
+        self._grace = Grace()
+        self._has_grace = asyncio.Event()
+
+    async def update(self, batch: WatchBatch) -> None:
+        """Apply the events of a batch.  A peer whose lease is gone is kept for a moment, see grace.py."""
+        self._clock.look()
+        self.skipped.add(batch.skipped)
+        self.skipped.say()
+        events = self._grace.hold_back(batch.events, self.table.peers, self._clock.elapsed_s())
+        if self._grace:
+            self._has_grace.set()
+        for at in range(0, len(events), LEASES_AT_ONCE):
+            await self._apply(self.table.update(events[at : at + LEASES_AT_ONCE]))
+
+    async def reset(self, snapshot: Snapshot) -> None:
+        """Take over all that the store has; peers that it no longer has are kept for the same moment."""
+        self._clock.look()
+        self.skipped.replace(snapshot.skipped)
+        self.skipped.say()
+        there = {lease.key for lease in snapshot.leases}
+        gone = [lease for key, lease in self.table.peers.items() if key not in there]
+        self._grace.restart((lease.key for lease in gone), self._clock.elapsed_s())
+        if self._grace:
+            self._has_grace.set()
+        await self.recall((*snapshot.leases, *gone))
+
+    async def recall(self, leases: Sequence[Lease]) -> None:
+        """Take over these leases, and drop all others."""
+        for events in self.table.reset_by_parts(leases, LEASES_AT_ONCE):
+            await self._apply(events)
+            await asyncio.sleep(0)
+
+    def has_expired(self, now_s: float) -> bool:
+        """Whether any lease has expired by `now_s`, Unix seconds."""
+        next_s = self.table.next_expiry_s()
+        return next_s is not None and next_s <= now_s
+
+    async def expire(self, now_s: float) -> None:
+        """Drop what has expired by `now_s`, Unix seconds."""
+        await self._apply(self.table.expire(now_s))
+
+    async def let_go(self) -> None:
+        """Drop the peers whose moment of grace is over, until cancelled."""
+        while True:
+            if not self._grace:
+                self._has_grace.clear()
+                await self._has_grace.wait()
+            await asyncio.sleep(self._grace.next_end_s() - self._clock.elapsed_s())
+            ended = self._grace.pop_ended(self._clock.elapsed_s(), LEASES_AT_ONCE)
+            await self._drop(ended)
+
+    async def _drop(self, keys: Iterable[str]) -> None:
+        peers = [self.table.peers[key] for key in keys if key in self.table.peers]
+        await self._apply(self.table.update(LeaseEvent(EventType.REMOVED, peer) for peer in peers))
+
+    async def _apply(self, events: list[LeaseEvent]) -> None:
+        """Tell what the table has answered to a change."""
+        self.skipped.say()
+        self._saved.note_expiries()
+        if not events:
+            return
+        await self._on_change(events)
+        self._saved.note_change()
+        if len(events) > _LOGGED_EVENTS:
+            log.info("peers changed n_changes=%d n_peers=%d", len(events), len(self.table.peers))
+        else:
+            for event in events:
+                subnet, attrs = event.lease.subnet, event.lease.attrs
+                log.info("peer %s subnet=%s public_ip=%s", event.type.value, subnet, attrs.public_ip)
+        for event in events:
+            self._clones.see(event)

@@ -1,0 +1,52 @@
+"""Leases in the store that are not used: the log names each once, and `udptun status` names all that there are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+log = logging.getLogger(__name__)
+
+LOGGED = 200
+"""So many lines are logged per change; `udptun status` has all."""
+
+_LOGGED_CHARS = 300
+"""What is wrong may be a megabyte long."""
+
+_KEPT = 1000
+"""How many of the store's lines are remembered from watches."""
+
+
+class Skipped:
+    """`refused` is the table's view of the leases that it refuses: the reason by key."""
+
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        self._refused = refused
+        self._unreadable: tuple[str, ...] = ()
+        """The store's lines about items that are no leases."""
+        self._said: frozenset[str] = frozenset()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """One for each lease, naming it and the reason.  May be read on another thread."""
+        return (*self._unreadable, *(f"{key}: {reason}" for key, reason in list(self._refused.items())))
+
+    def replace(self, unreadable: Iterable[str]) -> None:
+        """A snapshot's lines are all that the store has."""
+        self._unreadable = tuple(unreadable)
+
+    def add(self, unreadable: Iterable[str]) -> None:
+        """A watch tells of new items only."""
+        self._unreadable = tuple(dict.fromkeys((*self._unreadable, *unreadable)))[-_KEPT:]
+
+    def say(self) -> None:
+        """Log the lines that are new since the last time."""
+        if not self._unreadable and not self._refused and not self._said:
+            return
+        now = frozenset(self.lines)
+        new = sorted(now - self._said)
+        for line in new[:LOGGED]:
+            log.warning("lease skipped %s", line[:_LOGGED_CHARS])
+        if len(new) > LOGGED:
+            log.warning("leases skipped n_more=%d; `udptun status` names them", len(new) - LOGGED)
+        self._said = now
