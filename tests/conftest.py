@@ -1,6 +1,19 @@
-"""What every test directory shares: which tests this run, machine and user can do, and by name why not."""
+"""What every test directory shares: which tests this run, machine and user can do, and how several workers share them.
+
+`./dev test` runs the tests in several processes at once (pytest-xdist). Each test has namespaces, sockets, files and
+ports of its own, so most tests do not notice. Two rules cover the rest:
+
+    tests that share a fixture of their module   run in one process, so that the fixture is made once
+    a test that is marked `alone`                runs while no other test does
+"""
 
 from __future__ import annotations
+
+import asyncio
+import fcntl
+import inspect
+from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -15,12 +28,62 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--flanneld", metavar="PATH", help="flanneld's program, for the tests beside the real one")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is an `async def` in an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    asyncio.run(pyfuncitem.obj(**arguments))
+    return True
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test that is marked `alone` wait until no other worker runs a test, and the others wait for it.
+
+    The lock is on this very file, so that two runs of one checkout respect each other as well. The time that a test
+    waits here does not count against its timeout.
+    """
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    with Path(__file__).open() as turnstile:
+        fcntl.flock(turnstile, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+        try:
+            return (yield)
+        finally:
+            # Closing would not do: a process that the test has forked may still have the descriptor.
+            fcntl.flock(turnstile, fcntl.LOCK_UN)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
         full = [item for item in items if item.get_closest_marker("full")]
         if full:
             config.hook.pytest_deselected(items=full)
             items[:] = [item for item in items if item not in full]
+    # A test that must be alone waits for the longest of those that run: so all of them come at the end.
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+    if hasattr(config, "workerinput"):
+        for item in items:
+            if group := _shared_fixture(item):
+                item.add_marker(pytest.mark.xdist_group(group))
+    _skip_what_needs_a_lab(items)
+
+
+def _shared_fixture(item: pytest.Item) -> str | None:
+    """The fixture of its module that the test shares with others, with its parameter; None when there is none."""
+    if not isinstance(item, pytest.Function) or item.get_closest_marker("alone"):
+        return None
+    for name, definitions in item._fixtureinfo.name2fixturedefs.items():
+        if definitions[-1].scope == "module":
+            parameters = getattr(item, "callspec", None)
+            return f"{item.path.stem}-{name}-{parameters.indices.get(name) if parameters else None}"
+    return None
+
+
+def _skip_what_needs_a_lab(items: list[pytest.Item]) -> None:
     needing_a_lab = [item for item in items if item.get_closest_marker("netns")]
     if not needing_a_lab:
         return

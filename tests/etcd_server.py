@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,30 @@ MISSING = [tool for tool in ("etcd", "etcdctl", "openssl") if shutil.which(tool)
 """What these tests need and this machine lacks."""
 
 
+_port_claims: list[socket.socket] = []
+
+
 def free_ports(number: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now."""
-    with ExitStack() as undo:
-        sockets = [undo.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports of 127.0.0.1 that nobody listens on now, and that no other process that runs tests is given.
+
+    They lie below those that the kernel gives to clients, so that none is taken between here and the server's start.
+    An abstract socket with the port in its name, which ends with this process, claims each.
+    """
+    found: list[int] = []
+    port = 10_000
+    while len(found) < number:
+        port += 1
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0udptun-tests/{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+        else:
+            _port_claims.append(claim)
+            found.append(port)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
