@@ -259,6 +259,7 @@ def test_up_exec_status_down_do_what_they_say(command: Command) -> None:
     up = command.up("--hosts", "3", "--pods", "2")
     assert up.returncode == 0, up.stderr
     assert "lab: host h3 is ready: subnet 10.99.3.0/24" in up.stdout
+    assert "lab: pod h3/p2 has 10.99.3.3" in up.stdout
     assert command("exec", "h1/p2", "--", "ping", "-c", "1", "-W", "5", "10.99.3.3").returncode == 0
     assert command("exec", "h2", "--", "hostname").stdout == "h2\n"
     assert "underlay" in command("exec", "underlay", "--", "ls", "/sys/class/net").stdout.split()

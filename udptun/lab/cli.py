@@ -103,16 +103,18 @@ def _own(options: argparse.Namespace, starter: socket.socket, starter_pid: int) 
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        # Not through the interpreter's normal end: what our starter set up to happen there is the starter's.
+        # Not the interpreter's normal end: it would run exit handlers that belong to our starter.
         os._exit(status)
 
 
 def _build_and_serve(options: argparse.Namespace, starter: socket.socket) -> None:
     progress = logging.StreamHandler(sys.stdout)
     progress.setFormatter(logging.Formatter("lab: %(message)s"))
-    steps = logging.getLogger("udptun.lab.topology")
-    steps.addHandler(progress)
-    steps.setLevel(logging.INFO)
+    # Not lab/machine.py, which logs each command.
+    loggers = [logging.getLogger(f"udptun.lab.{module}") for module in ("topology", "host")]
+    for logger in loggers:
+        logger.addHandler(progress)
+        logger.setLevel(logging.INFO)
     with (
         owner.reserve(options.name) as listener,
         Lab(
@@ -134,7 +136,8 @@ def _build_and_serve(options: argparse.Namespace, starter: socket.socket) -> Non
             return
         lib.prctl_pdeathsig(0)
         starter.close()
-        steps.removeHandler(progress)
+        for logger in loggers:
+            logger.removeHandler(progress)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         nothing = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
@@ -151,12 +154,12 @@ def _exec(options: argparse.Namespace) -> int:
         raise LabError("nothing to run: `udptun lab exec PLACE -- COMMAND`")
     lab = owner.RunningLab.find(options.name)
     with lab.connection:
-        # Not default from here on: the command may run, and its user may know so, before Popen returns.
+        # The command may run, and a signal for it may come, before Popen returns: such signals are kept for it.
         early: list[int] = []
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, frame: early.append(number))
         child = _place(lab.status(), options.place).popen(command)
-        # ^C and ^\ on the terminal are for the command; we stay to pass its status on.
+        # ^C and ^\ on the terminal are for the command.  We stay, to pass its status on.
         for number in (signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGHUP):

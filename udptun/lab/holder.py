@@ -2,10 +2,10 @@
 
     python -m udptun.lab.holder LAB MACHINE OWNER_PIDFD [MOUNTS_OF_PID]
 
-Started as the first process of a new PID namespace, so the kernel kills every process of the machine, sessions and
-daemons of their own included, when this one ends; the namespaces go with the last of them.  It ends with its owner
-(a pidfd says so even when the owner got SIGKILL, and unlike PR_SET_PDEATHSIG doesn't mistake the end of the thread
-that started us for the end of the process).
+It is the first process of a new PID namespace.  So the kernel kills every process of the machine, also those in
+sessions of their own, when this one ends, and the namespaces disappear with the last process.  The holder ends with
+its owner: a pidfd says so even when the owner got SIGKILL, and unlike PR_SET_PDEATHSIG it doesn't mistake the end of
+the thread that started us for the end of the process.
 
 Writes one line to stdout when the machine is ready.  The `underlay` machine is made first, without MOUNTS_OF_PID; the
 hosts start from its mounts, which is how they share the lab's directory without a trace of it on the machine's disks.
@@ -33,7 +33,7 @@ _OWN_STATE = ("udptun", "cni")
 
 def main() -> None:
     machine, owner_fd = sys.argv[2], int(sys.argv[3])
-    # The kernel reaps for a parent that ignores SIGCHLD, and what loses its parent in here becomes our child.
+    # A process in here that loses its parent becomes our child.  The kernel reaps children of whoever ignores SIGCHLD.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if len(sys.argv) > 4:
         with Path(f"/proc/{sys.argv[4]}/ns/mnt").open("rb") as mounts:
@@ -48,7 +48,7 @@ def main() -> None:
         _isolate_run_keeping_the_lab_directory()
         _isolate_state()
         _sysctl("net/ipv4/ip_forward", "1")
-        # As systemd has it: an address that goes leaves the younger ones of its prefix alone.
+        # As systemd sets it: the end of an address does not remove the younger addresses of its prefix.
         _sysctl("net/ipv4/conf/all/promote_secondaries", "1")
     else:
         _tmpfs("/run")

@@ -1,11 +1,12 @@
 """The background process behind `udptun lab up`, and how the other commands find it.
 
 The owner listens on the abstract Unix socket `@udptun-lab/<name>` of the network namespace that `up` ran in.  Such a
-name is no file: it is taken exactly as long as the owner lives, so a second `up` is refused without a lock file,
-nothing is stale after a crash, and while a connection is open the owner is alive and the pid that the kernel names is
+name is no file: it is taken exactly as long as the owner lives.  So a second `up` is refused without a lock file, and
+nothing is stale after a crash.  While a connection is open, the owner is alive, and the pid that the kernel names is
 its own.
 
-Each connection gets one JSON object, the lab's status, and stays open as long as the client likes; nothing is asked.
+Each connection gets one JSON object, the lab's status, and stays open as long as the client likes.  The client sends
+nothing.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def serve(listener: socket.socket, lab: Lab) -> None:
     """
     clients: list[socket.socket] = []
     while True:
-        # A client that is done has closed its end; one that isn't relies on ours staying open.
+        # A client that is done has closed its end.  Any other client relies on our end staying open.
         events = select.poll()
         events.register(listener, select.POLLIN)
         for client in clients:

@@ -4,8 +4,8 @@
                                        underlay (bridge, 192.168.77.1) -- captures, and whatever leaks in clear text
     pod eth0 -- cni0 [h2] eth0 -- h2 /
 
-Everything lives in namespaces and on tmpfs of the lab's own machines: nothing has a name outside, nothing is written
-to disk, and all of it is gone as soon as the process that made the `Lab` is, whatever ended it.
+Everything lives in namespaces and on tmpfs of the lab's own machines.  Nothing has a name outside, and nothing is
+written to disk.  When the process that made the `Lab` ends, for whatever reason, all of it is gone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _MAX_HOSTS = 240
 
 
 class Offload(Enum):
-    """What the underlay's links do to large packets; what they do decides what a receiver gets to see."""
+    """What the underlay's links do to large packets, and so what a receiver gets."""
 
     FULL = "A"
     """As veth is made: super-packets and unfinished checksums cross the underlay whole."""
@@ -196,8 +196,8 @@ class Lab:
     def _subnet(self, bridge: str, network: IPv4Network) -> list[str]:
         """The `ip` commands that make the bridge of an underlay subnet.
 
-        With a MAC of its own: otherwise it has the lowest of its ports', and hosts that know the old one when a port
-        goes lose their gateway for as long as they remember it.
+        The bridge has a MAC of its own.  Otherwise it would have the lowest MAC of its ports, which changes when a port
+        goes; hosts that remember the old one would lose their gateway.
         """
         mac = f"02:{network[1].packed.hex(':')}:00"
         return [
