@@ -11,8 +11,8 @@ import pytest
 
 from udptun.firewall.rules import (
     TABLES,
+    DesiredRules,
     Repair,
-    Wanted,
     forward,
     iptables_chains,
     iptables_leftovers,
@@ -24,7 +24,7 @@ from udptun.firewall.rules import (
 )
 
 NETWORK, SUBNET = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.7.0/24")
-WANTED = Wanted(masquerade(NETWORK, SUBNET, True), forward(NETWORK))
+WANTED = DesiredRules(masquerade(NETWORK, SUBNET, True), forward(NETWORK))
 CHAINS = iptables_chains(WANTED)
 
 # What `iptables -S` prints where flannel, kube-proxy and Docker have been.
@@ -76,18 +76,18 @@ def test_iptables_rules_are_flannels_word_by_word_and_in_its_order() -> None:
 
 
 def test_masquerading_without_random_ports_differs_in_nothing_else() -> None:
-    plain = iptables_chains(Wanted(masquerade(NETWORK, SUBNET, False)))[0]
+    plain = iptables_chains(DesiredRules(masquerade(NETWORK, SUBNET, False)))[0]
     assert plain.rules == tuple(rule.removesuffix(" --random-fully") for rule in CHAINS[0].rules)
 
 
 def test_ipv6_rules_are_the_same_with_its_multicast() -> None:
     network, subnet = IPv6Network("fd00:244::/48"), IPv6Network("fd00:244:0:7::/64")
-    nat = iptables_chains(Wanted(masquerade(network, subnet, True)))[0]
+    nat = iptables_chains(DesiredRules(masquerade(network, subnet, True)))[0]
     assert nat.rules[1] == '-s fd00:244:0:7::/64 -d fd00:244::/48 -m comment --comment "flanneld masq" -j RETURN'
     assert nat.rules[4] == (
         '-s fd00:244::/48 ! -d ff00::/8 -m comment --comment "flanneld masq" -j MASQUERADE --random-fully'
     )
-    script = nft_script(6, nft_chains(Wanted(masquerade(network, subnet, True))))
+    script = nft_script(6, nft_chains(DesiredRules(masquerade(network, subnet, True))))
     assert "table ip6 flannel-ipv6 {" in script
     assert "ip6 saddr fd00:244::/48 ip6 daddr != ff00::/8 masquerade fully-random" in script
 
@@ -171,14 +171,14 @@ def test_unwanted_chains_go_with_every_rule_that_leads_into_them() -> None:
     other = '-A POSTROUTING -o "it\\"s" -m comment --comment "to FLANNEL-POSTRTG, odd" -j FLANNEL-POSTRTG\n'
     mention = '-A POSTROUTING -m comment --comment "not -j FLANNEL-POSTRTG" -j RETURN\n'
     saved = NAT.replace(NAT_JUMP, NAT_JUMP + other + mention)
-    repair = iptables_repair(iptables_chains(Wanted()), {"nat": saved, "filter": EMPTY["filter"]})
+    repair = iptables_repair(iptables_chains(DesiredRules()), {"nat": saved, "filter": EMPTY["filter"]})
     assert repair.script == (
         f"*nat\n{NAT_JUMP.replace('-A', '-D')}{other.replace('-A', '-D')}"
         ":FLANNEL-POSTRTG - [0:0]\n-X FLANNEL-POSTRTG\nCOMMIT\n"
     )
     assert repair.findings == ("leftover chain FLANNEL-POSTRTG",)
-    assert not iptables_repair(iptables_chains(Wanted()), EMPTY)
-    assert not iptables_repair(iptables_chains(Wanted()), {"nat": "", "filter": ""})
+    assert not iptables_repair(iptables_chains(DesiredRules()), EMPTY)
+    assert not iptables_repair(iptables_chains(DesiredRules()), {"nat": "", "filter": ""})
 
 
 OLD_NAT = """\
@@ -251,9 +251,9 @@ table ip flannel-ipv4 {
 
 
 def test_nftables_table_has_only_the_chains_that_are_wanted() -> None:
-    assert [chain.name for chain in nft_chains(Wanted(forward=WANTED.forward))] == ["forward"]
-    assert [chain.name for chain in nft_chains(Wanted(WANTED.masquerade))] == ["postrtg"]
-    assert nft_chains(Wanted()) == ()
+    assert [chain.name for chain in nft_chains(DesiredRules(forward=WANTED.forward))] == ["forward"]
+    assert [chain.name for chain in nft_chains(DesiredRules(WANTED.masquerade))] == ["postrtg"]
+    assert nft_chains(DesiredRules()) == ()
 
 
 def match(field: str, network: str, op: str = "==") -> dict[str, Any]:
@@ -284,7 +284,7 @@ def listed() -> list[dict[str, Any]]:
     ]
 
 
-FORWARD = nft_chains(Wanted(forward=WANTED.forward))
+FORWARD = nft_chains(DesiredRules(forward=WANTED.forward))
 
 
 def test_nothing_is_found_in_a_table_that_is_as_wanted_with_or_without_comments() -> None:
@@ -315,8 +315,8 @@ def test_masquerade_flags_may_stand_in_a_list_or_not(flags: object) -> None:
         {"chain": {**table, **hook}},
         *({"rule": {**table, "chain": "postrtg", "expr": rule}} for rule in rules),
     ]
-    assert nft_findings(4, nft_chains(Wanted(WANTED.masquerade)), items) == ()
-    assert nft_findings(4, nft_chains(Wanted(masquerade(NETWORK, SUBNET, False))), items) != ()
+    assert nft_findings(4, nft_chains(DesiredRules(WANTED.masquerade)), items) == ()
+    assert nft_findings(4, nft_chains(DesiredRules(masquerade(NETWORK, SUBNET, False))), items) != ()
 
 
 def swap_rules(items: list[dict[str, Any]]) -> None:

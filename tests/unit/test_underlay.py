@@ -9,7 +9,7 @@ import pytest
 
 from udptun.core.errors import UsageError
 from udptun.core.network_state import Address, Link, Route, RouteType, Scope
-from udptun.kernel.underlay import Underlay, UnderlayError, Wish, pick, refresh
+from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick, refresh
 
 LO = Link(1, "lo", "", 65536, True, True, True, 1000)
 ETH0 = Link(2, "eth0", "", 1500, True, True, False, 1000)
@@ -26,11 +26,11 @@ DEFAULT = Route(IPv4Network("0.0.0.0/0"), IPv4Address("192.0.2.254"), 2, protoco
 ROUTES = [Route(IPv4Network("192.0.2.0/24"), oif=2, protocol=2), DEFAULT]
 
 
-def choose(reach: Route | None = None, **wish: object) -> Underlay:
-    return pick(Wish(**wish), LINKS, ADDRESSES, ROUTES, reach)  # type: ignore[arg-type]  # the test's own keywords
+def choose(reach: Route | None = None, **options: object) -> Underlay:
+    return pick(UnderlayOptions(**options), LINKS, ADDRESSES, ROUTES, reach)  # type: ignore[arg-type]  # the test's own keywords
 
 
-def test_the_default_routes_interface_is_taken_when_nothing_is_wished_for() -> None:
+def test_the_default_routes_interface_is_taken_without_options() -> None:
     own = IPv4Address("192.0.2.1")
     assert choose() == Underlay("eth0", 2, 1500, own, own)
 
@@ -41,12 +41,12 @@ def test_the_first_default_route_that_leads_somewhere_counts() -> None:
         replace(DEFAULT, oif=3),
         DEFAULT,
     ]
-    assert pick(Wish(), LINKS, ADDRESSES, routes).link_name == "eth1"
+    assert pick(UnderlayOptions(), LINKS, ADDRESSES, routes).link_name == "eth1"
 
 
 def test_without_a_default_route_the_error_says_so_and_what_there_is() -> None:
     with pytest.raises(UnderlayError) as refused:
-        pick(Wish(), LINKS, ADDRESSES, [])
+        pick(UnderlayOptions(), LINKS, ADDRESSES, [])
     assert str(refused.value) == (
         "Failed to find any valid interface to use: failed to get default interface: unable to find default route;"
         " use --iface (there are: eth0 192.0.2.1 192.0.2.2, eth1 198.51.100.1, bare0)"
@@ -71,7 +71,7 @@ def test_public_ip_beside_an_interface_need_not_be_local() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "link", "address"),
+    ("options", "link", "address"),
     [
         ({"ifaces": ("eth1",)}, "eth1", "198.51.100.1"),
         ({"ifaces": ("192.0.2.2",)}, "eth0", "192.0.2.2"),
@@ -88,8 +88,8 @@ def test_public_ip_beside_an_interface_need_not_be_local() -> None:
         ({"iface_regexes": (r"(?i)ETH1\z",)}, "eth1", "198.51.100.1"),
     ],
 )
-def test_interfaces_are_tried_in_flannels_order(wish: dict[str, object], link: str, address: str) -> None:
-    found = choose(**wish)  # type: ignore[arg-type]  # the test's own keywords
+def test_interfaces_are_tried_in_flannels_order(options: dict[str, object], link: str, address: str) -> None:
+    found = choose(**options)  # type: ignore[arg-type]  # the test's own keywords
     assert (found.link_name, str(found.address)) == (link, address)
 
 
@@ -128,11 +128,11 @@ def test_a_broken_regular_expression_needs_a_person(regex: str) -> None:
 
 def test_an_interface_without_mtu_is_an_error() -> None:
     with pytest.raises(UnderlayError, match=r"failed to determine MTU for 192\.0\.2\.1 interface eth0"):
-        pick(Wish(), [replace(ETH0, mtu=0)], ADDRESSES, ROUTES)
+        pick(UnderlayOptions(), [replace(ETH0, mtu=0)], ADDRESSES, ROUTES)
 
 
 def addresses_of_eth0(*addresses: Address) -> str:
-    return str(pick(Wish(ifaces=("eth0",)), LINKS, addresses, ROUTES).address)
+    return str(pick(UnderlayOptions(ifaces=("eth0",)), LINKS, addresses, ROUTES).address)
 
 
 A, B = Address(2, IPv4Address("192.0.2.1"), 24), Address(2, IPv4Address("192.0.2.2"), 24)

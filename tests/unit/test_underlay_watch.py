@@ -15,7 +15,7 @@ import virtual_time
 from udptun.core.errors import KernelError
 from udptun.kernel import underlay_watch
 from udptun.kernel.notices import Notice, NoticeKind
-from udptun.kernel.underlay import Underlay, Wish
+from udptun.kernel.underlay import Underlay, UnderlayOptions
 from udptun.kernel.underlay_watch import UnderlayWatch
 
 OLD = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
@@ -30,7 +30,7 @@ class Host:
         self.refusal: Exception | None = None
         self.moves: list[float] = []
         self.notices: asyncio.Queue[NoticeKind] = asyncio.Queue()
-        self.watch = UnderlayWatch(Wish(), OLD, self.move)
+        self.watch = UnderlayWatch(UnderlayOptions(), OLD, self.move)
 
         async def present(_watch: UnderlayWatch) -> Underlay:
             return self.present

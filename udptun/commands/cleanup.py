@@ -15,7 +15,7 @@ from udptun.config.flags import Options
 from udptun.control.daemon import LOCK_FILE, lock_run_dir
 from udptun.control.document import SOCKET_NAME
 from udptun.datapath import processes
-from udptun.firewall import firewall
+from udptun.firewall.reconciler import remove_rules
 from udptun.kernel.reconcile.ownership import remove_ours
 from udptun.membership import identity, saved
 from udptun.stores.open import open_store
@@ -46,7 +46,7 @@ async def _clean_up(options: Options, release: bool) -> None:
         print(f"stopped datapath process {process.pid}")
     for line in await remove_ours():
         print(line)
-    for line in await firewall.remove(subnet_env.read_networks(options.subnet_file)):
+    for line in await remove_rules(subnet_env.read_networks(options.subnet_file)):
         print(f"removed {line}")
     if release and identity.has_node_id(options.state_dir):
         await _release(options)

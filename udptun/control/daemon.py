@@ -43,10 +43,9 @@ from udptun.core.errors import ConfigError, KernelError, UdptunError
 from udptun.core.lease import LeaseAttrs, LeaseEvent
 from udptun.core.offload import corrupted_by
 from udptun.core.tunnel import default_workers
-from udptun.firewall import firewall
-from udptun.firewall.firewall import Firewall
-from udptun.kernel.underlay import Underlay, Wish
-from udptun.kernel.underlay_watch import UnderlayWatch, find
+from udptun.firewall.reconciler import FirewallReconciler, FirewallSettings
+from udptun.kernel.underlay import Underlay, UnderlayOptions
+from udptun.kernel.underlay_watch import UnderlayWatch, find_underlay
 from udptun.membership import identity
 from udptun.membership.allocate import chooser
 from udptun.membership.identity import Identity
@@ -127,7 +126,7 @@ class Daemon:
         self._me: Identity
         self._membership: Membership
         self._forwarding: Forwarding
-        self._firewall: Firewall
+        self._firewall: FirewallReconciler
 
     async def run(self) -> None:
         """Serve until a signal says stop.  Raises what ended it otherwise."""
@@ -253,9 +252,9 @@ class Daemon:
 
     async def _find_underlay(self) -> Underlay:
         options = self._options
-        wish = Wish(options.iface, options.iface_regex, options.iface_can_reach, options.public_ip)
-        found = await find(wish)
-        self._underlay_watch = UnderlayWatch(wish, found, self._move)
+        wanted = UnderlayOptions(options.iface, options.iface_regex, options.iface_can_reach, options.public_ip)
+        found = await find_underlay(wanted)
+        self._underlay_watch = UnderlayWatch(wanted, found, self._move)
         _log_underlay("chosen", found)
         return found
 
@@ -345,16 +344,16 @@ class Daemon:
 
     # ------------------------------------------------------------------------------------------------- values
 
-    def _make_firewall(self) -> Firewall:
+    def _make_firewall(self) -> FirewallReconciler:
         options = self._options
-        settings = firewall.Settings(
+        settings = FirewallSettings(
             masquerade=options.ip_masq,
             forward=options.iptables_forward_rules,
             random_fully=not options.ip_masq_fully_random_disable,
             nftables=self._conf.enable_nftables,
             resync_s=options.iptables_resync,
         )
-        return Firewall(settings, self._conf.network)
+        return FirewallReconciler(settings, self._conf.network)
 
     def _write_subnet_env(self) -> None:
         subnets = self._membership.own.subnets

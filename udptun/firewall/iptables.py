@@ -1,7 +1,8 @@
-"""flannel's chains through iptables and iptables-restore: every change is one transaction per table.
+"""flannel's chains through iptables and iptables-restore.  Every change is one transaction per table.
 
-Two programs are called iptables, "nft" and "legacy"; the kernel runs the rules of both and neither sees the other's.
-udptun sets its own with the one that `iptables` is on the host, and removes flannel's from the other.
+Two programs are called iptables, "nft" and "legacy".  The kernel runs the rules of both, and neither program sees the
+rules of the other.  udptun sets its rules with the one that `iptables` is on the host, and removes flannel's rules from
+the other one.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pathlib import Path
 from udptun.core.errors import FirewallError
 from udptun.core.network_state import IPNetwork
 from udptun.firewall import tool
-from udptun.firewall.rules import Chain, Repair, Wanted, iptables_chains, iptables_leftovers, iptables_repair
+from udptun.firewall.rules import Chain, DesiredRules, Repair, iptables_chains, iptables_leftovers, iptables_repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 
 _LEGACY_TABLES = Path("/proc/net/ip_tables_names")
 _NFPROTO_IPV4 = 2
-_UNWANTED = iptables_chains(Wanted())
+_UNWANTED = iptables_chains(DesiredRules())
 _NO_SUCH_CHAIN = ("No chain/target/match by that name", "is incompatible, use 'nft' tool")
-"""The second is how iptables-nft 1.8.9 says it, and of a chain with rules that it cannot express."""
+"""iptables-nft 1.8.9 says the second one, also about a chain with rules that it cannot express."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +35,16 @@ class Program:
     async def list(self, table: str, chain: str = "", *, may_load: bool = False) -> str:
         """What `iptables -S` prints of the chain, or of the whole table; nothing when there is no such chain.
 
-        Not iptables-save: with the 20,000 rules of a large cluster that takes a second, and one chain 3 ms.  Legacy
-        iptables makes a table by looking at it, which then costs every packet something: without `may_load` a table
-        that does not exist is not looked at.
+        iptables-save is not used: it takes a second with the 20,000 rules of a large cluster, and one chain takes 3 ms.
+        Legacy iptables creates a table by looking at it, and every packet then goes through it.  Without `may_load` a
+        table that does not exist is not looked at.
         """
         if self.is_legacy and not may_load and table not in _legacy_tables():
             return ""
         try:
             return await tool.run(self.name, "-w", "-t", table, "-S", *filter(None, [chain]))
         except FirewallError as exc:
-            # A built-in chain is always there: what it holds is unknown then, and must not be guessed at.
+            # A built-in chain always exists.  When it cannot be listed, its rules are unknown, not missing.
             if chain.startswith("FLANNEL-") and any(words in str(exc) for words in _NO_SUCH_CHAIN):
                 return ""
             raise
@@ -54,7 +55,7 @@ class Program:
 
 
 async def programs() -> tuple[Program, ...]:
-    """The host's iptables, then the other one if that is installed too; none at all where there is no iptables."""
+    """The host's iptables, then the other one if it is installed too.  Empty when there is no iptables."""
     if shutil.which("iptables-restore") is None:
         return ()
     is_legacy = "nf_tables" not in await tool.run("iptables", "--version")
@@ -64,21 +65,21 @@ async def programs() -> tuple[Program, ...]:
 
 
 class IptablesRules:
-    """The rules in the iptables form, kept by one program.  A `Rules` of `udptun.firewall.firewall`."""
+    """The rules in the iptables form, kept by one program.  Implements `Rules` of `udptun.firewall.reconciler`."""
 
-    def __init__(self, program: Program, wanted: Wanted, *, only_against_drop: bool = False) -> None:
-        """`only_against_drop`: the forward rules are wanted only where FORWARD drops what no rule accepts."""
+    def __init__(self, program: Program, desired: DesiredRules, *, only_against_drop: bool = False) -> None:
+        """`only_against_drop`: have the forward rules only where the policy of FORWARD is to drop."""
         self._program = program
-        self._wanted = wanted
+        self._desired = desired
         self._only_against_drop = only_against_drop
 
-    async def look(self) -> Repair:
-        chains = iptables_chains(self._wanted)
+    async def compare(self) -> Repair:
+        chains = iptables_chains(self._desired)
         try:
             listed = await self._list(chains)
         except FirewallError:
             if self._only_against_drop:
-                # An iptables that does not work here drops nothing.
+                # An iptables that does not work on this host drops nothing either.
                 return Repair()
             raise
         if self._only_against_drop and "-P FORWARD DROP" not in listed["filter"].splitlines():
@@ -94,7 +95,7 @@ class IptablesRules:
             if chain.rules:
                 listed[chain.table] = own + await self._program.list(chain.table, chain.parent, may_load=may_load)
             else:
-                # What leads into a chain that is to go may stand anywhere.
+                # The rules that lead into a chain may be in any chain of the table.
                 listed[chain.table] = own and await self._program.list(chain.table)
         return listed
 
@@ -108,13 +109,13 @@ class IptablesRules:
 
 
 class OldIptablesRules:
-    """The rules that flannel before 0.20 set for these two, which nobody wants any more.  A `Rules` too."""
+    """The rules that flannel before 0.20 set for this network and subnet; none shall exist.  Implements `Rules`."""
 
     def __init__(self, program: Program, network: IPNetwork, subnet: IPNetwork) -> None:
         self._program = program
         self._network, self._subnet = network, subnet
 
-    async def look(self) -> Repair:
+    async def compare(self) -> Repair:
         listed = {chain.table: await self._program.list(chain.table, chain.parent) for chain in _UNWANTED}
         return iptables_leftovers(listed, self._network, self._subnet)
 

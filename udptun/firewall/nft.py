@@ -1,4 +1,4 @@
-"""flannel's nftables table through `nft`: every change replaces the whole table in one transaction."""
+"""flannel's nftables table through `nft`.  Every change replaces the whole table in one transaction."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from udptun.core.errors import FirewallError
 from udptun.firewall import tool
-from udptun.firewall.rules import TABLES, Repair, Wanted, nft_chains, nft_findings, nft_removal, nft_script
+from udptun.firewall.rules import TABLES, DesiredRules, Repair, nft_chains, nft_findings, nft_removal, nft_script
 from udptun.firewall.ruleset_notices import RulesetNotice
 
 
 class NftRules:
-    """The rules in the nftables form, for one IP version.  A `Rules` of `udptun.firewall.firewall`."""
+    """The rules in the nftables form, for one IP version.  Implements `Rules` of `udptun.firewall.reconciler`."""
 
-    def __init__(self, wanted: Wanted, version: int = 4) -> None:
+    def __init__(self, desired: DesiredRules, version: int = 4) -> None:
         self._version = version
-        self._chains = nft_chains(wanted)
+        self._chains = nft_chains(desired)
 
-    async def look(self) -> Repair:
+    async def compare(self) -> Repair:
         family, table = TABLES[self._version]
         listed = await _list(family, table)
         if not self._chains:
@@ -34,7 +34,7 @@ class NftRules:
 
 
 async def _list(family: str, table: str) -> list[dict[str, Any]]:
-    """The objects of the table; none when there is no such table."""
+    """The objects of the table.  Empty when there is no such table."""
     try:
         printed = await tool.run("nft", "-j", "list", "table", family, table)
     except FirewallError as exc:

@@ -1,12 +1,15 @@
 """flannel's firewall rules as data, in both forms that flannel has for them.  Pure.
 
-One list of rules, `masquerade` and `forward`, is written in the iptables form (pkg/trafficmngr/iptables: chains of its
-own in nat and filter, and a jump to each) and in the nftables form (pkg/trafficmngr/nftables: a table of its own).
-Here the nftables form is a translation of the iptables form.  flannel's own differs in two rules: the mark is compared
-whole instead of by its mask, and the fourth rule says "not from our subnet" instead of "not from the network", so that
-the last one is never reached and what comes from a host's own addresses arrives at remote pods unmasqueraded.
+`masquerade` and `forward` make one list of rules.  It is written in the iptables form (pkg/trafficmngr/iptables: chains
+of its own in nat and filter, and a jump to each) and in the nftables form (pkg/trafficmngr/nftables: a table of its
+own).
 
-Networks may be of either family; every name that depends on it follows from theirs.
+Our nftables form is a translation of the iptables form.  flannel's own nftables form differs from it in two rules.  It
+compares the whole mark instead of the bits under the mask.  Its fourth rule says "not from our subnet" instead of "not
+from the network", so the last rule is never reached: packets from a host's own addresses arrive at remote pods
+unmasqueraded.
+
+Networks may be of either family.  Every name that depends on the family follows from theirs.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ from typing import Any
 from udptun.core.network_state import IPNetwork
 
 MARK = 0x4000
-"""kube-proxy's KUBE-MARK-MASQ: it masquerades such packets itself, later in POSTROUTING."""
+"""kube-proxy's KUBE-MARK-MASQ.  kube-proxy masquerades packets with this mark itself, later in POSTROUTING."""
 
 _MULTICAST: Mapping[int, IPNetwork] = {4: ip_network("224.0.0.0/4"), 6: ip_network("ff00::/8")}
 
 
 class Verdict(Enum):
-    """What becomes of a packet that fits; the values are the nftables statements."""
+    """What happens to a packet that fits the rule.  The values are the nftables statements."""
 
     ACCEPT = "accept"
     RETURN = "return"
@@ -36,9 +39,10 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Packets from `source` to `destination` get the verdict; with `not_source`, `not_destination` all but those.
+    """Packets from `source` to `destination` get the verdict.
 
-    None fits every address.  `marked`: only packets with MARK among the bits of their mark.
+    None fits every address.  `not_source` and `not_destination` turn the condition around.
+    `marked`: only packets with MARK among the bits of their mark.
     """
 
     verdict: Verdict
@@ -52,9 +56,10 @@ class Rule:
 
 
 def masquerade(network: IPNetwork, subnet: IPNetwork, random_fully: bool) -> tuple[Rule, ...]:
-    """For --ip-masq: what leaves `network` or enters it from outside gets our address, what stays inside keeps its own.
+    """The rules of --ip-masq: packets that leave `network` or enter it get our address as their source.
 
-    What comes to `subnet`, our own pods, from outside keeps its source: they answer through us anyway.
+    Packets that stay inside keep their source.  So do packets from outside to our own pods in `subnet`: the pods answer
+    through us anyway.
     """
     multicast = _MULTICAST[network.version]
     return (
@@ -68,13 +73,13 @@ def masquerade(network: IPNetwork, subnet: IPNetwork, random_fully: bool) -> tup
 
 
 def forward(network: IPNetwork) -> tuple[Rule, ...]:
-    """For --iptables-forward-rules: forwarding from and to `network` is allowed whatever the chain's policy."""
+    """The rules of --iptables-forward-rules: forward packets from and to `network` whatever the chain's policy says."""
     return (Rule(Verdict.ACCEPT, source=network), Rule(Verdict.ACCEPT, destination=network))
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """The rules that a host shall have; empty where it shall have none of the kind."""
+class DesiredRules:
+    """The rules that a host shall have.  An empty tuple means that it shall have none of that kind."""
 
     masquerade: tuple[Rule, ...] = ()
     forward: tuple[Rule, ...] = ()
@@ -88,9 +93,9 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A chain of flannel's: where it is, which rule leads into it, and its own rules, all as `iptables -S` has them.
+    """A chain of flannel's: its table, the rule in `parent` that jumps to it, and its own rules.
 
-    Rules are texts without the `-A CHAIN` before them.  No rules: there shall be no such chain.
+    Rules are texts as `iptables -S` prints them, without the `-A CHAIN` in front.  No rules: the chain shall not exist.
     """
 
     table: str
@@ -100,11 +105,11 @@ class Chain:
     rules: tuple[str, ...]
 
 
-def iptables_chains(wanted: Wanted) -> tuple[Chain, Chain]:
-    """Both of flannel's chains, as wanted."""
+def iptables_chains(desired: DesiredRules) -> tuple[Chain, Chain]:
+    """Both of flannel's chains, with the rules that they shall have."""
     return (
-        _chain("nat", "FLANNEL-POSTRTG", "POSTROUTING", "flanneld masq", wanted.masquerade),
-        _chain("filter", "FLANNEL-FWD", "FORWARD", "flanneld forward", wanted.forward),
+        _chain("nat", "FLANNEL-POSTRTG", "POSTROUTING", "flanneld masq", desired.masquerade),
+        _chain("filter", "FLANNEL-FWD", "FORWARD", "flanneld forward", desired.forward),
     )
 
 
@@ -132,9 +137,9 @@ def _iptables_rule(rule: Rule, comment: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What has to be done, as input for the tool, and what was found, in words.  False when nothing is.
+    """What has to be done, as input for the tool, and what was found, in words.  False when nothing has to be done.
 
-    `is_new`: nothing of flannel's was there.
+    `is_new`: no rules of flannel's were there.
     """
 
     script: str = ""
@@ -146,11 +151,11 @@ class Repair:
 
 
 def iptables_repair(chains: Sequence[Chain], listed: Mapping[str, str]) -> Repair:
-    """The input of `iptables-restore --noflush` that makes the chains as wanted.
+    """The input of `iptables-restore --noflush` that makes the chains as desired.
 
-    `listed` holds, by table, what `iptables -S` prints: of a wanted chain and its parent at least, of all chains where
-    one is unwanted and there.  Of the parents' rules only our jumps are looked at; where one stands among the others
-    is left to the host's owner.
+    `listed` holds, by table, what `iptables -S` prints.  For a chain with rules it has to hold the chain and its
+    parent; for a chain that exists and shall not, all chains of the table.  Of the rules in a parent only our jumps are
+    looked at.  The owner of the host decides where a jump stands among the other rules.
     """
     parts: list[str] = []
     findings: list[str] = []
@@ -174,7 +179,7 @@ def _repair_chain(chain: Chain, listed: str) -> tuple[list[str], list[str]]:
     if not chain.rules:
         if not exists:
             return [], []
-        # Whoever leads into the chain and however: it cannot go while any rule does.
+        # Every rule that leads into the chain, whoever added it: the kernel keeps the chain while there is one.
         jumps = [line for line in lines if line.endswith((f" -j {chain.name}", f" -g {chain.name}"))]
         return [*(f"-D{line[2:]}" for line in jumps), declared, f"-X {chain.name}"], [f"leftover chain {chain.name}"]
 
@@ -200,9 +205,9 @@ def _repair_chain(chain: Chain, listed: str) -> tuple[list[str], list[str]]:
 def iptables_leftovers(listed: Mapping[str, str], network: IPNetwork, subnet: IPNetwork) -> Repair:
     """The input of `iptables-restore --noflush` that removes the rules of flannel before 0.20.
 
-    They stand in POSTROUTING and FORWARD themselves and have no comment.  Any of them might be somebody else's, so
-    they go only when all of nat are there for these two, those of an earlier run.  `listed` holds what `iptables -S`
-    prints of the two chains, by table.
+    These rules stand in POSTROUTING and FORWARD themselves and have no comment, so any single one might be somebody
+    else's.  They are removed only when all four of nat are there, for the network and subnet of an earlier run.
+    `listed` holds what `iptables -S` prints of the two chains, by table.
     """
     for target in ("MASQUERADE --random-fully", "MASQUERADE"):
         old = [
@@ -228,23 +233,23 @@ def _has_all(listed: str, rules: Iterable[str]) -> bool:
 
 
 def _words(line: str) -> list[str]:
-    """The words of a rule, however this iptables quotes them."""
+    """The words of a rule.  Versions of iptables differ in how they quote them."""
     try:
         return shlex.split(line)
     except ValueError:
-        # Somebody else's, whatever it says.
+        # Not one of ours, which can all be split.
         return [line]
 
 
 # --- the nftables form
 
 TABLES: Mapping[int, tuple[str, str]] = {4: ("ip", "flannel-ipv4"), 6: ("ip6", "flannel-ipv6")}
-"""Family and name of flannel's tables, by IP version.  flannel makes both, whatever the configuration."""
+"""Family and name of flannel's tables, by IP version.  flannel makes both tables whatever its configuration says."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseChain:
-    """A chain of flannel's table and the hook that leads into it; `priority` as number and as name."""
+    """A chain of flannel's table and the hook that it is attached to.  `priority` is a number and its name."""
 
     name: str
     comment: str
@@ -254,7 +259,7 @@ class BaseChain:
     rules: tuple[Rule, ...]
 
 
-def nft_chains(wanted: Wanted) -> tuple[BaseChain, ...]:
+def nft_chains(desired: DesiredRules) -> tuple[BaseChain, ...]:
     """The chains that the table shall have."""
     chains = (
         BaseChain(
@@ -263,15 +268,15 @@ def nft_chains(wanted: Wanted) -> tuple[BaseChain, ...]:
             "nat",
             "postrouting",
             (100, "srcnat"),
-            wanted.masquerade,
+            desired.masquerade,
         ),
-        BaseChain("forward", "chain to accept flannel traffic", "filter", "forward", (0, "filter"), wanted.forward),
+        BaseChain("forward", "chain to accept flannel traffic", "filter", "forward", (0, "filter"), desired.forward),
     )
     return tuple(chain for chain in chains if chain.rules)
 
 
 def nft_removal(family: str, table: str) -> str:
-    """The input of `nft -f` that removes the table, whether it is there or not."""
+    """The input of `nft -f` that removes the table, or does nothing when there is none."""
     return f"add table {family} {table}\ndelete table {family} {table}\n"
 
 
@@ -298,10 +303,10 @@ def _nft_rule(family: str, rule: Rule) -> str:
 
 
 def nft_findings(version: int, chains: Sequence[BaseChain], listed: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What is not as wanted, in words, in the table.
+    """What in the table is not as desired, in words.
 
-    `listed` are the objects that `nft -j list table` prints; none means that there is no table.  Comments are not
-    compared: not every nft prints them.
+    `listed` are the objects that `nft -j list table` prints; no objects mean that there is no table.  Comments are not
+    compared, because not every version of nft prints them.
     """
     family, table = TABLES[version]
     have = [_without_handle(item) for item in listed if "metainfo" not in item]
@@ -340,7 +345,7 @@ def _without_handle(item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bare(expression: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A lone flag without the list that some versions of nft put it in."""
+    """The expression with a single flag taken out of the list that some versions of nft put it in."""
     match expression:
         case {"masquerade": {"flags": [flag]}}:
             return {"masquerade": {"flags": flag}}

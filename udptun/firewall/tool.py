@@ -1,4 +1,4 @@
-"""Run the system's firewall tools, one command at a time and never for longer than they are good for."""
+"""Run the system's firewall tools, with a limit to the time that each may take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import suppress
 from udptun.core.errors import FirewallError
 
 _LIMIT_S = 30.0
-"""A tool that takes longer hangs.  iptables waits for its lock (-w) while others hold it, on busy hosts for seconds."""
+"""A tool that takes longer is taken to hang.  On busy hosts iptables waits for its lock (-w) for seconds."""
 
 
 async def run(command: str, *arguments: str, script: str = "") -> str:
-    """What `command` prints when it is given `script`.  Raises FirewallError unless it ends with status 0."""
+    """What `command` prints when `script` is its input.  Raises FirewallError unless it ends with status 0."""
     attempt = " ".join([command, *arguments])
     starting = asyncio.create_task(
         asyncio.create_subprocess_exec(
@@ -26,7 +26,7 @@ async def run(command: str, *arguments: str, script: str = "") -> str:
         )
     )
     try:
-        # Shielded: asyncio ends a process that is half started in the way that _end says.
+        # Shielded, because asyncio would kill a half-started process with `process.kill`.  See `_end`.
         process = await asyncio.shield(starting)
     except asyncio.CancelledError:
         with suppress(OSError):
@@ -54,8 +54,8 @@ async def run(command: str, *arguments: str, script: str = "") -> str:
 async def _end(process: asyncio.subprocess.Process) -> None:
     """Kill the process if it still runs.
 
-    Not by `process.kill`: that looks first whether it has ended, and takes its status away from the thread of asyncio's
-    that waits for it, which then warns in the log.
+    `process.kill` is not used: it first looks whether the process has ended, and so takes the exit status away from the
+    asyncio thread that waits for it.  That thread then warns in the log.
     """
     if process.returncode is None:
         with suppress(ProcessLookupError):

@@ -1,6 +1,6 @@
 """Choose the interface that carries the outer packets, as flannel does (pkg/ipmatch/match.go, main.go).
 
-Pure: the caller says what links, addresses and routes there are.
+Pure: the caller says which links, addresses and routes exist.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _EVERYWHERE = IPv4Network("0.0.0.0/0")
 
 
 class UnderlayError(UdptunError):
-    """No interface fits.  Exit status 1, not 2: the interface or its address may appear later."""
+    """No interface fits.  The exit status is 1, not 2, because the interface or its address may appear later."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class UnderlayOptions:
     """What --iface, --iface-regex, --iface-can-reach and --public-ip say."""
 
     ifaces: tuple[str, ...] = ()
@@ -43,68 +43,68 @@ class Underlay:
 
 
 def pick(
-    wish: Wish,
+    options: UnderlayOptions,
     links: Sequence[Link],
     addresses: Sequence[Address],
     routes: Sequence[Route],
     reach: Route | None = None,
 ) -> Underlay:
-    """The interface that `wish` describes.
+    """The interface that `options` describe.
 
-    `routes` is the main table in the kernel's order; `reach` is the kernel's way to `wish.can_reach`, None where
-    it has none.  Nothing wished for means the default route's interface, or the one that owns `public_ip`.
+    `routes` is the main table in the kernel's order; `reach` is the kernel's route to `options.can_reach`, None where
+    it has none.  Without options it is the interface of the default route, or the one that owns `public_ip`.
 
-    Raises UnderlayError, naming everything that was tried; UsageError for a regular expression that is none.
+    Raises UnderlayError, which names everything that was tried; UsageError for a regular expression that is none.
     """
-    host = _Host(links, addresses)
-    if not (wish.ifaces or wish.iface_regexes or wish.can_reach):
+    interfaces = _Interfaces(links, addresses)
+    if not (options.ifaces or options.iface_regexes or options.can_reach):
         try:
-            found = host.owner(wish.public_ip) if wish.public_ip else host.on_default_route(routes)
-            return _underlay(found, wish)
+            found = interfaces.owner(options.public_ip) if options.public_ip else interfaces.on_default_route(routes)
+            return _underlay(found, options)
         except UnderlayError as exc:
             raise UnderlayError(
-                f"Failed to find any valid interface to use: {exc} (there are: {host.inventory()})"
+                f"Failed to find any valid interface to use: {exc} (there are: {interfaces.inventory()})"
             ) from None
 
-    patterns = [(text, _go_regex(text)) for text in wish.iface_regexes]
+    patterns = [(text, _go_regex(text)) for text in options.iface_regexes]
     tried: list[str] = []
-    for iface in wish.ifaces:
+    for iface in options.ifaces:
         try:
-            return _underlay(host.named(iface), wish)
+            return _underlay(interfaces.named(iface), options)
         except UnderlayError as exc:
             tried.append(f"--iface={iface}: {exc}")
     for text, pattern in patterns:
         try:
-            return _underlay(host.matching(text, pattern), wish)
+            return _underlay(interfaces.matching(text, pattern), options)
         except UnderlayError as exc:
             tried.append(f"--iface-regex={text}: {exc}")
-    if wish.can_reach is not None:
+    if options.can_reach is not None:
         try:
-            return _underlay(host.towards(wish.can_reach, reach), wish)
+            return _underlay(interfaces.towards(options.can_reach, reach), options)
         except UnderlayError as exc:
-            tried.append(f"--iface-can-reach={wish.can_reach}: {exc}")
+            tried.append(f"--iface-can-reach={options.can_reach}: {exc}")
     raise UnderlayError(
         "Failed to find interface to use that matches the interfaces and/or regexes provided"
-        f" ({'; '.join(tried)}; there are: {host.inventory()})"
+        f" ({'; '.join(tried)}; there are: {interfaces.inventory()})"
     )
 
 
 def refresh(old: Underlay, link: Link | None, addresses: Sequence[Address]) -> Underlay | None:
-    """`old` as it is now; None when the link that it names is another one, or no longer has its address."""
+    """`old` as it is now; None when a link of this name is another one, or no longer has our address."""
     if link is None or link.index != old.link_index or old.address not in _usable(link, addresses):
         return None
     return replace(old, mtu=link.mtu)
 
 
-def _underlay(found: tuple[Link, IPv4Address], wish: Wish) -> Underlay:
+def _underlay(found: tuple[Link, IPv4Address], options: UnderlayOptions) -> Underlay:
     link, address = found
     if link.mtu == 0:
         raise UnderlayError(f"failed to determine MTU for {address} interface {link.name}")
-    return Underlay(link.name, link.index, link.mtu, address, wish.public_ip or address)
+    return Underlay(link.name, link.index, link.mtu, address, options.public_ip or address)
 
 
-class _Host:
-    """What the machine has, and the ways to find a link in it, each returning it and our address on it."""
+class _Interfaces:
+    """The links of this host and the ways to find one.  Each returns the link and our address on it."""
 
     def __init__(self, links: Sequence[Link], addresses: Sequence[Address]) -> None:
         self._links = links
@@ -163,15 +163,16 @@ class _Host:
         raise UnderlayError(f"interface {index} of that route is gone")
 
     def inventory(self) -> str:
-        """Every link but lo, with its usable addresses, for messages."""
+        """Every link but lo with its usable addresses, for error messages."""
         links = [link for link in self._links if not link.is_loopback]
         return ", ".join(" ".join([link.name, *map(str, self._addresses[link.index])]) for link in links) or "none"
 
 
 def _usable(link: Link, addresses: Sequence[Address]) -> list[IPv4Address]:
-    """The link's addresses: global before link-local, permanent before dynamic, lasting before temporary.
+    """The link's usable addresses: global before link-local, permanent before dynamic, lasting before temporary.
 
-    Deprecated ones are not for new connections (RFC 4862 5.5.4); loopback and multicast never are.
+    Deprecated addresses are left out, as they are not for new connections (RFC 4862 5.5.4), and so are loopback and
+    multicast addresses.
     """
     candidates = [
         (a.ip.is_link_local, not a.is_permanent, a.is_temporary, position, a.ip)
@@ -200,8 +201,8 @@ _POSIX_CLASSES = {
 def _go_regex(text: str) -> re.Pattern[str]:
     """Compile a regular expression of Go's RE2 syntax.
 
-    For names and addresses three differences matter: RE2 has POSIX classes, which Python would misread in
-    silence, and `\\z`, and its classes are ASCII.  What RE2 alone refuses (backreferences) passes.
+    Three differences matter for names and addresses.  RE2 has POSIX classes, which Python would misread without an
+    error.  RE2 has `\\z`.  The classes of RE2 are ASCII.  What only RE2 refuses (backreferences) is accepted.
     """
 
     def posix(match: re.Match[str]) -> str:
@@ -212,7 +213,7 @@ def _go_regex(text: str) -> re.Pattern[str]:
 
     try:
         with warnings.catch_warnings():
-            # Python wonders about [[, which means the same in Go.
+            # Python warns about [[, which means the same in both.
             warnings.simplefilter("ignore", FutureWarning)
             return re.compile(re.sub(r"\[:(\w+):\]", posix, text).replace(r"\z", r"\Z"), re.ASCII)
     except re.error as exc:

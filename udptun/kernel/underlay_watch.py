@@ -9,7 +9,7 @@ from contextlib import aclosing, suppress
 from udptun.core.errors import KernelError, UdptunError
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
-from udptun.kernel.underlay import Underlay, Wish, pick, refresh
+from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, refresh
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
@@ -18,26 +18,28 @@ _PACE = Pace(settle_s=0.05, max_settle_s=0.2, storm_s=1.0, period_s=30.0, retry_
 """An address that is replaced is gone for a moment; 50 ms let the new one come."""
 
 
-async def find(wish: Wish) -> Underlay:
-    """The interface that `wish` describes.  Raises UdptunError."""
+async def find_underlay(options: UnderlayOptions) -> Underlay:
+    """The interface that `options` describe.  Raises UdptunError."""
     async with Netlink() as kernel:
         reach = None
-        if wish.can_reach is not None:
+        if options.can_reach is not None:
             with suppress(KernelError):
-                reach = await kernel.route_get(wish.can_reach)
+                reach = await kernel.route_get(options.can_reach)
         links, routes = await kernel.links(), await kernel.routes()
-        return pick(wish, links, await kernel.addresses(), routes, reach)
+        return pick(options, links, await kernel.addresses(), routes, reach)
 
 
 class UnderlayWatch:
-    """Calls `move` with what has become of `current`, until that succeeds.
+    """Calls `move` with what the underlay is now when that differs from `current`, until the move succeeds.
 
-    As long as the interface has the address that we use it is the one, whatever else would fit `wish` by now.
+    The interface stays the chosen one as long as it has the address that we use, whatever else fits `options` by now.
     """
 
-    def __init__(self, wish: Wish, current: Underlay, move: Callable[[Underlay], Awaitable[None]]) -> None:
-        """`move` raises UdptunError, with nothing changed, when there is no going over.  It is then called again."""
-        self._wish = wish
+    def __init__(
+        self, options: UnderlayOptions, current: Underlay, move: Callable[[Underlay], Awaitable[None]]
+    ) -> None:
+        """`move` raises UdptunError, and has changed nothing, when it cannot go over.  It is then called again."""
+        self._options = options
         self._current = current
         self._move = move
         self._problem = ""
@@ -78,4 +80,4 @@ class UnderlayWatch:
         async with Netlink() as kernel:
             link = await kernel.link(self._current.link_name)
             addresses = [] if link is None else await kernel.addresses(link.index)
-        return refresh(self._current, link, addresses) or await find(self._wish)
+        return refresh(self._current, link, addresses) or await find_underlay(self._options)

@@ -1,8 +1,8 @@
-"""Set flannel's firewall rules up and keep them: look, find the difference, set right.
+"""Set flannel's firewall rules and keep them: compare the kernel's rules with the desired ones, repair what differs.
 
-Deleted rules and chains, a flushed ruleset, a second jump and an old network's rules are all the same case.  nftables
-tells of every change, also of those that iptables-nft makes; for legacy iptables there is the timer alone.  The rules
-stay when the daemon ends; `remove` takes them out.
+Deleted rules and chains, a flushed ruleset, a second jump and the rules of an old network are all the same case.
+nftables reports every change, also those that iptables-nft makes.  Legacy iptables reports nothing, so there the timer
+alone finds a change.  The rules stay when the daemon ends; `remove_rules` takes them out.
 """
 
 from __future__ import annotations
@@ -19,39 +19,40 @@ from udptun.core.errors import FirewallError, KernelError
 from udptun.core.network_state import IPNetwork
 from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, programs
 from udptun.firewall.nft import NftRules
-from udptun.firewall.rules import Repair, Wanted, forward, masquerade
+from udptun.firewall.rules import DesiredRules, Repair, forward, masquerade
 from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
 
-_QUIET_S = 0.3
-"""Wait until nobody has changed the rules for so long: who flushes chains may be about to delete them, and could not
-delete chains that we have filled again."""
-_MAX_WAIT_S = 0.7
-"""But no longer than this; with the time of the tools it makes less than a second from a change to its repair."""
+_SETTLE_S = 0.3
+"""A program that flushes chains may delete them next.  It could not delete chains that we have filled again.  So a
+repair waits until nobody has changed the rules for so long."""
+_MAX_SETTLE_S = 0.7
+"""But no longer than this.  With the time that the tools take, a repair is complete within a second of the change."""
 _STRIFE_REPAIRS = 30
-"""So many repairs nearly in a row: another program undoes ours.  It is told once, and the timer alone goes on."""
+"""After so many repairs nearly in a row another program is taken to undo ours.  One line says so, and from then on the
+timer alone brings repairs."""
 
 
 class Rules(Protocol):
-    """Some rules, how to look at them, and how to set them."""
+    """The desired rules in one form, kept by one tool."""
 
-    async def look(self) -> Repair:
-        """What differs from what is wanted.  Raises FirewallError."""
+    async def compare(self) -> Repair:
+        """What the kernel's rules differ in, and how to repair it.  Raises FirewallError."""
 
     async def apply(self, script: str) -> None:
-        """Obey a repair's script, all of it or nothing.  Raises FirewallError."""
+        """Run a repair's script, all of it or nothing.  Raises FirewallError."""
 
     def concerns(self, notice: RulesetNotice) -> bool:
         """Whether the notice may be about these rules."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class FirewallSettings:
     """What flags and configuration say.
 
-    `forward` None: nobody said it, so that a host without the means does without.
+    `forward` None: nobody asked for forward rules or against them.  A host that cannot have them then does without.
     """
 
     masquerade: bool
@@ -65,10 +66,10 @@ class Settings:
         return "nftables" if self.nftables else "iptables"
 
 
-class Firewall:
+class FirewallReconciler:
     """The rules of one host.  All methods belong to one event loop."""
 
-    def __init__(self, settings: Settings, network: IPNetwork) -> None:
+    def __init__(self, settings: FirewallSettings, network: IPNetwork) -> None:
         """`network` is the whole overlay."""
         self._settings = settings
         self._network = network
@@ -76,19 +77,19 @@ class Firewall:
         self._is_new = False
         self._repaired: deque[float] = deque(maxlen=_STRIFE_REPAIRS)
         self._problem = ""
-        pace = Pace(_QUIET_S, _MAX_WAIT_S, storm_s=0.0, period_s=settings.resync_s, retry_s=settings.resync_s)
-        self._loop = WatchLoop("firewall rules", self._relevant_notices, self._repair, pace)
+        pace = Pace(_SETTLE_S, _MAX_SETTLE_S, storm_s=0.0, period_s=settings.resync_s, retry_s=settings.resync_s)
+        self._loop = WatchLoop("firewall rules", self._relevant_notices, self._look, pace)
 
     async def set_up(self, subnet: IPNetwork, previous: tuple[IPNetwork, IPNetwork] | None) -> None:
         """Set the rules, then remove those of the other form and of older flannels.
 
-        `subnet` is the host's own, `previous` are network and subnet of the run before.  Raises FirewallError when
+        `subnet` is the host's own; `previous` holds network and subnet of the run before.  Raises FirewallError when
         rules that somebody asked for cannot be set.
         """
         settings = self._settings
         try:
             installed = await programs()
-            done, unwanted = await self._set(subnet, installed)
+            done, unwanted = await self._set_rules(subnet, installed)
         except FirewallError as exc:
             self._kept = []
             if settings.masquerade or settings.forward or (settings.nftables and settings.forward is None):
@@ -97,10 +98,10 @@ class Firewall:
             return
         if previous is not None:
             unwanted += [OldIptablesRules(program, *previous) for program in installed]
-        leftovers = await _look(unwanted, skip_unreadable=True)
+        leftovers = await _compare(unwanted, skip_unreadable=True)
         self._is_new = self._is_new and not leftovers
         try:
-            done += await _apply(leftovers)
+            done += await _repair(leftovers)
         except FirewallError as exc:
             log.warning("leftover firewall rules stay: %s", exc)
         if self._kept or done:
@@ -115,49 +116,51 @@ class Firewall:
     async def undo_failed_start(self) -> None:
         """Take the rules out again, unless `set_up` found some of flannel's already.  Raises FirewallError."""
         if self._is_new:
-            await remove(None)
+            await remove_rules(None)
 
-    async def _set(self, subnet: IPNetwork, installed: Sequence[Program]) -> tuple[list[str], list[Rules]]:
-        """Set the wanted rules; return what was found, and the rules that are to go."""
+    async def _set_rules(self, subnet: IPNetwork, installed: Sequence[Program]) -> tuple[list[str], list[Rules]]:
+        """Set the desired rules.  Returns what was found before, in words, and the rules that are to go."""
         settings = self._settings
-        self._kept, unwanted = self._plan(subnet, installed, settings.random_fully)
-        todo = await _look(self._kept)
+        self._kept, unwanted = self._choose_rules(subnet, installed, settings.random_fully)
+        todo = await _compare(self._kept)
         self._is_new = bool(todo) and all(repair.is_new for _, repair in todo)
         try:
-            return await _apply(todo), unwanted
+            return await _repair(todo), unwanted
         except FirewallError as exc:
             if not (settings.masquerade and settings.random_fully):
                 raise
-            self._kept, unwanted = self._plan(subnet, installed, random_fully=False)
+            self._kept, unwanted = self._choose_rules(subnet, installed, random_fully=False)
             try:
-                done = await _apply(await _look(self._kept))
+                done = await _repair(await _compare(self._kept))
             except FirewallError:
                 raise exc from None
             log.warning("masquerading with guessable source ports, as random ones are refused: %s", exc)
             return done, unwanted
 
-    def _plan(
+    def _choose_rules(
         self, subnet: IPNetwork, installed: Sequence[Program], random_fully: bool
     ) -> tuple[list[Rules], list[Rules]]:
-        """The rules to keep, and those that must not be."""
+        """The rules to keep, and those that must not exist."""
         settings = self._settings
-        wanted = Wanted(
+        desired = DesiredRules(
             masquerade(self._network, subnet, random_fully) if settings.masquerade else (),
             () if settings.forward is False else forward(self._network),
         )
         kept: list[Rules] = []
-        own = installed[:1] if wanted else ()
-        if wanted and settings.nftables:
-            # What another table drops no table can accept, and iptables' FORWARD often drops: Docker sets it so.
-            against_drop = Wanted(forward=wanted.forward)
-            kept.append(NftRules(wanted))
+        own = installed[:1] if desired else ()
+        if desired and settings.nftables:
+            # A packet that another table drops is lost, whatever ours accepts.  The FORWARD chain of iptables often
+            # drops by its policy: Docker sets it so.
+            against_drop = DesiredRules(forward=desired.forward)
+            kept.append(NftRules(desired))
             kept += [IptablesRules(program, against_drop, only_against_drop=True) for program in own]
-        elif wanted:
+        elif desired:
             if not own:
                 raise FirewallError("iptables is not installed (or not in PATH)")
-            kept += [IptablesRules(program, wanted) for program in own]
-        unwanted: list[Rules] = [IptablesRules(program, Wanted()) for program in installed[len(own) :]]
-        unwanted += [NftRules(Wanted(), version) for version in ((6,) if wanted and settings.nftables else (4, 6))]
+            kept += [IptablesRules(program, desired) for program in own]
+        unwanted: list[Rules] = [IptablesRules(program, DesiredRules()) for program in installed[len(own) :]]
+        versions = (6,) if desired and settings.nftables else (4, 6)
+        unwanted += [NftRules(DesiredRules(), version) for version in versions]
         return kept, unwanted
 
     def document(self) -> dict[str, object]:
@@ -169,7 +172,7 @@ class Firewall:
         }
 
     async def run(self) -> None:
-        """Look after every notice and every `resync_s` seconds, and set right what differs, until cancelled."""
+        """Look after every notice and every `resync_s` seconds, and repair what differs, until cancelled."""
         if self._kept:
             await self._loop.run()
 
@@ -180,20 +183,20 @@ class Firewall:
                     if self._is_concerned(notices):
                         yield notices
         except KernelError as exc:
-            # Where there is no nftables there is legacy iptables alone, which tells of nothing anyway.
+            # A kernel without nftables has legacy iptables alone, which reports nothing anyway.
             log.debug("no notices of changed rules, the timer alone looks error=%s", exc)
 
     def _is_concerned(self, notices: frozenset[RulesetNotice] | None) -> bool:
-        """Whether to look at once.  kube-proxy changes rules all day long that are none of ours."""
+        """Whether to look at once.  kube-proxy changes rules of its own all day long."""
         if self._is_strife:
             return False
         return notices is None or any(rules.concerns(notice) for rules in self._kept for notice in notices)
 
-    async def _repair(self) -> bool:
-        """Whether all is as wanted now."""
+    async def _look(self) -> bool:
+        """Repair what differs; return whether all is as wanted now."""
         problem = ""
         try:
-            found = await _apply(await _look(self._kept))
+            found = await _repair(await _compare(self._kept))
         except FirewallError as exc:
             problem = f"firewall rules: {exc}"
         else:
@@ -217,33 +220,33 @@ class Firewall:
 
     @property
     def _is_strife(self) -> bool:
-        """Whether there have been so many repairs that the timer alone shall bring the next one."""
+        """Whether there have been so many repairs lately that the timer alone shall bring the next one."""
         since = asyncio.get_running_loop().time() - 1.5 * _STRIFE_REPAIRS * self._settings.resync_s
         return len(self._repaired) == _STRIFE_REPAIRS and self._repaired[0] > since
 
 
-async def remove(previous: tuple[IPNetwork, IPNetwork] | None) -> list[str]:
-    """Take out all of flannel's rules, in both forms, of every iptables there is; a line for each thing.
+async def remove_rules(previous: tuple[IPNetwork, IPNetwork] | None) -> list[str]:
+    """Take out all of flannel's rules, in both forms and from every iptables.  Returns a line for each thing.
 
-    `previous` as for `Firewall.set_up`.  Raises FirewallError when something is there and cannot be removed.
+    `previous` as for `FirewallReconciler.set_up`.  Raises FirewallError when something is there and cannot be removed.
     """
     installed = await programs()
-    every: list[Rules] = [IptablesRules(program, Wanted()) for program in installed]
+    every: list[Rules] = [IptablesRules(program, DesiredRules()) for program in installed]
     if previous is not None:
         every += [OldIptablesRules(program, *previous) for program in installed]
-    every += [NftRules(Wanted(), 4), NftRules(Wanted(), 6)]
-    return await _apply(await _look(every, skip_unreadable=True))
+    every += [NftRules(DesiredRules(), 4), NftRules(DesiredRules(), 6)]
+    return await _repair(await _compare(every, skip_unreadable=True))
 
 
-async def _look(every: Iterable[Rules], *, skip_unreadable: bool = False) -> list[tuple[Rules, Repair]]:
-    """Those that are not as wanted, and how to repair them.
+async def _compare(every: Iterable[Rules], *, skip_unreadable: bool = False) -> list[tuple[Rules, Repair]]:
+    """Those of the rules that differ, each with its repair.
 
-    `skip_unreadable` is for rules that shall be gone: without the tool, or in a kernel without that kind, they are.
+    `skip_unreadable` is for rules that shall be gone: where the tool or that kind of rules is missing, they are.
     """
     todo: list[tuple[Rules, Repair]] = []
     for rules in every:
         try:
-            if repair := await rules.look():
+            if repair := await rules.compare():
                 todo.append((rules, repair))
         except FirewallError as exc:
             if not skip_unreadable:
@@ -252,8 +255,8 @@ async def _look(every: Iterable[Rules], *, skip_unreadable: bool = False) -> lis
     return todo
 
 
-async def _apply(todo: Iterable[tuple[Rules, Repair]]) -> list[str]:
-    """Repair; what was found before, in words."""
+async def _repair(todo: Iterable[tuple[Rules, Repair]]) -> list[str]:
+    """Repair all.  Returns what was found before, in words."""
     found: list[str] = []
     for rules, repair in todo:
         await rules.apply(repair.script)
@@ -261,7 +264,7 @@ async def _apply(todo: Iterable[tuple[Rules, Repair]]) -> list[str]:
     return found
 
 
-def _advice(settings: Settings) -> str:
+def _advice(settings: FirewallSettings) -> str:
     if settings.nftables:
         return "EnableNFTables in net-conf.json needs root and nft 1.0.1 or newer"
     return (
