@@ -1,4 +1,4 @@
-"""The contract of `udptun.stores.base`, asked of every store."""
+"""The contract of `udptun.stores.base`, asked of every store and of the tests' fake."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from store_harness import (
     NET_CONF,
     SUBNETS,
     Can,
+    FakeHarness,
     FileHarness,
     Harness,
     LocalHarness,
@@ -29,7 +30,7 @@ from udptun.stores.base import SubnetChoice
 
 Make = Callable[[Path], Harness]
 
-HARNESSES = (LocalHarness, FileHarness, EtcdHarness, EtcdTlsHarness, EtcdAuthHarness, EtcdClusterHarness)
+HARNESSES = (FakeHarness, LocalHarness, FileHarness, EtcdHarness, EtcdTlsHarness, EtcdAuthHarness, EtcdClusterHarness)
 
 
 def over(*needed: Can, is_slow: bool = False) -> pytest.MarkDecorator:
