@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from udptun.commands import status
-from udptun.control.document import SOCKET_NAME
+from udptun.control.run_dir import SOCKET_NAME
 from udptun.core.errors import UdptunError
 
 NOW_S = 1_700_000_000.0

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from udptun.config import subnet_env
 from udptun.config.flags import Options
-from udptun.control.daemon import LOCK_FILE, lock_run_dir
-from udptun.control.document import SOCKET_NAME
+from udptun.control.run_dir import LOCK_FILE, SOCKET_NAME, lock_run_dir
 from udptun.datapath import processes
 from udptun.firewall.reconciler import remove_rules
 from udptun.kernel.reconcile.ownership import remove_ours

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from udptun import __version__
-from udptun.core.errors import ConfigError, UdptunError, UsageError
+from udptun.core.errors import UdptunError, UsageError
 
 _STDOUT_FD = 1
 
@@ -37,7 +37,7 @@ def _run(program: str, argv: list[str], environ: Mapping[str, str]) -> int:
         status = _flanneld(argv, environ) if program == "flanneld" else _udptun(argv, environ)
         print(end="", flush=True)
     except UdptunError as exc:
-        for line in exc.problems if isinstance(exc, ConfigError) else [str(exc)]:
+        for line in exc.problems:
             print(f"{program}: error: {_one_line(line)}", file=sys.stderr)
         return exc.exit_status
     except KeyboardInterrupt:

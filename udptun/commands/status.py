@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from udptun.control.document import SOCKET_NAME
+from udptun.control.run_dir import SOCKET_NAME
 from udptun.core.errors import UdptunError
 
 _TIMEOUT_S = 5.0

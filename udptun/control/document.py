@@ -1,5 +1,81 @@
-"""What the daemon says of itself (docs/status.md, schema 1).  Keys are only ever added."""
+"""What the daemon answers over HTTP: whether it lives, whether it is ready, and its status (docs/status.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from http import HTTPStatus
+
+from udptun import __version__
+from udptun.control.http import Response, Routes
+from udptun.control.running import Running
 
 SCHEMA = 1
-SOCKET_NAME = "udptun.sock"
-"""In the run directory; speaks HTTP."""
+"""Of the status document.  Keys are only ever added."""
+
+
+class Answers:
+    """The answers of one daemon, from its very start.  `running` None: it is not ready yet."""
+
+    def __init__(self) -> None:
+        self.running: Running | None = None
+        self._started_s = time.time()
+
+    @property
+    def health(self) -> Routes:
+        """What whoever can reach the health port may ask."""
+        return {"/healthz": self._healthz, "/readyz": self._readyz}
+
+    @property
+    def all(self) -> Routes:
+        """What this host's root may ask."""
+        return {**self.health, "/status": self._status}
+
+    def _healthz(self) -> Response:
+        return Response(HTTPStatus.OK, "flanneld is running")
+
+    def _readyz(self) -> Response:
+        if self.running is None:
+            return Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet")
+        return Response(HTTPStatus.OK, "flanneld is ready")
+
+    async def _status(self) -> Response:
+        running = self.running
+        if running is None:
+            message = "the daemon is not ready yet; its log says what it waits for\n"
+            return Response(HTTPStatus.SERVICE_UNAVAILABLE, message)
+        uptime_s = time.time() - self._started_s
+        # In a thread: with 65,000 peers it takes more than a second, and nobody else would get a turn.
+        text = await asyncio.to_thread(lambda: json.dumps(document(running, uptime_s)) + "\n")
+        return Response(HTTPStatus.OK, text, "application/json")
+
+
+def document(running: Running, uptime_s: float) -> dict[str, object]:
+    """What docs/status.md describes.
+
+    Runs beside the event loop: what that changes meanwhile is copied in one step, as by `list` of a view.
+    """
+    own, me, underlay = running.membership.own, running.me, running.underlay
+    leases = sorted(running.membership.table.peers.values(), key=lambda lease: int(lease.subnet.network_address))
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "pid": os.getpid(),
+        "uptime_s": round(uptime_s, 1),
+        "store": str(running.options.store),
+        "network": str(running.conf.network),
+        "lease": {
+            "subnet": str(own.subnet),
+            "public_ip": str(own.attrs.public_ip),
+            "port": me.port,
+            "node_id": me.node_id,
+            "expires_at": own.expires_s,
+        },
+        "underlay": {"interface": underlay.link_name, "address": str(underlay.address), "mtu": underlay.mtu},
+        **running.forwarding.document(leases),
+        "firewall": running.firewall.document(),
+        "skipped": list(running.membership.skipped),
+        "problems": running.problems,
+    }

@@ -117,7 +117,7 @@ class Forwarding:
             # A datapath of an earlier run with another backend: the kernel may need its port.
             await processes.stop(await processes.find(self._run_dir))
         self._reconciler = Reconciler(DesiredState(), None if self._tunnel is None else self._tunnel.tunnel.tun)
-        self._want(self._reconciler)
+        self._update_desired(self._reconciler)
         outcome = await self._reconciler.converge()
         if outcome.is_broken:
             what = self.backend.device or f"the {self.backend.type} backend"
@@ -142,7 +142,7 @@ class Forwarding:
                 self._peers[event.lease.subnet] = event.lease
         if self._tunnel is not None:
             await self._tunnel.peers_changed(events)
-        self._want(self._reconciler)
+        self._update_desired(self._reconciler)
 
     async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
         """Change settings, or go over to another address, while packets flow.
@@ -156,7 +156,7 @@ class Forwarding:
         if self._tunnel is not None:
             live = await self._tunnel.apply(self._inputs(), inputs)
         self._underlay, self.live = underlay, live
-        self._want(self._reconciler)
+        self._update_desired(self._reconciler)
 
     async def undo_failed_start(self) -> None:
         """Leave nothing behind that we made.  Raises UdptunError.
@@ -175,6 +175,7 @@ class Forwarding:
         if self._tunnel is not None:
             self._tunnel.tunnel.detach()
 
+    @property
     def problems(self) -> tuple[str, ...]:
         return () if self._reconciler is None else self._reconciler.problems
 
@@ -196,8 +197,8 @@ class Forwarding:
         own = self._tunnel.document(leases, self.live)
         return {**own, "backend": backend | own["backend"]}
 
-    def _want(self, reconciler: Reconciler) -> None:
-        """Have the kernel as the backend wants it now."""
+    def _update_desired(self, reconciler: Reconciler) -> None:
+        """Tell the reconciler what the backend desires now."""
         inputs = self._inputs()
         if self.backend.asks_direct:
             reconciler.set_decision(

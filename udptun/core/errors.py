@@ -14,6 +14,11 @@ class UdptunError(Exception):
 
     exit_status = 1
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line for each thing that is wrong."""
+        return (str(self),)
+
 
 class UsageError(UdptunError):
     """A flag, environment variable or combination of them that cannot be obeyed (exit status 2)."""
@@ -24,14 +29,18 @@ class UsageError(UdptunError):
 class ConfigError(UdptunError):
     """A configuration that a person has to mend (exit status 2).
 
-    `problems` holds one line per problem, each naming its key; str() joins them with "; ".
+    Each of `problems` names its key; str() joins them with "; ".
     """
 
     exit_status = 2
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
-        self.problems = problems
+        self._problems = problems
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self._problems
 
 
 class LeaseError(UdptunError):

@@ -1,0 +1,114 @@
+"""What this host runs with, and how that changes while packets flow: at a SIGHUP, and when the underlay moves.
+
+A change is checked wholly before anything is done, so one that cannot be made leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from udptun.backends.base import LiveSettings
+from udptun.config import subnet_env
+from udptun.config.flags import Options
+from udptun.config.net_conf import NetConf, check_underlay, keys_that_need_a_restart, replace_live_keys
+from udptun.control.forwarding import Forwarding
+from udptun.control.settings import live_settings, set_log_level, underlay_options
+from udptun.core.errors import UdptunError
+from udptun.firewall.reconciler import FirewallReconciler
+from udptun.kernel.underlay import Underlay
+from udptun.kernel.underlay_watch import UnderlayWatch
+from udptun.membership.identity import Identity
+from udptun.membership.membership import Membership
+
+log = logging.getLogger(__name__)
+
+
+class Running:
+    """The values and the parts of one run.  `conf`, `underlay` and `me` are those in force now; for one event loop."""
+
+    def __init__(
+        self,
+        options: Options,
+        conf: NetConf,
+        underlay: Underlay,
+        me: Identity,
+        membership: Membership,
+        forwarding: Forwarding,
+        firewall: FirewallReconciler,
+    ) -> None:
+        self.options = options
+        self.conf = conf
+        self.underlay = underlay
+        self.me = me
+        self.membership = membership
+        self.forwarding = forwarding
+        self.firewall = firewall
+        self.underlay_watch = UnderlayWatch(underlay_options(options), underlay, self.move)
+        self._changing = asyncio.Lock()
+        """Held during a change: each one starts from what the one before has left."""
+
+    @property
+    def problems(self) -> list[str]:
+        """One line for each thing that is wrong right now."""
+        return [
+            *self.membership.problems,
+            *self.forwarding.problems,
+            *self.firewall.problems,
+            *filter(None, [self.underlay_watch.problem]),
+        ]
+
+    async def reload(self, conf: NetConf) -> None:
+        """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed."""
+        async with self._changing:
+            check_underlay(conf, self.underlay.address)
+            backend = self.forwarding.backend
+            live = live_settings(self.options, conf.backend, self.underlay.mtu, backend.overhead)
+            for key in keys_that_need_a_restart(self.conf, conf):
+                log.warning("config changed, takes effect with the next start key=%s", key)
+            set_log_level(self.options, conf.backend.log_level)
+            await self._apply(self.underlay, live)
+            # A later change of the underlay starts from these keys.
+            self.conf = replace(self.conf, backend=replace_live_keys(self.conf.backend, conf.backend))
+            live = self.forwarding.live
+            log.info(
+                "config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value
+            )
+
+    async def move(self, present: Underlay) -> None:
+        """Go over to what the underlay is now.  Raises UdptunError: nothing changed."""
+        async with self._changing:
+            check_underlay(self.conf, present.address)
+            backend = self.forwarding.backend
+            attrs = backend.attrs(present, self.me.node_id)
+            live = live_settings(self.options, self.conf.backend, present.mtu, backend.overhead)
+            await self._apply(present, live)
+        if present.public_ip != self.me.public_ip:
+            self.me = replace(self.me, public_ip=present.public_ip)
+            self.membership.move(self.me, attrs)
+        log_underlay("changed", present)
+
+    async def _apply(self, present: Underlay, live: LiveSettings) -> None:
+        """Carry packets over this underlay and with these settings from now on.  Raises UdptunError: unchanged."""
+        before = self.forwarding.live
+        await self.forwarding.apply(present, live)
+        self.underlay = present
+        if self.forwarding.live.mtu != before.mtu:
+            try:
+                self.write_subnet_env()
+            except UdptunError as exc:
+                for problem in exc.problems:
+                    log.error("pods do not learn of the new MTU: %s", problem)
+
+    def write_subnet_env(self) -> None:
+        """Tell the CNI plugin and others the subnet and the MTU.  Raises KernelError."""
+        subnets = self.membership.own.subnets
+        text = subnet_env.render(self.conf, subnets, self.forwarding.live.mtu, self.options.ip_masq)
+        subnet_env.write(self.options.subnet_file, text)
+
+
+def log_underlay(what: str, it: Underlay) -> None:
+    log.info(
+        "underlay %s iface=%s address=%s public_ip=%s mtu=%d", what, it.link_name, it.address, it.public_ip, it.mtu
+    )

@@ -1,0 +1,67 @@
+"""What this host's flags make of the network configuration, which is for all hosts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+
+from udptun.backends.base import LiveSettings, TunnelKeys, mtu_for
+from udptun.backends.choice import parse_net_conf
+from udptun.backends.udp import UdpKeys
+from udptun.config.flags import Options
+from udptun.config.net_conf import BackendKeys, LogLevel, NetConf
+from udptun.core.offload import corrupted_by
+from udptun.core.tunnel import default_workers
+from udptun.firewall.reconciler import FirewallSettings
+from udptun.kernel.underlay import UnderlayOptions
+
+log = logging.getLogger(__name__)
+
+
+def read_config(text: str, source: str, options: Options) -> NetConf:
+    """The configuration that `text` holds, with --port; what is odd about it is logged.  Raises ConfigError."""
+    conf = parse_net_conf(text, source)
+    for note in conf.notes:
+        log.warning("%s", note)
+    if options.port is None:
+        return conf
+    if not isinstance(conf.backend, UdpKeys):
+        log.warning("--port has no effect with Backend.Type %s", conf.backend.type)
+        return conf
+    return replace(conf, backend=replace(conf.backend, own_port=options.port))
+
+
+def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhead: int) -> LiveSettings:
+    """A flag says it for this host, the configuration for all, and the interface or the machine when neither does.
+
+    `underlay_mtu` is the interface's, `overhead` the backend's, bytes.  Raises ConfigError when the MTU is too small.
+    """
+    tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
+    return LiveSettings(
+        mtu_for(options.mtu or tunnel.mtu or underlay_mtu, overhead),
+        options.workers or tunnel.workers or default_workers(len(os.sched_getaffinity(0))),
+        options.source_check or tunnel.source_check,
+        tunnel.offload & ~corrupted_by(os.uname().release),
+    )
+
+
+def set_log_level(options: Options, configured: LogLevel | None) -> None:
+    """How much is logged: as `Backend.LogLevel` says, else as -v does."""
+    # Not the root logger's level: pyroute2 would print every netlink message.
+    by_flag = LogLevel.DEBUG if options.v >= 1 else LogLevel.INFO
+    logging.getLogger("udptun").setLevel((configured or by_flag).value)
+
+
+def underlay_options(options: Options) -> UnderlayOptions:
+    return UnderlayOptions(options.iface, options.iface_regex, options.iface_can_reach, options.public_ip)
+
+
+def firewall_settings(options: Options, conf: NetConf) -> FirewallSettings:
+    return FirewallSettings(
+        masquerade=options.ip_masq,
+        forward=options.iptables_forward_rules,
+        random_fully=not options.ip_masq_fully_random_disable,
+        nftables=conf.enable_nftables,
+        resync_s=options.iptables_resync,
+    )
