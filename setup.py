@@ -1,5 +1,7 @@
 """The two compiled modules; everything else is said in pyproject.toml."""
 
+from pathlib import Path
+
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -7,7 +9,7 @@ FASTPATH = Extension(
     "udptun._fastpath",
     sources=["udptun/_fastpath.pyx"],
     include_dirs=["udptun/fastpath/csrc"],
-    depends=["udptun/fastpath/csrc/checksum.h", "udptun/fastpath/csrc/shm.h"],
+    depends=[str(path) for pattern in ("*.pxd", "csrc/*.h") for path in Path("udptun/fastpath").glob(pattern)],
     # Python's own CFLAGS carry -O2 or -O3 and -g; the last flag wins.
     extra_compile_args=["-O3", "-g1", "-Wall", "-Wextra", "-Wno-unused-parameter"],
 )

@@ -1,7 +1,7 @@
 """The datapath in plain Python, one packet at a time: the executable form of docs/wire-format.md.
 
 `encap` and `decap` follow that page's two tables row by row, in its order; the row numbers stand at the
-branches.  `_fastpath.pyx` must give the same Outcome for every packet, and tests/datapath holds it to that.
+branches.  `_fastpath` must give the same Outcome for every packet, and tests/datapath holds it to that.
 How packets share a system call is not described here: `segments` takes a super-packet apart, `datagrams` a train.
 
 Pure: no I/O, no clock; what the kernel answers is an argument.  The token bucket that limits ICMP needs a
@@ -14,46 +14,6 @@ import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Literal, NamedTuple, Self
-
-COUNTERS = (
-    "encap_packets",
-    "encap_sent",
-    "encap_drop_short",
-    "encap_drop_ipv6",
-    "encap_drop_malformed",
-    "encap_drop_no_route",
-    "encap_drop_ttl",
-    "encap_drop_too_big",
-    "encap_drop_send",
-    "decap_packets",
-    "decap_delivered",
-    "decap_drop_vxlan_short",
-    "decap_drop_vxlan_flags",
-    "decap_drop_vxlan_vni",
-    "decap_drop_vxlan_ethertype",
-    "decap_drop_vxlan_mac",
-    "decap_drop_empty",
-    "decap_drop_short",
-    "decap_drop_ipv6",
-    "decap_drop_version",
-    "decap_drop_ihl",
-    "decap_drop_length",
-    "decap_drop_checksum",
-    "decap_drop_options",
-    "decap_drop_fragment",
-    "decap_drop_unknown_peer",
-    "decap_drop_source_martian",
-    "decap_drop_source_own",
-    "decap_drop_source_spoofed",
-    "decap_drop_source_outside",
-    "decap_drop_foreign_destination",
-    "decap_drop_ttl",
-    "decap_drop_oversize",
-    "decap_drop_tun",
-    "icmp_sent",
-    "icmp_suppressed",
-)
-"""Every counter, in the order of the shared memory."""
 
 Remote = tuple[IPv4Address, int]
 """Where a peer listens: public IP and UDP port."""

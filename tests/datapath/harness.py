@@ -194,7 +194,9 @@ class ReferenceDatapath:
         self.table = overlay(is_vxlan=is_vxlan)
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
         self.has_vnet_hdr = has_vnet_hdr
-        self.counters = dict.fromkeys(reference.COUNTERS, 0)
+        from udptun._fastpath import COUNTERS
+
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self._is_tun_broken = False
 
     def configure(self, **changes: object) -> None:

@@ -125,15 +125,22 @@ def test_no_function_of_the_fast_path_can_take_the_gil_once_it_has_let_go_of_it(
     assert "encap_turn" in text
 
 
-@pytest.mark.parametrize(
-    ("name", "at_least"),
-    [("_fastpath.pyx", 20), ("fastpath/wire.pxd", 10), ("fastpath/segment.pxd", 4), ("fastpath/coalesce.pxd", 8)],
-)
-def test_every_function_under_the_loop_is_declared_noexcept_nogil(name: str, at_least: int) -> None:
-    loop, _, _ = (SOURCE / name).read_text().partition("Python face")
+LOOP = [SOURCE / "_fastpath.pyx", *sorted((SOURCE / "fastpath").glob("*.pxd"))]
+
+
+@pytest.mark.parametrize("path", LOOP, ids=lambda path: path.name)
+def test_every_function_under_the_loop_is_declared_noexcept_nogil(path: Path) -> None:
+    loop, _, _ = path.read_text().partition("Python face")
     functions = re.findall(r"^cdef (?:inline )?\S+ \*?\w+\(.*?\)(.*?):$", loop, re.MULTILINE | re.DOTALL)
-    assert len(functions) >= at_least
-    assert set(functions) == {" noexcept nogil"}
+    assert set(functions) <= {" noexcept nogil"}
+    assert len(functions) == len(re.findall(r"^cdef [^:\n]*\w\(", loop, re.MULTILINE))
+
+
+def test_the_packet_loop_has_its_functions_where_they_are_looked_for() -> None:
+    text = "".join(path.read_text().partition("Python face")[0] for path in LOOP)
+    found = set(re.findall(r"^cdef (?:inline )?\S+ \*?(\w+)\(", text, re.MULTILINE))
+    assert len(found) >= 80
+    assert {"encap_turn", "encap", "send_groups", "decap_turn", "decap", "write_items", "run_loop"} <= found
 
 
 def test_numbers_in_the_fast_path_are_the_kernel_headers() -> None:

@@ -41,7 +41,8 @@ from tests.packets import (
     vnet_hdr,
     with_header_checksum,
 )
-from tests.reference import COUNTERS, Outcome
+from tests.reference import Outcome
+from udptun._fastpath import COUNTERS
 
 TABLE = overlay()
 NEAR_REMOTE = TABLE.peers[0].remote

@@ -1,24 +1,26 @@
 # cython: cdivision=True
 """Put packets of one flow together again, so that the TUN takes them in one write.
 
+    flow        addresses, protocol and ports of a packet
     item        what one write to the TUN carries: a packet as it came, or several of one TCP or UDP flow as one
                 super-packet that the kernel treats as if a network card had merged them
     open item   the last item of a flow, while the next packet of the flow may still join it
+    merger      the items of one batch, and which of them are open
 
-What joins must be what the kernel would give back when it cuts the super-packet up: same IP header but for length and
-id, same TCP header but for sequence number, checksum and PSH, payloads in sequence and all of one size but the last.
-Checksums are verified before anything is merged: the kernel computes them anew and would launder a corrupted
-packet.  Items are written in the order in which they began, once a batch; nothing waits for a timer, and within a flow
-nothing overtakes.
+Packets join only if the kernel gives the same packets back when it cuts the super-packet up: same IP header except for
+length and id, same TCP header except for sequence number, checksum and PSH, payloads in sequence and all of one size
+except the last.  Checksums are verified before anything is merged: the kernel computes them anew and would hide a
+corrupted packet.  Items are written in the order in which they began, once a batch; nothing waits for a timer, and
+within a flow nothing overtakes.
 
-Payload is never copied, packets are not changed: an item's own header is written beside it, so that the packets can
+Payload is never copied and packets are not changed: an item's own header is written beside it.  So the packets can
 still go one by one when the kernel refuses the super-packet.
 """
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
-from udptun.fastpath.segment cimport *
+from udptun.fastpath.segment cimport SEGMENT_HEADER_MAX
 from udptun.fastpath.sys cimport *
 from udptun.fastpath.wire cimport *
 
@@ -27,7 +29,6 @@ cdef enum:
     OPEN_FLOWS = 16               # open items looked through for each packet
     ITEM_PACKETS = 64             # the kernel takes 128 of UDP since 6.9, 64 before
     VNET = 10                     # sizeof(struct virtio_net_hdr), as TUNSETVNETHDRSZ sets it
-    TCP_ACK = 0x10
 
 cdef struct Item:
     uint8_t vnet[VNET]
@@ -75,16 +76,16 @@ cdef inline int mergeable_header(const Merger *m, const uint8_t *d, int total) n
     if ip_protocol(d) == PROTO_TCP:
         if not m.tcp or total < IPV4_HEADER_MIN + TCP_HEADER_MIN:
             return 0
-        header = IPV4_HEADER_MIN + (d[IPV4_HEADER_MIN + 12] >> 4) * 4
+        header = IPV4_HEADER_MIN + tcp_header_len(d + IPV4_HEADER_MIN)
         # SYN, FIN, RST, URG, ECE and CWR each mean something where they stand.
-        if header < IPV4_HEADER_MIN + TCP_HEADER_MIN or (d[IPV4_HEADER_MIN + 13] & ~TCP_PSH & 0xff) != TCP_ACK:
+        if header < IPV4_HEADER_MIN + TCP_HEADER_MIN or (d[IPV4_HEADER_MIN + TCP_FLAGS] & ~TCP_PSH & 0xff) != TCP_ACK:
             return 0
     elif ip_protocol(d) == PROTO_UDP:
         header = IPV4_HEADER_MIN + UDP_HEADER
-        # A zero checksum would be replaced by a real one.
-        if not m.udp or total < header or load_be16(d + IPV4_HEADER_MIN + 6) == 0:
+        # The kernel would replace a zero checksum with a real one.
+        if not m.udp or total < header or load_be16(d + IPV4_HEADER_MIN + UDP_CHECKSUM) == 0:
             return 0
-        if load_be16(d + IPV4_HEADER_MIN + 4) != total - IPV4_HEADER_MIN:
+        if load_be16(d + IPV4_HEADER_MIN + UDP_LENGTH) != total - IPV4_HEADER_MIN:
             return 0
     else:
         return 0
@@ -101,20 +102,21 @@ cdef inline bint may_join(const Item *it, const uint8_t *d, int total, int heade
         return False
     if it.payload != it.n * it.size or it.header_len + it.payload + payload > 65535:
         return False
-    # TOS with ECN; flags; TTL (all have been stepped alike).
-    if d[1] != head[1] or load_be16(d + 6) != load_be16(head + 6) or d[8] != head[8]:
+    # The TTLs have been stepped alike.
+    if d[IP_TOS] != head[IP_TOS] or ip_fragment_word(d) != ip_fragment_word(head) or ip_ttl(d) != ip_ttl(head):
         return False
-    # With DF the id means nothing (RFC 6864); without, the kernel must give the same ids again.
-    if not load_be16(d + 6) & FLAG_DF and load_be16(d + 4) != ((load_be16(head + 4) + it.n) & 0xffff):
+    # With DF the id means nothing (RFC 6864).  Without it the kernel must give the same ids again.
+    if not ip_fragment_word(d) & FLAG_DF and load_be16(d + IP_ID) != ((load_be16(head + IP_ID) + it.n) & 0xffff):
         return False
     if ip_protocol(d) == PROTO_UDP:
         return True
     return (
-        load_be32(b + 4) == it.next_sequence
-        and memcmp(a + 8, b + 8, 4) == 0       # acknowledgement
-        and a[12] == b[12]
-        and memcmp(a + 14, b + 14, 2) == 0     # window
-        and memcmp(a + 18, b + 18, header - IPV4_HEADER_MIN - 18) == 0   # urgent pointer and options
+        load_be32(b + TCP_SEQUENCE) == it.next_sequence
+        and memcmp(a + TCP_ACKNOWLEDGEMENT, b + TCP_ACKNOWLEDGEMENT, 4) == 0
+        and a[TCP_DATA_OFFSET] == b[TCP_DATA_OFFSET]
+        and memcmp(a + TCP_WINDOW, b + TCP_WINDOW, 2) == 0
+        # The urgent pointer and the options.
+        and memcmp(a + TCP_URGENT, b + TCP_URGENT, header - IPV4_HEADER_MIN - TCP_URGENT) == 0
     )
 
 
@@ -125,23 +127,23 @@ cdef inline int find_open(const Merger *m, const uint8_t *d) noexcept nogil:
     for k in range(OPEN_FLOWS):
         if m.open[k] >= 0:
             head = m.item[m.open[k]].first
-            if memcmp(head + 12, d + 12, 8) == 0 and head[9] == d[9] and memcmp(
-                    head + IPV4_HEADER_MIN, d + IPV4_HEADER_MIN, 4) == 0:
+            if (memcmp(head + IP_SOURCE, d + IP_SOURCE, 8) == 0 and ip_protocol(head) == ip_protocol(d)
+                    and memcmp(head + IPV4_HEADER_MIN, d + IPV4_HEADER_MIN, 4) == 0):
                 return k
     return -1
 
 
 cdef inline void close_flow(Merger *m, const uint8_t *d, int total) noexcept nogil:
-    """A packet that cannot be merged: what follows in its flow must not overtake it by joining an earlier item."""
+    """Close the flow of a packet that cannot be merged: what follows must not overtake it in an earlier item."""
     cdef int k
     if d[0] == 0x45 and not ip_is_fragment(d) and total >= IPV4_HEADER_MIN + 4:
         k = find_open(m, d)
         if k >= 0:
             m.open[k] = -1
         return
-    # Without ports where they are looked for: all flows between the two addresses.
+    # A packet without ports where they are looked for may belong to any flow between the two addresses.
     for k in range(OPEN_FLOWS):
-        if m.open[k] >= 0 and memcmp(m.item[m.open[k]].first + 12, d + 12, 8) == 0:
+        if m.open[k] >= 0 and memcmp(m.item[m.open[k]].first + IP_SOURCE, d + IP_SOURCE, 8) == 0:
             m.open[k] = -1
 
 
@@ -185,8 +187,8 @@ cdef inline void add_packet(Merger *m, uint8_t *d, int total, uint32_t peer) noe
     it.payload = it.size
     it.has_push = False
     if ip_protocol(d) == PROTO_TCP:
-        it.next_sequence = load_be32(d + IPV4_HEADER_MIN + 4) + <uint32_t>it.size
-        it.has_push = (d[IPV4_HEADER_MIN + 13] & TCP_PSH) != 0
+        it.next_sequence = load_be32(d + IPV4_HEADER_MIN + TCP_SEQUENCE) + <uint32_t>it.size
+        it.has_push = (d[IPV4_HEADER_MIN + TCP_FLAGS] & TCP_PSH) != 0
     it.iov[2].iov_base = d + header
     it.iov[2].iov_len = it.size
 
@@ -197,7 +199,7 @@ cdef inline void join(Item *it, uint8_t *d, int total, int header) noexcept nogi
     it.n += 1
     it.payload += total - header
     it.next_sequence += <uint32_t>(total - header)
-    if ip_protocol(d) == PROTO_TCP and d[IPV4_HEADER_MIN + 13] & TCP_PSH:
+    if ip_protocol(d) == PROTO_TCP and d[IPV4_HEADER_MIN + TCP_FLAGS] & TCP_PSH:
         it.has_push = True
 
 
@@ -216,9 +218,9 @@ cdef inline int seal(Item *it, int vnet_len) noexcept nogil:
         it.iov[1].iov_len = it.first_len
         return 2
     memcpy(h, it.first, it.header_len)
-    store_be16(h + 2, it.header_len + it.payload)
-    store_be16(h + 10, 0)
-    store_memory16(h + 10, ~ut_fold(ut_sum(h, IPV4_HEADER_MIN, 0)))
+    store_be16(h + IP_TOTAL_LEN, it.header_len + it.payload)
+    store_be16(h + IP_CHECKSUM, 0)
+    store_memory16(h + IP_CHECKSUM, ~ut_fold(ut_sum(h, IPV4_HEADER_MIN, 0)))
     memset(&vnet, 0, sizeof(vnet))
     vnet.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM
     vnet.hdr_len = <uint16_t>it.header_len
@@ -226,13 +228,13 @@ cdef inline int seal(Item *it, int vnet_len) noexcept nogil:
     vnet.csum_start = IPV4_HEADER_MIN
     if ip_protocol(h) == PROTO_TCP:
         vnet.gso_type = VIRTIO_NET_HDR_GSO_TCPV4
-        vnet.csum_offset = 16
+        vnet.csum_offset = TCP_CHECKSUM
         if it.has_push:
-            t[13] |= TCP_PSH
+            t[TCP_FLAGS] |= TCP_PSH
     else:
         vnet.gso_type = VIRTIO_NET_HDR_GSO_UDP_L4
-        vnet.csum_offset = 6
-        store_be16(t + 4, UDP_HEADER + it.payload)
+        vnet.csum_offset = UDP_CHECKSUM
+        store_be16(t + UDP_LENGTH, UDP_HEADER + it.payload)
     store_memory16(t + vnet.csum_offset, pseudo_sum(h, it.header_len - IPV4_HEADER_MIN + it.payload))
     memcpy(it.vnet, &vnet, VNET)
     it.iov[1].iov_base = h

@@ -4,8 +4,12 @@
     super-packet    one IP packet of TCP or UDP whose payload is up to 64 KiB, read with a virtio header that says how
                     long a piece may be (gso_size)
     segment         one of the packets it stands for: its own header, and a stretch of the payload
+    virtio header   struct virtio_net_hdr, before every packet of the TUN: what is still to be done to the packet
 
 Pure arithmetic over memory that the caller owns.  Headers are written out, payload is never copied.
+
+A segment's checksums are sums of three parts: what all segments share (`sum_headers`, once), the payload, and the few
+fields that differ.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -16,9 +20,6 @@ from udptun.fastpath.wire cimport *
 
 cdef enum:
     SEGMENT_HEADER_MAX = 120      # IPv4 60 + TCP 60
-    TCP_FIN = 0x01
-    TCP_PSH = 0x08
-    TCP_CWR = 0x80
 
 cdef struct SuperPacket:
     const uint8_t *data           # borrowed
@@ -36,7 +37,7 @@ cdef inline int measure_super_packet(
         SuperPacket *s, const uint8_t *d, int total, const virtio_net_hdr *vnet) noexcept nogil:
     """Take a super-packet's measures: `total` bytes at `d`, IPv4 header checked.  Number of segments; 0: not one.
 
-    hdr_len is not looked at: in packets forwarded from elsewhere it is not what it should be.
+    The virtio header's hdr_len is not looked at: it is wrong in packets that were forwarded from elsewhere.
     """
     cdef int kind = vnet.gso_type & ~VIRTIO_NET_HDR_GSO_ECN
     cdef int ip_header = ip_header_len(d), transport
@@ -48,7 +49,7 @@ cdef inline int measure_super_packet(
     if s.is_tcp:
         if ip_protocol(d) != PROTO_TCP or total < ip_header + TCP_HEADER_MIN:
             return 0
-        transport = (d[ip_header + 12] >> 4) * 4
+        transport = tcp_header_len(d + ip_header)
         if transport < TCP_HEADER_MIN:
             return 0
     elif kind == VIRTIO_NET_HDR_GSO_UDP_L4:
@@ -74,45 +75,42 @@ cdef inline void sum_headers(SuperPacket *s) noexcept nogil:
     """
     cdef const uint8_t *d = s.data
     cdef const uint8_t *t = d + s.ip_header
-    s.ip_sum = ut_sum(d, 2, ut_sum(d + 6, 4, ut_sum(d + 12, s.ip_header - 12, 0)))
-    s.transport_sum = ut_sum(d + 12, 8, 0)
+    s.ip_sum = ut_sum(d, 2, ut_sum(d + IP_FRAGMENT, 4, ut_sum(d + IP_SOURCE, s.ip_header - IP_SOURCE, 0)))
+    s.transport_sum = ut_sum(d + IP_SOURCE, 8, 0)
+    s.transport_sum = ut_sum(t, 4, s.transport_sum)    # ports
     if s.is_tcp:
-        # ports; acknowledgement; window; urgent pointer and options
-        s.transport_sum = ut_sum(t, 4, ut_sum(t + 8, 4, ut_sum(t + 14, 2, s.transport_sum)))
-        s.transport_sum = ut_sum(t + 18, s.header - s.ip_header - 18, s.transport_sum)
-    else:
-        s.transport_sum = ut_sum(t, 4, s.transport_sum)
+        s.transport_sum = ut_sum(t + TCP_ACKNOWLEDGEMENT, 4, ut_sum(t + TCP_WINDOW, 2, s.transport_sum))
+        # The urgent pointer and the options.
+        s.transport_sum = ut_sum(t + TCP_URGENT, s.header - s.ip_header - TCP_URGENT, s.transport_sum)
 
 
 cdef inline int write_segment_header(const SuperPacket *s, int i, uint8_t *out) noexcept nogil:
-    """Write segment i's header, s.header bytes, to `out`; return the length of its payload, which begins at
-    s.data + s.header + i * s.size."""
+    """Write segment i's header, s.header bytes, to `out`; return the length of its payload.
+
+    The payload begins at s.data + s.header + i * s.size.
+    """
     cdef int at = i * s.size
     cdef int payload = min(s.size, s.payload - at)
     cdef int transport = s.header - s.ip_header + payload
     cdef uint8_t *t = out + s.ip_header
-    cdef uint8_t tail[4]
     memcpy(out, s.data, s.header)
-    store_be16(out + 2, s.header + payload)
-    store_be16(out + 4, load_be16(s.data + 4) + i)
-    store_memory16(out + 10, ~ut_fold(ut_sum(out + 2, 4, s.ip_sum)))
+    store_be16(out + IP_TOTAL_LEN, s.header + payload)
+    store_be16(out + IP_ID, load_be16(s.data + IP_ID) + i)
+    store_memory16(out + IP_CHECKSUM, ~ut_fold(ut_sum(out + IP_TOTAL_LEN, 4, s.ip_sum)))
     cdef uint64_t total = ut_sum(s.data + s.header + at, payload, s.transport_sum)
-    tail[0] = 0
-    tail[1] = out[9]
-    store_be16(tail + 2, transport)
-    total = ut_sum(tail, 4, total)
+    total = add_pseudo_header_end(out, transport, total)
     if s.is_tcp:
-        store_be32(t + 4, load_be32(t + 4) + <uint32_t>at)
+        store_be32(t + TCP_SEQUENCE, load_be32(t + TCP_SEQUENCE) + <uint32_t>at)
         if i != s.n - 1:
-            t[13] &= ~(TCP_FIN | TCP_PSH) & 0xff
+            t[TCP_FLAGS] &= ~(TCP_FIN | TCP_PSH) & 0xff
         if i != 0:
-            t[13] &= ~TCP_CWR & 0xff
-        total = ut_sum(t + 12, 2, ut_sum(t + 4, 4, total))
-        store_memory16(t + 16, ~ut_fold(total))
+            t[TCP_FLAGS] &= ~TCP_CWR & 0xff
+        total = ut_sum(t + TCP_DATA_OFFSET, 2, ut_sum(t + TCP_SEQUENCE, 4, total))
+        store_memory16(t + TCP_CHECKSUM, ~ut_fold(total))
     else:
-        store_be16(t + 4, transport)
-        total = ut_sum(t + 4, 2, total)
-        store_memory16(t + 6, nonzero(~ut_fold(total)))
+        store_be16(t + UDP_LENGTH, transport)
+        total = ut_sum(t + UDP_LENGTH, 2, total)
+        store_memory16(t + UDP_CHECKSUM, nonzero(~ut_fold(total)))
     return payload
 
 

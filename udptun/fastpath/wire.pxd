@@ -1,28 +1,73 @@
-"""Inline packet arithmetic: where the fields of an IPv4 packet are and how they change.
+"""Where the fields of a packet are, and how they change.  Inline arithmetic; bytes from the begin of each header:
 
-`p` is the first byte of an inner packet, borrowed; nothing here reads past what the caller has checked.  Addresses
-come out in host order, checksums stay in memory order.
+    IPv4 (RFC 791)                           TCP (RFC 9293)                    UDP (RFC 768)
+      0  version; header length in words       0  source port                    0  source port
+      1  TOS, ECN in the last two bits         2  destination port               2  destination port
+      2  total length                          4  sequence number                4  length, with this header
+      4  identification                        8  acknowledgement number         6  checksum; 0: none
+      6  DF, MF; fragment offset / 8          12  header length in words
+      8  TTL                                  13  flags
+      9  protocol                             14  window
+     10  header checksum                      16  checksum
+     12  source                               18  urgent pointer
+     16  destination                          20  options
+     20  options
+
+    pseudo-header   source, destination, protocol and transport length: TCP and UDP checksums cover it too
+    sum             ones'-complement sum of 16-bit words (RFC 1071); a checksum is its complement
+    memory order    as the bytes stand in a packet: `ut_sum` adds words as they come, which gives the sum in this order
+
+`p` is the first byte of an inner packet, borrowed; nothing here reads past what the caller has checked.  Addresses and
+ports come out in host order.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 cdef extern from "checksum.h" nogil:
     uint64_t ut_sum(const void *data, size_t n, uint64_t start)
     uint16_t ut_fold(uint64_t total)
 
 cdef enum:
+    IP_TOS = 1
+    IP_TOTAL_LEN = 2
+    IP_ID = 4
+    IP_FRAGMENT = 6
+    IP_TTL = 8
+    IP_PROTOCOL = 9
+    IP_CHECKSUM = 10
+    IP_SOURCE = 12
+    IP_DESTINATION = 16
     IPV4_HEADER_MIN = 20
-    UDP_HEADER = 8
-    TCP_HEADER_MIN = 20
-    ICMP_HEADER = 8
+    FLAG_DF = 0x4000
+    FLAG_MF = 0x2000
+    FRAGMENT_MASK = 0x1fff
     PROTO_ICMP = 1
     PROTO_TCP = 6
     PROTO_UDP = 17
-    FLAG_DF = 0x4000
-    FLAG_MF = 0x2000
-    FRAGMENT_MASK = 0x1fff        # of the offset, in 8-byte units
+    OPTION_END = 0
+    OPTION_NOP = 1
+    OPTION_LSRR = 131
+    OPTION_SSRR = 137
+    # TCP and UDP
+    UDP_LENGTH = 4
+    UDP_CHECKSUM = 6
+    UDP_HEADER = 8
+    TCP_SEQUENCE = 4
+    TCP_ACKNOWLEDGEMENT = 8
+    TCP_DATA_OFFSET = 12
+    TCP_FLAGS = 13
+    TCP_WINDOW = 14
+    TCP_CHECKSUM = 16
+    TCP_URGENT = 18
+    TCP_HEADER_MIN = 20
+    TCP_FIN = 0x01
+    TCP_PSH = 0x08
+    TCP_ACK = 0x10
+    TCP_CWR = 0x80
     TCP_SYN_RST_URG = 0x26
+    # ICMP: types, and codes of "unreachable"
+    ICMP_HEADER = 8
     ICMP_ECHO_REPLY = 0
     ICMP_UNREACHABLE = 3
     ICMP_NET_UNREACHABLE = 0
@@ -31,10 +76,6 @@ cdef enum:
     ICMP_TIME_EXCEEDED = 11
     ICMP_TIMESTAMP = 13
     ICMP_TIMESTAMP_REPLY = 14
-    OPTION_END = 0
-    OPTION_NOP = 1
-    OPTION_LSRR = 131
-    OPTION_SSRR = 137
 
 
 cdef inline uint16_t load_be16(const uint8_t *p) noexcept nogil:
@@ -51,6 +92,12 @@ cdef inline void store_be32(uint8_t *p, uint32_t value) noexcept nogil:
     store_be16(p, value >> 16)
     store_be16(p + 2, value)
 
+cdef inline uint32_t be32(uint32_t value) noexcept nogil:
+    """A number of host order in network order."""
+    cdef uint32_t out
+    store_be32(<uint8_t *>&out, value)
+    return out
+
 cdef inline void store_memory16(uint8_t *p, uint16_t value) noexcept nogil:
     """Store what `ut_fold` returned, which is in memory order already."""
     memcpy(p, &value, 2)
@@ -62,26 +109,29 @@ cdef inline int ip_header_len(const uint8_t *p) noexcept nogil:
     return (p[0] & 15) * 4
 
 cdef inline int ip_total_len(const uint8_t *p) noexcept nogil:
-    return load_be16(p + 2)
+    return load_be16(p + IP_TOTAL_LEN)
 
 cdef inline int ip_fragment_word(const uint8_t *p) noexcept nogil:
     """Flags and offset together."""
-    return load_be16(p + 6)
+    return load_be16(p + IP_FRAGMENT)
 
 cdef inline bint ip_is_fragment(const uint8_t *p) noexcept nogil:
-    return (load_be16(p + 6) & (FLAG_MF | FRAGMENT_MASK)) != 0
+    return (load_be16(p + IP_FRAGMENT) & (FLAG_MF | FRAGMENT_MASK)) != 0
 
 cdef inline int ip_ttl(const uint8_t *p) noexcept nogil:
-    return p[8]
+    return p[IP_TTL]
 
 cdef inline int ip_protocol(const uint8_t *p) noexcept nogil:
-    return p[9]
+    return p[IP_PROTOCOL]
 
 cdef inline uint32_t ip_source(const uint8_t *p) noexcept nogil:
-    return load_be32(p + 12)
+    return load_be32(p + IP_SOURCE)
 
 cdef inline uint32_t ip_destination(const uint8_t *p) noexcept nogil:
-    return load_be32(p + 16)
+    return load_be32(p + IP_DESTINATION)
+
+cdef inline int tcp_header_len(const uint8_t *tcp) noexcept nogil:
+    return (tcp[TCP_DATA_OFFSET] >> 4) * 4
 
 cdef inline void ip_step_ttl(uint8_t *p) noexcept nogil:
     """TTL - 1 (it is at least 2), the header checksum updated by RFC 1624 equation 3.
@@ -89,20 +139,31 @@ cdef inline void ip_step_ttl(uint8_t *p) noexcept nogil:
     HC' = ~(~HC + ~m + m') with m the word of TTL and protocol, m' = m - 0x0100: the two terms of m add up to the
     constant 0xfeff.
     """
-    cdef uint32_t total = (~<uint32_t>load_be16(p + 10) & 0xffff) + 0xfeff
+    cdef uint32_t total = (~<uint32_t>load_be16(p + IP_CHECKSUM) & 0xffff) + 0xfeff
     total = (total & 0xffff) + (total >> 16)
-    p[8] -= 1
-    store_be16(p + 10, ~total & 0xffff)
+    p[IP_TTL] -= 1
+    store_be16(p + IP_CHECKSUM, ~total & 0xffff)
+
+cdef inline void ip_undo_ttl_step(uint8_t *p) noexcept nogil:
+    """The inverse of ip_step_ttl, except that a checksum of 0xffff comes back as 0, its other form."""
+    cdef uint32_t total = (~<uint32_t>load_be16(p + IP_CHECKSUM) & 0xffff) + 0x0100
+    total = (total & 0xffff) + (total >> 16)
+    p[IP_TTL] += 1
+    store_be16(p + IP_CHECKSUM, ~total & 0xffff)
 
 cdef inline bint is_martian(uint32_t address) noexcept nogil:
     """0/8, 127/8, and 224/3 with all above: no host's address (RFC 1812 5.3.7)."""
     cdef uint32_t first = address >> 24
     return first == 0 or first == 127 or first >= 224
 
+cdef inline uint64_t add_pseudo_header_end(const uint8_t *p, int transport_len, uint64_t total) noexcept nogil:
+    """`total` and the part of the pseudo-header that is not the addresses."""
+    cdef uint8_t end[4]
+    end[0] = 0
+    end[1] = p[IP_PROTOCOL]
+    store_be16(end + 2, transport_len)
+    return ut_sum(end, 4, total)
+
 cdef inline uint16_t pseudo_sum(const uint8_t *p, int transport_len) noexcept nogil:
     """Folded, uncomplemented pseudo-header sum, memory order: what an offloading sender leaves in the check field."""
-    cdef uint8_t tail[4]
-    tail[0] = 0
-    tail[1] = p[9]
-    store_be16(tail + 2, transport_len)
-    return ut_fold(ut_sum(tail, 4, ut_sum(p + 12, 8, 0)))
+    return ut_fold(add_pseudo_header_end(p, transport_len, ut_sum(p + IP_SOURCE, 8, 0)))

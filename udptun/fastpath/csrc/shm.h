@@ -26,7 +26,7 @@
 #define UT_MAX_WORKERS 16u
 #define UT_MAX_COUNTERS 56u
 #define UT_READS 128u             /* TUN reads a turn */
-#define UT_READ_BYTES 131072u     /* and bytes: what is in hand stays in the processor's second-level cache */
+#define UT_READ_BYTES 131072u     /* and bytes: what is in flight stays in the processor's second-level cache */
 #define UT_MESSAGES 64u           /* datagrams, or trains of them, a receive */
 #define UT_PREFIX_ROOM 64u        /* before the first packet read, a cache line for its prefix */
 /* Buffers 64 KiB apart would fall into the same cache sets; this much more spreads them (multiple of 64). */
@@ -108,7 +108,7 @@ struct ut_read {
                                    * until there is one */
     uint32_t is_stepped;          /* whether its TTL has been stepped */
 };
-struct ut_hands {
+struct ut_in_flight {
     uint32_t n_reads;             /* reads begun in this turn; 0 once all is sent */
     uint32_t n_messages;          /* messages asked for in this turn; 0 once all is written */
     uint32_t reserved[14];
@@ -125,7 +125,7 @@ struct ut_stats {
     uint8_t pad[UT_STATS_HEADER_BYTES - 8];
     struct ut_worker worker[UT_MAX_WORKERS];
     struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
-    struct ut_hands hands[UT_MAX_WORKERS];
+    struct ut_in_flight in_flight[UT_MAX_WORKERS];
 };
 
 /* Where numpy finds what it looks at, bytes from the begin of the structure. */

@@ -1,0 +1,92 @@
+"""What one worker holds while it moves packets: `Loop`, its buffers and their limits, and which offloads it may use.
+
+    packet      one inner IPv4 packet, or a super-packet that stands for several
+    group       datagrams of one size to one peer that the kernel takes as one message (send.pxd)
+    item        packets of one flow that the TUN takes as one write (coalesce.pxd)
+    prefix      bytes between the UDP header and the inner packet: none, or 22 with VXLAN (vxlan.pxd)
+
+Who owns what is said beside each field.  A pointer into `in_flight` is valid until the end of the turn.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from udptun.fastpath.coalesce cimport ITEMS, VNET, Merger
+from udptun.fastpath.shm cimport *
+from udptun.fastpath.sys cimport *
+
+cdef enum:
+    PACKET_MAX = 65535            # an IPv4 total length
+    SEGMENTS = 2048               # headers and datagrams a turn; one super-packet of 64 KiB with an MSS of 48 has 1,365
+    HEADER_ROOM = 144             # UT_PREFIX_BYTES and SEGMENT_HEADER_MAX are 142
+    GROUPS = 256                  # messages a sendmmsg
+    GROUP_SEGMENTS = 64           # UDP_MAX_SEGMENTS before Linux 6.9
+    ICMP_MAX = 576                # bytes of an ICMP answer, RFC 1812 4.3.2.3
+    ICMP_ROOM = 32                # bytes before an ICMP answer, for a virtio header or a prefix
+    IS_WRITTEN = 0                # in the first byte of a packet: no IP version begins so
+
+cdef struct Packet:
+    uint8_t *data                 # borrowed from a buffer until the end of the turn
+    int len                       # its IPv4 total length, bytes
+    uint32_t peer                 # index in the table; who gets it, or who sent it (0: a source outside Network)
+
+cdef struct Group:
+    uint32_t peer
+    int fd                        # the socket that it leaves from
+    int size                      # of every datagram but the last, bytes, with its prefix
+    int n                         # datagrams
+    int bytes                     # of all, with their prefixes
+    iovec *iov                    # into Loop.iov
+    int n_iov
+    bint is_closed                # the last datagram is shorter than the others, so none may follow
+
+cdef struct Loop:
+    # Borrowed: shared memory, and descriptors that the Worker object's creator keeps open.
+    const ut_table *table
+    ut_stats *stats
+    ut_worker *worker             # our block of stats
+    Counters *counters            # in that block
+    ut_peer_stats *peer_stats     # our row of stats.peer
+    ut_in_flight *in_flight       # ours of stats.in_flight
+    int tun_fd, udp_fd
+    int senders[16]               # sockets that datagrams leave from, the same for all workers; none: from udp_fd
+    int n_senders
+    # Owned by the Worker object.
+    int event_fd
+    uint8_t *headers              # encap: SEGMENTS times HEADER_ROOM bytes, each for a prefix and a segment's header
+    Merger *merger                # decap
+    # Encap: the groups that wait for sending.
+    Group group[GROUPS]
+    iovec iov[2 * SEGMENTS]
+    int n_groups, n_iov, n_headers
+    mmsghdr message[GROUPS]
+    uint8_t control[GROUPS][UT_CMSG_BYTES]
+    # Decap: where each message is received to, and how many to ask recvmmsg for.
+    iovec train_iov[UT_MESSAGES]
+    int n_messages
+    uint8_t icmp[ICMP_ROOM + ICMP_MAX]    # an ICMP answer
+    uint8_t single[32 + PACKET_MAX]       # one datagram of a group, put together, with its prefix
+    # The table of this turn, and what follows from it.
+    const ut_slot *slot
+    int prefix_len                # bytes before each inner packet on the wire
+    int group_segments            # datagrams a message; 1: the kernel does not cut messages up for us
+    int vnet_len                  # of the virtio header before every packet of the TUN, bytes: VNET or 0
+    int stop
+    bint has_begun                # false while we are the standby: until then `in_flight` is another process's
+    int tun_lost
+    long icmp_tokens
+    uint64_t icmp_refilled_ns
+
+
+cdef inline void allow_offloads(Loop *w) noexcept nogil:
+    """Use what the control plane allows and the kernel has not refused."""
+    cdef uint64_t allowed = w.slot.offloads & ~w.worker.refused
+    w.group_segments = GROUP_SEGMENTS if allowed & UT_OFFLOAD_SEGMENT else 1
+    w.vnet_len = VNET if allowed & UT_OFFLOAD_VNET_HDR else 0
+    w.merger.tcp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_TCP
+    w.merger.udp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_UDP
+
+
+cdef inline void refuse(Loop *w, uint64_t offload) noexcept nogil:
+    """The kernel has refused an offload: do without it from now on, and let the control plane see that."""
+    w.worker.refused |= offload
+    allow_offloads(w)

@@ -1,0 +1,245 @@
+# cython: cdivision=True
+"""Gather datagrams into groups and send them: the last stage on the way from the TUN to UDP.
+
+    datagram    what is one packet on the wire: prefix and inner packet, in one or two pieces of memory
+    group       datagrams of one size (the last may be shorter) to one peer from one socket: one message, which the
+                kernel cuts up (UDP_SEGMENT)
+    most        how many datagrams a group may have: fewer to a peer that may read one datagram at a time
+
+A datagram joins the last group or begins another one, so nothing overtakes.  `send_groups` gives all groups to the
+kernel with one sendmmsg for each run of groups from the same socket.  A group that the kernel refuses is sent datagram
+by datagram.  Every datagram ends in a counter: encap_sent, encap_drop_send or encap_drop_too_big.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.string cimport memcpy, memset
+
+from udptun.fastpath.icmp cimport answer_local
+from udptun.fastpath.loop cimport *
+from udptun.fastpath.wire cimport *
+
+cdef enum:
+    GROUP_BYTES = 65507           # UDP payload of an IPv4 packet, which UDP_SEGMENT is cut from
+    PLAIN_SEGMENTS = 16           # to a peer that may read one datagram at a time: its queue holds some 90
+
+
+cdef inline int group_limit(const Loop *w, uint32_t peer) noexcept nogil:
+    """How many datagrams one message to the peer may carry.
+
+    With VXLAN every peer takes all: it is a kernel, or udptun.
+    """
+    if w.prefix_len or w.slot.peers[peer].flags & UT_PEER_UDPTUN:
+        return w.group_segments
+    return min(w.group_segments, PLAIN_SEGMENTS)
+
+
+cdef inline void append_piece(Loop *w, Group *g, uint8_t *data, int length) noexcept nogil:
+    """Add bytes to a group; pieces that touch become one."""
+    cdef iovec *last = &g.iov[g.n_iov - 1]
+    if g.n_iov and <uint8_t *>last.iov_base + last.iov_len == data:
+        last.iov_len += length
+        return
+    w.iov[w.n_iov].iov_base = data
+    w.iov[w.n_iov].iov_len = length
+    w.n_iov += 1
+    g.n_iov += 1
+
+
+cdef inline void queue_datagram(
+        Loop *w, int fd, uint32_t peer, uint8_t *header, int header_len, uint8_t *data, int data_len,
+        int most) noexcept nogil:
+    """Append one datagram, in one or two pieces, to the last group, or begin another group.
+
+    The pieces stay where they are until `send_groups`.  The caller has seen that w.iov has room for both.
+    """
+    cdef int length = header_len + data_len
+    cdef Group *g = &w.group[max(w.n_groups, 1) - 1]
+    if (w.n_groups == 0 or g.peer != peer or g.fd != fd or g.is_closed or length > g.size or g.n >= most
+            or g.bytes + length > GROUP_BYTES):
+        if w.n_groups == GROUPS:
+            send_groups_but_keep_buffers(w)
+        g = &w.group[w.n_groups]
+        w.n_groups += 1
+        memset(g, 0, sizeof(Group))
+        g.peer = peer
+        g.fd = fd
+        g.size = length
+        g.iov = &w.iov[w.n_iov]
+    if header_len:
+        append_piece(w, g, header, header_len)
+    append_piece(w, g, data, data_len)
+    g.n += 1
+    g.bytes += length
+    g.is_closed = length < g.size
+
+
+cdef inline void send_groups(Loop *w) noexcept nogil:
+    """Send all queued groups.  Their headers and pieces are free again."""
+    send_groups_but_keep_buffers(w)
+    w.n_iov = 0
+    w.n_headers = 0
+
+
+cdef inline void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
+    cdef int i, sent, end, error, done = 0
+    cdef Group *g
+    for i in range(w.n_groups):
+        address_message(w, i)
+    while done < w.n_groups:
+        end = done + 1
+        while end < w.n_groups and w.group[end].fd == w.group[done].fd:
+            end += 1
+        sent = sendmmsg(w.group[done].fd, w.message + done, end - done, MSG_DONTWAIT)
+        if sent > 0:
+            for i in range(done, done + sent):
+                g = &w.group[i]
+                count_sent(w, g.peer, g.n, g.bytes - g.n * w.prefix_len)
+            done += sent
+        elif errno == EAGAIN:
+            if not wait_for_socket(w, w.group[done].fd):
+                for i in range(done, w.n_groups):
+                    w.counters.encap_drop_send += w.group[i].n
+                break
+        elif errno != EINTR:
+            error = errno
+            # The egress device lacks checksum offload (EIO), or the kernel UDP_SEGMENT (EINVAL): send one by one from
+            # now on.  But some kernels also say EINVAL when the path is too narrow, which has another remedy.
+            if send_one_by_one(w, &w.group[done]) and w.group[done].n > 1 and (error == EIO or error == EINVAL):
+                refuse(w, UT_OFFLOAD_SEGMENT)
+            done += 1
+    w.n_groups = 0
+
+
+cdef inline void address_message(Loop *w, int i) noexcept nogil:
+    """Make message i carry group i."""
+    cdef Group *g = &w.group[i]
+    cdef msghdr *message = &w.message[i].msg_hdr
+    memset(message, 0, sizeof(msghdr))
+    message.msg_name = <void *>&w.slot.peers[g.peer].remote
+    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_iov = g.iov
+    message.msg_iovlen = g.n_iov
+    # A single datagram goes without: some network cards refuse what looks like an offload.
+    if g.n > 1:
+        ut_put_segment_size(message, w.control[i], <uint16_t>g.size)
+
+
+cdef inline void count_sent(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
+    """Count `n` datagrams to the peer, `nbytes` without their prefixes."""
+    w.counters.encap_sent += n
+    w.peer_stats[peer].encap_packets += n
+    w.peer_stats[peer].encap_bytes += nbytes
+
+
+cdef inline int wait_for_socket(Loop *w, int fd) noexcept nogil:
+    """The socket's send buffer is full: sleep until it is not.  0 when the worker shall stop instead."""
+    cdef pollfd fds[2]
+    fds[0].fd = fd
+    fds[0].events = POLLOUT
+    fds[1].fd = w.event_fd
+    fds[1].events = POLLIN
+    poll(fds, 2, -1)
+    return not w.stop
+
+
+cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
+    """Send a group that the kernel refused, each datagram for itself.  Rare: copies each into one piece.
+
+    False when the path is too narrow for any of them.
+    """
+    cdef int i, piece = 0, offset = 0, length, part, have
+    cdef bint fits = True
+    cdef Packet p
+    p.data = w.single + w.prefix_len
+    p.peer = g.peer
+    for i in range(g.n):
+        length = min(g.size, g.bytes - i * g.size)
+        have = 0
+        while have < length:
+            part = min(<int>g.iov[piece].iov_len - offset, length - have)
+            memcpy(w.single + have, <uint8_t *>g.iov[piece].iov_base + offset, part)
+            have += part
+            offset += part
+            if offset == <int>g.iov[piece].iov_len:
+                piece += 1
+                offset = 0
+        p.len = length - w.prefix_len
+        fits &= send_single(w, g.fd, &p)
+    return fits
+
+
+cdef inline bint send_single(Loop *w, int fd, Packet *p) noexcept nogil:
+    """Send one datagram, whose prefix stands before the packet; False when the path is too narrow for it.
+
+    In that case a packet with DF is answered, and any other one is sent in fragments.
+    """
+    cdef msghdr message
+    cdef iovec iov
+    iov.iov_base = p.data - w.prefix_len
+    iov.iov_len = w.prefix_len + p.len
+    memset(&message, 0, sizeof(msghdr))
+    message.msg_name = <void *>&w.slot.peers[p.peer].remote
+    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_iov = &iov
+    message.msg_iovlen = 1
+    while sendmsg(fd, &message, MSG_DONTWAIT) < 0:
+        if errno == EAGAIN and wait_for_socket(w, fd) or errno == EINTR:
+            continue
+        if errno != EMSGSIZE:
+            w.counters.encap_drop_send += 1
+            return True
+        if ip_fragment_word(p.data) & FLAG_DF:
+            drop_too_big(w, p)
+        else:
+            send_in_fragments(w, p, &message)
+        return False
+    count_sent(w, p.peer, 1, p.len)
+    return True
+
+
+cdef inline void drop_too_big(Loop *w, Packet *p) noexcept nogil:
+    """Drop a packet that the path does not take and nobody may fragment; tell its sender how long one may be."""
+    cdef int mtu = path_mtu(w, &w.slot.peers[p.peer].remote) - IPV4_HEADER_MIN - UDP_HEADER - w.prefix_len
+    w.counters.encap_drop_too_big += 1
+    ip_undo_ttl_step(p.data)
+    answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
+
+
+cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message) noexcept nogil:
+    """Send a datagram that is longer than the path takes: the kernel fragments the outer packet.
+
+    It leaves from our own socket, whatever the flow's is: other workers may be sending from that one just now.
+    """
+    cdef ssize_t sent
+    cdef int mode = IP_PMTUDISC_DONT
+    setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
+    sent = sendmsg(w.udp_fd, message, MSG_DONTWAIT)
+    mode = IP_PMTUDISC_DO
+    setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
+    if sent < 0:
+        w.counters.encap_drop_send += 1
+    else:
+        count_sent(w, p.peer, 1, p.len)
+
+
+cdef inline int path_mtu(Loop *w, const sockaddr_in *remote) noexcept nogil:
+    """What the kernel believes the MTU to `remote` is, bytes of outer packet; 0 when it does not say.
+
+    Only a connected socket can ask.  Rare: once for each packet with DF that is longer than the path takes.
+    """
+    cdef sockaddr_in own
+    cdef socklen_t n = sizeof(sockaddr_in)
+    cdef int mtu = 0
+    cdef int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        return 0
+    if getsockname(w.udp_fd, <sockaddr *>&own, &n) == 0:
+        own.sin_port = 0
+        bind(fd, <sockaddr *>&own, n)
+    if connect(fd, <const sockaddr *>remote, sizeof(sockaddr_in)) == 0:
+        n = sizeof(int)
+        if getsockopt(fd, IPPROTO_IP, IP_MTU, &mtu, &n) != 0:
+            mtu = 0
+    close(fd)
+    return mtu

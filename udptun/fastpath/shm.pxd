@@ -1,0 +1,137 @@
+"""The memory that a worker shares with the control plane (csrc/shm.h), and how the worker finds a peer in it.
+
+    table       the peers, written by the control plane, read-only here; a turn uses one of its slots from begin to end
+    slot        one complete picture of the overlay: own subnet, MTU, peers, and the index that `lookup` reads
+    worker      a block of words that one worker writes: the generation it uses, its state, its counters
+    in flight   what a worker has read from the kernel and not yet handed on: its successor goes on with it
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from udptun.fastpath.sys cimport *
+
+# Cython wants to know which fields are arrays; how long they are only shm.h says.
+cdef extern from "shm.h" nogil:
+    enum:
+        UT_TABLE_MAGIC, UT_STATS_MAGIC, UT_LAYOUT_VERSION
+        UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
+        UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM, UT_MAX_SENDERS
+        UT_TABLE_HEADER_BYTES, UT_STATS_HEADER_BYTES
+        UT_PEER_UDPTUN
+        UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
+        UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP, UT_OFFLOAD_VNET_HDR
+        UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
+        UT_AT_SLOT_L1, UT_AT_SLOT_REMOTES, UT_AT_SLOT_PEERS, UT_AT_SLOT_L2, UT_AT_TABLE_GENERATION, UT_AT_TABLE_SLOT
+        UT_AT_WORKER_COUNTER, UT_AT_STATS_WORKER, UT_AT_STATS_PEER
+    struct ut_peer:
+        sockaddr_in remote
+        uint32_t subnet, mask, mtu, flags
+        uint8_t prefix[1]
+    struct ut_slot:
+        uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, underlay_address
+        uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni
+        uint8_t own_mac[6]
+        uint32_t l1[1]
+        uint32_t remotes[1]
+        ut_peer peers[1]
+        uint32_t l2[1][1]
+    struct ut_table:
+        uint32_t magic, layout_version
+        uint64_t generation
+        ut_slot slot[2]
+    struct ut_worker:
+        uint64_t generation_seen, pid, state, turns, refused
+        uint64_t counter[1]
+    struct ut_peer_stats:
+        uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes
+    struct ut_read:
+        uint8_t vnet[16]
+        uint32_t at, is_stepped
+    struct ut_in_flight:
+        uint32_t n_reads, n_messages
+        ut_read read[1]
+        mmsghdr message[1]
+        sockaddr_in source[1]
+        uint8_t control[1][1]
+        uint8_t arena[1]
+        uint8_t train[1][1]
+    struct ut_stats:
+        uint32_t magic, layout_version
+        ut_worker worker[1]
+        ut_peer_stats peer[1][1]
+        ut_in_flight in_flight[1]
+    const ut_slot *ut_table_enter(const ut_table *table, ut_worker *worker)
+    void ut_table_leave(ut_worker *worker)
+    void ut_store_u64(uint64_t *word, uint64_t value)
+    uint64_t ut_load_u64(const uint64_t *word)
+
+ctypedef uint64_t Counter
+
+cdef struct Counters:
+    # All counters, in the order of the shared memory: ut_worker.counter begins with these.  The names are those of
+    # `udptun status`; docs/wire-format.md says when each applies.  Another order, or a name in between, is another
+    # layout version: an earlier build may have counted in this memory.
+    Counter encap_packets
+    Counter encap_sent
+    Counter encap_drop_short
+    Counter encap_drop_ipv6
+    Counter encap_drop_malformed
+    Counter encap_drop_no_route
+    Counter encap_drop_ttl
+    Counter encap_drop_too_big
+    Counter encap_drop_send
+    Counter decap_packets
+    Counter decap_delivered
+    Counter decap_drop_vxlan_short
+    Counter decap_drop_vxlan_flags
+    Counter decap_drop_vxlan_vni
+    Counter decap_drop_vxlan_ethertype
+    Counter decap_drop_vxlan_mac
+    Counter decap_drop_empty
+    Counter decap_drop_short
+    Counter decap_drop_ipv6
+    Counter decap_drop_version
+    Counter decap_drop_ihl
+    Counter decap_drop_length
+    Counter decap_drop_checksum
+    Counter decap_drop_options
+    Counter decap_drop_fragment
+    Counter decap_drop_unknown_peer
+    Counter decap_drop_source_martian
+    Counter decap_drop_source_own
+    Counter decap_drop_source_spoofed
+    Counter decap_drop_source_outside
+    Counter decap_drop_foreign_destination
+    Counter decap_drop_ttl
+    Counter decap_drop_oversize
+    Counter decap_drop_tun
+    Counter icmp_sent
+    Counter icmp_suppressed
+
+
+cdef inline uint32_t lookup(const ut_slot *table, uint32_t address) noexcept nogil:
+    """Index of the peer that leases `address` (host order); 0: none.  One or two loads, however many peers."""
+    cdef uint32_t i = (address - table.network) >> 8
+    cdef uint32_t entry
+    # Below the network the subtraction wraps to a large index.
+    if i >= table.n_l1:
+        return 0
+    entry = table.l1[i]
+    if entry & UT_L2_FLAG:
+        return table.l2[entry & ~<uint32_t>UT_L2_FLAG][address & 255]
+    return entry
+
+
+cdef inline bint is_remote(const ut_slot *table, uint32_t address) noexcept nogil:
+    """Whether some peer has this public IP (host order).
+
+    A binary search; it is needed only for packets that no lease explains.
+    """
+    cdef uint32_t low = 0, high = table.n_remotes, middle
+    while low < high:
+        middle = (low + high) >> 1
+        if table.remotes[middle] < address:
+            low = middle + 1
+        else:
+            high = middle
+    return low < table.n_remotes and table.remotes[low] == address
