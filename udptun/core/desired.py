@@ -1,6 +1,6 @@
 """What the kernel shall have, as values: links, addresses, routes, neighbours, fdb entries, sysctls.  Pure.
 
-A backend says it (`backends/`), the reconciler makes it so and keeps it so (`kernel/reconcile/`).
+A backend says it (`backends/`).  The reconciler makes it so and keeps it so (`kernel/reconcile/`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WORST_METRIC = 0xFFFFFFFF
 class Sysctl:
     """One setting, named by its path below /proc/sys.
 
-    `is_optional`: the host does well without it (its file may be missing, or read-only in a container).
+    `is_optional`: the host works without it.  Its file may be missing, or read-only in a container.
     """
 
     path: str
@@ -29,9 +29,10 @@ class Sysctl:
 class DesiredLink:
     """A device that is up, with this MTU in bytes and room for at least `min_tx_queue_len` packets.
 
-    With `vxlan` it is made so, and made anew when it differs, and has this `mac`; without, it is the datapath's, which
-    brings it back.  Everything on it is ours: an address that is not desired is removed, and so are, of a VXLAN device,
-    routes, permanent neighbours and permanent fdb entries.
+    With `vxlan` it is a VXLAN device with this `mac`; one that differs in `vxlan` is deleted and created anew.
+    Without, it is the TUN device of the datapath, which brings it back.  Everything on the device is ours.  Addresses
+    that are not desired are removed.  On a VXLAN device the same holds for routes, permanent neighbours and permanent
+    fdb entries.
     """
 
     name: str
@@ -44,6 +45,8 @@ class DesiredLink:
 
 @dataclass(frozen=True, slots=True)
 class DesiredAddress:
+    """An address on a desired link."""
+
     link: str
     ip: IPAddress
     prefixlen: int
@@ -51,8 +54,9 @@ class DesiredAddress:
 
 @dataclass(frozen=True, slots=True)
 class DesiredRoute:
-    """A route of the main table: through `link`, a desired one; through the link `oif`, whoever's; or `unreachable`.
+    """A route of the main table.
 
+    It leads through the desired link `link`, through any link by its index `oif`, or nowhere (`type`).
     `onlink`: see `Route`.
     """
 
@@ -65,24 +69,24 @@ class DesiredRoute:
     oif: int | None = None
 
     def on(self, oif: int | None) -> Route:
-        """The route itself, once the link's index is known."""
+        """The route itself, now that the link's index is known."""
         return Route(self.dst, self.gateway, oif, type=self.type, metric=self.metric, onlink=self.onlink)
 
 
 def guard(network: IPv4Network) -> DesiredRoute:
-    """Refuses packets to `network` when no better route is left.
+    """A route that refuses packets to `network` when no better route is left.
 
-    When a device is down or gone its routes go with it; this one then keeps pod packets from following the default
-    route in clear text.
+    A device that is down or gone has no routes.  The guard then keeps pod packets from following the default route in
+    clear text.
     """
     return DesiredRoute(network, type=RouteType.UNREACHABLE, metric=_WORST_METRIC)
 
 
 def blackhole(own_subnet: IPv4Network) -> DesiredRoute:
-    """Swallows packets to our own pods while there is no bridge for them, which would go round in circles otherwise.
+    """A route that swallows packets to our own pods while there is no bridge, which would go in circles without it.
 
-    flannel gives it metric 0.  Beside cni0's route the kernel refuses that, and when it is there first the kernel
-    prefers it to cni0's, and no pod of the host is reached.
+    flannel gives it metric 0.  The kernel refuses such a route beside the one of cni0.  When the blackhole is there
+    first, the kernel prefers it to the one of cni0, and no pod of the host is reached.
     """
     return DesiredRoute(own_subnet, type=RouteType.BLACKHOLE, metric=_WORST_METRIC)
 
@@ -107,7 +111,7 @@ class DesiredFdb:
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """All that a backend wants.  Whatever else carries our mark is a leftover."""
+    """All that a backend wants.  Everything else that carries our mark is a leftover."""
 
     links: tuple[DesiredLink, ...] = ()
     addresses: tuple[DesiredAddress, ...] = ()

@@ -1,4 +1,4 @@
-"""Links, addresses and routes as values: what the kernel has, and what it is asked for.  Pure.
+"""Links, addresses, routes, neighbours and fdb entries as values.  Pure.
 
 IPv4 for now; the types take both families.
 """
@@ -15,24 +15,24 @@ IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
 ROUTE_PROTOCOL = 158
-"""Marks our routes (rtm_protocol).  Values above RTPROT_STATIC are for routing daemons to choose; those of
-include/uapi/linux/rtnetlink.h, of iproute2's rt_protos and of FRR (186..198) leave this one free."""
+"""Marks our routes (rtm_protocol).  Routing daemons choose values above RTPROT_STATIC.  This one is taken neither in
+include/uapi/linux/rtnetlink.h, nor in rt_protos of iproute2, nor by FRR (186..198)."""
 
 DEVICE_NAME = re.compile(r"flannel(0|\.\d+)")
-"""The names of the devices that our backends make, and flannel's."""
+"""The names of the devices that our backends create; flannel uses the same names."""
 
 LINK_ALIAS = "udptun"
-"""Marks the devices that we make and that do not show it by themselves (IFLA_IFALIAS)."""
+"""Marks the VXLAN devices that we create (IFLA_IFALIAS)."""
 
 NUD_PERMANENT = 0x80
-"""Neighbour state (include/uapi/linux/neighbour.h): set by hand, never aged."""
+"""Neighbour state (include/uapi/linux/neighbour.h): set by a program, never aged."""
 
 MAIN_TABLE = 254
 
 
 @dataclass(frozen=True, slots=True)
 class TunFlags:
-    """What the kernel says about a TUN or TAP device."""
+    """Properties of a TUN or TAP device."""
 
     is_tap: bool
     has_vnet_hdr: bool
@@ -42,9 +42,9 @@ class TunFlags:
 
 @dataclass(frozen=True, slots=True)
 class Vxlan:
-    """What makes one VXLAN device another; none of it is changed on a device that exists.
+    """The properties of a VXLAN device that cannot be changed once it exists.
 
-    `local` is the source of its datagrams, `lower_index` the interface they leave by.
+    `local` is the source address of its datagrams, `lower_index` the interface that they leave by.
     """
 
     vni: int
@@ -59,9 +59,10 @@ class Vxlan:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """`kind` is the driver's ("tun", "veth", …), empty for hardware and lo.
+    """A network device.
 
-    `tun` and `vxlan` are set for devices of that kind alone; `mac` is empty where there is none.
+    `kind` is the name of the driver ("tun", "veth", …), empty for hardware and lo.  `mtu` is in bytes, `tx_queue_len`
+    in packets.  `tun` and `vxlan` are set for devices of that kind alone.  `mac` is empty where there is none.
     """
 
     index: int
@@ -117,7 +118,7 @@ class Scope(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`ip` is our end; `peer` the other end of a point-to-point address, None elsewhere."""
+    """An address of a link.  `peer` is the other end of a point-to-point address, None elsewhere."""
 
     link_index: int
     ip: IPAddress
@@ -130,7 +131,7 @@ class Address:
 
 
 class RouteType(IntEnum):
-    """rtm_type, as far as udptun handles it; others stay plain numbers."""
+    """The types of routes that udptun handles (rtm_type).  Other types stay plain numbers."""
 
     UNICAST = 1
     BLACKHOLE = 6
@@ -140,7 +141,7 @@ class RouteType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route.  `oif` and `gateway` are the first next hop's where there are several.
+    """A route.  Where there are several next hops, `oif` and `gateway` are those of the first.
 
     `metric` 0 is the best.  `mtu` is the route's own limit in bytes, None when it has none.
     """
@@ -156,12 +157,12 @@ class Route:
     prefsrc: IPAddress | None = None
     mtu: int | None = None
     onlink: bool = False
-    """The gateway is taken to be on `oif`, whatever the addresses say."""
+    """The kernel takes the gateway to be reachable through `oif`, whatever the addresses of that link are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbour:
-    """Which MAC (`aa:bb:cc:dd:ee:ff`) an address of the link has."""
+    """The MAC (`aa:bb:cc:dd:ee:ff`) that belongs to an address on the link."""
 
     link_index: int
     ip: IPAddress
@@ -171,7 +172,7 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class FdbEntry:
-    """Which VTEP, `dst`, a VXLAN link sends frames for a MAC to."""
+    """The VTEP, `dst`, to which a VXLAN link sends frames for a MAC."""
 
     link_index: int
     mac: str

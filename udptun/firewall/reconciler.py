@@ -114,7 +114,7 @@ class FirewallReconciler:
             )
 
     async def undo_failed_start(self) -> None:
-        """Take the rules out again, unless `set_up` found some of flannel's already.  Raises FirewallError."""
+        """Take the rules out again, unless `set_up` found rules of flannel's.  Raises FirewallError."""
         if self._is_new:
             await remove_rules(None)
 

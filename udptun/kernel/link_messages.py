@@ -1,7 +1,8 @@
-"""Links and addresses as rtnetlink messages, there and back.  Opens no socket.
+"""Links and addresses as rtnetlink messages, in both directions.  Opens no socket.
 
-A host has few of them, and each has many properties that depend on its kind: pyroute2 knows them all.  What there is
-of each peer is in rtnetlink.py, in struct, where a message takes some microseconds instead of half a millisecond.
+A host has few links and addresses.  A link has many properties that depend on its kind, and pyroute2 knows them all.
+Routes, neighbours and fdb entries, of which each peer has some, are in rtnetlink.py: struct takes some microseconds for
+a message, pyroute2 half a millisecond.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def add_vxlan(name: str, vxlan: Vxlan, mac: str, mtu: int) -> Request:
 
 
 def set_link(settings: LinkSettings) -> Request:
-    """Change what is given, leave the rest."""
+    """Change the settings that are given, and leave the others."""
     message = ifinfmsg()
     message["index"] = settings.link.index
     if settings.up is not None:

@@ -33,9 +33,9 @@ from udptun.kernel.rtnetlink import Request
 _SOL_NETLINK, _NETLINK_CAP_ACK, _NETLINK_EXT_ACK, _NETLINK_GET_STRICT_CHK = 270, 10, 11, 12
 
 _REPLY_LIMIT_S = 10.0
-"""rtnl_lock may be held for seconds while thousands of links go; later than this no answer will come."""
+"""Deleting thousands of links can hold rtnl_lock for seconds.  After this time no answer will come any more."""
 _DUMP_TRIES = 5
-"""How often a dump that the kernel marks as torn by a change (NLM_F_DUMP_INTR) is started again."""
+"""So often a dump is started again that the kernel marks as torn by a change (NLM_F_DUMP_INTR)."""
 _BATCH = 100
 """Requests sent at once: their answers, 0.8 KiB of the receive buffer each, fit into the kernel's default for it."""
 _READ_LEN = 1 << 18
@@ -85,7 +85,7 @@ class Netlink:
     async def routes(self, protocol: int = 0, family: int = socket.AF_INET) -> list[Route]:
         """The main table in the kernel's order (of equal prefixes the best metric first).
 
-        `protocol` limits it to one owner's routes; the kernel filters, so that the cost is theirs alone.
+        `protocol` limits it to one owner's routes.  The kernel filters, so other routes cost nothing.
         """
         bodies = await self._dump(rtnetlink.dump_routes(family, MAIN_TABLE, protocol))
         return [rtnetlink.decode_route(body) for body in bodies]
@@ -122,7 +122,7 @@ class Netlink:
     async def change(self, requests: Sequence[Request]) -> list[KernelError | None]:
         """Make these changes in order, each whatever becomes of the others.
 
-        Returns what the kernel had against each; None where it obeyed.
+        Returns for each why the kernel refused it, None where it did not.
         """
         return [error for error, _ in await self._ask(requests)]
 
@@ -143,7 +143,7 @@ class Netlink:
         raise KernelError(request.operation, errno.EINTR, f"it changed during each of {_DUMP_TRIES} readings")
 
     async def _ask(self, requests: Sequence[Request]) -> list[tuple[KernelError | None, list[bytes]]]:
-        """Send `requests`; for each what went wrong with it and the bodies of its answers."""
+        """Send `requests`.  Returns for each what went wrong with it and the bodies of its answers."""
         answers: list[tuple[KernelError | None, list[bytes]]] = []
         for start in range(0, len(requests), _BATCH):
             answers += await self._ask_batch(requests[start : start + _BATCH])
@@ -166,7 +166,7 @@ class Netlink:
                     ):
                         n = sequence - first
                         if not 0 <= n < len(requests):
-                            continue  # late, from a batch that we gave up
+                            continue  # a late answer to a batch that we gave up
                         if flags & rtnetlink.F_DUMP_INTR:
                             torn.add(n)
                         if kind == rtnetlink.DONE:

@@ -1,8 +1,8 @@
-"""Routes, neighbours and fdb entries as rtnetlink messages, there and back.  Pure.
+"""Routes, neighbours and fdb entries as rtnetlink messages, in both directions.  Pure.
 
-A host has three of these for each peer, and there may be thousands of peers: pyroute2 takes half a millisecond to
-encode one, struct some microseconds.  Layouts: include/uapi/linux/rtnetlink.h and neighbour.h; all numbers are in the
-machine's byte order, all addresses in the network's.
+A host has three of these for each peer, and there may be thousands of peers.  pyroute2 takes half a millisecond to
+encode one of them, struct some microseconds.  The layouts are in include/uapi/linux/rtnetlink.h and neighbour.h.
+Numbers are in host byte order, addresses in network byte order.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _TYPE_MASK = 0x3FFF
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One message without its header.  `operation` says what is attempted, for an error message."""
+    """One message without its header.  `operation` begins an error message: "cannot add route …"."""
 
     operation: str
     type: int
@@ -54,26 +54,26 @@ class Request:
     body: bytes
 
     def encode(self, sequence: int) -> bytes:
-        """The whole message; the kernel answers it with an acknowledgement, or with a dump."""
+        """The whole message.  The kernel answers it with an acknowledgement, or with a dump."""
         flags = self.flags | F_REQUEST | (0 if self.flags & F_DUMP == F_DUMP else F_ACK)
         return HEADER.pack(HEADER.size + len(self.body), self.type, flags, sequence, 0) + self.body
 
 
 def add_route(route: Route) -> Request:
-    """Add; EEXIST when any route, whoever's, has this prefix and metric: nothing is ever overwritten.
+    """Add a route.  EEXIST when there is a route with this prefix and metric, ours or not: none is ever overwritten.
 
-    The kernel's "replace" looks at prefix and metric alone and would take another owner's route.
+    The kernel's "replace" compares prefix and metric alone, and so would replace another owner's route.
     """
     return Request(f"cannot add route {route.dst}", NEWROUTE, F_CREATE | F_EXCL, _route_body(route))
 
 
 def delete_route(route: Route) -> Request:
-    """Delete the route of this prefix, metric, type, protocol and next hop; no other owner's can match."""
+    """Delete the route with this prefix, metric, type, protocol and next hop.  No other owner's route can match."""
     return Request(f"cannot delete route {route.dst}", DELROUTE, 0, _route_body(route))
 
 
 def dump_routes(family: int, table: int, protocol: int) -> Request:
-    """One table's routes, and of those (unless it is 0) one owner's."""
+    """The routes of one table; unless `protocol` is 0, only those of that owner."""
     body = _ROUTE.pack(family, 0, 0, 0, table, protocol, 0, 0, 0)
     return Request("cannot list routes", GETROUTE, F_DUMP, body)
 
@@ -85,7 +85,7 @@ def get_route(ip: IPAddress) -> Request:
 
 
 def set_neighbour(neighbour: Neighbour) -> Request:
-    """Add, or replace what there is for the address."""
+    """Add a neighbour, or replace the one with this address."""
     operation = f"cannot set neighbour {neighbour.ip}"
     return Request(operation, NEWNEIGH, F_CREATE | F_REPLACE, _neighbour_body(neighbour))
 
@@ -95,7 +95,7 @@ def delete_neighbour(neighbour: Neighbour) -> Request:
 
 
 def set_fdb(entry: FdbEntry) -> Request:
-    """Add, or replace what there is for the MAC."""
+    """Add a forwarding entry, or replace the one for this MAC."""
     return Request(f"cannot set fdb entry {entry.mac}", NEWNEIGH, F_CREATE | F_REPLACE, _fdb_body(entry))
 
 
@@ -104,7 +104,7 @@ def delete_fdb(entry: FdbEntry) -> Request:
 
 
 def dump_neighbours(link_index: int, family: int) -> Request:
-    """Of one link."""
+    """The neighbours on one link."""
     body = _NEIGHBOUR.pack(family, 0, 0, 0, 0) + _attribute(_NDA_IFINDEX, _U32.pack(link_index))
     return Request("cannot list neighbours", GETNEIGH, F_DUMP, body)
 
@@ -115,7 +115,7 @@ def dump_fdb(link_index: int) -> Request:
 
 
 def decode_route(body: bytes) -> Route:
-    """The route in a message's body.  Of several next hops it is the first."""
+    """The route in a message's body.  Of several next hops the first is taken."""
     family, dst_len, _, _, table, protocol, scope, kind, flags = _ROUTE.unpack_from(body)
     found = dict(attributes(body, _ROUTE.size))
     hop = found

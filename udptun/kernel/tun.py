@@ -1,10 +1,10 @@
-"""The TUN device: its queues, opened, kept and brought back.
+"""The TUN device: opening its queues, and bringing it back when it was deleted.
 
-python-pytun creates the device and attaches the queues; nothing else imports it.  Its objects open descriptors
-without close-on-exec and close them when they are collected, so we duplicate each and let the object go.
+python-pytun creates the device and attaches the queues; no other module imports it.  Its objects open descriptors
+without close-on-exec and close them when they are collected.  So we duplicate each descriptor and let the object go.
 
-A queue's descriptor outlives its device.  Once the device is deleted every read and write fails with EBADFD,
-and TUNSETIFF on that same descriptor makes the device anew, for every process that holds a duplicate.
+The descriptor of a queue outlives its device.  Once the device is deleted, every read and write fails with EBADFD.
+TUNSETIFF on that same descriptor then creates the device anew, for every process that holds a duplicate.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _IFREQ = struct.Struct("16sH22x")
 class Tun:
     """The attached queues of one device, as non-blocking, close-on-exec descriptors that this object owns.
 
-    `fds` may be passed on (a duplicate or SCM_RIGHTS) and stay valid until close().  Closing leaves the
-    persistent device where it is.
+    `fds` may be passed on (a duplicate or SCM_RIGHTS) and stay valid until close().  close() leaves the persistent
+    device in place.
     """
 
     def __init__(self, name: str, fds: Sequence[int]) -> None:
@@ -50,7 +50,7 @@ class Tun:
         self.name = name
         self.fds = tuple(fds)
         self.supported = ALL & ~_find_refused(name, fds[0])
-        """What the device can do, beside all that is none of its business."""
+        """All offloads but those that the device refuses."""
         self._offload = Offload(0)
 
     def is_attached(self) -> bool:
@@ -58,9 +58,9 @@ class Tun:
         return all(device_of(fd) == self.name for fd in self.fds)
 
     def reattach(self) -> None:
-        """Bring every detached queue back, the device too when it is gone: new, down, and without addresses.
+        """Attach every detached queue again.  A device that is gone comes back new: down, and without addresses.
 
-        Raises KernelError.  Queues that never lost their device stay as they are.
+        Queues that still have their device stay as they are.  Raises KernelError.
         """
         for fd in self.fds:
             device = device_of(fd)
@@ -78,7 +78,7 @@ class Tun:
     def set_offload(self, wanted: Offload) -> Offload:
         """Have reads give super-packets of these kinds; return what of `wanted` the device grants.
 
-        The virtio header is granted where it is, wanted or not.  Remembered for `reattach`.
+        A device with virtio headers always grants VNET_HDR.  `wanted` is kept for `reattach`.
         """
         self._offload = wanted
         granted = (wanted | Offload.VNET_HDR) & OF_DEVICE & self.supported
@@ -86,7 +86,7 @@ class Tun:
             try:
                 fcntl.ioctl(self.fds[0], lib.TUNSETOFFLOAD, _tun_features(granted))
             except OSError as exc:
-                # EINVAL: the kernel knows no USO; it came last.
+                # EINVAL: the kernel knows no USO, the newest of the offloads.
                 if not granted & (Offload.TSO | Offload.USO):
                     raise KernelError(f"cannot set offloads of TUN device {self.name}", exc.errno or 0) from exc
                 granted &= ~Offload.USO if Offload.USO in granted else ~Offload.TSO
@@ -103,9 +103,9 @@ class Tun:
 def open_queues(name: str, n: int, wanted: Offload = ALL) -> Tun:
     """Attach `n` queues to the device `name`, creating it when it is missing.
 
-    IFF_TUN | IFF_NO_PI | IFF_MULTI_QUEUE, IFF_VNET_HDR if `wanted` says so, persistent, offloads off
-    (`Tun.set_offload`): reads give whole packets with complete checksums.  Queues that another process holds stay
-    attached beside ours; all queues of a device have the same flags.  Raises KernelError.
+    The device is persistent, with IFF_TUN | IFF_NO_PI | IFF_MULTI_QUEUE, and IFF_VNET_HDR if `wanted` says so.  Its
+    offloads are off until `Tun.set_offload`, so reads give whole packets with complete checksums.  Queues that another
+    process holds stay attached beside ours.  All queues of a device have the same flags.  Raises KernelError.
     """
     fds: list[int] = []
     supported = ALL if Offload.VNET_HDR in wanted and _knows_vnet_hdr() else ALL & ~OF_DEVICE
@@ -121,9 +121,9 @@ def open_queues(name: str, n: int, wanted: Offload = ALL) -> Tun:
 
 
 def detach_queues(fds: Sequence[int]) -> None:
-    """Have the kernel give no more packets to these queues, for every process that holds one.
+    """Have the kernel give no more packets to these queues, whichever process holds one.
 
-    What waits in them is lost; where the kernel refuses, the device being gone, there is nothing to do.
+    Packets that wait in them are lost.  The kernel refuses when the device is gone, and then nothing has to be done.
     """
     for fd in fds:
         with suppress(OSError):
@@ -148,11 +148,10 @@ def _knows_vnet_hdr() -> bool:
 
 
 def _find_refused(name: str, fd: int) -> Offload:
-    """What the device cannot do, found by asking it through its queue `fd`; nothing when the device is gone.
+    """The offloads that the device refuses, found by trying them on its queue `fd`.  None when the device is gone.
 
-    Some kernels refuse super-packets with EINVAL (6.6.44 and others with e269d79c7d35, mended by 89add40066f9).
-    Whether they do shows on a device that is down, where nothing is delivered; one that is up has workers that have
-    found out.
+    Some kernels refuse super-packets with EINVAL (6.6.44 and others with e269d79c7d35, mended by 89add40066f9).  This
+    is tried only on a device that is down, which delivers nothing.  On a device that is up the workers have found out.
     """
     try:
         _name, flags = _IFREQ.unpack(fcntl.ioctl(fd, lib.TUNGETIFF, bytes(_IFREQ.size)))
@@ -169,13 +168,13 @@ def _find_refused(name: str, fd: int) -> Offload:
         (Offload.WRITE_TCP, socket.IPPROTO_TCP, _GSO_TCPV4, tcp, 16),
         (Offload.WRITE_UDP, socket.IPPROTO_UDP, _GSO_UDP_L4, udp, 6),
     ):
-        # Two bytes of payload, one a segment.
+        # Two bytes of payload, one in each segment.
         vnet = struct.pack("=BBHHHH", _NEEDS_CSUM, gso_type, 20 + len(header), 1, 20, csum_offset)
         ip = struct.pack("!BBHHHBBHII", 0x45, 0, 20 + len(header) + 2, 0, 0, 0, protocol, 0, 0, 0)
         try:
             os.write(fd, vnet + ip + header + bytes(2))
         except OSError as exc:
-            # EIO is what a device that is down says to a good one.
+            # A device that is down answers EIO to a super-packet that it can take.
             refused |= offload if exc.errno == errno.EINVAL else Offload(0)
     return refused
 
@@ -207,13 +206,13 @@ def _tun_features(offload: Offload) -> int:
     if Offload.TSO in offload:
         features |= lib.TUN_F_CSUM | lib.TUN_F_TSO4
     if Offload.USO in offload:
-        # Both families or none: the kernel refuses one alone.
+        # The kernel takes both families or none.
         features |= lib.TUN_F_CSUM | lib.TUN_F_USO4 | lib.TUN_F_USO6
     return features
 
 
 def _configure(name: str, fd: int, supported: Offload) -> None:
-    """Set what the device forgets when it is made anew; any of its queues will do."""
+    """Set what a device that was created anew has lost.  `fd` is any of its queues."""
     try:
         fcntl.ioctl(fd, lib.TUNSETPERSIST, 1)
         fcntl.ioctl(fd, lib.TUNSETOFFLOAD, 0)
@@ -224,7 +223,7 @@ def _configure(name: str, fd: int, supported: Offload) -> None:
 
 
 def device_of(fd: int) -> str | None:
-    """The name that the device of the queue has now; None when that is gone."""
+    """The present name of the device that the queue belongs to; None when the device is gone."""
     try:
         answer = fcntl.ioctl(fd, lib.TUNGETIFF, bytes(_IFREQ.size))
     except OSError as exc:
@@ -236,8 +235,8 @@ def device_of(fd: int) -> str | None:
 
 
 def _refused(name: str, exc: OSError) -> KernelError:
-    """Say why the kernel would not attach a queue to `name`, and what to do."""
-    # pytun puts a sentence of its own where it has no errno.
+    """The error that says why the kernel would not attach a queue to `name`, and what to do."""
+    # An error of pytun without an errno has a sentence of pytun's own.
     code = exc.errno or 0
     hint = "" if code else str(exc)
     if code in (errno.ENOENT, errno.ENODEV):
@@ -253,7 +252,7 @@ def _refused(name: str, exc: OSError) -> KernelError:
 
 
 def _driver(name: str) -> str | None:
-    """What kind of device `name` is, in words; None when there is none."""
+    """The kind of the device `name`, in words; None when there is none."""
     try:
         socket.if_nametoindex(name)
     except OSError:

@@ -1,6 +1,6 @@
 """Do in the kernel what was planned.
 
-Most changes are netlink messages; those that follow each other go to the kernel in batches.
+Most changes are single netlink messages.  Those that follow each other go to the kernel in one batch.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ async def apply(
 ) -> tuple[list[Change], list[tuple[Change, KernelError]]]:
     """Make the changes in order, each whatever becomes of the others.
 
-    Returns those that were made, and those that failed with the reasons.  An optional setting that is refused is in
-    neither list.  Raises KernelError when the conversation itself fails.
+    Returns those that were made, and those that failed with the reasons.  A refused optional setting is in neither
+    list.  Raises KernelError when the conversation itself fails.
     """
     done: list[Change] = []
     failed: list[tuple[Change, KernelError]] = []
