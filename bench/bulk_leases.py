@@ -14,12 +14,12 @@ import sys
 import time
 from ipaddress import IPv4Address, IPv4Network
 
-_FIRST_PUBLIC_IP = IPv4Address("198.18.0.0")
+FIRST_PUBLIC_IP = IPv4Address("198.18.0.0")
 """The first of 131,072 addresses that are set aside for benchmarks (RFC 2544).  No host of a lab has one of them."""
 
 
 def put(database: sqlite3.Connection, network: IPv4Network, n: int) -> None:
-    public_ips = [str(_FIRST_PUBLIC_IP + i) for i in range(n)]
+    public_ips = [str(FIRST_PUBLIC_IP + i) for i in range(n)]
     values = [json.dumps({"PublicIP": ip, "BackendType": "udp"}) for ip in public_ips]
     with database:
         database.execute("delete from leases where value like '%198.18.%' or value like '%198.19.%'")

@@ -74,13 +74,13 @@ class Meter:
         self._pids = tuple(pids)
         # Looking at all processes takes milliseconds, so it comes before what is measured.
         self._foreign_s = _foreign_seconds()
-        self._tunnel_s = _seconds_of(self._pids)
+        self._tunnel_s = seconds_of(self._pids)
         self._machine = CpuTimes.now()
         self._start = time.monotonic()
 
     def read(self) -> Usage:
         wall_s = time.monotonic() - self._start
-        machine, tunnel_s, foreign_s = CpuTimes.now(), _seconds_of(self._pids), _foreign_seconds()
+        machine, tunnel_s, foreign_s = CpuTimes.now(), seconds_of(self._pids), _foreign_seconds()
         stolen_s = (machine.stolen - self._machine.stolen) / _TICKS_PER_S
         busy_s = (machine.busy - self._machine.busy) / _TICKS_PER_S
         # The time of a foreign process that nobody waited for disappears with it: the difference may be below zero.
@@ -93,7 +93,8 @@ class Meter:
         )
 
 
-def _seconds_of(pids: Iterable[int]) -> float:
+def seconds_of(pids: Iterable[int]) -> float:
+    """CPU time of the processes so far, without their children's.  Raises BenchError when one has ended."""
     try:
         return sum(_process_ticks(pid)[0] for pid in pids) / _TICKS_PER_S
     except OSError as exc:

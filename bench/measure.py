@@ -206,15 +206,19 @@ def _awake(lab: Lab) -> Iterator[None]:
 
 
 def memory(path: Path) -> Result:
-    """Memory of the tunnel's processes on the first host, MiB: PSS, which divides a shared page among its users."""
+    """Memory of the tunnel's processes on the first host, PSS in MiB."""
     figures: dict[str, float] = {}
     for process in path.processes:
         if process.host == path.processes[0].host:
-            rollup = File(f"/proc/{process.pid}/smaps_rollup").read_text()
-            mib = _number(r"\nPss: +(\d+) kB", rollup) / 1024
+            mib = pss_bytes(process.pid) / 2**20
             for name in {f"{process.role}_mib", "memory_mib"}:
                 figures[name] = figures.get(name, 0.0) + mib
     return Result(figures, Usage.none())
+
+
+def pss_bytes(pid: int) -> int:
+    """Proportional set size of the process, with a page that several processes share divided among them."""
+    return _number(r"\nPss: +(\d+) kB", File(f"/proc/{pid}/smaps_rollup").read_text()) * 1024
 
 
 # --- shared

@@ -117,13 +117,16 @@ def interleave(things: Sequence[T], n_rounds: int) -> Iterator[tuple[int, Sequen
 
 
 def _udptun(lab: Lab, _tools: Tools | None) -> Path:
-    processes = [process for host in lab.hosts for process in _daemon_and_datapath(host)]
+    processes = [process for host in lab.hosts for process in daemon_and_datapath(host)]
     client, server = lab.host(1).pod(1), lab.host(2).pod(1)
     return Path(TUNNEL, lab.host(1).mtu, client, server, server.address, tuple(processes))
 
 
-def _daemon_and_datapath(host: Host) -> list[Process]:
-    """The datapath outlives the daemon, so it is no child of it.  Its PID namespace and command line identify it."""
+def daemon_and_datapath(host: Host) -> list[Process]:
+    """The processes of the host's udptun.
+
+    The datapath outlives the daemon, so it is no child of it.  Its PID namespace and command line identify it.
+    """
     assert host.daemon is not None
     found = [Process(host.name, "daemon", host.daemon.pid)]
     own = File(f"/proc/{host.daemon.pid}/ns/pid").readlink()

@@ -1,6 +1,6 @@
-"""What a start costs and what a daemon weighs: one daemon alone in a lab of one host, started again and again.
+"""`./dev bench startup`: what a start costs and what a daemon weighs.
 
-./dev bench startup [--store file|etcd] [--leases N] [--runs N]
+One daemon is alone in a lab of one host and is started again and again.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
-from pathlib import Path
+from ipaddress import IPv4Network
 
 from bench import machine
-from bench.errors import BenchError
+from bench.bulk_leases import FIRST_PUBLIC_IP
+from bench.cpu import seconds_of
+from bench.measure import pss_bytes
+from bench.paths import daemon_and_datapath
 from bench.session import Screen, check_idle, run, uninterrupted_end, whole_number
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LAB_DIR, Lab
 
 _NETWORK = IPv4Network("10.224.0.0/11")
-_FIRST_PUBLIC_IP = IPv4Address("198.18.0.0")
-"""Of the 131,072 addresses that are set aside for benchmarks (RFC 2544), none of which a lab's host has."""
 _ENDPOINT = "http://127.0.0.1:2379"
 _PREFIX = "/coreos.com/network"
 _PUTS_AT_ONCE = 100
 """etcd takes 128 operations a transaction."""
 _CALM_S = 1.0
-"""After READY=1: what the start needed is given back, and the table is saved."""
+"""So long after READY=1 the daemon is measured: it has given back what the start needed, and saved its table."""
 _TIMEOUT_S = 60.0
 
 
@@ -40,7 +40,8 @@ _TIMEOUT_S = 60.0
 class Start:
     """One start: seconds from exec to READY=1, and what the processes weigh a moment later, PSS in bytes.
 
-    `cpu_s`: what the daemon's process has used until then.  `total` is that of the daemon and both datapath processes.
+    `cpu_s` is the CPU time of the daemon's process until then.  `total` is the weight of the daemon and both datapath
+    processes.
     """
 
     ready_s: float
@@ -92,34 +93,40 @@ def _store(store: str) -> str:
 
 @contextmanager
 def _leases(host: Host, store: str, n: int, conf: Mapping[str, object]) -> Iterator[None]:
-    """Have the store of `host` hold its own lease (file) and `n` others."""
+    """Have the store of `host` hold `n` leases of other hosts, for the block.  A file has the host's own lease too."""
     base = int(_NETWORK.network_address)
-    peers = [(IPv4Network((base + (i << 8), 24)), _FIRST_PUBLIC_IP + i) for i in range(2, n + 2)]
+    peers = [(IPv4Network((base + (i << 8), 24)), FIRST_PUBLIC_IP + i) for i in range(2, n + 2)]
     if store == "file":
         own = (IPv4Network((base + 256, 24)), host.underlay_address)
         items = [{"Subnet": str(subnet), "PublicIP": str(ip), "Port": 8285} for subnet, ip in (own, *peers)]
         host.path(LAB_DIR / "leases.json").write_text(json.dumps(items))
         yield
-        return
-    directory = LAB_DIR / "etcd"
-    command = ["etcd", f"--data-dir={directory}", "--unsafe-no-fsync", "--log-level=error"]
+    else:
+        with _etcd(host) as etcdctl:
+            host.run([*etcdctl, "put", f"{_PREFIX}/config", json.dumps(conf)])
+            puts = [
+                f'put {_PREFIX}/subnets/{str(subnet).replace("/", "-")} "{{\\"PublicIP\\":\\"{ip}\\"}}"\n'
+                for subnet, ip in peers
+            ]
+            for at in range(0, len(puts), _PUTS_AT_ONCE):
+                # A transaction: no compares, what to do, nothing to do otherwise.
+                host.run([*etcdctl, "txn"], input="\n" + "".join(puts[at : at + _PUTS_AT_ONCE]) + "\n\n")
+            yield
+
+
+@contextmanager
+def _etcd(host: Host) -> Iterator[list[str]]:
+    """Run an etcd in `host` for the block, which gets the beginning of an etcdctl command line."""
+    command = ["etcd", f"--data-dir={LAB_DIR / 'etcd'}", "--unsafe-no-fsync", "--log-level=error"]
     etcd = host.popen(
         [*command, f"--listen-client-urls={_ENDPOINT}", f"--advertise-client-urls={_ENDPOINT}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        health = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={_ENDPOINT}"]
-        wait_until("etcd", lambda: host.run([*health, "endpoint", "health"], check=False).returncode == 0, _TIMEOUT_S)
-        host.run([*health, "put", f"{_PREFIX}/config", json.dumps(conf)])
-        puts = [
-            f'put {_PREFIX}/subnets/{str(subnet).replace("/", "-")} "{{\\"PublicIP\\":\\"{ip}\\"}}"\n'
-            for subnet, ip in peers
-        ]
-        for at in range(0, len(puts), _PUTS_AT_ONCE):
-            # A transaction: no compares, what to do, nothing to do otherwise.
-            host.run([*health, "txn"], input="\n" + "".join(puts[at : at + _PUTS_AT_ONCE]) + "\n\n")
-        yield
+        etcdctl = ["env", "ETCDCTL_API=3", "etcdctl", f"--endpoints={_ENDPOINT}"]
+        wait_until("etcd", lambda: host.run([*etcdctl, "endpoint", "health"], check=False).returncode == 0, _TIMEOUT_S)
+        yield etcdctl
     finally:
         etcd.kill()
         etcd.wait()
@@ -131,39 +138,9 @@ def _start(host: Host) -> Start:
     host.wait_ready(_TIMEOUT_S)
     ready_s = time.monotonic() - began
     time.sleep(_CALM_S)
-    daemon = host.daemon
-    if daemon is None:
-        raise BenchError("the daemon is gone")
-    fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
-    cpu_s = (int(fields[11]) + int(fields[12])) / 100
-    sizes = {pid: _pss(pid) for pid in [daemon.pid, *_datapath_pids(host)]}
-    start = Start(ready_s, cpu_s, sizes[daemon.pid], sum(sizes.values()))
+    daemon, *datapath = [process.pid for process in daemon_and_datapath(host)]
+    cpu_s = seconds_of([daemon])
+    weights = [pss_bytes(pid) for pid in (daemon, *datapath)]
     host.stop_daemon(signal.SIGTERM)
     host.run([*host.lab.daemon_command[:3], "cleanup", *host.lab.daemon_command[4:]])
-    return start
-
-
-def _datapath_pids(host: Host) -> list[int]:
-    """The processes of the host that run worker.py."""
-    found = []
-    namespace = host.machine.at().net_ns
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                if b"datapath/worker.py" in (entry / "cmdline").read_bytes() and _is_in(entry, namespace):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
-def _is_in(process: Path, namespace: str | Path) -> bool:
-    return (process / "ns" / "net").stat().st_ino == Path(namespace).stat().st_ino
-
-
-def _pss(pid: int) -> int:
-    """Proportional set size, bytes."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise BenchError(f"the kernel does not tell the PSS of process {pid}")
+    return Start(ready_s, cpu_s, weights[0], sum(weights))
