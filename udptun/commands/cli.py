@@ -220,13 +220,13 @@ def _lease(argv: list[str], environ: Mapping[str, str]) -> int:
     if len(request.words) < n_words:
         raise UsageError(f"lease {action}: which one? give a SUBNET, as 10.244.3.0/24, or a KEY, as 10.244.3.0-24")
 
-    from udptun.commands import lease as lease_cli
+    from udptun.commands import lease as lease_command
 
     actions = {
-        "list": lease_cli.list_leases,
-        "show": lease_cli.show,
-        "reserve": lease_cli.reserve,
-        "release": lease_cli.release,
+        "list": lease_command.list_leases,
+        "show": lease_command.show,
+        "reserve": lease_command.reserve,
+        "release": lease_command.release,
     }
     return actions[action](request)
 

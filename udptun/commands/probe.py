@@ -1,4 +1,4 @@
-"""`udptun probe`: which types of backend work on this host."""
+"""`udptun status --backends`: which types of backend work on this host."""
 
 from __future__ import annotations
 
