@@ -372,6 +372,33 @@ def test_own_lease_that_is_gone_when_it_is_renewed_is_taken_again(tmp_path: Path
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("is_lost", [True, False], ids=["taken again", "renewed"])
+def test_move_while_the_lease_is_written_reaches_the_store(tmp_path: Path, is_lost: bool) -> None:
+    """A lease that was taken again just then put the old address back, and the peers sent there until the restart."""
+    moved = attrs("192.0.2.77", ME.node_id)
+
+    async def main() -> None:
+        store = FakeStore(PEER)
+        store.ttl_s = 0.1
+        member = Member(store, tmp_path, margin_s=0.1)
+        async with member.running():
+            own = member.membership.own
+            store.claim_waits = asyncio.Event()
+            if is_lost:
+                store.remove(own)
+            n_writes = store.claims + store.renewals
+            await until(lambda: store.claims + store.renewals > n_writes)
+            member.membership.move(replace(ME, public_ip=moved.public_ip), moved)
+            store.ttl_s = 1000
+            store.claim_waits.set()
+            await until(lambda: own.key in store.leases and store.leases[own.key].attrs == moved)
+            await turns()
+            assert member.membership.own.attrs == moved
+            assert member.membership.problems == ()
+
+    asyncio.run(main())
+
+
 # --- the others
 
 

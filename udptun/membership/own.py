@@ -169,10 +169,7 @@ class OwnLease:
         asked = self.lease
         async with self._asking:
             renewed = await self._store.renew(asked)
-        self._has_moved = self.lease.attrs != asked.attrs  # once more, meanwhile
-        self.lease = replace(renewed, attrs=self.lease.attrs) if self._has_moved else renewed
-        self.problem = ""
-        self._on_change()
+        self._take(renewed)
         log.info("lease renewed subnet=%s", self.lease.subnet)
 
     async def _take_again(self) -> None:
@@ -186,12 +183,19 @@ class OwnLease:
                 f"{self._store.name} gives this host {lease.subnet} now, not {self.lease.subnet}; restart to use it"
             )
         taker, self._taker = self._taker, None
-        self.lease, self.is_lost, self.problem, self._has_moved = lease, False, "", False
-        self._on_change()
+        self.is_lost = False
+        self._take(lease)
         if taker is None or taker == self._doubles.me.node_of(lease):
             log.info("lease taken again subnet=%s", self.lease.subnet)
         else:
             self._doubles.took_back(taker, lease, self._clock.elapsed_s())
+
+    def _take(self, written: Lease) -> None:
+        """The store has it as `written`, which lacks a move that came while it was written."""
+        self._has_moved = self.lease.attrs != written.attrs
+        self.lease = replace(written, attrs=self.lease.attrs)
+        self.problem = ""
+        self._on_change()
 
     def _say_problem(self, attempt: str, exc: LeaseError | ConfigError) -> None:
         if str(exc) != self.problem:
