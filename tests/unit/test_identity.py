@@ -138,3 +138,10 @@ def test_node_is_named_by_address_port_and_id() -> None:
 )
 def test_double_has_our_address_or_our_node_id(node: Node, is_double: bool) -> None:
     assert Identity(IPv4Address("192.0.2.1"), 8285, OURS).is_double(node) is is_double
+
+
+def test_double_of_a_backend_without_ports_has_our_address() -> None:
+    """Its port 0 was compared with our None, so with vxlan and host-gw it was a stranger."""
+    me = Identity(IPv4Address("192.0.2.1"), None, OURS)
+    assert me.is_double(Node(IPv4Address("192.0.2.1"), 0, OTHERS))
+    assert not me.is_double(Node(IPv4Address("192.0.2.9"), 0, OTHERS))

@@ -894,6 +894,23 @@ def test_own_lease_that_a_later_host_takes_over_is_taken_back_once(
     assert ("--public-ip or Backend.Port" if node_id == OTHER else "is a copy of the other") in line
 
 
+def test_own_lease_of_a_backend_without_ports_is_taken_back_too(tmp_path: Path) -> None:
+    """The first of two hosts with one address gave in at once, with vxlan and host-gw, instead of the later one."""
+
+    async def main() -> None:
+        store = FakeStore(PEER)
+        me = replace(ME, port=None)
+        first, second = Member(store, tmp_path, me=me), Member(store, tmp_path, me=replace(me, node_id=OTHER))
+        async with first.running():
+            own = first.membership.own
+            async with second.running():
+                await until(lambda: second.membership.problems)
+                await until(lambda: store.leases[own.key].attrs.node_id == ME.node_id)
+                await until(lambda: first.membership.problems == ())
+
+    asyncio.run(main())
+
+
 @DOUBLES
 def test_lease_that_we_took_over_is_left_alone_when_its_owner_proves_alive(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ip: str, node_id: str

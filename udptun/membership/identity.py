@@ -64,7 +64,8 @@ class Identity:
 
     def is_double(self, node: Node) -> bool:
         """Whether the node has our address or our NodeID."""
-        return node.node_id == self.node_id or (node.public_ip, node.port) == (self.public_ip, self.port)
+        is_here = node.public_ip == self.public_ip and self.port in (None, node.port)
+        return is_here or node.node_id == self.node_id
 
     def _port_of(self, lease: Lease) -> int:
         return lease.attrs.port(self.default_port or self.port or 0)
