@@ -1,10 +1,15 @@
 """Choose the subnet that this host leases.  Pure: the random numbers come from the caller.
 
-flannel's order (pkg/subnet/etcd/local_manager.go, tryAcquireLease): our own lease, the subnet we had before, a
-random one of the first hundred free.  What differs, each because flannel's way loses a subnet or picks a bad one:
-a node is PublicIP and port, so that several can share an address; a subnet is free when it overlaps no lease, not
-just when no lease has the same key; the subnet we had before is also ours when a lease with our own NodeID holds
-it, which is a host that moved to another address; each family is kept on its own when only the other has to change.
+The order is flannel's (pkg/subnet/etcd/local_manager.go, tryAcquireLease): our own lease, the subnet that we had before,
+a random one of the first hundred that are free.
+
+Four things differ, because flannel's way loses a subnet or picks a bad one in each:
+
+* A node is PublicIP and port, so that several nodes can share an address.
+* A subnet is free when it overlaps no lease.  To flannel it is free when no lease has the same key.
+* The subnet that we had before is also ours when a lease with our own NodeID holds it.  Then we have moved to another
+  address.
+* When only one family's subnet has to change, the other family's is kept.
 """
 
 from __future__ import annotations
@@ -20,13 +25,13 @@ from udptun.membership.identity import Identity
 from udptun.stores.base import Chooser, SubnetChoice
 
 CANDIDATES = 100
-"""How many free subnets, ascending, the random choice is among."""
+"""How many free subnets, ascending, the random choice is made among."""
 
 
 def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.Random) -> Chooser:
     """How `me` picks its subnets under `conf`.
 
-    `previous` is what subnet.env says we had.  The chooser raises SubnetExhaustedError, with the counts, when
+    `previous` is what subnet.env says that we had.  The chooser raises SubnetExhaustedError, with the counts, when
     nothing between SubnetMin and SubnetMax is free.
     """
 
@@ -35,8 +40,8 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         return moved or me.owns(lease)
 
     def choose(leases: Sequence[Lease]) -> SubnetChoice:
-        # Ours by address before ours by node id; of several the one that we wrote and have used, which pods are in;
-        # then in key order as flannel.
+        # A lease at our address comes before one with our node id.  Of several, the one that we wrote and have used
+        # comes first, because pods are in it.  After that the order is that of the keys, as flannel's.
         ours = sorted(
             filter(is_ours, leases),
             key=lambda it: (not me.owns(it), it.attrs.node_id != me.node_id, it.subnets != previous, it.key),
@@ -57,7 +62,7 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
 
 
 def fits(subnets: Subnets, conf: NetConf) -> bool:
-    """Whether a lease of these is what `conf` would hand out."""
+    """Whether `conf` would hand out these subnets."""
     if not _is_of(conf.ipv4, subnets.ipv4):
         return False
     if conf.ipv6 is None or subnets.ipv6 is None:
@@ -109,7 +114,7 @@ def _free(pool: SubnetPool[NetworkT, AddressT], taken: Iterable[_Range]) -> Iter
             yield base
             base += size
         if high >= base:
-            # On to the first boundary behind what is taken.
+            # Go on at the first boundary behind what is taken.
             base += -(-(high + 1 - base) // size) * size
     while base <= last:
         yield base

@@ -1,13 +1,13 @@
 """What every lease store promises.
 
-A store is a shared map from lease key to lease with one revision that only grows.  Three operations read it
-(`snapshot`, `watch`, `network_config`), three change it (`claim`, `renew`, `release`).  All may be called
-from one event loop; none is called from two tasks at once except `watch`, which runs beside the others.
-Operators have two more (`reserve`, `delete`), which no daemon calls.
+A store is a shared map from lease key to lease, with one revision that only grows.  Three operations read it
+(`snapshot`, `watch`, `network_config`), and three change it (`claim`, `renew`, `release`).  Operators have two more
+(`reserve`, `delete`), which no daemon calls.  All are called from one event loop, and by one task at a time; only
+`watch` runs beside the others.
 
-Two errors tell who has to act.  StoreUnavailableError: nobody, trying again may help.  ConfigError: a person
-has to mend the store (a corrupt file, a missing directory); trying again is harmless and useless.  A running
-daemon keeps its table over both.
+Two errors say who has to act.  StoreUnavailableError: nobody has to, trying again may help.  ConfigError: a person has
+to mend the store (a corrupt file, a missing directory), and trying again is harmless and useless.  A running daemon
+keeps its table over both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LEASE_TTL_S = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Every valid lease at `revision`.  `skipped`: a line per refused item, its key and the reason."""
+    """Every valid lease at `revision`.  `skipped`: a line for each refused item, with its key and the reason."""
 
     revision: int
     leases: tuple[Lease, ...]
@@ -37,7 +37,7 @@ class Snapshot:
 class WatchBatch:
     """What changed up to and including `revision`, in order.
 
-    `snapshot` set: the store could not tell the difference (compaction, a replaced file); the caller takes
+    With `snapshot` set, the store could not tell the difference (compaction, a replaced file).  The caller then takes
     the snapshot as the whole truth and ignores `events`.
     """
 
@@ -49,17 +49,16 @@ class WatchBatch:
 
 @dataclass(frozen=True, slots=True)
 class SubnetChoice:
-    """What a claim shall do: take `subnets`, after deleting the keys in `drop` (own, unfit leases)."""
+    """What a claim shall do: take `subnets`, after deleting the keys in `drop` (own leases that do not fit)."""
 
     subnets: Subnets
     drop: tuple[str, ...] = ()
 
 
 Chooser = Callable[[Sequence[Lease]], SubnetChoice]
-"""Given every lease, decide what to claim.  Pure: a store may call it on another thread, and
-again when it lost a race.
+"""Given every lease, decide what to claim.  Pure: a store may call it on another thread, and again after a lost race.
 
-Raises SubnetExhaustedError; the store lets it through and changes nothing.
+Raises SubnetExhaustedError, which the store lets through without changing anything.
 """
 
 
@@ -67,7 +66,7 @@ class Store(Protocol):
     """See the module's text.  Every method may raise StoreUnavailableError or ConfigError."""
 
     name: str
-    """How the store was named on the command line, for messages: `local:/path`, `etcd`."""
+    """What the command line calls the store, for messages: `local:/path`, `etcd`."""
 
     config_name: str
     """Where the network config is, for messages: a path, or the key in etcd."""
@@ -77,35 +76,33 @@ class Store(Protocol):
 
     A daemon waits for a network config that is missing or broken, as flannel does, instead of ending.
 
-    Only the store ends a lease: its server may keep time otherwise than this host (etcd's stands still while it is
-    down), so a lease in use stays in use until the store reports its removal, also while the store is away.
+    Only the store ends a lease.  Its server may keep time otherwise than this host: etcd's time stands still while it
+    is down.  So a lease in use stays in use until the store reports its removal, also while the store is away.
 
-    `expires_s` of another host's lease is the earliest end that is known, not the end: the time of looking at first,
-    which is past at once, until the watch has asked and repeats the lease with a better one.  It decides whether a
-    lease out of the state file may be used, and nothing else.  Of a lease that this object claimed or renewed it is
-    exact.
+    `expires_s` of another host's lease is the earliest end that is known.  It begins as the time of looking, which is
+    past at once; later the watch has asked, and repeats the lease with a better one.  It decides whether a lease out of
+    the state file may be used, and nothing else.  It is exact for a lease that this object claimed or renewed.
     """
 
     async def network_config(self) -> str:
         """The text of net-conf.json.  Raises ConfigError when there is none, saying where it should be."""
 
     async def snapshot(self, *, exact: bool = False) -> Snapshot:
-        """`exact`: with the true expiry of every lease, which costs a remote store one more request a lease."""
+        """All leases.  `exact`: with their true expiries, which costs a remote store one more request for each."""
 
     def watch(self, after: int) -> AsyncGenerator[WatchBatch, None]:
-        """Changes after revision `after`, as they come; expiry is reported as a removal.
+        """Changes after revision `after`, as they come.  The end of a lease is reported as a removal.
 
-        Never ends by itself; closing it (`contextlib.aclosing`) frees what it holds.  It ends with the error
-        that it raises; the caller starts another from the last revision it saw, after 0.1 to 0.5 s: what a server
-        has to be spared beyond that the store sees to itself.  A batch may be empty, or repeat a lease of which only
-        the expiry is new.
+        Never ends by itself.  Closing it (`contextlib.aclosing`) frees what it holds.  It ends with the error that it
+        raises; the caller starts another from the last revision it saw, after 0.1 to 0.5 s.  A store whose server needs
+        longer pauses makes them itself.  A batch may be empty, or repeat a lease of which only the expiry is new.
         """
 
     async def claim(self, attrs: LeaseAttrs, choose: Chooser, ttl_s: int = LEASE_TTL_S) -> Lease:
         """Take the subnet that `choose` picks, atomically against every other claimer.
 
-        A lease that `choose` picked and that is already there is rewritten with `attrs` and a fresh expiry; a
-        reservation (no expiry) stays one.  A claim that was cancelled may have happened all the same.
+        If that lease is there already, it is rewritten with `attrs` and a fresh expiry; a reservation (no expiry) stays
+        one.  A claim that was cancelled may have happened all the same.
         """
 
     async def renew(self, lease: Lease, ttl_s: int = LEASE_TTL_S) -> Lease:
@@ -117,15 +114,15 @@ class Store(Protocol):
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
         """Keep `subnets` for the node with `attrs`: a lease that never expires, which that node's claim takes over.
 
-        A lease that this node (PublicIP and port) holds already stays as it is and no longer expires.  LeaseError
-        when it is another's.
+        A lease that this node (PublicIP and port) already holds stays as it is, without its expiry.  LeaseError when it
+        is another node's.
         """
 
     async def delete(self, lease: Lease) -> None:
-        """Delete a lease or reservation, whoever's it is, as `lease` shows it: LeaseError when it has changed since."""
+        """Delete a lease or reservation, whoever holds it.  LeaseError when it is no longer as `lease` shows it."""
 
     async def aclose(self) -> None:
-        """Free threads, connections and files; no call may follow.  Closing twice does no harm."""
+        """Free threads, connections and files.  No other call may follow; closing twice does no harm."""
 
 
 def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
@@ -138,8 +135,8 @@ def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
 def reservation(leases: Iterable[Lease], subnets: Subnets, attrs: LeaseAttrs) -> LeaseAttrs:
     """What to write to reserve `subnets` for the node with `attrs`, where `leases` is all there is.  Pure.
 
-    That is what the node itself has written there, if it has.  LeaseError when the subnet overlaps another's lease, or
-    when another subnet is reserved for the node.
+    It is what the node itself has written there, if it has.  LeaseError when the subnet overlaps another node's lease,
+    or when another subnet is reserved for this node.
     """
     for lease in leases:
         port, other_port = attrs.port(0), lease.attrs.port(0)
@@ -173,5 +170,5 @@ def read_network_config(path: Path) -> str:
 
 
 def reason(exc: OSError | UnicodeDecodeError) -> str:
-    """What the system said, without the path that the message around it names already."""
+    """What the system said, without the path, which the message around it names."""
     return (exc.strerror or str(exc)) if isinstance(exc, OSError) else f"not UTF-8 at byte {exc.start}"

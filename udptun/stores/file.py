@@ -1,21 +1,20 @@
 """The `file` store: leases that a person wrote down, the same file on each host.
 
-For a few real hosts without a server.  The file is a JSON list, one entry a host:
+It is for a few real hosts without a server.  The file is a JSON list with one entry for each host:
 
     [
       {"Subnet": "10.244.1.0/24", "PublicIP": "192.0.2.1", "Port": 8285, "Node": "alpha"},
       {"Subnet": "10.244.2.0/24", "PublicIP": "192.0.2.2"}
     ]
 
-Subnet and PublicIP are required.  Port is where that host listens, this host's own configured port when
-absent.  Node is a name for --node.  Keys are matched without regard to case, as in net-conf.json; an unknown
-one is refused, because a mistyped Port would send packets to the wrong one in silence.  All hosts in the file
-run udptun.
+Subnet and PublicIP are required.  Port is where that host listens; without it, that is the port that is configured on
+this host.  Node is a name for --node.  Keys are matched without regard to case, as in net-conf.json.  An unknown key is
+refused, because a mistyped Port would send packets to the wrong port in silence.  All hosts in the file run udptun.
 
-The file is the allocation: nothing here ever writes it, a claim finds the own entry and never asks the
-chooser, and the daemon checks the subnet against Network as it does with a lease from any other store.
+The file is the allocation, and nothing here ever writes it.  A claim finds the own entry and never asks the chooser.
+The daemon checks the subnet against Network as it does with a lease from any other store.
 
-Read in the event loop, without a thread: one stat each POLL_S, and parsing only what has changed.
+The file is read in the event loop, without a thread: one stat each POLL_S, and parsing only when it has changed.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ POLL_S = 0.2
 """How often a watch looks whether the file has changed, seconds."""
 
 _SETTLED_NS = 1_000_000_000
-"""A file changed more recently than this is read again at the next look: another edit of the same length within
-one tick of the filesystem's clock would leave the same stat behind.  ctime, because editors set mtime back."""
+"""A file that was changed more recently than this is read again at the next look.  Another edit of the same length
+within one tick of the filesystem's clock would leave the same stat behind.  ctime is what counts: editors set mtime
+back."""
 
 _STARTER = """\
 [
@@ -74,7 +74,7 @@ class Leases:
 def parse(text: str) -> Leases:
     """Read a leases file.  Pure.  Raises ConfigError when it is no JSON list.
 
-    An entry that cannot be used costs only itself; of two that overlap the first is used, so that all hosts
+    An entry that cannot be used costs only itself.  Of two entries that overlap the first is used, so that all hosts
     agree.
     """
     try:
@@ -151,12 +151,12 @@ def _take(taken: list[tuple[int, int, int]], entry: Entry) -> None:
 class FileStore:
     """See the module's text and `udptun.stores.base.Store`.
 
-    Before the first good reading every call raises ConfigError; afterwards a file that is gone or unreadable
-    as a whole leaves the last good leases in force, and the watch says why, once for each reason.
+    Before the first good reading every call raises ConfigError.  Afterwards, while the file is gone or unreadable as a
+    whole, the last good leases stay in force, and the watch says why, once for each reason.
 
-    The own entry is the one named `node`; without a name, the one whose PublicIP is the public IP of the
-    attributes claimed with, and whose Port is theirs where several entries share that address.  Once claimed
-    it appears in snapshots and events with the attributes it was claimed with.
+    The own entry is the one named `node`.  Without a name it is the one with the PublicIP of the attributes that are
+    claimed with, and with their Port where several entries share that address.  Once claimed, it appears in snapshots
+    and events with those attributes.
 
     The revision counts the accepted changes that this object has seen.
     """
@@ -172,7 +172,8 @@ class FileStore:
         self._revision = 0
         self._leases = Leases()
         self._text: str | None = None
-        self._stat: tuple[int, ...] | None = None  # of what _text was read from; None: read again
+        self._stat: tuple[int, ...] | None = None
+        """The stat of the file that `_text` was read from; None: read it again."""
         self._problem: str | None = None
 
     async def network_config(self) -> str:
@@ -187,7 +188,7 @@ class FileStore:
         known = self._by_key()
         told = set(self._leases.skipped)
         if self._revision != after:
-            # What lay between is not kept.
+            # The revisions between are not kept.
             yield WatchBatch(self._revision, snapshot=self._snapshot())
         after = self._revision
         while True:
@@ -234,7 +235,7 @@ class FileStore:
         return replace(own.lease, attrs=lease.attrs)
 
     async def release(self, lease: Lease) -> None:
-        """Does nothing: the file is the operator's, who takes the entry out on every host."""
+        """Does nothing.  The file is the operator's, who takes the entry out on every host."""
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
         """Raises ConfigError: the file is the operator's."""
@@ -317,7 +318,7 @@ class FileStore:
         """The leases, the own one with the attributes it was claimed with."""
         leases = {entry.lease.key: entry.lease for entry in self._leases.entries}
         if self._own_attrs is not None:
-            # No entry, or several: an edit took ours away; renew() tells.
+            # There is no entry, or there are several, because an edit took ours away.  renew() says so.
             with suppress(ConfigError):
                 own = self._find_own(self._own_attrs).lease
                 leases[own.key] = replace(own, attrs=self._own_attrs)
@@ -333,7 +334,7 @@ class FileStore:
 
 
 def _difference(before: dict[str, Lease], after: dict[str, Lease]) -> tuple[LeaseEvent, ...]:
-    """Removals first: a subnet may go from one entry to another of a different length."""
+    """Removals come first, because a subnet may go from one entry to another one of a different length."""
     removed = [LeaseEvent(EventType.REMOVED, lease) for key, lease in before.items() if key not in after]
     added = [LeaseEvent(EventType.ADDED, lease) for key, lease in after.items() if before.get(key) != lease]
     return (*removed, *added)
