@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import TypeVar
 
+from udptun.config import env_file
 from udptun.config.net_conf import NetConf
 from udptun.core import atomic_file
 from udptun.core.errors import KernelError
@@ -43,7 +43,7 @@ def parse(text: str) -> tuple[Subnets | None, str]:
     Never raises.  Lenient as flannel's reader: quotes, `export`, blanks and comments are allowed; in a list of
     subnets the bad ones are skipped, and more than one good one counts as none.
     """
-    values = _values(text)
+    values = env_file.parse(text)
     wrong: list[str] = []
     ipv4 = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
     ipv6 = _subnet(values, "FLANNEL_IPV6_SUBNET", _ipv6_network, wrong)
@@ -54,21 +54,10 @@ def parse(text: str) -> tuple[Subnets | None, str]:
 
 def parse_networks(text: str) -> tuple[IPv4Network, IPv4Network] | None:
     """Network and subnet of the run that wrote the text; None unless it has exactly one of each.  Never raises."""
-    values, wrong = _values(text), list[str]()
+    values, wrong = env_file.parse(text), list[str]()
     network = _subnet(values, "FLANNEL_NETWORK", _ipv4_network, wrong)
     subnet = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
     return None if network is None or subnet is None else (network, subnet)
-
-
-def _values(text: str) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for line in text.splitlines():
-        match = re.fullmatch(r"\s*(?:export\s+)?([A-Z0-9_]+)\s*=\s*(.*?)\s*", line)
-        if match is not None:
-            value = match[2]
-            quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "'\""
-            values[match[1]] = value[1:-1] if quoted else re.sub(r"(^|\s)#.*", "", value)
-    return values
 
 
 _Network = TypeVar("_Network", IPv4Network, IPv6Network)
