@@ -511,6 +511,41 @@ def test_subnet_env_is_flannels_byte_for_byte_and_the_subnet_is_kept(host: Host)
     assert sql(host, "select key from leases") == f"{own[0]}-24\n"
 
 
+def test_dockers_options_in_subnet_env_stay_when_the_mtu_changes_and_the_subnet_is_kept(host: Host) -> None:
+    """Units of old write them there.  flannel's script left no subnet in the file; a new MTU took Docker's options."""
+    host.start_daemon()
+    host.wait_ready()
+    own = host.subnet
+    host.run([*UDPTUN, "docker-opts", "-f", SUBNET_ENV, "-d", SUBNET_ENV, "-c"])
+    options = f'DOCKER_OPTS=" --bip={own[1]}/24 --ip-masq=true --mtu=1472"\n'
+    assert host.path(SUBNET_ENV).read_text().endswith(f"FLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n{options}")
+    reload(host, {"MTU": 1400})
+    assert host.path(SUBNET_ENV).read_text().endswith(f"FLANNEL_MTU=1372\nFLANNEL_IPMASQ=false\n{options}")
+    host.stop_daemon()
+    sql(host, "delete from leases")
+    host.start_daemon()
+    host.wait_ready()
+    assert host.subnet == own
+    assert "DOCKER_OPTS" not in host.path(SUBNET_ENV).read_text()
+
+
+def test_docker_opts_name_a_route_that_takes_the_containers_packets_away(host: Host) -> None:
+    """flannel's script ends with status 1 then, too, after it has written the options."""
+    host.start_daemon()
+    host.wait_ready()
+    own, gateway = host.subnet, host.underlay_address + 7
+    command = [*UDPTUN, "docker-opts", "-f", SUBNET_ENV, "-d", "/dev/stdout", "-i"]
+    # One of another length, one without a gateway: neither is the subnet's through a gateway.
+    host.run(["ip", "route", "add", f"{own[0]}/25", "via", str(gateway)])
+    host.run(["ip", "route", "add", str(own), "dev", "eth0"])
+    assert f'--bip={own[1]}/24"' in host.run(command).stdout
+    host.run(["ip", "route", "replace", str(own), "via", str(gateway)])
+    done = host.run(command, check=False)
+    assert done.returncode == 1
+    assert f'--bip={own[1]}/24"' in done.stdout
+    assert f"there is a route to {own} via {gateway} dev eth0, so Docker's containers" in done.stderr
+
+
 def test_previous_subnet_is_left_to_its_new_holder(host: Host) -> None:
     host.start_daemon()
     host.wait_ready()

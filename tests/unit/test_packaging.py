@@ -74,8 +74,8 @@ def test_wheel_has_every_module_both_extensions_and_nothing_else(wheel: Path) ->
     assert {name.split(".")[0] for name in extensions} == {"udptun/_fastpath", "udptun/_kabi"}
     # The .pyx, .pxd and .h are what a traceback and a reader of the compiled module want.
     assert names - extensions == sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
-    assert "udptun = udptun.commands.cli:main" in entry_points
-    assert "flanneld = udptun.commands.cli:main" in entry_points
+    for name in ("udptun", "flanneld", "mk-docker-opts.sh"):
+        assert f"{name} = udptun.commands.cli:main" in entry_points
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,7 @@ def test_commands_of_the_wheel_say_the_version(installed: Path, wheel: Path) -> 
     assert run([installed / "udptun", "version"], installed).stdout == f"udptun {version}\n"
     asked = run([installed / "flanneld", "-version"], installed)
     assert (asked.stdout, asked.stderr) == ("", f"udptun {version}\n")
+    assert run([installed / "mk-docker-opts.sh", "-h"], installed).stdout.startswith("usage: udptun docker-opts ")
 
 
 def test_daemon_of_the_wheel_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:

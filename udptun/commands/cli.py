@@ -2,8 +2,8 @@
 
 Exit status: 0 done, or stopped cleanly; 1 failed while running; 2 a flag or configuration that a person has to
 mend; 130 interrupted; 141 the reader of our output went away.  Installed as `flanneld`, the program is
-`udptun daemon`.  Each command imports what it needs when it runs, so that `udptun status` does not wait for the
-daemon's libraries.
+`udptun daemon`, and as `mk-docker-opts.sh` it is `udptun docker-opts`.  Each command imports what it needs when it
+runs, so that `udptun status` does not wait for the daemon's libraries.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     program = Path(sys.argv[0]).name
     words = sys.argv[1:] if argv is None else argv
-    sys.exit(_run("flanneld" if program == "flanneld" else "udptun", list(words), os.environ))
+    sys.exit(_run(program if program in _FLANNELS else "udptun", list(words), os.environ))
 
 
 def _run(program: str, argv: list[str], environ: Mapping[str, str]) -> int:
     try:
-        status = _flanneld(argv, environ) if program == "flanneld" else _udptun(argv, environ)
+        status = _FLANNELS.get(program, _udptun)(argv, environ)
         print(end="", flush=True)
     except UdptunError as exc:
         for line in exc.problems:
@@ -84,7 +84,7 @@ def _udptun(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<9} {summary}" for name, (summary, _) in _COMMANDS.items()]
+    lines = [f"  {name:<11} {summary}" for name, (summary, _) in _COMMANDS.items()]
     return "\n".join(
         [
             "usage: udptun COMMAND [ARGUMENT...]",
@@ -243,6 +243,12 @@ def _lease_init(argv: list[str]) -> int:
     return 0
 
 
+def _docker_opts(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import docker_opts
+
+    return docker_opts.run(argv, environ)
+
+
 def _lab(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.lab import cli as lab
 
@@ -264,6 +270,10 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "status": ("say what the daemon of this host is doing", _status),
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
     "lease": ("list, show, reserve and release leases; write a leases file", _lease),
+    "docker-opts": ("write Docker's options from subnet.env; installed as mk-docker-opts.sh too", _docker_opts),
     "lab": ("hosts, pods and daemons in namespaces on one machine", _lab),
     "version": ("print the version", _version),
 }
+
+_FLANNELS: Mapping[str, _Command] = {"flanneld": _flanneld, "mk-docker-opts.sh": _docker_opts}
+"""flannel's programs that we are installed as, too."""

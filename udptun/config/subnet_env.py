@@ -132,6 +132,16 @@ def write(path: Path, text: str) -> None:
         ) from exc
 
 
+def rewrite(path: Path, text: str) -> None:
+    """`write` while the network is in use: what other programs have put into the file, as Docker's options, stays."""
+    try:
+        lines = _read(path).splitlines()
+    except OSError:
+        lines = []
+    theirs = [line for line in lines if (name := env_file.name_of(line)) and not name.startswith("FLANNEL_")]
+    write(path, text + "".join(f"{line}\n" for line in theirs))
+
+
 def _make_directory(directory: Path) -> None:
     for missing in reversed([one for one in (directory, *directory.parents) if not one.exists()]):
         missing.mkdir(exist_ok=True)

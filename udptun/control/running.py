@@ -96,16 +96,18 @@ class Running:
         self.underlay = present
         if self.forwarding.live.mtu != before.mtu:
             try:
-                self.write_subnet_env()
+                subnet_env.rewrite(self.options.subnet_file, self._subnet_env())
             except UdptunError as exc:
                 for problem in exc.problems:
                     log.error("pods do not learn of the new MTU: %s", problem)
 
     def write_subnet_env(self) -> None:
         """Tell the CNI plugin and others the subnet and the MTU.  Raises KernelError."""
+        subnet_env.write(self.options.subnet_file, self._subnet_env())
+
+    def _subnet_env(self) -> str:
         subnets = self.membership.own.subnets
-        text = subnet_env.render(self.conf, subnets, self.forwarding.live.mtu, self.options.ip_masq)
-        subnet_env.write(self.options.subnet_file, text)
+        return subnet_env.render(self.conf, subnets, self.forwarding.live.mtu, self.options.ip_masq)
 
 
 def log_underlay(what: str, it: Underlay) -> None:
