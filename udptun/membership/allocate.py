@@ -1,7 +1,7 @@
 """Choose the subnet that this host leases.  Pure: the random numbers come from the caller.
 
-The order is flannel's (pkg/subnet/etcd/local_manager.go, tryAcquireLease): our own lease, the subnet that we had before,
-a random one of the first hundred that are free.
+The order is flannel's (pkg/subnet/etcd/local_manager.go, tryAcquireLease): our own lease, the subnet that we had
+before, a random one of the first hundred that are free.
 
 Four things differ, because flannel's way loses a subnet or picks a bad one in each:
 
