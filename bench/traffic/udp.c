@@ -9,8 +9,8 @@
  *     received REORDERED-INCLUDED reordered COUNT first-to-last NANOSECONDS
  * blast prints "sent COUNT", pingpong one round-trip time a line in nanoseconds, then "lost COUNT".
  *
- * Receivers block in the kernel: none of the ends spins.  Nothing is batched (no sendmmsg, no segmentation offload):
- * datagrams reach the tunnel as those of an ordinary program do.  Sequence numbers are in the byte order of the machine.
+ * Receivers block in the kernel: none of the ends spins.  Nothing is batched (no sendmmsg, no segmentation offload), so
+ * datagrams reach the tunnel as those of an ordinary program do.  Sequence numbers are in the machine's byte order.
  */
 #include <arpa/inet.h>
 #include <err.h>

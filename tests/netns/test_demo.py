@@ -249,7 +249,7 @@ def test_cpu_time_of_a_process_is_foreign_when_no_bench_started_it(
         monkeypatch.setenv(SESSION_MARK, "1")
     environment = dict(os.environ)
     monkeypatch.setenv(SESSION_MARK, "1")
-    code = "import time; print(flush=True); input()\nwhile time.process_time() < 0.3: pass\nprint(flush=True); input()"
+    code = "import time; print(flush=True); input()\nwhile time.process_time() < 0.6: pass\nprint(flush=True); input()"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
