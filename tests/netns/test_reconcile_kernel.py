@@ -31,7 +31,9 @@ from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
 from udptun.kernel import netlink, notices
 from udptun.kernel.reconcile import reconciler
+from udptun.kernel.reconcile.change import Change
 from udptun.kernel.reconcile.ownership import remove_ours
+from udptun.kernel.reconcile.plan import plan
 from udptun.kernel.reconcile.reconciler import Outcome, Reconciler
 from udptun.kernel.tun import VNET_HDR_LEN, Tun, open_queues
 from udptun.kernel.underlay import Underlay
@@ -350,6 +352,28 @@ def test_a_failed_repair_is_tried_again_by_itself(running: Running, monkeypatch:
     running.wait_until_wanted()
     assert len(attempts) == 2
     seconds_until(lambda: running.reconciler.last.problems == (), 10)
+
+
+def test_a_mistake_in_one_look_is_a_problem_and_the_next_look_repairs(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception that nobody expected ended the loop, and with it the daemon."""
+    seconds_until(lambda: running.reconciler.last.changes == (), 10)
+    problems: list[tuple[str, ...]] = []
+
+    def fail_twice(*state: Any) -> list[Change]:
+        problems.append(running.reconciler.problems)
+        if len(problems) <= 2:
+            raise LookupError("a mistake of ours")
+        return plan(*state)
+
+    monkeypatch.setattr(reconciler, "plan", fail_twice)
+    running.ns.ip(f"link delete {TUN_NAME}")
+    running.wait_until_wanted()
+    said = "kernel state: unexpected LookupError: a mistake of ours; it is tried again, the log has more"
+    assert problems[:3] == [(), (said,), (said,)]
+    seconds_until(lambda: running.reconciler.problems == (), 10)
+    assert len([record for record in caplog.records if record.exc_info]) == 1
 
 
 def test_damage_is_repaired_although_no_notice_socket_could_be_had_at_first(

@@ -90,7 +90,7 @@ class Reconciler:
         self._must_read_foreign = True
         self._foreign_due_s = 0.0
         self._busy = asyncio.Lock()
-        self._loop = WatchLoop("kernel state", self._relevant_notices, self._repair, _PACE)
+        self._loop = WatchLoop("kernel state", self._relevant_notices, self._look, _PACE)
         self.last = Outcome()
 
     @property
@@ -153,7 +153,7 @@ class Reconciler:
             self._record(Outcome(tuple(changes), failures, conflict_lines, is_broken))
             return self.last
 
-    async def _repair(self) -> bool:
+    async def _look(self) -> bool:
         return not (await self.converge()).failures
 
     def _record(self, outcome: Outcome) -> None:
