@@ -1,9 +1,9 @@
-"""The loop that everything shares which keeps a part of the system as it shall be.
+"""One loop for everything that is watched and set right: kernel state, firewall rules, the underlay.
 
     a notice, or the timer -> wait until it is quiet -> look, and act on what is found -> wait again
 
-A look that fails is tried again soon, then ever later.  A look that raises is logged once and tried again like any
-other: one fault in one look does not end the daemon.
+A look that fails is tried again soon, and each further time later.  A look that raises is logged once and tried again
+in the same way: a mistake in one look does not end the daemon.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Pace:
     """When a WatchLoop looks.  All times are in seconds."""
 
     settle_s: float
-    """A look waits until no notice has come for so long: one change brings several notices."""
+    """A look waits until no notice has come for so long, because one change brings several notices."""
     max_settle_s: float
-    """But it waits no longer than this after the first notice."""
+    """A look waits no longer than this after the first notice."""
     storm_s: float
     """Looks closer together than this are a storm; each of them doubles the settle time, up to its maximum."""
     period_s: float
-    """Look this often without any notice: not every change brings one."""
+    """Look this often without any notice, because not every change brings one."""
     retry_s: float
     """Wait after a failed look; doubled with each further one, up to the period.  A failed source waits as long."""
 
@@ -48,10 +48,10 @@ class WatchLoop:
         look: Callable[[], Awaitable[bool]],
         pace: Pace,
     ) -> None:
-        """`subject` is what is looked at, for log lines.
+        """`subject` names in log lines what is looked at.
 
-        Every item of `notices` asks for a look, whatever it is.  When the generator raises or ends it is made anew; the
-        timer goes on meanwhile.  `look` returns whether all is well; otherwise it is called again soon.
+        Every item of `notices` asks for a look, whatever the item is.  A generator that raises or ends is replaced by a
+        new one, and the timer goes on meanwhile.  `look` returns whether all is well; if not, it is called again soon.
         """
         self._subject = subject
         self._notices = notices
