@@ -354,6 +354,30 @@ def test_nothing_is_left_when_up_is_interrupted(command: Command, how: signal.Si
     command.wait_gone()
 
 
+def test_up_in_the_background_of_a_script_can_be_interrupted(command: Command) -> None:
+    """A shell without job control starts `up &` with SIGINT ignored: `up` went on whatever it was sent."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        up = command.popen("up", "--daemon", "sleep 3600")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with up:
+        assert up.stdout is not None
+        assert "connects h1, h2" in up.stdout.readline()
+        os.killpg(up.pid, signal.SIGINT)
+        assert up.wait(10) == 130
+    command.wait_gone()
+
+
+def test_exec_in_the_background_of_a_script_gives_its_command_the_default_sigint(command: Command) -> None:
+    assert command.up("--hosts", "1").returncode == 0
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert command("exec", "h1", "--", "sh", "-c", "kill -INT $$").returncode == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_up_with_a_failing_daemon_says_why_and_leaves_nothing(command: Command) -> None:
     up = command.up(daemon=" ".join([*FAKE_DAEMON, "--fail"]))
     assert up.returncode == 1

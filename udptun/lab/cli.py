@@ -54,6 +54,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(namespace: argparse.Namespace) -> int:
     """Obey what `add_parser` parsed and return the exit status.  Raises UdptunError."""
+    # A script's shell starts a background job with SIGINT ignored, and Python leaves it so. Interrupting `up` must work
+    # there as well, and the commands of `exec` are to start with the default.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     act: Callable[[argparse.Namespace], int] = namespace.lab_act
     return act(namespace)
 
