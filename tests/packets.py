@@ -36,9 +36,12 @@ def vnet_hdr(
     return header + b"".join(value.to_bytes(2, "little") for value in (hdr_len, gso_size, start, offset))
 
 
+_PATTERN = bytes((i * 7 + (i >> 8) * 13) & 0xFF for i in range(1 << 16))
+
+
 def pattern(n_bytes: int, seed: int = 0) -> bytes:
-    """Bytes that differ from their neighbours and from what stands 256 further on."""
-    return bytes((i * 7 + (i >> 8) * 13 + seed) & 0xFF for i in range(n_bytes))
+    """Bytes that differ from their neighbours and from what stands 256 further on; 65,536 at most."""
+    return _PATTERN[:n_bytes].translate(bytes((value + seed) & 0xFF for value in range(256)))
 
 
 def internet_sum(data: bytes) -> int:

@@ -14,6 +14,7 @@ without.  What the worker has merged into one write to the TUN `assert_same_pack
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import socket
@@ -297,9 +298,10 @@ class FastDatapath:
         self._writer, self._stats = writer, stats
         self._undo.callback(writer.close)
         self._undo.callback(stats.close)
-        # One CPU for sender, loopback and receiver: its backlog keeps the order across sockets.
+        # One processor for sender, loopback and receiver: its backlog keeps the order across sockets. It is the one we
+        # run on, so that tests which run at the same time spread over all of them.
         cpus = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {min(cpus)})
+        os.sched_setaffinity(0, {ctypes.CDLL(None).sched_getcpu()})
         self._undo.callback(os.sched_setaffinity, 0, cpus)
 
         self.tun, self._worker_tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -110,7 +110,9 @@ def test_standby_goes_on_with_what_waits_when_the_active_process_is_killed(rig: 
         rig.send()
         await rig.received(1)
         victims: set[int] = set()
-        for _ in range(3):
+        for round_number in range(3):
+            # A worker counts what it has sent a moment later: whoever kills it before loses the count.
+            await until(lambda n=1 + 20 * round_number: rig.stats.counters()["encap_sent"] == n)
             await until(lambda: datapath.active is not None)
             assert datapath.active is not None
             victims.add(datapath.active.pid)
