@@ -79,10 +79,10 @@ class EtcdStore:
         self._etcd_leases.keep_only(in_use)
         skipped: list[str] = []
         table = {kv.key: self._keys.read(kv, skipped) for kv in response.kvs}
-        header = response.header
-        self._last.revision, self._last.table, self._last.cluster_id = header.revision, table, header.cluster_id
         leases = tuple(it.lease for it in table.values() if it.lease is not None)
-        return Snapshot(header.revision, leases, tuple(skipped))
+        self._last.put(table, response.header.revision)
+        self._last.cluster_id = response.header.cluster_id
+        return Snapshot(response.header.revision, leases, tuple(skipped))
 
     async def watch(self, after: int) -> AsyncGenerator[WatchBatch, None]:
         watch = LeaseWatch(self._client, self._keys, self._etcd_leases, self._last, self.snapshot, after)

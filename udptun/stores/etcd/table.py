@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.stores.etcd import etcd_pb2 as pb
@@ -21,16 +21,25 @@ class Known:
 Table = dict[bytes, Known]
 
 
-@dataclass(slots=True)
 class LastTable:
-    """The table as it was at `revision` of the cluster `cluster_id` (0: not known yet).
+    """The table that a snapshot or a watch has left for the next watch.  There is one copy, so a watch takes it out."""
 
-    A watch from just that revision goes on with it; one from another revision begins without a table.
-    """
+    def __init__(self) -> None:
+        self.cluster_id = 0
+        """Of the cluster that it is of; 0: not known yet."""
+        self._table: Table | None = None
+        self._revision = 0
 
-    revision: int = -1
-    table: Table = field(default_factory=dict)
-    cluster_id: int = 0
+    def put(self, table: Table, revision: int) -> None:
+        """This is what is under each key at `revision`.  The table is no longer the caller's."""
+        self._table, self._revision = table, revision
+
+    def take(self, revision: int) -> Table | None:
+        """The table at just this revision, which is the caller's then; None when it is not known."""
+        if self._revision != revision:
+            return None
+        table, self._table = self._table, None
+        return table
 
 
 class LeaseKeys:

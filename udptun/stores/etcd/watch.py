@@ -48,7 +48,8 @@ class _DoubtError(Exception):
 class LeaseWatch:
     """The batches of one `Store.watch` from revision `after`; the caller stops it.
 
-    `last` is read at the beginning and written by `stop`.  `snapshot` is the store's, and leaves its table in `last`.
+    Its table is taken out of `last` at the beginning, and `stop` puts it back.  `snapshot` is the store's, and puts its
+    table there.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class LeaseWatch:
         self._last = last
         self._snapshot = snapshot
         self._after = after
-        self._table: Table | None = dict(last.table) if after == last.revision else None
+        self._table: Table | None = last.take(after)
         self._watch: Watch | None = None
         self._reading: asyncio.Task[pb.WatchResponse] | None = None
         self._checking: asyncio.Task[None] | None = None
@@ -95,14 +96,15 @@ class LeaseWatch:
         """Free what it holds, and leave its table to the next watch."""
         await self._close()
         if self._table is not None:
-            self._last.table, self._last.revision = self._table, self._after
+            self._last.put(self._table, self._after)
+            self._table = None
 
     async def _reset(self) -> WatchBatch:
         now_s = asyncio.get_running_loop().time()
         await asyncio.sleep(max(0.0, self._reset_s + _MIN_RESET_S - now_s))
         snapshot = await self._snapshot()
         self._reset_s = asyncio.get_running_loop().time()
-        self._after, self._table = snapshot.revision, dict(self._last.table)
+        self._after, self._table = snapshot.revision, self._last.take(snapshot.revision)
         return WatchBatch(snapshot.revision, snapshot=snapshot)
 
     async def _open(self) -> None:
