@@ -154,6 +154,35 @@ def test_daemon_that_answers_badly_is_one_line(
     assert caught.value.exit_status == 1
 
 
+@pytest.mark.parametrize("makes_room", [True, False])
+def test_a_daemon_with_a_full_queue_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, makes_room: bool
+) -> None:
+    """While many clients came at once, `no udptun daemon answers: Resource temporarily unavailable; is it running`."""
+    monkeypatch.setattr(status, "_TIMEOUT_S", 10.0 if makes_room else 0.2)
+    text = json.dumps(DOCUMENT) + "\n"
+    path = tmp_path / SOCKET_NAME
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as other:
+        listener.bind(str(path))
+        listener.listen(0)
+        other.connect(str(path))  # the one that the queue has room for
+
+        def answer() -> None:
+            listener.accept()[0].close()
+            with listener.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(http("200 OK", text))
+
+        if not makes_room:
+            with pytest.raises(UdptunError, match=f"the daemon at {path} does not answer within 0 s"):
+                status.fetch(tmp_path)
+            return
+        late = threading.Timer(0.2, answer)
+        late.start()
+        assert status.fetch(tmp_path) == text
+        late.join()
+
+
 def test_daemon_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / SOCKET_NAME
     with pytest.raises(UdptunError) as caught:

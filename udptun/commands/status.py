@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -33,12 +34,16 @@ def fetch(run_dir: Path) -> str:
     """The status document's text, from the daemon's socket.  Raises UdptunError."""
     path = run_dir / SOCKET_NAME
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(_TIMEOUT_S)
+        # connect() waits for room in a full queue of a Unix socket, as long as this says, if the socket blocks.
+        whole_s = int(_TIMEOUT_S)
+        wait = struct.pack("ll", whole_s, int((_TIMEOUT_S - whole_s) * 1e6))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
         try:
             connection.connect(str(path))
+            connection.settimeout(_TIMEOUT_S)
             connection.sendall(b"GET /status HTTP/1.1\r\nHost: udptun\r\n\r\n")
             answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise UdptunError(f"the daemon at {path} does not answer within {_TIMEOUT_S:.0f} s") from None
         except OSError as exc:
             raise UdptunError(
