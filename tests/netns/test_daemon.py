@@ -470,6 +470,28 @@ def test_daemon_is_alive_but_not_ready_while_it_waits_for_its_store(host: Host) 
     assert get(host, "/nothing", 9000)[0] == 404
 
 
+def test_idle_clients_never_take_health_and_status_away(host: Host) -> None:
+    """64 connections that say nothing, on the health port or the status socket, and every other got no answer."""
+    host.start_daemon(["--healthz-port=9000"])
+    host.wait_ready()
+    hold = (
+        "import signal, socket\n"
+        "held = [socket.create_connection(('127.0.0.1', 9000)) for _ in range(100)]\n"
+        "for _ in range(100):\n"
+        "    held.append(socket.socket(socket.AF_UNIX)); held[-1].connect('/run/udptun/udptun.sock')\n"
+        "print('held', flush=True); signal.pause()\n"
+    )
+    idle = host.popen([sys.executable, "-c", hold], stdout=subprocess.PIPE)
+    try:
+        assert idle.stdout is not None
+        assert idle.stdout.readline() == "held\n"
+        assert get(host, "/healthz", 9000) == (200, "flanneld is running")
+        assert read_status(host)["lease"]["subnet"] == str(host.subnet)
+    finally:
+        idle.kill()
+        idle.wait()
+
+
 def answers(host: Host, port: int) -> bool:
     try:
         return get(host, "/healthz", port)[0] == 200

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
@@ -170,7 +173,7 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch: pytest.M
             await loop.sock_connect(client, (host, port))
             await loop.sock_sendall(client, b"GET /large HTTP/1.1\r\n\r\n")
             received = len(await loop.sock_recv(client, 100))  # so the server is answering
-            while any("on_connection" in repr(task) for task in asyncio.all_tasks()):
+            while any("Server._attend" in repr(task) for task in asyncio.all_tasks()):
                 await asyncio.sleep(0.01)
             with contextlib.suppress(ConnectionResetError):
                 while chunk := await loop.sock_recv(client, 1 << 20):
@@ -180,24 +183,231 @@ def test_a_client_that_does_not_read_its_answer_is_cut_off(monkeypatch: pytest.M
     run(test)
 
 
-def test_only_so_many_clients_are_served_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "CONNECTIONS", 2)
+Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connect = Callable[[], Awaitable[Client]]
+
+
+def run_on_each_kind_of_socket(kind: str, tmp_path: Path, test: Callable[[Connect], Awaitable[None]]) -> None:
+    """Run `test` with what connects to a server of ROUTES at a TCP or Unix socket."""
+
+    async def main() -> None:
+        where: tuple[str, int] | Path = ("127.0.0.1", 0) if kind == "tcp" else tmp_path / "status.sock"
+        listening = await serve(ROUTES, where)
+
+        async def connect() -> Client:
+            address = listening.sockets[0].getsockname()
+            return await (asyncio.open_connection(*address) if kind == "tcp" else asyncio.open_unix_connection(address))
+
+        try:
+            await asyncio.wait_for(test(connect), 30)
+        finally:
+            listening.close()
+
+    asyncio.run(main())
+
+
+async def probe(connect: Connect) -> bytes:
+    """The first line of the answer to a kubelet's request."""
+    reader, writer = await connect()
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    line = (await reader.read()).split(b"\r\n")[0]
+    writer.close()
+    return line
+
+
+async def silent(client: Client) -> None:
+    """Sends nothing."""
+
+
+async def half_way(client: Client) -> None:
+    """Begins a request and leaves it at that."""
+    client[1].write(b"GET /healthz HTTP/1.1\r\nHost:")
+
+
+async def byte_by_byte(client: Client) -> None:
+    """Slowloris: always a little more, and never the end."""
+    with contextlib.suppress(ConnectionError):
+        for byte in b"GET /healthz HTTP/1.1\r\n" + b"X: y\r\n" * 1000:
+            client[1].write(bytes([byte]))
+            await client[1].drain()
+            await asyncio.sleep(0.005)
+
+
+async def unread(client: Client) -> None:
+    """Asks for much and reads none of it."""
+    client[1].transport.pause_reading()
+    client[1].write(b"GET /large HTTP/1.1\r\n\r\n")
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.parametrize("n_clients", [64, 200])
+@pytest.mark.parametrize("behave", [silent, half_way, byte_by_byte, unread])
+def test_idle_clients_never_take_healthz_away(
+    behave: Callable[[Client], Awaitable[None]],
+    n_clients: int,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 clients that sent nothing had all places: for five seconds, and for ever if they came again, each probe was
+    turned away unanswered.  A kubelet restarts the container then.
+    """
+    monkeypatch.setattr(server, "REQUEST_S", 60.0)
+    monkeypatch.setitem(ROUTES, "/large", lambda: Response(HTTPStatus.OK, "x" * 1_000_000))  # type: ignore[misc]
+
+    async def test(connect: Connect) -> None:
+        clients = [await connect() for _ in range(n_clients)]
+        behaving = [asyncio.create_task(behave(client)) for client in clients]
+        await asyncio.sleep(0.05)
+        for _ in range(3):
+            assert await asyncio.wait_for(probe(connect), 2) == b"HTTP/1.1 200 OK"
+        for task in behaving:
+            task.cancel()
+        for _, writer in clients:
+            writer.transport.abort()
+
+    run_on_each_kind_of_socket(kind, tmp_path, test)
+
+
+FLOOD = """
+import collections, socket, sys
+host, port = sys.argv[1], int(sys.argv[2])
+held = collections.deque(maxlen=200)
+while True:
+    one = socket.socket(socket.AF_INET if port else socket.AF_UNIX)
+    one.connect((host, port) if port else host)
+    held.append(one)
+"""
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_flood_of_new_idle_clients_never_takes_healthz_away(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A probe's request is read before so many others have come that the probe is turned out."""
+
+    def probe(host: str, port: int) -> bytes:
+        # One that waits in the kernel: asyncio takes a full queue of a Unix socket for a connection.
+        with socket.socket(socket.AF_INET if port else socket.AF_UNIX) as client:
+            client.connect((host, port) if port else host)
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.settimeout(10)
+            return client.recv(100).split(b"\r\n")[0]
+
+    async def test(connect: Connect) -> None:
+        _, writer = await connect()
+        host, port = writer.get_extra_info("peername") if kind == "tcp" else (str(tmp_path / "status.sock"), 0)
+        writer.close()
+        with subprocess.Popen([sys.executable, "-c", FLOOD, host, str(port)]) as flood:
+            try:
+                while not caplog.records:
+                    await asyncio.sleep(0.01)
+                for _ in range(100):
+                    assert await asyncio.to_thread(probe, host, port) == b"HTTP/1.1 200 OK"
+                assert flood.poll() is None
+            finally:
+                flood.kill()
+
+    run_on_each_kind_of_socket(kind, tmp_path, test)
+
+
+def test_the_client_that_is_idle_the_longest_is_turned_out_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is being answered stays, however old, and so do those that came later."""
+    monkeypatch.setattr(server, "CLIENTS", 3)
+    answer = asyncio.Event()
+
+    async def waits() -> Response:
+        await answer.wait()
+        return Response(HTTPStatus.OK, "at last")
+
+    monkeypatch.setitem(ROUTES, "/waits", waits)  # type: ignore[misc]
 
     async def test(host: str, port: int) -> None:
+        asking = asyncio.create_task(answer_to(host, port, b"GET /waits HTTP/1.1\r\n\r\n"))
+        await asyncio.sleep(0.05)
         idle = [await asyncio.open_connection(host, port) for _ in range(2)]
-        reader, writer = await asyncio.open_connection(host, port)
-        assert await reader.read() == b""
-        writer.close()
-        for _, held in idle:
-            held.write(b"GET /healthz HTTP/1.1\r\n\r\n")
-        assert [b" 200 OK" in await held.read() for held, _ in idle] == [True, True]
-        for _, held in idle:
-            held.close()
-        # The places are free again once the server has seen both leave.
-        while b" 200 OK" not in await answer_to(host, port, b"GET /healthz HTTP/1.1\r\n\r\n"):
-            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert b" 200 OK" in await answer_to(host, port, b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert await idle[0][0].read() == b""
+        idle[1][1].write(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert b" 200 OK" in await idle[1][0].read()
+        answer.set()
+        assert b"at last" in await asking
+        for _, writer in idle:
+            writer.close()
 
     run(test)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "udptun.control.http"]
+    assert line == "too many http clients, turning out those that are idle the longest n_clients=3"
+
+
+def test_when_every_client_is_being_answered_the_oldest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that never come do not take /healthz away either."""
+    monkeypatch.setattr(server, "CLIENTS", 2)
+
+    async def never() -> Response:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setitem(ROUTES, "/never", never)  # type: ignore[misc]
+
+    async def test(host: str, port: int) -> None:
+        asking = [
+            asyncio.create_task(answer_to(host, port, b"GET /never HTTP/1.1\r\n\r\n")) for _ in range(server.CLIENTS)
+        ]
+        await asyncio.sleep(0.05)
+        assert b" 200 OK" in await answer_to(host, port, b"GET /healthz HTTP/1.1\r\n\r\n")
+        done, waiting = await asyncio.wait(asking, timeout=0.05)
+        assert [task.result() for task in done] == [b""]
+        assert len(waiting) == server.CLIENTS - 1
+        for task in waiting:
+            task.cancel()
+
+    run(test)
+
+
+def test_places_are_free_again_once_clients_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is turned out then: a client that comes later than three that left keeps its place."""
+    monkeypatch.setattr(server, "CLIENTS", 2)
+
+    async def test(host: str, port: int) -> None:
+        reader, writer = await asyncio.open_connection(host, port)
+        for _ in range(3):
+            assert b" 200 OK" in await answer_to(host, port, b"GET /healthz HTTP/1.1\r\n\r\n")
+            _, gone = await asyncio.open_connection(host, port)
+            gone.close()
+            await asyncio.sleep(0.05)
+        writer.write(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert b" 200 OK" in await reader.read()
+        writer.close()
+
+    run(test)
+
+
+def test_a_client_that_cannot_be_let_in_is_said_once_and_the_next_one_is_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when there are no descriptors: the server goes on as soon as there are, and does not spin meanwhile."""
+    failures = [OSError(errno.EMFILE, "Too many open files")] * 3
+    accept = asyncio.SelectorEventLoop.sock_accept  # type: ignore[attr-defined]  # typeshed has it in the base alone
+
+    async def fails_at_first(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> object:
+        if failures:
+            raise failures.pop()
+        return await accept(loop, listener)
+
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "sock_accept", fails_at_first)
+
+    async def test(host: str, port: int) -> None:
+        start_s = asyncio.get_running_loop().time()
+        assert b" 200 OK" in await answer_to(host, port, b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert asyncio.get_running_loop().time() - start_s >= 0.2
+
+    run(test)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "udptun.control.http"]
+    assert line == "cannot let an http client in error='Too many open files'"
 
 
 def test_unix_socket_serves_its_owner_only_and_replaces_what_a_dead_server_left(tmp_path: Path) -> None:

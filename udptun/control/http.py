@@ -1,6 +1,8 @@
-"""A very small HTTP/1.1 server for health checks, status and metrics: GET only, one request a connection.
+"""A small HTTP/1.1 server for health, readiness, status and metrics: GET only, one request a connection.
 
-It may face the network, so everything is bounded: bytes and seconds a request may take, connections at once.
+It may face the network, so everything is bounded: bytes and seconds a request may take, clients at once.  When there
+are too many, the newest is let in and the oldest that keeps us waiting is turned out.  So clients that connect and say
+nothing, say it byte by byte or do not read their answer cost one another their places, and a probe is answered.
 """
 
 from __future__ import annotations
@@ -8,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -18,8 +23,15 @@ from udptun.core.errors import KernelError
 REQUEST_BYTES = 8192
 REQUEST_S = 5.0
 """How long a client may take to send its request and, again, to take the answer; seconds."""
-CONNECTIONS = 64
-"""How many clients at once; the next is turned away unanswered."""
+CLIENTS = 64
+"""How many clients at once."""
+
+_BACKLOG = 128
+"""How many clients the kernel may hold for us while we are busy."""
+_ACCEPT_RETRY_S = 0.1
+"""How long to wait after a client could not be let in, as when there are no descriptors left; seconds."""
+_SAY_AGAIN_S = 60.0
+"""How often a line about too many clients is logged at most; seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -37,67 +49,160 @@ Routes = Mapping[str, Callable[[], Response | Awaitable[Response]]]
 """Path -> what makes its answer.  Called in the event loop, so it must not block: what takes longer is awaited."""
 
 
-async def serve(routes: Routes, where: tuple[str, int] | Path) -> asyncio.Server:
+async def serve(routes: Routes, where: tuple[str, int] | Path) -> Server:
     """Answer requests at a TCP address (host, port) or a Unix socket (mode 0600) until the server is closed.
 
     A socket that a dead server left at the path is replaced.  Raises KernelError when the address cannot be had.
     """
-    n_open = 0
-
-    async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal n_open
-        n_open += 1
-        try:
-            if n_open <= CONNECTIONS:
-                await _answer(routes, reader, writer)
-            writer.close()
-            await asyncio.wait_for(writer.wait_closed(), REQUEST_S)
-        except BaseException as exc:
-            # Not after a close that went well: abort() then fails if the last bytes had to wait for the client.
-            writer.transport.abort()
-            if not isinstance(exc, OSError):  # the client went away, or does not read
-                raise
-        finally:
-            n_open -= 1
-
+    listeners: list[socket.socket] = []
     try:
-        if isinstance(where, Path):
-            server = await asyncio.start_unix_server(on_connection, where, limit=REQUEST_BYTES)
-            where.chmod(0o600)
-            return server
-        host, port = where
-        return await asyncio.start_server(on_connection, host or None, port, limit=REQUEST_BYTES)
+        listeners = [_bound_to_path(where)] if isinstance(where, Path) else await _bound_to_address(*where)
+        for listener in listeners:
+            listener.setblocking(False)
+            listener.listen(_BACKLOG)
+        return Server(routes, listeners)
     except OSError as exc:
+        for listener in listeners:
+            listener.close()
         name = where if isinstance(where, Path) else f"{where[0]}:{where[1]}"
         hint = "another program listens there" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
         # getaddrinfo() has negative numbers of its own.
         raise KernelError(f"cannot listen on {name}", max(exc.errno or 0, 0), hint) from exc
 
 
-async def _answer(routes: Routes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+def _bound_to_path(path: Path) -> socket.socket:
+    if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX)
     try:
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_S)
-        response = await _respond(routes, head)
-    except (asyncio.LimitOverrunError, TimeoutError):
-        response = _error(HTTPStatus.BAD_REQUEST)
-    except asyncio.IncompleteReadError as exc:
-        if not exc.partial:
-            return
-        response = _error(HTTPStatus.BAD_REQUEST)
-    body = response.body.encode()
-    allow = "Allow: GET\r\n" if response.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
-    writer.write(
-        f"HTTP/1.1 {response.status.value} {response.status.phrase}\r\n"
-        f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n{allow}"
-        "Connection: close\r\n\r\n".encode()
-        + body
-    )
-    await asyncio.wait_for(writer.drain(), REQUEST_S)
+        listener.bind(str(path))
+        # Nobody can connect before listen().
+        path.chmod(0o600)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+async def _bound_to_address(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address that the name means; all addresses for an empty one, by asyncio's rules."""
+    loop = asyncio.get_running_loop()
+    bound = await loop.create_server(asyncio.Protocol, host or None, port, start_serving=False)
+    listeners = [socket.socket(fileno=os.dup(it.fileno())) for it in bound.sockets]
+    bound.close()
+    return listeners
+
+
+@dataclass(eq=False, slots=True)
+class _Client:
+    """Idle while we wait for its request, or for it to take its answer."""
+
+    connection: socket.socket
+    is_idle: bool = True
+
+
+class Server:
+    """Answers requests at `sockets`, which listen, until it is closed; owns them."""
+
+    def __init__(self, routes: Routes, sockets: Sequence[socket.socket]) -> None:
+        self.sockets = sockets
+        self._routes = routes
+        self._clients: dict[_Client, asyncio.Task[None]] = {}
+        """In the order in which they came."""
+        self._said_s = float("-inf")
+        self._accepting = [self._start_accepting(listener) for listener in sockets]
+
+    def close(self) -> None:
+        """Let nobody in from now on, and turn all clients out."""
+        for task in (*self._accepting, *self._clients.values()):
+            task.cancel()
+
+    def _start_accepting(self, listener: socket.socket) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._accept(listener))
+        # Not before the task has ended: until then the event loop knows the descriptor by its number.
+        task.add_done_callback(lambda _: listener.close())
+        return task
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as exc:
+                self._say(f"cannot let an http client in error={exc.strerror!r}")
+                await asyncio.sleep(_ACCEPT_RETRY_S)
+                continue
+            self._let_in(connection)
+            # The client that was let in has its turn before the next one comes.  Else a flood of new clients would turn
+            # a probe out before its request is read, which is mostly here already.
+            await asyncio.sleep(0)
+
+    def _let_in(self, connection: socket.socket) -> None:
+        if len(self._clients) >= CLIENTS:
+            self._turn_out()
+        client = _Client(connection)
+        task = asyncio.create_task(self._attend(client))
+        self._clients[client] = task
+
+        def left(task: asyncio.Task[None]) -> None:
+            self._clients.pop(client, None)
+            connection.close()
+
+        task.add_done_callback(left)
+
+    def _turn_out(self) -> None:
+        """Make room: the oldest idle client goes, or the oldest of all when none is idle."""
+        client = next((client for client in self._clients if client.is_idle), next(iter(self._clients)))
+        self._clients.pop(client).cancel()
+        self._say(f"too many http clients, turning out those that are idle the longest n_clients={CLIENTS}")
+
+    def _say(self, line: str) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._said_s > _SAY_AGAIN_S:
+            self._said_s = now_s
+            log.warning("%s", line)
+
+    async def _attend(self, client: _Client) -> None:
+        try:
+            response = await self._response(client)
+            if response is not None:
+                async with asyncio.timeout(REQUEST_S):
+                    await asyncio.get_running_loop().sock_sendall(client.connection, _encode(response))
+        except OSError:  # TimeoutError is one
+            log.debug("an http client left, or does not read its answer")
+
+    async def _response(self, client: _Client) -> Response | None:
+        """None for a client that left without a word."""
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                head = await _read_head(client.connection)
+        except TimeoutError:
+            return _error(HTTPStatus.BAD_REQUEST)
+        if head is None:
+            return None
+        client.is_idle = False
+        response = await _respond(self._routes, head)
+        client.is_idle = True
+        return response
+
+
+async def _read_head(connection: socket.socket) -> bytes | None:
+    """The request up to the empty line; what there is when it ends before that or is too long; None for nothing."""
+    loop = asyncio.get_running_loop()
+    head = b""
+    while b"\r\n\r\n" not in head and len(head) <= REQUEST_BYTES:
+        chunk = await loop.sock_recv(connection, REQUEST_BYTES)
+        if not chunk:
+            return head or None
+        head += chunk
+    return head
 
 
 async def _respond(routes: Routes, head: bytes) -> Response:
+    end = head.find(b"\r\n\r\n")
     words = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
-    if len(words) != 3 or not words[2].startswith("HTTP/1.") or not words[1].startswith("/"):
+    is_http = len(words) == 3 and words[2].startswith("HTTP/1.") and words[1].startswith("/")
+    if not is_http or not 0 <= end <= REQUEST_BYTES:
         return _error(HTTPStatus.BAD_REQUEST)
     method, target, _ = words
     route = routes.get(target.partition("?")[0])
@@ -115,3 +220,14 @@ async def _respond(routes: Routes, head: bytes) -> Response:
 
 def _error(status: HTTPStatus) -> Response:
     return Response(status, f"{status.value} {status.phrase.lower()}\n")
+
+
+def _encode(response: Response) -> bytes:
+    body = response.body.encode()
+    allow = "Allow: GET\r\n" if response.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
+    head = (
+        f"HTTP/1.1 {response.status.value} {response.status.phrase}\r\n"
+        f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n{allow}"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode() + body
