@@ -65,7 +65,7 @@ class Follower:
                 await asyncio.sleep(RETRY_S)
 
     async def until(self, holds: Callable[[], bool]) -> float:
-        """Wait for it; how long that took, seconds."""
+        """Wait for it.  Returns how long that took, seconds."""
         began_s = time.monotonic()
         async with asyncio.timeout(DEADLINE_S):
             while not holds():

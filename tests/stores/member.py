@@ -74,7 +74,7 @@ class Member:
 
 
 async def holds(condition: Callable[[], object], what: str) -> float:
-    """Wait for it, DEADLINE_S at most; how long it took."""
+    """Wait for it, DEADLINE_S at most.  Returns how long that took."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < DEADLINE_S, what

@@ -1,8 +1,8 @@
 """What the contract test needs from a store under test.
 
 A harness makes store objects on one shared place, as separate daemons would, and has "hands": changes from outside
-any store object (an operator, another tool).  What a store cannot do it declares in `lacks`, with the reason; the
-contract test then asks nothing of it, and the store's own test shows what it does instead.
+any store object (an operator, another tool).  It declares in `lacks` what its store cannot do, with the reason.  The
+contract test does not ask for that, and the store's own test shows what the store does instead.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class FileHarness:
 
 
 class FakeHarness:
-    """The fake of the membership tests: it cannot drift from the real stores."""
+    """The fake of the membership tests, which so cannot drift from the real stores."""
 
     name = "fake"
     lacks: Mapping[Can, str] = {Can.KEEP_CONFIG_IN_A_FILE: "a test says what it is"}

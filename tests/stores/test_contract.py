@@ -34,7 +34,7 @@ HARNESSES = (FakeHarness, LocalHarness, FileHarness, EtcdHarness, EtcdTlsHarness
 
 
 def over(*needed: Can, is_slow: bool = False) -> pytest.MarkDecorator:
-    """Every store that can do what is needed; a slow test of etcd on one kind of servers, on all with --full."""
+    """Every store that can do what is needed.  A slow test runs on one kind of etcd servers, and with --full on all."""
     parameters = []
     for make in HARNESSES:
         if set(needed) & set(make.lacks):
@@ -47,7 +47,7 @@ def over(*needed: Can, is_slow: bool = False) -> pytest.MarkDecorator:
 
 
 def as_written(lease: Lease) -> tuple[str, str, int]:
-    """A lease without its expiry, which only a local store knows of another's at once."""
+    """A lease without its expiry: only a local store knows the expiry of another host's lease at once."""
     return lease.key, lease.attrs.to_json(), lease.revision
 
 

@@ -77,7 +77,7 @@ def get(harness: EtcdHarness, name: str) -> dict[str, Any]:
 
 
 def test_the_messages_are_those_of_the_proto_file() -> None:
-    """They were generated once, and nothing here generates them again."""
+    """They were generated once, and no build generates them again."""
     text = Path(pb.__file__).with_name("etcd.proto").read_text()
     written = {}
     for name, body in re.findall(r"^message (\w+) \{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE):
@@ -219,7 +219,7 @@ def test_a_key_without_an_etcd_lease_is_a_reservation_and_stays_one(harness: Etc
 
 
 def test_junk_under_a_free_subnet_is_overwritten_by_a_lease_that_ends(harness: EtcdHarness) -> None:
-    """It has no etcd lease either, and is no reservation all the same."""
+    """It has no etcd lease, as a reservation has none, but it is no reservation."""
     harness.etcdctl("put", harness.key("10.0.7.0-24"), "junk")
 
     async def main(store: etcd.EtcdStore) -> None:
@@ -430,7 +430,7 @@ def lose_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_watch_behind_its_snapshot_starts_over_when_etcd_was_put_back_to_an_earlier_state(tmp_path: Path) -> None:
-    """Its data restored from a backup, or lost: the revisions we know are in the future, and no event would come."""
+    """Its data was restored from a backup, or lost: our revisions are in the future, so no event would come."""
     server = EtcdServer(tmp_path)
     flags = [f"--etcd-endpoints={server.endpoint}"]
     key = "/coreos.com/network/subnets/"
@@ -470,7 +470,7 @@ def test_a_name_that_does_not_resolve_is_said_so() -> None:
 
 
 def test_another_endpoint_is_used_when_the_first_does_not_answer(harness: EtcdHarness) -> None:
-    """The kernel takes the connections of one that sleeps; of one that is off nobody does."""
+    """The kernel takes the connections of an endpoint that sleeps.  Nobody takes those of one that is off."""
     dead, silent = free_ports(1)[0], EtcdServer(Path(harness.servers[0].directory), name="silent")
     with running([silent]):
         silent.freeze()

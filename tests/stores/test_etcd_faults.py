@@ -1,7 +1,7 @@
 """What becomes of the etcd store and its watchers when etcd fails: real servers, real faults.
 
-Of each fault: one clear line while it lasts, nothing that raises, and the table of every watcher right within a second
-of etcd's return.  The default tier allows five.
+For each fault there is one clear line while it lasts, nothing raises, and the table of every watcher is right within a
+second of etcd's return.  The default tier allows five seconds.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def delete(server: EtcdServer, number: int) -> None:
 
 
 async def right(follower: Follower, within_s: float, *numbers: int) -> None:
-    """Wait until the table is these; it has to be so in time."""
+    """Wait until the table has just these, which has to be in time."""
     took_s = await follower.until_keys(*(NAMES[number] for number in numbers))
     print(f"table right after {took_s:.2f} s; lines: {follower.errors}")
     assert took_s < within_s
 
 
 def lines_are_few(follower: Follower, most: int) -> None:
-    """A fault is a step or two (it broke; it cannot be reached), each said once."""
+    """A fault is one step or two (it broke; it cannot be reached), and each is said once."""
     assert 1 <= len(follower.errors) <= most, follower.errors
     assert all("\n" not in line for line in follower.errors)
 

@@ -42,7 +42,7 @@ def host(harness: EtcdHarness, directory: Path, number: int) -> tuple[Member, Se
 
 
 def made_at(harness: EtcdHarness, key: str) -> int:
-    """The revision at which the key began to be: another one after each end."""
+    """The revision at which the key came into being; it is another one when the key was gone meanwhile."""
     found = json.loads(harness.etcdctl("get", harness.key(key), "-w", "json"))["kvs"][0]
     return int(found["create_revision"])
 

@@ -1,4 +1,4 @@
-"""Hosts on one local store whose machine's clock is set: its rows hold times of day, so all of them end at once."""
+"""Hosts on one local store whose machine's clock is set.  Its rows hold times of day, so all of them end at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from udptun.stores.local.store import LocalStore
 
 @pytest.mark.parametrize("set_by_s", [30 * 86_400, -30 * 86_400])
 def test_setting_the_machines_clock_costs_no_host_its_lease_or_a_peer(tmp_path: Path, set_by_s: float) -> None:
-    """Set forward, every row has expired, and whoever looks first deletes them all."""
+    """When it is set forward every row has expired, and whoever looks first deletes them all."""
 
     async def main() -> None:
         clock = SetClock()

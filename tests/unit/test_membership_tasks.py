@@ -162,7 +162,7 @@ def test_joining_leaves_a_new_lease_when_the_start_fails_and_keeps_an_old_one(tm
 def test_joining_that_is_interrupted_leaves_the_lease_that_it_gets_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
-    """A store works on a thread, which nobody cancels: the lease stayed."""
+    """A store works on a thread, which nobody can cancel, so the lease stayed."""
     monkeypatch.setattr(start_module, "CLAIM_PATIENCE_S", 10 if ends else 0.01)
 
     async def main() -> None:
@@ -417,7 +417,7 @@ def test_peers_follow_the_store(tmp_path: Path) -> None:
 
 
 def test_peer_whose_lease_is_made_again_at_once_is_never_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deleted by mistake, or all of them lost: between the two events the peers dropped its packets for 20 ms."""
+    """It was deleted by mistake, or the store lost all.  Between the two events its packets were dropped for 20 ms."""
     monkeypatch.setattr(grace, "GRACE_S", 0.2)
 
     async def main() -> None:
@@ -522,7 +522,7 @@ def test_item_that_cannot_be_used_is_named_once(tmp_path: Path, caplog: pytest.L
 def test_store_that_fails_costs_one_line_for_each_reason_and_no_peer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: type[Exception]
 ) -> None:
-    """A database damaged at run time, a ConfigError, ended the daemon."""
+    """A database that was damaged at run time is a ConfigError, which ended the daemon."""
 
     async def main() -> None:
         store = FakeStore(PEER)
@@ -642,7 +642,7 @@ def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pyte
 def test_start_waits_for_a_config_in_a_remote_store_that_is_broken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, config: str
 ) -> None:
-    """As flannel does: it is mended somewhere else, and for all hosts at once."""
+    """flannel waits as well: the config is mended somewhere else, for all hosts at once."""
 
     async def main() -> None:
         store = FakeStore()
@@ -1060,7 +1060,7 @@ def test_time_that_passes_counts_however_the_clock_is_set(
 
 
 def test_expiry_is_the_stores_business_while_it_answers(tmp_path: Path) -> None:
-    """etcd keeps a lease longer when its leader has changed, and a clock that is wrong took every peer away."""
+    """etcd keeps a lease longer when its leader has changed.  And a clock that was wrong took every peer away."""
 
     async def main() -> None:
         store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() - 1))
