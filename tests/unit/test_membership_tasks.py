@@ -445,6 +445,24 @@ def test_peer_whose_lease_is_made_again_at_once_is_never_gone(tmp_path: Path, mo
     asyncio.run(main())
 
 
+def test_peer_that_goes_later_is_dropped_though_its_lease_was_gone_for_an_instant_before(tmp_path: Path) -> None:
+    """The first grace was over before anybody looked at it, and then nobody ever looked again."""
+
+    async def main() -> None:
+        store = FakeStore(PEER)
+        member = Member(store, tmp_path)
+        async with member.running():
+            await turns()
+            store.remove(PEER)
+            store.put(PEER)
+            await turns()
+            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+            store.remove(PEER)
+            await until(lambda: member.peers == {})
+
+    asyncio.run(main())
+
+
 def test_subnet_of_a_peer_that_goes_is_another_ones_when_its_grace_is_over(tmp_path: Path) -> None:
     async def main() -> None:
         store = FakeStore(PEER)

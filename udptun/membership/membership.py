@@ -1,13 +1,13 @@
 """Our place among the hosts: hold our own lease, and follow everyone else's.
 
-    store --answers?--> start      the lease, from the store or from the last run
-    store <--writes---- own        our lease, renewed and taken again; doubles.py: when another node has it
-    store --watch-----> follow --> peers --difference--> whoever made us
-                                     |
-                                   saved      the table, for the next start
+    store --claim--> start            the first lease, from the store or from the last run
+    store <--renew-- own              our lease, kept in the store; doubles.py knows when another node may have it
+    store --watch--> follow --> peers --difference--> whoever made us
+                                  |
+                                saved                 the table, for the next start
 
-Each box is a module and an object with its own few attributes.  `Membership` makes them and says what each may ask of
-the others.  The store says what is, and `LeaseTable` decides what of it can be used.
+Each of these modules has an object with its own few attributes, and `Membership` joins them.  The store says what is,
+and `LeaseTable` decides what of it can be used.
 """
 
 from __future__ import annotations

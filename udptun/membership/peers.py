@@ -85,7 +85,7 @@ class Peers:
     async def let_go(self) -> None:
         """Drop the peers whose moment of grace is over, until cancelled."""
         while True:
-            if not self._grace:
+            while not self._grace:
                 self._has_grace.clear()
                 await self._has_grace.wait()
             await asyncio.sleep(self._grace.next_end_s() - self._clock.elapsed_s())
