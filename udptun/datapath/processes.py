@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import secrets
 import socket
 import struct
 import subprocess
@@ -287,7 +286,7 @@ class Datapath:
                 await process.wait_active()
 
     async def _spawn(self) -> Process:
-        path = self._run_dir / f"datapath-{secrets.token_hex(4)}.sock"
+        path = self._run_dir / f"datapath-{os.urandom(4).hex()}.sock"
         try:
             connection, child = self._launch(path)
         except OSError as exc:
