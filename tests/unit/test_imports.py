@@ -176,6 +176,28 @@ def test_daemon_loads_numpy_only_for_a_large_table() -> None:
     assert done.stdout.split() == ["False", "True"]
 
 
+def test_daemon_loads_what_every_run_needs_and_no_more() -> None:
+    """Each of these costs milliseconds and up to 10 MB; before, a daemon had nearly all of them in memory."""
+    script = (
+        "import sys; from udptun.commands import cli; cli._import_asyncio_without_ssl()\n"
+        "import udptun.control.daemon; print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    # OpenSSL (_ssl, _hashlib) and what some harmless module brings along.
+    unused = {"_hashlib", "_ssl", "argparse", "bz2", "difflib", "email", "hashlib", "http.client", "lzma", "shutil"}
+    # What only the backends with a datapath need.
+    unused |= {"numpy", "pytun"}
+    assert not unused & set(loaded)
+
+
+def test_ssl_is_there_for_whoever_asks_after_asyncio_was_imported_without() -> None:
+    script = (
+        "from udptun.commands import cli; cli._import_asyncio_without_ssl()\n"
+        "import asyncio.sslproto; assert asyncio.sslproto.ssl is None; import ssl; ssl.create_default_context()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize(
     ("store", "libraries"),
     [
