@@ -406,11 +406,14 @@ def test_reload_names_what_needs_a_restart_and_changes_the_rest(pair: Lab) -> No
 
 
 def test_flags_of_this_host_win_over_the_config_also_after_a_reload(host: Host) -> None:
-    host.start_daemon(["--mtu=1400", "--workers=2", "--source-check=off"])
+    host.start_daemon(["--mtu=1400", "--workers=2", "--source-check=off", "--offload-disabled=tso,udp_gro"])
     host.wait_ready()
-    reload(host, {"MTU": 1300, "Workers": 1, "SourceCheck": "strict"})
+    offloads = read_status(host)["backend"]["offloads"]
+    assert {"tso", "udp_gro"}.isdisjoint(offloads)
+    reload(host, {"MTU": 1300, "Workers": 1, "SourceCheck": "strict", "OffloadDisabled": ["udp_segment"]})
     status = read_status(host)
     assert (status["backend"]["mtu"], status["backend"]["source_check"]) == (1372, "off")
+    assert status["backend"]["offloads"] == offloads
     assert status["datapath"]["workers"] == ["running", "running"]
 
 
