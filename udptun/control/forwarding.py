@@ -101,7 +101,7 @@ class Forwarding:
             await self._tunnel.start(self._inputs())
         else:
             # A datapath of an earlier run with another backend: the kernel may need its port.
-            await processes.stop(await processes.find(self._run_dir))
+            await processes.end_all(await processes.find_running(self._run_dir))
         self._reconciler = Reconciler(DesiredState(), None if self._tunnel is None else self._tunnel.tunnel.tun)
         self._update_desired(self._reconciler)
         outcome = await self._reconciler.converge()
