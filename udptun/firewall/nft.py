@@ -11,6 +11,10 @@ from udptun.firewall.rules import TABLES, DesiredRules, Repair, nft_chains, nft_
 from udptun.firewall.ruleset_notices import RulesetNotice
 
 
+class _UnreadableError(FirewallError):
+    """The table exists, and nft cannot say what is in it."""
+
+
 class NftRules:
     """The rules in the nftables form, for one IP version.  Implements `Rules` of `udptun.firewall.reconciler`."""
 
@@ -20,7 +24,12 @@ class NftRules:
 
     async def compare(self) -> Repair:
         family, table = TABLES[self._version]
-        listed = await _list(family, table)
+        try:
+            listed = await _list(family, table)
+        except _UnreadableError:
+            # Whatever it holds, it is our own table, and a new one replaces it whole.
+            script = nft_script(self._version, self._chains) if self._chains else nft_removal(family, table)
+            return Repair(script, (f"unreadable table {family} {table}",))
         if not self._chains:
             return Repair(nft_removal(family, table), (f"leftover table {family} {table}",)) if listed else Repair()
         findings = nft_findings(self._version, self._chains, listed)
@@ -34,7 +43,11 @@ class NftRules:
 
 
 async def _list(family: str, table: str) -> list[dict[str, Any]]:
-    """The objects of the table.  Empty when there is no such table."""
+    """The objects of the table.  Empty when there is no such table.
+
+    Raises _UnreadableError when nft prints something else than JSON: nft 1.0.6 does so for a dormant table, whose flags
+    it takes from memory that nobody has written.
+    """
     try:
         printed = await tool.run("nft", "-j", "list", "table", family, table)
     except FirewallError as exc:
@@ -44,5 +57,5 @@ async def _list(family: str, table: str) -> list[dict[str, Any]]:
     try:
         listed: list[dict[str, Any]] = json.loads(printed)["nftables"]
     except (ValueError, LookupError, TypeError) as exc:
-        raise FirewallError(f"nft does not list table {family} {table} as JSON: {printed[:80]!r}") from exc
+        raise _UnreadableError(f"nft does not list table {family} {table} as JSON: {printed[:80]!r}") from exc
     return listed
