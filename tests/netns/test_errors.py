@@ -333,6 +333,13 @@ CASES = [
         argv=("--run-dir=/proc/run",),
     ),
     Case(
+        "a run directory that others can write",
+        2,
+        r"--run-dir: /run/open is not used: others may write to /run/open \(mode 0777\); `chmod go-w /run/open`, or .*",
+        shell("mkdir -m 777 /run/open"),
+        argv=("--run-dir=/run/open",),
+    ),
+    Case(
         "no state directory",
         1,
         r"cannot make the directory /proc/state: ENOENT; run as root\?",
@@ -556,6 +563,37 @@ def test_a_start_that_fails_has_one_line_its_status_and_leaves_nothing_behind(ho
     assert re.fullmatch(case.line, lines[0]), lines[0]
     assert status == case.status
     assert left_behind(host) == list(case.stays)
+
+
+@pytest.mark.netns
+def test_directories_are_the_daemons_alone_whatever_the_umask(host: Host) -> None:
+    """With a umask of 0 everybody could replace the run directory; a state directory of others costs a warning."""
+    host.path(NET_CONF).write_text(json.dumps(CONF))
+    argv = ["--run-dir=/run/a/b/run", "--state-dir=/run/a/state", f"--store=local:{LEASES}"]
+    daemon = [*UDPTUN, "daemon", "--net-config-path", str(NET_CONF), *argv]
+    before = len(host.daemon_log())
+    for warnings in (
+        [],
+        [
+            "what the next start finds in --state-dir may be a stranger's: others may write to /run/a/state "
+            "(mode 0757); `chmod go-w /run/a/state`, or give another directory"
+        ],
+    ):
+        host.start_daemon(command=["sh", "-c", 'umask 0; exec "$@"', "sh", *daemon])
+        host.wait_ready()
+        try:
+            said = [line for line in host.daemon_log()[before:].splitlines() if "--state-dir" in line]
+            assert [line.split(": ", 1)[1] for line in said] == warnings
+            assert [oct(host.path(f"/run/{it}").stat().st_mode & 0o777) for it in ("a", "a/b", "a/b/run")] == [
+                "0o755",
+                "0o755",
+                "0o700",
+            ]
+            assert host.stop_daemon() == 0
+        finally:
+            host.run([*UDPTUN, "cleanup", "--release", *argv])
+        host.path("/run/a/state").mkdir(exist_ok=True)
+        host.path("/run/a/state").chmod(0o757)
 
 
 @pytest.mark.netns

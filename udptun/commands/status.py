@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from udptun.control.run_dir import SOCKET_NAME
+from udptun.control.run_dir import SOCKET_NAME, check_run_dir
 from udptun.core.errors import UdptunError
 
 _TIMEOUT_S = 5.0
@@ -32,6 +32,7 @@ def show(run_dir: Path, as_json: bool) -> int:
 
 def fetch(run_dir: Path) -> str:
     """The status document's text, from the daemon's socket.  Raises UdptunError."""
+    check_run_dir(run_dir)
     path = run_dir / SOCKET_NAME
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         # connect() waits for room in a full queue of a Unix socket, as long as this says, if the socket blocks.

@@ -29,7 +29,7 @@ from udptun.control import notify
 from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
 from udptun.control.http import serve
-from udptun.control.run_dir import SOCKET_NAME, lock_run_dir
+from udptun.control.run_dir import SOCKET_NAME, fault_of_directory, lock_run_dir
 from udptun.control.running import Running, log_underlay
 from udptun.control.settings import (
     firewall_settings,
@@ -135,9 +135,14 @@ class Daemon:
     def _make_directories(self) -> None:
         for directory in (self._options.run_dir, self._options.state_dir):
             try:
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                # With a umask that lets a group write, others could replace the directory.
+                for missing in [it for it in reversed(directory.parents) if not it.exists()]:
+                    missing.mkdir(mode=0o755, exist_ok=True)
+                directory.mkdir(mode=0o700, exist_ok=True)
             except OSError as exc:
                 raise KernelError(f"cannot make the directory {directory}", exc.errno or 0, "run as root?") from exc
+        if fault := fault_of_directory(self._options.state_dir):
+            log.warning("what the next start finds in --state-dir may be a stranger's: %s", fault)
 
     async def _serve_http(self, undo: AsyncExitStack) -> None:
         options = self._options

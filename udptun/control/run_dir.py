@@ -1,12 +1,18 @@
-"""The run directory: the names of the daemon's files in it, and the lock that lets one daemon use it."""
+"""The run directory: the names of the daemon's files in it, the lock that lets one daemon use it, and who may write it.
+
+A datapath process hands its descriptors to whoever connects to its socket, and a daemon goes on with what such a socket
+hands to it.  So the directory is used only when nobody but root can put a socket there.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
-from udptun.core.errors import KernelError, UdptunError
+from udptun.core.errors import ConfigError, KernelError, UdptunError
 
 SOCKET_NAME = "udptun.sock"
 """Speaks HTTP; `udptun status` asks there."""
@@ -18,11 +24,12 @@ LOCK_FILE = "daemon.lock"
 def lock_run_dir(run_dir: Path) -> int:
     """Be the only daemon of this run directory.  The descriptor returned holds the lock; the caller owns it.
 
-    Raises UdptunError naming the daemon that has it.
+    Raises UdptunError naming the daemon that has it, and ConfigError as `check_run_dir` does.
     """
+    check_run_dir(run_dir)
     path = run_dir / LOCK_FILE
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise KernelError(f"cannot open {path}", exc.errno or 0, "run as root?") from exc
     try:
@@ -37,3 +44,63 @@ def lock_run_dir(run_dir: Path) -> int:
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return fd
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Raises ConfigError when somebody but root and ourselves can write there, or has left something in it.
+
+    What is missing, or must not be looked at, is no fault here: whoever uses it next is told.
+    """
+    fault = fault_of_directory(run_dir)
+    if not fault and (stranger := next(filter(_is_a_strangers, _entries(run_dir)), None)):
+        fault = f"{stranger} belongs to uid {stranger.lstat().st_uid}; delete it"
+    if fault:
+        raise ConfigError(f"--run-dir: {run_dir} is not used: {fault}")
+
+
+def fault_of_directory(directory: Path) -> str:
+    """How somebody but root and ourselves can change what is in the directory, with the remedy; empty: nobody can."""
+    *parents, last = _places_on_the_way(directory.absolute())
+    # In a sticky directory, such as /tmp, only its owner can replace an entry; but everybody can make new ones.
+    return next(filter(None, [*(_fault(it, may_be_sticky=True) for it in parents), _fault(last)]), "")
+
+
+def _places_on_the_way(path: Path) -> Iterator[Path]:
+    """Every directory and symbolic link that decides what the path leads to; the last one is the directory itself."""
+    here = Path(path.root)
+    yield here
+    for name in path.parts[1:]:
+        here = here / name
+        yield here
+        if here.is_symlink():
+            yield from _places_on_the_way(here.parent / here.readlink())
+            here = here.resolve()
+
+
+def _fault(place: Path, *, may_be_sticky: bool = False) -> str:
+    try:
+        found = place.lstat()
+    except OSError:
+        return ""
+    if _is_a_strangers(place):
+        what = "symbolic link" if stat.S_ISLNK(found.st_mode) else "directory"
+        return f"the {what} {place} belongs to uid {found.st_uid}; `chown -h root {place}`, or give another directory"
+    is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and stat.S_ISDIR(found.st_mode)
+    if is_open and not (may_be_sticky and found.st_mode & stat.S_ISVTX):
+        mode = stat.S_IMODE(found.st_mode)
+        return f"others may write to {place} (mode {mode:04o}); `chmod go-w {place}`, or give another directory"
+    return ""
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def _is_a_strangers(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid not in (0, os.geteuid())
+    except OSError:
+        return False
