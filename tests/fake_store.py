@@ -15,7 +15,16 @@ from dataclasses import replace
 
 from udptun.core.errors import LeaseError, LeaseLostError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
-from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, is_same_node, reservation
+from udptun.stores.base import (
+    LEASE_TTL_S,
+    Chooser,
+    Snapshot,
+    SubnetChoice,
+    WatchBatch,
+    dropped_by,
+    is_same_node,
+    reservation,
+)
 
 CONFIG = '{"Network": "10.244.0.0/16", "SubnetMax": "10.244.9.0"}'
 
@@ -153,10 +162,9 @@ class FakeStore:
         await self._may_write()
         with self._place.lock:
             self._place.expire()
-            choice = None if self.gives else choose(tuple(self.leases.values()))
-            subnets, drop = (choice.subnets, choice.drop) if choice else (self.gives, ())
-            assert subnets is not None
-            return self._write(subnets, attrs, ttl_s, [self.leases[key] for key in drop if key in self.leases])
+            choice = SubnetChoice(self.gives) if self.gives else choose(tuple(self.leases.values()))
+            dropped, is_reserved = dropped_by(choice, self.leases.values())
+            return self._write(choice.subnets, attrs, None if is_reserved else ttl_s, dropped)
 
     async def renew(self, lease: Lease, ttl_s: int = LEASE_TTL_S) -> Lease:
         self.renewals += 1
@@ -171,7 +179,7 @@ class FakeStore:
     async def release(self, lease: Lease) -> None:
         with self._place.lock:
             holder = self.leases.get(lease.key)
-            if holder and holder.expires_s is not None and is_same_node(holder.attrs, lease.attrs):
+            if holder and not holder.is_reservation and is_same_node(holder.attrs, lease.attrs):
                 self.remove(holder)
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
@@ -194,9 +202,9 @@ class FakeStore:
             await self.claim_waits.wait()
         self._check(self.fail_writes)
 
-    def _write(self, subnets: Subnets, attrs: LeaseAttrs, ttl_s: float, drop: Sequence[Lease] = ()) -> Lease:
+    def _write(self, subnets: Subnets, attrs: LeaseAttrs, ttl_s: float | None, drop: Sequence[Lease] = ()) -> Lease:
         there = self.leases.get(subnets.key)
-        is_reserved = there is not None and there.expires_s is None
+        is_reserved = ttl_s is None or (there is not None and there.is_reservation)
         expires_s = None if is_reserved else time.time() + (ttl_s if self.ttl_s is None else self.ttl_s)
         self._place.change(put=[Lease(subnets, attrs, expires_s)], remove=drop)
         return self.leases[subnets.key]

@@ -554,6 +554,41 @@ def test_docker_opts_name_a_route_that_takes_the_containers_packets_away(host: H
     assert f"there is a route to {own} via {gateway} dev eth0, so Docker's containers" in done.stderr
 
 
+def test_a_reservation_for_a_host_with_another_lease_outlives_its_restart_and_is_taken_after_cleanup(
+    host: Host,
+) -> None:
+    """The restart deleted it without a word, and so it was never taken."""
+    host.start_daemon()
+    host.wait_ready()
+    own = host.subnet
+    reserved = "10.244.200.0/24"  # not one that may be chosen
+
+    def lease(*words: str) -> str:
+        store = ["--net-config-path", str(NET_CONF), "--store", f"local:{LEASES}"]
+        return host.run([*UDPTUN, "lease", *words, *store]).stdout
+
+    said = lease("reserve", reserved, "--public-ip", str(host.underlay_address))
+    assert f"until then the host goes on with {own}, of which its pods may have addresses" in said
+    host.stop_daemon()
+    host.start_daemon()
+    host.wait_ready()
+    assert host.subnet == own
+    left = f"{reserved} is reserved for this host and is not taken: pods may have addresses of {own}"
+    assert any(line.startswith(left) for line in messages(host.daemon_log(), "W"))
+    assert f"{reserved} " in lease("list")
+    host.stop_daemon()
+    host.run(CLEANUP)
+    host.start_daemon()
+    host.wait_ready()
+    assert str(host.subnet) == reserved
+    assert f"lease given up subnet={own} instead={reserved}" in host.daemon_log()
+    assert sql(host, "select key, expires from leases") == "10.244.200.0-24 None\n"
+    host.stop_daemon()
+    done = host.run([*CLEANUP, "--release"]).stdout
+    assert f"left the reservation {reserved} in local:{LEASES}; `udptun lease release` deletes it\n" in done
+    assert f"{reserved} " in lease("list")
+
+
 def test_previous_subnet_is_left_to_its_new_holder(host: Host) -> None:
     host.start_daemon()
     host.wait_ready()

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from ipaddress import IPv6Network
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from store_harness import (
 )
 
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, SubnetExhaustedError
-from udptun.core.lease import EventType, Lease, LeaseAttrs
+from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
 from udptun.stores.base import SubnetChoice
 
 Make = Callable[[Path], Harness]
@@ -510,6 +511,35 @@ def test_a_reservation_is_taken_over_by_its_node_and_never_expires(make: Make, t
             assert watcher.leases[lease.key].expires_s is None
             await other.release(lease)
             assert (await store.snapshot()).leases == (lease,)
+        for each in (store, other):
+            await each.aclose()
+
+    asyncio.run(main())
+
+
+@over(Can.ALLOCATE, Can.SHARE)
+def test_no_claim_deletes_a_reservation(make: Make, tmp_path: Path) -> None:
+    """A host that restarted with another lease dropped its reservation, as it drops leases of its own that do not fit.
+
+    Only one that the chosen subnet replaces goes, and then what is chosen is reserved.
+    """
+    harness = make(tmp_path)
+
+    async def main() -> None:
+        store, other = harness.store(), harness.store()
+        reserved = await store.reserve(SUBNETS[5], LeaseAttrs(host(1).public_ip))
+        old = await store.claim(host(1), exactly(2))
+        taken = await other.claim(host(1), exactly(3, old.key, reserved.key, "10.0.99.0-24"))
+        assert taken.expires_s is not None
+        left = {lease.key: lease for lease in (await store.snapshot()).leases}
+        assert left.keys() == {taken.key, reserved.key}
+        assert left[reserved.key] == reserved
+
+        both = Subnets(SUBNETS[5].ipv4, IPv6Network("fc00:0:0:5::/64"))
+        wider = await other.claim(host(1), lambda leases: SubnetChoice(both, (reserved.key, taken.key)))
+        assert (wider.subnets, wider.attrs, wider.expires_s) == (both, host(1), None)
+        assert (await store.snapshot()).leases == (wider,)
+        assert (await store.renew(wider)).expires_s is None
         for each in (store, other):
             await each.aclose()
 

@@ -11,6 +11,7 @@ from etcd_harness import NEEDS, EtcdAuthHarness, EtcdHarness
 from store_harness import SUBNETS, FileHarness, LocalHarness, exactly, host
 
 from udptun.commands import cli
+from udptun.core.lease import LeaseAttrs
 
 NET_CONF = '{"Network": "10.0.0.0/8", "SubnetLen": 24, "SubnetMin": "10.0.0.0", "Backend": {"Type": "udp"}}'
 
@@ -130,7 +131,37 @@ def test_reserve_can_name_the_port_of_one_of_several_nodes_behind_an_address(lea
 def test_reserve_keeps_a_lease_of_that_host_for_good(lease: Lease) -> None:
     line = lease("reserve", "10.0.1.0/24", "--public-ip=198.18.0.1")
     assert "which node 00000000000000000000000000000001 holds; it does not expire" in line
+    assert line.endswith(", and takes effect now: the host has it\n")
     assert json.loads(lease("show", "10.0.1.0/24", "--json"))["value"] == json.loads(host(1).to_json())
+
+
+@pytest.mark.parametrize(
+    ("public_ip", "when"),
+    [
+        ("192.0.2.7", "takes effect when the daemon there starts"),
+        (
+            "198.18.0.1",
+            "takes effect at the first start of the daemon there after a reboot or `udptun cleanup`: until then the "
+            "host goes on with 10.0.1.0/24, of which its pods may have addresses",
+        ),
+        (
+            "198.18.0.3",
+            "takes effect when 10.0.3.0/24, which flanneld has there, is released while flanneld is stopped",
+        ),
+    ],
+)
+def test_reserve_says_when_it_takes_effect(
+    harness: LocalHarness | EtcdHarness, lease: Lease, public_ip: str, when: str
+) -> None:
+    """It said nothing of it: the host went on with another lease, and its next start deleted the reservation."""
+
+    async def flanneld() -> None:
+        store = harness.store()
+        await store.claim(LeaseAttrs(host(3).public_ip, backend_type="udp"), exactly(3))
+        await store.aclose()
+
+    asyncio.run(flanneld())
+    assert lease("reserve", "10.0.7.0/24", f"--public-ip={public_ip}").endswith(f"; it does not expire, and {when}\n")
 
 
 def test_reserve_refuses_what_is_anothers_and_what_no_host_would_take(lease: Lease) -> None:

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import pytest
@@ -16,7 +17,7 @@ from udptun.backends.choice import parse_net_conf
 from udptun.config.net_conf import NetConf
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
-from udptun.membership.allocate import CANDIDATES, chooser
+from udptun.membership.allocate import CANDIDATES, chooser, left_reservations
 from udptun.membership.identity import Identity
 from udptun.stores.base import SubnetChoice
 
@@ -34,7 +35,11 @@ def subnets(ipv4: str, ipv6: str | None = None) -> Subnets:
 
 def lease(ipv4: str, public_ip: str, ipv6: str | None = None, **data: Json) -> Lease:
     attrs = LeaseAttrs(IPv4Address(public_ip), backend_type="udp" if data else "", backend_data=data or None)
-    return Lease(subnets(ipv4, ipv6), attrs)
+    return Lease(subnets(ipv4, ipv6), attrs, expires_s=2e9)
+
+
+def reserved(ipv4: str, public_ip: str, ipv6: str | None = None, **data: Json) -> Lease:
+    return replace(lease(ipv4, public_ip, ipv6, **data), expires_s=None)
 
 
 def choose(
@@ -268,3 +273,106 @@ def test_a_lease_without_a_port_is_not_ours_when_only_this_host_has_another_one(
     assert choose(conf(), leases, me=mine) == SubnetChoice(leases[1].subnets)
     assert choose(conf(), leases, me=others) == SubnetChoice(leases[2].subnets)
     assert choose(conf(), leases).subnets == flannels.subnets
+
+
+HELD = {"Port": 8285, "NodeID": "me"}
+
+
+@pytest.mark.parametrize(
+    ("leases", "previous", "config", "choice"),
+    [
+        pytest.param(
+            [lease("10.244.3.0/24", "192.0.2.1", **HELD), reserved("10.244.77.0/24", "192.0.2.1")],
+            subnets("10.244.3.0/24"),
+            "",
+            SubnetChoice(subnets("10.244.3.0/24")),
+            id="pods have addresses of another subnet",
+        ),
+        pytest.param(
+            [lease("10.244.3.0/24", "192.0.2.1"), reserved("10.244.77.0/24", "192.0.2.1")],
+            subnets("10.244.3.0/24"),
+            "",
+            SubnetChoice(subnets("10.244.3.0/24")),
+            id="pods have addresses of flanneld's subnet",
+        ),
+        pytest.param(
+            [lease("10.244.3.0/24", "192.0.2.1", **HELD), reserved("10.244.77.0/24", "192.0.2.1")],
+            None,
+            "",
+            SubnetChoice(subnets("10.244.77.0/24"), ("10.244.3.0-24",)),
+            id="no pod has an address yet",
+        ),
+        pytest.param(
+            [reserved("10.244.3.0/24", "192.0.2.1", **HELD), reserved("10.244.77.0/24", "192.0.2.1")],
+            None,
+            "",
+            SubnetChoice(subnets("10.244.3.0/24")),
+            id="two are reserved",
+        ),
+        pytest.param(
+            [reserved("10.244.77.0/24", "192.0.2.9"), lease("10.244.3.0/24", "192.0.2.1")],
+            None,
+            "",
+            SubnetChoice(subnets("10.244.3.0/24")),
+            id="another host's",
+        ),
+        pytest.param(
+            [reserved("10.244.1.0/25", "192.0.2.1")],
+            None,
+            '"SubnetMin":"10.244.1.0","SubnetMax":"10.244.2.0"',
+            SubnetChoice(subnets("10.244.2.0/24")),
+            id="of another length, in the way",
+        ),
+        pytest.param(
+            [reserved("10.99.1.0/24", "192.0.2.1"), lease("10.99.2.0/24", "192.0.2.1")],
+            None,
+            '"SubnetMin":"10.244.1.0","SubnetMax":"10.244.1.0"',
+            SubnetChoice(subnets("10.244.1.0/24"), ("10.99.2.0-24",)),
+            id="of another network",
+        ),
+        pytest.param(
+            [reserved("10.244.7.0/24", "192.0.2.1")],
+            None,
+            DUAL + ',"IPv6SubnetMin":"fc00:0:0:1::","IPv6SubnetMax":"fc00:0:0:1::"',
+            SubnetChoice(subnets("10.244.7.0/24", "fc00:0:0:1::/64"), ("10.244.7.0-24",)),
+            id="without the IPv6 that is on now: reserved under the other key",
+        ),
+        pytest.param(
+            [reserved("10.244.7.0/24", "192.0.2.1", "fc00:0:0:1::/64")],
+            subnets("10.244.7.0/24"),
+            "",
+            SubnetChoice(subnets("10.244.7.0/24"), ("10.244.7.0-24&fc00:0:0:1::-64",)),
+            id="with the IPv6 that is off now: reserved under the other key",
+        ),
+    ],
+)
+def test_a_start_never_deletes_a_reservation(
+    leases: list[Lease], previous: Subnets | None, config: str, choice: SubnetChoice
+) -> None:
+    """A host that had another lease kept that one at its next start, and deleted the reservation without a word.
+
+    One that did not fit the network config was deleted as well.
+    """
+    assert choose(conf(config), leases, previous) == choice
+
+
+def test_a_reservation_that_is_left_is_named_with_the_reason() -> None:
+    config = conf()
+    leases = [
+        reserved("10.244.3.0/24", "192.0.2.1", **HELD),
+        reserved("10.244.77.0/24", "192.0.2.1"),
+        reserved("10.99.1.0/24", "192.0.2.1"),
+        reserved("10.244.78.0/24", "192.0.2.9"),
+        lease("10.244.79.0/24", "192.0.2.1"),
+    ]
+    outside = "the network config of 10.244.0.0/16 has no such subnet; `udptun lease release` deletes it"
+    assert left_reservations(config, ME, leases, leases[0]) == [
+        "10.244.77.0/24 is reserved for this host and is not taken: it has 10.244.3.0/24, which is reserved too; "
+        "`udptun lease release` deletes one of them",
+        f"10.99.1.0/24 is reserved for this host and is not taken: {outside}",
+    ]
+    assert left_reservations(config, ME, leases[1:2], leases[4]) == [
+        "10.244.77.0/24 is reserved for this host and is not taken: pods may have addresses of 10.244.79.0/24; the "
+        "first start after a reboot or `udptun cleanup` takes it"
+    ]
+    assert left_reservations(config, ME, leases[:1], leases[0]) == []

@@ -67,6 +67,9 @@ async def _release(options: Options) -> None:
     try:
         for lease in (await store.snapshot()).leases:
             if lease.attrs.node_id == me:
+                if lease.is_reservation:
+                    print(f"left the reservation {lease.subnet} in {store.name}; `udptun lease release` deletes it")
+                    continue
                 await store.release(lease)
                 print(f"released the lease {lease.subnet} in {store.name}")
     finally:

@@ -6,16 +6,18 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Network
 
 from udptun.backends.choice import parse_net_conf
+from udptun.backends.udp import UdpKeys
 from udptun.commands.status import duration, table
 from udptun.config.flags import LeaseRequest
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership.allocate import fits
+from udptun.membership.identity import Identity
 from udptun.stores.base import Snapshot, Store
 from udptun.stores.open import open_store
 
@@ -97,9 +99,30 @@ def reserve(request: LeaseRequest) -> int:
             )
         lease = await store.reserve(subnets, attrs)
         held = f", which node {lease.attrs.node_id} holds" if lease.attrs.node_id else ""
-        print(f"reserved {lease.subnet} for {lease.attrs.public_ip} in {store.name}{held}; it does not expire")
+        default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
+        host = Identity(public_ip, port or default_port, "", default_port)
+        others = [other for other in (await store.snapshot()).leases if host.owns(other) and other.key != lease.key]
+        print(
+            f"reserved {lease.subnet} for {lease.attrs.public_ip} in {store.name}{held}; it does not expire, and takes "
+            f"effect {_when(lease, others)}"
+        )
 
     return _with_store(request, work)
+
+
+def _when(reserved: Lease, others: Sequence[Lease]) -> str:
+    """When the host has `reserved`; `others` are its other leases."""
+    if reserved.attrs.node_id or reserved.attrs.backend_type:
+        return "now: the host has it"
+    if not others:
+        return "when the daemon there starts"
+    (now, *_) = others
+    if not now.attrs.is_udptun:
+        return f"when {now.subnet}, which flanneld has there, is released while flanneld is stopped"
+    return (
+        f"at the first start of the daemon there after a reboot or `udptun cleanup`: until then the host goes on with "
+        f"{now.subnet}, of which its pods may have addresses"
+    )
 
 
 def release(request: LeaseRequest) -> int:
@@ -109,7 +132,7 @@ def release(request: LeaseRequest) -> int:
     async def work(store: Store) -> None:
         lease = _find(await store.snapshot(), wanted, store)
         await store.delete(lease)
-        kind = "reservation" if lease.expires_s is None else "lease"
+        kind = "reservation" if lease.is_reservation else "lease"
         print(
             f"released the {kind} {lease.subnet} of {lease.attrs.public_ip} in {store.name}; "
             "a daemon that runs with it takes it again"

@@ -165,6 +165,11 @@ class Lease:
     def subnet(self) -> IPv4Network:
         return self.subnets.ipv4
 
+    @property
+    def is_reservation(self) -> bool:
+        """Whether it never expires: an operator has made it, and only an operator deletes it."""
+        return self.expires_s is None
+
     def is_expired(self, now_s: float) -> bool:
         return self.expires_s is not None and self.expires_s <= now_s
 

@@ -10,6 +10,9 @@ Four things differ, because flannel's way loses a subnet or picks a bad one in e
 * The subnet that we had before is also ours when a lease with our own NodeID holds it.  Then we have moved to another
   address.
 * When only one family's subnet has to change, the other family's is kept.
+
+A reservation for us is taken, except while pods may have addresses of another lease of ours: subnet.env names its
+subnet then, and a restart must not cut them off.  A reservation that is not taken stays, and its subnet is not free.
 """
 
 from __future__ import annotations
@@ -40,18 +43,30 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         return moved or me.owns(lease)
 
     def choose(leases: Sequence[Lease]) -> SubnetChoice:
-        # A lease at our address comes before one with our node id.  Of several, the one that we wrote and have used
-        # comes first, because pods are in it.  After that the order is that of the keys, as flannel's.
+        # A lease at our address comes before one with our node id.  Of several, the one that we have used comes first,
+        # because pods are in it, then a reservation, then one that we wrote.  After that the order is that of the keys,
+        # as flannel's.
         ours = sorted(
             filter(is_ours, leases),
-            key=lambda it: (not me.owns(it), it.attrs.node_id != me.node_id, it.subnets != previous, it.key),
+            key=lambda it: (
+                not me.owns(it),
+                it.subnets != previous,
+                not it.is_reservation,
+                it.attrs.node_id != me.node_id,
+                it.key,
+            ),
         )
         kept = next((lease.subnets for lease in ours if fits(lease.subnets, conf)), None)
-        drop = tuple(lease.key for lease in ours if lease.subnets != kept)
+        drop = tuple(lease.key for lease in ours if lease.subnets != kept and not lease.is_reservation)
         if kept is not None:
             return SubnetChoice(kept, drop)
-        others = [lease.subnets for lease in leases if not is_ours(lease)]
-        ipv4 = _pick(conf.ipv4, [it.ipv4 for it in others], None if previous is None else previous.ipv4, rng)
+        wanted = None if previous is None else previous.ipv4
+        half = next((lease for lease in ours if _is_of(conf.ipv4, lease.subnet)), None)
+        if half is not None and half.is_reservation:
+            # The other family alone has to change: the store reserves the new subnets instead of these.
+            drop, wanted = (*drop, half.key), half.subnet
+        others = [lease.subnets for lease in leases if lease.key not in drop]
+        ipv4 = _pick(conf.ipv4, [it.ipv4 for it in others], wanted, rng)
         if conf.ipv6 is None:
             return SubnetChoice(Subnets(ipv4), drop)
         others_ipv6 = [it.ipv6 for it in others if it.ipv6 is not None]
@@ -59,6 +74,24 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         return SubnetChoice(Subnets(ipv4, ipv6), drop)
 
     return choose
+
+
+def left_reservations(conf: NetConf, me: Identity, leases: Iterable[Lease], own: Lease) -> list[str]:
+    """A line for each reservation for `me` among `leases` beside `own`, the lease that we have, and why it is left."""
+    lines = []
+    for lease in sorted(leases, key=lambda it: it.key):
+        if not lease.is_reservation or not me.owns(lease) or lease.subnets == own.subnets:
+            continue
+        if not fits(lease.subnets, conf):
+            why = f"the network config of {conf.network} has no such subnet; `udptun lease release` deletes it"
+        elif own.is_reservation:
+            why = f"it has {own.subnet}, which is reserved too; `udptun lease release` deletes one of them"
+        else:
+            why = (
+                f"pods may have addresses of {own.subnet}; the first start after a reboot or `udptun cleanup` takes it"
+            )
+        lines.append(f"{lease.subnet} is reserved for this host and is not taken: {why}")
+    return lines
 
 
 def fits(subnets: Subnets, conf: NetConf) -> bool:

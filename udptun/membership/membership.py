@@ -22,6 +22,7 @@ from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseTable, validate
+from udptun.membership.allocate import left_reservations
 from udptun.membership.doubles import Clones, Doubles
 from udptun.membership.follow import Follower
 from udptun.membership.identity import Identity
@@ -113,13 +114,19 @@ class Membership:
         else:
             lease, self._last = got, None
         self._make_parts(lease, is_provisional=self._last is not None)
-        self._doubles.took_over(self._first_claim.replaced_by(lease), lease)
+        seen = self._first_claim.take_seen()
+        dropped = [other for other in seen if self._first_claim.is_dropped(other)]
+        self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
         if (reason := validate(lease, self._conf.network)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
         else:
             log.info("lease acquired subnet=%s public_ip=%s store=%s", lease.subnet, attrs.public_ip, self._store.name)
+            for other in dropped:
+                log.info("lease given up subnet=%s instead=%s", other.subnet, lease.subnet)
+            for line in left_reservations(self._conf, self._doubles.me, seen, lease):
+                log.warning("%s", line)
 
     async def catch_up(self) -> None:
         """Take over the store's present state or, while it is away, that of the last run."""

@@ -137,7 +137,7 @@ class FirstClaim:
         self._store = store
         self._task: asyncio.Task[Lease] | None = None
         self._seen: tuple[Lease, ...] = ()
-        """The leases that there were when the subnet was chosen, until `replaced_by`."""
+        """The leases that there were when the subnet was chosen, until `take_seen`."""
         self._held_before: frozenset[str] = frozenset()
         """Their keys."""
         self._dropped: tuple[str, ...] = ()
@@ -155,10 +155,14 @@ class FirstClaim:
         self._task = asyncio.create_task(self._store.claim(attrs, choose_and_remember), name="claim lease")
         return await asyncio.shield(self._task)
 
-    def replaced_by(self, own: Lease) -> list[Lease]:
-        """The leases that were there and that `own` has taken the place of.  Asked once: all others are forgotten."""
+    def take_seen(self) -> tuple[Lease, ...]:
+        """The leases that there were when the subnet was chosen.  Asked once: they are forgotten then."""
         seen, self._seen = self._seen, ()
-        return [lease for lease in seen if lease.key in (own.key, *self._dropped)]
+        return seen
+
+    def is_dropped(self, lease: Lease) -> bool:
+        """Whether the claim has deleted it: it was ours, and another one is now."""
+        return lease.key in self._dropped
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""

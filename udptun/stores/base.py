@@ -49,7 +49,10 @@ class WatchBatch:
 
 @dataclass(frozen=True, slots=True)
 class SubnetChoice:
-    """What a claim shall do: take `subnets`, after deleting the keys in `drop` (own leases that do not fit)."""
+    """What a claim shall do: take `subnets`, after deleting the keys in `drop` (own leases that do not fit).
+
+    A reservation is an operator's, and no claim loses one, see `dropped_by`.
+    """
 
     subnets: Subnets
     drop: tuple[str, ...] = ()
@@ -132,6 +135,17 @@ def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
     return a.public_ip == b.public_ip
 
 
+def dropped_by(choice: SubnetChoice, leases: Iterable[Lease]) -> tuple[list[Lease], bool]:
+    """Which of `leases` a claim of `choice` deletes, and whether what it takes is a reservation in their place.  Pure.
+
+    A reservation in `choice.drop` is deleted only if its IPv4 subnet is the one that is taken: its IPv6 subnet changes,
+    and it stays a reservation under the other key.
+    """
+    there = [lease for lease in leases if lease.key in choice.drop]
+    dropped = [lease for lease in there if not lease.is_reservation or lease.subnet == choice.subnets.ipv4]
+    return dropped, any(lease.is_reservation for lease in dropped)
+
+
 def reservation(leases: Iterable[Lease], subnets: Subnets, attrs: LeaseAttrs) -> LeaseAttrs:
     """What to write to reserve `subnets` for the node with `attrs`, where `leases` is all there is.  Pure.
 
@@ -147,7 +161,7 @@ def reservation(leases: Iterable[Lease], subnets: Subnets, attrs: LeaseAttrs) ->
             lease.subnets.ipv6 and subnets.ipv6 and lease.subnets.ipv6.overlaps(subnets.ipv6)
         ):
             raise LeaseError(f"cannot reserve {subnets.ipv4}: {lease.subnet} is leased to {lease.attrs.public_ip}")
-        elif is_same and lease.expires_s is None:
+        elif is_same and lease.is_reservation:
             raise LeaseError(
                 f"cannot reserve {subnets.ipv4}: {lease.subnet} is reserved for {attrs.public_ip} already; "
                 "a node has one subnet"

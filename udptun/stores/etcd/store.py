@@ -24,7 +24,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from udptun.config.store_flags import EtcdOptions
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
-from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, is_same_node, reservation
+from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, dropped_by, is_same_node, reservation
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.client import RANGE, TXN, Client
 from udptun.stores.etcd.etcd_leases import EtcdLeases
@@ -100,10 +100,14 @@ class EtcdStore:
             await _pause(turn, "claim a subnet")
             response = await self._list("claim a subnet")
             found = {kv.key: kv for kv in response.kvs}
-            choice = choose(self._leases(response))
-            key = self._keys.key(choice.subnets.key)
-            drop = [kv for name in choice.drop if (kv := found.get(self._keys.key(name))) is not None]
-            lease = await self._write("claim a subnet", choice.subnets, attrs, found.get(key), ttl_s, drop)
+            leases = self._leases(response)
+            choice = choose(leases)
+            dropped, is_reserved = dropped_by(choice, leases)
+            there = found.get(self._keys.key(choice.subnets.key))
+            drop = [kv for it in dropped if (kv := found.get(self._keys.key(it.key))) is not None]
+            lease = await self._write(
+                "claim a subnet", choice.subnets, attrs, there, None if is_reserved else ttl_s, drop
+            )
             if lease is not None:
                 return lease
         raise LeaseError(f"cannot claim a subnet in etcd: other nodes were faster {TRIES} times; trying again may help")

@@ -38,6 +38,7 @@ from udptun.stores.base import (
     Chooser,
     Snapshot,
     WatchBatch,
+    dropped_by,
     is_same_node,
     read_network_config,
     reservation,
@@ -96,8 +97,9 @@ class LocalStore:
                 rows.delete_expired(db, now_s)
                 leases, _ = rows.read_leases(db)
                 choice = choose(leases)
-                db.executemany("delete from leases where key = ?", [(key,) for key in choice.drop])
-                return rows.write(db, choice.subnets, attrs, now_s + ttl_s)
+                dropped, is_reserved = dropped_by(choice, leases)
+                db.executemany("delete from leases where key = ?", [(lease.key,) for lease in dropped])
+                return rows.write(db, choice.subnets, attrs, None if is_reserved else now_s + ttl_s)
 
         return await self._run("claim a subnet", work)
 
@@ -121,7 +123,7 @@ class LocalStore:
         def work(db: sqlite3.Connection) -> None:
             with transaction(db, "immediate"):
                 holder = rows.holder(db, lease.key, self._clock())
-                if holder and holder.expires_s is not None and is_same_node(holder.attrs, lease.attrs):
+                if holder and not holder.is_reservation and is_same_node(holder.attrs, lease.attrs):
                     db.execute("delete from leases where key = ?", (lease.key,))
 
         await self._run(f"release {lease.subnet}", work)
