@@ -398,38 +398,64 @@ def load_u64(words, Py_ssize_t i):
     return ut_load_u64(_word(words, i, PyBUF_SIMPLE))
 
 
+# What the control plane must know of shm.h, and takes from nowhere else.
+
+cdef extern from "fields.h" nogil:
+    enum:
+        UT_N_FIELDS
+    struct ut_field:
+        const char *structure
+        const char *name
+        size_t offset, bytes
+    const ut_field ut_fields[1]
+
+
+def _fields():
+    cdef size_t i
+    structures = {}
+    for i in range(UT_N_FIELDS):
+        fields = structures.setdefault(ut_fields[i].structure.decode(), {})
+        fields[ut_fields[i].name.decode()] = (ut_fields[i].offset, ut_fields[i].bytes)
+    return structures
+
+
+FIELDS = _fields()
+"""Structure -> field -> (offset, length), bytes."""
+
 LAYOUT = {
     "version": UT_LAYOUT_VERSION,
     "table_magic": UT_TABLE_MAGIC,
     "stats_magic": UT_STATS_MAGIC,
-    "max_peers": UT_MAX_PEERS,
-    "l1_entries": UT_L1_ENTRIES,
-    "l2_entries": UT_L2_ENTRIES,
-    "l2_pages": UT_L2_PAGES,
-    "l2_flag": <uint32_t>UT_L2_FLAG,
-    "max_workers": UT_MAX_WORKERS,
-    "max_senders": UT_MAX_SENDERS,
-    "prefix": UT_PREFIX_BYTES,
-    "max_counters": UT_MAX_COUNTERS,
-    "table_header": UT_TABLE_HEADER_BYTES,
-    "stats_header": UT_STATS_HEADER_BYTES,
+    # Sizes of the structures in bytes.
     "peer": sizeof(ut_peer),
     "slot": sizeof(ut_slot),
     "table": sizeof(ut_table),
     "worker": sizeof(ut_worker),
     "peer_stats": sizeof(ut_peer_stats),
     "stats": sizeof(ut_stats),
-    "slot.l1": UT_AT_SLOT_L1,
-    "slot.remotes": UT_AT_SLOT_REMOTES,
-    "slot.peers": UT_AT_SLOT_PEERS,
-    "slot.l2": UT_AT_SLOT_L2,
-    "table.generation": UT_AT_TABLE_GENERATION,
-    "table.slot": UT_AT_TABLE_SLOT,
-    "worker.counter": UT_AT_WORKER_COUNTER,
-    "stats.worker": UT_AT_STATS_WORKER,
-    "stats.peer": UT_AT_STATS_PEER,
+    "prefix": UT_PREFIX_BYTES,
+    # How many there are at most.
+    "max_peers": UT_MAX_PEERS,
+    "max_workers": UT_MAX_WORKERS,
+    "max_senders": UT_MAX_SENDERS,
+    "l1_entries": UT_L1_ENTRIES,
+    "l2_pages": UT_L2_PAGES,
+    "l2_entries": UT_L2_ENTRIES,
+    # Bits and values of fields.
+    "l2_flag": <uint32_t>UT_L2_FLAG,
+    "flags.udptun": UT_PEER_UDPTUN,
+    "source_check.off": UT_SOURCE_OFF,
+    "source_check.peer": UT_SOURCE_PEER,
+    "source_check.strict": UT_SOURCE_STRICT,
+    "offloads.udp_segment": UT_OFFLOAD_SEGMENT,
+    "offloads.write_tcp": UT_OFFLOAD_WRITE_TCP,
+    "offloads.write_udp": UT_OFFLOAD_WRITE_UDP,
+    "offloads.vnet_hdr": UT_OFFLOAD_VNET_HDR,
+    "state.stopped": UT_STATE_STOPPED,
+    "state.running": UT_STATE_RUNNING,
+    "state.tun_lost": UT_STATE_TUN_LOST,
 }
-"""Sizes and offsets in bytes, for udptun/datapath/table.py and stats.py to agree with."""
+"""The numbers of shm.h."""
 
 cdef Counters _no_counts
 memset(&_no_counts, 0, sizeof(Counters))

@@ -7,9 +7,12 @@ socketpair (as the TUN)                                      UDP socket on 127.0
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -21,15 +24,18 @@ import pytest
 from scapy.all import IP, UDP
 
 from udptun import _fastpath
+from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import processes, worker
-from udptun.datapath.processes import Datapath, Descriptors
+from udptun.datapath.processes import Datapath
+from udptun.datapath.protocol import Descriptors
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 
 OWN = IPv4Network("10.244.1.0/24")
 PEER = IPv4Network("10.244.2.0/24")
+OTHER_BUILD = Path(__file__).with_name("other_build.py")
 PACKET = bytes(10) + bytes(IP(src="10.244.1.5", dst="10.244.2.7", ttl=64) / UDP() / b"payload")
 
 
@@ -99,6 +105,11 @@ def with_datapath(rig: Rig, test: Callable[[Datapath], Awaitable[None]]) -> None
     asyncio.run(main())
 
 
+def open_fds() -> int:
+    """How many descriptors this process has, the one that reads the directory included."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
@@ -139,7 +150,7 @@ def test_new_process_is_started_when_both_are_killed(rig: Rig) -> None:
 
 def test_next_control_plane_finds_both_processes_and_their_descriptors(rig: Rig) -> None:
     async def test(datapath: Datapath) -> None:
-        found = await processes.find(rig.run_dir)
+        found = await processes.find_running(rig.run_dir)
         assert [process.is_active for process in found] == [True, False]
         assert [process.pid for process in found] == [
             process.pid for process in sorted(datapath.processes, key=lambda process: not process.is_active)
@@ -149,7 +160,7 @@ def test_next_control_plane_finds_both_processes_and_their_descriptors(rig: Rig)
             assert process.descriptors is not None
             for theirs, ours in zip(process.descriptors.as_list(), rig.descriptors.as_list(), strict=True):
                 assert os.path.sameopenfile(theirs, ours)
-                os.close(theirs)
+            process.close_descriptors()
             process.detach()
         rig.send()
         await rig.received(1)
@@ -165,11 +176,9 @@ def test_processes_of_another_build_are_replaced_without_losing_what_waits(
         await old.start()
         old.detach()
         monkeypatch.setattr(processes, "build_id", lambda: "f" * 32)
-        found = await processes.find(rig.run_dir)
+        found = await processes.find_running(rig.run_dir)
         for process in found:
-            assert process.descriptors is not None
-            for fd in process.descriptors.as_list():
-                os.close(fd)
+            process.close_descriptors()
         successor = Datapath(rig.run_dir, rig.descriptors, found)
         rig.send(10)
         await successor.start()
@@ -186,7 +195,7 @@ def test_sockets_of_dead_processes_are_swept_away(rig: Rig) -> None:
     stale = rig.run_dir / "datapath-00000000.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(stale))
-    assert asyncio.run(processes.find(rig.run_dir)) == []
+    assert asyncio.run(processes.find_running(rig.run_dir)) == []
     assert not stale.exists()
 
 
@@ -272,3 +281,150 @@ def test_datapath_process_imports_only_what_is_listed() -> None:
     assert {"socket", "fcntl"} <= modules
     assert modules & FORBIDDEN == set()
     assert modules - IMPORTED == set()
+
+
+# --------------------------------------------------------------------------------------------------- other builds
+
+
+@contextlib.contextmanager
+def other_builds(rig: Rig, *kinds: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes of other builds (other_build.py), the first of them active, that serve `rig`; ended at the end."""
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for i, kind in enumerate(kinds):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind(str(rig.run_dir / f"datapath-{i}.sock"))
+                listener.listen(8)
+                fds = (listener.fileno(), *rig.descriptors.as_list())
+                script = [sys.executable, OTHER_BUILD, kind, *map(str, fds)]
+                started.append(subprocess.Popen(script, pass_fds=fds))
+            if i == 0:
+                wait_for_the_lock_to_be_held(rig.lock)
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        for i in range(len(kinds)):
+            (rig.run_dir / f"datapath-{i}.sock").unlink(missing_ok=True)
+
+
+def wait_for_the_lock_to_be_held(lock: int) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        fcntl.lockf(lock, fcntl.LOCK_UN)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("kind", "layout_version"), [("first", 5), ("later", 99)])
+def test_processes_of_any_build_hand_over_their_descriptors_and_stop(rig: Rig, kind: str, layout_version: int) -> None:
+    """Before, a HELLO of another length counted as the end of its process: its socket was removed, and nobody served
+    the device any more, or two processes did."""
+
+    async def test(running: list[subprocess.Popen[bytes]]) -> None:
+        n_before = open_fds()
+        found = await processes.find_running(rig.run_dir)
+        assert [process.pid for process in found] == [process.pid for process in running]
+        assert [process.is_active for process in found] == [True, False]
+        for process in found:
+            assert process.layout_version == layout_version
+            assert (process.build_id, process.started_ns) == ("0123456789abcdef" * 2, 123_456_789)
+            taken = process.take_descriptors()
+            for theirs, ours in zip(taken.as_list(), rig.descriptors.as_list(), strict=True):
+                assert os.path.sameopenfile(theirs, ours)
+                os.close(theirs)
+        # Nothing but our ends of the connections is left, whatever was handed over.
+        assert open_fds() == n_before + 2
+
+        successor = Datapath(rig.run_dir, rig.descriptors, found)
+        rig.send(10)
+        await successor.start()
+        rig.send(10)
+        await rig.received(20)
+        assert [process.wait(5) for process in running] == [0, 0]
+        assert not {process.pid for process in found} & {process.pid for process in successor.processes}
+        await successor.stop()
+
+    with other_builds(rig, kind, kind) as running:
+        asyncio.run(test(running))
+
+
+def test_process_of_an_unknown_build_is_named_and_left_as_it_is(rig: Rig) -> None:
+    """Before, its socket was removed, so that the next start of either build did not find it and served the device
+    beside it."""
+
+    async def test(first: int, unknown: int) -> None:
+        n_before = open_fds()
+        before = sorted(rig.run_dir.iterdir())
+        with pytest.raises(DatapathError, match=f"cannot understand the datapath process {unknown}, which says b'udpt"):
+            await processes.find_running(rig.run_dir)
+        assert sorted(rig.run_dir.iterdir()) == before
+        assert open_fds() == n_before
+
+    with other_builds(rig, "first", "unknown") as running:
+        asyncio.run(test(*(process.pid for process in running)))
+        assert [process.poll() for process in running] == [None, None]
+        running[1].kill()
+        running[1].wait()
+        (found,) = asyncio.run(find_and_let_go(rig.run_dir))
+        assert found == running[0].pid
+
+
+async def find_and_let_go(run_dir: Path) -> list[int]:
+    found = await processes.find_running(run_dir)
+    for process in found:
+        process.close_descriptors()
+        process.detach()
+    return [process.pid for process in found]
+
+
+def test_process_that_says_nothing_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, the message said pid 0, and to kill that."""
+    monkeypatch.setattr(processes, "_HELLO_TIMEOUT_S", 0.2)
+    with other_builds(rig, "silent") as (silent,):
+        with pytest.raises(DatapathError, match=rf"{silent.pid} did not introduce .* \(kill -CONT {silent.pid}\)"):
+            asyncio.run(processes.find_running(rig.run_dir))
+        assert silent.poll() is None
+
+
+def test_process_that_dies_while_it_is_looked_for_is_not_found(rig: Rig) -> None:
+    async def test(dying: subprocess.Popen[bytes]) -> None:
+        looking = asyncio.create_task(processes.find_running(rig.run_dir))
+        await asyncio.sleep(0.05)
+        dying.kill()
+        assert await looking == []
+
+    with other_builds(rig, "silent") as (dying,):
+        asyncio.run(test(dying))
+
+
+def test_control_plane_of_the_first_builds_can_adopt_and_stop_a_process_of_this_one(rig: Rig) -> None:
+    """It reads 60 bytes, takes our length for the layout version and our version for the pid, and stops by b"stop"."""
+
+    async def test() -> None:
+        datapath = Datapath(rig.run_dir, rig.descriptors, [])
+        await datapath.start()
+        (path,) = [process.path for process in datapath.processes if process.is_active]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(str(path))
+            connection.settimeout(5)
+            message, fds, _, _ = socket.recv_fds(connection, 60, 51)
+            assert len(fds) == 5
+            for fd in fds:
+                os.close(fd)
+            magic, layout_version, _pid, active, n_workers, started_ns, build = struct.unpack("=4sIIIIQ32s", message)
+            assert (magic, active, n_workers) == (b"udpt", 1, 1)
+            assert layout_version != 5
+            assert 0 < time.monotonic_ns() - started_ns < 60e9
+            assert build.decode() == processes.build_id()
+            connection.send(b"stop")
+            assert connection.recv(1) in (b"", b"u")
+        await until(lambda: any(process.is_gone for process in datapath.processes))
+        await datapath.stop()
+
+    asyncio.run(test())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import threading
 import time
+from array import array
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 from multiprocessing.connection import Connection
@@ -13,9 +15,11 @@ from multiprocessing.connection import Connection
 import numpy as np
 import pytest
 
-from udptun._fastpath import LAYOUT, TableReader
+from udptun._fastpath import FIELDS, LAYOUT, TableReader
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
+from udptun.datapath import stats as stats_module
+from udptun.datapath import table as table_module
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
@@ -84,6 +88,39 @@ def test_lookup_agrees_with_ipaddress_for_leases_of_every_allowed_length(table: 
         addresses += [IPv4Address(n & 0xFFFFFFFF) for n in (first - 1, first, (first + last) // 2, last, last + 1)]
     expected = [next((leases[s].address for s in leases if address in s), None) for address in addresses]
     assert look_up(table, stats, addresses) == expected
+
+
+def test_numpy_makes_the_same_of_a_large_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is published and counted, in the memory files themselves."""
+    subnets = [
+        subnet for block in ("10.1.0.0/16", "10.2.0.0/23") for subnet in IPv4Network(block).subnets(new_prefix=27)
+    ]
+    made: list[tuple[bytes, list[list[int]]]] = []
+    for many in (len(subnets) + 1, 1):
+        monkeypatch.setattr(table_module, "MANY_PEERS", many)
+        monkeypatch.setattr(stats_module, "MANY_PEERS", many)
+        table, stats = TableWriter.create(), Stats.create()
+        table.configure(settings())
+        # The first worker has run, and counted for earlier peers where the new ones' counters will be.
+        os.pwrite(stats.fd, b"\1", FIELDS["stats"]["worker"][0] + FIELDS["worker"]["turns"][0])
+        os.pwrite(stats.fd, b"\1" * 4096, FIELDS["stats"]["peer"][0])
+        for i, subnet in enumerate(subnets):
+            # Some hosts hold several subnets; the numbers are not in order.
+            table.set_peer(subnet, remote(i * 7919 % 1000), 1472)
+        for subnet in subnets[::3]:
+            table.remove_peer(subnet)
+        assert table.publish(stats)
+        assert stats.peers([table.index_of(subnets[1])], 1) == [[0] * 4]
+        for worker in range(3):
+            at = worker * LAYOUT["max_peers"] * LAYOUT["peer_stats"]
+            numbers = array("Q", range(worker, worker + 4 * len(subnets)))
+            os.pwrite(stats.fd, numbers, FIELDS["stats"]["peer"][0] + at)
+        counts = stats.peers([None, 0, *(table.index_of(subnet) for subnet in subnets)], 2)
+        made.append((os.pread(table.fd, 16 << 20, 0), counts))
+        table.close()
+        stats.close()
+    assert made[0] == made[1]
+    assert made[0][1][:3] == [[0] * 4, [1, 3, 5, 7], [0] * 4]
 
 
 @pytest.mark.parametrize("network", ["10.244.0.0/16", "10.244.8.0/22", "10.244.8.0/24", "10.244.8.128/25"])

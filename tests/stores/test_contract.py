@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from etcd_harness import EtcdAuthHarness, EtcdClusterHarness, EtcdHarness, EtcdTlsHarness
+from fake_harness import FakeHarness
 from store_harness import (
     NET_CONF,
     SUBNETS,
     Can,
-    FakeHarness,
     FileHarness,
     Harness,
     LocalHarness,

@@ -21,7 +21,7 @@ CHECKSUM_TEST = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include "checksum.h"
-#include "shm.h"
+#include "fields.h"
 
 /* RFC 1071 byte by byte, in big-endian words. */
 static unsigned slow(const unsigned char *p, size_t n)
@@ -49,6 +49,10 @@ int main(void)
                 return printf("differs at offset %zu length %zu\n", at, n), 1;
         }
     printf("%d rounds, slot %zu, stats %zu\n", rounds, sizeof(struct ut_slot), sizeof(struct ut_stats));
+    for (size_t i = 0; i < UT_N_FIELDS; i++) {
+        const struct ut_field *f = &ut_fields[i];
+        printf("%s.%s %zu %zu\n", f->structure, f->name, f->offset, f->bytes);
+    }
     return 0;
 }
 """
@@ -69,7 +73,20 @@ def compile_and_run(tmp_path: Path, compiler: list[str], runner: list[str]) -> s
 
 
 def expected_output(rounds: int) -> str:
-    return f"{rounds} rounds, slot {_fastpath.LAYOUT['slot']}, stats {_fastpath.LAYOUT['stats']}\n"
+    lines = [f"{rounds} rounds, slot {_fastpath.LAYOUT['slot']}, stats {_fastpath.LAYOUT['stats']}"]
+    for structure, fields in _fastpath.FIELDS.items():
+        lines += [f"{structure}.{name} {offset} {length}" for name, (offset, length) in fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+def test_fields_follow_each_other_within_their_structure() -> None:
+    assert set(_fastpath.FIELDS) == {"peer", "slot", "table", "worker", "peer_stats", "stats"}
+    for structure, fields in _fastpath.FIELDS.items():
+        end = 0
+        for offset, length in fields.values():
+            assert end <= offset
+            end = offset + length
+        assert end <= _fastpath.LAYOUT[structure]
 
 
 ROUNDS = 8 * (64 + len(range(64, 4097, 61)))

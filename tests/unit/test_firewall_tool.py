@@ -1,17 +1,18 @@
-"""Tools that are interrupted, that hang, that are missing, and that print what nobody can read."""
+"""Tools that are interrupted or print nonsense."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from contextlib import suppress
+from ipaddress import IPv4Network
 
 import pytest
 
 from udptun.core.errors import FirewallError
 from udptun.firewall import tool
 from udptun.firewall.nft import NftRules
-from udptun.firewall.rules import DesiredRules
+from udptun.firewall.rules import DesiredRules, forward, nft_removal
 
 
 def test_a_tool_that_is_interrupted_at_any_moment_is_gone_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
@@ -50,14 +51,17 @@ def test_a_tool_that_is_missing_is_named() -> None:
         asyncio.run(tool.run("no-such-tool", "-L"))
 
 
-async def test_a_table_that_nft_cannot_list_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nft 1.0.6 broke off at the flags of a dormant table: the rules then stayed as they were until the timer."""
+def test_our_table_that_nft_cannot_print_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nft 1.0.6 prints broken JSON for a dormant table.  Nothing was repaired then, until it was deleted by hand."""
 
-    async def broken_off(*_argv: str, script: str = "") -> str:
-        return '{"nftables": [{"metainfo": {}}, {"table": {"family": "ip", "name": "flannel-ipv4", "flags": \n'
+    async def print_half(*_command: str) -> str:
+        return '{"nftables": [{"table": {"family": "ip", "name": "flannel-ipv4", "handle": 1, "flags": '
 
-    monkeypatch.setattr(tool, "run", broken_off)
-    repair = await NftRules(DesiredRules(masquerade=(), forward=())).compare()
+    monkeypatch.setattr(tool, "run", print_half)
+    rule = forward(IPv4Network("10.244.0.0/16"))
+    repair = asyncio.run(NftRules(DesiredRules(forward=rule)).compare())
     assert repair.findings == ("unreadable table ip flannel-ipv4",)
-    assert repair.script == "add table ip flannel-ipv4\ndelete table ip flannel-ipv4\n"
+    assert repair.script.startswith(nft_removal("ip", "flannel-ipv4"))
+    assert "chain forward {" in repair.script
     assert not repair.is_new
+    assert asyncio.run(NftRules(DesiredRules()).compare()).script == nft_removal("ip", "flannel-ipv4")

@@ -61,6 +61,7 @@ OWNERS = {
     "pytun": {"kernel/tun.py"},
     "grpc": {"stores/etcd/client.py"},
     "google": {"stores/etcd/client.py", "stores/etcd/etcd_pb2.py"},
+    "numpy": {"datapath/bulk.py"},
     "sqlite3": {f"stores/local/{name}.py" for name in ("database", "rows", "store")},
 }
 
@@ -147,6 +148,54 @@ def test_daemon_loads_grpc_only_for_the_etcd_store() -> None:
     script = "import sys, udptun.control.daemon; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"grpc", "google", "udptun.stores.etcd.store", "udptun.stores.etcd.client"} & set(loaded)
+
+
+def test_daemon_loads_numpy_only_for_a_large_table() -> None:
+    """Before, every daemon did at its start: 60 to 140 ms and 14 MB."""
+    script = """if True:
+        import sys, udptun.control.daemon
+        from ipaddress import IPv4Address, IPv4Network
+        from udptun.core.tunnel import SourceCheck
+        from udptun.datapath.settings import PacketSettings, Remote
+        from udptun.datapath.stats import MANY_PEERS, Stats
+        from udptun.datapath.table import TableWriter
+
+        subnets = list(IPv4Network("10.0.0.0/8").subnets(new_prefix=24))
+        table, stats = TableWriter.create(), Stats.create()
+        table.configure(
+            PacketSettings(IPv4Network("10.0.0.0/8"), subnets[0], IPv4Address("192.0.2.1"), 1472, SourceCheck.PEER)
+        )
+        for n in (MANY_PEERS - 1, MANY_PEERS):
+            for i in range(1, n + 1):
+                table.set_peer(subnets[i], Remote(IPv4Address(i), 8285, True), 1472)
+            assert table.publish(stats)
+            stats.peers([table.index_of(subnet) for subnet in table.subnets], 1)
+            print("numpy" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_daemon_loads_what_every_run_needs_and_no_more() -> None:
+    """Each of these costs milliseconds and up to 10 MB; before, a daemon had nearly all of them in memory."""
+    script = (
+        "import sys; from udptun.commands import cli; cli._import_asyncio_without_ssl()\n"
+        "import udptun.control.daemon; print(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    # OpenSSL (_ssl, _hashlib) and what some harmless module brings along.
+    unused = {"_hashlib", "_ssl", "argparse", "bz2", "difflib", "email", "hashlib", "http.client", "lzma", "shutil"}
+    # What only the backends with a datapath need.
+    unused |= {"numpy", "pytun"}
+    assert not unused & set(loaded)
+
+
+def test_ssl_is_there_for_whoever_asks_after_asyncio_was_imported_without() -> None:
+    script = (
+        "from udptun.commands import cli; cli._import_asyncio_without_ssl()\n"
+        "import asyncio.sslproto; assert asyncio.sslproto.ssl is None; import ssl; ssl.create_default_context()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from udptun.config.flags import (
 )
 from udptun.config.store_flags import Endpoint, EtcdOptions, StoreKind, StoreSpec
 from udptun.core.errors import UsageError
+from udptun.core.offload import Offload
 from udptun.core.tunnel import SourceCheck
 
 ALL_FLAGS = [flag for flags in FLAGS.values() for flag in flags]
@@ -59,6 +60,7 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
         port=None,
         workers=None,
         source_check=None,
+        offload_disabled=None,
         run_dir=Path("/run/udptun"),
         state_dir=Path("/var/lib/udptun"),
         node="",
@@ -86,7 +88,7 @@ def test_flags_are_those_of_flannel_and_ours() -> None:
         ip-masq-fully-random-disable kube-subnet-mgr kube-api-url kubeconfig-file kube-annotation-prefix
         net-config-path set-node-network-unavailable version healthz-ip healthz-port iptables-resync
         iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at"""
-    ours = "store mtu port workers source-check run-dir state-dir node"
+    ours = "store mtu port workers source-check offload-disabled run-dir state-dir node"
     assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
 
 
@@ -94,7 +96,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 27
+    assert len(shared) == 28
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -238,6 +240,11 @@ REFUSED = [
     (["--workers=0"], "--workers=0: must be 1..16"),
     (["--port=0"], "--port=0: must be 1..65535"),
     (["--source-check=on"], "--source-check=on: must be off, peer or strict"),
+    (
+        ["--offload-disabled=tso,gso"],
+        "--offload-disabled=tso,gso: 'gso' is not one of "
+        "vnet_hdr, tso, uso, udp_segment, udp_gro, write_tcp, write_udp",
+    ),
     (["--version=yes"], "--version=yes: must be true or false"),
     (["--version="], "--version=: must be true or false"),
     (["--public-ip=fe80::1"], "--public-ip=fe80::1: must be an IPv4 address"),
@@ -260,6 +267,15 @@ REFUSED = [
 @pytest.mark.parametrize(("argv", "line"), REFUSED, ids=[" ".join(argv) or "empty" for argv, _ in REFUSED])
 def test_flags_are_refused_with_one_line_when_they_cannot_be_read(argv: list[str], line: str) -> None:
     assert refusal(*argv) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "offload"),
+    [("tso", Offload.TSO), ("udp_gro,USO", Offload.UDP_GRO | Offload.USO), ("none", Offload(0))],
+)
+def test_offloads_are_disabled_by_name_for_this_host(text: str, offload: Offload) -> None:
+    assert parse(f"--offload-disabled={text}").offload_disabled == offload
+    assert parse(FLANNELD_OFFLOAD_DISABLED=text).offload_disabled == offload
 
 
 def test_a_bad_regular_expression_is_refused_with_its_reason() -> None:

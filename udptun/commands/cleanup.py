@@ -40,7 +40,7 @@ def cleanup(options: Options, release: bool) -> int:
 async def _clean_up(options: Options, release: bool) -> None:
     # Standbys first: none of them shall take over.  Without the directory nothing can be found, but a device or a
     # route may be left all the same.
-    for process in reversed(await processes.find(options.run_dir)):
+    for process in reversed(await processes.find_running(options.run_dir)):
         await process.stop()
         print(f"stopped datapath process {process.pid}")
     for line in await remove_ours():

@@ -40,6 +40,8 @@ from udptun.config.store_flags import (
     parse_store,
 )
 from udptun.core.errors import UsageError
+from udptun.core.offload import Offload
+from udptun.core.offload import parse as parse_offloads
 from udptun.core.tunnel import PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck
 
 DEFAULT_RUN_DIR = Path("/run/udptun")
@@ -90,6 +92,10 @@ def _source_check(text: str) -> SourceCheck:
         return SourceCheck(text)
     except ValueError:
         raise ValueError("must be off, peer or strict") from None
+
+
+def _offloads(text: str) -> Offload:
+    return parse_offloads([] if text == "none" else text.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +157,13 @@ class Options:
     workers: int | None = flag(_TUNNEL, integer_in(WORKERS), None, "N", "datapath threads, over Backend.Workers")
     source_check: SourceCheck | None = flag(
         _TUNNEL, _source_check, None, "WHICH", "off, peer or strict, over Backend.SourceCheck"
+    )
+    offload_disabled: Offload | None = flag(
+        _TUNNEL,
+        _offloads,
+        None,
+        "NAMES",
+        "offloads to do without, as tso,uso, or none; over Backend.OffloadDisabled",
     )
 
     run_dir: Path = flag(_RUNNING, _path, DEFAULT_RUN_DIR, "DIR", "sockets")

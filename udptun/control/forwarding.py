@@ -9,30 +9,25 @@ The daemon drives it with leases and settings and knows of no backend what it is
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import BackendChoice
 from udptun.core.desired import DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
-from udptun.core.offload import names as offload_names
 from udptun.datapath import processes
-from udptun.datapath.settings import Remote
-from udptun.datapath.stats import PEER_COUNTERS
-from udptun.datapath.tunnel import Tunnel
 from udptun.kernel.reconcile.apply import create_missing_vxlans
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, remove_ours
 from udptun.kernel.reconcile.reconciler import Reconciler
 from udptun.kernel.underlay import Underlay
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from udptun.control.tunnelled import Tunnelled
 
 
 class Forwarding:
@@ -48,7 +43,7 @@ class Forwarding:
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
-        tunnel: _Tunnelled | None,
+        tunnel: Tunnelled | None,
         was_clean: bool,
         with_blackhole: bool,
     ) -> None:
@@ -86,20 +81,11 @@ class Forwarding:
         backend = choice.backend
         if backend.encapsulation is not None:
             assert backend.device is not None
-            how = backend.encapsulation
+            # Here, because a run whose packets the kernel carries does without its libraries.
+            from udptun.control.tunnelled import Tunnelled
+
             await delete_own_vxlan(backend.device)
-            tunnel = _Tunnelled(
-                how,
-                await Tunnel.open(
-                    run_dir,
-                    backend.device,
-                    underlay.address,
-                    how.port,
-                    live.workers,
-                    live.offload,
-                    how.n_senders,
-                ),
-            )
+            tunnel = await Tunnelled.open(backend.encapsulation, run_dir, backend.device, underlay, live)
         await create_missing_vxlans(backend.links(underlay, live))
         return cls(choice, network, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
 
@@ -115,7 +101,7 @@ class Forwarding:
             await self._tunnel.start(self._inputs())
         else:
             # A datapath of an earlier run with another backend: the kernel may need its port.
-            await processes.stop(await processes.find(self._run_dir))
+            await processes.end_all(await processes.find_running(self._run_dir))
         self._reconciler = Reconciler(DesiredState(), None if self._tunnel is None else self._tunnel.tunnel.tun)
         self._update_desired(self._reconciler)
         outcome = await self._reconciler.converge()
@@ -187,15 +173,16 @@ class Forwarding:
             "device": self.backend.device,
             "mtu": self.live.mtu,
         }
+        peers = [_peer(lease) for lease in leases]
         if self._tunnel is None:
-            return {
-                "backend": backend,
-                "datapath": None,
-                "peers": [_peer(lease, lease.attrs.port(0) or None) for lease in leases],
-                "counters": {},
-            }
+            return {"backend": backend, "datapath": None, "peers": peers, "counters": {}}
         own = self._tunnel.document(leases, self.live)
-        return {**own, "backend": backend | own["backend"]}
+        return {
+            "backend": backend | own["backend"],
+            "datapath": own["datapath"],
+            "peers": [peer | more for peer, more in zip(peers, own["peers"], strict=True)],
+            "counters": own["counters"],
+        }
 
     def _update_desired(self, reconciler: Reconciler) -> None:
         """Tell the reconciler what the backend desires now."""
@@ -218,75 +205,11 @@ class Forwarding:
         return BackendInput(self._network, self._underlay, self._own_subnet, self.live, tuple(self._peers.values()))
 
 
-class _Tunnelled:
-    """The datapath's part, told what the backend says."""
-
-    def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel) -> None:
-        self.tunnel = tunnel
-        self._encapsulation = encapsulation
-
-    async def start(self, inputs: BackendInput) -> None:
-        self.tunnel.configure(self._encapsulation.packet_settings(inputs))
-        self.tunnel.set_peers(self._remotes(inputs.peers))
-        await self.tunnel.publish()
-        await self.tunnel.start()
-        self.tunnel.set_offload(inputs.live.offload)
-
-    async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        self.tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
-        self.tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
-        await self.tunnel.publish()
-
-    async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
-        """Change from `before` to `now`; return the settings that are in force then.  Raises UdptunError."""
-        how, live = self._encapsulation, now.live
-        try:
-            await self.tunnel.rebind(now.underlay.address, how.port, live.workers, how.n_senders)
-        except UdptunError as exc:
-            if now.underlay.address != before.underlay.address:
-                raise
-            live = replace(live, workers=before.live.workers)
-            log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
-        if live.offload != before.live.offload:
-            self.tunnel.set_offload(live.offload)
-        settings = self._encapsulation.packet_settings(now)
-        if settings != self._encapsulation.packet_settings(before):
-            self.tunnel.configure(settings)
-            self.tunnel.add_peers(self._remotes(now.peers))
-            await self.tunnel.publish()
-        return live
-
-    def document(self, leases: Sequence[Lease], live: LiveSettings) -> dict[str, Any]:
-        table, stats, datapath = self.tunnel.table, self.tunnel.stats, self.tunnel.datapath
-        counts = stats.peers([table.index_of(lease.subnet) for lease in leases], live.workers)
-        active = datapath.active
-        return {
-            "backend": {
-                "source_check": live.source_check.value,
-                "offloads": offload_names(self.tunnel.granted_offload & ~stats.refused(live.workers)),
-            },
-            "datapath": {
-                "pid": active.pid if active else None,
-                "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
-                "standby_pids": [process.pid for process in datapath.standbys],
-                "workers": [worker.name.lower() for worker in stats.states(live.workers)],
-            },
-            "peers": [
-                _peer(lease, self._encapsulation.remote(lease).port) | dict(zip(PEER_COUNTERS, count, strict=True))
-                for lease, count in zip(leases, counts, strict=True)
-            ],
-            "counters": stats.counters(),
-        }
-
-    def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Remote]:
-        return {lease.subnet: self._encapsulation.remote(lease) for lease in leases}
-
-
-def _peer(lease: Lease, port: int | None) -> dict[str, Any]:
+def _peer(lease: Lease) -> dict[str, Any]:
     return {
         "subnet": str(lease.subnet),
         "public_ip": str(lease.attrs.public_ip),
-        "port": port,
+        "port": lease.attrs.port(0) or None,
         "udptun": lease.attrs.is_udptun,
         "expires_at": lease.expires_s,
     }

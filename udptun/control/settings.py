@@ -11,7 +11,7 @@ from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config.flags import Options
 from udptun.config.net_conf import BackendKeys, LogLevel, NetConf
-from udptun.core.offload import corrupted_by
+from udptun.core.offload import ALL, corrupted_by
 from udptun.core.tunnel import default_workers
 from udptun.firewall.reconciler import FirewallSettings
 from udptun.kernel.underlay import UnderlayOptions
@@ -38,11 +38,12 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
     `underlay_mtu` is the interface's, `overhead` the backend's, bytes.  Raises ConfigError when the MTU is too small.
     """
     tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
+    offload = tunnel.offload if options.offload_disabled is None else ALL & ~options.offload_disabled
     return LiveSettings(
         mtu_for(options.mtu or tunnel.mtu or underlay_mtu, overhead),
         options.workers or tunnel.workers or default_workers(len(os.sched_getaffinity(0))),
         options.source_check or tunnel.source_check,
-        tunnel.offload & ~corrupted_by(os.uname().release),
+        offload & ~corrupted_by(os.uname().release),
     )
 
 

@@ -5,7 +5,6 @@ directory.  A crash or a power failure leaves the old content or the new one.
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ def replace(path: Path, text: str, mode: int = 0o600) -> None:
 def create(path: Path, text: str, mode: int = 0o600) -> None:
     """Make `path` with `text` unless it is there.  Raises FileExistsError then: of several writers one wins."""
     # Not named by pid: containers that share the directory may all be process 1.
-    with _written(path.with_name(f".{path.name}.{secrets.token_hex(8)}"), text, mode) as temporary:
+    with _written(path.with_name(f".{path.name}.{os.urandom(8).hex()}"), text, mode) as temporary:
         path.hardlink_to(temporary)
 
 

@@ -8,7 +8,8 @@ from enum import Flag, auto
 
 
 class Offload(Flag):
-    """Each can be switched off in net-conf.json (`Backend.OffloadDisabled`) by its name in lower case."""
+    """Each can be switched off by its name in lower case: for all hosts in net-conf.json (`Backend.OffloadDisabled`),
+    for one host with --offload-disabled."""
 
     VNET_HDR = auto()
     """Packets of the TUN device have a virtio header before them; all else that the device can do needs it (since

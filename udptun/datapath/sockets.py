@@ -17,9 +17,7 @@ _RECEIVE_BUFFER_BYTES = 8 << 20
 some 1.3 KiB for each)."""
 
 
-def open_sockets(
-    address: IPv4Address, port: int, n: int, beside: Sequence[socket.socket] = ()
-) -> list[socket.socket]:
+def open_sockets(address: IPv4Address, port: int, n: int, beside: Sequence[socket.socket] = ()) -> list[socket.socket]:
     """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError.
 
     `beside` are sockets of ours that have the port already.  A peer's datagrams always reach the same one of all

@@ -10,31 +10,34 @@ import os
 from collections.abc import Sequence
 from enum import Enum
 
-import numpy as np
-from numpy.typing import NDArray
-
-from udptun._fastpath import COUNTERS, LAYOUT, store_u64
+from udptun._fastpath import COUNTERS, FIELDS, LAYOUT, store_u64
 from udptun.core.offload import Offload
 from udptun.datapath import shm
 
-_WORKER = np.dtype(
-    {
-        "names": ["generation_seen", "pid", "state", "turns", "refused", "counter"],
-        "formats": [np.uint64, np.uint64, np.uint64, np.uint64, np.uint64, (np.uint64, len(COUNTERS))],
-        "offsets": [0, 8, 16, 24, 32, LAYOUT["worker.counter"]],
-        "itemsize": LAYOUT["worker"],
-    }
-)
-OFFLOAD_BITS = {Offload.UDP_SEGMENT: 1, Offload.WRITE_TCP: 2, Offload.WRITE_UDP: 4, Offload.VNET_HDR: 8}
-"""UT_OFFLOAD_* of shm.h; the other offloads are the business of device and socket."""
-PEER_COUNTERS = ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")
+OFFLOAD_BITS = {
+    Offload.UDP_SEGMENT: LAYOUT["offloads.udp_segment"],
+    Offload.WRITE_TCP: LAYOUT["offloads.write_tcp"],
+    Offload.WRITE_UDP: LAYOUT["offloads.write_udp"],
+    Offload.VNET_HDR: LAYOUT["offloads.vnet_hdr"],
+}
+"""The other offloads are the business of device and socket."""
+PEER_COUNTERS = tuple(FIELDS["peer_stats"])
 """Inner packets and bytes exchanged with one peer since it was added; encap is towards it."""
+MANY_PEERS = 4096
+"""From here on numpy (`bulk.py`) is worth its import, 60 to 140 ms and 14 MB.
+
+With 4,096 peers it publishes the table in 0.4 ms in place of 1.7, and sums their counters in 1 ms in place of 8.
+"""
+
+_STATS, _WORKER = shm.Structure("stats"), shm.Structure("worker")
+_N_WORKERS = LAYOUT["max_workers"]
+_N_PEER_COUNTERS = len(PEER_COUNTERS)
 
 
 class WorkerState(Enum):
-    STOPPED = 0
-    RUNNING = 1
-    TUN_LOST = 2
+    STOPPED = LAYOUT["state.stopped"]
+    RUNNING = LAYOUT["state.running"]
+    TUN_LOST = LAYOUT["state.tun_lost"]
 
 
 class Stats:
@@ -42,19 +45,18 @@ class Stats:
 
     def __init__(self, fd: int) -> None:
         """Take over an existing file.  Raises ValueError when it is of another layout."""
-        memory = shm.map_whole(fd, LAYOUT["stats"], LAYOUT["stats_magic"], LAYOUT["version"], "statistics")
-        n = LAYOUT["max_workers"]
+        memory = shm.map_whole(fd, _STATS.size, LAYOUT["stats_magic"], "statistics")
+        workers = memory[_STATS.offset("worker") :]
         self.fd = fd
-        self._workers: NDArray[np.void] = np.frombuffer(memory, _WORKER, n, LAYOUT["stats.worker"])
-        words = np.frombuffer(memory, np.uint64, n * LAYOUT["worker"] // 8, LAYOUT["stats.worker"])
-        self._first_words = words.reshape(n, -1)[:, 0]
-        n_words = n * LAYOUT["max_peers"] * len(PEER_COUNTERS)
-        self._peers = np.frombuffer(memory, np.uint64, n_words, LAYOUT["stats.peer"]).reshape(n, -1, len(PEER_COUNTERS))
+        # All numbers in both are u64.
+        self._workers = [workers[i * _WORKER.size :][: _WORKER.size].cast("Q") for i in range(_N_WORKERS)]
+        n_words = _N_WORKERS * LAYOUT["max_peers"] * _N_PEER_COUNTERS
+        self._peers = memory[_STATS.offset("peer") :][: 8 * n_words].cast("Q")
 
     @classmethod
     def create(cls) -> Stats:
         """All zero, in a new memory file."""
-        return cls(shm.create("udptun-stats", LAYOUT["stats"], LAYOUT["stats_magic"], LAYOUT["version"]))
+        return cls(shm.create("udptun-stats", _STATS.size, LAYOUT["stats_magic"]))
 
     def close(self) -> None:
         """Let go of the descriptor; the mapping goes with the object."""
@@ -62,43 +64,71 @@ class Stats:
 
     def generations_seen(self) -> list[int]:
         """What each worker works with right now; 0 for those asleep or gone."""
-        words: list[int] = self._first_words.tolist()
-        return words
+        return self._words("generation_seen", _N_WORKERS)
 
     def forget_workers(self) -> None:
         """Say that no worker runs.  Only when every datapath process is known to be dead."""
-        for i in range(len(self._first_words)):
-            store_u64(self._first_words[i : i + 1], 0, 0)
-        self._workers["state"] = WorkerState.STOPPED.value
-        self._workers["pid"] = 0
+        for worker in self._workers:
+            store_u64(worker, _word("generation_seen"), 0)
+            worker[_word("state")] = WorkerState.STOPPED.value
+            worker[_word("pid")] = 0
 
     def states(self, n_workers: int) -> list[WorkerState]:
-        return [WorkerState(value) for value in self._workers["state"][:n_workers].tolist()]
+        return [WorkerState(value) for value in self._words("state", n_workers)]
 
     def refused(self, n_workers: int) -> Offload:
         """What the kernel has refused one of the workers, and none of them does any more."""
-        bits = int(np.bitwise_or.reduce(self._workers["refused"][:n_workers]))
         refused = Offload(0)
-        for offload, bit in OFFLOAD_BITS.items():
-            if bits & bit:
-                refused |= offload
+        for bits in self._words("refused", n_workers):
+            for offload, bit in OFFLOAD_BITS.items():
+                if bits & bit:
+                    refused |= offload
         return refused
 
     def counters(self) -> dict[str, int]:
         """Every counter of docs/wire-format.md, summed over the workers."""
-        return dict(zip(COUNTERS, self._workers["counter"].sum(axis=0).tolist(), strict=True))
+        first = _word("counter")
+        rows = [worker[first : first + len(COUNTERS)].tolist() for worker in self._workers]
+        return dict(zip(COUNTERS, map(sum, zip(*rows, strict=True)), strict=True))
 
     def peers(self, indexes: Sequence[int | None], n_workers: int) -> list[list[int]]:
         """PEER_COUNTERS of each of the peers, summed over the first `n_workers` workers; zeros for one without index.
 
         Index 0 collects senders outside Network.
         """
-        known = np.array([index or 0 for index in indexes], np.intp)
-        sums = self._peers[:n_workers, known].sum(axis=0)
-        sums[[index is None for index in indexes]] = 0
-        rows: list[list[int]] = sums.tolist()
-        return rows
+        if len(indexes) >= MANY_PEERS:
+            from udptun.datapath.bulk import PeerStats
+
+            return PeerStats(self._peers).sums(indexes, n_workers)
+        return [[0] * _N_PEER_COUNTERS if index is None else self._sums(index, n_workers) for index in indexes]
 
     def clear_peers(self, indexes: Sequence[int]) -> None:
         """Start the peers' counters at zero; only while no worker can count under their indexes."""
-        self._peers[:, np.array(indexes, np.intp)] = 0
+        # A worker that has never run has counted nothing; its rows stay untouched, and cost no memory.
+        workers = [i for i, turns in enumerate(self._words("turns", _N_WORKERS)) if turns]
+        if len(indexes) >= MANY_PEERS:
+            from udptun.datapath.bulk import PeerStats
+
+            PeerStats(self._peers).clear(indexes, workers)
+            return
+        zeros = memoryview(bytes(8 * _N_PEER_COUNTERS)).cast("Q")
+        for worker in workers:
+            for index in indexes:
+                self._row(worker, index)[:] = zeros
+
+    def _sums(self, index: int, n_workers: int) -> list[int]:
+        rows = [self._row(worker, index) for worker in range(n_workers)]
+        return [sum(column) for column in zip(*rows, strict=True)]
+
+    def _row(self, worker: int, index: int) -> memoryview:
+        first = (worker * LAYOUT["max_peers"] + index) * _N_PEER_COUNTERS
+        return self._peers[first : first + _N_PEER_COUNTERS]
+
+    def _words(self, field: str, n_workers: int) -> list[int]:
+        i = _word(field)
+        return [worker[i] for worker in self._workers[:n_workers]]
+
+
+def _word(field: str) -> int:
+    """Which word of a worker's block the field is."""
+    return _WORKER.offset(field) // 8

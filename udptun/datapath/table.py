@@ -1,59 +1,31 @@
 """The peer table that workers read: the control plane's, and only its, side.
 
-Layout and reader: csrc/shm.h and the top of _fastpath.pyx.  Changes are made to a private copy; `publish` writes them
-as a whole into the slot that no worker uses and flips the generation.  Nothing is ever locked.
+Layout: csrc/shm.h.  Reader: `lookup` in fastpath/shm.pxd.  Changes are made to a private copy; `publish` writes them
+as a whole into the slot that no worker uses and moves the generation on.  Nothing is ever locked.
 """
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Collection
 from ipaddress import IPv4Network
-from mmap import mmap
 from socket import AF_INET
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from udptun._fastpath import LAYOUT, load_u64, store_u64
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import shm
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
-from udptun.datapath.stats import OFFLOAD_BITS, Stats
+from udptun.datapath.stats import MANY_PEERS, OFFLOAD_BITS, Stats
 
-_SETTINGS = np.dtype(
-    [
-        (name, np.uint32)
-        for name in (
-            "network",
-            "network_mask",
-            "own_subnet",
-            "own_mask",
-            "tunnel_address",
-            "underlay_address",
-            "mtu",
-            "source_check",
-            "n_l1",
-            "n_remotes",
-            "offloads",
-            "prefix_len",
-            "vni",
-        )
-    ]
-    + [("own_mac", np.uint8, 6)]
-)
-_PEER = np.dtype(
-    {
-        "names": ["family", "port_be", "address_be", "subnet", "mask", "mtu", "flags", "prefix"],
-        "formats": [np.uint16, ">u2", ">u4", np.uint32, np.uint32, np.uint32, np.uint32, (np.uint8, LAYOUT["prefix"])],
-        "offsets": [0, 2, 4, 16, 20, 24, 28, 32],
-        "itemsize": LAYOUT["peer"],
-    }
-)
-_FLAG_UDPTUN = 1
-_SOURCE_CHECKS = {SourceCheck.OFF: 0, SourceCheck.PEER: 1, SourceCheck.STRICT: 2}
+_TABLE, _SLOT, _PEER = shm.Structure("table"), shm.Structure("slot"), shm.Structure("peer")
+_PEER_FIELDS = _PEER.packer("family", "port_be", "address_be", "subnet", "mask", "mtu", "flags", "prefix")
+_PEER_REMOTE = _PEER.packer("family", "address_be")
+_PEER_SUBNET = _PEER.packer("subnet", "mask")
+_NO_PEER = bytes(_PEER.size)
+_FLAG_UDPTUN = LAYOUT["flags.udptun"]
+_SOURCE_CHECKS = {check: LAYOUT[f"source_check.{check.value}"] for check in SourceCheck}
 
 
 class TableWriter:
@@ -64,16 +36,12 @@ class TableWriter:
 
         What is published stays so until the next `publish`, and is what changes are made to.
         """
-        memory = shm.map_whole(fd, LAYOUT["table"], LAYOUT["table_magic"], LAYOUT["version"], "peer table")
+        memory = shm.map_whole(fd, _TABLE.size, LAYOUT["table_magic"], "peer table")
         self.fd = fd
-        self._memory = memory
-        self._generation = np.frombuffer(memory, np.uint64, 1, LAYOUT["table.generation"])
-        self._slots = [_Slot(memory, LAYOUT["table.slot"] + i * LAYOUT["slot"]) for i in (0, 1)]
-        self._settings = np.zeros((), _SETTINGS)
-        self._l1 = np.zeros(LAYOUT["l1_entries"], np.uint32)
-        # Zero pages of the kernel's: only those in use cost memory.
-        self._l2 = np.zeros((LAYOUT["l2_pages"], LAYOUT["l2_entries"]), np.uint32)
-        self._peers = np.zeros(LAYOUT["max_peers"], _PEER)
+        self._generation = memory[_TABLE.offset("generation") :][:8]
+        slots = memory[_TABLE.offset("slot") :]
+        self._slots = [_Slot(slots[: _SLOT.size]), _Slot(slots[_SLOT.size :])]
+        self._next = _Slot(shm.private(_SLOT.size))
         self._index: dict[IPv4Network, int] = {}
         # Highest number first, so that the lowest is taken first and what is in use stays dense.
         self._free = list(range(LAYOUT["max_peers"] - 1, 0, -1))
@@ -89,7 +57,7 @@ class TableWriter:
     @classmethod
     def create(cls) -> TableWriter:
         """A new table in a new memory file, with nothing published."""
-        return cls(shm.create("udptun-table", LAYOUT["table"], LAYOUT["table_magic"], LAYOUT["version"]))
+        return cls(shm.create("udptun-table", _TABLE.size, LAYOUT["table_magic"]))
 
     def close(self) -> None:
         """Let go of the descriptor; the mapping goes with the object."""
@@ -105,33 +73,30 @@ class TableWriter:
 
         Raises DatapathError when `settings` are of another Network or VTEP and there still are peers of the old.
         """
-        network = int(settings.network.network_address)
-        new = self._settings.copy()
-        new["network"] = network
-        new["network_mask"] = int(settings.network.netmask)
-        new["own_subnet"] = int(settings.own_subnet.network_address)
-        new["own_mask"] = int(settings.own_subnet.netmask)
-        new["tunnel_address"] = int(settings.tunnel_address)
-        new["underlay_address"] = int(settings.underlay_address)
-        new["mtu"] = settings.mtu
-        new["source_check"] = _SOURCE_CHECKS[settings.source_check]
-        new["offloads"] = sum(bit for offload, bit in OFFLOAD_BITS.items() if offload in settings.offload)
-        new["n_l1"] = max(1, settings.network.num_addresses >> 8)
-        new["prefix_len"] = 0 if settings.vtep is None else LAYOUT["prefix"]
-        new["vni"] = 0 if settings.vtep is None else settings.vtep.vni
-        new["own_mac"] = list(bytes(6) if settings.vtep is None else settings.vtep.mac)
-        if self._index and (new["network"], new["n_l1"]) != (self._settings["network"], self._settings["n_l1"]):
-            raise DatapathError(f"cannot move the peer table to {settings.network}: it has peers of another network")
-        if self._index and settings.vtep != self.vtep:
+        network, own, vtep = settings.network, settings.own_subnet, settings.vtep
+        first, n_l1 = int(network.network_address), max(1, network.num_addresses >> 8)
+        slot = self._next
+        if self._index and (first, n_l1) != (slot["network"], slot["n_l1"]):
+            raise DatapathError(f"cannot move the peer table to {network}: it has peers of another network")
+        if self._index and vtep != self.vtep:
             raise DatapathError("cannot change the encapsulation of the peer table: it has peers of the old one")
-        self._settings = new
+        slot["network"], slot["network_mask"] = first, int(network.netmask)
+        slot["own_subnet"], slot["own_mask"] = int(own.network_address), int(own.netmask)
+        slot["tunnel_address"] = int(settings.tunnel_address)
+        slot["underlay_address"] = int(settings.underlay_address)
+        slot["mtu"] = settings.mtu
+        slot["source_check"] = _SOURCE_CHECKS[settings.source_check]
+        slot["offloads"] = sum(bit for offload, bit in OFFLOAD_BITS.items() if offload in settings.offload)
+        slot["n_l1"] = n_l1
+        slot["prefix_len"] = 0 if vtep is None else LAYOUT["prefix"]
+        slot["vni"] = 0 if vtep is None else vtep.vni
+        slot.own_mac[:] = bytes(6) if vtep is None else vtep.mac
 
     @property
     def vtep(self) -> Vtep | None:
         """What we are by the last settings, an earlier control plane's included."""
-        if not self._settings["prefix_len"]:
-            return None
-        return Vtep(int(self._settings["vni"]), self._settings["own_mac"].tobytes())
+        slot = self._next
+        return Vtep(slot["vni"], bytes(slot.own_mac)) if slot["prefix_len"] else None
 
     def set_peer(self, subnet: IPv4Network, remote: Remote, mtu: int) -> int:
         """Add the peer that leases `subnet`, or change where it is; return its index, which it keeps while it stays.
@@ -148,17 +113,18 @@ class TableWriter:
             self._index[subnet] = index
             self._fresh.append(index)
             self._top = max(self._top, index)
-            self._fill(subnet, index)
-        # As one: field by field takes three times as long, and there may be 65,535 of them.
-        self._peers[index] = (
+            self._point(subnet, index)
+        _PEER_FIELDS.pack_into(
+            self._next.peers,
+            index * _PEER.size,
             AF_INET,
-            remote.port,
-            int(remote.address),
+            remote.port.to_bytes(2),
+            remote.address.packed,
             int(subnet.network_address),
             int(subnet.netmask),
             mtu,
             _FLAG_UDPTUN if remote.is_udptun else 0,
-            0 if vtep is None else list(vtep.prefix(remote.mac)),
+            b"" if vtep is None else vtep.prefix(remote.mac),
         )
         return index
 
@@ -167,8 +133,8 @@ class TableWriter:
         index = self._index.pop(subnet, None)
         if index is None:
             return
-        self._fill(subnet, 0)
-        self._peers[index] = np.zeros((), _PEER)
+        self._point(subnet, 0)
+        self._next.peers[index * _PEER.size :][: _PEER.size] = _NO_PEER
         self._resting.append(index)
 
     @property
@@ -190,79 +156,100 @@ class TableWriter:
             return False
         stats.clear_peers(self._fresh)
         self._fresh.clear()
-        slot = self._slots[(generation + 1) & 1]
-        n_l1 = int(self._settings["n_l1"])
-        used = self._peers[: self._top + 1]
-        remotes = np.unique(used["address_be"][used["family"] != 0].astype(np.uint32))
-        self._settings["n_remotes"] = remotes.size
-        slot.settings[0] = self._settings
-        slot.l1[:n_l1] = self._l1[:n_l1]
-        slot.remotes[: remotes.size] = remotes
-        slot.peers[: used.size] = used
-        slot.l2[: self._n_pages] = self._l2[: self._n_pages]
+        remotes = self._remotes()
+        self._next["n_remotes"] = len(remotes)
+        self._next.remotes[: len(remotes)] = remotes
+        self._slots[(generation + 1) & 1].copy(self._next, self._top + 1, self._n_pages)
         store_u64(self._generation, 0, generation + 1)
         self._free.extend(reversed(self._resting))
         self._resting.clear()
         return True
 
+    def _remotes(self) -> memoryview:
+        """The public IPs of all peers, ascending, each once."""
+        used = self._next.peers[: (self._top + 1) * _PEER.size]
+        if self._top >= MANY_PEERS:
+            from udptun.datapath import bulk
+
+            return bulk.remotes(used)
+        addresses = {address for family, address in _PEER_REMOTE.iter_unpack(used) if family}
+        return memoryview(array("I", [int.from_bytes(address) for address in sorted(addresses)]))
+
     def _load(self, slot: _Slot) -> None:
         """Continue from what an earlier control plane published: peers keep their indexes, and so their counters."""
-        self._settings = slot.settings[0].copy()
-        self._l1[:] = slot.l1
-        flag = LAYOUT["l2_flag"]
-        used_pages = {int(entry) & ~flag for entry in self._l1[self._l1 & flag != 0]}
-        self._n_pages = max(used_pages, default=-1) + 1
-        self._free_pages = [page for page in range(self._n_pages) if page not in used_pages]
-        self._l2[: self._n_pages] = slot.l2[: self._n_pages]
-        indexes = np.flatnonzero(slot.peers["family"]).tolist()
+        flag, n_entries = LAYOUT["l2_flag"], LAYOUT["l2_entries"]
+        entries = set(slot.l1[: slot["n_l1"]].tolist())
+        pages = {entry & ~flag for entry in entries if entry & flag}
+        indexes = {entry for entry in entries if not entry & flag}
+        for page in pages:
+            indexes.update(slot.l2[page * n_entries : (page + 1) * n_entries].tolist())
+        indexes.discard(0)
+        self._n_pages = max(pages, default=-1) + 1
+        self._free_pages = [page for page in range(self._n_pages) if page not in pages]
         self._top = max(indexes, default=0)
-        self._peers[: self._top + 1] = slot.peers[: self._top + 1]
+        self._next.copy(slot, self._top + 1, self._n_pages)
         for index in indexes:
-            peer = self._peers[index]
-            length = int(peer["mask"]).bit_count()
-            self._index[IPv4Network((int(peer["subnet"]), length))] = index
-        taken = set(indexes)
-        self._free = [index for index in self._free if index not in taken]
+            subnet, mask = _PEER_SUBNET.unpack_from(slot.peers, index * _PEER.size)
+            self._index[IPv4Network((subnet, mask.bit_count()))] = index
+        self._free = [index for index in self._free if index not in indexes]
 
-    def _fill(self, subnet: IPv4Network, index: int) -> None:
-        """Point every address of `subnet` at the peer `index`; 0 clears."""
-        offset = int(subnet.network_address) - int(self._settings["network"])
-        first = offset >> 8
+    def _point(self, subnet: IPv4Network, index: int) -> None:
+        """Point every address of `subnet` at the peer `index`; at none, if that is 0."""
+        offset = int(subnet.network_address) - self._next["network"]
+        entry = offset >> 8
         if subnet.prefixlen <= 24:
-            self._l1[first : first + (1 << (24 - subnet.prefixlen))] = index
+            n = 1 << (24 - subnet.prefixlen)
+            self._next.l1[entry : entry + n] = array("I", [index]) * n
             return
-        page = self._page(first)
+        page = self._page(entry)
         # By the address itself, as the reader does: a Network longer than /24 need not begin at 0.
         low = int(subnet.network_address) & 255
-        self._l2[page, low : low + subnet.num_addresses] = index
-        if not index and not self._l2[page].any():
-            self._l1[first] = 0
+        addresses = self._next.l2[page * LAYOUT["l2_entries"] :][: LAYOUT["l2_entries"]]
+        addresses[low : low + subnet.num_addresses] = array("I", [index]) * subnet.num_addresses
+        if not index and not any(addresses):
+            self._next.l1[entry] = 0
             self._free_pages.append(page)
 
-    def _page(self, first: int) -> int:
-        """The second-level page of L1 entry `first`, made when there is none."""
-        entry = int(self._l1[first])
-        if entry & LAYOUT["l2_flag"]:
-            return entry & ~LAYOUT["l2_flag"]
+    def _page(self, entry: int) -> int:
+        """The second-level page of an entry of the first level, made when there is none."""
+        flag = LAYOUT["l2_flag"]
+        if self._next.l1[entry] & flag:
+            return self._next.l1[entry] & ~flag
         if self._free_pages:
             page = self._free_pages.pop()
         else:
             page = self._n_pages
             self._n_pages += 1
-        self._l1[first] = LAYOUT["l2_flag"] | page
+        self._next.l1[entry] = flag | page
         return page
 
 
 class _Slot:
-    """numpy's view of one `struct ut_slot`."""
+    """One `struct ut_slot` in memory, shared or not.  Its numbers by their names; arrays as views, `peers` in bytes."""
 
-    def __init__(self, memory: mmap, offset: int) -> None:
-        def view(name: str, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-            return np.frombuffer(memory, dtype, count, offset + LAYOUT[f"slot.{name}"])
+    def __init__(self, memory: memoryview) -> None:
+        def view(field: str, length: int) -> memoryview:
+            return memory[_SLOT.offset(field) :][:length]
 
-        word = np.dtype(np.uint32)
-        self.settings: NDArray[Any] = np.frombuffer(memory, _SETTINGS, 1, offset)
-        self.l1 = view("l1", word, LAYOUT["l1_entries"])
-        self.remotes = view("remotes", word, LAYOUT["max_peers"])
-        self.peers = view("peers", _PEER, LAYOUT["max_peers"])
-        self.l2 = view("l2", word, LAYOUT["l2_pages"] * LAYOUT["l2_entries"]).reshape(-1, LAYOUT["l2_entries"])
+        self._memory = memory
+        self._head = memory[: _SLOT.offset("l1")]
+        self.own_mac = view("own_mac", 6)
+        self.l1 = view("l1", 4 * LAYOUT["l1_entries"]).cast("I")
+        self.remotes = view("remotes", 4 * LAYOUT["max_peers"]).cast("I")
+        self.peers = view("peers", _PEER.size * LAYOUT["max_peers"])
+        self.l2 = view("l2", 4 * LAYOUT["l2_pages"] * LAYOUT["l2_entries"]).cast("I")
+
+    def __getitem__(self, field: str) -> int:
+        return _SLOT.load(self._memory, field)
+
+    def __setitem__(self, field: str, value: int) -> None:
+        _SLOT.store(self._memory, field, value)
+
+    def copy(self, other: _Slot, n_peers: int, n_pages: int) -> None:
+        """Become the same as `other`, of which the first `n_peers` peers and `n_pages` pages are in use."""
+        n_l1, n_remotes, n_l2 = other["n_l1"], other["n_remotes"], n_pages * LAYOUT["l2_entries"]
+        self._head[:] = other._head
+        self.l1[:n_l1] = other.l1[:n_l1]
+        self.remotes[:n_remotes] = other.remotes[:n_remotes]
+        self.peers[: n_peers * _PEER.size] = other.peers[: n_peers * _PEER.size]
+        self.l2[:n_l2] = other.l2[:n_l2]

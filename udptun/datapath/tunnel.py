@@ -21,7 +21,8 @@ from udptun.core.lease import is_inside
 from udptun.core.network_state import DEVICE_NAME
 from udptun.core.offload import ALL, Offload, names
 from udptun.datapath import processes
-from udptun.datapath.processes import Datapath, Descriptors, Process
+from udptun.datapath.processes import Datapath, Process
+from udptun.datapath.protocol import Descriptors
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.sockets import open_senders, open_sockets, set_offload
 from udptun.datapath.stats import Stats
@@ -78,9 +79,9 @@ class Tunnel:
         headers.  `n_senders`: sockets to send from; 0: packets leave from the sockets that they come to.  No process is
         started yet (`start`).  Raises KernelError, DatapathError.
         """
-        found = await processes.find(run_dir)
+        found = await processes.find_running(run_dir)
         if any(_serves_another(process.descriptors, device) for process in found if process.descriptors):
-            await processes.stop(found)
+            await processes.end_all(found)
             found = []
         if not found:
             senders: list[socket.socket] = []
@@ -225,8 +226,7 @@ def _serves_another(held: Descriptors, device: str) -> bool:
 
 def _take_one_set(processes: list[Process]) -> Descriptors:
     """The descriptors of the first process; those that the others sent are the same ones, and closed here."""
-    first, *others = [process.descriptors for process in processes if process.descriptors is not None]
-    for descriptors in others:
-        for fd in descriptors.as_list():
-            os.close(fd)
-    return first
+    first, *others = processes
+    for process in others:
+        process.close_descriptors()
+    return first.take_descriptors()

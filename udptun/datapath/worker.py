@@ -27,15 +27,31 @@ import time
 # Only for type checkers; `typing` would cost a third of the start-up time.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
-HELLO = struct.Struct("=4sIIIIQ32s")
-"""Magic, layout version, pid, 1 if active, number of workers, start (CLOCK_MONOTONIC ns), build id in ASCII.
+HELLO = struct.Struct("=4sIIIIQ32sIII")
+"""How a process introduces itself to a control plane.  All its descriptors are attached.
 
-The descriptors come in this order: table, statistics, lock, one TUN queue a worker, one UDP socket a worker, and the
-sockets that all workers send from, if there are such.
+     0  magic, HELLO_MAGIC                  20  start, ns (CLOCK_MONOTONIC)
+     4  length of the message, bytes        28  build id, 32 bytes of ASCII
+     8  version, HELLO_VERSION              60  pid
+    12  1 if this process is active         64  layout version of the memory files
+    16  number of workers                   68  number of sockets that all workers send from
+
+The descriptors: table, statistics, lock, a TUN queue for each worker, a UDP socket for each worker, the sockets that
+all workers send from.  Numbers are in host order, because both ends are on one machine.
+
+All this is frozen for good, and so are STOP, SOCK_SEQPACKET, that unknown messages are ignored and that a connection
+ends with its process: any build must be able to stop any other and to go on with its descriptors.  A later build may
+append fields and descriptors, and then raises length and version.  A reader takes what it knows and leaves the rest.
+
+The first builds had no length and no version: their HELLO has 60 bytes, with the layout version at 4, the pid at 8 and
+the rest as here.  A control plane of such a build reads 60 bytes of ours.  It can adopt and stop us, too: it takes our
+length for a layout version that it does not know, and makes new memory files.
 """
 HELLO_MAGIC = b"udpt"
+HELLO_VERSION = 1
 STOP = b"stop"
 
 
@@ -78,17 +94,20 @@ def main(argv: list[str]) -> None:
     # What could be wrong with what we were given has shown by now.  The daemon's log, perhaps a pipe whose reader
     # waits for its end, shall not stay open for as long as we live.
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 2)
-    facts = (HELLO_MAGIC, fastpath.LAYOUT["version"], len(workers), started_ns, build_id.encode())
-    serve(socket.socket(fileno=listen_fd), descriptors, woken, facts)
+
+    def hello(active: bool) -> bytes:
+        build, layout_version = build_id.encode(), fastpath.LAYOUT["version"]
+        counts = (os.getpid(), layout_version, len(sender_fds))
+        return HELLO.pack(HELLO_MAGIC, HELLO.size, HELLO_VERSION, active, len(workers), started_ns, build, *counts)
+
+    serve(socket.socket(fileno=listen_fd), descriptors, woken, hello)
     for worker in workers:
         worker.stop()
     # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
     os._exit(0)
 
 
-def serve(
-    listener: socket.socket, descriptors: list[int], woken: int, facts: tuple[bytes, int, int, int, bytes]
-) -> None:
+def serve(listener: socket.socket, descriptors: list[int], woken: int, hello: Callable[[bool], bytes]) -> None:
     """Answer the control plane until it says stop.  A byte from `woken` says that we are the active one now."""
     active = False
     connections: dict[int, socket.socket] = {}
@@ -96,7 +115,6 @@ def serve(
     poller.register(listener, select.POLLIN)
     poller.register(woken, select.POLLIN)
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
-    magic, version, n_workers, started_ns, build_id = facts
 
     while True:
         for fd, _ in poller.poll():
@@ -122,8 +140,7 @@ def serve(
                     connections.pop(fd).close()
             for connection in greeted:
                 try:
-                    hello = HELLO.pack(magic, version, os.getpid(), active, n_workers, started_ns, build_id)
-                    connection.sendmsg([hello], rights)
+                    connection.sendmsg([hello(active)], rights)
                 except OSError:
                     # It has gone already; its end of file comes with the next poll.
                     continue

@@ -7,7 +7,6 @@ the other one.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +55,12 @@ class Program:
 
 async def programs() -> tuple[Program, ...]:
     """The host's iptables, then the other one if it is installed too.  Empty when there is no iptables."""
-    if shutil.which("iptables-restore") is None:
+    if not tool.is_installed("iptables-restore"):
         return ()
     is_legacy = "nf_tables" not in await tool.run("iptables", "--version")
     other = Program("iptables-nft" if is_legacy else "iptables-legacy", not is_legacy)
     mine = Program("iptables", is_legacy)
-    return (mine, other) if shutil.which(f"{other.name}-restore") is not None else (mine,)
+    return (mine, other) if tool.is_installed(f"{other.name}-restore") else (mine,)
 
 
 class IptablesRules:

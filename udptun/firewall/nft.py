@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 from udptun.core.errors import FirewallError
@@ -11,7 +10,9 @@ from udptun.firewall import tool
 from udptun.firewall.rules import TABLES, DesiredRules, Repair, nft_chains, nft_findings, nft_removal, nft_script
 from udptun.firewall.ruleset_notices import RulesetNotice
 
-log = logging.getLogger(__name__)
+
+class _UnreadableError(FirewallError):
+    """The table exists, and nft cannot say what is in it."""
 
 
 class NftRules:
@@ -23,8 +24,10 @@ class NftRules:
 
     async def compare(self) -> Repair:
         family, table = TABLES[self._version]
-        listed = await _list(family, table)
-        if listed is None:
+        try:
+            listed = await _list(family, table)
+        except _UnreadableError:
+            # Whatever it holds, it is our own table, and a new one replaces it whole.
             script = nft_script(self._version, self._chains) if self._chains else nft_removal(family, table)
             return Repair(script, (f"unreadable table {family} {table}",))
         if not self._chains:
@@ -39,10 +42,11 @@ class NftRules:
         return notice.table == TABLES[self._version][1]
 
 
-async def _list(family: str, table: str) -> list[dict[str, Any]] | None:
-    """The objects of the table; empty when there is no such table, None when nft cannot tell what is in it.
+async def _list(family: str, table: str) -> list[dict[str, Any]]:
+    """The objects of the table.  Empty when there is no such table.
 
-    nft 1.0.6 now and then breaks off at the flags of a table that has some.  Ours has none.
+    Raises _UnreadableError when nft prints something else than JSON: nft 1.0.6 does so for a dormant table, whose flags
+    it takes from memory that nobody has written.
     """
     try:
         printed = await tool.run("nft", "-j", "list", "table", family, table)
@@ -53,6 +57,5 @@ async def _list(family: str, table: str) -> list[dict[str, Any]] | None:
     try:
         listed: list[dict[str, Any]] = json.loads(printed)["nftables"]
     except (ValueError, LookupError, TypeError) as exc:
-        log.debug("nft does not list the table as JSON table=%s %s error=%s printed=%r", family, table, exc, printed)
-        return None
+        raise _UnreadableError(f"nft does not list table {family} {table} as JSON: {printed[:80]!r}") from exc
     return listed

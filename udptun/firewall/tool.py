@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from contextlib import suppress
+from pathlib import Path
 
 from udptun.core.errors import FirewallError
 
@@ -49,6 +50,11 @@ async def run(command: str, *arguments: str, script: str = "") -> str:
             f"`{attempt}` ended with status {process.returncode}: {' / '.join(said[:3]) or 'no reason given'}"
         )
     return out.decode(errors="replace")
+
+
+def is_installed(command: str) -> bool:
+    """Whether `command` is in PATH.  As shutil.which, which would bring four compression libraries."""
+    return any(os.access(Path(directory, command), os.X_OK) for directory in os.get_exec_path())
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

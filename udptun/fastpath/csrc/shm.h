@@ -1,9 +1,9 @@
 /* Layout of the two memory files that the control plane and the datapath share, and the atomics that guard them.
  *
  * One writer each: the control plane writes the table, worker i writes block i of the statistics.  Both files are
- * sparse and sealed against resizing; a page that nobody touches costs nothing.  Integers are in host order unless
- * their name ends in _be.  udptun/datapath/table.py and stats.py describe the same bytes to numpy; a test holds
- * the two descriptions together through LAYOUT in _fastpath.pyx.
+ * sparse and sealed against resizing; a page that nobody touches costs nothing.  Integers are in host order, but for
+ * the socket addresses.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the control
+ * plane takes sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
  */
 #ifndef UDPTUN_SHM_H
 #define UDPTUN_SHM_H
@@ -128,19 +128,6 @@ struct ut_stats {
     struct ut_in_flight in_flight[UT_MAX_WORKERS];
 };
 
-/* Where numpy finds what it looks at, bytes from the begin of the structure. */
-enum {
-    UT_AT_SLOT_L1 = offsetof(struct ut_slot, l1),
-    UT_AT_SLOT_REMOTES = offsetof(struct ut_slot, remotes),
-    UT_AT_SLOT_PEERS = offsetof(struct ut_slot, peers),
-    UT_AT_SLOT_L2 = offsetof(struct ut_slot, l2),
-    UT_AT_TABLE_GENERATION = offsetof(struct ut_table, generation),
-    UT_AT_TABLE_SLOT = offsetof(struct ut_table, slot),
-    UT_AT_WORKER_COUNTER = offsetof(struct ut_worker, counter),
-    UT_AT_STATS_WORKER = offsetof(struct ut_stats, worker),
-    UT_AT_STATS_PEER = offsetof(struct ut_stats, peer),
-};
-
 /* A reader announces the generation it is about to use and looks again: the writer may have flipped in between and,
  * not having seen the announcement, have begun to rewrite the slot.  Both sides need sequential consistency: the
  * announcement must be visible before the second look. */
@@ -162,7 +149,7 @@ static inline void ut_table_leave(struct ut_worker *worker)
     __atomic_store_n(&worker->generation_seen, 0, __ATOMIC_RELEASE);
 }
 
-/* The writer's half, on memory that numpy or mmap hands out. */
+/* The writer's half. */
 static inline void ut_store_u64(uint64_t *word, uint64_t value)
 {
     __atomic_store_n(word, value, __ATOMIC_SEQ_CST);

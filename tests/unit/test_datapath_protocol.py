@@ -1,0 +1,68 @@
+"""HELLO, as this build reads it from any build."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import pytest
+
+from udptun.datapath.protocol import Descriptors, Hello
+from udptun.datapath.worker import HELLO, HELLO_MAGIC, HELLO_VERSION
+
+BUILD_ID = "0123456789abcdef" * 2
+OURS = HELLO.pack(HELLO_MAGIC, HELLO.size, HELLO_VERSION, 1, 2, 5_000, BUILD_ID.encode(), 4711, 8, 3)
+UNDERSTOOD = Hello(4711, True, 8, 2, 3, 5_000, BUILD_ID)
+
+
+def test_frozen_part_is_what_it_was_when_it_was_frozen() -> None:
+    """No build may change this: others look for these bytes."""
+    assert [OURS[:4], OURS[28:60]] == [b"udpt", b"0123456789abcdef0123456789abcdef"]
+    assert struct.unpack("=IIIIQ", OURS[4:28]) == (72, 1, 1, 2, 5_000)
+    assert struct.unpack("=III", OURS[60:]) == (4711, 8, 3)
+
+
+def test_hello_of_this_build_is_understood() -> None:
+    assert Hello.parse(OURS) == UNDERSTOOD
+
+
+def test_hello_of_a_later_build_is_understood_as_far_as_it_is_known() -> None:
+    more = b"fields of another year"
+    later = struct.pack("=4sII", b"udpt", 72 + len(more), 12) + OURS[12:] + more
+    assert Hello.parse(later) == UNDERSTOOD
+
+
+def test_hello_of_the_first_builds_is_told_by_its_size() -> None:
+    first = struct.pack("=4sIIIIQ32s", b"udpt", 5, 4711, 0, 2, 5_000, BUILD_ID.encode())
+    assert Hello.parse(first) == replace(UNDERSTOOD, is_active=False, layout_version=5, n_senders=None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(OURS[:59], id="shorter than any"),
+        pytest.param(OURS[:71], id="cut"),
+        pytest.param(b"tpdu" + OURS[4:], id="another magic"),
+        pytest.param(b"tpdu" + OURS[4:60], id="another magic in 60 bytes"),
+        pytest.param(OURS[:4] + struct.pack("=I", 71) + OURS[8:], id="says that it is shorter"),
+    ],
+)
+def test_anything_else_is_no_hello(message: bytes) -> None:
+    assert Hello.parse(message) is None
+
+
+def test_descriptors_are_told_apart_by_their_order() -> None:
+    known = Descriptors(0, 1, 2, (3, 4), (5, 6), (7, 8, 9))
+    assert Descriptors.from_list(range(10), UNDERSTOOD) == known
+    assert Descriptors.from_list(range(12), UNDERSTOOD) == known
+    assert Descriptors.from_list(range(12), replace(UNDERSTOOD, n_senders=None)).senders == tuple(range(7, 12))
+    assert known.as_list() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("n_fds", "n_workers", "n_senders"), [(9, 2, 3), (6, 2, None), (2, 1, 0), (3, 0, 0), (4, 0, None)]
+)
+def test_fewer_descriptors_than_hello_says_are_refused(n_fds: int, n_workers: int, n_senders: int | None) -> None:
+    with pytest.raises(ValueError, match=f"{n_fds} descriptors for {n_workers} workers"):
+        Descriptors.from_list(range(n_fds), replace(UNDERSTOOD, n_workers=n_workers, n_senders=n_senders))

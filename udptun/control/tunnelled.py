@@ -1,0 +1,96 @@
+"""Forwarding by the userspace datapath: what a backend says is told to the datapath."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
+from udptun.core.errors import UdptunError
+from udptun.core.lease import EventType, Lease, LeaseEvent
+from udptun.core.offload import names as offload_names
+from udptun.datapath.settings import Remote
+from udptun.datapath.stats import PEER_COUNTERS
+from udptun.datapath.tunnel import Tunnel
+from udptun.kernel.underlay import Underlay
+
+log = logging.getLogger(__name__)
+
+
+class Tunnelled:
+    """The datapath's part, told what the backend says."""
+
+    def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel) -> None:
+        self.tunnel = tunnel
+        self._encapsulation = encapsulation
+
+    @classmethod
+    async def open(
+        cls, encapsulation: Encapsulation, run_dir: Path, device: str, underlay: Underlay, live: LiveSettings
+    ) -> Tunnelled:
+        """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
+        port, n_senders = encapsulation.port, encapsulation.n_senders
+        tunnel = await Tunnel.open(run_dir, device, underlay.address, port, live.workers, live.offload, n_senders)
+        return cls(encapsulation, tunnel)
+
+    async def start(self, inputs: BackendInput) -> None:
+        self.tunnel.configure(self._encapsulation.packet_settings(inputs))
+        self.tunnel.set_peers(self._remotes(inputs.peers))
+        await self.tunnel.publish()
+        await self.tunnel.start()
+        self.tunnel.set_offload(inputs.live.offload)
+
+    async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
+        self.tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
+        self.tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
+        await self.tunnel.publish()
+
+    async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
+        """Change from `before` to `now`; return the settings that are in force then.  Raises UdptunError."""
+        how, live = self._encapsulation, now.live
+        try:
+            await self.tunnel.rebind(now.underlay.address, how.port, live.workers, how.n_senders)
+        except UdptunError as exc:
+            if now.underlay.address != before.underlay.address:
+                raise
+            live = replace(live, workers=before.live.workers)
+            log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
+        if live.offload != before.live.offload:
+            self.tunnel.set_offload(live.offload)
+        settings = self._encapsulation.packet_settings(now)
+        if settings != self._encapsulation.packet_settings(before):
+            self.tunnel.configure(settings)
+            self.tunnel.add_peers(self._remotes(now.peers))
+            await self.tunnel.publish()
+        return live
+
+    def document(self, leases: Sequence[Lease], live: LiveSettings) -> dict[str, Any]:
+        """The datapath's part of the keys of docs/status.md; of each peer what the datapath knows of it."""
+        table, stats, datapath = self.tunnel.table, self.tunnel.stats, self.tunnel.datapath
+        counts = stats.peers([table.index_of(lease.subnet) for lease in leases], live.workers)
+        active = datapath.active
+        return {
+            "backend": {
+                "source_check": live.source_check.value,
+                "offloads": offload_names(self.tunnel.granted_offload & ~stats.refused(live.workers)),
+            },
+            "datapath": {
+                "pid": active.pid if active else None,
+                "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
+                "standby_pids": [process.pid for process in datapath.standbys],
+                "workers": [worker.name.lower() for worker in stats.states(live.workers)],
+            },
+            "peers": [
+                {"port": self._encapsulation.remote(lease).port, **dict(zip(PEER_COUNTERS, count, strict=True))}
+                for lease, count in zip(leases, counts, strict=True)
+            ],
+            "counters": stats.counters(),
+        }
+
+    def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Remote]:
+        return {lease.subnet: self._encapsulation.remote(lease) for lease in leases}

@@ -1,0 +1,56 @@
+"""What numpy does for tables of many peers.  Imported only for those: the import costs 60 to 140 ms and 14 MB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from udptun._fastpath import FIELDS, LAYOUT
+
+
+def _dtype(structure: str) -> np.dtype[Any]:
+    """numpy's description of a structure of shm.h; arrays are bytes."""
+    fields = FIELDS[structure]
+    return np.dtype(
+        {
+            "names": list(fields),
+            "formats": [
+                f"{'>' if name.endswith('_be') else '='}u{length}" if length in (2, 4, 8) else (np.uint8, length)
+                for name, (_offset, length) in fields.items()
+            ],
+            "offsets": [offset for offset, _length in fields.values()],
+            "itemsize": LAYOUT[structure],
+        }
+    )
+
+
+_PEER = _dtype("peer")
+
+
+def remotes(peers: memoryview) -> memoryview:
+    """The public IPs of all peers of a slot, ascending, each once."""
+    rows = np.frombuffer(peers, _PEER)
+    return np.unique(rows["address_be"][rows["family"] != 0].astype(np.uint32)).data
+
+
+class PeerStats:
+    """The rows of counters of all peers, one a worker, in the shared memory `words` (u64)."""
+
+    def __init__(self, words: memoryview) -> None:
+        n_counters = len(FIELDS["peer_stats"])
+        self._rows = np.frombuffer(words, np.uint64).reshape(LAYOUT["max_workers"], LAYOUT["max_peers"], n_counters)
+
+    def sums(self, indexes: Sequence[int | None], n_workers: int) -> list[list[int]]:
+        """Of each of the peers over the first `n_workers` workers; zeros for one without index."""
+        known = np.array([index or 0 for index in indexes], np.intp)
+        sums = self._rows[:n_workers, known].sum(axis=0)
+        sums[[index is None for index in indexes]] = 0
+        rows: list[list[int]] = sums.tolist()
+        return rows
+
+    def clear(self, indexes: Sequence[int], workers: Sequence[int]) -> None:
+        """Set the peers' rows of these workers to zero."""
+        for worker in workers:
+            self._rows[worker, np.array(indexes, np.intp)] = 0

@@ -1,0 +1,82 @@
+"""What datapath processes of any build say about themselves, and the descriptors that they hand over.
+
+`worker.py` says what HELLO is and what of it stays for good.  A control plane meets processes of its own build, of
+earlier and of later ones: it must be able to adopt their descriptors and to stop them, whatever else it does not know.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from udptun.datapath.worker import HELLO, HELLO_MAGIC
+
+MAX_DESCRIPTORS = 253
+"""In one message (SCM_MAX_FD of linux/net/scm.h).  A later build may hand over more than we know what to do with."""
+MAX_HELLO_BYTES = 4096
+
+_OLD_HELLO = struct.Struct("=4sIIIIQ32s")
+"""HELLO of the first builds, recognised by its size: magic, layout version, pid, 1 if active, number of workers, start
+(ns), build id.  It stays for as long as an upgrade from them is promised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """How a datapath process introduces itself.  `n_senders` None: all descriptors beyond the others are senders."""
+
+    pid: int
+    is_active: bool
+    layout_version: int
+    n_workers: int
+    n_senders: int | None
+    started_ns: int
+    build_id: str
+
+    @classmethod
+    def parse(cls, message: bytes) -> Hello | None:
+        """From a message of any build; None where the message is no HELLO."""
+        if len(message) == _OLD_HELLO.size:
+            magic, layout_version, pid, active, n_workers, started_ns, build = _OLD_HELLO.unpack(message)
+            n_senders = None
+        elif len(message) >= HELLO.size:
+            fields = HELLO.unpack_from(message)
+            magic, length, _version, active, n_workers, started_ns, build, pid, layout_version, n_senders = fields
+            if length < HELLO.size:
+                return None
+        else:
+            return None
+        if magic != HELLO_MAGIC:
+            return None
+        build_id = build.decode("ascii", "replace")
+        return cls(pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """What a datapath process works with: memory files, the lock, a TUN queue and a UDP socket a worker, senders."""
+
+    table: int
+    stats: int
+    lock: int
+    tun: tuple[int, ...]
+    udp: tuple[int, ...]
+    senders: tuple[int, ...] = ()
+
+    @classmethod
+    def from_list(cls, fds: Sequence[int], hello: Hello) -> Descriptors:
+        """From the order in which HELLO carries them; what a later build has besides comes after these.
+
+        Raises ValueError when there are fewer than HELLO says.
+        """
+        n = hello.n_workers
+        n_senders = len(fds) - 3 - 2 * n if hello.n_senders is None else hello.n_senders
+        end = 3 + 2 * n + n_senders
+        if n < 1 or n_senders < 0 or len(fds) < end:
+            raise ValueError(f"{len(fds)} descriptors for {n} workers and {n_senders} sockets to send from")
+        table, stats, lock, *rest = fds[:end]
+        return cls(table, stats, lock, tuple(rest[:n]), tuple(rest[n : 2 * n]), tuple(rest[2 * n :]))
+
+    def as_list(self) -> list[int]:
+        """In the order of HELLO."""
+        return [self.table, self.stats, self.lock, *self.tun, *self.udp, *self.senders]

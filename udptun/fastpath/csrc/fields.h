@@ -1,0 +1,68 @@
+/* Where the control plane finds the fields of shm.h that it reads or writes; _fastpath.pyx makes FIELDS of it.
+ *
+ * In the order in which they lie.  A name that ends in _be says network byte order, any other host order.
+ */
+#ifndef UDPTUN_FIELDS_H
+#define UDPTUN_FIELDS_H
+
+#include "shm.h"
+
+struct ut_field {
+    const char *structure, *name;
+    size_t offset, bytes;
+};
+
+#define UT_FIELD_AS(of, field, name) \
+    {#of, name, offsetof(struct ut_##of, field), sizeof(((struct ut_##of *)0)->field)}
+#define UT_FIELD(of, field) UT_FIELD_AS(of, field, #field)
+
+static const struct ut_field ut_fields[] = {
+    UT_FIELD_AS(peer, remote.sin_family, "family"),
+    UT_FIELD_AS(peer, remote.sin_port, "port_be"),
+    UT_FIELD_AS(peer, remote.sin_addr.s_addr, "address_be"),
+    UT_FIELD(peer, subnet),
+    UT_FIELD(peer, mask),
+    UT_FIELD(peer, mtu),
+    UT_FIELD(peer, flags),
+    UT_FIELD(peer, prefix),
+
+    UT_FIELD(slot, network),
+    UT_FIELD(slot, network_mask),
+    UT_FIELD(slot, own_subnet),
+    UT_FIELD(slot, own_mask),
+    UT_FIELD(slot, tunnel_address),
+    UT_FIELD(slot, underlay_address),
+    UT_FIELD(slot, mtu),
+    UT_FIELD(slot, source_check),
+    UT_FIELD(slot, n_l1),
+    UT_FIELD(slot, n_remotes),
+    UT_FIELD(slot, offloads),
+    UT_FIELD(slot, prefix_len),
+    UT_FIELD(slot, vni),
+    UT_FIELD(slot, own_mac),
+    UT_FIELD(slot, l1),
+    UT_FIELD(slot, remotes),
+    UT_FIELD(slot, peers),
+    UT_FIELD(slot, l2),
+
+    UT_FIELD(table, generation),
+    UT_FIELD(table, slot),
+
+    UT_FIELD(worker, generation_seen),
+    UT_FIELD(worker, pid),
+    UT_FIELD(worker, state),
+    UT_FIELD(worker, turns),
+    UT_FIELD(worker, refused),
+    UT_FIELD(worker, counter),
+
+    UT_FIELD(peer_stats, encap_packets),
+    UT_FIELD(peer_stats, encap_bytes),
+    UT_FIELD(peer_stats, decap_packets),
+    UT_FIELD(peer_stats, decap_bytes),
+
+    UT_FIELD(stats, worker),
+    UT_FIELD(stats, peer),
+};
+#define UT_N_FIELDS (sizeof(ut_fields) / sizeof(ut_fields[0]))
+
+#endif
