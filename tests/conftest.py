@@ -91,7 +91,7 @@ def _skip_what_needs_a_lab(items: list[pytest.Item]) -> None:
     from udptun.lab.topology import missing_requirements
 
     missing = missing_requirements(
-        ("ip", "bridge", "nsenter", "ping", "ethtool", "tcpdump", "iperf3", "ps", "nft", "iptables")
+        ("ip", "bridge", "nsenter", "ping", "ethtool", "tcpdump", "iperf3", "ps", "nft", "iptables", "chrt")
     )
     if missing:
         skip = pytest.mark.skip(reason=f"needs {', '.join(missing)}")

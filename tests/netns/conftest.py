@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from traffic import REAL_TIME, wait_for_peers
 
+from udptun.lab.host import Host
 from udptun.lab.topology import Lab
 
 _TOKEN_NAME = "UDPTUN_TEST_SESSION"
@@ -36,15 +39,84 @@ def processes_with() -> Callable[[str, str], dict[int, str]]:
     return _processes_with
 
 
+@contextlib.contextmanager
+def _started_lab(name: str, n_hosts: int = 2, n_pods: int = 1) -> Iterator[Lab]:
+    with Lab(f"{name}{os.getpid()}", n_hosts=n_hosts, n_pods=n_pods) as lab:
+        lab.daemon_command[:0] = REAL_TIME
+        lab.start()
+        wait_for_peers(lab)
+        yield lab
+
+
 @pytest.fixture
 def two_hosts() -> Iterator[Lab]:
-    """A lab with the real daemon, Type udp, a pod on each host.
+    """A lab of its own for a test that does not leave it as it found it: the real daemon, Type udp, a pod on each host.
 
         pod h1/p1 -- cni0 - flannel0 [h1] eth0 -- underlay -- eth0 [h2] flannel0 - cni0 -- pod h2/p1
     """
-    with Lab(f"t{os.getpid()}") as lab:
-        lab.start()
+    with _started_lab("t") as lab:
         yield lab
+
+
+class SharedLab:
+    """A lab that the tests of one process share. It is made when the first of them asks for it."""
+
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[Lab]]) -> None:
+        self._make = make
+        self._lab: Lab | None = None
+        self._undo = contextlib.ExitStack()
+
+    def get(self) -> Lab:
+        if self._lab is None:
+            self._lab = self._undo.enter_context(self._make())
+        return self._lab
+
+    def drop(self) -> None:
+        """The next `get` makes another one."""
+        self._lab = None
+        self._undo.close()
+
+
+def _lend(shared: SharedLab, session: pytest.Session) -> Iterator[Lab]:
+    """For one test. After a failure nobody knows what it has left behind, and the next one gets a new lab."""
+    n_failed = session.testsfailed
+    lab = shared.get()
+    yield lab
+    if session.testsfailed > n_failed or any("Traceback" in host.daemon_log() for host in lab.hosts):
+        shared.drop()
+
+
+@pytest.fixture(scope="session")
+def _shared_pair(_nothing_outlives_the_session: None) -> Iterator[SharedLab]:
+    shared = SharedLab(lambda: _started_lab("p"))
+    yield shared
+    shared.drop()
+
+
+@pytest.fixture
+def pair(_shared_pair: SharedLab, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """As `two_hosts`, shared by tests that leave it as they found it."""
+    yield from _lend(_shared_pair, request.session)
+
+
+@pytest.fixture(scope="session")
+def _shared_three(_nothing_outlives_the_session: None) -> Iterator[SharedLab]:
+    shared = SharedLab(lambda: _started_lab("q", n_hosts=3, n_pods=2))
+    yield shared
+    shared.drop()
+
+
+@pytest.fixture
+def three_hosts(_shared_three: SharedLab, request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """As `pair`, with three hosts and two pods on each."""
+    yield from _lend(_shared_three, request.session)
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """One host without a daemon."""
+    with Lab(f"d{os.getpid()}", n_hosts=1) as lab:
+        yield lab.host(1)
 
 
 def _names_outside_the_labs() -> set[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from traffic import CLEANUP, cpu_s, datapath_pids, peers, ping, read_status, seconds_until, tcp_flow
+from traffic import CLEANUP, cpu_s, datapath_pids, peers, ping, read_status, seconds_until, tcp_flow, wait_for_peers
 
 from udptun.lab.errors import LabError
 from udptun.lab.host import DISTANT, SUBNET_ENV, UNDERLAY, Host, Pod
@@ -72,13 +72,6 @@ def named_lab(request: pytest.FixtureRequest) -> Iterator[tuple[str, Lab]]:
 
 def lab_of(n_hosts: int, backend: Mapping[str, object]) -> Lab:
     return Lab(f"c{os.getpid()}", n_hosts=n_hosts, net_conf=net_conf(backend))
-
-
-def wait_for_peers(lab: Lab) -> None:
-    def all_know_all() -> bool:
-        return all(len(read_status(host)["peers"]) == len(lab.hosts) - 1 for host in lab.hosts)
-
-    wait_until("every host to know every other", all_know_all, 20)
 
 
 def wait_for_answer(source: Pod, destination: Pod) -> None:

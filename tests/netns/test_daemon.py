@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from traffic import CLEANUP, datapath_pids, kill, ping, read_status, socket_in, tcp_flow, udp_flow
+from traffic import CLEANUP, datapath_pids, kill, ping, read_status, socket_in, tcp_flow, udp_flow, wait_for_peers
 
 from udptun.lab.host import SUBNET_ENV, Host
 from udptun.lab.machine import wait_until
@@ -34,24 +34,10 @@ DOCUMENTATION = Path(__file__).parents[2] / "docs" / "status.md"
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    """One host without a daemon."""
-    with Lab(f"d{os.getpid()}", n_hosts=1) as lab:
-        yield lab.host(1)
-
-
-@pytest.fixture(scope="module")
-def _pair() -> Iterator[Lab]:
-    with Lab(f"p{os.getpid()}") as lab:
-        lab.start()
-        yield lab
-
-
-@pytest.fixture
-def pair(_pair: Lab) -> Iterator[Lab]:
-    """Two hosts with daemons and pods that several tests share; the configuration is put back after each."""
-    yield _pair
-    reload(_pair.host(1), {})
+def pair(pair: Lab) -> Iterator[Lab]:
+    """The configuration is put back after each test."""
+    yield pair
+    reload(pair.host(1), {})
 
 
 def conf(**backend: object) -> str:
@@ -726,6 +712,7 @@ def test_leases_file_from_the_starter_serves_and_a_change_of_our_own_entry_is_an
         for host in lab.hosts:
             host.path(path).write_text(good)
         lab.start()
+        wait_for_peers(lab)
         ping(one.pod(1), two.pod(1).address)
         with udp_flow(two.pod(1), one.pod(1), 200) as flow:
             one.path(path).write_text(good.replace("192.168.77.11", "192.168.77.13"))

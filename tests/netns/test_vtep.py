@@ -30,6 +30,7 @@ from scapy.layers.l2 import Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.utils import rdpcap
 from traffic import (
+    REAL_TIME,
     datapath_pids,
     kill,
     no_packet_errors,
@@ -187,6 +188,7 @@ def start_without_vxlan(host: Host) -> None:
 def mixed_lab(name: str) -> Iterator[Lab]:
     with Lab(name, n_hosts=3, net_conf=CONF) as lab:
         one, two, three = lab.hosts
+        lab.daemon_command[:0] = REAL_TIME
         lease_kernel_node(one)
         two.start_daemon()
         start_without_vxlan(three)
