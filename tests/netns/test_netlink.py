@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any, TypeVar
 
 import pytest
-from netns import Namespace, namespace, open_fds, requires_netns
+from namespace import Namespace, namespace, open_fds, requires_netns
 
 from udptun.core.errors import KernelError
 from udptun.core.network_state import (

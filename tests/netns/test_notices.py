@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
-from netns import Namespace, namespace, requires_netns
+from namespace import Namespace, namespace, requires_netns
 
 from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
 from udptun.kernel import notices

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from netns import Namespace, namespace, open_fds, requires_netns, seconds_until
+from namespace import Namespace, namespace, open_fds, requires_netns, seconds_until
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import TUN_NAME, Udp

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from netns import Namespace, namespace, open_fds, requires_netns
+from namespace import Namespace, namespace, open_fds, requires_netns
 
 from udptun.backends.udp import TUN_NAME
 from udptun.core.errors import KernelError

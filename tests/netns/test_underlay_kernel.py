@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address
 
 import pytest
-from netns import Namespace, namespace, requires_netns
+from namespace import Namespace, namespace, requires_netns
 
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick
