@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,20 @@ def test_a_run_directory_of_ours_alone_is_used(tmp_path: Path) -> None:
         check_run_dir(run_dir)
     os.close(lock_run_dir(link))
     assert (tmp_path / "tmp" / "run" / LOCK_FILE).read_text() == f"{os.getpid()}\n"
+
+
+@as_root
+def test_a_run_directory_in_another_mount_namespace_is_judged_by_what_is_there(tmp_path: Path) -> None:
+    """/proc/PID/root reads as `/`, and leads elsewhere."""
+    script = f"mount -t tmpfs -o mode=1777 x {tmp_path} && echo && cat"
+    argv = ["unshare", "-m", "sh", "-c", script]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "\n"
+        there = Path(f"/proc/{other.pid}/root{tmp_path}")
+        assert fault_of_directory(there).startswith(f"others may write to {there} (mode 1777)")
+        assert fault_of_directory(tmp_path) == ""
+        other.communicate("")
 
 
 def test_a_relative_run_directory_is_judged_by_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

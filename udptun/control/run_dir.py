@@ -60,36 +60,46 @@ def check_run_dir(run_dir: Path) -> None:
 
 def fault_of_directory(directory: Path) -> str:
     """How somebody but root and ourselves can change what is in the directory, with the remedy; empty: nobody can."""
-    *parents, last = _places_on_the_way(directory.absolute())
-    # In a sticky directory, such as /tmp, only its owner can replace an entry; but everybody can make new ones.
-    return next(filter(None, [*(_fault(it, may_be_sticky=True) for it in parents), _fault(last)]), "")
+    return next(filter(None, _faults_on_the_way(directory.absolute())), "")
 
 
-def _places_on_the_way(path: Path) -> Iterator[Path]:
-    """Every directory and symbolic link that decides what the path leads to; the last one is the directory itself."""
-    here = Path(path.root)
-    yield here
-    for name in path.parts[1:]:
-        here = here / name
-        yield here
-        if here.is_symlink():
-            yield from _places_on_the_way(here.parent / here.readlink())
-            here = here.resolve()
+def _faults_on_the_way(path: Path) -> Iterator[str]:
+    """A line, or an empty one, for each directory and symbolic link that decides what the path leads to."""
+    for place in (*reversed(path.parents), path):
+        yield _fault_of_owner(place)
+        # In a sticky directory, such as /tmp, only its owner can replace an entry; but everybody can make new ones.
+        yield _fault_of_mode(place, may_be_sticky=place != path)
+        if place.is_symlink():
+            target = place.parent / place.readlink()
+            # What a link in /proc leads to is not what its text says.
+            if _is_same(place, target):
+                yield from _faults_on_the_way(target)
 
 
-def _fault(place: Path, *, may_be_sticky: bool = False) -> str:
+def _fault_of_owner(place: Path) -> str:
+    if _is_a_strangers(place):
+        what = "symbolic link" if place.is_symlink() else "directory"
+        uid = place.lstat().st_uid
+        return f"the {what} {place} belongs to uid {uid}; `chown -h root {place}`, or give another directory"
+    return ""
+
+
+def _fault_of_mode(place: Path, *, may_be_sticky: bool) -> str:
     try:
-        found = place.lstat()
+        mode = place.stat().st_mode
     except OSError:
         return ""
-    if _is_a_strangers(place):
-        what = "symbolic link" if stat.S_ISLNK(found.st_mode) else "directory"
-        return f"the {what} {place} belongs to uid {found.st_uid}; `chown -h root {place}`, or give another directory"
-    is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and stat.S_ISDIR(found.st_mode)
-    if is_open and not (may_be_sticky and found.st_mode & stat.S_ISVTX):
-        mode = stat.S_IMODE(found.st_mode)
-        return f"others may write to {place} (mode {mode:04o}); `chmod go-w {place}`, or give another directory"
+    if mode & (stat.S_IWGRP | stat.S_IWOTH) and not (may_be_sticky and mode & stat.S_ISVTX):
+        text = f"{stat.S_IMODE(mode):04o}"
+        return f"others may write to {place} (mode {text}); `chmod go-w {place}`, or give another directory"
     return ""
+
+
+def _is_same(place: Path, other: Path) -> bool:
+    try:
+        return place.samefile(other)
+    except OSError:
+        return False
 
 
 def _entries(directory: Path) -> list[Path]:
