@@ -1,4 +1,4 @@
-"""underlay.pick fed by the kernel, with `ip route get` as the second opinion."""
+"""find_underlay and UnderlayWatch against the kernel, with `ip route get` as the second opinion."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address
 
 import pytest
-from namespace import Namespace, namespace, requires_netns
+from namespace import Namespace, namespace, requires_netns, seconds_until
 
-from udptun.kernel.netlink import Netlink
-from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick
+from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions
+from udptun.kernel.underlay_watch import UnderlayWatch, find_underlay
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
@@ -28,12 +28,7 @@ def ns() -> Iterator[Namespace]:
 
 
 def choose(ns: Namespace, options: UnderlayOptions) -> Underlay:
-    async def look() -> Underlay:
-        async with Netlink() as kernel:
-            reach = await kernel.route_get(options.can_reach) if options.can_reach else None
-            return pick(options, await kernel.links(), await kernel.addresses(), await kernel.routes(), reach)
-
-    return ns.call_async(look)
+    return ns.call_async(lambda: find_underlay(options))
 
 
 def test_the_interface_is_the_one_the_kernel_would_use(ns: Namespace) -> None:
@@ -68,3 +63,74 @@ def test_an_expired_address_is_passed_over(ns: Namespace) -> None:
     ns.ip("address add 198.51.100.7/24 dev v1 valid_lft 1000 preferred_lft 0")
     ns.ip("address add 198.51.100.8/24 dev v1 valid_lft 1000 preferred_lft 900")
     assert str(choose(ns, UnderlayOptions(ifaces=("v1",))).address) == "198.51.100.8"
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        # a permanent floating address beside a DHCP address, which the default route names, or which its router is near
+        [
+            "address flush dev v0",
+            "address add 192.0.2.9/32 dev v0",
+            "address add 192.0.2.1/24 dev v0 valid_lft 3600 preferred_lft 3600",
+            "route replace default via 192.0.2.254 src 192.0.2.1",
+        ],
+        [
+            "address flush dev v0",
+            "address add 10.0.0.9/24 dev v0",
+            "address add 192.0.2.1/24 dev v0 valid_lft 3600 preferred_lft 3600",
+            "route replace default via 192.0.2.254",
+        ],
+        ["address add 192.0.2.7/24 dev v0", "route change default via 192.0.2.254 src 192.0.2.7 metric 100"],
+        # the probe's first choices are routed elsewhere
+        ["route add 203.0.113.0/24 via 198.51.100.254 src 198.51.100.1", "route add 198.18.0.0/15 dev v1"],
+        # unnumbered: v1 has no address, and its router has none of IPv4
+        [
+            "address flush dev v1",
+            "link set v1 mtu 1400",
+            "route replace default via inet6 fe80::1 dev v1",
+            "address add 10.1.1.1/32 dev lo",
+        ],
+        # a rule that sends what leaves the host by another table
+        ["rule add from all lookup 100", "route add default via 198.51.100.254 table 100", "link set v1 mtu 1400"],
+    ],
+    ids=["floating", "near the router", "src", "probe", "unnumbered", "rule"],
+)
+def test_the_address_is_the_one_the_kernel_would_send_from(ns: Namespace, commands: list[str]) -> None:
+    """The first permanent address was taken, whatever the kernel sends from: the peers saw another source."""
+    for command in commands:
+        ns.ip(command)
+    found = choose(ns, UnderlayOptions())
+    (way,) = ns.show("route get 9.9.9.9")
+    assert (found.link_name, str(found.address), found.mtu) == (way["dev"], way["prefsrc"], 1400)
+
+
+def test_can_reach_of_an_own_address_names_the_link_that_has_it(ns: Namespace) -> None:
+    """`ip route get` says `local … dev lo`, and lo was chosen, with an MTU of 65536."""
+    found = choose(ns, UnderlayOptions(can_reach=IPv4Address("192.0.2.1")))
+    assert (found.link_name, found.mtu, str(found.address)) == ("v0", 1400, "192.0.2.1")
+
+
+def test_an_address_on_lo_goes_the_way_of_the_peers(ns: Namespace) -> None:
+    """lo was the underlay, with its MTU.  Now the default route counts at first, and the peers once they are known."""
+    own, peer = IPv4Address("10.1.1.1"), IPv4Address("10.1.1.2")
+    ns.ip(f"address add {own}/32 dev lo")
+    ns.ip(f"route add {peer} via 198.51.100.254")
+    options = UnderlayOptions(public_ip=own)
+    found = choose(ns, options)
+    assert (found.link_name, found.mtu, found.address, found.address_link) == ("v0", 1400, own, "lo")
+
+    moves: list[Underlay] = []
+
+    async def move(present: Underlay) -> None:
+        moves.append(present)
+
+    peers: list[IPv4Address] = []
+    with ns.background(UnderlayWatch(options, found, move, lambda: peers).run):
+        peers.append(peer)
+        ns.ip("route add 10.1.1.3 via 198.51.100.254")
+        seconds_until(lambda: moves, 10)
+        assert (moves[0].link_name, moves[0].mtu, moves[0].address) == ("v1", 1500, own)
+        ns.ip(f"route change {peer} via 192.0.2.254")
+        seconds_until(lambda: len(moves) == 2, 10)
+        assert (moves[1].link_name, moves[1].mtu, moves[1].address) == ("v0", 1400, own)

@@ -9,7 +9,7 @@ import pytest
 
 from udptun.core.errors import UsageError
 from udptun.core.network_state import Address, Link, Route, RouteType, Scope
-from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick, refresh
+from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick, probe_address, refresh
 
 LO = Link(1, "lo", "", 65536, True, True, True, 1000)
 ETH0 = Link(2, "eth0", "", 1500, True, True, False, 1000)
@@ -162,9 +162,138 @@ def test_loopback_is_not_an_interface_for_peers() -> None:
 
 def test_an_underlay_is_the_same_as_long_as_its_link_has_its_address() -> None:
     old = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.2"), IPv4Address("203.0.113.7"))
-    assert refresh(old, ETH0, ADDRESSES) == old
-    assert refresh(old, replace(ETH0, mtu=1400), ADDRESSES) == replace(old, mtu=1400)
-    assert refresh(old, replace(ETH0, is_up=False), ADDRESSES) == old
-    assert refresh(old, ETH0, ADDRESSES[:2]) is None
-    assert refresh(old, replace(ETH0, index=9), ADDRESSES) is None
-    assert refresh(old, None, []) is None
+    assert refresh(old, [ETH0], ADDRESSES) == old
+    assert refresh(old, [replace(ETH0, mtu=1400)], ADDRESSES) == replace(old, mtu=1400)
+    assert refresh(old, [replace(ETH0, is_up=False)], ADDRESSES) == old
+    assert refresh(old, [ETH0], ADDRESSES[:2]) is None
+    assert refresh(old, [replace(ETH0, index=9)], ADDRESSES) is None
+    assert refresh(old, [], []) is None
+
+
+# --- several addresses: which one, why, and which others there were
+
+FLOATING = Address(2, IPv4Address("192.0.2.100"), 32)
+BY_DHCP = replace(A, is_permanent=False)
+BEYOND = Route(IPv4Network("203.0.113.1/32"), IPv4Address("192.0.2.254"), 2, prefsrc=IPv4Address("192.0.2.1"))
+
+
+def test_a_floating_address_is_not_taken_for_the_hosts_own() -> None:
+    """The permanent address of a virtual IP came before the DHCP address that the default route names as its source.
+
+    When the virtual IP moved to another host, that host leased with the same PublicIP.
+    """
+    for beyond, routes in ((BEYOND, ROUTES), (None, [replace(DEFAULT, prefsrc=IPv4Address("192.0.2.1"))])):
+        found = pick(UnderlayOptions(), LINKS, [FLOATING, BY_DHCP], routes, beyond=beyond)
+        assert str(found.address) == "192.0.2.1"
+        assert found.reason == "the source of the default route"
+        assert [str(ip) for ip in found.others] == ["192.0.2.100"]
+
+
+@pytest.mark.parametrize(
+    ("options", "addresses", "reason", "others"),
+    [
+        ({"ifaces": ("eth0",)}, [A], "the only address of eth0", []),
+        ({"ifaces": ("eth0",)}, [A, B], "the first address of eth0", ["192.0.2.2"]),
+        ({"ifaces": ("eth0",)}, [BY_DHCP, B], "the first permanent address of eth0", ["192.0.2.1"]),
+        ({"ifaces": ("eth0",)}, [replace(A, is_temporary=True), B], "the first lasting address of eth0", ["192.0.2.1"]),
+        ({"ifaces": ("192.0.2.1",)}, [A, B], "--iface names it", ["192.0.2.2"]),
+        ({"iface_regexes": (r"\.2$",)}, [A, B], "--iface-regex matches it", ["192.0.2.1"]),
+        ({"iface_regexes": ("^eth0",)}, [A, B], "the first address of eth0", ["192.0.2.2"]),
+        ({"public_ip": IPv4Address("192.0.2.2")}, [A, B], "--public-ip names it", ["192.0.2.1"]),
+        ({}, [A, B], "the first address of eth0", ["192.0.2.2"]),
+    ],
+)
+def test_it_is_said_why_an_address_was_chosen(
+    options: dict[str, object], addresses: list[Address], reason: str, others: list[str]
+) -> None:
+    found = pick(UnderlayOptions(**options), LINKS, addresses, ROUTES)  # type: ignore[arg-type]  # the test's own
+    assert (found.reason, [str(ip) for ip in found.others]) == (reason, others)
+
+
+def test_a_source_that_is_deprecated_is_passed_over() -> None:
+    found = pick(UnderlayOptions(), LINKS, [replace(A, is_deprecated=True), B], ROUTES, beyond=BEYOND)
+    assert str(found.address) == "192.0.2.2"
+
+
+def test_the_probe_is_an_address_that_none_but_a_default_route_leads_to() -> None:
+    documentation = [Route(IPv4Network(text), oif=2) for text in ("203.0.113.0/24", "198.51.100.1/32")]
+    assert str(probe_address(ROUTES)) == "203.0.113.1"
+    assert str(probe_address([*documentation, DEFAULT])) == "192.0.2.1"
+    assert probe_address(documentation) is None
+    assert probe_address([DEFAULT, *(Route(IPv4Network(text), oif=3) for text in ("0.0.0.0/1", "128.0.0.0/1"))]) is None
+
+
+def test_a_host_that_can_reach_itself_does_not_send_through_lo() -> None:
+    """The same --iface-can-reach on all hosts: on the one that has the address lo was chosen, with an MTU of 65536."""
+    way = Route(IPv4Network("192.0.2.1/32"), oif=1, type=RouteType.LOCAL, prefsrc=IPv4Address("192.0.2.1"))
+    found = choose(way, can_reach=IPv4Address("192.0.2.1"))
+    assert (found.link_name, found.mtu, str(found.address)) == ("eth0", 1500, "192.0.2.1")
+    assert found.reason == "--iface-can-reach names it"
+
+
+# --- an address on a link that leads nowhere: routes lead to it, and from it to the others
+
+DUMMY = Link(5, "dummy0", "dummy", 1500, True, True, False, 1000)
+ON_LO = IPv4Address("198.51.100.9")
+
+
+def on(link: Link) -> list[Address]:
+    return [*ADDRESSES, Address(link.index, ON_LO, 32)]
+
+
+@pytest.mark.parametrize("link", [LO, DUMMY], ids=lambda link: link.name)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"public_ip": ON_LO},
+        {"ifaces": (str(ON_LO),)},
+        {"ifaces": ("lo", "dummy0")},
+        {"iface_regexes": (r"^198\.51\.100\.9$",)},
+        {"can_reach": ON_LO},
+    ],
+    ids=str,
+)
+def test_an_address_on_lo_leaves_by_the_way_to_the_others(link: Link, options: dict[str, object]) -> None:
+    """lo was taken for the underlay: pods got an MTU of 65508, and a VXLAN device on lo reached nobody."""
+    reach = Route(IPv4Network("198.51.100.9/32"), oif=1, type=RouteType.LOCAL) if "can_reach" in options else None
+    found = pick(UnderlayOptions(**options), [*LINKS, DUMMY], on(link), ROUTES, reach, BEYOND)  # type: ignore[arg-type]  # the test's own
+    assert (found.link_name, found.link_index, found.mtu) == ("eth0", 2, 1500)
+    assert (found.address, found.address_link, found.is_routed) == (ON_LO, link.name, True)
+    assert found.reason.endswith(f"it is on {link.name}, and the routes to other hosts lead through eth0")
+
+
+def test_without_a_default_route_the_way_is_the_widest_one_through_a_router() -> None:
+    flannel0 = Link(6, "flannel0", "tun", 1472, True, True, False, 500)
+    routes = [
+        Route(IPv4Network("10.0.0.0/8"), IPv4Address("10.244.0.0"), 6),
+        Route(IPv4Network("192.0.2.0/24"), oif=2, protocol=2),
+        Route(IPv4Network("198.51.100.16/28"), IPv4Address("192.0.2.254"), 2),
+        Route(IPv4Network("198.51.0.0/16"), IPv4Address("198.51.100.254"), 3),
+    ]
+    found = pick(UnderlayOptions(public_ip=ON_LO), [*LINKS, flannel0], on(LO), routes)
+    assert (found.link_name, found.mtu) == ("eth1", 9000)
+
+
+def test_a_lone_address_on_lo_is_taken_as_it_is() -> None:
+    found = pick(UnderlayOptions(public_ip=ON_LO), LINKS, on(LO), [])
+    assert (found.link_name, found.mtu, found.is_routed) == ("lo", 65536, False)
+
+
+def test_a_default_route_without_addresses_on_its_link_uses_one_on_lo() -> None:
+    """Unnumbered links: the error was "failed to find IPv4 address for interface bare0"."""
+    beyond = Route(IPv4Network("203.0.113.1/32"), oif=4, prefsrc=ON_LO)
+    found = pick(UnderlayOptions(), LINKS, on(LO), [replace(DEFAULT, gateway=None, oif=4)], beyond=beyond)
+    assert (found.link_name, found.address, found.address_link, found.is_routed) == ("bare0", ON_LO, "lo", True)
+
+
+def test_ways_to_the_peers_are_followed_where_routes_have_chosen() -> None:
+    old = Underlay("eth0", 2, 1500, ON_LO, ON_LO, "lo", True)
+    by_eth0, by_eth1 = Route(IPv4Network("203.0.113.7/32"), oif=2), Route(IPv4Network("203.0.113.8/32"), oif=3)
+    to_self = Route(IPv4Network("203.0.113.9/32"), oif=1, type=RouteType.LOCAL)
+    assert refresh(old, LINKS, on(LO), []) == old
+    assert refresh(old, LINKS, on(LO), [by_eth1, by_eth0]) == old
+    assert refresh(old, LINKS, on(LO), [to_self, by_eth1]) == replace(old, link_name="eth1", link_index=3, mtu=9000)
+    small = [LO, ETH0, replace(ETH1, mtu=1300)]
+    assert refresh(old, small, on(LO), [by_eth0, by_eth1]) == replace(old, mtu=1300)
+    assert refresh(old, LINKS, ADDRESSES, [by_eth0]) is None
+    assert refresh(old, [LO, ETH1], on(LO), []) is None

@@ -25,12 +25,12 @@ NEW = replace(OLD, address=IPv4Address("192.0.2.9"), public_ip=IPv4Address("192.
 class Host:
     """`present` is what the kernel would say, `refusal` what a move meets; `moves` are the times of the attempts."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.present = OLD
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, current: Underlay = OLD) -> None:
+        self.present = current
         self.refusal: Exception | None = None
         self.moves: list[float] = []
         self.notices: asyncio.Queue[NoticeKind] = asyncio.Queue()
-        self.watch = UnderlayWatch(UnderlayOptions(), OLD, self.move)
+        self.watch = UnderlayWatch(UnderlayOptions(), current, self.move, lambda: ())
 
         async def present(_watch: UnderlayWatch) -> Underlay:
             return self.present
@@ -108,6 +108,18 @@ def test_routes_matter_only_while_an_interface_is_looked_for(host: Host) -> None
 
     virtual_time.run(main())
     assert host.moves == [29, 30, 31.55]
+
+
+def test_routes_matter_all_the_time_where_they_have_chosen_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    routed = replace(OLD, address_link="lo", is_routed=True)
+    host = Host(monkeypatch, routed)
+    other_way = replace(routed, link_name="eth1", link_index=3)
+
+    async def main() -> None:
+        await asyncio.gather(host.run_for(29), host.change(10, other_way, None, NoticeKind.ROUTE))
+
+    virtual_time.run(main())
+    assert host.moves == [10.05]
 
 
 def test_a_move_that_raises_what_nobody_expects_is_a_problem_and_tried_again(host: Host) -> None:

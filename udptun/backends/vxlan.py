@@ -89,7 +89,9 @@ class KernelVxlan:
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         keys = self._keys
         # Not the PublicIP, as flannel has it since 0.27.4: behind a NAT that is an address of somebody else.
-        vxlan = Vxlan(keys.vni, underlay.address, underlay.link_index, keys.port, keys.learning, keys.gbp)
+        # Where routes choose the interface there may be several; none is named then.
+        lower_index = 0 if underlay.is_routed else underlay.link_index
+        vxlan = Vxlan(keys.vni, underlay.address, lower_index, keys.port, keys.learning, keys.gbp)
         # The tunnel carries IPv4 alone, and a router's advertisement in it is none of ours.
         accept_ra = Sysctl(f"net/ipv6/conf/{self.device}/accept_ra", "0", is_optional=True)
         return (DesiredLink(self.device, live.mtu, 0, (accept_ra,), vxlan, self._mac),)

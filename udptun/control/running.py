@@ -45,7 +45,12 @@ class Running:
         self.membership = membership
         self.forwarding = forwarding
         self.firewall = firewall
-        self.underlay_watch = UnderlayWatch(underlay_options(options), underlay, self.move)
+        self.underlay_watch = UnderlayWatch(
+            underlay_options(options),
+            underlay,
+            self.move,
+            lambda: (lease.attrs.public_ip for lease in membership.table.peers.values()),
+        )
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
 
@@ -112,5 +117,12 @@ class Running:
 
 def log_underlay(what: str, it: Underlay) -> None:
     log.info(
-        "underlay %s iface=%s address=%s public_ip=%s mtu=%d", what, it.link_name, it.address, it.public_ip, it.mtu
+        "underlay %s iface=%s address=%s public_ip=%s mtu=%d reason=%r others=%s",
+        what,
+        it.link_name,
+        it.address,
+        it.public_ip,
+        it.mtu,
+        it.reason,
+        ",".join(map(str, it.others)) or "none",
     )

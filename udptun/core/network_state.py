@@ -44,7 +44,7 @@ class TunFlags:
 class Vxlan:
     """The properties of a VXLAN device that cannot be changed once it exists.
 
-    `local` is the source address of its datagrams, `lower_index` the interface that they leave by.
+    `local` is the source address of its datagrams, `lower_index` the interface that they leave by; 0: any.
     """
 
     vni: int
@@ -134,6 +134,7 @@ class RouteType(IntEnum):
     """The types of routes that udptun handles (rtm_type).  Other types stay plain numbers."""
 
     UNICAST = 1
+    LOCAL = 2
     BLACKHOLE = 6
     UNREACHABLE = 7
     PROHIBIT = 8

@@ -97,17 +97,23 @@ class Netlink:
             raise error
         return rtnetlink.decode_route(bodies[0])
 
+    async def routes_to(self, ips: Iterable[IPv4Address]) -> dict[IPv4Address, Route]:
+        """`route_get` for each; those that the kernel has no route to are left out."""
+        asked = list(ips)
+        answers = await self._ask([rtnetlink.get_route(ip) for ip in asked])
+        return {
+            ip: rtnetlink.decode_route(bodies[0])
+            for ip, (error, bodies) in zip(asked, answers, strict=True)
+            if error is None
+        }
+
     async def on_link(self, ips: Iterable[IPv4Address]) -> dict[IPv4Address, int]:
         """Those that the kernel reaches without a gateway, each with the index of the link that leads there."""
-        asked = list(ips)
-        found: dict[IPv4Address, int] = {}
-        answers = await self._ask([rtnetlink.get_route(ip) for ip in asked])
-        for ip, (error, bodies) in zip(asked, answers, strict=True):
-            if error is None:
-                route = rtnetlink.decode_route(bodies[0])
-                if route.gateway is None and route.oif is not None and route.type == RouteType.UNICAST:
-                    found[ip] = route.oif
-        return found
+        return {
+            ip: route.oif
+            for ip, route in (await self.routes_to(ips)).items()
+            if route.gateway is None and route.oif is not None and route.type == RouteType.UNICAST
+        }
 
     async def neighbours(self, link_index: int, family: int = socket.AF_INET) -> list[Neighbour]:
         """The neighbours on one link; those without a link-layer address are left out."""

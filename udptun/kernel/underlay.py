@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 
 from udptun.core.errors import UdptunError, UsageError
-from udptun.core.network_state import Address, Link, Route, RouteType
+from udptun.core.network_state import DEVICE_NAME, Address, Link, Route, RouteType
 
 _EVERYWHERE = IPv4Network("0.0.0.0/0")
+
+_PROBES = tuple(
+    IPv4Address(text) for text in ("203.0.113.1", "198.51.100.1", "192.0.2.1", "198.18.0.1", "1.1.1.1", "9.9.9.9")
+)
+"""Addresses far away.  The first ones are for documentation and benchmarks (RFC 5737, RFC 2544): nobody routes them."""
 
 
 class UnderlayError(UdptunError):
@@ -33,13 +38,23 @@ class UnderlayOptions:
 
 @dataclass(frozen=True, slots=True)
 class Underlay:
-    """The chosen interface.  Our socket binds to `address`; our lease tells the peers `public_ip`."""
+    """The chosen interface.  Our socket binds to `address`; our lease tells the peers `public_ip`.
+
+    `address_link`: the interface that has `address`, where that is another one; None: the chosen one has it.
+    `is_routed`: routes have chosen the interface, because `address` is on one that leads nowhere, such as lo.
+    `mtu` is then the smallest of all ways to the peers, and a datagram may leave by any of them.
+    `reason` says why this address, and `others` are those of the interface that could have been chosen too.
+    """
 
     link_name: str
     link_index: int
     mtu: int
     address: IPv4Address
     public_ip: IPv4Address
+    address_link: str | None = None
+    is_routed: bool = False
+    reason: str = field(default="", compare=False)
+    others: tuple[IPv4Address, ...] = field(default=(), compare=False)
 
 
 def pick(
@@ -48,19 +63,25 @@ def pick(
     addresses: Sequence[Address],
     routes: Sequence[Route],
     reach: Route | None = None,
+    beyond: Route | None = None,
 ) -> Underlay:
     """The interface that `options` describe.
 
-    `routes` is the main table in the kernel's order; `reach` is the kernel's route to `options.can_reach`, None where
-    it has none.  Without options it is the interface of the default route, or the one that owns `public_ip`.
+    `routes` is the main table in the kernel's order.  `reach` is the kernel's route to `options.can_reach`, and
+    `beyond` its route to `probe_address(routes)`; None where it has none.  Without options it is the interface of the
+    default route, with the source address that the kernel gives to packets there, or the one that owns `public_ip`.
 
     Raises UnderlayError, which names everything that was tried; UsageError for a regular expression that is none.
     """
     interfaces = _Interfaces(links, addresses)
+    ways = _Ways(interfaces, routes, [way for way in (reach, beyond) if way is not None])
     if not (options.ifaces or options.iface_regexes or options.can_reach):
         try:
-            found = interfaces.owner(options.public_ip) if options.public_ip else interfaces.on_default_route(routes)
-            return _underlay(found, options)
+            if options.public_ip:
+                found = interfaces.owner(options.public_ip, "--public-ip")
+            else:
+                found = interfaces.on_default_route(routes, beyond)
+            return _underlay(found, options, interfaces, ways)
         except UnderlayError as exc:
             raise UnderlayError(
                 f"Failed to find any valid interface to use: {exc} (there are: {interfaces.inventory()})"
@@ -70,17 +91,17 @@ def pick(
     tried: list[str] = []
     for iface in options.ifaces:
         try:
-            return _underlay(interfaces.named(iface), options)
+            return _underlay(interfaces.named(iface), options, interfaces, ways)
         except UnderlayError as exc:
             tried.append(f"--iface={iface}: {exc}")
     for text, pattern in patterns:
         try:
-            return _underlay(interfaces.matching(text, pattern), options)
+            return _underlay(interfaces.matching(text, pattern), options, interfaces, ways)
         except UnderlayError as exc:
             tried.append(f"--iface-regex={text}: {exc}")
     if options.can_reach is not None:
         try:
-            return _underlay(interfaces.towards(options.can_reach, reach), options)
+            return _underlay(interfaces.towards(options.can_reach, reach), options, interfaces, ways)
         except UnderlayError as exc:
             tried.append(f"--iface-can-reach={options.can_reach}: {exc}")
     raise UnderlayError(
@@ -89,99 +110,214 @@ def pick(
     )
 
 
-def refresh(old: Underlay, link: Link | None, addresses: Sequence[Address]) -> Underlay | None:
-    """`old` as it is now; None when a link of this name is another one, or no longer has our address."""
-    if link is None or link.index != old.link_index or old.address not in _usable(link, addresses):
+def probe_address(routes: Iterable[Route]) -> IPv4Address | None:
+    """An address that of `routes`, the main table, none but a default route leads to; None when there is none.
+
+    Nothing is sent to it.  The kernel's route to it has the source address that the default route uses.
+    """
+    unicast = [route for route in routes if isinstance(route.dst, IPv4Network)]
+    if not any(_is_default(route) for route in unicast):
+        return None
+    longer = [route.dst for route in unicast if route.dst != _EVERYWHERE]
+    return next((ip for ip in _PROBES if not any(ip in dst for dst in longer)), None)
+
+
+def refresh(
+    old: Underlay, links: Sequence[Link], addresses: Sequence[Address], ways: Iterable[Route] = ()
+) -> Underlay | None:
+    """`old` as it is now.
+
+    None when a link of this name is another one, or when the address is gone from where it was.  `ways` are the
+    kernel's routes to peers; they matter only for an underlay that `is_routed`.
+    """
+    interfaces = _Interfaces(links, addresses)
+    link = interfaces.called(old.link_name)
+    owner = link if old.address_link is None else interfaces.called(old.address_link)
+    if owner is None or old.address not in interfaces.addresses_of(owner):
+        return None
+    if old.is_routed:
+        leading = interfaces.leading(ways)
+        if leading:
+            # As long as some peer is reached through the link that it was, it stays that one.
+            here = next((it for it in leading if it.index == old.link_index), leading[0])
+            return replace(old, link_name=here.name, link_index=here.index, mtu=min(it.mtu for it in leading))
+    if link is None or link.index != old.link_index:
         return None
     return replace(old, mtu=link.mtu)
 
 
-def _underlay(found: tuple[Link, IPv4Address], options: UnderlayOptions) -> Underlay:
-    link, address = found
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An address, the link that owns it, and the link by which its datagrams leave: most often the same one."""
+
+    link: Link
+    owner: Link
+    address: IPv4Address
+    reason: str
+
+
+def _underlay(found: _Found, options: UnderlayOptions, interfaces: _Interfaces, ways: _Ways) -> Underlay:
+    link, owner, reason = found.link, found.owner, found.reason
+    if _leads_nowhere(link):
+        link = ways.first() or link
+    is_routed = owner.index != link.index
     if link.mtu == 0:
-        raise UnderlayError(f"failed to determine MTU for {address} interface {link.name}")
-    return Underlay(link.name, link.index, link.mtu, address, options.public_ip or address)
+        raise UnderlayError(f"failed to determine MTU for {found.address} interface {link.name}")
+    if is_routed:
+        reason = f"{reason}; it is on {owner.name}, and the routes to other hosts lead through {link.name}"
+    return Underlay(
+        link.name,
+        link.index,
+        link.mtu,
+        found.address,
+        options.public_ip or found.address,
+        owner.name if is_routed else None,
+        is_routed,
+        reason,
+        tuple(ip for ip in interfaces.addresses_of(owner) if ip != found.address),
+    )
 
 
 class _Interfaces:
-    """The links of this host and the ways to find one.  Each returns the link and our address on it."""
+    """The links of this host and the ways to find one."""
 
     def __init__(self, links: Sequence[Link], addresses: Sequence[Address]) -> None:
         self._links = links
-        self._addresses = {link.index: _usable(link, addresses) for link in links}
+        self._by_index = {link.index: link for link in links}
+        self._ranked = {link.index: _rank(link, addresses) for link in links}
 
-    def owner(self, ip: IPv4Address) -> tuple[Link, IPv4Address]:
-        for link in self._links:
-            if ip in self._addresses[link.index]:
-                return link, ip
-        raise UnderlayError(f"No interface with given IP found: {ip}")
+    def addresses_of(self, link: Link) -> list[IPv4Address]:
+        """The usable addresses, the best first."""
+        return [ip for _, ip in self._ranked[link.index]]
 
-    def on_default_route(self, routes: Sequence[Route]) -> tuple[Link, IPv4Address]:
-        for route in routes:
-            if route.dst == _EVERYWHERE and route.type == RouteType.UNICAST and route.oif is not None:
-                return self._first_address(self._by_index(route.oif))
+    def owner(self, ip: IPv4Address, said_by: str) -> _Found:
+        link = self._owner_of(ip)
+        if link is None:
+            raise UnderlayError(f"No interface with given IP found: {ip}")
+        return _Found(link, link, ip, f"{said_by} names it")
+
+    def on_default_route(self, routes: Sequence[Route], beyond: Route | None) -> _Found:
+        for route in [*([] if beyond is None or beyond.type != RouteType.UNICAST else [beyond]), *routes]:
+            if route is beyond or _is_default(route):
+                link = self._link(route.oif)
+                return self._source(link, route, "the default route") or self._first_address(link)
         raise UnderlayError("failed to get default interface: unable to find default route; use --iface")
 
-    def named(self, iface: str) -> tuple[Link, IPv4Address]:
+    def named(self, iface: str) -> _Found:
         try:
-            return self.owner(IPv4Address(iface))
+            return self.owner(IPv4Address(iface), "--iface")
         except ValueError:
             pass
-        for link in self._links:
-            if link.name == iface:
-                return self._first_address(link)
-        raise UnderlayError(f"error looking up interface {iface}: no such interface")
+        link = self.called(iface)
+        if link is None:
+            raise UnderlayError(f"error looking up interface {iface}: no such interface")
+        return self._first_address(link)
 
-    def matching(self, text: str, pattern: re.Pattern[str]) -> tuple[Link, IPv4Address]:
+    def matching(self, text: str, pattern: re.Pattern[str]) -> _Found:
         for link in self._links:
-            for ip in self._addresses[link.index]:
+            for ip in self.addresses_of(link):
                 if pattern.search(str(ip)):
-                    return link, ip
+                    return _Found(link, link, ip, "--iface-regex matches it")
         for link in self._links:
             if pattern.search(link.name):
                 return self._first_address(link)
         raise UnderlayError(f"could not match pattern {text} to any of the available network interfaces")
 
-    def towards(self, ip: IPv4Address, reach: Route | None) -> tuple[Link, IPv4Address]:
+    def towards(self, ip: IPv4Address, reach: Route | None) -> _Found:
         if reach is None or reach.oif is None:
             raise UnderlayError(f"failed to get interface to reach {ip}: no route")
-        link = self._by_index(reach.oif)
-        if isinstance(reach.prefsrc, IPv4Address):
-            return link, reach.prefsrc
-        return self._first_address(link)
+        if reach.type == RouteType.LOCAL:
+            # The kernel sends to itself through lo, whichever link has the address.
+            return self.owner(ip, "--iface-can-reach")
+        link = self._link(reach.oif)
+        return self._source(link, reach, f"the route to {ip}") or self._first_address(link)
 
-    def _first_address(self, link: Link) -> tuple[Link, IPv4Address]:
-        addresses = self._addresses[link.index]
-        if not addresses:
-            raise UnderlayError(f"failed to find IPv4 address for interface {link.name}")
-        return link, addresses[0]
+    def called(self, name: str) -> Link | None:
+        return next((link for link in self._links if link.name == name), None)
 
-    def _by_index(self, index: int) -> Link:
-        for link in self._links:
-            if link.index == index:
-                return link
-        raise UnderlayError(f"interface {index} of that route is gone")
+    def leading(self, ways: Iterable[Route]) -> list[Link]:
+        """The links by which these routes leave the host.  Our own devices do not count: they are the overlay."""
+        found = []
+        for way in ways:
+            link = None if way.oif is None else self._by_index.get(way.oif)
+            if way.type == RouteType.UNICAST and link is not None and not _leads_nowhere(link):
+                found.append(link)
+        return [link for link in found if not DEVICE_NAME.fullmatch(link.name)]
 
     def inventory(self) -> str:
         """Every link but lo with its usable addresses, for error messages."""
         links = [link for link in self._links if not link.is_loopback]
-        return ", ".join(" ".join([link.name, *map(str, self._addresses[link.index])]) for link in links) or "none"
+        return ", ".join(" ".join([link.name, *map(str, self.addresses_of(link))]) for link in links) or "none"
+
+    def _source(self, link: Link, route: Route, name: str) -> _Found | None:
+        """The source address that the kernel gives to packets on this route; None when it is none for us."""
+        ip = route.prefsrc
+        owner = self._owner_of(ip) if isinstance(ip, IPv4Address) else None
+        if owner is None or not isinstance(ip, IPv4Address):
+            return None
+        return _Found(link, owner, ip, f"the source of {name}")
+
+    def _first_address(self, link: Link) -> _Found:
+        ranked = self._ranked[link.index]
+        if not ranked:
+            raise UnderlayError(f"failed to find IPv4 address for interface {link.name}")
+        (rank, ip), *others = ranked
+        if not others:
+            return _Found(link, link, ip, f"the only address of {link.name}")
+        kind = next((name for name, ours, next_ in zip(_RANKS, rank, others[0][0], strict=True) if ours != next_), "")
+        return _Found(link, link, ip, f"the first {kind}address of {link.name}")
+
+    def _owner_of(self, ip: IPv4Address) -> Link | None:
+        return next((link for link in self._links if ip in self.addresses_of(link)), None)
+
+    def _link(self, index: int | None) -> Link:
+        if index is None or index not in self._by_index:
+            raise UnderlayError(f"interface {index} of that route is gone")
+        return self._by_index[index]
 
 
-def _usable(link: Link, addresses: Sequence[Address]) -> list[IPv4Address]:
+class _Ways:
+    """Where routes lead to other hosts, for an address on a link that leads nowhere.  The peers are not known yet."""
+
+    def __init__(self, interfaces: _Interfaces, routes: Sequence[Route], asked: Sequence[Route]) -> None:
+        """`asked` are what the kernel says of addresses that it was asked about; they come before `routes`."""
+        self._interfaces = interfaces
+        self._routes = routes
+        self._asked = asked
+
+    def first(self) -> Link | None:
+        """The link that most of the others are likely to be behind; None when no route leads anywhere."""
+        # Without a default route: what leads through a router, and of that what leads to most.
+        by_width = sorted(self._routes, key=lambda it: (it.gateway is None, it.dst.prefixlen))
+        return next(iter(self._interfaces.leading([*self._asked, *by_width])), None)
+
+
+def _is_default(route: Route) -> bool:
+    return route.dst == _EVERYWHERE and route.type == RouteType.UNICAST and route.oif is not None
+
+
+def _leads_nowhere(link: Link) -> bool:
+    """Whether no other host is behind the link: it is there to hold addresses that routes lead to."""
+    return link.is_loopback or link.kind == "dummy"
+
+
+_RANKS = ("global ", "permanent ", "lasting ")
+
+
+def _rank(link: Link, addresses: Sequence[Address]) -> list[tuple[tuple[bool, bool, bool], IPv4Address]]:
     """The link's usable addresses: global before link-local, permanent before dynamic, lasting before temporary.
 
     Deprecated addresses are left out, as they are not for new connections (RFC 4862 5.5.4), and so are loopback and
     multicast addresses.
     """
-    candidates = [
-        (a.ip.is_link_local, not a.is_permanent, a.is_temporary, position, a.ip)
-        for position, a in enumerate(addresses)
+    usable = [
+        ((a.ip.is_link_local, not a.is_permanent, a.is_temporary), a.ip)
+        for a in addresses
         if a.link_index == link.index
         and isinstance(a.ip, IPv4Address)
         and not (a.is_deprecated or a.ip.is_loopback or a.ip.is_multicast or a.ip.is_unspecified)
     ]
-    return [candidate[-1] for candidate in sorted(candidates)]
+    return sorted(usable, key=lambda it: it[0])
 
 
 _POSIX_CLASSES = {

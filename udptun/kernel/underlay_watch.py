@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from ipaddress import IPv4Address
+from itertools import islice
 
-from udptun.core.errors import KernelError, UdptunError
+from udptun.core.errors import UdptunError
+from udptun.core.network_state import Route
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
-from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, refresh
+from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, probe_address, refresh
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
 
 _PACE = Pace(settle_s=0.05, max_settle_s=0.2, storm_s=1.0, period_s=30.0, retry_s=1.0)
 """An address that is replaced is gone for a moment; 50 ms let the new one come."""
+_MAX_ASKED = 64
+"""The kernel is asked for the ways to so many peers: they show which interfaces lead to the others."""
 
 
 async def find_underlay(options: UnderlayOptions) -> Underlay:
     """The interface that `options` describe.  Raises UdptunError."""
     async with Netlink() as kernel:
-        reach = None
-        if options.can_reach is not None:
-            with suppress(KernelError):
-                reach = await kernel.route_get(options.can_reach)
-        links, routes = await kernel.links(), await kernel.routes()
-        return pick(options, links, await kernel.addresses(), routes, reach)
+        links, addresses, routes = await kernel.links(), await kernel.addresses(), await kernel.routes()
+        beyond = probe_address(routes)
+        ways = await kernel.routes_to(ip for ip in (options.can_reach, beyond) if ip is not None)
+        reach = None if options.can_reach is None else ways.get(options.can_reach)
+        return pick(options, links, addresses, routes, reach, None if beyond is None else ways.get(beyond))
 
 
 class UnderlayWatch:
     """Calls `move` with what the underlay is now when that differs from `current`, until the move succeeds.
 
     The interface stays the chosen one as long as it has the address that we use, whatever else fits `options` by now.
+    Where routes have chosen it, because the address is on lo, it is the one that leads to the peers.
     """
 
     def __init__(
-        self, options: UnderlayOptions, current: Underlay, move: Callable[[Underlay], Awaitable[None]]
+        self,
+        options: UnderlayOptions,
+        current: Underlay,
+        move: Callable[[Underlay], Awaitable[None]],
+        peers: Callable[[], Iterable[IPv4Address]],
     ) -> None:
-        """`move` raises UdptunError, and has changed nothing, when it cannot go over.  It is then called again."""
+        """`move` raises UdptunError, and has changed nothing, when it cannot go over.  It is then called again.
+
+        `peers` returns the peers' addresses.
+        """
         self._options = options
         self._current = current
         self._move = move
+        self._peers = peers
         self._problem = ""
         self._loop = WatchLoop("underlay", self._relevant_notices, self._follow, _PACE)
 
@@ -57,8 +70,12 @@ class UnderlayWatch:
     async def _relevant_notices(self) -> AsyncGenerator[frozenset[Notice], None]:
         async with aclosing(watch()) as batches:
             async for notices in batches:
-                # Routes matter only while an interface is looked for.
-                if self._problem or any(notice.kind is not NoticeKind.ROUTE for notice in notices):
+                # Routes matter only while an interface is looked for, or where they have chosen it.
+                if (
+                    self._problem
+                    or self._current.is_routed
+                    or any(notice.kind is not NoticeKind.ROUTE for notice in notices)
+                ):
                     yield notices
 
     async def _follow(self) -> bool:
@@ -77,7 +94,14 @@ class UnderlayWatch:
         return True
 
     async def _present(self) -> Underlay:
+        current = self._current
+        names = dict.fromkeys((current.link_name, current.address_link or current.link_name))
+        ways: Iterable[Route] = ()
         async with Netlink() as kernel:
-            link = await kernel.link(self._current.link_name)
-            addresses = [] if link is None else await kernel.addresses(link.index)
-        return refresh(self._current, link, addresses) or await find_underlay(self._options)
+            if current.is_routed:
+                links = await kernel.links()
+                ways = (await kernel.routes_to(islice(self._peers(), _MAX_ASKED))).values()
+            else:
+                links = [link for name in names if (link := await kernel.link(name)) is not None]
+            addresses = [a for link in links if link.name in names for a in await kernel.addresses(link.index)]
+        return refresh(current, links, addresses, ways) or await find_underlay(self._options)
