@@ -522,16 +522,37 @@ def test_run_ends_when_cancelled_and_closes_what_it_opened(ns: Namespace, tun: T
     assert after <= before
 
 
-def test_a_read_only_optional_setting_is_no_problem(ns: Namespace, tun: Tun) -> None:
+def test_a_setting_that_the_kernel_does_not_have_is_no_problem(ns: Namespace, tun: Tun) -> None:
+    """As those of IPv6 on a kernel without it."""
     (link,) = WANTED.links
-    optional = replace(link.sysctls[1], path="net/ipv4/conf/nowhere/no_such_setting")
-    desired = replace(WANTED, links=(replace(link, sysctls=(link.sysctls[0], optional)),))
+    missing = replace(link.sysctls[1], path="net/ipv6/conf/nowhere/no_such_setting")
+    desired = replace(WANTED, links=(replace(link, sysctls=(missing, *link.sysctls)),))
+    assert converge(ns, tun, desired).problems == ()
+    assert shape(ns) == wanted_shape()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        # Written by root and refused by the kernel; and a file that nobody can write.
+        (f"net/ipv4/conf/{TUN_NAME}/accept_local", "many", "EINVAL"),
+        ("net/ipv4/tcp_available_congestion_control", "1", "EACCES"),
+    ],
+)
+def test_a_setting_that_is_refused_does_not_keep_the_rest_from_being_set(
+    ns: Namespace, tun: Tun, setting: str, value: str, reason: str
+) -> None:
+    """The start ended with `cannot set up flannel0: set sysctl ...: EROFS` in every pod that is not privileged."""
+    (link,) = WANTED.links
+    refused = replace(link.sysctls[0], path=setting, value=value, without="something is missing")
+    desired = replace(WANTED, links=(replace(link, sysctls=(refused, *link.sysctls)),))
     outcome = converge(ns, tun, desired)
-    assert outcome.problems == ()
-    required = replace(optional, is_optional=False)
-    desired = replace(WANTED, links=(replace(link, sysctls=(required,)),))
-    outcome = converge(ns, tun, desired)
-    assert any("cannot write 1 to /proc/sys/net/ipv4/conf/nowhere" in failure for failure in outcome.failures)
+    assert not outcome.is_broken
+    assert outcome.problems == (
+        f"sysctl {setting} cannot be set to {value} ({reason}), so something is missing; "
+        f"run `sysctl -w {setting}={value}` on the host, or give the container a /proc/sys that it can write",
+    )
+    assert shape(ns) == wanted_shape()
 
 
 def test_a_thousand_peers_of_vxlan_are_set_up_at_once_and_one_more_costs_little(ns: Namespace) -> None:

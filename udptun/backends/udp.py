@@ -95,8 +95,16 @@ def tun_link(name: str, mtu: int) -> DesiredLink:
         (
             # Our ICMP errors come out of the device with our own address as their source; the kernel drops such
             # packets as martians otherwise (fib_validate_source).
-            Sysctl(f"net/ipv4/conf/{name}/accept_local", "1"),
+            Sysctl(
+                f"net/ipv4/conf/{name}/accept_local",
+                "1",
+                "this host and its pods are not told of packets that are too big for the tunnel or have no peer",
+            ),
             # The tunnel carries IPv4 alone: without this the kernel greets the peers with router solicitations.
-            Sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1", is_optional=True),
+            Sysctl(
+                f"net/ipv6/conf/{name}/disable_ipv6",
+                "1",
+                "the kernel sends IPv6 router solicitations into the tunnel, which drops them",
+            ),
         ),
     )

@@ -93,7 +93,11 @@ class KernelVxlan:
         lower_index = 0 if underlay.is_routed else underlay.link_index
         vxlan = Vxlan(keys.vni, underlay.address, lower_index, keys.port, keys.learning, keys.gbp)
         # The tunnel carries IPv4 alone, and a router's advertisement in it is none of ours.
-        accept_ra = Sysctl(f"net/ipv6/conf/{self.device}/accept_ra", "0", is_optional=True)
+        accept_ra = Sysctl(
+            f"net/ipv6/conf/{self.device}/accept_ra",
+            "0",
+            "this host takes IPv6 addresses and routes that a peer advertises in the tunnel",
+        )
         return (DesiredLink(self.device, live.mtu, 0, (accept_ra,), vxlan, self._mac),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:

@@ -17,12 +17,13 @@ _WORST_METRIC = 0xFFFFFFFF
 class Sysctl:
     """One setting, named by its path below /proc/sys.
 
-    `is_optional`: the host works without it.  Its file may be missing, or read-only in a container.
+    Packets flow without any of them: in a container that is not privileged, /proc/sys is read-only.  `without` says in
+    words what is then the case instead.  A setting whose file is missing, as IPv6's may be, has nothing to act on.
     """
 
     path: str
     value: str
-    is_optional: bool = False
+    without: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ Most changes are single netlink messages.  Those that follow each other go to th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
@@ -18,8 +17,6 @@ from udptun.kernel.netlink import Netlink
 from udptun.kernel.reconcile.change import Change, Verb
 from udptun.kernel.rtnetlink import Request
 from udptun.kernel.sysctl import write_sysctl
-
-log = logging.getLogger(__name__)
 
 _REQUESTS: Mapping[tuple[Verb, type], Callable[..., Request]] = {
     (Verb.ADD, Route): rtnetlink.add_route,
@@ -53,8 +50,8 @@ async def apply(
 ) -> tuple[list[Change], list[tuple[Change, KernelError]]]:
     """Make the changes in order, each whatever becomes of the others.
 
-    Returns those that were made, and those that failed with the reasons.  A refused optional setting is in neither
-    list.  Raises KernelError when the conversation itself fails.
+    Returns those that were made, and those that failed with the reasons.  Raises KernelError when the conversation
+    itself fails.
     """
     done: list[Change] = []
     failed: list[tuple[Change, KernelError]] = []
@@ -67,8 +64,6 @@ async def apply(
         ):
             if error is None:
                 done.append(change)
-            elif isinstance(change.thing, Sysctl) and change.thing.is_optional:
-                log.debug("optional setting refused change=%r error=%s", str(change), error)
             else:
                 failed.append((change, error))
     return done, failed

@@ -14,12 +14,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from udptun.core.desired import DesiredState
+from udptun.core.desired import DesiredState, Sysctl
 from udptun.core.errors import KernelError
 from udptun.core.network_state import ROUTE_PROTOCOL, Link, Route
 from udptun.kernel.netlink import Netlink
@@ -51,18 +51,20 @@ Decide = Callable[[Mapping[IPv4Address, int]], DesiredState]
 class Outcome:
     """What one repair did and could not do.
 
-    `failures` are tried again by themselves; `conflicts` wait for a person (or another program) to give way.
-    `is_broken`: a failure concerns not one peer but all of them.
+    `failures` are tried again soon.  `refusals` are settings that packets flow without, and `conflicts` wait for a
+    person (or another program) to give way; both are looked at with every repair.  `is_broken`: a failure concerns not
+    one peer but all of them.
     """
 
     changes: tuple[Change, ...] = ()
     failures: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
     is_broken: bool = False
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return self.failures + self.conflicts
+        return self.failures + self.refusals + self.conflicts
 
 
 class Reconciler:
@@ -131,6 +133,7 @@ class Reconciler:
         async with self._busy:
             changes: list[Change] = []
             failures: tuple[str, ...] = ()
+            refusals: tuple[str, ...] = self.last.refusals
             is_broken = False
             conflict_lines = self.last.conflicts
             for _ in range(_ROUNDS):
@@ -143,6 +146,8 @@ class Reconciler:
                     failures, is_broken = (str(exc),), True
                     break
                 self._note_foreign(done, failed)
+                refusals = tuple(_refusals(failed))
+                failed = [(change, error) for change, error in failed if not isinstance(change.thing, Sysctl)]
                 failures = tuple(f"{change}: {error}" for change, error in failed)
                 is_broken = not all(change.is_per_peer for change, _ in failed)
                 changes += done
@@ -150,7 +155,7 @@ class Reconciler:
                     break
             else:
                 failures = (*failures, f"not as wanted after {_ROUNDS} rounds: another program undoes our changes")
-            self._record(Outcome(tuple(changes), failures, conflict_lines, is_broken))
+            self._record(Outcome(tuple(changes), failures, refusals, conflict_lines, is_broken))
             return self.last
 
     async def _look(self) -> bool:
@@ -263,6 +268,18 @@ class Reconciler:
             return ()
         names = {link.index: link.name for link in await kernel.links()}
         return tuple(conflicts(self._desired, actual, names))
+
+
+def _refusals(failed: Iterable[tuple[Change, KernelError]]) -> Iterator[str]:
+    """A line for each setting that cannot be set, saying what is the case without it."""
+    for change, error in failed:
+        if isinstance(change.thing, Sysctl) and error.errno != errno.ENOENT:
+            it = change.thing
+            reason = errno.errorcode.get(error.errno, str(error.errno))
+            yield (
+                f"sysctl {it.path} cannot be set to {it.value} ({reason}), so {it.without}; "
+                f"run `sysctl -w {it.path}={it.value}` on the host, or give the container a /proc/sys that it can write"
+            )
 
 
 def _first_of(items: Sequence[object]) -> list[str]:
