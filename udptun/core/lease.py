@@ -12,13 +12,15 @@ import re
 import sys
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import chain
 from typing import Any
+
+from udptun.core.frozen import dataclass
 
 Json = Any
 """A value as `json.loads` returns it; BackendData belongs to the backend that wrote it."""

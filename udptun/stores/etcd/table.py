@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.etcd_leases import EtcdLeases
