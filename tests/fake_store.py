@@ -112,6 +112,7 @@ class FakeStore:
         self.name = "fake"
         self.config_name = "fake/config"
         self.is_remote = False
+        self.keeps_backend_data = True
         self.config = config
         self.fail: Exception | None = None
         """What every reading call raises, and a watch that has begun (see `break_down`)."""

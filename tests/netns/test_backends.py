@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from traffic import CLEANUP, cpu_s, datapath_pids, peers, ping, read_status, sec
 from udptun.lab.errors import LabError
 from udptun.lab.host import DISTANT, SUBNET_ENV, UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, Lab
+from udptun.lab.topology import LAB_DIR, LEASES, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -722,3 +723,51 @@ def test_status_says_what_each_backend_would_get_here_without_a_daemon() -> None
         assert rows.keys() == {backend["Type"] for backend in BACKENDS.values()}
         assert rows["vxlan"] == ["yes", "the kernel's VXLAN device"]
         assert show(one, "ip", "link", "show", "type", "vxlan") == [], "the probe's device is gone again"
+
+
+# --- the leases file
+
+
+@contextmanager
+def file_lab(backend: Mapping[str, object]) -> Iterator[Lab]:
+    """Two hosts whose leases a file says."""
+    path = LAB_DIR / "leases.json"
+    with Lab(f"f{os.getpid()}", net_conf=net_conf(backend), store=f"file:{path}") as lab:
+        entries = [
+            {"Subnet": f"10.244.{host.index}.0/24", "PublicIP": str(host.underlay_address)} for host in lab.hosts
+        ]
+        lab.switch.at().path(path).write_text(json.dumps(entries))
+        yield lab
+
+
+@pytest.mark.parametrize("name", ["udp", "host-gw", "alloc"])
+def test_hosts_of_a_leases_file_find_each_other(name: str) -> None:
+    """With host-gw each host skipped all others, as udp's, and said that it was ready."""
+    with file_lab(BACKENDS[name]) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        one, two = lab.hosts
+        assert read_status(one)["skipped"] == []
+        if name in CARRYING:
+            wait_for_answer(one.pod(1), two.pod(1))
+
+
+@pytest.mark.parametrize("name", ["vxlan", "vtep"])
+def test_a_leases_file_that_cannot_say_enough_of_a_peer_ends_the_start(name: str) -> None:
+    """The daemon was ready, without any peer: each lease was skipped for its BackendType."""
+    with file_lab(BACKENDS[name]) as lab:
+        one = lab.host(1)
+        one.start_daemon()
+        with pytest.raises(LabError, match="ended with status 2"):
+            one.wait_ready()
+        assert f"vxlan does not work with the store file:{LAB_DIR / 'leases.json'}" in one.daemon_log()
+        assert "use --store etcd, or Backend.Type udp or host-gw" in one.daemon_log()
+        assert show(one, "ip", "link", "show", "flannel.1") == []
+
+
+@pytest.mark.usefixtures("no_vxlan")
+def test_a_leases_file_is_enough_for_vxlans_fallback_udp() -> None:
+    with file_lab({"Type": "vxlan", "Fallback": "udp"}) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        wait_for_answer(lab.host(1).pod(1), lab.host(2).pod(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,24 @@ def test_the_file_decides_and_the_chooser_is_not_asked(path: Path) -> None:
 
     asyncio.run(main())
     assert asked == []
+
+
+@pytest.mark.parametrize("kind", ["udp", "host-gw", ""])
+def test_the_others_have_the_backend_that_is_claimed_with(path: Path, kind: str) -> None:
+    """Every entry was an udp lease: with host-gw each host skipped all others, and said that it was ready."""
+    put(path, [A, B])
+
+    async def main() -> None:
+        store = store_at(path)
+        own = await store.claim(replace(host(1), backend_type=kind), first_free)
+        (other,) = [lease for lease in (await store.snapshot()).leases if lease.key != own.key]
+        assert (other.attrs.backend_type, other.attrs.port(0)) == (kind, 8285)
+        async with watching(store) as watcher:
+            put(path, [A, {**B, "PublicIP": "198.18.0.9"}])
+            await watcher.until(lambda: str(watcher.leases[other.key].attrs.public_ip) == "198.18.0.9")
+            assert watcher.leases[other.key].attrs.backend_type == kind
+
+    asyncio.run(main())
 
 
 def test_renewing_follows_the_own_entry_to_another_subnet_as_a_lost_lease(path: Path) -> None:

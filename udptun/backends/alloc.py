@@ -27,6 +27,7 @@ class Alloc:
     device = None
     overhead = 0
     encapsulation = None
+    needs_backend_data = False
     asks_direct = False
 
     def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:

@@ -142,6 +142,10 @@ class Backend(Protocol):
         """What the datapath is to do; None: the kernel carries the packets, and there is no datapath."""
 
     @property
+    def needs_backend_data(self) -> bool:
+        """Whether a peer's lease has to say more of the peer than its PublicIP and port."""
+
+    @property
     def asks_direct(self) -> bool:
         """Whether `desired` depends on `BackendInput.direct`."""
 

@@ -28,6 +28,7 @@ class HostGw:
     device = None
     overhead = 0
     encapsulation = None
+    needs_backend_data = False
     asks_direct = False
 
     def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:

@@ -43,6 +43,7 @@ class Udp:
     summary = "userspace tunnel, flannel's udp wire format"
     device = TUN_NAME
     overhead = UDP_OVERHEAD
+    needs_backend_data = False
     asks_direct = False
     n_senders = 0
 

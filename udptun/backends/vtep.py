@@ -26,6 +26,7 @@ class UserspaceVtep:
     summary = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
     overhead = vxlan.VXLAN_OVERHEAD
     n_senders = N_SENDERS
+    needs_backend_data = True
 
     def __init__(self, keys: vxlan.VxlanKeys, mac: str) -> None:
         """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`); it must stay the same from run to run."""

@@ -72,6 +72,7 @@ class KernelVxlan:
     summary = "the kernel's VXLAN device"
     overhead = VXLAN_OVERHEAD
     encapsulation = None
+    needs_backend_data = True
 
     def __init__(self, keys: VxlanKeys, mac: str) -> None:
         """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`); it must stay the same from run to run."""

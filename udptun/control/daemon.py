@@ -32,6 +32,7 @@ from udptun.control.http import serve
 from udptun.control.run_dir import SOCKET_NAME, fault_of_directory, lock_run_dir
 from udptun.control.running import Running, log_underlay
 from udptun.control.settings import (
+    check_store,
     firewall_settings,
     live_settings,
     read_config,
@@ -166,6 +167,7 @@ class Daemon:
             conf.backend, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
         )
         backend = choice.backend
+        check_store(store, backend)
         log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
         live = live_settings(options, conf.backend, underlay.mtu, backend.overhead)
         node_id = identity.node_id(options.state_dir)

@@ -6,15 +6,17 @@ import logging
 import os
 from dataclasses import replace
 
-from udptun.backends.base import LiveSettings, TunnelKeys, mtu_for
+from udptun.backends.base import Backend, LiveSettings, TunnelKeys, mtu_for
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config.flags import Options
 from udptun.config.net_conf import BackendKeys, LogLevel, NetConf
+from udptun.core.errors import ConfigError
 from udptun.core.offload import ALL, corrupted_by
 from udptun.core.tunnel import default_workers
 from udptun.firewall.reconciler import FirewallSettings
 from udptun.kernel.underlay import UnderlayOptions
+from udptun.stores.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,16 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
         options.source_check or tunnel.source_check,
         offload & ~corrupted_by(os.uname().release),
     )
+
+
+def check_store(store: Store, backend: Backend) -> None:
+    """Raise ConfigError when the leases of `store` cannot say what `backend` has to know of a peer."""
+    if backend.needs_backend_data and not store.keeps_backend_data:
+        raise ConfigError(
+            f"Backend.Type: {backend.type} does not work with the store {store.name}, which has no place for what each "
+            "host says of itself (its VtepMAC): no host would find a peer; use --store etcd, or Backend.Type udp or "
+            "host-gw"
+        )
 
 
 def set_log_level(options: Options, configured: LogLevel | None) -> None:

@@ -87,6 +87,12 @@ class Store(Protocol):
     the state file may be used, and nothing else.  It is exact for a lease that this object claimed or renewed.
     """
 
+    keeps_backend_data: bool
+    """Whether a lease says of its host what the host's backend needs to say (BackendData).
+
+    A leases file has the address and the port alone.
+    """
+
     async def network_config(self) -> str:
         """The text of net-conf.json.  Raises ConfigError when there is none, saying where it should be."""
 

@@ -9,7 +9,10 @@ It is for a few real hosts without a server.  The file is a JSON list with one e
 
 Subnet and PublicIP are required.  Port is where that host listens; without it, that is the port that is configured on
 this host.  Node is a name for --node.  Keys are matched without regard to case, as in net-conf.json.  An unknown key is
-refused, because a mistyped Port would send packets to the wrong port in silence.  All hosts in the file run udptun.
+refused, because a mistyped Port would send packets to the wrong port in silence.
+
+All hosts in the file run udptun, and all have the backend of this one.  One that has to know more of a peer than its
+PublicIP and Port does not work with this store.
 
 The file is the allocation, and nothing here ever writes it.  A claim finds the own entry and never asks the chooser.
 The daemon checks the subnet against Network as it does with a lease from any other store.
@@ -157,7 +160,7 @@ class FileStore:
 
     The own entry is the one named `node`.  Without a name it is the one with the PublicIP of the attributes that are
     claimed with, and with their Port where several entries share that address.  Once claimed, it appears in snapshots
-    and events with those attributes.
+    and events with those attributes, and the others with the same backend.
 
     The revision counts the accepted changes that this object has seen.
     """
@@ -166,6 +169,7 @@ class FileStore:
         self.name = f"file:{path}"
         self.config_name = str(net_config_path)
         self.is_remote = False
+        self.keeps_backend_data = False
         self._path = path
         self._net_config_path = net_config_path
         self._node = node
@@ -319,6 +323,8 @@ class FileStore:
         """The leases, the own one with the attributes it was claimed with."""
         leases = {entry.lease.key: entry.lease for entry in self._leases.entries}
         if self._own_attrs is not None:
+            kind = self._own_attrs.backend_type
+            leases = {key: replace(it, attrs=replace(it.attrs, backend_type=kind)) for key, it in leases.items()}
             # There is no entry, or there are several, because an edit took ours away.  renew() says so.
             with suppress(ConfigError):
                 own = self._find_own(self._own_attrs).lease

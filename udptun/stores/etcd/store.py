@@ -51,6 +51,7 @@ class EtcdStore:
         self.name = "etcd"
         self.config_name = f"{settings.prefix}/config"
         self.is_remote = True
+        self.keeps_backend_data = True
         self._client = Client(settings)
         self._etcd_leases = EtcdLeases(self._client, clock)
         self._keys = LeaseKeys(settings.prefix, self._etcd_leases)

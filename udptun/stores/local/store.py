@@ -63,6 +63,7 @@ class LocalStore:
         self.name = f"local:{path}"
         self.config_name = str(net_config_path)
         self.is_remote = False
+        self.keeps_backend_data = True
         self._net_config_path = net_config_path
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lease-store")
