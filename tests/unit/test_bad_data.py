@@ -11,7 +11,8 @@ from bad_data import CONFIGS, GOOD, LEASES, SUBNET_ENVS
 from udptun.backends.choice import parse_net_conf
 from udptun.config import subnet_env
 from udptun.core.errors import ConfigError
-from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, LeaseTable, Subnets
+from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
+from udptun.core.lease_table import LeaseTable
 
 NETWORK = IPv4Network("10.244.0.0/16")
 OWN = IPv4Network("10.244.3.0/24")

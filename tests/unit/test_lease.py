@@ -17,10 +17,10 @@ from udptun.core.lease import (
     LeaseAttrs,
     LeaseEvent,
     LeaseFormatError,
-    LeaseTable,
     Subnets,
     validate,
 )
+from udptun.core.lease_table import LeaseTable
 
 NETWORK = IPv4Network("10.244.0.0/16")
 OWN_IP = IPv4Address("192.0.2.1")

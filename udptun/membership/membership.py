@@ -21,7 +21,8 @@ from pathlib import Path
 from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
-from udptun.core.lease import Lease, LeaseAttrs, LeaseTable, validate
+from udptun.core.lease import Lease, LeaseAttrs, validate
+from udptun.core.lease_table import LeaseTable
 from udptun.membership.allocate import left_reservations
 from udptun.membership.doubles import Clones, Doubles
 from udptun.membership.follow import Follower

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from udptun.core.lease import EventType, Lease, LeaseEvent, LeaseTable
+from udptun.core.lease import EventType, Lease, LeaseEvent
+from udptun.core.lease_table import LeaseTable
 from udptun.membership.doubles import Clones
 from udptun.membership.grace import Grace
 from udptun.membership.lease_clock import LeaseClock
