@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import statistics
 import subprocess
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--leases", type=whole_number(0, 4096), default=2, metavar="N", help="of peers (default 2)")
     parser.add_argument("--runs", type=whole_number(1, 1000), default=10, metavar="N", help="starts (default 10)")
     options = parser.parse_args(arguments)
+    # The daemon inherits it: with it every start would compile the package anew, which no installed one does.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     screen = Screen()
     return run(screen, lambda: _measure(screen, options.store, options.leases, options.runs))
 
