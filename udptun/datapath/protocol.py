@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from udptun.core.frozen import dataclass
 from udptun.datapath.worker import HELLO, HELLO_MAGIC
 
 MAX_DESCRIPTORS = 253
