@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredState
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
@@ -11,7 +11,6 @@ from udptun.config.go_json import choice, integer, key
 from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredLink, DesiredState
 from udptun.core.errors import ConfigError
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.offload import ALL, Offload
 from udptun.core.offload import parse as parse_offloads

@@ -6,6 +6,7 @@ The caller has asked the kernel what it can do.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from udptun.backends.alloc import Alloc, AllocKeys
 from udptun.backends.base import Backend
@@ -16,7 +17,6 @@ from udptun.backends.vxlan import Fallback, KernelVxlan, VxlanKeys, device_name
 from udptun.config import net_conf
 from udptun.config.net_conf import BackendKeys, NetConf
 from udptun.core.errors import UdptunError
-from udptun.core.frozen import dataclass
 
 KINDS: Mapping[str, type[BackendKeys]] = {kind.type: kind for kind in (UdpKeys, VxlanKeys, HostGwKeys, AllocKeys)}
 """The keys of each `Backend.Type` there is."""

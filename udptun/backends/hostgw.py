@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
 

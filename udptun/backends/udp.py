@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys
 from udptun.config.go_json import integer, key
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.tunnel import PORTS
 from udptun.datapath.settings import PacketSettings, Remote

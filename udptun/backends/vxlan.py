@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
@@ -23,7 +24,6 @@ from udptun.core.desired import (
     Sysctl,
     guard,
 )
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.network_state import Vxlan
 from udptun.core.tunnel import PORTS

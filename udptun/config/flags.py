@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -39,7 +40,6 @@ from udptun.config.store_flags import (
     parse_store,
 )
 from udptun.core.errors import UsageError
-from udptun.core.frozen import dataclass
 from udptun.core.offload import Offload
 from udptun.core.offload import parse as parse_offloads
 from udptun.core.tunnel import PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck

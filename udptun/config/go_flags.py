@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from udptun.core.errors import UsageError, did_you_mean
-from udptun.core.frozen import dataclass
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from udptun.core.errors import ConfigError, did_you_mean
-from udptun.core.frozen import dataclass
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)

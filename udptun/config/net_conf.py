@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import ClassVar, Generic, TypeVar
 
 from udptun.config.go_json import JsonFields, JsonObject, Report, boolean, choice, integer, key, keys_of, read_keys
 from udptun.core.errors import ConfigError, did_you_mean
-from udptun.core.frozen import dataclass
 
 _DEFAULT_BACKEND = "udp"
 """flannel's, when there is no `Backend` (parseBackendType)."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import posixpath
 import re
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from udptun.config.go_flags import Given, boolean, flag, flags_of, settled_flag
 from udptun.core.errors import UsageError
-from udptun.core.frozen import dataclass
 
 ETCD_TOPIC, KUBE_TOPIC = "etcd", "Kubernetes"
 

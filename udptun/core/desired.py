@@ -5,9 +5,9 @@ A backend says it (`backends/`).  The reconciler makes it so and keeps it so (`k
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from ipaddress import IPv4Network
 
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import IPAddress, IPNetwork, Route, RouteType, Vxlan
 
 _WORST_METRIC = 0xFFFFFFFF

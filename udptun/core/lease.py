@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
-
-from udptun.core.frozen import dataclass
 
 Json = Any
 """A value as `json.loads` returns it; BackendData belongs to the backend that wrote it."""

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import udptun._fastpath as fastpath
 from udptun.core.errors import DatapathError
-from udptun.core.frozen import dataclass
 from udptun.datapath import worker
 from udptun.datapath.protocol import MAX_DESCRIPTORS, MAX_HELLO_BYTES, Descriptors, Hello
 

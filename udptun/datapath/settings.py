@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from udptun.core.frozen import dataclass
 from udptun.core.offload import ALL, Offload
 from udptun.core.tunnel import SourceCheck
 

@@ -8,10 +8,10 @@ the other one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from udptun.core.errors import FirewallError
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import IPNetwork
 from udptun.firewall import tool
 from udptun.firewall.rules import Chain, DesiredRules, Repair, iptables_chains, iptables_leftovers, iptables_repair

@@ -12,10 +12,10 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Protocol
 
 from udptun.core.errors import FirewallError, KernelError
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import IPNetwork
 from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, programs
 from udptun.firewall.nft import NftRules

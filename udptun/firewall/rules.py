@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from ipaddress import ip_network
 from typing import Any
 
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import IPNetwork
 
 MARK = 0x4000

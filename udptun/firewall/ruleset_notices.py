@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 
-from udptun.core.frozen import dataclass
 from udptun.kernel import rtnetlink
 from udptun.kernel.notices import datagrams
 

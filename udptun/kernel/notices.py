@@ -12,10 +12,10 @@ import socket
 import struct
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from enum import Enum
 
 from udptun.core.errors import KernelError
-from udptun.core.frozen import dataclass
 from udptun.kernel import rtnetlink
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR = 16, 17, 20, 21

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import NUD_PERMANENT, FdbEntry, IPAddress, IPNetwork, Neighbour, Route
 
 HEADER = struct.Struct("=IHHII")

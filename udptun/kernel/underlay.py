@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 
 from udptun.core.errors import UdptunError, UsageError
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import DEVICE_NAME, Address, Link, Route, RouteType
 
 _EVERYWHERE = IPv4Network("0.0.0.0/0")

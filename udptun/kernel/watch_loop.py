@@ -12,9 +12,9 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from udptun.core.errors import UdptunError
-from udptun.core.frozen import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease
 
 _NODE_ID = "node-id"

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 from udptun.core import atomic_file
 from udptun.core.clock import Clock
 from udptun.core.errors import KernelError
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 
 SCHEMA = 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,6 @@ from typing import Any, TypeVar
 from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.membership import saved
 from udptun.membership.identity import Identity

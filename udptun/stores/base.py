@@ -13,11 +13,11 @@ keeps its table over both.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from udptun.core.errors import ConfigError, LeaseError
-from udptun.core.frozen import dataclass
 from udptun.core.lease import Lease, LeaseAttrs, LeaseEvent, Subnets
 
 LEASE_TTL_S = 86_400

@@ -28,12 +28,11 @@ import time
 from bisect import bisect
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from udptun.core.errors import ConfigError, LeaseLostError
-from udptun.core.frozen import dataclass
 from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
 from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, read_network_config, reason
 

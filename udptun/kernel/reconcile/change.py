@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 from udptun.core.desired import DesiredLink, Sysctl
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import Address, FdbEntry, Link, LinkSettings, Neighbour, Route, describe_route
 
 _PerPeer = Route | Neighbour | FdbEntry

@@ -6,10 +6,9 @@ There may be thousands of peers: `plan` costs what it is given, not its square.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredState
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import (
     LINK_ALIAS,
     Address,

@@ -16,11 +16,11 @@ import errno
 import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from udptun.core.desired import DesiredState, Sysctl
 from udptun.core.errors import KernelError
-from udptun.core.frozen import dataclass
 from udptun.core.network_state import ROUTE_PROTOCOL, Link, Route
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from udptun.config.store_flags import Endpoint, EtcdOptions
 from udptun.core.errors import ConfigError, LeaseError, StoreUnavailableError
-from udptun.core.frozen import dataclass
 
 CALL_S = 5.0
 """How long one call may take.  etcd itself gives up after 7 s, or after 5 s and twice its election timeout."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from udptun.core.frozen import dataclass
+from dataclasses import dataclass
+
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.etcd_leases import EtcdLeases
