@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network
@@ -24,6 +25,7 @@ import pytest
 from scapy.all import IP, UDP
 
 from udptun import _fastpath
+from udptun._kabi import lib
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import processes, worker
@@ -428,3 +430,42 @@ def test_control_plane_of_the_first_builds_can_adopt_and_stop_a_process_of_this_
         await datapath.stop()
 
     asyncio.run(test())
+
+
+def test_nothing_is_sent_twice_when_a_busy_process_is_told_to_stop(rig: Rig) -> None:
+    """Before, it ended in the middle of a turn, and its successor sent what it found in flight once more."""
+    rig.peer.setsockopt(socket.SOL_SOCKET, lib.SO_RCVBUFFORCE, 16 << 20)
+    packet = bytes(10) + bytes(IP(src="10.244.1.5", dst="10.244.2.7", ttl=64) / UDP() / bytes(8))
+    arrived: list[int] = []
+    is_over = threading.Event()
+    sent = 0
+
+    def drain() -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                arrived.extend(struct.unpack("=Q", rig.peer.recv(2000)[-8:]))
+
+    def flood() -> None:
+        nonlocal sent
+        while not is_over.is_set():
+            rig.kernel.send(packet[:-8] + struct.pack("=Q", sent))
+            sent += 1
+            if sent % 1000 == 0:
+                drain()
+
+    async def test(datapath: Datapath) -> None:
+        sender = threading.Thread(target=flood)
+        sender.start()
+        try:
+            for _ in range(20):
+                await asyncio.sleep(0.01)
+                await datapath.replace(rig.descriptors)
+        finally:
+            is_over.set()
+            sender.join()
+        await until(lambda: rig.stats.counters()["encap_packets"] >= sent)
+
+    with_datapath(rig, test)
+    drain()
+    print(f"{len(arrived)} of {sent} packets arrived, {len(arrived) - len(set(arrived))} twice")
+    assert arrived == list(range(sent))

@@ -54,6 +54,9 @@ HELLO_MAGIC = b"udpt"
 HELLO_VERSION = 1
 STOP = b"stop"
 
+MAX_TURN_NS = 500_000_000
+"""A worker that has not come to the end of its turn by then does not keep the process from ending."""
+
 
 def load_fastpath(path: str) -> ModuleType:
     """The extension module at `path`, without a package around it."""
@@ -82,12 +85,18 @@ def main(argv: list[str]) -> None:
     ]
     started_ns = time.monotonic_ns()
     woken, wake = os.pipe()
+    running: list[int] = []
+
+    def run(i: int) -> None:
+        workers[i].run()
+        running.remove(i)
 
     def wait_for_lock() -> None:
         # A record lock belongs to the process and goes with it, however it dies (fcntl(2)).
         fcntl.lockf(lock_fd, fcntl.LOCK_EX)
-        for worker in workers:
-            _thread.start_new_thread(worker.run, ())
+        for i in range(len(workers)):
+            running.append(i)
+            _thread.start_new_thread(run, (i,))
         os.write(wake, b"a")
 
     _thread.start_new_thread(wait_for_lock, ())
@@ -103,6 +112,10 @@ def main(argv: list[str]) -> None:
     serve(socket.socket(fileno=listen_fd), descriptors, woken, hello)
     for worker in workers:
         worker.stop()
+    # Between two turns nothing is in flight, which our successor would hand on once more.  A turn takes microseconds.
+    give_up_ns = time.monotonic_ns() + MAX_TURN_NS
+    while running and time.monotonic_ns() < give_up_ns:
+        time.sleep(0.0001)
     # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
     os._exit(0)
 
