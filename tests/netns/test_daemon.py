@@ -769,7 +769,10 @@ def test_status_has_schema_1_and_exactly_the_documented_keys(pair: Lab) -> None:
     status = json.loads(text)
     assert status["schema"] == 1
     documented = set(re.findall(r"^\| `([a-z_.\[\]]+)` \|", DOCUMENTATION.read_text(), re.MULTILINE))
-    assert {key for key in keys_of(status) if not key.startswith("counters.")} == documented
+    by_name = ("counters.", "datapath.worker_counters[].")
+    assert {key for key in keys_of(status) if not key.startswith(by_name)} == documented
+    (worker,) = status["datapath"]["worker_counters"]
+    assert worker == {name: n for name, n in status["counters"].items() if n}
     (peer,) = status["peers"]
     assert (peer["subnet"], peer["public_ip"], peer["port"], peer["udptun"]) == (
         str(two.subnet),

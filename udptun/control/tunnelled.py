@@ -84,6 +84,7 @@ class Tunnelled:
                 "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
                 "standby_pids": [process.pid for process in datapath.standbys],
                 "workers": [worker.name.lower() for worker in stats.states(live.workers)],
+                "worker_counters": stats.worker_counters(live.workers),
             },
             "peers": [
                 {"port": self._encapsulation.remote(lease).port, **dict(zip(PEER_COUNTERS, count, strict=True))}

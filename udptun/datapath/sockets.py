@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address
 
@@ -25,22 +25,28 @@ def open_sockets(address: IPv4Address, port: int, n: int, beside: Sequence[socke
     """
     opened: list[socket.socket] = []
     try:
+        if n:
+            share_port(beside, among_several=True)
         for _ in range(n):
-            ours = [*beside, *opened]
-            for udp in ours:
-                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # The first must have the port to itself: sharing, it would bind beside a stranger.
-            opened.append(_open_socket(address, port, shared=bool(ours)))
+            # The first must have the port to itself: with the option it would bind beside a stranger.
+            opened.append(_open_socket(address, port, shared=bool(beside or opened)))
+            share_port(opened, among_several=len(beside) + n > 1)
     except BaseException:
         for udp in opened:
             udp.close()
+        share_port(beside, among_several=len(beside) > 1)
         raise
-    finally:
-        for udp in [*beside, *opened]:
-            if udp.fileno() >= 0:
-                # Nobody else may join.
-                udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
     return opened
+
+
+def share_port(sockets: Iterable[socket.socket], *, among_several: bool) -> None:
+    """Have the kernel spread what comes to the port over our sockets, or keep the port for a single one.
+
+    The kernel spreads datagrams only while the option is set, and lets nobody join without it.  While it is set, only
+    processes of the same user can join, and we are root (net/ipv4/udp.c, udp_lib_lport_inuse).
+    """
+    for udp in sockets:
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, among_several)
 
 
 def open_senders(address: IPv4Address, n: int) -> list[socket.socket]:

@@ -87,9 +87,18 @@ class Stats:
 
     def counters(self) -> dict[str, int]:
         """Every counter of docs/wire-format.md, summed over the workers."""
-        first = _word("counter")
-        rows = [worker[first : first + len(COUNTERS)].tolist() for worker in self._workers]
+        rows = self._counter_rows(_N_WORKERS)
         return dict(zip(COUNTERS, map(sum, zip(*rows, strict=True)), strict=True))
+
+    def worker_counters(self, n_workers: int) -> list[dict[str, int]]:
+        """The counters of each of the first `n_workers` workers that are not zero."""
+        return [
+            {name: n for name, n in zip(COUNTERS, row, strict=True) if n} for row in self._counter_rows(n_workers)
+        ]
+
+    def _counter_rows(self, n_workers: int) -> list[list[int]]:
+        first = _word("counter")
+        return [worker[first : first + len(COUNTERS)].tolist() for worker in self._workers[:n_workers]]
 
     def peers(self, indexes: Sequence[int | None], n_workers: int) -> list[list[int]]:
         """PEER_COUNTERS of each of the peers, summed over the first `n_workers` workers; zeros for one without index.

@@ -24,7 +24,7 @@ from udptun.datapath import processes
 from udptun.datapath.processes import Datapath, Process
 from udptun.datapath.protocol import Descriptors
 from udptun.datapath.settings import PacketSettings, Remote
-from udptun.datapath.sockets import open_senders, open_sockets, set_offload
+from udptun.datapath.sockets import open_senders, open_sockets, set_offload, share_port
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 from udptun.kernel.tun import Tun, detach_queues, device_of, open_queues
@@ -109,6 +109,8 @@ class Tunnel:
         tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, senders, found)
         if not tun.is_attached():
             tun.reattach()
+        # An earlier build switched the option off, and one worker of its datapath receives everything.
+        share_port(sockets, among_several=len(sockets) > 1)
         await tunnel.rebind(address, port, n_workers, n_senders)
         return tunnel
 
@@ -137,6 +139,7 @@ class Tunnel:
         await self.datapath.replace(self._descriptors())
         for udp in (*left_sockets, *left_senders):
             udp.close()
+        share_port(sockets, among_several=len(sockets) > 1)
         for fd in left_queues:
             os.close(fd)
         # New queues have turned the device's offloads off, new sockets have none yet.
