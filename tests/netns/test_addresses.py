@@ -71,3 +71,31 @@ def test_addresses_on_lo_reach_each_other_by_the_routes(
         assert status["underlay"] == {"interface": "eth0", "address": "10.1.1.1", "mtu": 1500}
         assert status["problems"] == []
         assert "it is on lo, and the routes to other hosts lead through eth0" in log_line(one, "underlay chosen")
+
+
+# --- direct routes
+
+
+def own_routes(host: Host) -> dict[str, str]:
+    """The routes that the daemon has set, by their prefix; the unreachable ones left out."""
+    lines = host.run(["ip", "-4", "route", "show", "proto", "158"]).stdout.splitlines()
+    return {line.split()[0]: line for line in lines if not line.startswith("unreachable")}
+
+
+@pytest.mark.parametrize("backend", [VXLAN, VTEP], ids=["vxlan", "vtep"])
+def test_direct_routing_over_links_without_addresses_uses_the_tunnel(backend: Mapping[str, object]) -> None:
+    """The router's IPv6 address was overlooked, the kernel refused the direct route, and the peer was cut off."""
+    with lab_of({**backend, "DirectRouting": True}) as lab:
+        for host, other in (lab.hosts, lab.hosts[::-1]):
+            host.run(["sysctl", "-qw", "net.ipv6.conf.eth0.disable_ipv6=0"])
+            host.machine.at().ip(
+                f"address add fe80::{host.index}/64 dev eth0 nodad",
+                f"address add 10.1.1.{host.index}/32 dev lo",
+                f"route add 10.1.1.{other.index} via inet6 fe80::{other.index} dev eth0",
+            )
+        for host in lab.hosts:
+            start(host, "--iface=lo")
+        one, two = lab.hosts
+        wait_for_answer(one.pod(1), two.pod(1))
+        assert read_status(one)["problems"] == []
+        assert {line.split(" dev ")[1].split()[0] for line in own_routes(one).values()} == {"flannel.1"}

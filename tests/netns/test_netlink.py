@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from typing import Any, TypeVar
 
 import pytest
@@ -23,6 +23,7 @@ from udptun.core.network_state import (
     RouteType,
     Scope,
     Vxlan,
+    describe_route,
 )
 from udptun.kernel import rtnetlink
 from udptun.kernel.link_messages import add_address, add_vxlan, delete_address, delete_link, set_link
@@ -291,3 +292,41 @@ def test_what_is_on_the_link_is_told_from_what_is_behind_a_gateway(ns: Namespace
     index = ns.show("link show v0")[0]["ifindex"]
     near, far, hole, nowhere = map(IPv4Address, ("192.0.2.7", "198.51.100.7", "198.51.100.66", "203.0.113.1"))
     assert ask(ns, lambda k: k.on_link([near, far, hole, nowhere])) == {near: index}
+
+
+@pytest.mark.parametrize(
+    ("route", "is_on_link"),
+    [
+        ("dev v0", True),
+        ("via 192.0.2.9", False),
+        ("via 203.0.113.7 dev v0 onlink", False),
+        ("via inet6 fe80::1 dev v0", False),
+        ("nexthop via inet6 fe80::1 dev v0 nexthop via inet6 fe80::2 dev v0", False),
+        ("nhid 1", True),
+        ("nhid 2", False),
+        ("nhid 3", False),
+        ("encap ip id 1 dst 192.0.2.9 dev v0", False),
+        ("unreachable", False),
+    ],
+)
+def test_a_way_through_a_router_is_never_taken_for_a_link(ns: Namespace, route: str, is_on_link: bool) -> None:
+    """A router with an IPv6 address (RTA_VIA) was overlooked, and DirectRouting wanted a route that cannot be."""
+    for nexthop in ("1 dev v0", "2 via 192.0.2.9 dev v0", "3 via fe80::1 dev v0"):
+        ns.ip(f"nexthop add id {nexthop}")
+    peer = IPv4Address("203.0.113.7")
+    ns.ip(f"route add {'unreachable ' if route == 'unreachable' else ''}{peer}/32 {route.replace('unreachable', '')}")
+    assert (peer in ask(ns, lambda k: k.on_link([peer]))) == is_on_link
+
+
+def test_a_router_of_the_other_family_is_read_and_written(ns: Namespace) -> None:
+    """It was read as no router at all."""
+    ns.ip("route add 203.0.113.7 via inet6 fe80::1 dev v0 proto 99")
+    ns.ip("-4 route add 0.0.0.0/0 nexthop via inet6 fe80::1 dev v0 nexthop via inet6 fe80::2 dev v0")
+    routes = {str(r.dst): r for r in ask(ns, lambda k: k.routes())}
+    found = routes["203.0.113.7/32"]
+    assert (found.gateway, routes["0.0.0.0/0"].gateway) == (IPv6Address("fe80::1"), IPv6Address("fe80::1"))
+    ask(ns, lambda k: k.do(rtnetlink.delete_route(found)))
+    ask(ns, lambda k: k.do(rtnetlink.add_route(found)))
+    (shown,) = ns.show("route show 203.0.113.7")
+    assert shown["via"] == {"family": "inet6", "host": "fe80::1"}
+    assert describe_route(found, {found.oif or 0: "v0"}) == "203.0.113.7/32 via inet6 fe80::1 dev v0 proto 99"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
@@ -21,6 +21,7 @@ SUBNET = IPv4Network("10.244.3.0/24")
         Route(SUBNET, IPv4Address("192.0.2.3"), 2, metric=5, prefsrc=IPv4Address("192.0.2.1"), mtu=1400),
         Route(IPv4Network("10.244.0.0/16"), type=RouteType.UNREACHABLE, metric=0xFFFFFFFF),
         Route(IPv4Network("0.0.0.0/0"), IPv4Address("192.0.2.254"), 2, table=1000),
+        Route(IPv4Network("203.0.113.7/32"), IPv6Address("fe80::1"), 2),
         Route(IPv6Network("fd00:244::/64"), oif=7),
     ],
 )

@@ -159,6 +159,8 @@ class Route:
     mtu: int | None = None
     onlink: bool = False
     """The kernel takes the gateway to be reachable through `oif`, whatever the addresses of that link are."""
+    is_encapsulated: bool = False
+    """The route puts packets into a tunnel of its own (`ip route … encap`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,8 @@ def describe_route(route: Route, link_names: Mapping[int, str] | None = None) ->
     words = [] if route.type == RouteType.UNICAST else [_type_name(route.type)]
     words.append(str(route.dst))
     if route.gateway is not None:
-        words.append(f"via {route.gateway}")
+        family = "inet6 " if route.gateway.version != route.dst.version else ""
+        words.append(f"via {family}{route.gateway}")
     if route.oif is not None:
         words.append(f"dev {(link_names or {}).get(route.oif, f'if{route.oif}')}")
     if route.onlink:

@@ -112,7 +112,10 @@ class Netlink:
         return {
             ip: route.oif
             for ip, route in (await self.routes_to(ips)).items()
-            if route.gateway is None and route.oif is not None and route.type == RouteType.UNICAST
+            if route.gateway is None
+            and route.oif is not None
+            and route.type == RouteType.UNICAST
+            and not route.is_encapsulated
         }
 
     async def neighbours(self, link_index: int, family: int = socket.AF_INET) -> list[Neighbour]:

@@ -8,7 +8,7 @@ Numbers are in host byte order, addresses in network byte order.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -32,10 +32,13 @@ _NEIGHBOUR = struct.Struct("=BxxxiHBB")
 """struct ndmsg: family, ifindex, state, flags, type."""
 _NEXT_HOP = struct.Struct("=HBBi")
 """struct rtnexthop: length, flags, hops, ifindex."""
+_VIA = struct.Struct("=H")
+"""struct rtvia: family; the address follows.  A gateway of another family than the route's stands in it."""
 _U32, _I32 = struct.Struct("=I"), struct.Struct("=i")
 
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTAX_MTU = 8, 9, 15, 2
+_RTA_VIA, _RTA_ENCAP_TYPE = 18, 21
 _RTNH_F_ONLINK = 4
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _NTF_SELF = 2
@@ -126,7 +129,7 @@ def decode_route(body: bytes) -> Route:
     metrics = dict(attributes(found.get(_RTA_METRICS, b""), 0))
     return Route(
         _network(family, found.get(_RTA_DST), dst_len),
-        _address(hop[_RTA_GATEWAY]) if _RTA_GATEWAY in hop else None,
+        _gateway(hop),
         _u32(hop.get(_RTA_OIF)),
         _u32(found.get(_RTA_TABLE)) or table,
         protocol,
@@ -136,6 +139,7 @@ def decode_route(body: bytes) -> Route:
         _address(found[_RTA_PREFSRC]) if _RTA_PREFSRC in found else None,
         _u32(metrics.get(_RTAX_MTU)),
         bool(flags & _RTNH_F_ONLINK),
+        _RTA_ENCAP_TYPE in hop,
     )
 
 
@@ -207,8 +211,10 @@ def _route_body(route: Route) -> bytes:
     ]
     if route.metric:
         parts.append(_attribute(_RTA_PRIORITY, _U32.pack(route.metric)))
-    if route.gateway is not None:
+    if route.gateway is not None and route.gateway.version == dst.version:
         parts.append(_attribute(_RTA_GATEWAY, route.gateway.packed))
+    elif route.gateway is not None:
+        parts.append(_attribute(_RTA_VIA, _VIA.pack(family_of(route.gateway)) + route.gateway.packed))
     if route.oif is not None:
         parts.append(_attribute(_RTA_OIF, _U32.pack(route.oif)))
     if route.prefsrc is not None:
@@ -248,6 +254,12 @@ def attributes(data: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
 def family_of(ip: IPAddress) -> int:
     """AF_INET or AF_INET6."""
     return _AF_INET if ip.version == 4 else _AF_INET6
+
+
+def _gateway(hop: Mapping[int, bytes]) -> IPAddress | None:
+    if _RTA_GATEWAY in hop:
+        return _address(hop[_RTA_GATEWAY])
+    return _address(hop[_RTA_VIA][_VIA.size :]) if _RTA_VIA in hop else None
 
 
 def _address(packed: bytes) -> IPAddress:
