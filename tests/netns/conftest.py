@@ -39,6 +39,12 @@ def processes_with() -> Callable[[str, str], dict[int, str]]:
     return _processes_with
 
 
+@pytest.fixture
+def slack(request: pytest.FixtureRequest) -> int:
+    """Deadlines are the promised times as often: the machine may be busy."""
+    return 1 if request.config.getoption("--full") else 5
+
+
 @contextlib.contextmanager
 def _started_lab(name: str, n_hosts: int = 2, n_pods: int = 1) -> Iterator[Lab]:
     with Lab(f"{name}{os.getpid()}", n_hosts=n_hosts, n_pods=n_pods) as lab:

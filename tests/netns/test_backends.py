@@ -49,12 +49,6 @@ def net_conf(backend: Mapping[str, object], **keys: object) -> dict[str, object]
     return {"Network": NETWORK, "Backend": dict(backend), **keys}
 
 
-@pytest.fixture
-def slack(request: pytest.FixtureRequest) -> int:
-    """Deadlines are the promised times as often: the machine may be busy."""
-    return 1 if request.config.getoption("--full") else 5
-
-
 @pytest.fixture(scope="module", params=CARRYING)
 def named_lab(request: pytest.FixtureRequest) -> Iterator[tuple[str, Lab]]:
     """Three hosts for each backend, each with a pod; shared by the tests of the module."""

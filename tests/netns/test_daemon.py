@@ -109,12 +109,14 @@ def get(host: Host, path: str, port: int) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_daemon_ends_with_0_within_a_second_and_the_tunnel_stays(host: Host, number: signal.Signals) -> None:
+def test_daemon_ends_with_0_within_a_second_and_the_tunnel_stays(
+    host: Host, number: signal.Signals, slack: int
+) -> None:
     host.start_daemon()
     host.wait_ready()
     start = time.monotonic()
     assert host.stop_daemon(number) == 0
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 1 * slack
     assert len(datapath_pids(host)) == 2
     assert "state UNKNOWN" in host.run(["ip", "link", "show", "up", "dev", "flannel0"]).stdout
     assert messages(host.daemon_log(), "I")[-1] == (
@@ -488,7 +490,7 @@ def answers(host: Host, port: int) -> bool:
         return False
 
 
-def test_daemon_ends_within_a_second_while_it_waits_for_its_store(host: Host) -> None:
+def test_daemon_ends_within_a_second_while_it_waits_for_its_store(host: Host, slack: int) -> None:
     """SQLite's own waiting for a lock, 10 s, held up the end."""
     host.start_daemon()
     host.wait_ready()
@@ -499,7 +501,7 @@ def test_daemon_ends_within_a_second_while_it_waits_for_its_store(host: Host) ->
         wait_until("the tunnel's device", host.path("/sys/class/net/flannel0").exists, 10)
         start = time.monotonic()
         assert host.stop_daemon() == 0
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 1 * slack
     assert left_behind(host) == []
 
 

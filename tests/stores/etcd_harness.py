@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import pytest
 from etcd_server import MISSING, Authority, EtcdServer, cluster, running
 from store_harness import SUBNETS, Can, host
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from udptun.stores.etcd.store import EtcdStore
 
 NEEDS = [*MISSING, *(f"the module {name}" for name in ("grpc", "google") if not importlib.util.find_spec(name))]
+
+
+ON_SHARED_SERVERS = pytest.mark.xdist_group("etcd")
+"""For tests that use them: when several processes run the tests, one makes the servers and runs all of these."""
 
 
 class SharedEtcd:

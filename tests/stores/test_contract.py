@@ -10,7 +10,7 @@ from ipaddress import IPv6Network
 from pathlib import Path
 
 import pytest
-from etcd_harness import EtcdAuthHarness, EtcdClusterHarness, EtcdHarness, EtcdTlsHarness
+from etcd_harness import ON_SHARED_SERVERS, EtcdAuthHarness, EtcdClusterHarness, EtcdHarness, EtcdTlsHarness
 from fake_harness import FakeHarness
 from store_harness import (
     NET_CONF,
@@ -43,6 +43,8 @@ def over(*needed: Can, is_slow: bool = False) -> pytest.MarkDecorator:
         marks = [pytest.mark.skipif(bool(make.needs), reason=f"needs {', '.join(make.needs)}")]
         if is_slow and make in (EtcdTlsHarness, EtcdAuthHarness, EtcdClusterHarness):
             marks.append(pytest.mark.full)
+        if issubclass(make, EtcdHarness):
+            marks.append(ON_SHARED_SERVERS)
         parameters.append(pytest.param(make, id=make.name, marks=marks))
     return pytest.mark.parametrize("make", parameters)
 

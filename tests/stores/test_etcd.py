@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from etcd_harness import NEEDS, EtcdAuthHarness, EtcdHarness, EtcdTlsHarness, etcd_store
+from etcd_harness import NEEDS, ON_SHARED_SERVERS, EtcdAuthHarness, EtcdHarness, EtcdTlsHarness, etcd_store
 from etcd_server import Authority, EtcdServer, free_ports, running
 from follower import following
 from store_harness import SUBNETS, exactly, first_free, host, watching
@@ -25,7 +25,7 @@ from udptun.stores.etcd import store as etcd
 from udptun.stores.etcd import watch
 from udptun.stores.etcd.etcd_leases import EtcdLeases
 
-pytestmark = pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}")
+pytestmark = [pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}"), ON_SHARED_SERVERS]
 
 
 @pytest.fixture

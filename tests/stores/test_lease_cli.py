@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from etcd_harness import NEEDS, EtcdAuthHarness, EtcdHarness
+from etcd_harness import NEEDS, ON_SHARED_SERVERS, EtcdAuthHarness, EtcdHarness
 from store_harness import SUBNETS, FileHarness, LocalHarness, exactly, host
 
 from udptun.commands import cli
@@ -48,7 +48,11 @@ def flags_of(harness: LocalHarness | FileHarness | EtcdHarness) -> list[str]:
     params=[
         pytest.param(LocalHarness, id="local"),
         *(
-            pytest.param(harness, id=harness.name, marks=pytest.mark.skipif(bool(NEEDS), reason=f"needs {NEEDS}"))
+            pytest.param(
+                harness,
+                id=harness.name,
+                marks=[pytest.mark.skipif(bool(NEEDS), reason=f"needs {NEEDS}"), ON_SHARED_SERVERS],
+            )
             for harness in (EtcdHarness, EtcdAuthHarness)
         ),
     ]

@@ -103,12 +103,12 @@ def test_c_parts_give_the_same_results_and_layout_on_arm64(tmp_path: Path) -> No
     assert compile_and_run(tmp_path, ["aarch64-linux-gnu-gcc"], ["qemu-aarch64"]) == expected_output(ROUNDS)
 
 
-def test_fast_path_compiles_for_arm64(tmp_path: Path) -> None:
+def test_fast_path_compiles_for_arm64(cythonized: tuple[Path, str]) -> None:
     if shutil.which("aarch64-linux-gnu-gcc") is None:
         pytest.skip("aarch64-linux-gnu-gcc is not installed: arm64 stays unverified here")
     import sysconfig
 
-    generated = cythonize(tmp_path)[0]
+    generated, _ = cythonized
     # The interpreter's headers are the build machine's; none of what they differ in matters to -fsyntax-only.
     subprocess.run(
         [
@@ -119,9 +119,10 @@ def test_fast_path_compiles_for_arm64(tmp_path: Path) -> None:
     )
 
 
-def cythonize(tmp_path: Path) -> tuple[Path, str]:
+@pytest.fixture(scope="module")
+def cythonized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The generated C, and what Cython said while making it."""
-    generated = tmp_path / "_fastpath.c"
+    generated = tmp_path_factory.mktemp("cython") / "_fastpath.c"
     done = subprocess.run(
         [sys.executable, "-m", "cython", "-3", "udptun/_fastpath.pyx", "-o", generated],
         cwd=SOURCE.parent,
@@ -132,8 +133,8 @@ def cythonize(tmp_path: Path) -> tuple[Path, str]:
     return generated, done.stdout + done.stderr
 
 
-def test_no_function_of_the_fast_path_can_take_the_gil_once_it_has_let_go_of_it(tmp_path: Path) -> None:
-    generated, said = cythonize(tmp_path)
+def test_no_function_of_the_fast_path_can_take_the_gil_once_it_has_let_go_of_it(cythonized: tuple[Path, str]) -> None:
+    generated, said = cythonized
     assert "performance hint" not in said
     text = generated.read_text()
     # Cython's own macro definitions aside, a nogil function that may raise would ensure the GIL in its body.
