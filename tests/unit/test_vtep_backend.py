@@ -1,4 +1,4 @@
-"""The userspace VTEP as data: what it wants, what it says of itself, whom it takes for a peer."""
+"""The userspace VTEP as data: what it desires, what it says of itself, whom it takes for a peer."""
 
 from __future__ import annotations
 

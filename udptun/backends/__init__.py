@@ -1,1 +1,1 @@
-"""How packets travel: each backend says, as data, what links, addresses and routes it wants."""
+"""How packets travel: each backend says, as data, which links, addresses and routes the kernel shall have."""

@@ -1,4 +1,4 @@
-"""The alloc backend: a lease and subnet.env, and somebody else carries the packets (pkg/backend/alloc).  Pure."""
+"""The alloc backend: a lease and subnet.env.  Somebody else carries the packets (pkg/backend/alloc).  Pure."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Alloc:
     asks_direct = False
 
     def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
-        """Without a type, as flannel's."""
+        """It names no type, as flannel's does not."""
         return LeaseAttrs(underlay.public_ip, backend_data={"NodeID": node_id, "Udptun": 1})
 
     def refusal(self, lease: Lease) -> None:
-        """Nothing is done about any lease."""
+        """No lease is refused, because nothing is done about any."""
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[()]:
         return ()

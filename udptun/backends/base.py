@@ -28,9 +28,9 @@ def _all_offloads_but(value: object) -> Offload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunnelKeys(BackendKeys):
-    """The keys of a backend that puts packets into UDP datagrams, or may do so on some host.
+    """The keys of a backend that puts packets into UDP datagrams.
 
-    `mtu`: the underlay's, bytes; None: take the interface's.  `workers` None: `default_workers`.  `offload`: what may
+    `mtu` is the underlay's in bytes, None: the interface's.  `workers` None: `default_workers`.  `offload` is what may
     be used where the kernel grants it.
     """
 
@@ -44,7 +44,7 @@ class TunnelKeys(BackendKeys):
 
 @dataclass(frozen=True, slots=True)
 class LiveSettings:
-    """What SIGHUP can change.  `mtu`: largest packet of a pod, bytes.  The rest is the userspace tunnel's alone."""
+    """What SIGHUP can change.  `mtu` is the largest packet of a pod, bytes.  The rest concerns the userspace tunnel."""
 
     mtu: int
     workers: int
@@ -56,8 +56,8 @@ class LiveSettings:
 class BackendInput:
     """All that a backend decides from.
 
-    `peers` are usable leases, disjoint and none of them our own.  `direct`: those PublicIPs that the kernel reaches
-    without a gateway, each with the index of the link that leads there; filled in when `Backend.asks_direct`.
+    `peers` are usable leases, disjoint and none of them our own.  `direct` has the PublicIPs that the kernel reaches
+    without a gateway, each with the index of the link that leads there.  It is filled in when `Backend.asks_direct`.
     """
 
     network: IPv4Network
@@ -68,7 +68,7 @@ class BackendInput:
     direct: Mapping[IPv4Address, int] = field(default_factory=dict)
 
     def packet_settings(self, vtep: Vtep | None = None) -> PacketSettings:
-        """What the datapath is told of it; `vtep` as in `PacketSettings`."""
+        """What the datapath is told of all packets; `vtep` as in `PacketSettings`."""
         live = self.live
         return PacketSettings(
             self.network,
@@ -82,7 +82,7 @@ class BackendInput:
 
 
 def mtu_for(underlay_mtu: int, overhead: int) -> int:
-    """Largest inner IPv4 packet (bytes) that fits one outer one with so many bytes of `overhead`.
+    """The largest inner IPv4 packet, bytes, that fits one outer packet with `overhead` bytes of headers around it.
 
     Raises ConfigError below 68, the smallest MTU IPv4 allows (RFC 791).
     """
@@ -104,20 +104,20 @@ class Encapsulation(Protocol):
 
     @property
     def n_senders(self) -> int:
-        """How many sockets of ports of their own its datagrams leave from; 0: from those that receive."""
+        """How many sockets, each with a port of its own, its datagrams leave from; 0: those that receive."""
 
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:
-        """What holds for all packets; `peers` and `direct` have no part in it."""
+        """What holds for all packets.  It does not depend on `peers` and `direct`."""
 
     def remote(self, lease: Lease) -> Remote:
-        """Where a peer is.  The lease is one that `Backend.refusal` has nothing against."""
+        """Where a peer is.  `Backend.refusal` has accepted the lease."""
 
 
 class Backend(Protocol):
-    """One way to carry packets: leases in, wishes out.  Knows values only, is made once a run, and never changes.
+    """One way to carry packets: leases in, the desired state out.  It knows values only, and stays the same for a run.
 
-    Whoever drives it (`forwarding.py`) makes device and sockets before the lease, gives it every change of the peers
-    and of the underlay as another `BackendInput`, and does what it says.
+    `control/forwarding.py` drives it: it makes device and sockets before the lease is claimed, gives the backend each
+    change of the peers and of the underlay as another `BackendInput`, and does what the backend says.
     """
 
     @property
@@ -130,7 +130,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str | None:
-        """The device that the pods' packets to other hosts go through; None: it makes none."""
+        """The device that the pods' packets to other hosts go through; None: there is none."""
 
     @property
     def overhead(self) -> int:
@@ -138,7 +138,7 @@ class Backend(Protocol):
 
     @property
     def encapsulation(self) -> Encapsulation | None:
-        """What the datapath is to do; None: the kernel carries the packets, and there is no datapath."""
+        """What the datapath shall do; None: the kernel carries the packets, and there is no datapath."""
 
     @property
     def needs_backend_data(self) -> bool:
@@ -152,10 +152,10 @@ class Backend(Protocol):
         """What our lease says.  Raises UdptunError when this host cannot be a peer of this kind."""
 
     def refusal(self, lease: Lease) -> str | None:
-        """Why a valid lease, of whatever backend, is no peer of ours; None when it is one."""
+        """Why a valid lease, of any backend, is not a peer of ours; None when it is one."""
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink, ...]:
-        """The `links` of `desired`, which must be there before a lease is worth having."""
+        """The `links` of `desired`.  They are made before the lease is claimed: a host without them needs none."""
 
     def desired(self, inputs: BackendInput) -> DesiredState:
-        """What the kernel is to have, complete: whatever else carries our mark is a leftover."""
+        """All that the kernel shall have.  Everything else that carries our mark is a leftover."""

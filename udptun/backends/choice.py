@@ -29,7 +29,7 @@ def parse_net_conf(text: str, source: str) -> NetConf:
 
 @dataclass(frozen=True, slots=True)
 class KernelSupport:
-    """What the kernel of this host lacks, each as the error that it answers with; empty: it has it."""
+    """What the kernel of this host lacks, as the name of the error that it answers with; empty: it has it."""
 
     no_tun: str = ""
     no_vxlan: str = ""
@@ -47,10 +47,10 @@ _TUN_HINT = "`modprobe tun`, or let the container have /dev/net/tun"
 
 
 def choose(keys: BackendKeys, support: KernelSupport, mac: str) -> BackendChoice:
-    """The backend for `keys` on a host whose kernel has `support`; `mac` is what a VTEP of ours has.
+    """The backend for `keys` on a host whose kernel has `support`.  `mac` is that of our VTEP.
 
-    Raises UdptunError when vxlan can be had in no way that `keys` allow.  A missing TUN device does not matter here:
-    opening it says more.
+    Raises UdptunError when there is no way to do vxlan that `keys` allow.  A missing TUN device is not looked at here:
+    the failure to open it says more.
     """
     match keys:
         case UdpKeys():
@@ -65,7 +65,7 @@ def choose(keys: BackendKeys, support: KernelSupport, mac: str) -> BackendChoice
 
 
 def describe(support: KernelSupport) -> list[tuple[str, bool, str]]:
-    """Each type of `Backend` with its defaults: its name, whether it works there, and how or why not."""
+    """A line for each type of `Backend` with its defaults: the name, whether it works, and how, or why it does not."""
     rows = []
     for name, kind in KINDS.items():
         try:

@@ -1,4 +1,4 @@
-"""What the kernel of this host can do for a backend: found out by trying, not from version numbers."""
+"""What the kernel of this host can do for a backend.  It is tried out: version numbers do not tell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from udptun.membership import identity
 _NAME = "utprobe{}"
 """With our pid: 15 characters at most."""
 _VNI, _PORT = 0xFFFFFF, 65535
-"""Of the throw-away device; the kernel lets no two devices have the same pair, so that ones in use are unlikely."""
+"""Of the device that is made to try.  The kernel refuses a pair that another device has; nobody should use this one."""
 
 _MAC, _MTU = "02:00:00:00:00:01", 1450
 
@@ -26,13 +26,13 @@ _LACKING = {errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.E
 
 
 async def choose_backend(keys: BackendKeys, state_dir: Path, *, pretend_no_vxlan: bool) -> BackendChoice:
-    """`choice.choose`, with what it needs to know of this host.  Raises UdptunError."""
+    """`choice.choose` with what it has to know of this host.  Raises UdptunError."""
     if not isinstance(keys, VxlanKeys):
         return choose(keys, KernelSupport(), "")
     found = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
     async with Netlink() as kernel:
         link = await kernel.link(device_name(keys.vni))
-    # A device of flanneld's: its peers know the MAC, and need not learn another.
+    # A VXLAN device that flanneld has left: the peers know its MAC and need not learn another.
     first = link.mac if link is not None and link.vxlan is not None else ""
     return choose(keys, found, identity.vtep_mac(state_dir, first))
 
@@ -54,7 +54,7 @@ def _no_tun() -> str:
 
 
 async def _no_vxlan() -> str:
-    """The kernel loads the module, if there is one, when it is asked for a device."""
+    """The error with which the kernel refuses a VXLAN device; asked for one, it loads its module if there is one."""
     name = _NAME.format(os.getpid())
     async with Netlink() as kernel:
         try:
@@ -64,7 +64,7 @@ async def _no_vxlan() -> str:
                 raise KernelError(
                     "cannot find out whether the kernel has vxlan", exc.errno, "run as root or with CAP_NET_ADMIN"
                 ) from exc
-            # Whatever else it is, a kernel that knows vxlan said it, and setting up the real device will say it again.
+            # Any other error comes from a kernel that knows vxlan.  The real device will then fail with it and say so.
             return errno.errorcode[exc.errno] if exc.errno in _LACKING else ""
         if (link := await kernel.link(name)) is not None:
             await kernel.do(delete_link(link))

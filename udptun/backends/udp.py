@@ -17,18 +17,18 @@ UDP_OVERHEAD = 28
 """Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go)."""
 
 TUN_NAME = "flannel0"
-"""Always this name.  flannel asks for `flannel%d` and gets flannel1 beside a flannel0 that is still there; the
-route to Network stays on the first, where nobody reads, and traffic is lost in silence."""
+"""Always this name.  flannel asks for `flannel%d`, and gets flannel1 when a flannel0 is left over.  The route to
+Network then stays on flannel0, which nobody reads, and traffic is lost in silence."""
 
 _MIN_TX_QUEUE_LEN = 500
-"""What the kernel gives a TUN device (TUN_READQ_SIZE); packets wait there while a dead datapath is replaced."""
+"""What the kernel gives a TUN device (TUN_READQ_SIZE).  Packets wait there while a dead datapath is replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UdpKeys(TunnelKeys):
     """`Backend` of Type udp.
 
-    `own_port` is this host's where it differs, by the --port flag; never in net-conf.json, which is for all.
+    `own_port` is this host's port where --port sets another one.  It is not in net-conf.json, which is for all hosts.
     """
 
     type: ClassVar[str] = "udp"
@@ -48,7 +48,7 @@ class Udp:
     n_senders = 0
 
     def __init__(self, port: int, own_port: int | None = None) -> None:
-        """`port` is that of every peer whose lease names none, as flannel's, and ours unless there is `own_port`."""
+        """`port` is that of every peer whose lease names none, as flannel's.  It is ours too without an `own_port`."""
         self.port = own_port or port
         self._default_port = port
 
@@ -57,12 +57,12 @@ class Udp:
         return self
 
     def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
-        """flannel's own udp leases have neither type nor data, and it ignores both."""
+        """flannel's own udp leases have neither type nor data, and flannel ignores both in others."""
         data = {"Port": self.port, "NodeID": node_id, "Udptun": 1}
         return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
 
     def refusal(self, lease: Lease) -> None:
-        """Any lease will do, as with flannel: whoever listens on the port is a peer."""
+        """Every lease is accepted, as by flannel: any host that listens on the port is a peer."""
 
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:
         return inputs.packet_settings()
@@ -76,8 +76,8 @@ class Udp:
     def desired(self, inputs: BackendInput) -> DesiredState:
         """The device with our subnet's first address, and the routes that lead Network into it.
 
-        The address is a /32, as flannel's since 0.11: with the network's own length the kernel would add a route and a
-        broadcast address of its own.
+        The address is a /32, as flannel's since 0.11.  With the length of Network the kernel would add a route and a
+        broadcast address by itself.
         """
         network = inputs.network
         return DesiredState(
@@ -94,14 +94,14 @@ def tun_link(name: str, mtu: int) -> DesiredLink:
         mtu,
         _MIN_TX_QUEUE_LEN,
         (
-            # Our ICMP errors come out of the device with our own address as their source; the kernel drops such
-            # packets as martians otherwise (fib_validate_source).
+            # Our ICMP errors come out of the device with our own address as their source.  Without this the kernel
+            # drops such packets as martians (fib_validate_source).
             Sysctl(
                 f"net/ipv4/conf/{name}/accept_local",
                 "1",
                 "this host and its pods are not told of packets that are too big for the tunnel or have no peer",
             ),
-            # The tunnel carries IPv4 alone: without this the kernel greets the peers with router solicitations.
+            # The tunnel carries IPv4 alone.  Without this the kernel sends router solicitations to the peers.
             Sysctl(
                 f"net/ipv6/conf/{name}/disable_ipv6",
                 "1",

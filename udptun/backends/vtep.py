@@ -1,7 +1,8 @@
-"""The userspace VTEP: VXLAN through the datapath and a TUN device, to its peers a flannel node like any other.  Pure.
+"""The userspace VTEP: VXLAN through the datapath and a TUN device.  Pure.
 
-It stands in for the kernel's where that is missing; lease, peers and the name of the device are the same (vxlan.py).
-The device has no Ethernet: whom a packet goes to is the datapath's business, and one route leads to all peers.
+To its peers it is a flannel node like any other.  It stands in for the kernel's VTEP where that is missing.  Lease,
+peers and the name of the device are the same (vxlan.py).  The device has no Ethernet: one route leads to all peers, and
+the datapath looks up where a packet goes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.kernel.underlay import Underlay
 
 N_SENDERS = 4
-"""Sockets that the flows are spread over.  Packets from different ones do not share a send: with 8, eight TCP streams
-came to 0.85 of the udp backend's throughput on a machine of two cores, with 4 and with 1 to 0.9."""
+"""The flows are spread over so many sockets.  Packets of different sockets cannot be sent together: eight TCP streams
+reached 0.85 of the udp backend's throughput with 8 sockets, and 0.9 with 4 or with 1, on a machine of two cores."""
 
 
 class UserspaceVtep:
@@ -29,7 +30,7 @@ class UserspaceVtep:
     needs_backend_data = True
 
     def __init__(self, keys: vxlan.VxlanKeys, mac: str) -> None:
-        """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`); it must stay the same from run to run."""
+        """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`).  It must stay the same from run to run."""
         self.device = vxlan.device_name(keys.vni)
         self.port = keys.port
         self.asks_direct = keys.direct_routing
@@ -50,14 +51,14 @@ class UserspaceVtep:
         return inputs.packet_settings(Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
-        """The port is one for all, as with flannel."""
+        """All peers have the same port, as with flannel."""
         return Remote(lease.attrs.public_ip, self.port, lease.attrs.is_udptun, _packed(vxlan.mac_of(lease)))
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:
-        """As udp's; with DirectRouting a plain route to each peer that is reached without a gateway goes before."""
+        """As udp's.  With DirectRouting a peer that is reached without a gateway gets a plain route of its own."""
         direct = [
             DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=inputs.direct[lease.attrs.public_ip])
             for lease in inputs.peers

@@ -1,7 +1,8 @@
 """The vxlan backend: the kernel's VXLAN device, set up as flannel does (pkg/backend/vxlan).  Pure.
 
 Each peer is a permanent neighbour (its tunnel address has its VTEP's MAC), a permanent fdb entry (that MAC is at its
-PublicIP) and a route through its tunnel address; or, with DirectRouting and no router in between, a plain route.
+PublicIP) and a route through its tunnel address.  With DirectRouting, a peer without a router in between is a plain
+route instead.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class Fallback(Enum):
 class VxlanKeys(TunnelKeys):
     """`Backend` of Type vxlan (flannel, pkg/backend/vxlan/vxlan.go), and what a stand-in for the kernel's needs.
 
-    `port` is the kernel's own default (drivers/net/vxlan); IANA's is 4789.  `userspace`: use the VTEP of `fallback`
-    although the kernel could.
+    The default `port` is that of the kernel (drivers/net/vxlan); IANA's is 4789.  `userspace`: use the userspace VTEP
+    although the kernel has vxlan.
     """
 
     type: ClassVar[str] = "vxlan"
@@ -75,7 +76,7 @@ class KernelVxlan:
     needs_backend_data = True
 
     def __init__(self, keys: VxlanKeys, mac: str) -> None:
-        """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`); it must stay the same from run to run."""
+        """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`).  It must stay the same from run to run."""
         self.device = device_name(keys.vni)
         self.asks_direct = keys.direct_routing
         self._keys = keys
@@ -89,11 +90,11 @@ class KernelVxlan:
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         keys = self._keys
-        # Not the PublicIP, as flannel has it since 0.27.4: behind a NAT that is an address of somebody else.
+        # Not the PublicIP, which flannel takes since 0.27.4: behind a NAT that is another machine's address.
         # Where routes choose the interface there may be several; none is named then.
         lower_index = 0 if underlay.is_routed else underlay.link_index
         vxlan = Vxlan(keys.vni, underlay.address, lower_index, keys.port, keys.learning, keys.gbp)
-        # The tunnel carries IPv4 alone, and a router's advertisement in it is none of ours.
+        # The tunnel carries IPv4 alone, so no router's advertisement in it is for us.
         accept_ra = Sysctl(
             f"net/ipv6/conf/{self.device}/accept_ra",
             "0",
@@ -120,13 +121,13 @@ def device_name(vni: int) -> str:
 
 
 def lease_attrs(vni: int, mac: str, underlay: Underlay, node_id: str) -> LeaseAttrs:
-    """What a VTEP's lease says: flannel's two keys, then ours, which it ignores."""
+    """What a VTEP's lease says: flannel's two keys, and then ours, which flannel ignores."""
     data = {"VNI": vni, "VtepMAC": mac, "NodeID": node_id, "Udptun": 1}
     return LeaseAttrs(underlay.public_ip, backend_type=VxlanKeys.type, backend_data=data)
 
 
 def refusal(lease: Lease) -> str | None:
-    """Why a lease is no peer of a VTEP.  Its VNI is not looked at, as flannel does not."""
+    """Why a lease is not a peer of a VTEP.  Its VNI is not looked at, as in flannel."""
     if lease.attrs.backend_type != VxlanKeys.type:
         return f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {VxlanKeys.type}"
     if _mac(lease) is None:
@@ -135,7 +136,7 @@ def refusal(lease: Lease) -> str | None:
 
 
 def mac_of(lease: Lease) -> str:
-    """The peer's VTEP's MAC, of a lease that `refusal` has nothing against."""
+    """The MAC of the peer's VTEP.  `refusal` has accepted the lease."""
     mac = _mac(lease)
     assert mac is not None
     return mac
@@ -151,7 +152,7 @@ def _mac(lease: Lease) -> str | None:
 
 
 def routes(device: str, inputs: BackendInput) -> list[DesiredRoute]:
-    """A route for each peer: through `device`, or straight to a peer that the kernel reaches without a gateway."""
+    """A route for each peer: through `device`, or directly to a peer that the kernel reaches without a gateway."""
     found = []
     for lease in inputs.peers:
         subnet, public_ip = lease.subnet, lease.attrs.public_ip

@@ -1,6 +1,6 @@
 """`udptun cleanup`: leave the host as it was, so that another overlay daemon can start.
 
-A flannel0 that is left behind makes flanneld create flannel1 beside it and lose traffic in silence.
+When a flannel0 is left behind, flanneld creates flannel1 beside it and loses traffic in silence.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from udptun.stores.open import open_store
 def cleanup(options: Options, release: bool) -> int:
     """Stop the datapath; remove device, routes, firewall rules and files, and with `release` give the lease back.
 
-    Prints a line for each thing done.  Raises UdptunError while a daemon runs: it would make it all anew.
+    Prints a line for each thing done.  Raises UdptunError while a daemon runs, which would make everything again.
     """
     with ExitStack() as undo:
         if options.run_dir.exists():
-            # Until the end: a daemon that starts meanwhile would lose its files.
+            # Held until the end: a daemon that starts meanwhile would lose its files.
             undo.callback(os.close, lock_run_dir(options.run_dir))
         asyncio.run(_clean_up(options, release))
     for directory in (options.run_dir, options.state_dir, options.subnet_file.parent):
         with suppress(OSError):
-            # Stays when somebody else keeps something in it, or when it never was.
+            # It fails when others keep something there, or when there is no such directory.
             directory.rmdir()
     return 0
 
 
 async def _clean_up(options: Options, release: bool) -> None:
-    # Standbys first: none of them shall take over.  Without the directory nothing can be found, but a device or a
-    # route may be left all the same.
+    # Standbys first, so that none takes over.  Without the run directory no process can be found, but a device or a
+    # route may be left.
     for process in reversed(await processes.find_running(options.run_dir)):
         await process.stop()
         print(f"stopped datapath process {process.pid}")
@@ -52,7 +52,7 @@ async def _clean_up(options: Options, release: bool) -> None:
     for path in (
         options.subnet_file,
         options.state_dir / saved.FILE,
-        # Without them the host would be another node.
+        # Without these files the host would be another node.
         *(identity.files(options.state_dir) if release else ()),
         options.run_dir / SOCKET_NAME,
         options.run_dir / LOCK_FILE,

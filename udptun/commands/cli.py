@@ -1,9 +1,10 @@
 """The commands.  The only file that reads argv and the environment, or exits.
 
-Exit status: 0 done, or stopped cleanly; 1 failed while running; 2 a flag or configuration that a person has to
-mend; 130 interrupted; 141 the reader of our output went away.  Installed as `flanneld`, the program is
-`udptun daemon`, and as `mk-docker-opts.sh` it is `udptun docker-opts`.  Each command imports what it needs when it
-runs, so that `udptun status` does not wait for the daemon's libraries.
+The exit status is 0 when the command is done or was stopped as asked, 1 when it failed, 2 when a person has to mend a
+flag or the configuration, 130 when it was interrupted and 141 when the reader of its output went away.
+
+Installed as `flanneld`, the program is `udptun daemon`, and as `mk-docker-opts.sh` it is `udptun docker-opts`.  Each
+command imports what it needs when it runs, so that `udptun status` does not wait for the daemon's libraries.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _STDOUT_FD = 1
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command that `argv` (default: the process's, without the program's name) says, and exit."""
-    # grpc would print what its errors say as well.  It reads this when it is imported.
+    # grpc would print its errors, which we report ourselves.  It reads this when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     program = Path(sys.argv[0]).name
     words = sys.argv[1:] if argv is None else argv
@@ -52,12 +53,12 @@ def _run(program: str, argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _reader_is_gone() -> bool:
-    """Whether it is stdout whose pipe is broken; if so, what is left to write there goes nowhere."""
+    """Whether the broken pipe is stdout's.  If it is, what is still written there goes nowhere."""
     stdout = select.poll()
     stdout.register(_STDOUT_FD, 0)
     if not stdout.poll(0):
         return False
-    # The interpreter flushes stdout once more on its way out.
+    # The interpreter flushes stdout once more when it exits.
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT_FD)
     return True
 
@@ -133,10 +134,10 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
 
 
 def _import_asyncio_without_ssl() -> None:
-    """Spare the daemon OpenSSL: 7 ms, and 4 MB that are its own where nothing else on the machine uses it.
+    """Do without OpenSSL in the daemon: 7 ms, and 4 MB where no other program on the machine uses it.
 
-    asyncio takes a missing ssl for a Python that was built without.  The daemon has no TLS connection of asyncio's:
-    etcd's are grpc's, which brings a library of its own.
+    asyncio works without ssl, as in a Python that was built without it.  The daemon needs no TLS from asyncio: grpc,
+    for etcd, has a TLS library of its own.
     """
     if "asyncio" in sys.modules or "ssl" in sys.modules:
         return
@@ -144,7 +145,7 @@ def _import_asyncio_without_ssl() -> None:
     try:
         import asyncio  # noqa: F401 - for its side effect
     finally:
-        # Whoever else wants it gets it.
+        # A later import by others succeeds.
         del sys.modules["ssl"]
 
 

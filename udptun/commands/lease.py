@@ -1,4 +1,4 @@
-"""`udptun lease list|show|reserve|release`: an operator's view of the store, whichever it is."""
+"""`udptun lease list|show|reserve|release`: an operator's view of the store, of any kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCHEMA = 1
 
 
 def list_leases(request: LeaseRequest) -> int:
-    """Print every lease in the store; what is none goes to stderr."""
+    """Print every lease in the store.  Items that are no leases go to stderr."""
 
     async def work(store: Store) -> None:
         snapshot = await store.snapshot(exact=True)
@@ -126,7 +126,7 @@ def _when(reserved: Lease, others: Sequence[Lease]) -> str:
 
 
 def release(request: LeaseRequest) -> int:
-    """Delete a lease or a reservation, whoever's it is."""
+    """Delete a lease or a reservation, of any host."""
     wanted = _subnets_of(*request.words)
 
     async def work(store: Store) -> None:
@@ -144,7 +144,7 @@ def release(request: LeaseRequest) -> int:
 def _with_store(request: LeaseRequest, work: Callable[[Store], Awaitable[None]]) -> int:
     options = request.options
     if options.store.kind is StoreKind.LOCAL and not options.store.path.exists():
-        # It would be made.
+        # Opening it would create it.
         raise UdptunError(f"there is no lease store {options.store}; name another with --store or the --etcd-* flags")
 
     async def main() -> None:

@@ -55,13 +55,13 @@ def fetch(run_dir: Path) -> str:
     if " 200 " not in status_line:
         raise UdptunError(body.strip() or f"the daemon at {path} answered {status_line!r}")
     if not body.endswith("\n"):
-        # It ended while it answered.
+        # The daemon ended while it answered.
         raise UdptunError(f"the daemon at {path} answered with half a document")
     return body
 
 
 def render(document: Document, now_s: float) -> str:
-    """The document for people.  `now_s` (Unix seconds) turns times of expiry into what is left."""
+    """The document for people.  `now_s` (Unix seconds) is for the time that is left until a lease expires."""
     lease, underlay, backend, datapath = (document[key] for key in ("lease", "underlay", "backend", "datapath"))
     port = "" if lease["port"] is None else f":{lease['port']}"
     source_check = f", source check {backend['source_check']}" if "source_check" in backend else ""
@@ -119,7 +119,7 @@ def _skipped(lines: list[str]) -> list[str]:
 
 
 def table(head: list[str], rows: list[list[str]], left: int = 2) -> list[str]:
-    """Lines with columns as wide as their widest cell, the first `left` ones words, the others numbers."""
+    """Lines with columns as wide as their widest cell.  The first `left` columns are words, the others numbers."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return [
         "  ".join(

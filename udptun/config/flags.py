@@ -1,6 +1,6 @@
 """The daemon's flags and environment.  Pure: argv and environ in, Options or UsageError out.
 
-`Options` is the table of the flags: each field says its flag's kind, default and help, and go_flags.py how all of them
+`Options` is the table of the flags: each field has the kind, default and help of its flag.  go_flags.py says how flags
 are written.
 """
 
@@ -62,7 +62,7 @@ def _path(text: str) -> Path:
 
 
 def _ipv4_or_none(text: str) -> IPv4Address | None:
-    """To flannel an empty address is none given: manifests pass variables that may be empty."""
+    """An empty address counts as none, as to flannel: manifests pass variables that may be empty."""
     try:
         return IPv4Address(text) if text else None
     except ValueError:
@@ -79,7 +79,7 @@ def _ipv6_or_none(text: str) -> IPv6Address | None:
 def _regex(text: str) -> str:
     try:
         with warnings.catch_warnings():
-            # Python wonders about [[:alpha:]], which is good Go.
+            # Python warns about [[:alpha:]], which is good Go.
             warnings.simplefilter("ignore", FutureWarning)
             re.compile(text)
     except re.error as exc:
@@ -102,8 +102,8 @@ def _offloads(text: str) -> Offload:
 class Options:
     """What the command line and the environment say.
 
-    `subnet_lease_renew_margin` is in minutes, `iptables_resync` in seconds, `mtu` is the underlay's in bytes.  None
-    means "not given" where a default would hide that somebody else may decide: the configuration, or what the host can.
+    `subnet_lease_renew_margin` is in minutes, `iptables_resync` in seconds, and `mtu` is the underlay's in bytes.  None
+    means "not given".  It stands where the configuration, or what the host can do, decides when the flag does not.
     """
 
     iface: tuple[str, ...] = list_flag(
@@ -182,7 +182,7 @@ class Options:
 
     ip_masq: bool = flag(_FIREWALL, boolean, False, "", "masquerade what leaves the overlay")
     ip_masq_fully_random_disable: bool = flag(_FIREWALL, boolean, False, "", "do without random source ports for it")
-    # flannel's default is true.  None tells it from what a person asks for, which must be done or refused.
+    # flannel's default is true.  None tells the default from an explicit true, which must be done or refused.
     iptables_forward_rules: bool | None = flag(
         _FIREWALL, boolean, None, "", "accept overlay traffic in FORWARD; default true, where the host can"
     )
@@ -282,7 +282,7 @@ def _given(argv: Sequence[str], environ: Mapping[str, str], *more: Flag, n_words
 
 
 def _is_question(given: Given) -> bool:
-    """Only help or the version is wanted: nothing else matters then."""
+    """Whether only the help or the version is asked for: then nothing else matters."""
     return given.is_help or bool(given.values["version"])
 
 

@@ -118,8 +118,9 @@ class JsonFields:
             return default
         return default if found is None else found
 
-    def wrong(self, key: str, wanted: str) -> None:
-        self._report.problem(self._path + key, f"{wanted}, not {_shown(self.raw(key))}")
+    def wrong(self, key: str, what_it_must_be: str) -> None:
+        """Report a value; the text is as that of a Reader's ValueError."""
+        self._report.problem(self._path + key, f"{what_it_must_be}, not {_shown(self.raw(key))}")
 
     def names(self) -> list[str]:
         """The keys in the order of the text."""

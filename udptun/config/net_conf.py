@@ -182,7 +182,7 @@ class _Asked(Generic[NetworkT, AddressT]):
 class _Family(Generic[NetworkT, AddressT]):
     """flannel's numbers for one address family; `prefix` is what its keys begin with.
 
-    The lengths are prefix lengths.  `sample_network` and `sample_address` show in messages what is wanted.
+    The lengths are prefix lengths.  `sample_network` and `sample_address` show in messages what a value must look like.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """subnet.env: what CNI plugins and Docker read to learn this host's subnet (flannel pkg/subnet/subnet.go).
 
-`render`, `parse` and `parse_networks` are pure; the rest touches the file.
+`render`, `parse` and `parse_networks` are pure.  The other functions read or write the file.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from udptun.core.errors import KernelError
 from udptun.core.lease import Subnets
 
 _READ_LIMIT = 64 * 1024
-"""Bytes; a subnet.env has some hundred."""
+"""Bytes.  A subnet.env has about a hundred."""
 
 
 def render(conf: NetConf, subnets: Subnets, mtu: int, ip_masq: bool) -> str:
     """The file's text, byte for byte as flannel writes it.
 
-    `mtu` is that of flannel0, bytes.  The subnet's line has its second address (network + 1), which bridge and
-    Docker take as the gateway's.
+    `mtu` is that of the device, bytes.  The line of the subnet has its second address (network + 1), which CNI's bridge
+    and Docker take as the gateway's.
     """
     lines = [f"FLANNEL_NETWORK={conf.ipv4.network}", f"FLANNEL_SUBNET={_gateway(subnets.ipv4)}"]
     if conf.ipv6 is not None and subnets.ipv6 is not None:
@@ -40,8 +40,8 @@ def _gateway(subnet: IPv4Network | IPv6Network) -> str:
 def parse(text: str) -> tuple[Subnets | None, str]:
     """The subnets that an earlier run wrote down, and what is wrong with the text ("" when nothing is).
 
-    Never raises.  Lenient as flannel's reader: quotes, `export`, blanks and comments are allowed; in a list of
-    subnets the bad ones are skipped, and more than one good one counts as none.
+    Never raises.  It is as lenient as flannel's reader: quotes, `export`, blanks and comments are allowed.  In a list
+    of subnets the bad ones are skipped, and more than one good one counts as none.
     """
     values = env_file.parse(text)
     wrong: list[str] = []
@@ -92,7 +92,7 @@ def _ipv6_network(text: str) -> IPv6Network:
 
 
 def read_previous(path: Path) -> tuple[Subnets | None, str]:
-    """`parse` of the file, the reason naming it.  A file that is not there is no news: (None, "")."""
+    """`parse` of the file; the reason names the file.  A file that is not there gives (None, "")."""
     try:
         subnets, wrong = parse(_read(path))
     except FileNotFoundError:
@@ -118,8 +118,8 @@ def _read(path: Path) -> str:
 def write(path: Path, text: str) -> None:
     """Replace the file in one step: a reader sees the old or the new text, also after a power failure.
 
-    Mode 0644 and, for directories that had to be made, 0755, whatever the umask.  Raises KernelError naming the
-    path; the old file is then untouched.
+    The file gets mode 0644, and directories that had to be made 0755, whatever the umask.  Raises KernelError naming
+    the path; the old file is then untouched.
     """
     try:
         _make_directory(path.parent)
@@ -133,7 +133,7 @@ def write(path: Path, text: str) -> None:
 
 
 def rewrite(path: Path, text: str) -> None:
-    """`write` while the network is in use: what other programs have put into the file, as Docker's options, stays."""
+    """As `write`, but the lines of other programs stay, such as Docker's options.  For a network that is in use."""
     try:
         lines = _read(path).splitlines()
     except OSError:

@@ -1,1 +1,1 @@
-"""The daemon: its stages and what it serves."""
+"""The daemon: its stages, how it changes while it runs, and what it serves."""

@@ -25,7 +25,7 @@ class Answers:
 
     @property
     def health(self) -> Routes:
-        """What whoever can reach the health port may ask."""
+        """What everybody who can reach the health port may ask."""
         return {"/healthz": self._healthz, "/readyz": self._readyz}
 
     @property
@@ -47,7 +47,7 @@ class Answers:
             message = "the daemon is not ready yet; its log says what it waits for\n"
             return Response(HTTPStatus.SERVICE_UNAVAILABLE, message)
         uptime_s = time.time() - self._started_s
-        # In a thread: with 65,000 peers it takes more than a second, and nobody else would get a turn.
+        # In a thread: with 65,000 peers it takes more than a second, in which the event loop would do nothing else.
         text = await asyncio.to_thread(lambda: json.dumps(document(running, uptime_s)) + "\n")
         return Response(HTTPStatus.OK, text, "application/json")
 
@@ -55,7 +55,8 @@ class Answers:
 def document(running: Running, uptime_s: float) -> dict[str, object]:
     """What docs/status.md describes.
 
-    Runs beside the event loop: what that changes meanwhile is copied in one step, as by `list` of a view.
+    This runs in a thread beside the event loop.  What the loop may change meanwhile is copied in one step, as by `list`
+    of a view.
     """
     own, me, underlay = running.membership.own, running.me, running.underlay
     leases = sorted(running.membership.table.peers.values(), key=lambda lease: int(lease.subnet.network_address))

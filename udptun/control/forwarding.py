@@ -1,6 +1,6 @@
 """What carries packets on this host: the backend, the datapath where there is one, and the reconciler.
 
-The daemon drives it with leases and settings and knows of no backend what it is:
+The daemon drives it with leases and settings, and does not know which backend it is:
 
     open (device and sockets) -> lease -> start (peers, processes, kernel state) -> run, peers_changed, apply
                                                                                  -> detach; packets go on
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 
 class Forwarding:
-    """One host's packets, carried as the chosen backend says.  Made by `open`; for one event loop.
+    """Carries one host's packets as the chosen backend says.  It is made by `open`, and belongs to one event loop.
 
-    `live` is what is in force now; `is_adopted`: packets were being carried when we came, by what we now hold.
+    `live` has the settings in force now.  `is_adopted`: a datapath already carried packets when we came, and we took
+    it over.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Forwarding:
         self._run_dir = run_dir
         self._tunnel = tunnel
         self._was_clean = was_clean
-        """Whether the kernel had nothing of ours when we came."""
+        """Whether the kernel had nothing with our mark when we came."""
         self._with_blackhole = with_blackhole
         self._own_subnet: IPv4Network
         self._peers: dict[IPv4Network, Lease] = {}
@@ -72,7 +73,7 @@ class Forwarding:
         *,
         with_blackhole: bool = False,
     ) -> Forwarding:
-        """Make, or adopt, what must be there before a lease is worth having.  Raises KernelError, DatapathError.
+        """Make or adopt device and sockets: a host without them needs no lease.  Raises KernelError, DatapathError.
 
         `with_blackhole`: the own subnet shall have a blackhole route behind all others (--ip-blackhole-route).
         """
@@ -81,7 +82,7 @@ class Forwarding:
         backend = choice.backend
         if backend.encapsulation is not None:
             assert backend.device is not None
-            # Here, because a run whose packets the kernel carries does without its libraries.
+            # Here, because a run whose packets the kernel carries does not need the libraries.
             from udptun.control.tunnelled import Tunnelled
 
             await delete_own_vxlan(backend.device)
@@ -100,7 +101,7 @@ class Forwarding:
         if self._tunnel is not None:
             await self._tunnel.start(self._inputs())
         else:
-            # A datapath of an earlier run with another backend: the kernel may need its port.
+            # A datapath may be left of a run with another backend, and the kernel may need its port.
             await processes.end_all(await processes.find_running(self._run_dir))
         self._reconciler = Reconciler(DesiredState(), None if self._tunnel is None else self._tunnel.tunnel.tun)
         self._update_desired(self._reconciler)
@@ -118,7 +119,7 @@ class Forwarding:
                 tasks.create_task(self._tunnel.tunnel.datapath.supervise(), name="supervise datapath")
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        """Go along with the difference that LeaseTable made out.  Before `start`: ignored, it is given all peers."""
+        """Follow a change of the peers, as LeaseTable reports it.  Ignored before `start`, which is given all peers."""
         if self._reconciler is None:
             return
         for event in events:
@@ -131,13 +132,13 @@ class Forwarding:
         self._update_desired(self._reconciler)
 
     async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
-        """Change settings, or go over to another address, while packets flow.
+        """Change settings, or move to another address, while packets flow.
 
-        Settings that cannot be changed stay, with a line in the log.  Raises UdptunError, with nothing changed, when
-        there is no having the address.
+        A setting that cannot be changed stays, with a line in the log.  Raises UdptunError when the address cannot be
+        had; then nothing has changed.
         """
         assert self._reconciler is not None
-        # The peers as they come and go meanwhile, not as they are now.
+        # A view: peers may come and go while the change is made.
         inputs = replace(self._inputs(), underlay=underlay, live=live, peers=self._peers.values())
         if self._tunnel is not None:
             live = await self._tunnel.apply(self._inputs(), inputs)
@@ -147,7 +148,8 @@ class Forwarding:
     async def undo_failed_start(self) -> None:
         """Leave nothing behind that we made.  Raises UdptunError.
 
-        What was adopted forwards on, and what an earlier run left goes on to keep packets from leaking.
+        A datapath that was adopted goes on.  What an earlier run left in the kernel stays too: it keeps packets from
+        leaving in clear text.
         """
         if self.is_adopted:
             return
@@ -157,7 +159,7 @@ class Forwarding:
             await remove_ours()
 
     def detach(self) -> None:
-        """Let go of everything; packets are carried on."""
+        """Close what we hold of the datapath, which goes on."""
         if self._tunnel is not None:
             self._tunnel.tunnel.detach()
 
@@ -166,7 +168,7 @@ class Forwarding:
         return () if self._reconciler is None else self._reconciler.problems
 
     def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
-        """The keys of docs/status.md that are about carrying packets; `leases` are the peers' in the order wanted."""
+        """The keys of docs/status.md about carrying packets.  `leases` are the peers', in the order to show them in."""
         backend = {
             "type": self.backend.type,
             "reason": self._reason,

@@ -46,7 +46,7 @@ class Response:
 
 
 Routes = Mapping[str, Callable[[], Response | Awaitable[Response]]]
-"""Path -> what makes its answer.  Called in the event loop, so it must not block: what takes longer is awaited."""
+"""Path -> what makes its answer.  It is called in the event loop, so it must not block but await what takes longer."""
 
 
 async def serve(routes: Routes, where: tuple[str, int] | Path) -> Server:

@@ -10,15 +10,15 @@ STOPPING = "STOPPING=1"
 
 
 def reloading() -> str:
-    """The state to send before a reload; READY ends it.  Type=notify-reload demands the time (systemd 253)."""
+    """The state to send before a reload; READY ends the reload.  Type=notify-reload needs the time (systemd 253)."""
     return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
 
 
 def notify(address: str, state: str) -> None:
-    """Send `state` to NOTIFY_SOCKET's `address`; nothing happens when that is empty.
+    """Send `state` to `address`, the value of NOTIFY_SOCKET.  Does nothing when it is empty.
 
-    `address` is a path, or with a leading `@` a name in the abstract namespace.  Raises OSError when the service
-    manager does not listen there, or does not read; a daemon that works is no worse for it, and does not wait.
+    `address` is a path or, with a leading `@`, a name in the abstract namespace.  Raises OSError when the service
+    manager does not listen there or does not read.  It never waits.
     """
     if not address:
         return

@@ -1,4 +1,4 @@
-"""Forwarding by the userspace datapath: what a backend says is told to the datapath."""
+"""Forwarding by the userspace datapath, which is told what the backend says."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Tunnelled:
-    """The datapath's part, told what the backend says."""
+    """The datapath of a run, and the `Encapsulation` that says what it is told."""
 
     def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel) -> None:
         self.tunnel = tunnel
@@ -51,7 +51,7 @@ class Tunnelled:
         await self.tunnel.publish()
 
     async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
-        """Change from `before` to `now`; return the settings that are in force then.  Raises UdptunError."""
+        """Change from `before` to `now`, and return the settings that are then in force.  Raises UdptunError."""
         how, live = self._encapsulation, now.live
         try:
             await self.tunnel.rebind(now.underlay.address, how.port, live.workers, how.n_senders)

@@ -1,5 +1,6 @@
-"""Write a small file so that a reader sees all of it or none: temporary file, fsync, rename or link, fsync of the
-directory.  A crash or a power failure leaves the old content or the new one.
+"""Write a small file so that a reader sees all of it or none, and a crash or a power failure leaves the old or the new.
+
+The steps are: temporary file, fsync, rename or link, fsync of the directory.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ def replace(path: Path, text: str, mode: int = 0o600) -> None:
 
     Raises OSError; the old file is then untouched.
     """
-    # A fixed name, so that one left by a crash is used up by the next write.
+    # A fixed name: a file that a crash has left is used again by the next write.
     with _written(path.with_name(f".{path.name}.new"), text, mode) as temporary:
         temporary.replace(path)
 
 
 def create(path: Path, text: str, mode: int = 0o600) -> None:
-    """Make `path` with `text` unless it is there.  Raises FileExistsError then: of several writers one wins."""
-    # Not named by pid: containers that share the directory may all be process 1.
+    """Make `path` with `text`.  Raises FileExistsError when it is there, so that of several writers one wins."""
+    # The name is random.  A pid would not do: containers that share the directory may all be process 1.
     with _written(path.with_name(f".{path.name}.{os.urandom(8).hex()}"), text, mode) as temporary:
         path.hardlink_to(temporary)
 
 
 @contextmanager
 def _written(temporary: Path, text: str, mode: int) -> Iterator[Path]:
-    """`temporary` with `text` on disk, for the block to give its name to; what the block did is then on disk, too."""
+    """Write `text` to `temporary`; the block then renames or links it.  At the end both are on disk."""
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Two clocks: the time of day, which people and time servers set, and the time that has passed, which nobody does."""
+"""Two clocks: the time of day, which people and time servers set, and the time that has passed, which nobody sets."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ class Clock:
         return time.time()
 
     def elapsed_s(self) -> float:
-        """Seconds since some fixed moment; goes on while the machine sleeps (CLOCK_BOOTTIME)."""
+        """Seconds since some fixed moment.  It goes on while the machine sleeps (CLOCK_BOOTTIME)."""
         return time.clock_gettime(time.CLOCK_BOOTTIME)

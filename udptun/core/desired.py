@@ -112,7 +112,7 @@ class DesiredFdb:
 
 @dataclass(frozen=True, slots=True)
 class DesiredState:
-    """All that a backend wants.  Everything else that carries our mark is a leftover."""
+    """All that the kernel shall have of a backend.  Everything else that carries our mark is a leftover."""
 
     links: tuple[DesiredLink, ...] = ()
     addresses: tuple[DesiredAddress, ...] = ()

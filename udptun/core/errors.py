@@ -1,4 +1,4 @@
-"""Every failure udptun reports, as one small tree.
+"""Every failure that udptun reports.
 
 A message says what was attempted, with what, what the system answered and what to do next.  It is one line.
 """
@@ -60,7 +60,7 @@ class StoreUnavailableError(LeaseError):
 
 
 class KernelError(UdptunError):
-    """The kernel refused an operation.  `errno` is the number it answered with, 0 when it gave none."""
+    """The kernel refused an operation.  `errno` is the number of its answer, 0 when there was none."""
 
     def __init__(self, operation: str, errno: int, hint: str = "") -> None:
         answer = _errno.errorcode.get(errno, str(errno)) if errno else "no reason given"

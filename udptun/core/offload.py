@@ -12,10 +12,10 @@ class Offload(Flag):
     for one host with --offload-disabled."""
 
     VNET_HDR = auto()
-    """Packets of the TUN device have a virtio header before them; all else that the device can do needs it (since
-    2.6.27).  Settled when the device is made."""
+    """Packets of the TUN device have a virtio header before them (since Linux 2.6.27).  The device needs it for all
+    else that it can do.  It cannot be changed once the device exists."""
     TSO = auto()
-    """The TUN device hands over TCP super-packets, which the datapath cuts up (since Linux 2.6.27)."""
+    """The TUN device gives us TCP super-packets, which the datapath cuts up (since 2.6.27)."""
     USO = auto()
     """The same for UDP (since 6.2)."""
     UDP_SEGMENT = auto()
@@ -31,7 +31,7 @@ class Offload(Flag):
 ALL = ~Offload(0)
 
 OF_DEVICE = Offload.VNET_HDR | Offload.TSO | Offload.USO | Offload.WRITE_TCP | Offload.WRITE_UDP
-"""What the TUN device does; the rest is the socket's business."""
+"""What the TUN device does.  The socket does the rest."""
 
 _CORRUPTING = (
     # (first release, first release without it, what it spoils): UDP_SEGMENT sends of these kernels are corrupted
@@ -41,12 +41,12 @@ _CORRUPTING = (
 
 
 def names(offload: Offload) -> list[str]:
-    """Of the offloads in it, in lower case."""
+    """The names of the offloads in it, in lower case."""
     return [str(it.name).lower() for it in offload]
 
 
 def parse(given: Iterable[str]) -> Offload:
-    """The offloads with these names, in any letter case.  Raises ValueError naming the one that there is not."""
+    """The offloads with these names, in any letter case.  Raises ValueError with the name that is not known."""
     found = Offload(0)
     for name in given:
         if name.lower() not in names(ALL):
@@ -56,7 +56,7 @@ def parse(given: Iterable[str]) -> Offload:
 
 
 def corrupted_by(release: str) -> Offload:
-    """What the kernel of this release (`uname -r`) is known to get wrong, so that it must not be asked for it."""
+    """What kernels of this release (`uname -r`) are known to get wrong.  It must not be used there."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
     if match is None:
         return Offload(0)

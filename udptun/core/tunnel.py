@@ -1,4 +1,4 @@
-"""What may be asked of the userspace tunnel, by net-conf.json for all hosts and by a flag for one.  Pure."""
+"""What may be asked of the userspace tunnel: in net-conf.json for all hosts, by a flag for one.  Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ MTU_MIN = 68
 """The smallest MTU, bytes, that IPv4 allows (RFC 791)."""
 
 UNDERLAY_MTUS = range(MTU_MIN + 28, 65536)
-"""Underlay MTUs, bytes, that leave a device an MTU that IPv4 allows.
+"""Underlay MTUs, bytes, with which the tunnel's device has an MTU that IPv4 allows.
 
-28 is the least overhead there is: an IPv4 header of 20 and a UDP header of 8.
+28 is the least overhead that a backend has: an IPv4 header of 20 and a UDP header of 8.
 """
 
 WORKERS = range(1, 17)
@@ -20,7 +20,7 @@ PORTS = range(1, 65536)
 
 
 class SourceCheck(Enum):
-    """Which senders the decap side accepts; docs/wire-format.md names the rows that each one switches."""
+    """Which senders the decap side accepts.  docs/wire-format.md says which checks each value switches on."""
 
     OFF = "off"
     """Any outer source."""

@@ -1,4 +1,4 @@
-"""What each backend says and wants, and which one a host gets.  No kernel."""
+"""What each backend says and desires, and which one a host gets.  No kernel."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ def inputs(*peers: Lease, **changes: object) -> BackendInput:
 # --- vxlan
 
 
-def test_vxlan_wants_flannels_device_and_three_things_for_each_peer() -> None:
-    wanted = KernelVxlan(VxlanKeys(), MAC).desired(inputs(lease(2), lease(3)))
-    (link,) = wanted.links
+def test_vxlan_desires_flannels_device_and_three_things_for_each_peer() -> None:
+    desired = KernelVxlan(VxlanKeys(), MAC).desired(inputs(lease(2), lease(3)))
+    (link,) = desired.links
     assert (link.name, link.mtu, link.mac) == ("flannel.1", 1450, MAC)
     assert link.vxlan == Vxlan(1, IPv4Address("192.0.2.1"), 2, 8472, learning=False, gbp=False)
     assert [(sysctl.path, sysctl.value) for sysctl in link.sysctls] == [("net/ipv6/conf/flannel.1/accept_ra", "0")]
-    assert [(str(a.ip), a.prefixlen) for a in wanted.addresses] == [("10.244.1.0", 32)]
+    assert [(str(a.ip), a.prefixlen) for a in desired.addresses] == [("10.244.1.0", 32)]
     second, third = IPv4Address("10.244.2.0"), IPv4Address("10.244.3.0")
-    assert wanted.neighbours == (
+    assert desired.neighbours == (
         DesiredNeighbour("flannel.1", second, "02:00:00:00:00:02"),
         DesiredNeighbour("flannel.1", third, "02:00:00:00:00:03"),
     )
-    assert wanted.fdb == (
+    assert desired.fdb == (
         DesiredFdb("flannel.1", "02:00:00:00:00:02", IPv4Address("192.0.2.2")),
         DesiredFdb("flannel.1", "02:00:00:00:00:03", IPv4Address("192.0.2.3")),
     )
-    assert wanted.routes == (
+    assert desired.routes == (
         GUARD,
         DesiredRoute(IPv4Network("10.244.2.0/24"), "flannel.1", gateway=second, onlink=True),
         DesiredRoute(IPv4Network("10.244.3.0/24"), "flannel.1", gateway=third, onlink=True),
@@ -70,18 +70,18 @@ def test_vxlan_wants_flannels_device_and_three_things_for_each_peer() -> None:
 
 
 def test_vxlan_sends_from_the_interfaces_own_address_behind_a_nat() -> None:
-    wanted = KernelVxlan(VxlanKeys(), MAC).desired(inputs(underlay=BEHIND_NAT))
-    assert wanted.links[0].vxlan is not None
-    assert wanted.links[0].vxlan.local == UNDERLAY.address
+    desired = KernelVxlan(VxlanKeys(), MAC).desired(inputs(underlay=BEHIND_NAT))
+    assert desired.links[0].vxlan is not None
+    assert desired.links[0].vxlan.local == UNDERLAY.address
 
 
 def test_a_peer_that_is_reached_directly_gets_a_plain_route_alone() -> None:
     backend = KernelVxlan(VxlanKeys(direct_routing=True), MAC)
-    wanted = backend.desired(inputs(lease(2), lease(3), direct={IPv4Address("192.0.2.2"): 5}))
+    desired = backend.desired(inputs(lease(2), lease(3), direct={IPv4Address("192.0.2.2"): 5}))
     assert backend.asks_direct
-    assert wanted.routes[1] == DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=5)
-    assert [str(n.ip) for n in wanted.neighbours] == ["10.244.3.0"]
-    assert [str(e.dst) for e in wanted.fdb] == ["192.0.2.3"]
+    assert desired.routes[1] == DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=5)
+    assert [str(n.ip) for n in desired.neighbours] == ["10.244.3.0"]
+    assert [str(e.dst) for e in desired.fdb] == ["192.0.2.3"]
 
 
 def test_vxlan_leases_have_flannels_two_keys_first() -> None:
@@ -118,9 +118,9 @@ def test_udp_takes_any_lease_for_a_peer() -> None:
         assert Udp(8285).refusal(other) is None
 
 
-def test_host_gw_wants_a_route_through_each_peer_and_nothing_else() -> None:
-    wanted = HostGw().desired(inputs(lease(2, "host-gw"), lease(3, "host-gw")))
-    assert wanted == DesiredState(
+def test_host_gw_desires_a_route_through_each_peer_and_nothing_else() -> None:
+    desired = HostGw().desired(inputs(lease(2, "host-gw"), lease(3, "host-gw")))
+    assert desired == DesiredState(
         routes=(
             DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=2),
             DesiredRoute(IPv4Network("10.244.3.0/24"), gateway=IPv4Address("192.0.2.3"), oif=2),
@@ -133,7 +133,7 @@ def test_host_gw_wants_a_route_through_each_peer_and_nothing_else() -> None:
     assert caught.value.exit_status == 1
 
 
-def test_alloc_wants_nothing_and_its_lease_has_no_type() -> None:
+def test_alloc_desires_nothing_and_its_lease_has_no_type() -> None:
     assert Alloc().desired(inputs(lease(2))) == DesiredState()
     assert Alloc().attrs(UNDERLAY, "n").backend_type == ""
 
