@@ -214,6 +214,7 @@ DAMAGES = [
     f"link set {TUN_NAME} mtu 1300",
     f"link set {TUN_NAME} txqueuelen 10",
     f"route add 10.77.0.0/16 dev v0 proto {ROUTE_PROTOCOL}",
+    f"route add default dev {TUN_NAME} metric 7 proto dhcp",
 ]
 
 
@@ -222,7 +223,8 @@ def test_damage_is_repaired_within_the_limit(running: Running, damage: str, capl
     ns = running.ns
 
     def is_repaired() -> bool:
-        return shape(ns) == wanted_shape() and not ns.show("route show 10.77.0.0/16")
+        strangers = [*ns.show("route show 10.77.0.0/16"), *ns.show(f"route show default dev {TUN_NAME}")]
+        return shape(ns) == wanted_shape() and not strangers
 
     seconds_until(lambda: running.reconciler.last.changes == (), 10)
     with caplog.at_level(logging.INFO, logger="udptun.kernel.reconcile.reconciler"):

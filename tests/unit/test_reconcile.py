@@ -111,6 +111,24 @@ def test_plan_waits_while_a_foreign_route_holds_the_place_of_ours() -> None:
     assert said(replace(GOOD, routes=(GUARD,), foreign=(foreign,))) == []
 
 
+STRANGERS_ROUTES = [
+    (Route(IPv4Network("0.0.0.0/0"), oif=7, protocol=16, metric=1003), True),
+    (Route(IPv4Network("128.0.0.0/1"), oif=7, protocol=4), True),
+    (Route(IPv4Network("169.254.0.0/16"), oif=7, protocol=3), True),
+    (Route(IPv4Network("10.0.0.0/8"), oif=7, protocol=3), True),
+    (Route(IPv4Network("10.244.7.0/24"), oif=7, protocol=4), False),
+]
+
+
+@pytest.mark.parametrize(("route", "goes"), STRANGERS_ROUTES, ids=lambda it: str(getattr(it, "dst", it)))
+def test_plan_deletes_a_strangers_route_through_the_tun_device_that_leads_nowhere(route: Route, goes: bool) -> None:
+    """A DHCP client's default route took the host's own traffic into the tunnel, which dropped it."""
+    changes = plan(WANTED, replace(GOOD, foreign=(route,)))
+    assert changes == ([Change(Verb.DELETE, route)] if goes else [])
+    elsewhere = replace(route, oif=2)
+    assert plan(WANTED, replace(GOOD, foreign=(elsewhere,))) == []
+
+
 @pytest.mark.parametrize(
     ("foreign", "line"),
     [

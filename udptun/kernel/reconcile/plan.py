@@ -5,7 +5,7 @@ There may be thousands of peers: `plan` costs what it is given, not its square.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredState
@@ -29,7 +29,7 @@ class ActualState:
     """What the kernel has of the desired things, and everything that carries our mark.
 
     `links` and `sysctls` hold None for what is missing.  `attached` names the devices that our queues still reach.
-    `foreign` are other owners' routes to desired prefixes or through our VXLAN devices.  `stray_links` are devices of
+    `foreign` are other owners' routes to desired prefixes or through our devices.  `stray_links` are devices of
     ours that are not desired.
     """
 
@@ -76,7 +76,7 @@ def plan(desired: DesiredState, actual: ActualState) -> list[Change]:
         for route in desired.routes
         if route.type is RouteType.UNICAST and (route.link is None or route.link in usable)
     ]
-    routes = _Routes(guards + through, actual, {link.index for link in usable.values() if link.vxlan is not None})
+    routes = _Routes(guards + through, actual, usable.values())
     return [
         *routes.add(guards),
         *on_links,
@@ -177,8 +177,17 @@ class _Routes:
     The kernel tells routes apart by prefix and metric, here called the place: two routes cannot have the same place.
     """
 
-    def __init__(self, wanted: Sequence[Route], actual: ActualState, own_indexes: Collection[int]) -> None:
-        """`own_indexes` are those of our VXLAN devices; every route through them is ours, whoever added it."""
+    def __init__(self, wanted: Sequence[Route], actual: ActualState, own_links: Iterable[Link]) -> None:
+        """Every route through a VXLAN device of `own_links` is ours, whoever added it.
+
+        So is a route through a TUN device of ours to where no route of ours through it leads: the datapath drops what
+        it carries.
+        """
+        own = {link.index: link for link in own_links}
+        carried: dict[int, list[IPNetwork]] = {}
+        for route in wanted:
+            if route.oif in own:
+                carried.setdefault(route.oif, []).append(route.dst)
         wanted_set = set(wanted)
         self._present = set(actual.routes)
         self._leftovers: dict[tuple[IPNetwork, int], list[Route]] = {}
@@ -188,7 +197,11 @@ class _Routes:
             if route not in wanted_set:
                 self._leftovers.setdefault(_place(route), []).append(route)
         for route in actual.foreign:
-            if route.oif in own_indexes or _without_owner(route) in same:
+            is_on_ours = route.oif in own and (
+                own[route.oif].vxlan is not None
+                or not any(_is_within(route.dst, it) for it in carried.get(route.oif, ()))
+            )
+            if is_on_ours or _without_owner(route) in same:
                 self._leftovers.setdefault(_place(route), []).append(route)
             else:
                 self._blocked.add(_place(route))
@@ -209,6 +222,10 @@ class _Routes:
 
 def _place(route: Route) -> tuple[IPNetwork, int]:
     return route.dst, route.metric
+
+
+def _is_within(inner: IPNetwork, outer: IPNetwork) -> bool:
+    return inner.prefixlen >= outer.prefixlen and inner.network_address in outer
 
 
 def _without_owner(route: Route) -> Route:

@@ -26,6 +26,7 @@ from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.reconcile.apply import Device, apply
 from udptun.kernel.reconcile.change import Change, Verb
+from udptun.kernel.reconcile.contest import Contests
 from udptun.kernel.reconcile.ownership import is_ours
 from udptun.kernel.reconcile.plan import ActualState, conflicts, plan
 from udptun.kernel.sysctl import read_sysctl
@@ -51,20 +52,20 @@ Decide = Callable[[Mapping[IPv4Address, int]], DesiredState]
 class Outcome:
     """What one repair did and could not do.
 
-    `failures` are tried again soon.  `refusals` are settings that packets flow without, and `conflicts` wait for a
-    person (or another program) to give way; both are looked at with every repair.  `is_broken`: a failure concerns not
-    one peer but all of them.
+    `failures` are tried again soon.  `refusals` are settings that packets flow without.  `conflicts` and `quarrels`
+    wait for a person (or another program) to give way.  `is_broken`: a failure concerns not one peer but all of them.
     """
 
     changes: tuple[Change, ...] = ()
     failures: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     conflicts: tuple[str, ...] = ()
+    quarrels: tuple[str, ...] = ()
     is_broken: bool = False
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return self.failures + self.refusals + self.conflicts
+        return self.failures + self.refusals + self.conflicts + self.quarrels
 
 
 class Reconciler:
@@ -81,8 +82,10 @@ class Reconciler:
         self._decide: Decide | None = None
         self._direct: Mapping[IPv4Address, int] = {}
         """Those of the gateways that the kernel reached directly at the last look."""
+        self._own_links: Mapping[int, str] = {}
+        """The names of our devices by their indexes, at the last look."""
         self._vxlan_indexes: frozenset[int] = frozenset()
-        """Of our VXLAN devices, at the last look."""
+        """Those of them that are VXLAN devices."""
         self._may_have_strays = True
         """Whether there may be devices of ours that are not desired any more."""
         self._foreign: tuple[Route, ...] = ()
@@ -91,6 +94,7 @@ class Reconciler:
         # read only when something says so, and every period.
         self._must_read_foreign = True
         self._foreign_due_s = 0.0
+        self._contests = Contests()
         self._busy = asyncio.Lock()
         self._loop = WatchLoop("kernel state", self._relevant_notices, self._look, _PACE)
         self.last = Outcome()
@@ -141,7 +145,10 @@ class Reconciler:
                     async with Netlink() as kernel:
                         actual = await self._read_actual(kernel)
                         conflict_lines = await self._describe_conflicts(kernel, actual)
-                        done, failed = await apply(kernel, self._device, plan(self._desired, actual))
+                        now_s = asyncio.get_running_loop().time()
+                        todo = self._contests.allow(plan(self._desired, actual), now_s)
+                        done, failed = await apply(kernel, self._device, todo)
+                        self._contests.note(done, now_s)
                 except KernelError as exc:
                     failures, is_broken = (str(exc),), True
                     break
@@ -155,11 +162,12 @@ class Reconciler:
                     break
             else:
                 failures = (*failures, f"not as wanted after {_ROUNDS} rounds: another program undoes our changes")
-            self._record(Outcome(tuple(changes), failures, refusals, conflict_lines, is_broken))
+            quarrels = tuple(self._contests.problems(self._own_links))
+            self._record(Outcome(tuple(changes), failures, refusals, conflict_lines, quarrels, is_broken))
             return self.last
 
     async def _look(self) -> bool:
-        return not (await self.converge()).failures
+        return not (await self.converge()).failures and not self._contests.has_put_off
 
     def _record(self, outcome: Outcome) -> None:
         """Keep the outcome; say what was done, in one line, and what is new in its problems."""
@@ -212,6 +220,7 @@ class Reconciler:
         links = {wanted.name: await kernel.link(wanted.name) for wanted in desired.links}
         addresses = [a for link in links.values() if link for a in await kernel.addresses(link.index)]
         vxlan = [link.index for link in links.values() if link is not None and link.vxlan is not None]
+        self._own_links = {link.index: name for name, link in links.items() if link is not None}
         self._vxlan_indexes = frozenset(vxlan)
         if self._must_read_foreign or asyncio.get_running_loop().time() >= self._foreign_due_s:
             await self._read_foreign(kernel, desired)
@@ -228,7 +237,7 @@ class Reconciler:
         )
 
     async def _read_foreign(self, kernel: Netlink, desired: DesiredState) -> None:
-        """Find other owners' routes to desired prefixes or through our VXLAN devices."""
+        """Find other owners' routes to desired prefixes or through our devices."""
         # Cleared first, so that what comes up during the reading asks for another one.
         self._must_read_foreign = False
         try:
@@ -238,12 +247,13 @@ class Reconciler:
             raise
         self._foreign_due_s = asyncio.get_running_loop().time() + _PACE.period_s
         prefixes = {route.dst for route in desired.routes}
-        self._prefix_lengths = {prefix.prefixlen for prefix in prefixes}
+        # 0: a default route may lead through our device.
+        self._prefix_lengths = {0, *(prefix.prefixlen for prefix in prefixes)}
         self._foreign = tuple(
             route
             for route in routes
             if route.protocol not in (ROUTE_PROTOCOL, _KERNEL_PROTOCOL)
-            and (route.dst in prefixes or route.oif in self._vxlan_indexes)
+            and (route.dst in prefixes or route.oif in self._own_links)
         )
 
     def _note_foreign(self, done: Sequence[Change], failed: Sequence[tuple[Change, KernelError]]) -> None:
