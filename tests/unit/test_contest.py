@@ -43,8 +43,8 @@ def test_what_comes_back_at_once_goes_ever_more_slowly() -> None:
     (line,) = client.contests.problems(NAMES)
     assert line == (
         "another program, a DHCP client perhaps, puts address 169.254.0.1/16 on flannel0 again and again; have it "
-        "leave flannel0 alone: `denyinterfaces flannel0` in dhcpcd.conf, `unmanaged-devices=interface-name:flannel0` of "
-        "NetworkManager, `Unmanaged=yes` of systemd-networkd"
+        "leave flannel0 alone: `denyinterfaces flannel0` in dhcpcd.conf, "
+        "`unmanaged-devices=interface-name:flannel0` of NetworkManager, `Unmanaged=yes` of systemd-networkd"
     )
 
 
