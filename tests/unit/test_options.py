@@ -87,7 +87,8 @@ def test_flags_are_those_of_flannel_and_ours() -> None:
         iface iface-regex iface-can-reach subnet-file public-ip public-ipv6 subnet-lease-renew-margin ip-masq
         ip-masq-fully-random-disable kube-subnet-mgr kube-api-url kubeconfig-file kube-annotation-prefix
         net-config-path set-node-network-unavailable version healthz-ip healthz-port iptables-resync
-        iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at"""
+        iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at
+        logtostderr alsologtostderr stderrthreshold log_dir"""
     ours = "store mtu port workers source-check offload-disabled run-dir state-dir node"
     assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
 
@@ -96,7 +97,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 28
+    assert len(shared) == 32
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -315,6 +316,10 @@ def test_flags_of_what_is_not_built_are_accepted_when_they_ask_for_nothing() -> 
         "--set-node-network-unavailable=false",
         "--vmodule=a=1",
         "--log_backtrace_at=a.go:1",
+        "--logtostderr=false",
+        "-alsologtostderr",
+        "--stderrthreshold=INFO",
+        "--log_dir=/var/log/flannel",
     )
     assert options == parse()
 

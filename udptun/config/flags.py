@@ -6,8 +6,6 @@ are written.
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -26,6 +24,8 @@ from udptun.config.go_flags import (
     list_flag,
     settled_flag,
 )
+from udptun.config.go_regex import compile_go
+from udptun.config.old_units import environment_warnings, ignored_words_warning
 from udptun.config.store_flags import (
     BUILT_STORES,
     ETCD_FLAGS,
@@ -51,6 +51,8 @@ RENEW_MARGINS_MIN = range(1, 1440)
 
 RESYNC_S = range(1, 86401)
 """What --iptables-resync may be, seconds."""
+
+_OLD_LOG = "accepted as old flannel's; no effect: the log goes to stderr"
 
 _HOST, _LEASES, _TUNNEL, _RUNNING, _FIREWALL = "This host", "Leases", "Tunnel", "Running", "Firewall"
 
@@ -78,11 +80,8 @@ def _ipv6_or_none(text: str) -> IPv6Address | None:
 
 def _regex(text: str) -> str:
     try:
-        with warnings.catch_warnings():
-            # Python warns about [[:alpha:]], which is good Go.
-            warnings.simplefilter("ignore", FutureWarning)
-            re.compile(text)
-    except re.error as exc:
+        compile_go(text)
+    except ValueError as exc:
         raise ValueError(f"must be a regular expression ({exc})") from None
     return text
 
@@ -177,6 +176,10 @@ class Options:
     log_backtrace_at: str = flag_without_effect(
         _RUNNING, str, "", "LINE", "accepted as flannel's; no effect", name="log_backtrace_at"
     )
+    logtostderr: bool = flag_without_effect(_RUNNING, boolean, True, "", _OLD_LOG)
+    alsologtostderr: bool = flag_without_effect(_RUNNING, boolean, True, "", _OLD_LOG)
+    stderrthreshold: str = flag_without_effect(_RUNNING, str, "", "LEVEL", _OLD_LOG)
+    log_dir: str = flag_without_effect(_RUNNING, str, "", "DIR", _OLD_LOG, name="log_dir")
     version: bool = flag(_RUNNING, boolean, False, "", "print the version and exit")
     """With this or `help` set, print that and do nothing else."""
 
@@ -201,7 +204,7 @@ class Options:
     notify_socket: str
     """NOTIFY_SOCKET of systemd, empty without it."""
     warnings: tuple[str, ...]
-    """Environment variables that were ignored, a line each, for the log."""
+    """What was given and is ignored, a line each, for the log."""
     help: bool
 
     @property
@@ -231,10 +234,14 @@ _JSON = Flag("json", "", boolean, False, "", "for programs")
 def parse_daemon_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> Options:
     """The options of `udptun daemon`, or of `flanneld` with `as_flanneld`; `argv` begins after the command.
 
-    The one difference: with no store named, flannel means etcd on this host, and `udptun daemon` the local store.
-    Raises UsageError with one line.
+    Two things differ.  With no store named, flannel means etcd on this host, and `udptun daemon` the local store.
+    Words that are no flags, and all behind the first of them, are ignored as flannel does; to `udptun daemon` they are
+    an error.  Raises UsageError with one line.
     """
-    return _options(_given(argv, environ), environ, as_flanneld=as_flanneld)
+    given = _given(argv, environ, ends_at_word=as_flanneld)
+    if not _is_question(given):
+        given.warnings += environment_warnings(environ, argv, given.said)
+    return _options(given, environ, as_flanneld=as_flanneld)
 
 
 def parse_cleanup_flags(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Options, bool]:
@@ -273,9 +280,13 @@ def cleanup_help() -> str:
     return help_text({"": (_RELEASE,), **FLAGS}, ENVIRONMENT_PREFIX)
 
 
-def _given(argv: Sequence[str], environ: Mapping[str, str], *more: Flag, n_words: int = 0) -> Given:
+def _given(
+    argv: Sequence[str], environ: Mapping[str, str], *more: Flag, n_words: int = 0, ends_at_word: bool = False
+) -> Given:
     """The daemon's flags, and `more`, as argv and the environment give them."""
-    given = Given({it.name: it for it in (*_ALL_FLAGS, *more)}, argv, n_words)
+    given = Given({it.name: it for it in (*_ALL_FLAGS, *more)}, argv, n_words, ends_at_word=ends_at_word)
+    if given.rest:
+        given.warnings.append(ignored_words_warning(given.rest))
     if not _is_question(given):
         given.read_environment(environ, ENVIRONMENT_PREFIX)
     return given

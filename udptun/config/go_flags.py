@@ -120,12 +120,21 @@ def flags_of(kind: type[DataclassInstance], prefix: str = "") -> dict[str, Flag]
 class Given:
     """What argv gives, and then the environment: a value for each flag, and where it was said."""
 
-    def __init__(self, flags: Mapping[str, Flag], argv: Sequence[str], n_words: int = 0) -> None:
-        """`flags` by their names.  Of arguments that are no flags `n_words` are taken.  Raises UsageError."""
+    def __init__(
+        self, flags: Mapping[str, Flag], argv: Sequence[str], n_words: int = 0, *, ends_at_word: bool = False
+    ) -> None:
+        """`flags` by their names.  Raises UsageError.
+
+        Of arguments that are no flags `n_words` are taken, and one more is an error.  With `ends_at_word` the first of
+        them ends the flags, as in Go.
+        """
         self._flags = flags
         self._n_words = n_words
+        self._ends_at_word = ends_at_word
         self.words: list[str] = []
         """Arguments that are no flags."""
+        self.rest: list[str] = []
+        """With `ends_at_word`: the argument that ended the flags, and all behind it."""
         self.values: dict[str, Any] = {name: flag.default for name, flag in flags.items()}  # each flag's own type
         self.said: dict[str, str] = {}
         """Each flag that was given, as `--name` or as its variable."""
@@ -163,7 +172,11 @@ class Given:
         """Flags with their texts, in order, by the rules of Go's flag.Parse."""
         words = iter(argv)
         for word in words:
-            if word == "--":
+            is_end = word == "--"
+            if self._ends_at_word and (is_end or not word.startswith("-") or word == "-"):
+                self.rest = [*words] if is_end else [word, *words]
+                return
+            if is_end:
                 for rest in words:
                     raise UsageError(_unexpected(rest))
                 return

@@ -6,11 +6,11 @@ Pure: the caller says which links, addresses and routes exist.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 
+from udptun.config.go_regex import compile_go
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.network_state import DEVICE_NAME, Address, Link, Route, RouteType
 
@@ -87,7 +87,7 @@ def pick(
                 f"Failed to find any valid interface to use: {exc} (there are: {interfaces.inventory()})"
             ) from None
 
-    patterns = [(text, _go_regex(text)) for text in options.iface_regexes]
+    patterns = [(text, _compiled(text)) for text in options.iface_regexes]
     tried: list[str] = []
     for iface in options.ifaces:
         try:
@@ -318,39 +318,3 @@ def _rank(link: Link, addresses: Sequence[Address]) -> list[tuple[tuple[bool, bo
         and not (a.is_deprecated or a.ip.is_loopback or a.ip.is_multicast or a.ip.is_unspecified)
     ]
     return sorted(usable, key=lambda it: it[0])
-
-
-_POSIX_CLASSES = {
-    "alnum": "0-9A-Za-z",
-    "alpha": "A-Za-z",
-    "blank": r"\t ",
-    "digit": "0-9",
-    "lower": "a-z",
-    "punct": r"!-/:-@\[-`{-~",
-    "space": r"\s",
-    "upper": "A-Z",
-    "word": r"\w",
-    "xdigit": "0-9A-Fa-f",
-}
-
-
-def _go_regex(text: str) -> re.Pattern[str]:
-    """Compile a regular expression of Go's RE2 syntax.
-
-    Three differences matter for names and addresses.  RE2 has POSIX classes, which Python would misread without an
-    error.  RE2 has `\\z`.  The classes of RE2 are ASCII.  What only RE2 refuses (backreferences) is accepted.
-    """
-
-    def posix(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in _POSIX_CLASSES:
-            raise UsageError(f"could not compile the IP address regex '{text}': no character class [:{name}:]")
-        return _POSIX_CLASSES[name]
-
-    try:
-        with warnings.catch_warnings():
-            # Python warns about [[, which means the same in both.
-            warnings.simplefilter("ignore", FutureWarning)
-            return re.compile(re.sub(r"\[:(\w+):\]", posix, text).replace(r"\z", r"\Z"), re.ASCII)
-    except re.error as exc:
-        raise UsageError(f"could not compile the IP address regex '{text}': {exc}") from exc
