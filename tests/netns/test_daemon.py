@@ -165,9 +165,34 @@ def test_daemon_ends_with_0_and_leaves_nothing_when_signalled_at_any_moment_of_i
 
 
 def handles_sigterm(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text()
-    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return signal.SIGTERM in signals_of(pid, "SigCgt")
+
+
+def signals_of(pid: int, mask: str) -> set[int]:
+    """The numbers in one of the masks of /proc/PID/status."""
+    found = re.search(rf"^{mask}:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    bits = int(found[1], 16) if found else 0
+    return {number for number in range(1, 65) if bits >> (number - 1) & 1}
+
+
+def test_a_signal_that_does_nothing_to_flanneld_does_not_end_the_daemon_or_its_datapath(host: Host) -> None:
+    """Before, SIGUSR1, which scripts for log rotation send, ended the daemon, at the start and later."""
+    stray = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM, signal.SIGIO, signal.SIGPWR, 34, 64]
+    daemon = host.popen([*FLANNELD, *DAEMON[len(UDPTUN) + 1 :]])
+    wait_until("the daemon to ignore them", lambda: signal.SIGUSR1 in signals_of(daemon.pid, "SigIgn"), 10)
+    while not host.path(SUBNET_ENV).exists():
+        for number in stray:
+            daemon.send_signal(number)
+        assert daemon.poll() is None
+        time.sleep(0.02)
+    pids = datapath_pids(host)
+    for number in stray:
+        for pid in (daemon.pid, *pids):
+            os.kill(pid, number)
+    assert read_status(host)["datapath"]["pid"] in pids
+    assert datapath_pids(host) == pids
+    daemon.send_signal(signal.SIGTERM)
+    assert daemon.wait(10) == 0
 
 
 def test_control_c_on_a_terminal_ends_the_daemon_alone_and_says_how_to_clean_up(host: Host) -> None:

@@ -110,6 +110,9 @@ def _daemon(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int:
+    for number in _NOT_FOR_US:
+        signal.signal(number, signal.SIG_IGN)
+
     from udptun.config import flags
 
     options = flags.parse_daemon_flags(argv, environ, as_flanneld=name == "flanneld")
@@ -131,6 +134,16 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
     from udptun.control import daemon
 
     return daemon.run(options)
+
+
+_NOT_FOR_US = (
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF),
+    *(signal.SIGIO, signal.SIGPWR, signal.SIGXCPU, signal.SIGXFSZ),
+    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)
+"""Signals that do nothing to a Go program that does not ask for them, and so to flanneld (sigtab_linux_generic.go).
+Their default is the end of the process, and log rotation, for one, sends some of them.  The datapath inherits that they
+are ignored."""
 
 
 def _import_asyncio_without_ssl() -> None:
