@@ -41,17 +41,23 @@ class _Place:
         self._history: list[WatchBatch] = []
         self._watchers: dict[asyncio.Event, asyncio.AbstractEventLoop] = {}
 
-    def change(self, put: Iterable[Lease] = (), remove: Iterable[Lease] = (), skipped: tuple[str, ...] = ()) -> None:
+    def change(
+        self,
+        put: Iterable[Lease] = (),
+        remove: Iterable[Lease] = (),
+        skipped: tuple[str, ...] = (),
+        mended: tuple[str, ...] = (),
+    ) -> None:
         """One revision; removals are told first."""
         with self.lock:
             revision = self.revision + 1
             written = [replace(lease, revision=revision) for lease in put]
             gone = [self.leases.pop(lease.key) for lease in remove]
             self.leases |= {lease.key: lease for lease in written}
-            self.skipped += skipped
+            self.skipped = (*(line for line in self.skipped if line not in mended), *skipped)
             events = [LeaseEvent(EventType.REMOVED, lease) for lease in gone]
             events += [LeaseEvent(EventType.ADDED, lease) for lease in written]
-            self.tell(WatchBatch(revision, tuple(events), skipped=skipped))
+            self.tell(WatchBatch(revision, tuple(events), skipped=skipped, mended=mended))
 
     def tell(self, batch: WatchBatch) -> None:
         self.revision = batch.revision
@@ -261,9 +267,9 @@ class FakeStore:
         """Have these and no others, and tell the difference."""
         with self._place.lock:
             wanted = {lease.key for lease in leases}
-            self._place.skipped = ()
             gone = [lease for key, lease in self.leases.items() if key not in wanted]
-            self._place.change(put=[lease for lease in leases if not self.has(lease)], remove=gone)
+            put = [lease for lease in leases if not self.has(lease)]
+            self._place.change(put=put, remove=gone, mended=self._place.skipped)
 
     def spoil(self, key: str, line: str) -> None:
         """Make no lease of what is under `key`; `line` says why it is none."""

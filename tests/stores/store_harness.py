@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from udptun.core.lease import EventType, Lease, LeaseAttrs, Subnets
-from udptun.stores.base import Store, SubnetChoice, WatchBatch
+from udptun.stores.base import Snapshot, Store, SubnetChoice, WatchBatch
 from udptun.stores.file import FileStore
 from udptun.stores.local.store import LocalStore
 
@@ -175,13 +175,15 @@ class Watcher:
     def __init__(self) -> None:
         self.leases: dict[str, Lease] = {}
         self.batches: list[WatchBatch] = []
+        self.refused: set[str] = set()
+        """What is said of items that are no leases, as it is now."""
         self.revision = -1
         self._changed = asyncio.Event()
 
     async def follow(self, store: Store, after: int | None) -> None:
         if after is None:
             snapshot = await store.snapshot()
-            self._take_all(snapshot.leases)
+            self._take_all(snapshot)
             after = snapshot.revision
         self.revision = after
         async with aclosing(store.watch(after)) as batches:
@@ -190,7 +192,9 @@ class Watcher:
                 self.batches.append(batch)
                 self.revision = batch.revision
                 if batch.snapshot is not None:
-                    self._take_all(batch.snapshot.leases)
+                    self._take_all(batch.snapshot)
+                assert not set(batch.skipped) & set(batch.mended)
+                self.refused = (self.refused | set(batch.skipped)) - set(batch.mended)
                 for event in batch.events:
                     if event.type is EventType.ADDED:
                         self.leases[event.lease.key] = event.lease
@@ -198,8 +202,9 @@ class Watcher:
                         self.leases.pop(event.lease.key, None)
                 self._changed.set()
 
-    def _take_all(self, leases: Iterable[Lease]) -> None:
-        self.leases = {lease.key: lease for lease in leases}
+    def _take_all(self, snapshot: Snapshot) -> None:
+        self.leases = {lease.key: lease for lease in snapshot.leases}
+        self.refused = set(snapshot.skipped)
         self._changed.set()
 
     async def until(self, met: Callable[[], bool]) -> None:
@@ -217,6 +222,7 @@ class Watcher:
         return [event.lease for batch in self.batches for event in batch.events if event.type is kind]
 
     def skipped(self) -> list[str]:
+        """Every line that a batch has told so far."""
         return [
             line
             for batch in self.batches

@@ -140,6 +140,31 @@ def test_a_bad_item_is_skipped_by_name_and_costs_no_other(make: Make, tmp_path: 
 
 
 @over()
+def test_a_line_about_a_bad_item_goes_when_the_item_is_mended_or_deleted(make: Make, tmp_path: Path) -> None:
+    """It stayed until the next snapshot.  A watch takes one when it has lost its place: after weeks, or never."""
+    harness = make(tmp_path)
+    harness.write([(1, 1), (2, 2), (3, 3)])
+    name_1 = harness.spoil(1)
+
+    async def main() -> None:
+        store = harness.store()
+        async with watching(store) as watcher:
+            assert len(watcher.refused) == 1
+            name_2 = await asyncio.to_thread(harness.spoil, 2)
+            await watcher.until(lambda: len(watcher.refused) == 2)
+            assert all(any(name in line for line in watcher.refused) for name in (name_1, name_2))
+            await asyncio.to_thread(harness.write, [(1, 1), (3, 3)])
+            await watcher.until(lambda: not watcher.refused and watcher.numbers == {1, 3})
+            await asyncio.to_thread(harness.spoil, 3)
+            await watcher.until(lambda: len(watcher.refused) == 1)
+            await asyncio.to_thread(harness.write, [(1, 1), (3, 3)])
+            await watcher.until(lambda: not watcher.refused and watcher.numbers == {1, 3})
+        await store.aclose()
+
+    asyncio.run(main())
+
+
+@over()
 def test_a_claim_gives_the_lease_which_the_next_snapshot_has(make: Make, tmp_path: Path) -> None:
     harness = make(tmp_path)
     harness.write([(1, 1), (2, 2)])

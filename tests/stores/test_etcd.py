@@ -376,6 +376,41 @@ def test_each_junk_item_is_one_line_with_its_key_and_costs_no_other(harness: Etc
     on_store(harness, main)
 
 
+@pytest.mark.parametrize("knows_the_table", [True, False])
+def test_lines_about_junk_go_one_by_one_and_a_batch_tells_its_end_alone(
+    harness: EtcdHarness, knows_the_table: bool
+) -> None:
+    """A watch that began at a revision whose table it does not know has etcd tell it what was there before."""
+    names = [SUBNETS[number].key for number in range(5)]
+    harness.txn(*(f"put {harness.key(name)} x{number}" for number, name in enumerate(names)))
+
+    async def main(store: etcd.EtcdStore) -> None:
+        other = harness.store()
+        snapshot = await (store if knows_the_table else other).snapshot()
+        assert len(snapshot.skipped) == 5
+        async with watching(store, snapshot.revision, snapshot.leases) as watcher:
+            watcher.refused = set(snapshot.skipped)
+            harness.etcdctl("del", harness.key(names[0]))
+            harness.etcdctl("put", harness.key(names[1]), host(1).to_json())
+            await watcher.until(lambda: len(watcher.refused) == 3)
+            before = set(watcher.refused)
+            harness.etcdctl("put", harness.key(names[2]), "{}")
+            await watcher.until(lambda: watcher.refused != before)
+            assert len(watcher.refused) == 3
+            # etcd may tell both of them in one batch.
+            harness.etcdctl("put", harness.key(names[1]), "y")
+            harness.etcdctl("put", harness.key(names[1]), host(1).to_json())
+            harness.etcdctl("put", harness.key(names[3]), host(3).to_json())
+            harness.etcdctl("put", harness.key(names[3]), "x3")
+            harness.etcdctl("put", harness.key("10.9.9.0-24"), host(9).to_json())
+            await watcher.until(lambda: "10.9.9.0-24" in watcher.leases)
+            assert watcher.refused == set((await other.snapshot()).skipped)
+            assert watcher.leases.keys() == {names[1], "10.9.9.0-24"}
+        await other.aclose()
+
+    on_store(harness, main)
+
+
 def test_keys_beside_the_leases_are_not_ours(harness: EtcdHarness) -> None:
     harness.etcdctl("put", f"{harness.prefix}/subnets-old/10.0.1.0-24", host(1).to_json())
     harness.etcdctl("put", f"{harness.prefix}/subnets", "x")
@@ -641,9 +676,7 @@ def test_authentication_that_is_enabled_under_way_is_followed_when_a_user_is_giv
         asyncio.run(main())
 
 
-def test_an_exact_list_that_fails_half_way_is_one_line(
-    harness: EtcdHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exact_list_that_fails_half_way_is_one_line(harness: EtcdHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     granted = harness.etcdctl("lease", "grant", "300").split()[1]
     harness.etcdctl("put", f"--lease={granted}", harness.key("10.0.1.0-24"), host(1).to_json())
 
@@ -670,5 +703,3 @@ def test_a_token_that_has_ended_is_replaced_in_silence(tmp_path: Path) -> None:
                 assert not follower.errors
 
         asyncio.run(main())
-
-

@@ -240,6 +240,7 @@ def test_a_bad_edit_keeps_the_last_good_leases_and_says_why_once(path: Path) -> 
             put(path, [A])
             await watcher.until(lambda: len(watcher.leases) == 1)
             assert [lease.key for lease in watcher.events(EventType.REMOVED)] == ["10.244.2.0-24"]
+            assert watcher.refused == set()
             first, second, third = watcher.skipped()
             assert "line 1 column 3" in first
             assert "line 1 column 4" in second

@@ -314,6 +314,19 @@ def test_peer_is_refused_when_it_overlaps_our_own_lease(subnet: str) -> None:
     assert peers.refused == {}
 
 
+def test_leases_are_looked_at_anew_when_our_address_has_changed() -> None:
+    """A host that took our old address stayed refused for good, and one at our new address stayed a peer."""
+    own_ip = OWN_IP
+    peers = LeaseTable(NETWORK, OWN.subnet, lambda one: one.attrs.public_ip == own_ip, lambda lease: None)
+    other = lease("10.244.8.0/24", str(OWN_IP))
+    peers.update(added(A, B, C, other, OWN))
+    assert peers.refused == {other.key: f"PublicIP {OWN_IP} is our own"}
+    assert peers.reconsider(peers.keys()) == []
+    own_ip = B.attrs.public_ip
+    assert peers.reconsider([other.key, B.key, "unknown"]) == removed(B) + added(other)
+    assert peers.refused == {B.key: f"PublicIP {own_ip} is our own"}
+
+
 def test_expire_removes_what_the_store_has_not_yet_said_is_gone() -> None:
     peers = table()
     early, late = lease("10.244.1.0/24", expires_s=100), lease("10.244.2.0/24", expires_s=200)
@@ -380,18 +393,30 @@ LEASES = st.builds(
     st.none() | st.integers(0, 100),
 )
 EVENTS = st.lists(st.builds(LeaseEvent, st.sampled_from(EventType), LEASES), max_size=4)
-STEPS = st.lists(EVENTS | st.builds(tuple, st.lists(LEASES, max_size=12)) | st.integers(0, 100), max_size=12)
+ADDRESSES = st.sampled_from([OWN_IP, IPv4Address("192.0.2.2")])
+STEPS = st.lists(
+    EVENTS | st.builds(tuple, st.lists(LEASES, max_size=12)) | st.integers(0, 100) | ADDRESSES, max_size=12
+)
 
 
 @given(STEPS, st.sampled_from([1, 3, 100]))
 def test_table_holds_its_promises_after_any_sequence_of_calls(
-    steps: list[list[LeaseEvent] | tuple[Lease, ...] | int], size: int
+    steps: list[list[LeaseEvent] | tuple[Lease, ...] | int | IPv4Address], size: int
 ) -> None:
-    """A step is events for `update`, a snapshot for `reset` by parts of `size`, or a time for `expire`."""
-    peers, known, replayed = table(), dict[str, Lease](), dict[str, Lease]()
+    """A step is events for `update`, a snapshot for `reset` by parts of `size`, a time for `expire`, or our address."""
+    own_ip, known, replayed = OWN_IP, dict[str, Lease](), dict[str, Lease]()
+
+    def is_own(one: Lease) -> bool:
+        return one.attrs.public_ip == own_ip
+
+    peers = LeaseTable(NETWORK, OWN.subnet, is_own, lambda lease: None)
     for step in steps:
         before = dict(peers.peers)
-        if isinstance(step, int):
+        if isinstance(step, IPv4Address):
+            own_ip, keys = step, peers.keys()
+            parts = [peers.reconsider(keys[at : at + size]) for at in range(0, len(keys), size)]
+            events = [event for part in parts for event in part]
+        elif isinstance(step, int):
             known = {key: one for key, one in known.items() if not one.is_expired(step)}
             events = peers.expire(step)
         elif isinstance(step, tuple):

@@ -215,7 +215,7 @@ def test_skipped_lines_are_logged_once_and_again_when_they_are_back(caplog: pyte
     skipped = Skipped(refused)
     skipped.replace(["junk: not JSON"])
     for _ in range(3):
-        skipped.add([])
+        skipped.change([], [])
         skipped.say()
     assert skipped.lines == ("junk: not JSON", "10.9.0.0-24: outside")
     assert [record.message for record in caplog.records] == [
@@ -225,6 +225,35 @@ def test_skipped_lines_are_logged_once_and_again_when_they_are_back(caplog: pyte
     refused.clear()
     skipped.replace([])
     skipped.say()
-    skipped.add(["junk: not JSON"])
+    skipped.change(["junk: not JSON"], [])
     skipped.say()
     assert len(caplog.records) == 3
+
+
+def test_skipped_lines_that_no_longer_hold_are_gone_from_status_and_said_to_be(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """They stayed until the next snapshot, and the log named what was mended for ever as the last word on it."""
+    caplog.set_level(logging.INFO)
+    refused: dict[str, str] = {"10.9.0.0-24": "outside"}
+    skipped = Skipped(refused)
+    skipped.change(["junk: not JSON", "more: not JSON"], [])
+    skipped.say()
+    caplog.clear()
+    refused.clear()
+    skipped.change(["other: not JSON"], ["junk: not JSON", "never told"])
+    skipped.say()
+    skipped.say()
+    assert skipped.lines == ("more: not JSON", "other: not JSON")
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "lease skipped other: not JSON"),
+        ("INFO", "lease no longer skipped 10.9.0.0-24: outside"),
+        ("INFO", "lease no longer skipped junk: not JSON"),
+    ]
+    skipped.change([f"junk {n}" for n in range(300)], [])
+    skipped.say()
+    caplog.clear()
+    skipped.replace([])
+    skipped.say()
+    assert len(caplog.records) == 201
+    assert caplog.records[-1].message == "leases no longer skipped n_more=102"

@@ -533,6 +533,26 @@ def test_item_that_cannot_be_used_is_named_once(tmp_path: Path, caplog: pytest.L
     assert len(told(caplog, logging.WARNING, "lease skipped 10.9.0.0-24")) == 1
 
 
+def test_leases_are_looked_at_anew_when_we_have_moved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The line `PublicIP is our own` stayed when it was no longer ours, and the host that has it now was no peer."""
+
+    async def main() -> None:
+        store = FakeStore(PEER)
+        member = Member(store, tmp_path)
+        async with member.running():
+            successor = lease("10.244.21.0/24", "192.0.2.1", "3" * 32)
+            store.put(successor)
+            await until(lambda: member.membership.skipped)
+            assert member.membership.skipped == (f"{successor.key}: PublicIP 192.0.2.1 is our own",)
+            moved = attrs("192.0.2.99", ME.node_id)
+            member.membership.move(replace(ME, public_ip=moved.public_ip), moved)
+            await until(lambda: member.membership.skipped == ())
+            assert member.peers == {"10.244.20.0/24": "192.0.2.20", "10.244.21.0/24": "192.0.2.1"}
+
+    asyncio.run(main())
+    assert len(told(caplog, logging.INFO, "lease no longer skipped 10.244.21.0-24")) == 1
+
+
 # --- a store that fails
 
 
@@ -790,9 +810,7 @@ def test_start_of_another_network_forwards_on_and_takes_nothing(
         member = Member(store, tmp_path, start=Start(CONFIG, last_leases(PEER)))
         async with member.running():
             await until(lambda: member.membership.problems)
-            assert member.membership.problems == (
-                "Network is 10.9.0.0/16 in fake, not 10.244.0.0/16; restart to move",
-            )
+            assert member.membership.problems == ("Network is 10.9.0.0/16 in fake, not 10.244.0.0/16; restart to move",)
             assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
             assert store.claims == 0
 

@@ -26,7 +26,8 @@ class LeaseTable:
     overlap, the first keeps the addresses until it goes.  `own_subnet` is nobody else's.
 
     `is_own` says whether packets for a lease would come back to us, and `refusal` why the backend has no use for a
-    valid lease.  Both must depend on nothing but the lease's subnets and attrs.
+    valid lease.  Both must depend on nothing but the lease's subnets and attrs.  When their answers change, as those of
+    `is_own` do when we move to another address, `reconsider` has to be called for every key.
     """
 
     def __init__(
@@ -86,6 +87,15 @@ class LeaseTable:
         for at in range(0, len(keys), size):
             yield self._settle(keys[at : at + size])
 
+    def keys(self) -> list[str]:
+        """Of every lease that is known, usable or not."""
+        return list(self._known)
+
+    def reconsider(self, keys: Iterable[str]) -> list[LeaseEvent]:
+        """Look at these leases anew; return the difference."""
+        known = [(key, self._known[key]) for key in keys if key in self._known]
+        return self._settle([key for key, lease in known if self._unusable(lease) != self.refused.get(key)], anew=True)
+
     def expire(self, now_s: float) -> list[LeaseEvent]:
         """Drop what has expired by `now_s` (Unix seconds), whether or not the store has said so yet."""
         expired = []
@@ -113,14 +123,17 @@ class LeaseTable:
             return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
         return validate(lease, self._network) or self._refusal(lease)
 
-    def _settle(self, touched: Iterable[str]) -> list[LeaseEvent]:
-        """Bring the usable set in line with what is known of the keys `touched`; return the difference."""
+    def _settle(self, touched: Iterable[str], *, anew: bool = False) -> list[LeaseEvent]:
+        """Bring the usable set in line with what is known of the keys `touched`; return the difference.
+
+        `anew`: also where what is known is the same as before.
+        """
         removed: list[Lease] = []
         added: list[Lease] = []
         newcomers: list[Lease] = []
         for key in touched:
             old, new = self._used.get(key), self._known.get(key)
-            if new is not None and _same(old, new):
+            if new is not None and not anew and _same(old, new):
                 self._used[key] = new  # a later expiry or revision, nothing to do
                 continue
             self.refused.pop(key, None)

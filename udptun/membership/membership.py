@@ -75,6 +75,7 @@ class Membership:
         self._outage = Outage("lease store unavailable", store.name, clock)
         self._first_claim = FirstClaim(store)
         self._saved = SavedTable(state_dir, self._to_save, clock)
+        self._moved = asyncio.Event()
         # Made by `join`.
         self._own: OwnLease
         self._peers: Peers
@@ -146,6 +147,7 @@ class Membership:
     def move(self, me: Identity, attrs: LeaseAttrs) -> None:
         """Be at another address from now on, with the same subnet; `run` tells the store at once, until it knows."""
         self._own.move(me, attrs)
+        self._moved.set()
 
     async def run(self) -> None:
         """Follow the store, renew our lease, expire the others' and save the table, until cancelled."""
@@ -154,6 +156,7 @@ class Membership:
                 tasks.create_task(self._follower.run(), name="follow leases")
                 tasks.create_task(self._own.hold(), name="hold lease")
                 tasks.create_task(self._peers.let_go(), name="let peers go")
+                tasks.create_task(self._reconsider(), name="reconsider leases")
                 if not self._store.is_remote:
                     tasks.create_task(self._follower.expire(), name="expire leases")
                 tasks.create_task(self._saved.keep(), name="save leases")
@@ -163,6 +166,13 @@ class Membership:
     async def leave_if_new(self) -> None:
         """Give our lease back unless somebody, or we in an earlier run, had it before `join`."""
         await self._first_claim.undo()
+
+    async def _reconsider(self) -> None:
+        """After each move: a lease at our old address may be a peer's, and one at the new address is none's."""
+        while True:
+            await self._moved.wait()
+            self._moved.clear()
+            await self._peers.reconsider()
 
     async def _ask_or_recall(self, attrs: LeaseAttrs, choose: Chooser) -> Lease | LastLeases:
         """A lease from the store, or the last run's while it is away."""

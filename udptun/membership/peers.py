@@ -30,7 +30,7 @@ PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
 class Peers:
     """Keeps `table`, and tells `on_change` each difference among the usable peers.
 
-    `update`, `reset` and `recall` are called by one task at a time.  `let_go` runs beside them.
+    `update`, `reset` and `recall` are called by one task at a time.  `let_go` and `reconsider` run beside them.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Peers:
     async def update(self, batch: WatchBatch) -> None:
         """Apply the events of a batch.  A peer whose lease is gone is kept for a moment, see grace.py."""
         self._clock.look()
-        self.skipped.add(batch.skipped)
+        self.skipped.change(batch.skipped, batch.mended)
         self.skipped.say()
         events = self._grace.hold_back(batch.events, self.table.peers, self._clock.elapsed_s())
         if self._grace:
@@ -72,6 +72,13 @@ class Peers:
         """Take over these leases, and drop all others."""
         for events in self.table.reset_by_parts(leases, LEASES_AT_ONCE):
             await self._apply(events)
+            await asyncio.sleep(0)
+
+    async def reconsider(self) -> None:
+        """Look at every lease anew: what the table asks about them has other answers now."""
+        keys = self.table.keys()
+        for at in range(0, len(keys), LEASES_AT_ONCE):
+            await self._apply(self.table.reconsider(keys[at : at + LEASES_AT_ONCE]))
             await asyncio.sleep(0)
 
     def has_expired(self, now_s: float) -> bool:

@@ -35,18 +35,25 @@ class Skipped:
         """A snapshot's lines are all that the store has."""
         self._unreadable = tuple(unreadable)
 
-    def add(self, unreadable: Iterable[str]) -> None:
-        """A watch tells of new items only."""
-        self._unreadable = tuple(dict.fromkeys((*self._unreadable, *unreadable)))[-_KEPT:]
+    def change(self, unreadable: Iterable[str], mended: Iterable[str]) -> None:
+        """A watch tells which lines are new, and which no longer hold."""
+        lines = dict.fromkeys((*self._unreadable, *unreadable))
+        for line in mended:
+            lines.pop(line, None)
+        self._unreadable = tuple(lines)[-_KEPT:]
 
     def say(self) -> None:
-        """Log the lines that are new since the last time."""
+        """Log the lines that are new since the last time, and those that are gone."""
         if not self._unreadable and not self._refused and not self._said:
             return
         now = frozenset(self.lines)
-        new = sorted(now - self._said)
+        new, gone = sorted(now - self._said), sorted(self._said - now)
         for line in new[:LOGGED]:
             log.warning("lease skipped %s", line[:_LOGGED_CHARS])
         if len(new) > LOGGED:
             log.warning("leases skipped n_more=%d; `udptun status` names them", len(new) - LOGGED)
+        for line in gone[:LOGGED]:
+            log.info("lease no longer skipped %s", line[:_LOGGED_CHARS])
+        if len(gone) > LOGGED:
+            log.info("leases no longer skipped n_more=%d", len(gone) - LOGGED)
         self._said = now

@@ -38,13 +38,17 @@ class WatchBatch:
     """What changed up to and including `revision`, in order.
 
     With `snapshot` set, the store could not tell the difference (compaction, a replaced file).  The caller then takes
-    the snapshot as the whole truth and ignores `events`.
+    the snapshot as the whole truth and ignores everything else.
+
+    `skipped` has a line for each item that is refused from now on.  `mended` has the lines, out of batches or snapshots
+    before, whose items are good now or gone.  No line is in both.
     """
 
     revision: int
     events: tuple[LeaseEvent, ...] = ()
     snapshot: Snapshot | None = None
     skipped: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

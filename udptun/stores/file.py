@@ -179,6 +179,8 @@ class FileStore:
         self._stat: tuple[int, ...] | None = None
         """The stat of the file that `_text` was read from; None: read it again."""
         self._problem: str | None = None
+        self._told: tuple[str, ...] = ()
+        """What was said of refused entries last."""
 
     async def network_config(self) -> str:
         return read_network_config(self._net_config_path)
@@ -190,21 +192,18 @@ class FileStore:
     async def watch(self, after: int) -> AsyncGenerator[WatchBatch, None]:
         self._refresh()
         known = self._by_key()
-        told = set(self._leases.skipped)
         if self._revision != after:
             # The revisions between are not kept.
             yield WatchBatch(self._revision, snapshot=self._snapshot())
         after = self._revision
         while True:
             self._refresh()
-            skipped = self._skipped()
-            news = tuple(line for line in skipped if line not in told)
-            told = set(skipped)
-            if self._revision != after:
+            told, self._told = self._told, self._skipped()
+            skipped = tuple(line for line in self._told if line not in told)
+            mended = tuple(line for line in told if line not in self._told)
+            if self._revision != after or skipped or mended:
                 before, known, after = known, self._by_key(), self._revision
-                yield WatchBatch(after, _difference(before, known), skipped=news)
-            elif news:
-                yield WatchBatch(after, skipped=news)
+                yield WatchBatch(after, _difference(before, known), skipped=skipped, mended=mended)
             await asyncio.sleep(POLL_S)
 
     async def claim(self, attrs: LeaseAttrs, choose: Chooser, ttl_s: int = LEASE_TTL_S) -> Lease:
@@ -331,7 +330,8 @@ class FileStore:
         return leases
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(self._revision, tuple(self._by_key().values()), self._skipped())
+        self._told = self._skipped()
+        return Snapshot(self._revision, tuple(self._by_key().values()), self._told)
 
     def _skipped(self) -> tuple[str, ...]:
         if self._problem is None:

@@ -78,12 +78,12 @@ class EtcdStore:
         if exact:
             await self._etcd_leases.look_up_unknown(in_use)
         self._etcd_leases.keep_only(in_use)
-        skipped: list[str] = []
-        table = {kv.key: self._keys.read(kv, skipped) for kv in response.kvs}
+        table = {kv.key: self._keys.read(kv) for kv in response.kvs}
+        skipped = tuple(it.problem for it in table.values() if it.lease is None)
         leases = tuple(it.lease for it in table.values() if it.lease is not None)
         self._last.put(table, response.header.revision)
         self._last.cluster_id = response.header.cluster_id
-        return Snapshot(response.header.revision, leases, tuple(skipped))
+        return Snapshot(response.header.revision, leases, skipped)
 
     async def watch(self, after: int) -> AsyncGenerator[WatchBatch, None]:
         watch = LeaseWatch(self._client, self._keys, self._etcd_leases, self._last, self.snapshot, after)

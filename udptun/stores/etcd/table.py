@@ -8,14 +8,18 @@ from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.etcd_leases import EtcdLeases
 
+_PROBLEM_CHARS = 1000
+"""What is wrong may be a megabyte long."""
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is under one key.  `lease`: None when it cannot be read."""
+    """What is under one key.  `lease` is None when it cannot be read; then `problem` is a line that says why."""
 
     mod_revision: int
     etcd_lease: int
     lease: Lease | None
+    problem: str = ""
 
 
 Table = dict[bytes, Known]
@@ -56,21 +60,21 @@ class LeaseKeys:
         """etcd's key of the lease whose key is `name`."""
         return self.first + name.encode()
 
-    def read(self, kv: pb.KeyValue, skipped: list[str]) -> Known:
-        """What is under a key; when it is no lease, a line in `skipped` says why."""
+    def read(self, kv: pb.KeyValue) -> Known:
+        """What is under a key."""
         name = kv.key.removeprefix(self.first)
-        lease = None
+        lease, problem = None, ""
         try:
             subnets = Subnets.from_key(name.decode())
             attrs = LeaseAttrs.from_json(kv.value.decode())
             lease = Lease(subnets, attrs, self._etcd_leases.expiry(kv.lease), kv.mod_revision)
         except LeaseFormatError as exc:
-            skipped.append(f"lease {name.decode(errors='backslashreplace')!r}: {exc}")
+            problem = f"lease {name.decode(errors='backslashreplace')!r}: {exc}"
         except UnicodeDecodeError as exc:
             which = "key" if exc.object == name else "value"
-            skipped.append(f"lease {name.decode(errors='backslashreplace')!r}: its {which} is not UTF-8")
-        return Known(kv.mod_revision, kv.lease, lease)
+            problem = f"lease {name.decode(errors='backslashreplace')!r}: its {which} is not UTF-8"
+        return Known(kv.mod_revision, kv.lease, lease, problem[:_PROBLEM_CHARS])
 
     def lease(self, kv: pb.KeyValue) -> Lease | None:
         """The lease under a key; None when it is none."""
-        return self.read(kv, []).lease
+        return self.read(kv).lease

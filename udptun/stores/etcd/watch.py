@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from udptun.core.errors import ConfigError, LeaseError
-from udptun.core.lease import EventType, Lease, LeaseEvent
+from udptun.core.lease import EventType, LeaseEvent
 from udptun.stores.base import Snapshot, WatchBatch
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.client import RANGE, Client, Watch
@@ -160,14 +160,17 @@ class LeaseWatch:
             self._after = max(self._after, response.header.revision)
             return WatchBatch(self._after)
         events: list[LeaseEvent] = []
-        skipped: list[str] = []
+        # Whether each line holds after the batch.
+        problems: dict[str, bool] = {}
         for event in response.events:
             # The header's revision is etcd's present one: more events up to there may be on their way.
             self._after = max(self._after, event.kv.mod_revision)
             before = self._before(event)
             self._forget_expiry(event.kv.key)
+            if before is not None and before.problem:
+                problems[before.problem] = False
             if event.type == pb.Event.PUT:
-                known = self._keys.read(event.kv, skipped)
+                known = self._keys.read(event.kv)
                 if self._table is not None:
                     self._table[event.kv.key] = known
                 if self._is_unknown(known):
@@ -175,19 +178,21 @@ class LeaseWatch:
                 if known.lease is not None:
                     events.append(LeaseEvent(EventType.ADDED, known.lease))
                     continue
+                problems[known.problem] = True
             elif self._table is not None:
                 self._table.pop(event.kv.key, None)
-            if before is not None:
-                events.append(LeaseEvent(EventType.REMOVED, before))
-        return WatchBatch(self._after, tuple(events), skipped=tuple(skipped))
+            if before is not None and before.lease is not None:
+                events.append(LeaseEvent(EventType.REMOVED, before.lease))
+        skipped = tuple(line for line, holds in problems.items() if holds)
+        mended = tuple(line for line, holds in problems.items() if not holds)
+        return WatchBatch(self._after, tuple(events), skipped=skipped, mended=mended)
 
-    def _before(self, event: pb.Event) -> Lease | None:
-        """The lease that was under the event's key."""
+    def _before(self, event: pb.Event) -> Known | None:
+        """What was under the event's key."""
         if self._table is not None:
-            known = self._table.get(event.kv.key)
-            return None if known is None else known.lease
+            return self._table.get(event.kv.key)
         if event.HasField("prev_kv"):
-            return self._keys.lease(event.prev_kv)
+            return self._keys.read(event.prev_kv)
         if event.type == pb.Event.DELETE:
             raise _DoubtError(f"etcd no longer knows what {event.kv.key!r} was")
         return None

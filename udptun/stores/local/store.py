@@ -67,7 +67,10 @@ class LocalStore:
         self._net_config_path = net_config_path
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lease-store")
-        self._database = Database(path, clock)  # used on self._thread only
+        # Both are used on self._thread only.
+        self._database = Database(path, clock)
+        self._unreadable_at = 0
+        """The revision of the last snapshot with rows that are no leases."""
 
     async def network_config(self) -> str:
         return read_network_config(self._net_config_path)
@@ -76,7 +79,7 @@ class LocalStore:
         def work(db: sqlite3.Connection) -> Snapshot:
             self._expire(db)
             with transaction(db, "deferred"):
-                return rows.read_snapshot(db)
+                return self._read_snapshot(db)
 
         return await self._run("list the leases", work)
 
@@ -173,7 +176,14 @@ class LocalStore:
             return None
         with transaction(db, "deferred"):
             revision = rows.read_revision(db)
-            events = rows.read_events(db, after, revision)
+            # An event does not say whether the row was unreadable before.
+            events = None if after <= self._unreadable_at else rows.read_events(db, after, revision)
             if events is None:
-                return WatchBatch(revision, snapshot=rows.read_snapshot(db))
+                return WatchBatch(revision, snapshot=self._read_snapshot(db))
             return WatchBatch(revision, events)
+
+    def _read_snapshot(self, db: sqlite3.Connection) -> Snapshot:
+        snapshot = rows.read_snapshot(db)
+        if snapshot.skipped:
+            self._unreadable_at = snapshot.revision
+        return snapshot
