@@ -1,4 +1,4 @@
-"""The two compiled modules; everything else is said in pyproject.toml."""
+"""The two compiled modules.  Everything else is in pyproject.toml."""
 
 from pathlib import Path
 

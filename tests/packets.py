@@ -1,7 +1,7 @@
-"""Packets for tests: builders that can also build what is wrong, an oracle for ICMP answers, and a small overlay.
+"""Packets for tests: builders of right and wrong packets, an oracle for ICMP answers, and a small overlay.
 
-The builders share no code with udptun.  Addresses are text here, as a reader of a test wants them; checksums are
-right unless a test asks for another value.
+The builders share no code with udptun.  Addresses are text, which reads well in a test.  Checksums are right unless a
+test asks for another value.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scapy.packet import Raw
 from tests.reference import Peer, Table, Vtep
 
 NO_VNET_HDR = bytes(10)
-"""The virtio header of a packet that nothing is special about."""
+"""The virtio header of an ordinary packet."""
 
 FULL, PARTIAL = "full", "partial"
 """A transport checksum over everything, or the pseudo-header's sum that an offloading sender leaves."""
@@ -40,7 +40,7 @@ _PATTERN = bytes((i * 7 + (i >> 8) * 13) & 0xFF for i in range(1 << 16))
 
 
 def pattern(n_bytes: int, seed: int = 0) -> bytes:
-    """Bytes that differ from their neighbours and from what stands 256 further on; 65,536 at most."""
+    """Bytes that differ from their neighbours and from those 256 further on; 65,536 at most."""
     return _PATTERN[:n_bytes].translate(bytes((value + seed) & 0xFF for value in range(256)))
 
 
@@ -77,7 +77,7 @@ def ipv4(
 ) -> bytes:
     """An IPv4 packet.  `flags` of "DF", "MF", "DF+MF" or ""; `offset` in bytes, a multiple of 8.
 
-    The checksum covers the header as given by `ihl`, so that a wrong ihl meets its own check and not that one.
+    The checksum covers the header as long as `ihl` says, so that only the check of the ihl can fail.
     """
     header_len = 20 + len(options)
     ihl = header_len // 4 if ihl is None else ihl
@@ -172,7 +172,7 @@ def stepped(packet: bytes) -> bytes:
 
 
 def icmp_answer(type_: int, code: int, offender: bytes, *, source: str, next_hop_mtu: int = 0) -> bytes:
-    """The whole ICMP error that `offender` must bring about, as scapy builds it."""
+    """The whole ICMP error that must come back for `offender`, as scapy builds it."""
     message = ICMP(type=type_, code=code)
     if next_hop_mtu:
         message.nexthopmtu = next_hop_mtu

@@ -4,8 +4,8 @@
 branches.  `_fastpath` must give the same Outcome for every packet, and tests/datapath holds it to that.
 How packets share a system call is not described here: `segments` takes a super-packet apart, `datagrams` a train.
 
-Pure: no I/O, no clock; what the kernel answers is an argument.  The token bucket that limits ICMP needs a
-clock and is not here.
+Pure: no I/O, no clock; what the kernel answers is an argument.  The token bucket that limits ICMP is not here, because
+it needs a clock.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Table:
 class Outcome:
     """What became of one packet, as it is on the wire: a super-packet has as many as it has segments.
 
-    `sends` are UDP payloads and where they go, `writes` what goes into the TUN, virtio header first.  `icmp`
-    is the ICMP counter that moved beside `counter`, None where the row of the table has no answer.
+    `sends` are UDP payloads and where they go.  `writes` go into the TUN, virtio header first.  `icmp` is the ICMP
+    counter that moved beside `counter`; None where the row of the table has no answer.
     """
 
     counter: str
@@ -196,8 +196,8 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
 
     A super-packet that is dropped whole is answered once, beside its first packet.
 
-    `path_mtu`: the kernel knows this MTU (outer bytes) for the way to the peer and answers EMSGSIZE to a
-    larger datagram.  `is_refused`: it refuses what would come out, for another reason: the datagrams or the answers.
+    `path_mtu`: the kernel knows this MTU (outer bytes) for the way to the peer and answers EMSGSIZE to a larger
+    datagram.  `is_refused`: for another reason the kernel refuses what would come out, datagrams or answers.
     """
     data = raw[_VNET_HDR.size :]
     if len(data) < _IPV4_HDR_MIN:  # 1
@@ -334,21 +334,21 @@ def _with_one_form_of_zero(packet: bytes) -> bytes:
     return packet[:10] + bytes(2) + packet[12:] if packet[10:12] == b"\xff\xff" else packet
 
 
-def datagrams(message: bytes, told: int = 0, prefix_len: int = 0) -> list[tuple[bytes, int]]:
+def datagrams(message: bytes, gro_size: int = 0, prefix_len: int = 0) -> list[tuple[bytes, int]]:
     """The datagrams in one received message, each with the inner size that `decap` wants.
 
-    `told`: the size that the kernel names beside a train of them (UDP_GRO), 0 where it names none.  A message that,
-    after its first `prefix_len` bytes, is one IPv4 packet to the end is never cut: what is told is then the size of its
-    inner segments.
+    `gro_size`: the size of a datagram that the kernel names beside a train of them (UDP_GRO); 0 where it names none.
+    A message whose first `prefix_len` bytes are followed by one IPv4 packet, and nothing more, is never cut: `gro_size`
+    is then the size of the packet's inner segments.
     """
-    if not 0 < told < len(message):
+    if not 0 < gro_size < len(message):
         return [(message, 0)]
     inner = message[prefix_len:]
     if len(inner) >= _IPV4_HDR_MIN:
         ip = _Ipv4.read(inner)
         if ip.version == 4 and ip.total_len == len(inner):
-            return [(message, told)]
-    return [(message[at : at + told], 0) for at in range(0, len(message), told)]
+            return [(message, gro_size)]
+    return [(message[at : at + gro_size], 0) for at in range(0, len(message), gro_size)]
 
 
 def decap(
@@ -418,9 +418,9 @@ def decap(
 
 
 def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:
-    """The counter under which a datagram goes that carries no IPv4 packet in a frame for us.
+    """The counter to drop a datagram under that carries no IPv4 packet in a frame for us; None: it does.
 
-    Reserved bits mean nothing (RFC 7348 5), nor does the inner source MAC: who sent the packet is row 10's to say.
+    Reserved bits are not looked at (RFC 7348 5).  Nor is the inner source MAC: row 10 checks who sent the packet.
     """
     if len(payload) < PREFIX_LEN:  # V1
         return "decap_drop_vxlan_short"
@@ -437,7 +437,7 @@ def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:
 
 
 def step_ttl(packet: bytes) -> bytes:
-    """`packet` with one off its TTL (at least 1) and its header checksum updated: a wrong one stays wrong.
+    """`packet` with TTL - 1 (it is at least 1) and its header checksum updated: a wrong checksum stays wrong.
 
     RFC 1624 equation 3, HC' = ~(~HC + ~m + m'), where m is the 16-bit word that holds TTL and protocol.
     """
@@ -450,8 +450,8 @@ def step_ttl(packet: bytes) -> bytes:
 def icmp_error(tunnel_address: IPv4Address, offender: bytes, reason: Reason, mtu: int = 0) -> bytes:
     """The IPv4 packet that tells the sender of `offender` why it was dropped (RFC 792).
 
-    `offender` is a whole packet, TTL as received; as much of it is quoted as an answer may hold.  `mtu` is
-    the next hop's, bytes, 0 where the reason has none (RFC 1191).
+    `offender` is a whole packet, TTL as received; the answer quotes as much of it as fits.  `mtu` is that of the next
+    hop, bytes; 0 where the reason has none (RFC 1191).
     """
     quote = offender[: _ICMP_ANSWER_MAX - _IPV4_HDR_MIN - _ICMP_HDR_LEN]
     icmp = struct.pack(">BBHHH", *reason, 0, 0, mtu) + quote
@@ -509,7 +509,7 @@ def _are_options_acceptable(options: bytes) -> bool:
 
 
 def _is_fragment_possible(ip: _Ipv4) -> bool:
-    """Whether some datagram can be cut so that `ip` is a part of it; true of what is no fragment."""
+    """Whether `ip` can be a fragment of some packet; true of a packet that is no fragment."""
     payload_len = ip.total_len - ip.header_len
     if ip.more_fragments and (payload_len == 0 or payload_len % 8 != 0):
         return False
@@ -517,7 +517,7 @@ def _is_fragment_possible(ip: _Ipv4) -> bool:
 
 
 def _vnet_hdr_for(table: Table, packet: bytes, inner_size: int) -> VnetHdr | None:
-    """The virtio header that delivers `packet`; None when it is too large and nobody may cut it."""
+    """The virtio header to write `packet` with; None when it is too large and nobody may cut it."""
     ip = _Ipv4.read(packet)
     if not _has_partial_checksum(packet):
         return VnetHdr() if ip.total_len <= table.mtu else None
@@ -540,7 +540,7 @@ def _vnet_hdr_for(table: Table, packet: bytes, inner_size: int) -> VnetHdr | Non
 
 
 def _has_partial_checksum(packet: bytes) -> bool:
-    """Whether the transport checksum is only the pseudo-header's sum, left for hardware that never came."""
+    """Whether the transport checksum is only the pseudo-header's sum: the sender left the rest to its hardware."""
     ip = _Ipv4.read(packet)
     transport = packet[ip.header_len :]
     if ip.is_fragment or not _is_transport_header_complete(ip.protocol, transport):

@@ -1,16 +1,16 @@
-"""Builds `udptun._kabi`: what the kernel's headers on the building machine say, and system calls Python 3.11 lacks.
+"""Builds `udptun._kabi`: constants of the kernel's headers, and system calls that Python 3.11 lacks.
 
-The C compiler fills in every `...` below, so a number here can't drift from the kernel's; tests hold the numbers
-written in the Cython source against these.  Calls take and return what the C functions do: -1 means failure,
-`ffi.errno` says why.
+The C compiler fills in every `...` below from the headers of the building machine, so no number here can be wrong.
+Tests compare the numbers in the Cython sources with these.  The calls take and return what the C functions do: -1 means
+failure, and `ffi.errno` says why.
 
-`_fastpath` doesn't use this module (a call through it costs half a microsecond); set-up code and tests do.
+Set-up code and tests use this module.  `_fastpath` does not: a call through it costs half a microsecond.
 """
 
 from cffi import FFI
 
-# On distributions older than the feature the name is missing from the header though the running kernel may have it;
-# the numbers are kernel ABI and never change.
+# The headers of an older distribution lack these names, though the running kernel may have the features.  The numbers
+# are kernel ABI and never change.
 _FALLBACKS = {
     "UDP_SEGMENT": "103",
     "UDP_GRO": "104",

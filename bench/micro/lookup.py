@@ -26,7 +26,7 @@ from udptun.datapath.table import TableWriter
 
 N_LEASES = (1, 1_000, 65_534)
 N_ADDRESSES = 1 << 20
-"""In one timed call: a millisecond or so, against which the call itself is nothing."""
+"""In one timed call, which takes a millisecond or so: the cost of the call itself does not show."""
 
 _NETWORK = IPv4Network("10.0.0.0/8")
 _FIRST_REMOTE = int(IPv4Address("198.18.0.0"))
@@ -100,7 +100,7 @@ def measure(cases: dict[int, Lookups], repeats: int) -> dict[int, tuple[Spread, 
 
 
 def _check(n_leases: int, addresses: NDArray[np.uint32], remotes: NDArray[np.uint32]) -> None:
-    """A fast wrong answer is worth nothing: the remotes must be those that `make` gave the leases."""
+    """The remotes must be those that `make` gave the leases.  Raises DatapathError."""
     expected = _FIRST_REMOTE + (addresses >> 8) - (int(_NETWORK.network_address) >> 8) - 1
     if not np.array_equal(remotes.byteswap(), expected):
         raise DatapathError(f"wrong answers from the table of {n_leases} leases")

@@ -1,8 +1,8 @@
 """Nanoseconds per packet of the worker's turns: encap, segmentation, decap and merging, without a device.
 
-The TUN is a socket pair that keeps packets apart, the underlay is loopback: no root, no lab.  Timed is `Worker.turn`
-alone, with its system calls; who puts packets in and takes them out is not.  So the figures hold for changes of the
-worker, and say nothing about a real device.
+The TUN is a socket pair that keeps packets apart, and the underlay is loopback: no root, no lab.  Only `Worker.turn` is
+timed, with its system calls, not what puts packets in and takes them out.  So the figures show changes of the worker,
+and say nothing about a real device.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _HERE, _THERE = "127.0.0.1", "127.0.0.2"
 _MTU = 1472
 _MSS = _MTU - 40
 _SEGMENTS = 45
-"""Of a super-packet: as many as 64 KiB hold."""
+"""Of a super-packet: as many as fit 64 KiB."""
 
 _PLAIN = bytes(10)
 _SUPER = struct.pack("=BBHHHH", 1, 1, 40, _MSS, 20, 16)
 """virtio headers (linux/virtio_net.h): nothing special; NEEDS_CSUM and GSO_TCPV4."""
 
 _PACKETS = 64 * _SEGMENTS
-"""In one timed series; a segment is one."""
+"""In one timed series; a segment counts as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class _Bench:
             pass
         came = bool(self._take(case))
         with contextlib.suppress(BlockingIOError):
-            # A refusal by ICMP, on the other side.
+            # An ICMP answer on the other side, where the case is refused.
             while self._tun.recv(1 << 17):
                 pass
         return came
@@ -202,7 +202,7 @@ def _ipv4(
 
 
 def _sum(data: bytes) -> int:
-    """RFC 1071, modulo 65,535 in place of carries."""
+    """RFC 1071, by arithmetic modulo 65,535 instead of carries."""
     return int.from_bytes(data + b"\0" * (len(data) % 2)) % 0xFFFF
 
 

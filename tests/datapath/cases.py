@@ -37,8 +37,8 @@ from tests.packets import (
 class Bad:
     """A packet to be dropped under `counter`.
 
-    `answer`: type, code and next-hop MTU of the ICMP error it must bring about; None: the row of the table has no
-    answer, or `is_suppressed` says that this packet must not get it.
+    `answer`: type, code and next-hop MTU of the ICMP error that must come back; None: the row of the table has no
+    answer, or `is_suppressed` says that this packet must not get one.
     """
 
     slug: str

@@ -1,6 +1,6 @@
-"""The fixture `datapath` runs a test over both implementations; `fast` is for what only the fast path has.
+"""The fixture `datapath` runs a test over both implementations, `fast` over the fast path alone.
 
-Both run it over both encapsulations.
+Both fixtures run it over both encapsulations.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@ The fast path gets real UDP sockets on loopback and, for the TUN, one end of a s
     test --feed--> [socketpair = TUN] --> Worker --> UDP 127.0.0.1 --> 127.0.0.2 to .5: the peers, sockets of the test
     test <-drain-- [socketpair = TUN] <-- Worker <-- UDP 127.0.0.1 <-- the peers' sockets, or any other 127/8 address
 
-Tests give and get bare inner packets, whatever the encapsulation: with VXLAN the prefix is put before all that the
-peers send, and must stand, to the bit, before all that they get.
+Tests give and get bare inner packets, whatever the encapsulation.  With VXLAN the harness puts the prefix before all
+that the peers send, and checks every bit of the prefix of all that they get.
 
-The peers may send trains (UDP_SEGMENT), which loopback carries whole to a socket with UDP_GRO and cuts up for one
-without.  What the worker has merged into one write to the TUN `assert_same_packets` takes apart again.
+The peers may send trains (UDP_SEGMENT).  Loopback carries a train whole to a socket with UDP_GRO and cuts it up for one
+without.  `assert_same_packets` takes apart again what the worker has merged into one write to the TUN.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ if TYPE_CHECKING:
     from udptun.datapath.table import TableWriter
 
 DEADLINE_S = 5.0
-"""Loopback delivers in microseconds; this is for a machine that is busy with something else."""
+"""Loopback delivers in microseconds; the rest is for a busy machine."""
 
 ICMP_BURST = 50
 """Answers a new worker may give at once (docs/wire-format.md)."""
 
 RECEIVE_BUFFER_BYTES = 8 << 20
-"""2,048 datagrams of a super-packet wait in it, each with the kernel's bookkeeping."""
+"""Room for 2,048 datagrams of a super-packet, each with the kernel's bookkeeping."""
 
 CHUNK_BYTES = 100_000
-"""What is put into a socket before the worker runs: less than the default buffers hold."""
+"""How much is put into a socket before the worker runs: less than the default buffers hold."""
 
 
 TRAIN_DATAGRAMS = 64
@@ -90,7 +90,7 @@ class Message:
 
     @property
     def over_vxlan(self) -> Message:
-        """The same packets, each behind a prefix; a super-packet that nobody cut has one."""
+        """The same packets, each with a prefix; a super-packet that nobody cut has one for all."""
         if reference.datagrams(self.payload, self.size) == [(self.payload, self.size)]:
             return replace(self, payload=vxlan(self.payload))
         size = self.size + reference.PREFIX_LEN if self.size else 0
@@ -138,7 +138,7 @@ class Batch:
         self.writes += other.writes
 
     def outcome(self) -> Outcome:
-        """As one packet's.  Fails unless exactly one packet was counted, once."""
+        """The outcome of the one packet in the batch.  Fails unless exactly one packet was counted, once."""
         beside = [name for name in self.counts if name.startswith("icmp_")]
         ends = [name for name in self.counts if not name.startswith("icmp_") and not name.endswith("_packets")]
         assert len(ends) == 1
@@ -191,7 +191,7 @@ class ReferenceDatapath:
         has_vnet_hdr: bool = True,
         is_vxlan: bool = False,
     ) -> None:
-        """Without virtio headers the device gets, one by one, the packets that a write with one stands for."""
+        """Without virtio headers the device gets the packets of a write one by one."""
         self.table = overlay(is_vxlan=is_vxlan)
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
         self.has_vnet_hdr = has_vnet_hdr
@@ -264,11 +264,15 @@ class ReferenceDatapath:
 class FastDatapath:
     """`udptun._fastpath` behind the interface: one worker, turned by hand, with sockets all around it.
 
-    A context manager.  Every 50 ICMP answers it goes on with a new worker, whose token bucket is full, unless
-    `is_bucket_renewed` is false.  `has_gro` is UDP_GRO of the worker's socket; with `is_in_trains`, `decap_batch` sends
-    what it can in trains.  Without `has_vnet_hdr` the TUN knows no virtio headers: those of `encap_batch`'s packets are
-    taken off, and writes appear behind empty ones.  Peers are of our own kind unless `are_peers_udptun` is false.  With
-    `is_vxlan` the worker sends from N_SENDERS sockets.
+    A context manager.
+
+    is_bucket_renewed   every 50 ICMP answers a new worker, whose token bucket is full, goes on
+    has_gro             the worker's socket has UDP_GRO
+    is_in_trains        `decap_batch` sends in trains what it can
+    has_vnet_hdr        the TUN has virtio headers; without, they are taken off what `encap_batch` gives, and empty ones
+                        are put before what is written
+    are_peers_udptun    the leases say that peers are udptun's
+    is_vxlan            the worker sends VXLAN, from N_SENDERS sockets
     """
 
     def __init__(
@@ -403,9 +407,9 @@ class FastDatapath:
         return self.decap_batch([(payload, source)]).outcome()
 
     def encap_trains(self, raws: Sequence[bytes]) -> list[tuple[int, int]]:
-        """The messages that `raws`, read at once, leave in: how many packets in each, and how long all but the last.
+        """In which messages `raws` leave when the worker reads them at once: (packets, length of all but the last).
 
-        Towards NEAR only; the packets themselves are thrown away.
+        Towards NEAR only; the packets themselves are not kept.
         """
         near = self._outer[NEAR]
         near.setsockopt(_SOL_UDP, _UDP_GRO, 1)
@@ -425,7 +429,7 @@ class FastDatapath:
         return messages
 
     def encap_with_ports(self, raws: Sequence[bytes]) -> list[tuple[bytes, int]]:
-        """The packets to NEAR that `raws`, read at once, leave as, and the source ports of their datagrams."""
+        """The packets to NEAR when the worker reads `raws` at once, and the source ports of their datagrams."""
         near = self._outer[NEAR]
         remote = near.getsockname()
         before = self.counters["encap_sent"]
@@ -496,7 +500,7 @@ class FastDatapath:
         return self.counters
 
     def _finish(self, before: dict[str, int], packets: str, n: int) -> Batch:
-        """Run the worker until it has counted `n` more under `packets` and finds nothing; collect what came out."""
+        """Run the worker until `packets` has grown by `n` and nothing is left to read; collect what came out."""
         deadline = time.monotonic() + DEADLINE_S
         while self._worker.turn() or self.counters[packets] < before[packets] + n:
             assert time.monotonic() < deadline, f"{packets} has not grown by {n}"
@@ -509,7 +513,7 @@ class FastDatapath:
         return batch
 
     def _collect(self, n_sends: int) -> Batch:
-        """Everything that waits on this side, once `n_sends` datagrams have come."""
+        """Everything that has come out, once `n_sends` datagrams have."""
         batch = Batch()
         deadline = time.monotonic() + DEADLINE_S
         while True:
@@ -545,7 +549,7 @@ def _on_the_wire(table: Table, messages: Sequence[Message]) -> Sequence[Message]
 
 
 def inner_packet(table: Table, remote: Remote, payload: bytes) -> bytes:
-    """The packet in a datagram to `remote`, whose prefix must be the right one to the last bit."""
+    """The packet in a datagram to `remote`; fails unless every bit of the prefix is right."""
     if table.vtep is None:
         return payload
     packet = payload[reference.PREFIX_LEN :]
@@ -574,7 +578,7 @@ def _another_overlay(table: Table, network: str, own_subnet: str, leases: Sequen
 
 
 def skip_unless_built() -> None:
-    """Skip the test that calls it while the fast path is missing; one that cannot be loaded is an error."""
+    """Skip the calling test while the fast path is not built; a fast path that cannot be loaded is an error."""
     pytest.importorskip("udptun._fastpath", reason="udptun._fastpath is not built", exc_type=ModuleNotFoundError)
 
 
@@ -607,9 +611,9 @@ def _chunks(items: Sequence[T], costs: Sequence[tuple[int, int]]) -> Iterator[Se
 def assert_same_packets(got: Sequence[bytes], expected: Sequence[bytes]) -> int:
     """Assert that the writes `got` are the packets of the writes `expected`; return how many of them are merged.
 
-    Every flow must be complete and in order.  A flow is addresses, protocol and ports; packets without ports where
-    they are looked for (fragments, options, few bytes) belong to all flows of their addresses.  A packet out of a
-    merged write may have another id if it has DF, because the kernel numbers those anew.
+    Every flow must be complete and in order.  A flow is addresses, protocol and ports.  A packet that has no ports
+    where they are looked for (fragment, options, few bytes) belongs to all flows of its addresses.  A packet of a
+    merged write may have another id if it has DF, because the kernel numbers such packets anew.
     """
     alone = set(expected)
     packets: list[tuple[bytes, bool]] = []

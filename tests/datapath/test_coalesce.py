@@ -1,6 +1,6 @@
-"""Packets of one flow that the fast path writes to the TUN at once, and those that it must not put together.
+"""Which packets of a flow the fast path writes to the TUN as one, and which it must not put together.
 
-The kernel cuts such a write up again; here `assert_same_packets` does, and holds the packets to what went in.
+The kernel cuts such a write up again.  Here `assert_same_packets` does, and compares the packets with what went in.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def test_packets_that_differ_are_written_as_they_came(fast: FastDatapath, name: 
 def test_datagrams_without_a_checksum_stay_without_even_if_theirs_would_be_zero(fast: FastDatapath) -> None:
     packets = []
     for n in range(2):
-        # Data that takes up what the checksum was: over this packet the sum is right with a zero in the field.
+        # The data are chosen so that the right checksum of this packet is zero.
         data = udp_segment(NEAR_POD, POD, bytes(2))[6:8]
         transport = udp_segment(NEAR_POD, POD, data)
         assert transport[6:8] == b"\xff\xff"
@@ -334,7 +334,7 @@ BETWEEN = {
 
 @pytest.mark.parametrize("name", BETWEEN)
 def test_nothing_overtakes_a_packet_that_cannot_be_merged(fast: FastDatapath, name: str) -> None:
-    # All six would follow each other if the one between were not there.
+    # Without the packet in the middle all six would be merged.
     packets = [part(0), part(1), part(2), BETWEEN[name], part(3), part(4), part(5)]
     assert [n_packets(write) for write in decapped(fast, packets)] == [3, 1, 3]
 

@@ -136,7 +136,7 @@ ANY_PACKET = mutated(
 
 @st.composite
 def reads(draw: st.DrawFn) -> bytes:
-    """What the TUN gives: a virtio header, which often asks for something, and a packet, which it often fits."""
+    """What the TUN gives: a packet, and a virtio header that often asks for something and often fits the packet."""
     packet = draw(ANY_PACKET)
     kind = draw(st.sampled_from(("plain", "gso", "checksum", "any")))
     if kind == "plain":
@@ -157,7 +157,7 @@ def reads(draw: st.DrawFn) -> bytes:
 
 @dataclass
 class Sender:
-    """One inner flow, as far as it has got."""
+    """One inner flow and how far it has come."""
 
     protocol: int
     source: str
@@ -396,7 +396,7 @@ def check_streams(pairs: dict[str, Pair], how: settings) -> None:
     equal()
     for kind, (fast, _) in pairs.items():
         if fast.has_vnet_hdr:
-            # Far from nothing is merged, and far from everything.
+            # A good part is merged, and a good part is not.
             assert n_written[kind] / 10 < n_merged[kind] < n_written[kind] * 9 / 10
         else:
             assert n_merged[kind] == 0

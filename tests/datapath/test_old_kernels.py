@@ -1,4 +1,4 @@
-"""The fast path on kernels that refuse what this one does not: old_kernel.c, preloaded into a second interpreter."""
+"""The fast path on kernels that refuse more than this one: old_kernel.c is preloaded into a second interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fast path makes of a path whose MTU is smaller than ours: rows 7 and 9 of the encap table.
+"""What the fast path does where the MTU of the path is smaller than ours: rows 7 and 9 of the encap table.
 
     127.0.0.1 (worker) --lo, MTU 65,536--> 127.0.0.2 (peer)     route mtu 1000
 
@@ -123,7 +123,7 @@ def test_fragmenting_one_packet_does_not_change_what_becomes_of_the_next(narrow_
 def test_each_segment_of_a_super_packet_meets_the_path_mtu_by_itself(
     narrow_path: FastDatapath, excess: int, flags: str
 ) -> None:
-    """Those that fit are sent, the last one for instance; each of the others is answered, or fragmented."""
+    """Segments that fit are sent, for instance the last one; each of the others is answered, or fragmented."""
     size = fits(narrow_path) - 40 + excess
     segment = tcp_segment(POD, NEAR_POD, pattern(3 * size + 17), check=PARTIAL)
     packet = ipv4(POD, NEAR_POD, segment, protocol=6, flags=flags)
@@ -142,7 +142,7 @@ def test_each_segment_of_a_super_packet_meets_the_path_mtu_by_itself(
 
 
 def test_a_narrow_path_does_not_end_the_sending_of_groups(narrow_path: FastDatapath) -> None:
-    """Some kernels say EINVAL here, as those do that know no UDP_SEGMENT."""
+    """Some kernels say EINVAL in this case, as kernels without UDP_SEGMENT do."""
     segment = tcp_segment(POD, NEAR_POD, pattern(3 * 1400), check=PARTIAL)
     packet = ipv4(POD, NEAR_POD, segment, protocol=6, flags="DF")
     raw = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4, gso_size=1400) + packet

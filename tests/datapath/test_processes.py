@@ -1,4 +1,4 @@
-"""The datapath's processes: one works, one waits for its death, and whoever comes next finds both.
+"""The datapath's processes: one works, one waits for its death, and the next control plane finds both.
 
 this process (control plane) --- run_dir/datapath-*.sock --- active, standby
 socketpair (as the TUN)                                      UDP socket on 127.0.0.1, peer on 127.0.0.2
@@ -250,7 +250,7 @@ def test_datapath_process_stays_small_and_starts_fast(rig: Rig) -> None:
             await datapath.replace(rig.descriptors)
             best = min(best, time.perf_counter() - started)
         print(f"successor and standby in place after {best * 1000:.0f} ms")
-        # Stated for one process: 21 ms.  Here are two in a row, with five times as long.
+        # One process shall need 21 ms.  Here are two in a row, with five times as long allowed.
         assert best < 2 * 5 * 0.021
 
     with_datapath(rig, test)
@@ -259,7 +259,7 @@ def test_datapath_process_stays_small_and_starts_fast(rig: Rig) -> None:
 IMPORTED = {
     # What the program itself imports …
     *("_imp", "_thread", "fcntl", "importlib.machinery", "os", "select", "signal", "socket", "struct", "sys", "time"),
-    # … and what those bring along, in the interpreters that are supported.
+    # … and what these import, in the interpreters that are supported.
     *("__future__", "__main__", "_abc", "_codecs", "_collections", "_collections_abc", "_fastpath"),
     *("_frozen_importlib", "_frozen_importlib_external", "_functools", "_io", "_operator", "_signal", "_socket"),
     *("_sre", "_stat", "_struct", "udptun._fastpath"),
@@ -386,7 +386,7 @@ async def find_and_let_go(run_dir: Path) -> list[int]:
 
 
 def test_process_that_says_nothing_is_named(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before, the message said pid 0, and to kill that."""
+    """Before, the message told to kill the process 0."""
     monkeypatch.setattr(processes, "_HELLO_TIMEOUT_S", 0.2)
     with other_builds(rig, "silent") as (silent,):
         with pytest.raises(DatapathError, match=rf"{silent.pid} did not introduce .* \(kill -CONT {silent.pid}\)"):

@@ -1,4 +1,4 @@
-"""Reads of the TUN that are more than a packet as it goes on the wire: super-packets, and checksums left to us.
+"""Reads of the TUN with work left to us: super-packets to cut up, and checksums to complete.
 
 What must come out is built packet by packet with the builders of tests/packets.py.
 """
@@ -81,7 +81,7 @@ class Super:
     def raw(self) -> bytes:
         gso_type = self.gso_type or (GSO_TCPV4 if self.protocol == 6 else GSO_UDP_L4)
         offset = 16 if self.protocol == 6 else 6
-        # hdr_len is wrong on purpose: it is in packets that come from elsewhere.
+        # hdr_len is wrong on purpose: it is wrong in packets that come from elsewhere, too.
         return vnet_hdr(
             flags=NEEDS_CSUM, gso_type=gso_type, hdr_len=7, gso_size=self.size, start=20, offset=offset
         ) + self.whole
@@ -187,7 +187,7 @@ def test_a_segment_whose_checksum_is_zero_says_so_in_the_way_of_its_protocol(
     datapath: Datapath, protocol: int, shown: bytes
 ) -> None:
     segment, at = ((tcp_segment, 16), (udp_segment, 6))[protocol == 17]
-    # These two bytes of data take up what the checksum was.
+    # With these two bytes of data the right checksum is zero.
     data = segment(POD, NEAR_POD, bytes(2))[at : at + 2]
     whole = ipv4(POD, NEAR_POD, segment(POD, NEAR_POD, data + b"zz", check=PARTIAL), protocol=protocol)
     raw = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4 if protocol == 6 else GSO_UDP_L4, gso_size=2) + whole
@@ -333,7 +333,7 @@ def test_a_checksum_that_the_kernel_left_to_us_is_completed(datapath: Datapath, 
 def test_a_completed_checksum_of_zero_is_written_as_its_other_form(datapath: Datapath, protocol: int) -> None:
     segment, offset = ((tcp_segment, 16), (udp_segment, 6))[protocol == 17]
     complete = segment(POD, NEAR_POD, bytes(2))
-    # These two bytes of data take up what the checksum was.
+    # With these two bytes of data the right checksum is zero.
     data = complete[offset : offset + 2]
     packet = ipv4(POD, NEAR_POD, segment(POD, NEAR_POD, data, check=PARTIAL), protocol=protocol)
     outcome = datapath.encap(vnet_hdr(flags=NEEDS_CSUM, start=20, offset=offset) + packet)
@@ -397,7 +397,7 @@ def test_a_shorter_packet_ends_the_message_and_a_longer_one_begins_another(fast:
 
 
 def test_a_peer_that_may_read_one_at_a_time_is_sent_few_at_once() -> None:
-    """A lease without our mark is flanneld's, whose loop takes one datagram a system call."""
+    """A lease without our mark is that of a flanneld, whose loop reads one datagram a system call."""
     skip_unless_built()
     packets = [udp(POD, NEAR_POD, pattern(64, i)) for i in range(40)]
     with FastDatapath(are_peers_udptun=False) as fast:

@@ -1,4 +1,4 @@
-"""The shared peer table: what a worker finds in it, and that it never finds half of a change."""
+"""The shared peer table: what a worker finds in it, and that it never sees half of a change."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_lookup_agrees_with_ipaddress_for_leases_of_every_allowed_length(table: 
             leases[subnet] = remote(len(leases))
     for subnet, where in leases.items():
         table.set_peer(subnet, where, 1472)
-    # Some come and go, so that pages of the second level are given back and used again.
+    # Some peers come and go, so that pages of the second level become free and are used again.
     gone = rng.sample(list(leases), len(leases) // 3)
     for subnet in gone:
         table.remove_peer(subnet)
@@ -179,7 +179,7 @@ def test_next_control_plane_goes_on_with_the_published_peers_and_their_indexes(s
     subnets = [IPv4Network(text) for text in ("10.1.0.0/24", "10.2.0.0/16", "10.3.0.0/26", "10.3.0.64/26")]
     indexes = [first.set_peer(subnet, remote(i), 1472) for i, subnet in enumerate(subnets)]
     assert first.publish(stats)
-    first.set_peer(IPv4Network("10.9.0.0/24"), remote(9), 1472)  # never published: died with its writer
+    first.set_peer(IPv4Network("10.9.0.0/24"), remote(9), 1472)  # never published: it died with its writer
 
     second = TableWriter(first.fd)
     assert [second.index_of(subnet) for subnet in subnets] == indexes
@@ -204,7 +204,7 @@ def test_writer_waits_while_a_worker_is_in_the_slot_to_be_written(table: TableWr
     while not any(stats.generations_seen()):
         assert thread.is_alive(), "the reader was done before the writer looked; make `asked` longer"
     table.set_peer(IPv4Network("10.1.0.0/24"), remote(2), 1472)
-    # The other slot is free; after that the reader's own would be the next.
+    # The other slot is free.  The next to write would be the one that the reader is in.
     assert table.publish(stats)
     assert not table.publish(stats)
     thread.join()

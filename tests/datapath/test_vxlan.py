@@ -1,4 +1,4 @@
-"""What is VXLAN's alone: the checks of the prefix, the sockets that flows leave from, and what a kernel may hand over.
+"""What only VXLAN has: the checks of the prefix, the sockets that flows leave from, and what a kernel may hand over.
 
 Everything else in this directory runs over both encapsulations.
 """

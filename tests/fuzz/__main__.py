@@ -2,7 +2,7 @@
 
     python -m tests.fuzz --cpu-seconds 600
 
-The build is made in a copy of the sources, which goes away afterwards; takes gcc with libasan, and no root.
+The build is made in a copy of the sources, which is removed afterwards.  It needs gcc with libasan, and no root.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build(directory: Path) -> dict[str, str]:
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
-        # Python itself leaks at its end, by its own standards.
+        # Python itself does not free everything at its end.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",

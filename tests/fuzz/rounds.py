@@ -1,10 +1,11 @@
-"""Random flows through the fast path until some processor time is used up; the first difference ends it.
+"""Random flows through the fast path until some processor time is used up, or until the first difference.
 
     python -m tests.fuzz.rounds --cpu-seconds 600
 
-Five kinds of rounds in turn, over both encapsulations: whatever the TUN may give, whatever peers may send, whatever
-anybody may, flows to merge (each against the reference), and super-packets that one worker cuts up and another puts
-together again, some of them corrupted on the way.
+There are five kinds of rounds, over both encapsulations.  Three compare the fast path with the reference: on all that
+the TUN may give, on all that peers may send, and on all that anybody may send.  One has flows to merge, also against
+the reference.  In the last one worker cuts super-packets up and another puts them together again; some are corrupted on
+the way.
 
 `python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
 """
@@ -57,7 +58,7 @@ class Rounds:
         self._undo.close()
 
     def chunk(self, number: int) -> None:
-        """Some rounds of each kind; `number` makes them others than the last time."""
+        """Some rounds of each kind; another `number` makes other rounds."""
         fast, model = self._pairs[number % len(self._pairs)]
 
         @seed(number)
@@ -109,13 +110,13 @@ class Rounds:
         assert sent == packets
         for _ in range(data.draw(st.sampled_from((0, 0, 1, 3)))):
             spoilt = data.draw(st.integers(0, len(sent) - 1))
-            # Behind the IP header, which would have it dropped.
+            # Behind the IP header: a packet with a spoilt IP header is dropped.
             at = data.draw(st.integers((sent[spoilt][0] & 15) * 4, len(sent[spoilt]) - 1))
             flipped = sent[spoilt][at] ^ (1 << data.draw(st.integers(0, 7)))
             sent[spoilt] = sent[spoilt][:at] + bytes([flipped]) + sent[spoilt][at + 1 :]
         got = far.decap_messages(trains([(payload, NEAR) for payload in sent]))
         assert got.counts == {"decap_packets": len(sent), "decap_delivered": len(sent)}, got.counts
-        # A partial checksum may come about by the spoiling; what else is written is the packet itself.
+        # The spoilt checksum may happen to be a partial one.  Everything else is written as it is.
         plain = [write for write in got.writes if write[1] or not write[0]]
         expected = [NO_VNET_HDR + stepped(packet) for packet in sent]
         if len(plain) == len(got.writes):

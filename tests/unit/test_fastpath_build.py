@@ -109,7 +109,7 @@ def test_fast_path_compiles_for_arm64(cythonized: tuple[Path, str]) -> None:
     import sysconfig
 
     generated, _ = cythonized
-    # The interpreter's headers are the build machine's; none of what they differ in matters to -fsyntax-only.
+    # The interpreter's headers are those of the build machine; -fsyntax-only does not look at what differs.
     subprocess.run(
         [
             *("aarch64-linux-gnu-gcc", "-std=gnu11", "-fsyntax-only", "-Wall", "-Wno-unused-function"),
@@ -137,9 +137,9 @@ def test_no_function_of_the_fast_path_can_take_the_gil_once_it_has_let_go_of_it(
     generated, said = cythonized
     assert "performance hint" not in said
     text = generated.read_text()
-    # Cython's own macro definitions aside, a nogil function that may raise would ensure the GIL in its body.
+    # A nogil function that may raise would ensure the GIL in its body.  Cython's own macros do not match.
     assert re.findall(r"=\s*__Pyx_PyGILState_Ensure\(\)", text) == []
-    # The check can fail: there are such functions to look at, and they are compiled as ours.
+    # The text is that of our functions, so the check can fail.
     assert "encap_turn" in text
 
 

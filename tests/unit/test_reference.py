@@ -60,7 +60,7 @@ def test_the_ttl_step_equals_a_recomputation_for_every_ttl_and_protocol() -> Non
 
 @pytest.mark.parametrize("ttl", [1, 2, 64, 128, 255])
 def test_the_ttl_step_equals_a_recomputation_for_every_checksum(ttl: int) -> None:
-    # With ident 0 the checksum is some value; every other ident moves it on, through all values but one zero.
+    # The ident moves the checksum through all values but one of its two zeros.
     packet = ipv4(POD, NEAR_POD, ttl=ttl)
     seen = set()
     for ident in range(0x10000):
@@ -178,15 +178,15 @@ def test_segments_of_tcp_hold_the_data_once_and_in_sequence(n_bytes: int, size: 
         assert packet == ipv4(POD, NEAR_POD, one, protocol=6, ident=0x1234 + i)
 
 
-def test_datagrams_of_a_train_are_all_of_the_told_size_but_the_last() -> None:
+def test_datagrams_of_a_train_are_all_of_the_gro_size_but_the_last() -> None:
     assert reference.datagrams(b"aaabbbc", 3) == [(b"aaa", 0), (b"bbb", 0), (b"c", 0)]
     assert reference.datagrams(b"aaabbb", 3) == [(b"aaa", 0), (b"bbb", 0)]
 
 
-@pytest.mark.parametrize("told", [0, 7, 8, 65_535])
-def test_a_message_of_one_datagram_is_that_datagram(told: int) -> None:
-    assert reference.datagrams(b"aaabbbc", told) == [(b"aaabbbc", 0)]
-    assert reference.datagrams(b"", told) == [(b"", 0)]
+@pytest.mark.parametrize("gro_size", [0, 7, 8, 65_535])
+def test_a_message_of_one_datagram_is_that_datagram(gro_size: int) -> None:
+    assert reference.datagrams(b"aaabbbc", gro_size) == [(b"aaabbbc", 0)]
+    assert reference.datagrams(b"", gro_size) == [(b"", 0)]
 
 
 def test_a_message_that_is_one_packet_is_not_cut() -> None:

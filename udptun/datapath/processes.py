@@ -30,7 +30,7 @@ _SOCKET_GLOB = "datapath-*.sock"
 
 
 def new_lock() -> int:
-    """A memory file for the lock by which the datapath processes agree on the active one.
+    """A memory file with the lock that the active datapath process holds.
 
     The control plane never locks it.  The caller owns the descriptor.
     """

@@ -23,13 +23,16 @@ class Vtep:
     mac: bytes
 
     def prefix(self, peer_mac: bytes) -> bytes:
-        """What stands before each inner packet to the peer, 22 bytes."""
+        """What stands before each inner packet to the peer on the wire, 22 bytes."""
         return _VXLAN.pack(_VNI_IS_VALID, self.vni << 8, peer_mac, self.mac, _ETHERTYPE_IPV4)
 
 
 @dataclass(frozen=True, slots=True)
 class PacketSettings:
-    """What a worker must know besides its peers.  `mtu`: largest inner packet, bytes; `vtep` None: it travels bare."""
+    """What a worker must know besides its peers.
+
+    `mtu`: largest inner packet, bytes.  `vtep` None: inner packets travel bare, without VXLAN.
+    """
 
     network: IPv4Network
     own_subnet: IPv4Network

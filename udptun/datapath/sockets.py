@@ -13,15 +13,15 @@ from udptun.core.errors import KernelError
 from udptun.core.offload import Offload
 
 _RECEIVE_BUFFER_BYTES = 8 << 20
-"""Holds what arrives while no process reads: about 0.1 s at 60,000 small datagrams a second (the kernel books
-some 1.3 KiB for each)."""
+"""Room for what arrives while no process reads: about 0.1 s at 60,000 small datagrams a second, each of which the
+kernel counts as some 1.3 KiB."""
 
 
 def open_sockets(address: IPv4Address, port: int, n: int, beside: Sequence[socket.socket] = ()) -> list[socket.socket]:
     """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError.
 
-    `beside` are sockets of ours that have the port already.  A peer's datagrams always reach the same one of all
-    these (the kernel picks by the addresses and ports), so that the packets of one flow stay in order.
+    `beside` are sockets of ours that have the port already.  The kernel picks one of all these by addresses and ports,
+    so a peer's datagrams always reach the same socket, and the packets of a flow stay in order.
     """
     opened: list[socket.socket] = []
     try:
@@ -52,8 +52,8 @@ def share_port(sockets: Iterable[socket.socket], *, among_several: bool) -> None
 def open_senders(address: IPv4Address, n: int) -> list[socket.socket]:
     """`n` non-blocking sockets on ports that the kernel picks, for sending only; the caller owns them.
 
-    Which one an inner flow leaves from is what the routers on the way, and the peer's processors, tell flows apart by
-    (RFC 7348 5).  Nobody reads what comes to them.  Raises KernelError.
+    Each inner flow leaves from one of them: the routers on the way and the peer's processors tell flows apart by the
+    source port (RFC 7348 5).  Nobody reads what comes to them.  Raises KernelError.
     """
     opened: list[socket.socket] = []
     try:
@@ -69,7 +69,7 @@ def open_senders(address: IPv4Address, n: int) -> list[socket.socket]:
 def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
     """Have the kernel put received datagrams together if `wanted` says so; return what it grants.
 
-    Grants are of UDP_GRO and UDP_SEGMENT; the rest of `wanted` is none of a socket's business.
+    Only UDP_GRO and UDP_SEGMENT concern a socket; the rest of `wanted` is not looked at.
     """
     granted = Offload(0)
     for udp in sockets:
@@ -77,7 +77,7 @@ def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
             udp.setsockopt(lib.SOL_UDP, lib.UDP_GRO, Offload.UDP_GRO in wanted)
             granted |= wanted & Offload.UDP_GRO
         with suppress(OSError):
-            # Only to see whether the kernel knows it: the size goes with each message.
+            # This only asks whether the kernel knows it: the size goes with each message.
             udp.getsockopt(lib.SOL_UDP, lib.UDP_SEGMENT)
             granted |= wanted & Offload.UDP_SEGMENT
     return granted
@@ -100,8 +100,8 @@ def _open_socket(
             if exc.errno == errno.EADDRINUSE
             else "is the address still on the interface?",
         ) from exc
-    # DF on every datagram, as flannel's have it by default, and EMSGSIZE for those that a path is too narrow for: with
-    # IP_PMTUDISC_WANT the kernel would fragment them in silence.
+    # Every datagram gets DF, as flannel's do by default, and one that is too large for its path gets EMSGSIZE.  With
+    # IP_PMTUDISC_WANT the kernel would fragment it in silence.
     udp.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_DO)
     try:
         udp.setsockopt(socket.SOL_SOCKET, lib.SO_RCVBUFFORCE, buffer_bytes)

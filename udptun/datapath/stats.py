@@ -1,7 +1,7 @@
 """What the workers count, read by the control plane.
 
-One block a worker and one row of per-peer counters a worker; only that worker writes them, so that reading is a sum.
-The counters live as long as the memory file: a datapath process that takes over from a dead one counts on.
+Each worker has a block of words and a row of counters for each peer, which it alone writes; reading is a sum over the
+workers.  The counters live as long as the memory file: a process that takes over from another goes on counting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OFFLOAD_BITS = {
     Offload.WRITE_UDP: LAYOUT["offloads.write_udp"],
     Offload.VNET_HDR: LAYOUT["offloads.vnet_hdr"],
 }
-"""The other offloads are the business of device and socket."""
+"""The other offloads concern only the device and the sockets."""
 PEER_COUNTERS = tuple(FIELDS["peer_stats"])
 """Inner packets and bytes exchanged with one peer since it was added; encap is towards it."""
 MANY_PEERS = 4096
@@ -77,7 +77,7 @@ class Stats:
         return [WorkerState(value) for value in self._words("state", n_workers)]
 
     def refused(self, n_workers: int) -> Offload:
-        """What the kernel has refused one of the workers, and none of them does any more."""
+        """What the kernel has refused to at least one of the workers."""
         refused = Offload(0)
         for bits in self._words("refused", n_workers):
             for offload, bit in OFFLOAD_BITS.items():

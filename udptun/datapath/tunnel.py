@@ -1,7 +1,7 @@
 """Everything of the datapath that the control plane holds: memory files, TUN queues, sockets and processes.
 
-`Tunnel.open` finds what an earlier control plane left running and goes on with it, or makes it all new.  From then on
-the datapath needs nobody: leaving with `detach` changes nothing for the packets.
+`Tunnel.open` finds what an earlier control plane left running and goes on with it, or makes everything new.  From then
+on the datapath needs nobody: `detach` changes nothing for the packets.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ class Tunnel:
             # The kernel picks none but unconnected sockets for the datagrams of the port.
             for udp in left_sockets:
                 udp.connect((str(address), _DISCARD_PORT))
-        # What the old process reads until it ends is then all there is in what we give up.
+        # From now on nothing new arrives in what we give up, and the old process reads it empty until it ends.
         detach_queues(left_queues)
-        # In place: others hold on to the Tun.
+        # The Tun object stays, because others hold on to it.
         self._sockets, self._senders, self.tun.fds = sockets, senders, queues
         await self.datapath.replace(self._descriptors())
         for udp in (*left_sockets, *left_senders):
@@ -142,7 +142,7 @@ class Tunnel:
         share_port(sockets, among_several=len(sockets) > 1)
         for fd in left_queues:
             os.close(fd)
-        # New queues have turned the device's offloads off, new sockets have none yet.
+        # New queues have turned off the device's offloads, and new sockets have none yet.
         self.set_offload(self._wanted_offload)
 
     async def start(self) -> None:
@@ -152,7 +152,7 @@ class Tunnel:
     def set_offload(self, wanted: Offload) -> None:
         """Have device and sockets do what `wanted` asks for and the kernel grants (`granted_offload`).
 
-        Only once processes of this build run: others might not know what to make of a super-packet.
+        Only once processes of this build run: another build may not understand a super-packet.
         """
         self._wanted_offload = wanted
         granted = self.tun.set_offload(wanted) | set_offload(self._sockets, wanted)
@@ -168,13 +168,13 @@ class Tunnel:
         self.remove_peers(
             [subnet for subnet in self.table.subnets if is_other or not is_inside(subnet, settings.network)]
         )
-        # The workers must know how the device frames packets, whatever was wanted.
+        # Whatever was wanted, the workers must know whether the device has virtio headers.
         offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
         self.table.configure(replace(settings, offload=offload))
         self._mtu = settings.mtu
 
     def set_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
-        """Make `peers` the whole truth, from the next `publish` on."""
+        """Have exactly these peers, from the next `publish` on."""
         self.remove_peers([subnet for subnet in self.table.subnets if subnet not in peers])
         self.add_peers(peers)
 
