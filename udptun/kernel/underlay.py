@@ -178,6 +178,13 @@ def _underlay(found: _Found, options: UnderlayOptions, interfaces: _Interfaces, 
     )
 
 
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return compile_go(text)
+    except ValueError as exc:
+        raise UsageError(f"could not compile the IP address regex '{text}': {exc}") from exc
+
+
 class _Interfaces:
     """The links of this host and the ways to find one."""
 
