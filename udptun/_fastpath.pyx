@@ -52,7 +52,7 @@ from udptun.fastpath.decap cimport decap_message
 from udptun.fastpath.encap cimport encap
 from udptun.fastpath.icmp cimport ICMP_BURST
 from udptun.fastpath.loop cimport *
-from udptun.fastpath.send cimport send_groups
+from udptun.fastpath.send cimport allow_groups_again, send_groups
 from udptun.fastpath.wire cimport ip_total_len, ip_undo_ttl_step, ip_version
 from udptun.fastpath.write cimport write_items
 
@@ -186,6 +186,30 @@ cdef void hand_on_inherited(Loop *w) noexcept nogil:
         clear_message(w, i)
 
 
+cdef bint wait_for_room(Loop *w, int fd) noexcept nogil:
+    """In the middle of sending: the socket's send buffer is full.  False when the worker shall stop instead.
+
+    Until there is room, what comes from the peers is moved on, and the table may change.  What waits to be sent has its
+    addresses with it.  The TUN is not read, so its queue fills, and the kernel slows its senders down.
+    """
+    cdef pollfd fds[3]
+    fds[0].fd = fd
+    fds[0].events = POLLOUT
+    fds[1].fd = w.event_fd
+    fds[1].events = fds[2].events = POLLIN
+    while not w.stop:
+        # A lost device takes nothing; poll() leaves out what has no descriptor.
+        fds[2].fd = -1 if w.tun_lost else w.udp_fd
+        ut_table_leave(w.worker)
+        poll(fds, 3, -1)
+        use_table(w)
+        if fds[2].revents and fds[2].fd >= 0:
+            decap_turn(w)
+        if fds[0].revents:
+            return True
+    return False
+
+
 cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
     """Move one batch each way, or only from where something is known to wait.  Returns how many reads gave any."""
     cdef int seen = 0
@@ -195,6 +219,8 @@ cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
     use_table(w)
     w.worker.turns += 1
     w.tun_lost = 0
+    if w.n_single:
+        allow_groups_again(w)
     if tun:
         seen = encap_turn(w)
     if udp and not w.tun_lost:
@@ -271,6 +297,10 @@ cdef class Worker:
         if self._w.headers == NULL or self._w.merger == NULL:
             raise MemoryError
         self._w.n_messages = UT_MESSAGES
+        self._w.wait_for_room = wait_for_room
+        self._w.single_until_s = <uint32_t *>calloc(UT_MAX_PEERS, sizeof(uint32_t))
+        if self._w.single_until_s == NULL:
+            raise MemoryError
         self._w.table = <const ut_table *>_map(table_fd, sizeof(ut_table), PROT_READ, UT_TABLE_MAGIC, "peer table")
         self._w.stats = <ut_stats *>_map(
             stats_fd, sizeof(ut_stats), PROT_READ | PROT_WRITE, UT_STATS_MAGIC, "statistics")
@@ -297,6 +327,7 @@ cdef class Worker:
             munmap(self._w.stats, sizeof(ut_stats))
         if self._w.event_fd >= 0:
             close(self._w.event_fd)
+        free(self._w.single_until_s)
         free(self._w.headers)
         free(self._w.merger)
         free(self._w)

@@ -45,6 +45,8 @@ from tests.packets import (
     with_header_checksum,
 )
 from tests.reference import Outcome, Remote
+from udptun.core.offload import Offload
+from udptun.lab.machine import wait_until
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +414,22 @@ def test_all_datagrams_arrive_when_the_kernel_refuses_to_cut_messages_up(fast: F
         sock.setsockopt(socket.SOL_SOCKET, so_no_check, 1)
     assert_sent(fast, Super(30_000, 1000), Super(777, 100, protocol=17), Super(5000, 1000, destination=TWIN_POD))
     assert_sent(fast, Super(30_000, 1000), Super(2048, 1))
+
+
+def test_a_group_that_is_refused_once_costs_one_peer_its_groups_for_a_while(fast: FastDatapath) -> None:
+    """A second in which the way to one peer refused groups ended them for all peers until the process ended."""
+    to_near = Super(5000, 1000)
+    whole = fast.encap_trains([to_near.raw])
+    assert [n for n, _size in whole] == [5]
+    so_no_check = 11
+    for sock in (fast.udp, *fast.senders):
+        sock.setsockopt(socket.SOL_SOCKET, so_no_check, 1)
+    assert_sent(fast, to_near)
+    for sock in (fast.udp, *fast.senders):
+        sock.setsockopt(socket.SOL_SOCKET, so_no_check, 0)
+    assert Offload.UDP_SEGMENT not in fast.refused
+    assert [n for n, _size in fast.encap_trains([to_near.raw])] == [1] * 5
+    wait_until("groups to the peer again", lambda: fast.encap_trains([to_near.raw]) == whole, 60)
 
 
 def test_both_agree_on_every_value_of_every_byte_of_the_virtio_header(fast: FastDatapath) -> None:

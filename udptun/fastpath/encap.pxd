@@ -13,7 +13,7 @@ from libc.string cimport memset
 from udptun.fastpath.icmp cimport answer_local
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.segment cimport *
-from udptun.fastpath.send cimport GROUP_BYTES, group_limit, queue_datagram, send_groups
+from udptun.fastpath.send cimport GROUP_BYTES, group_limit, make_room, queue_datagram
 from udptun.fastpath.vxlan cimport put_prefix, sender_for
 from udptun.fastpath.wire cimport *
 
@@ -53,6 +53,7 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
             return
         # A successor that finds the packet in flight must not complete it once more.
         vnet.flags = 0
+    make_room(w, n)
     p.peer = lookup(w.slot, ip_destination(d))
     if p.peer == 0:
         drop_encap(w, &c.encap_drop_no_route, n)
@@ -83,8 +84,6 @@ cdef inline void drop_encap(Loop *w, Counter *reason, int n) noexcept nogil:
 cdef inline void queue_packet(Loop *w, Packet *p) noexcept nogil:
     """Queue a packet as it is, with its prefix before it."""
     cdef uint8_t *datagram = p.data - w.prefix_len
-    if w.n_iov + 1 > 2 * SEGMENTS:
-        send_groups(w)
     put_prefix(w, p.peer, datagram)
     queue_datagram(
         w, sender_for(w, p.data, p.len), p.peer, NULL, 0, datagram, w.prefix_len + p.len, group_limit(w, p.peer))
@@ -94,8 +93,6 @@ cdef inline void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept
     """Queue a super-packet's segments, spread evenly over as few messages as hold them."""
     cdef int i, payload, most, n_messages, fd = sender_for(w, s.data, s.header + s.payload)
     cdef uint8_t *out
-    if w.n_headers + s.n > SEGMENTS or w.n_iov + 2 * s.n > 2 * SEGMENTS:
-        send_groups(w)
     most = max(1, min(group_limit(w, peer), GROUP_BYTES // (w.prefix_len + s.header + s.size)))
     n_messages = (s.n + most - 1) // most
     most = (s.n + n_messages - 1) // n_messages

@@ -86,13 +86,19 @@ cdef inline int build_icmp(Loop *w, const Packet *offender, int kind, int code, 
 
 cdef inline void answer_local(Loop *w, const Packet *offender, int kind, int code, uint32_t mtu) noexcept nogil:
     """Answer a packet that came from our own kernel: through the TUN, back into it."""
-    cdef int n
     if may_answer(w, offender):
-        n = build_icmp(w, offender, kind, code, mtu)
-        if write(w.tun_fd, w.icmp + ICMP_ROOM - w.vnet_len, w.vnet_len + n) >= 0:
-            w.counters.icmp_sent += 1
-            return
-    w.counters.icmp_suppressed += 1
+        send_local_answer(w, offender, kind, code, mtu)
+    else:
+        w.counters.icmp_suppressed += 1
+
+
+cdef inline void send_local_answer(Loop *w, const Packet *offender, int kind, int code, uint32_t mtu) noexcept nogil:
+    """The second half of `answer_local`, once `may_answer` has said yes."""
+    cdef int n = build_icmp(w, offender, kind, code, mtu)
+    if write(w.tun_fd, w.icmp + ICMP_ROOM - w.vnet_len, w.vnet_len + n) >= 0:
+        w.counters.icmp_sent += 1
+    else:
+        w.counters.icmp_suppressed += 1
 
 
 cdef inline void answer_peer(Loop *w, const Packet *offender, int kind, int code) noexcept nogil:

@@ -18,7 +18,7 @@ cdef enum:
     PACKET_MAX = 65535            # an IPv4 total length
     SEGMENTS = 2048               # headers and datagrams a turn; one super-packet of 64 KiB with an MSS of 48 has 1,365
     HEADER_ROOM = 144             # UT_PREFIX_BYTES and SEGMENT_HEADER_MAX are 142
-    GROUPS = 256                  # messages a sendmmsg
+    GROUPS = SEGMENTS             # each datagram may need a message of its own
     GROUP_SEGMENTS = 64           # UDP_MAX_SEGMENTS before Linux 6.9
     ICMP_MAX = 576                # bytes of an ICMP answer, RFC 1812 4.3.2.3
     ICMP_ROOM = 32                # bytes before an ICMP answer, for a virtio header or a prefix
@@ -31,6 +31,7 @@ cdef struct Packet:
 
 cdef struct Group:
     uint32_t peer
+    sockaddr_in remote            # of the peer, when the group was begun; the table may change before it is sent
     int fd                        # the socket that it leaves from
     int size                      # of every datagram but the last, bytes, with its prefix
     int n                         # datagrams
@@ -52,6 +53,7 @@ cdef struct Loop:
     int n_senders
     # Owned by the Worker object.
     int event_fd
+    uint32_t *single_until_s      # by peer: until when its datagrams go one by one; 0: in groups.  CLOCK_MONOTONIC
     uint8_t *headers              # encap: SEGMENTS times HEADER_ROOM bytes, each for a prefix and a segment's header
     Merger *merger                # decap
     # Encap: the groups that wait for sending.
@@ -69,7 +71,13 @@ cdef struct Loop:
     const ut_slot *slot
     int prefix_len                # bytes before each inner packet on the wire
     int group_segments            # datagrams a message; 1: the kernel does not cut messages up for us
+    bint has_grouped              # whether the kernel has ever cut a message up
+    int n_single                  # peers that get their datagrams one by one, for a while
+    uint32_t now_s                # of this turn, while there are such peers
     int vnet_len                  # of the virtio header before every packet of the TUN, bytes: VNET or 0
+    # Sleeps until a socket's full send buffer has room, and moves packets the other way meanwhile; 0: stop instead.
+    # Here, because it needs the stages of both ways.
+    bint (*wait_for_room)(Loop *w, int fd) noexcept nogil
     int stop
     bint has_begun                # false while we are the standby: until then `in_flight` is another process's
     int tun_lost

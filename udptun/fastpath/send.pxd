@@ -9,18 +9,21 @@
 A datagram joins the last group or begins another one, so nothing overtakes.  `send_groups` gives all groups to the
 kernel with one sendmmsg for each run of groups from the same socket.  A group that the kernel refuses is sent datagram
 by datagram.  Every datagram ends in a counter: encap_sent, encap_drop_send or encap_drop_too_big.
+
+A full send buffer holds up nothing but the reading of the TUN: see `wait_for_room` in _fastpath.pyx.
 """
 
 from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
-from udptun.fastpath.icmp cimport answer_local
+from udptun.fastpath.icmp cimport may_answer, send_local_answer
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.wire cimport *
 
 cdef enum:
     GROUP_BYTES = 65507           # UDP payload of an IPv4 packet, which UDP_SEGMENT is cut from
+    SINGLE_S = 10                 # a peer whose groups were refused gets single datagrams for so long
     PLAIN_SEGMENTS = 16           # to a peer that may read one datagram at a time: its queue holds some 90
 
 
@@ -29,6 +32,8 @@ cdef inline int group_limit(const Loop *w, uint32_t peer) noexcept nogil:
 
     With VXLAN every peer takes all: it is a kernel, or udptun.
     """
+    if w.n_single and w.single_until_s[peer] > w.now_s:
+        return 1
     if w.prefix_len or w.slot.peers[peer].flags & UT_PEER_UDPTUN:
         return w.group_segments
     return min(w.group_segments, PLAIN_SEGMENTS)
@@ -51,18 +56,17 @@ cdef inline void queue_datagram(
         int most) noexcept nogil:
     """Append one datagram, in one or two pieces, to the last group, or begin another group.
 
-    The pieces stay where they are until `send_groups`.  The caller has seen that w.iov has room for both.
+    The pieces stay where they are until `send_groups`.  The caller has made room.
     """
     cdef int length = header_len + data_len
     cdef Group *g = &w.group[max(w.n_groups, 1) - 1]
     if (w.n_groups == 0 or g.peer != peer or g.fd != fd or g.is_closed or length > g.size or g.n >= most
             or g.bytes + length > GROUP_BYTES):
-        if w.n_groups == GROUPS:
-            send_groups_but_keep_buffers(w)
         g = &w.group[w.n_groups]
         w.n_groups += 1
         memset(g, 0, sizeof(Group))
         g.peer = peer
+        g.remote = w.slot.peers[peer].remote
         g.fd = fd
         g.size = length
         g.iov = &w.iov[w.n_iov]
@@ -74,14 +78,17 @@ cdef inline void queue_datagram(
     g.is_closed = length < g.size
 
 
+cdef inline void make_room(Loop *w, int n) noexcept nogil:
+    """Have room for `n` more datagrams, SEGMENTS at most, each with a header and a message of its own.
+
+    Before the table is looked at: what is queued may have to be sent, and the table may change meanwhile.
+    """
+    if w.n_groups + n > GROUPS or w.n_headers + n > SEGMENTS or w.n_iov + 2 * n > 2 * SEGMENTS:
+        send_groups(w)
+
+
 cdef inline void send_groups(Loop *w) noexcept nogil:
     """Send all queued groups.  Their headers and pieces are free again."""
-    send_groups_but_keep_buffers(w)
-    w.n_iov = 0
-    w.n_headers = 0
-
-
-cdef inline void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
     cdef int i, sent, end, error, done = 0
     cdef Group *g
     for i in range(w.n_groups):
@@ -94,21 +101,51 @@ cdef inline void send_groups_but_keep_buffers(Loop *w) noexcept nogil:
         if sent > 0:
             for i in range(done, done + sent):
                 g = &w.group[i]
+                w.has_grouped |= g.n > 1
                 count_sent(w, g.peer, g.n, g.bytes - g.n * w.prefix_len)
             done += sent
         elif errno == EAGAIN:
-            if not wait_for_socket(w, w.group[done].fd):
+            if not w.wait_for_room(w, w.group[done].fd):
                 for i in range(done, w.n_groups):
                     w.counters.encap_drop_send += w.group[i].n
                 break
         elif errno != EINTR:
             error = errno
-            # The egress device lacks checksum offload (EIO), or the kernel UDP_SEGMENT (EINVAL): send one by one from
-            # now on.  But some kernels also say EINVAL when the path is too narrow, which has another remedy.
-            if send_one_by_one(w, &w.group[done]) and w.group[done].n > 1 and (error == EIO or error == EINVAL):
-                refuse(w, UT_OFFLOAD_SEGMENT)
+            g = &w.group[done]
+            if send_one_by_one(w, g) and g.n > 1 and (error == EIO or error == EINVAL):
+                stop_grouping(w, g.peer)
             done += 1
-    w.n_groups = 0
+    w.n_groups = w.n_iov = w.n_headers = 0
+
+
+cdef inline void stop_grouping(Loop *w, uint32_t peer) noexcept nogil:
+    """The kernel refused a group and took each of its datagrams alone.
+
+    If it has never taken a group, it or the device cannot cut messages up (no UDP_SEGMENT: EINVAL; no checksum offload:
+    EIO), and none is tried again.  Otherwise the way to this one peer cannot, and that may change.
+    """
+    cdef timespec now
+    if not w.has_grouped:
+        refuse(w, UT_OFFLOAD_SEGMENT)
+        return
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    w.now_s = <uint32_t>now.tv_sec
+    w.n_single += w.single_until_s[peer] == 0
+    w.single_until_s[peer] = w.now_s + SINGLE_S
+
+
+cdef inline void allow_groups_again(Loop *w) noexcept nogil:
+    """At the begin of a turn, while some peers get single datagrams: group again for those whose time is over."""
+    cdef timespec now
+    cdef uint32_t peer
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    if <uint32_t>now.tv_sec == w.now_s:
+        return
+    w.now_s = <uint32_t>now.tv_sec
+    for peer in range(UT_MAX_PEERS):
+        if w.single_until_s[peer] and w.single_until_s[peer] <= w.now_s:
+            w.single_until_s[peer] = 0
+            w.n_single -= 1
 
 
 cdef inline void address_message(Loop *w, int i) noexcept nogil:
@@ -116,7 +153,7 @@ cdef inline void address_message(Loop *w, int i) noexcept nogil:
     cdef Group *g = &w.group[i]
     cdef msghdr *message = &w.message[i].msg_hdr
     memset(message, 0, sizeof(msghdr))
-    message.msg_name = <void *>&w.slot.peers[g.peer].remote
+    message.msg_name = &g.remote
     message.msg_namelen = sizeof(sockaddr_in)
     message.msg_iov = g.iov
     message.msg_iovlen = g.n_iov
@@ -132,24 +169,13 @@ cdef inline void count_sent(Loop *w, uint32_t peer, int n, int nbytes) noexcept 
     w.peer_stats[peer].encap_bytes += nbytes
 
 
-cdef inline int wait_for_socket(Loop *w, int fd) noexcept nogil:
-    """The socket's send buffer is full: sleep until it is not.  0 when the worker shall stop instead."""
-    cdef pollfd fds[2]
-    fds[0].fd = fd
-    fds[0].events = POLLOUT
-    fds[1].fd = w.event_fd
-    fds[1].events = POLLIN
-    poll(fds, 2, -1)
-    return not w.stop
-
-
 cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
     """Send a group that the kernel refused, each datagram for itself.  Rare: copies each into one piece.
 
-    False when the path is too narrow for any of them.
+    True when the kernel took them all as they are: none was refused, and the path is too narrow for none.
     """
     cdef int i, piece = 0, offset = 0, length, part, have
-    cdef bint fits = True
+    cdef bint are_taken = True
     cdef Packet p
     p.data = w.single + w.prefix_len
     p.peer = g.peer
@@ -165,32 +191,32 @@ cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
                 piece += 1
                 offset = 0
         p.len = length - w.prefix_len
-        fits &= send_single(w, g.fd, &p)
-    return fits
+        are_taken &= send_single(w, g, &p)
+    return are_taken
 
 
-cdef inline bint send_single(Loop *w, int fd, Packet *p) noexcept nogil:
-    """Send one datagram, whose prefix stands before the packet; False when the path is too narrow for it.
+cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
+    """Send one datagram of a group, whose prefix stands before the packet.  True when the kernel took it as it is.
 
-    In that case a packet with DF is answered, and any other one is sent in fragments.
+    Where the path is too narrow for it, a packet with DF is answered, and any other one is sent in fragments.
     """
     cdef msghdr message
     cdef iovec iov
     iov.iov_base = p.data - w.prefix_len
     iov.iov_len = w.prefix_len + p.len
     memset(&message, 0, sizeof(msghdr))
-    message.msg_name = <void *>&w.slot.peers[p.peer].remote
+    message.msg_name = &g.remote
     message.msg_namelen = sizeof(sockaddr_in)
     message.msg_iov = &iov
     message.msg_iovlen = 1
-    while sendmsg(fd, &message, MSG_DONTWAIT) < 0:
-        if errno == EAGAIN and wait_for_socket(w, fd) or errno == EINTR:
+    while sendmsg(g.fd, &message, MSG_DONTWAIT) < 0:
+        if errno == EAGAIN and w.wait_for_room(w, g.fd) or errno == EINTR:
             continue
         if errno != EMSGSIZE:
             w.counters.encap_drop_send += 1
-            return True
+            return False
         if ip_fragment_word(p.data) & FLAG_DF:
-            drop_too_big(w, p)
+            drop_too_big(w, p, &g.remote)
         else:
             send_in_fragments(w, p, &message)
         return False
@@ -198,12 +224,19 @@ cdef inline bint send_single(Loop *w, int fd, Packet *p) noexcept nogil:
     return True
 
 
-cdef inline void drop_too_big(Loop *w, Packet *p) noexcept nogil:
-    """Drop a packet that the path does not take and nobody may fragment; tell its sender how long one may be."""
-    cdef int mtu = path_mtu(w, &w.slot.peers[p.peer].remote) - IPV4_HEADER_MIN - UDP_HEADER - w.prefix_len
+cdef inline void drop_too_big(Loop *w, Packet *p, const sockaddr_in *remote) noexcept nogil:
+    """Drop a packet that the path does not take and nobody may fragment; tell its sender how long one may be.
+
+    Asking the kernel for that takes five system calls, so it is asked only when the answer may be sent.
+    """
+    cdef int mtu
     w.counters.encap_drop_too_big += 1
     ip_undo_ttl_step(p.data)
-    answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
+    if not may_answer(w, p):
+        w.counters.icmp_suppressed += 1
+        return
+    mtu = path_mtu(w, remote) - IPV4_HEADER_MIN - UDP_HEADER - w.prefix_len
+    send_local_answer(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
 
 
 cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message) noexcept nogil:
@@ -226,7 +259,7 @@ cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message) noexcept
 cdef inline int path_mtu(Loop *w, const sockaddr_in *remote) noexcept nogil:
     """What the kernel believes the MTU to `remote` is, bytes of outer packet; 0 when it does not say.
 
-    Only a connected socket can ask.  Rare: once for each packet with DF that is longer than the path takes.
+    Only a connected socket can ask.  Rare: at most once for each ICMP answer.
     """
     cdef sockaddr_in own
     cdef socklen_t n = sizeof(sockaddr_in)
