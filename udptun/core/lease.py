@@ -12,18 +12,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
+
+from udptun.core.text_cache import TextCache
 
 Json = Any
 """A value as `json.loads` returns it; BackendData belongs to the backend that wrote it."""
 
 
-_REMEMBERED = 65_536
-"""So many texts are not parsed again.  A start reads every lease twice, to choose a subnet and to follow, and a watch
-that lost its place reads them all once more.  One text gives one object, and an object equals itself without a look
-inside.
+_REMEMBERED_BYTES = 16 << 20
+"""So many bytes of text are not parsed again, those of 60,000 leases.  A start reads every lease twice, to choose a
+subnet and to follow, and a watch that lost its place reads them all once more.  One text gives one object, and an
+object equals itself without a look inside.
 """
 
 
@@ -50,9 +51,12 @@ class Subnets:
         object.__setattr__(self, "key", key)
 
     @classmethod
-    @lru_cache(_REMEMBERED)
     def from_key(cls, key: str) -> Subnets:
         """The inverse of `key`.  Raises LeaseFormatError; host bits are an error, not masked away."""
+        return _SUBNETS.get(key, cls._parse)
+
+    @classmethod
+    def _parse(cls, key: str) -> Subnets:
         match = _KEY.fullmatch(key)
         if match is None:
             raise LeaseFormatError(f"{key!r} is not of the form <IPv4>-<length> or <IPv4>-<length>&<IPv6>-<length>")
@@ -65,6 +69,8 @@ class Subnets:
         except ValueError as exc:
             raise LeaseFormatError(f"{key!r}: {exc}") from exc
 
+
+_SUBNETS = TextCache[Subnets](_REMEMBERED_BYTES)
 
 _KEY = re.compile(r"(\d+\.\d+\.\d+\.\d+)-(0|[1-9]\d?)(?:&([0-9a-f:]+)-(0|[1-9]\d{0,2}))?")
 
@@ -111,9 +117,12 @@ class LeaseAttrs:
         return json.dumps(fields, separators=(",", ":"))
 
     @classmethod
-    @lru_cache(_REMEMBERED)
     def from_json(cls, text: str) -> LeaseAttrs:
         """The inverse of `to_json`; unknown fields are ignored.  Raises LeaseFormatError."""
+        return _ATTRS.get(text, cls._parse)
+
+    @classmethod
+    def _parse(cls, text: str) -> LeaseAttrs:
         try:
             value = json.loads(text)
         except (ValueError, RecursionError) as exc:
@@ -130,6 +139,9 @@ class LeaseAttrs:
         if not isinstance(backend_type, str):
             raise LeaseFormatError("BackendType is not a string")
         return cls(public_ip, public_ipv6, backend_type, value.get("BackendData"), value.get("BackendV6Data"))
+
+
+_ATTRS = TextCache[LeaseAttrs](_REMEMBERED_BYTES)
 
 
 def _text(value: Mapping[str, Json], key: str) -> str:
