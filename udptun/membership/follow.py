@@ -83,7 +83,7 @@ class Follower:
             except (StoreUnavailableError, ConfigError) as exc:
                 self._is_failing = True
                 self._outage.goes_on(str(exc), "forwarding on with the last table")
-                await backoff.sleep()
+                await backoff.sleep(len(self._peers.table.peers) if self._store.is_remote else 0)
             finally:
                 if calm is not None:
                     calm.cancel()

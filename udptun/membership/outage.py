@@ -7,14 +7,16 @@ import logging
 import random
 
 from udptun.core.clock import Clock
+from udptun.stores.base import reconnect_spread_s
 
 log = logging.getLogger(__name__)
 
 RECONNECT_S = (0.1, 0.5)
 """First and longest wait before the store is asked again.
 
-A host follows the store again after the longest wait at most, once the store is back.  Each wait is up to a third
-shorter by chance, so that hosts do not all ask at once."""
+A host alone follows the store again after the longest wait at most, once the store is back.  Each wait is up to a
+third shorter by chance, and many hosts add what spreads them (`reconnect_spread_s`): 10,000 hosts come back within six
+seconds, 2,000 of them a second."""
 
 _SAY_AGAIN_S = (10.0, 3600.0)
 """A store that is still away is mentioned after the first time, then after six times as long each time, until it is the
@@ -61,7 +63,7 @@ class Outage:
 
 
 class Backoff:
-    """Waits twice as long each time; see RECONNECT_S."""
+    """Waits twice as long each time, and so long by chance as many hosts need; see RECONNECT_S."""
 
     def __init__(self) -> None:
         self.reset()
@@ -70,6 +72,12 @@ class Backoff:
         """Begin with the first wait again."""
         self._next_s, self._longest_s = RECONNECT_S
 
-    async def sleep(self) -> None:
-        await asyncio.sleep(self._next_s * random.uniform(2 / 3, 1))
+    async def sleep(self, n_hosts: int = 0) -> None:
+        """Wait; `n_hosts` lost the store together, as far as we know."""
+        await asyncio.sleep(self.next_s(n_hosts))
+
+    def next_s(self, n_hosts: int) -> float:
+        """The next wait."""
+        wait_s = self._next_s * random.uniform(2 / 3, 1)
         self._next_s = min(2 * self._next_s, self._longest_s)
+        return wait_s + random.uniform(0, reconnect_spread_s(n_hosts))

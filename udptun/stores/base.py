@@ -24,6 +24,17 @@ LEASE_TTL_S = 86_400
 """How long a lease lasts without renewal, seconds (flannel pkg/subnet/etcd subnetTTL)."""
 
 
+RECONNECTS_PER_S = 2000
+"""So many hosts a second connect to a server that is back, when all of them have lost it."""
+
+LONGEST_SPREAD_S = 10.0
+
+
+def reconnect_spread_s(n_hosts: int) -> float:
+    """Over how many seconds `n_hosts` spread their attempts, each by chance: 0.05 for 100, 5 for 10,000."""
+    return min(n_hosts / RECONNECTS_PER_S, LONGEST_SPREAD_S)
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Every valid lease at `revision`.  `skipped`: a line for each refused item, with its key and the reason."""

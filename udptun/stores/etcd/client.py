@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from google.protobuf.message import Message
 
 from udptun.config.store_flags import Endpoint, EtcdOptions
 from udptun.core.errors import ConfigError, LeaseError, StoreUnavailableError
+from udptun.stores.base import reconnect_spread_s
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.failures import (
     CALL_S,
@@ -42,7 +44,8 @@ _Response = TypeVar("_Response", bound=Message)
 _STAGGER_S = 0.4
 """How long an endpoint has to take our connection before the next one is tried beside it, or the same one anew.
 
-This bounds how long we go on without an endpoint that was cut off and is back."""
+This bounds how long we go on without an endpoint that was cut off and is back.  Where many hosts may be cut off, each
+further attempt at the same one waits longer by chance, see `Client.n_hosts`."""
 
 _CHANNEL_OPTIONS = (
     # A list of 10,000 leases is 2.5 MB; grpc's own limit is 4 MB.
@@ -114,6 +117,8 @@ class Client:
         self._first = 0
         """The endpoint to begin with, next time."""
         self._is_closed = False
+        self.n_hosts = 0
+        """How many hosts there are, as far as we know: those that lose a server lose it together."""
 
     async def call(self, method: Method[_Request, _Response], request: _Request, operation: str) -> _Response:
         """One call; `operation` completes "cannot ..." in the message of a failure."""
@@ -214,6 +219,7 @@ class Client:
         deadline_s = asyncio.get_running_loop().time() + CONNECT_S
         attempts: dict[asyncio.Task[None], _Connection] = {}
         failures: dict[Endpoint, Failure] = {}
+        n_attempts = 0
         order = itertools.cycle((*endpoints[self._first :], *endpoints[: self._first]))
         try:
             while len(failures) < len(endpoints):
@@ -228,7 +234,12 @@ class Client:
                         continue
                     connection = _make_connection(endpoint, credentials)
                     attempts[asyncio.create_task(self._greet(connection))] = connection
-                done, _ = await asyncio.wait(attempts, timeout=_STAGGER_S, return_when=asyncio.FIRST_COMPLETED)
+                    n_attempts += 1
+                wait_s = _STAGGER_S
+                if n_attempts >= len(endpoints):
+                    # The next attempt is at an endpoint that has not taken an earlier one.
+                    wait_s += min(random.uniform(0, reconnect_spread_s(self.n_hosts)), max(0.0, left_s))
+                done, _ = await asyncio.wait(attempts, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 for attempt in done:
                     connection = attempts[attempt]
                     endpoint = connection.endpoint

@@ -81,6 +81,7 @@ class EtcdStore:
         table = {kv.key: self._keys.read(kv) for kv in response.kvs}
         skipped = tuple(it.problem for it in table.values() if it.lease is None)
         leases = tuple(it.lease for it in table.values() if it.lease is not None)
+        self._client.n_hosts = len(table)
         self._last.put(table, response.header.revision)
         self._last.cluster_id = response.header.cluster_id
         return Snapshot(response.header.revision, leases, skipped)
