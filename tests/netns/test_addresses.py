@@ -6,10 +6,11 @@ pod h1/p1 -- cni0 [h1] eth0 -- underlay -- eth0 [h2] cni0 -- pod h2/p1
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 
 import pytest
-from traffic import ping, read_status
+from traffic import ping, read_status, udp_flow
 
 from udptun.lab.host import Host, Pod
 from udptun.lab.machine import wait_until
@@ -99,3 +100,37 @@ def test_direct_routing_over_links_without_addresses_uses_the_tunnel(backend: Ma
         wait_for_answer(one.pod(1), two.pod(1))
         assert read_status(one)["problems"] == []
         assert {line.split(" dev ")[1].split()[0] for line in own_routes(one).values()} == {"flannel.1"}
+
+
+@pytest.mark.parametrize("backend", [VXLAN, VTEP], ids=["vxlan", "vtep"])
+def test_a_direct_route_that_the_kernel_refuses_leaves_the_tunnel(backend: Mapping[str, object]) -> None:
+    """The peer was cut off for as long as the kernel refused the route."""
+    with lab_of({**backend, "DirectRouting": True}) as lab:
+        one, two = lab.hosts
+        for host, other in ((one, two), (two, one)):
+            host.machine.at().ip(
+                f"address add 10.1.1.{host.index}/32 dev lo",
+                f"route add 10.1.1.{other.index} via {other.underlay_address}",
+            )
+        # A gateway whose own route has the scope of routers is none: "Nexthop has invalid gateway".
+        one.machine.at().ip("route replace 10.1.1.2 dev eth0 scope global")
+        for host in lab.hosts:
+            start(host, "--iface=lo")
+        wait_for_answer(one.pod(1), two.pod(1))
+        (problem,) = read_status(one)["problems"]
+        assert problem.startswith(f"cannot add route {two.subnet}: ")
+        assert problem.endswith("so its packets go through the tunnel, not straight to 10.1.1.2 (DirectRouting)")
+        assert " dev flannel.1 " in one.run(["ip", "route", "get", str(two.pod(1).address)]).stdout
+
+        # Each route that somebody adds or deletes may be the reason, so each time the direct route is tried again.
+        with udp_flow(one.pod(1), two.pod(1), 200) as flow:
+            for number in range(1, 6):
+                one.machine.at().ip(f"route add 203.0.113.{number} dev eth0")
+                time.sleep(0.2)
+        assert (flow.report.lost, len(read_status(one)["problems"])) == ([], 1)
+
+        one.machine.at().ip("route del 10.1.1.2", "route add 10.1.1.2 dev eth0 scope link")
+        direct = f"{two.subnet} via 10.1.1.2 dev eth0 "
+        wait_until("the direct route", lambda: own_routes(one).get(str(two.subnet), "").startswith(direct), 10)
+        wait_for_answer(one.pod(1), two.pod(1))
+        assert read_status(one)["problems"] == []

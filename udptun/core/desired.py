@@ -10,7 +10,7 @@ from ipaddress import IPv4Network
 
 from udptun.core.network_state import IPAddress, IPNetwork, Route, RouteType, Vxlan
 
-_WORST_METRIC = 0xFFFFFFFF
+WORST_METRIC = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def guard(network: IPv4Network) -> DesiredRoute:
     A device that is down or gone has no routes.  The guard then keeps pod packets from following the default route in
     clear text.
     """
-    return DesiredRoute(network, type=RouteType.UNREACHABLE, metric=_WORST_METRIC)
+    return DesiredRoute(network, type=RouteType.UNREACHABLE, metric=WORST_METRIC)
 
 
 def blackhole(own_subnet: IPv4Network) -> DesiredRoute:
@@ -89,7 +89,7 @@ def blackhole(own_subnet: IPv4Network) -> DesiredRoute:
     flannel gives it metric 0.  The kernel refuses such a route beside the one of cni0.  When the blackhole is there
     first, the kernel prefers it to the one of cni0, and no pod of the host is reached.
     """
-    return DesiredRoute(own_subnet, type=RouteType.BLACKHOLE, metric=_WORST_METRIC)
+    return DesiredRoute(own_subnet, type=RouteType.BLACKHOLE, metric=WORST_METRIC)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -27,6 +27,7 @@ from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.reconcile.apply import Device, apply
 from udptun.kernel.reconcile.change import Change, Verb
 from udptun.kernel.reconcile.contest import Contests
+from udptun.kernel.reconcile.direct import Decide, DirectRoutes
 from udptun.kernel.reconcile.ownership import is_ours
 from udptun.kernel.reconcile.plan import ActualState, conflicts, plan
 from udptun.kernel.sysctl import read_sysctl
@@ -43,9 +44,6 @@ _KERNEL_PROTOCOL = 2
 """RTPROT_KERNEL: of the routes that come and go with an address."""
 _MAX_NAMED = 20
 """Of the changes, and of the problems, of one repair: so many are named one by one."""
-
-Decide = Callable[[Mapping[IPv4Address, int]], DesiredState]
-"""From the gateways that the kernel reaches directly, each with its link's index, to the desired state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +76,7 @@ class Reconciler:
         """`device` stays the caller's; it is asked and revived, never closed.  None: every device is the kernel's."""
         self._desired = desired
         self._device = device
-        self._gateways: tuple[IPv4Address, ...] = ()
-        self._decide: Decide | None = None
-        self._direct: Mapping[IPv4Address, int] = {}
-        """Those of the gateways that the kernel reached directly at the last look."""
+        self._direct = DirectRoutes()
         self._own_links: Mapping[int, str] = {}
         """The names of our devices by their indexes, at the last look."""
         self._vxlan_indexes: frozenset[int] = frozenset()
@@ -102,23 +97,20 @@ class Reconciler:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as wanted, a line each."""
-        return (*self.last.problems, *filter(None, [self._loop.problem]))
+        return (*self.last.problems, *self._direct.problems, *filter(None, [self._loop.problem]))
 
     def set_desired(self, desired: DesiredState) -> None:
         """Want something else from now on; `run` (or the next converge) changes what differs."""
         self._desired = desired
-        self._decide = None
-        self._gateways = ()
+        self._direct.set_decision((), None)
         self._look_again()
 
     def set_decision(self, gateways: Collection[IPv4Address], decide: Decide) -> None:
-        """Want from now on what `decide` says about those of `gateways` that the kernel reaches directly.
+        """Want from now on what `decide` says about those of `gateways` that can be reached directly.
 
         It is asked again whenever they change.
         """
-        self._gateways = tuple(gateways)
-        self._decide = decide
-        self._desired = decide(self._direct)
+        self._desired = self._direct.set_decision(gateways, decide) or self._desired
         self._look_again()
 
     def _look_again(self) -> None:
@@ -153,6 +145,10 @@ class Reconciler:
                     failures, is_broken = (str(exc),), True
                     break
                 self._note_foreign(done, failed)
+                if (without := self._direct.note_refused(failed)) is not None:
+                    self._desired = without
+                    changes += done
+                    continue
                 refusals = tuple(_refusals(failed))
                 failed = [(change, error) for change, error in failed if not isinstance(change.thing, Sysctl)]
                 failures = tuple(f"{change}: {error}" for change, error in failed)
@@ -197,9 +193,11 @@ class Reconciler:
         if notice.kind is NoticeKind.NEIGHBOUR and notice.link_index not in self._vxlan_indexes:
             return False
         is_foreign_route = notice.kind is NoticeKind.ROUTE and notice.protocol != ROUTE_PROTOCOL
+        if is_foreign_route or notice.kind not in (NoticeKind.ROUTE, NoticeKind.NEIGHBOUR):
+            self._direct.expect_better()
         if is_foreign_route and notice.prefixlen not in self._prefix_lengths:
             # It may be the way to one of the gateways.
-            return bool(self._gateways)
+            return self._direct.is_asked
         # Another owner's route that goes together with its link has no notice of its own.
         if is_foreign_route or notice.kind is NoticeKind.OVERFLOW or self._foreign:
             self._must_read_foreign = True
@@ -208,15 +206,7 @@ class Reconciler:
     # ----------------------------------------------------------------------------------------- actual state
 
     async def _read_actual(self, kernel: Netlink) -> ActualState:
-        if self._decide is not None:
-            asked, direct = None, self._direct
-            while asked is not self._gateways:  # set_decision may name others while the kernel answers
-                asked = self._gateways
-                direct = await kernel.on_link(asked)
-            if direct != self._direct:
-                self._direct = direct
-                self._desired = self._decide(direct)
-        desired = self._desired
+        desired = self._desired = await self._direct.look(kernel) or self._desired
         links = {wanted.name: await kernel.link(wanted.name) for wanted in desired.links}
         addresses = [a for link in links.values() if link for a in await kernel.addresses(link.index)]
         vxlan = [link.index for link in links.values() if link is not None and link.vxlan is not None]
