@@ -117,6 +117,23 @@ FAULTS = [
         at_start=True,
         is_silent=True,
     ),
+    # Forwarding.
+    Fault(
+        "ip_forward off",
+        (r"net\.ipv4\.ip_forward is 0, so no packet passes .*; run `sysctl -w net\.ipv4\.ip_forward=1`, and .*",),
+        shell("sysctl -qw net.ipv4.ip_forward=0"),
+        shell("sysctl -qw net.ipv4.ip_forward=1"),
+    ),
+    Fault(
+        "forwarding of the pods' bridge and of flannel0 off",
+        tuple(
+            rf"net/ipv4/conf/{link}/forwarding is 0, so packets that come in by {link} are not forwarded; "
+            rf"run `sysctl -w net/ipv4/conf/{link}/forwarding=1`"
+            for link in ("flannel0", "cni0")
+        ),
+        shell("sysctl -qw net.ipv4.conf.cni0.forwarding=0 net.ipv4.conf.flannel0.forwarding=0"),
+        shell("sysctl -qw net.ipv4.conf.cni0.forwarding=1 net.ipv4.conf.flannel0.forwarding=1"),
+    ),
     # Others at our device.
     Fault(
         "a DHCP client at flannel0",
@@ -205,6 +222,20 @@ def test_a_quarrel_with_a_dhcp_client_grows_quiet(lab: Lab) -> None:
         ping(lab.host(1).pod(1), host.pod(1).address)
     finally:
         DHCP_CLIENT.stop(host)
+
+
+def test_a_host_that_has_no_pods_yet_needs_no_forwarding(lab: Lab) -> None:
+    """The CNI plugin switches it on with the first pod."""
+    host = lab.add_host()
+    host.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"])
+    host.start_daemon(FLAGS)
+    host.wait_ready()
+    # More than the time in which a change is noticed.
+    time.sleep(1)
+    assert problems(host) == []
+    host.add_pod()
+    wait_until("the problem line", lambda: problems(host) != [], ON_NOTICE_S)
+    host.down()
 
 
 def start(host: Host, fault: Fault | None) -> None:

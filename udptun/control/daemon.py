@@ -131,6 +131,7 @@ class Daemon:
                 tasks.create_task(running.forwarding.run(), name="forwarding")
                 tasks.create_task(running.firewall.run(), name="firewall")
                 tasks.create_task(running.underlay_watch.run(), name="follow underlay")
+                tasks.create_task(running.ip_forward_watch.run(), name="watch ip_forward")
                 tasks.create_task(self._reload_on_hangup(running, store), name="reload")
 
     def _make_directories(self) -> None:

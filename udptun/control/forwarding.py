@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from udptun.core.desired import DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.datapath import processes
+from udptun.kernel.pod_links import PodPath
 from udptun.kernel.reconcile.apply import create_missing_vxlans
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, remove_ours
 from udptun.kernel.reconcile.reconciler import Reconciler
@@ -166,6 +168,15 @@ class Forwarding:
     @property
     def problems(self) -> tuple[str, ...]:
         return () if self._reconciler is None else self._reconciler.problems
+
+    @property
+    def pod_path(self) -> PodPath | None:
+        """Where packets between the pods here and those of other hosts pass; None when nothing of ours routes them."""
+        device = self.backend.device
+        if device is None:
+            one_peer = replace(self._inputs(), peers=tuple(islice(self._peers.values(), 1)))
+            device = self._underlay.link_name if self.backend.desired(one_peer).routes else None
+        return None if device is None else PodPath(self._network, self._own_subnet, device)
 
     def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
         """The keys of docs/status.md about carrying packets.  `leases` are the peers', in the order to show them in."""

@@ -17,6 +17,7 @@ from udptun.control.forwarding import Forwarding
 from udptun.control.settings import live_settings, set_log_level, underlay_options
 from udptun.core.errors import UdptunError
 from udptun.firewall.reconciler import FirewallReconciler
+from udptun.kernel.ip_forward import IpForwardWatch
 from udptun.kernel.underlay import Underlay
 from udptun.kernel.underlay_watch import UnderlayWatch
 from udptun.membership.identity import Identity
@@ -51,6 +52,7 @@ class Running:
             self.move,
             lambda: (lease.attrs.public_ip for lease in membership.table.peers.values()),
         )
+        self.ip_forward_watch = IpForwardWatch(lambda: forwarding.pod_path)
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
 
@@ -61,6 +63,7 @@ class Running:
             *self.membership.problems,
             *self.forwarding.problems,
             *self.firewall.problems,
+            *self.ip_forward_watch.problems,
             *filter(None, [self.underlay_watch.problem]),
         ]
 

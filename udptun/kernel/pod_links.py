@@ -1,0 +1,38 @@
+"""Where the pods of this host are: the links that have an address in its subnet."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+
+from udptun.kernel.netlink import Netlink
+
+
+@dataclass(frozen=True, slots=True)
+class PodPath:
+    """The way between the pods of this host and those of the others.
+
+    `network` is the whole overlay, `subnet` this host's part of it.  `device` names the link to the other hosts.
+    """
+
+    network: IPv4Network
+    subnet: IPv4Network
+    device: str
+
+
+async def find_pod_links(path: PodPath) -> tuple[str, ...]:
+    """The names of the links behind which there are pods, such as cni0 or docker0.  Raises KernelError.
+
+    A host that routes to each pod by itself, without an address on the link, has none that we know of.
+    """
+    async with Netlink() as kernel:
+        indexes = {address.link_index for address in await kernel.addresses() if address.ip in path.subnet}
+    names = set()
+    for index in indexes:
+        try:
+            names.add(socket.if_indextoname(index))
+        except OSError:
+            # It has gone meanwhile.
+            continue
+    return tuple(sorted(names - {path.device, "lo"}))
