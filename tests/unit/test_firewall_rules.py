@@ -9,19 +9,9 @@ from typing import Any
 
 import pytest
 
-from udptun.firewall.rules import (
-    TABLES,
-    DesiredRules,
-    Repair,
-    forward,
-    iptables_chains,
-    iptables_leftovers,
-    iptables_repair,
-    masquerade,
-    nft_chains,
-    nft_findings,
-    nft_script,
-)
+from udptun.firewall.iptables_form import iptables_chains, iptables_leftovers, iptables_repair
+from udptun.firewall.nft_form import TABLES, nft_chains, nft_findings, nft_script
+from udptun.firewall.rules import DesiredRules, Repair, forward, masquerade
 
 NETWORK, SUBNET = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.7.0/24")
 WANTED = DesiredRules(masquerade(NETWORK, SUBNET, True), forward(NETWORK))

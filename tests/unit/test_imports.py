@@ -37,7 +37,7 @@ PURE_MODULES = [
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
     *("backends.udp", "backends.vtep", "backends.vxlan"),
     *("kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
-    *("datapath.settings", "firewall.rules"),
+    *("datapath.settings", "firewall.iptables_form", "firewall.nft_form", "firewall.rules"),
     *("membership.allocate", "membership.grace", "membership.identity"),
 ]
 """Modules of the other folders that decide and do nothing."""

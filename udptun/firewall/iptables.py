@@ -14,7 +14,8 @@ from pathlib import Path
 from udptun.core.errors import FirewallError
 from udptun.core.network_state import IPNetwork
 from udptun.firewall import tool
-from udptun.firewall.rules import Chain, DesiredRules, Repair, iptables_chains, iptables_leftovers, iptables_repair
+from udptun.firewall.iptables_form import Chain, iptables_chains, iptables_leftovers, iptables_repair
+from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 
 _LEGACY_TABLES = Path("/proc/net/ip_tables_names")

@@ -7,7 +7,8 @@ from typing import Any
 
 from udptun.core.errors import FirewallError
 from udptun.firewall import tool
-from udptun.firewall.rules import TABLES, DesiredRules, Repair, nft_chains, nft_findings, nft_removal, nft_script
+from udptun.firewall.nft_form import TABLES, nft_chains, nft_findings, nft_removal, nft_script
+from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 
 
