@@ -254,7 +254,8 @@ def test_second_daemon_of_a_run_directory_ends_with_1_naming_the_first(host: Hos
     second = host.run(DAEMON, check=False)
     assert second.returncode == 1
     assert messages(second.stderr, "E") == [
-        f"another udptun daemon (pid {pid}) uses /run/udptun; stop it, or give this one a --run-dir of its own"
+        f"another udptun daemon (pid {pid}) uses /run/udptun; stop it, or give this one a --run-dir, --state-dir and "
+        "--subnet-file of its own"
     ]
     assert read_status(host)["pid"] == int(pid)
 

@@ -28,6 +28,7 @@ from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import ROUTE_PROTOCOL
 from udptun.core.offload import ALL
+from udptun.core.ownership import Ownership
 from udptun.core.tunnel import SourceCheck
 from udptun.kernel import netlink, notices
 from udptun.kernel.reconcile import reconciler
@@ -51,6 +52,7 @@ def udp(network: IPv4Network, subnet: IPv4Network, mtu: int) -> DesiredState:
 
 
 WANTED = udp(NETWORK, SUBNET, 1472)
+OURS = Ownership((NETWORK,))
 REPAIR_LIMIT_S = 1.0
 IP_RECVERR = 11
 ACCEPT_LOCAL = Path(f"/proc/sys/net/ipv4/conf/{TUN_NAME}/accept_local")
@@ -87,6 +89,7 @@ def shape(ns: Namespace, network: IPv4Network = NETWORK) -> dict[str, Any]:
     return {
         "link": [(link["mtu"], "UP" in link["flags"]) for link in links],
         "queue": [link["txqlen"] >= 500 for link in links],
+        "alias": [link.get("ifalias") for link in links],
         "addresses": [(a["family"], a["local"], a["prefixlen"]) for e in addresses for a in e["addr_info"]],
         "routes": [
             (r["type"], r["dst"], r.get("dev"), r.get("metric", 0), r["protocol"], r.get("scope")) for r in routes
@@ -100,6 +103,7 @@ def wanted_shape(subnet: IPv4Network = SUBNET, mtu: int = 1472, network: IPv4Net
     return {
         "link": [(mtu, True)],
         "queue": [True],
+        "alias": [f"udptun {network}"],
         "addresses": [("inet", str(subnet.network_address), 32)],
         "routes": [
             ("unicast", str(network), TUN_NAME, 0, proto, "global"),
@@ -109,9 +113,9 @@ def wanted_shape(subnet: IPv4Network = SUBNET, mtu: int = 1472, network: IPv4Net
     }
 
 
-def converge(ns: Namespace, tun: Tun, desired: DesiredState = WANTED) -> Outcome:
+def converge(ns: Namespace, tun: Tun, desired: DesiredState = WANTED, ownership: Ownership = OURS) -> Outcome:
     async def once() -> Outcome:
-        return await Reconciler(desired, tun).converge()
+        return await Reconciler(desired, tun, ownership).converge()
 
     return ns.call_async(once)
 
@@ -124,7 +128,7 @@ class Running:
         started = threading.Event()
 
         async def main() -> None:
-            self.reconciler = Reconciler(WANTED, tun)
+            self.reconciler = Reconciler(WANTED, tun, OURS)
             started.set()
             await self.reconciler.run()
 
@@ -213,7 +217,8 @@ DAMAGES = [
     f"link set {TUN_NAME} down",
     f"link set {TUN_NAME} mtu 1300",
     f"link set {TUN_NAME} txqueuelen 10",
-    f"route add 10.77.0.0/16 dev v0 proto {ROUTE_PROTOCOL}",
+    f"link set {TUN_NAME} alias nobody's",
+    f"route add 10.244.77.0/24 dev v0 proto {ROUTE_PROTOCOL}",
     f"route add default dev {TUN_NAME} metric 7 proto dhcp",
 ]
 
@@ -223,7 +228,7 @@ def test_damage_is_repaired_within_the_limit(running: Running, damage: str, capl
     ns = running.ns
 
     def is_repaired() -> bool:
-        strangers = [*ns.show("route show 10.77.0.0/16"), *ns.show(f"route show default dev {TUN_NAME}")]
+        strangers = [*ns.show("route show 10.244.77.0/24"), *ns.show(f"route show default dev {TUN_NAME}")]
         return shape(ns) == wanted_shape() and not strangers
 
     seconds_until(lambda: running.reconciler.last.changes == (), 10)
@@ -287,7 +292,7 @@ def test_a_new_mtu_and_subnet_replace_the_old_ones_while_running(running: Runnin
 def test_nothing_of_an_old_network_is_left(ns: Namespace, tun: Tun) -> None:
     converge(ns, tun)
     network, subnet = IPv4Network("10.96.0.0/12"), IPv4Network("10.97.1.0/24")
-    outcome = converge(ns, tun, udp(network, subnet, 1472))
+    outcome = converge(ns, tun, udp(network, subnet, 1472), Ownership((network, NETWORK)))
     assert outcome.problems == ()
     assert shape(ns)["routes"] == []
     assert shape(ns, network) == wanted_shape(subnet, 1472, network)
@@ -425,20 +430,20 @@ def test_remove_leaves_nothing_of_ours_and_everything_else(ns: Namespace) -> Non
     tun = ns.call(lambda: open_queues(TUN_NAME, 1))
     converge(ns, tun)
     assert everything() != clean
-    lines = ns.call_async(lambda: remove_ours())
+    lines = ns.call_async(lambda: remove_ours(OURS))
     assert lines == [
         f"deleted link {TUN_NAME}",
         f"deleted route unreachable {NETWORK} metric 4294967295 proto {ROUTE_PROTOCOL}",
     ]
     assert everything() == clean
-    assert ns.call_async(lambda: remove_ours()) == []
+    assert ns.call_async(lambda: remove_ours(OURS)) == []
     tun.close()
 
 
 @pytest.mark.parametrize("command", [f"tuntap add {TUN_NAME} mode tun", f"link add {TUN_NAME} type bridge"])
 def test_remove_leaves_a_device_that_is_not_ours(ns: Namespace, command: str) -> None:
     ns.ip(command)
-    assert ns.call_async(lambda: remove_ours()) == [f"left {TUN_NAME} alone: it is not a device of udptun"]
+    assert ns.call_async(lambda: remove_ours(OURS)) == [f"left {TUN_NAME} alone: it is not a device of udptun"]
     assert ns.show(f"link show {TUN_NAME}")
 
 
@@ -511,7 +516,7 @@ def test_a_storm_of_link_changes_is_bundled(running: Running) -> None:
 def test_run_ends_when_cancelled_and_closes_what_it_opened(ns: Namespace, tun: Tun) -> None:
     async def start_and_stop() -> tuple[int, int]:
         before = open_fds()
-        task = asyncio.create_task(Reconciler(WANTED, tun).run())
+        task = asyncio.create_task(Reconciler(WANTED, tun, OURS).run())
         async with asyncio.timeout(10):
             while await asyncio.to_thread(lambda: shape(ns) != wanted_shape()):
                 pass
@@ -575,7 +580,7 @@ def test_a_thousand_peers_of_vxlan_are_set_up_at_once_and_one_more_costs_little(
         return backend.desired(inputs)
 
     async def grow() -> tuple[float, float]:
-        reconciler = Reconciler(wanted(1000), None)
+        reconciler = Reconciler(wanted(1000), None, Ownership((IPv4Network("10.0.0.0/8"),)))
         start = time.perf_counter()
         assert (await reconciler.converge()).problems == ()
         all_s = time.perf_counter() - start

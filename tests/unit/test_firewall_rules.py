@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from udptun.firewall.iptables_form import iptables_chains, iptables_leftovers, iptables_repair
-from udptun.firewall.nft_form import TABLES, nft_chains, nft_findings, nft_script
-from udptun.firewall.rules import DesiredRules, Repair, forward, masquerade
+from udptun.firewall.iptables_form import iptables_chains, iptables_leftovers, iptables_present, iptables_repair
+from udptun.firewall.nft_form import TABLES, nft_chains, nft_findings, nft_present, nft_script
+from udptun.firewall.rules import DesiredRules, Repair, Rule, forward, masquerade
 
 NETWORK, SUBNET = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.7.0/24")
 WANTED = DesiredRules(masquerade(NETWORK, SUBNET, True), forward(NETWORK))
@@ -206,6 +206,156 @@ def test_rules_that_might_be_somebody_elses_stay() -> None:
     assert not iptables_leftovers({"nat": "", "filter": ""}, *OLD)
     odd = "-A POSTROUTING -m comment --comment FLANNEL-POSTRTG's -j RETURN\n"
     assert not iptables_repair(CHAINS, {"nat": NAT + odd, "filter": FILTER})
+
+
+# --- several daemons on a host
+
+OTHER, OTHERS_SUBNET = IPv4Network("10.12.0.0/16"), IPv4Network("10.12.9.0/24")
+OTHERS = DesiredRules(masquerade(OTHER, OTHERS_SUBNET, False), forward(OTHER))
+
+
+def listing(*blocks: DesiredRules) -> dict[str, str]:
+    """What `iptables -S` prints of both chains with these blocks of rules and a jump to each."""
+    text = {"nat": "-N FLANNEL-POSTRTG\n" + NAT_JUMP, "filter": "".join(FILTER.splitlines(keepends=True)[:5])}
+    for block in blocks:
+        for chain in iptables_chains(block):
+            text[chain.table] += "".join(f"-A {chain.name} {rule}\n" for rule in chain.rules)
+    return text
+
+
+def desired_beside(listed: dict[str, str], ours: DesiredRules = WANTED) -> DesiredRules:
+    return iptables_present(listed["nat"], listed["filter"]).with_ours(ours, [NETWORK])
+
+
+def added(first: DesiredRules, second: DesiredRules) -> DesiredRules:
+    return DesiredRules((*first.masquerade, *second.masquerade), (*first.forward, *second.forward))
+
+
+@pytest.mark.parametrize("blocks", [(WANTED, OTHERS), (OTHERS, WANTED)], ids=["first", "second"])
+def test_rules_of_two_daemons_stand_beside_each_other_in_either_order(
+    blocks: tuple[DesiredRules, DesiredRules],
+) -> None:
+    """Each of them took the other's for foreign rules and removed them, for ever."""
+    listed = listing(*blocks)
+    present = iptables_present(listed["nat"], listed["filter"])
+    for ours, network in ((WANTED, NETWORK), (OTHERS, OTHER)):
+        desired = present.with_ours(ours, [network])
+        assert desired == added(*blocks)
+        assert not iptables_repair(iptables_chains(desired), listed)
+        assert present.networks_of_others([network]) == {NETWORK, OTHER} - {network}
+
+
+def test_block_is_written_beside_the_others_and_replaced_in_its_place() -> None:
+    assert desired_beside(listing(OTHERS)) == added(OTHERS, WANTED)
+    assert not iptables_present(*listing(OTHERS).values()).has_ours([NETWORK])
+    old = DesiredRules(masquerade(NETWORK, IPv4Network("10.244.9.0/24"), True), forward(NETWORK))
+    assert desired_beside(listing(old, OTHERS)) == added(WANTED, OTHERS)
+    assert iptables_present(*listing(old, OTHERS).values()).has_ours([NETWORK])
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "-A FLANNEL-FWD -j ACCEPT\n",
+        '-A FLANNEL-FWD -m comment --comment "flanneld forward" -j ACCEPT\n',
+        "-A FLANNEL-FWD -d 10.12.0.0/16 -j ACCEPT\n",
+        '-A FLANNEL-FWD -d 10.12.0.1/32 -m comment --comment "flanneld forward" -j ACCEPT\n',
+        '-A FLANNEL-FWD -d 10.12.0.0/16 -p tcp -m comment --comment "flanneld forward" -j ACCEPT\n',
+        '-A FLANNEL-FWD -s 10.244.0.0/16 -d 10.12.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT\n',
+        '-A FLANNEL-FWD -d 10.0.0.0/8 -m comment --comment "flanneld forward" -j ACCEPT\n',
+        '-A FLANNEL-FWD -m mark --mark 0x4000/0x4000 -m comment --comment "flanneld forward" -j RETURN\n',
+    ],
+)
+def test_rule_that_is_no_other_daemons_goes(foreign: str) -> None:
+    listed = listing(OTHERS, WANTED)
+    listed["filter"] += foreign
+    assert desired_beside(listed) == added(OTHERS, WANTED)
+    repair = iptables_repair(iptables_chains(desired_beside(listed)), listed)
+    assert repair.findings == ("other rules in chain FLANNEL-FWD",)
+
+
+def test_other_daemons_rule_that_is_damaged_is_left_for_that_daemon_to_repair() -> None:
+    for n in range(len(OTHERS.masquerade)):
+        damaged = DesiredRules(OTHERS.masquerade[:n] + OTHERS.masquerade[n + 1 :], OTHERS.forward)
+        for blocks in ((WANTED, damaged), (damaged, WANTED)):
+            listed = listing(*blocks)
+            assert not iptables_repair(iptables_chains(desired_beside(listed)), listed)
+            theirs = iptables_present(*listed.values()).with_ours(OTHERS, [OTHER])
+            assert theirs.masquerade in (
+                (*WANTED.masquerade, *OTHERS.masquerade),
+                (*OTHERS.masquerade, *WANTED.masquerade),
+            )
+
+
+def test_rules_of_one_daemon_go_and_the_chains_stay_for_the_other() -> None:
+    listed = listing(WANTED, OTHERS)
+    left = desired_beside(listed, DesiredRules())
+    assert left == OTHERS
+    repair = iptables_repair(iptables_chains(left), listed)
+    assert "-X" not in repair.script
+    assert "10.244." not in repair.script
+    alone = listing(WANTED)
+    assert "-X FLANNEL-FWD" in iptables_repair(iptables_chains(desired_beside(alone, DesiredRules())), alone).script
+
+
+def test_nftables_rules_are_read_back_as_they_are_written() -> None:
+    both = added(WANTED, OTHERS)
+    items = nft_listing(both)
+    present = nft_present(4, items)
+    for ours, network in ((WANTED, NETWORK), (OTHERS, OTHER)):
+        assert present.with_ours(ours, [network]) == both
+        assert present.networks_of_others([network]) == {NETWORK, OTHER} - {network}
+    assert nft_findings(4, nft_chains(both), items) == ()
+    assert present.with_ours(DesiredRules(), [NETWORK]) == OTHERS
+
+
+def test_flannels_own_nftables_rules_are_another_daemons_too() -> None:
+    """Its rule about the mark has no mask."""
+    items = nft_listing(OTHERS)
+    marks = [item["rule"]["expr"][0] for item in items if "rule" in item and item["rule"]["chain"] == "postrtg"]
+    marks[0]["match"]["left"] = {"meta": {"key": "mark"}}
+    assert nft_present(4, items).with_ours(WANTED, [NETWORK]) == added(OTHERS, WANTED)
+
+
+@pytest.mark.parametrize(
+    "expressions",
+    [
+        [{"accept": None}],
+        [{"match": {"op": "==", "left": {"payload": {"protocol": "ip", "field": "daddr"}}, "right": "10.0.0.1"}}],
+        [{"counter": {"packets": 0, "bytes": 0}}, {"accept": None}],
+        [{"match": {"op": "==", "left": {"meta": {"key": "iifname"}}, "right": "eth0"}}, {"accept": None}],
+        [{"jump": {"target": "x"}}],
+        [],
+    ],
+)
+def test_nftables_rule_that_is_no_other_daemons_goes(expressions: list[dict[str, Any]]) -> None:
+    items = nft_listing(added(OTHERS, WANTED))
+    rule = {"family": "ip", "table": "flannel-ipv4", "chain": "forward", "expr": expressions}
+    assert nft_present(4, [*items, {"rule": rule}]).with_ours(WANTED, [NETWORK]) == added(OTHERS, WANTED)
+
+
+def nft_listing(rules: DesiredRules) -> list[dict[str, Any]]:
+    """What nft lists of a table with these rules."""
+    table = {"family": "ip", "table": "flannel-ipv4"}
+    items: list[dict[str, Any]] = [{"table": {"family": "ip", "name": "flannel-ipv4"}}]
+    heads = {"postrtg": ("nat", "postrouting", 100), "forward": ("filter", "forward", 0)}
+    for chain, of_chain in (("postrtg", rules.masquerade), ("forward", rules.forward)):
+        kind, hook, priority = heads[chain]
+        head = {"name": chain, "type": kind, "hook": hook, "prio": priority, "policy": "accept"}
+        items.append({"chain": {**table, **head}})
+        items += [{"rule": {**table, "chain": chain, "expr": nft_expressions(rule)}} for rule in of_chain]
+    return items
+
+
+def nft_expressions(rule: Rule) -> list[dict[str, Any]]:
+    mark = {"&": [{"meta": {"key": "mark"}}, 0x4000]}
+    found = [{"match": {"op": "==", "left": mark, "right": 0x4000}}] if rule.marked else []
+    for field, network, is_not in (
+        ("saddr", rule.source, rule.not_source),
+        ("daddr", rule.destination, rule.not_destination),
+    ):
+        found += [match(field, str(network), "!=" if is_not else "==")] if network else []
+    return [*found, {rule.verdict.value: {"flags": "fully-random"} if rule.random_fully else None}]
 
 
 # --- the nftables form

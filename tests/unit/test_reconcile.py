@@ -33,7 +33,8 @@ NETWORK = IPv4Network("10.244.0.0/16")
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
 LIVE = LiveSettings(1472, 1, SourceCheck.PEER, ALL)
 WANTED = Udp(8285).desired(BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), LIVE))
-LINK = Link(7, "flannel0", "tun", 1472, True, True, False, 500, TunFlags(False, True, True, True))
+ALIAS = "udptun 10.244.0.0/16"
+LINK = Link(7, "flannel0", "tun", 1472, True, True, False, 500, TunFlags(False, True, True, True), alias=ALIAS)
 ADDRESS = Address(7, IPv4Address("10.244.3.0"), 32)
 THROUGH = Route(NETWORK, oif=7)
 GUARD = Route(NETWORK, type=RouteType.UNREACHABLE, metric=0xFFFFFFFF)
@@ -43,11 +44,11 @@ EMPTY = ActualState({"flannel0": None}, frozenset())
 
 
 def said(actual: ActualState) -> list[str]:
-    return [str(change) for change in plan(WANTED, actual)]
+    return [str(change) for change in plan(WANTED, actual, ALIAS)]
 
 
 def test_plan_is_empty_when_all_is_as_wanted() -> None:
-    assert plan(WANTED, GOOD) == []
+    assert plan(WANTED, GOOD, ALIAS) == []
 
 
 def test_plan_guards_against_leaks_before_it_revives_the_device() -> None:
@@ -58,12 +59,12 @@ def test_plan_guards_against_leaks_before_it_revives_the_device() -> None:
 
 
 def test_plan_configures_a_new_device_sysctls_first_and_routes_last() -> None:
-    fresh = replace(LINK, mtu=1500, is_up=False, tx_queue_len=10)
+    fresh = replace(LINK, mtu=1500, is_up=False, tx_queue_len=10, alias="")
     actual = ActualState({"flannel0": fresh}, frozenset({"flannel0"}), (), (GUARD,))
     assert said(actual) == [
         "set sysctl net/ipv4/conf/flannel0/accept_local=1",
         "set sysctl net/ipv6/conf/flannel0/disable_ipv6=1",
-        "set link flannel0 up mtu 1472 txqueuelen 500",
+        "set link flannel0 up mtu 1472 txqueuelen 500 alias 'udptun 10.244.0.0/16'",
         "add address 10.244.3.0/32",
         "add route 10.244.0.0/16 dev if7 proto 158",
     ]
@@ -72,7 +73,7 @@ def test_plan_configures_a_new_device_sysctls_first_and_routes_last() -> None:
 def test_plan_revives_a_device_that_our_queues_no_longer_reach() -> None:
     """The name is there, but it is somebody else's device: nothing on it may be touched."""
     actual = replace(GOOD, attached=frozenset())
-    assert plan(WANTED, actual)[0] == Change(Verb.REVIVE, WANTED.links[0])
+    assert plan(WANTED, actual, ALIAS)[0] == Change(Verb.REVIVE, WANTED.links[0])
     assert not any("link" in line or "sysctl" in line for line in said(actual))
 
 
@@ -92,7 +93,7 @@ def test_plan_takes_the_right_address_with_the_wrong_length_for_another_one() ->
 
 def test_plan_deletes_leftovers_last() -> None:
     old = Route(IPv4Network("10.96.0.0/12"), type=RouteType.UNREACHABLE, metric=0xFFFFFFFF)
-    changes = plan(WANTED, replace(GOOD, routes=(old,)))
+    changes = plan(WANTED, replace(GOOD, routes=(old,)), ALIAS)
     assert changes[-1] == Change(Verb.DELETE, old)
     assert len(changes) == 3
 
@@ -123,10 +124,10 @@ STRANGERS_ROUTES = [
 @pytest.mark.parametrize(("route", "goes"), STRANGERS_ROUTES, ids=lambda it: str(getattr(it, "dst", it)))
 def test_plan_deletes_a_strangers_route_through_the_tun_device_that_leads_nowhere(route: Route, goes: bool) -> None:
     """A DHCP client's default route took the host's own traffic into the tunnel, which dropped it."""
-    changes = plan(WANTED, replace(GOOD, foreign=(route,)))
+    changes = plan(WANTED, replace(GOOD, foreign=(route,)), ALIAS)
     assert changes == ([Change(Verb.DELETE, route)] if goes else [])
     elsewhere = replace(route, oif=2)
-    assert plan(WANTED, replace(GOOD, foreign=(elsewhere,))) == []
+    assert plan(WANTED, replace(GOOD, foreign=(elsewhere,)), ALIAS) == []
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,13 @@ def test_udp_backend_wants_flannels_address_and_routes() -> None:
     assert [(link.name, link.mtu, link.min_tx_queue_len) for link in WANTED.links] == [("flannel0", 1472, 500)]
 
 
+def test_plan_marks_a_device_of_a_build_that_had_another_mark_and_leaves_it_otherwise_as_it_is() -> None:
+    for alias in ("", "udptun"):
+        assert said(replace(GOOD, links={"flannel0": replace(LINK, alias=alias)})) == [
+            "set link flannel0 alias 'udptun 10.244.0.0/16'"
+        ]
+
+
 # --- a VXLAN device and what is there for each peer
 
 PEER = IPv4Network("10.244.7.0/24")
@@ -181,7 +189,7 @@ DEVICE = Link(
     *(8, "flannel.1", "vxlan", 1450, True, True, False, 1000),
     vxlan=ATTRIBUTES,
     mac="02:00:00:00:00:01",
-    alias="udptun",
+    alias=ALIAS,
 )
 NEIGHBOUR = Neighbour(8, PEER.network_address, "02:00:00:00:00:07")
 FDB = FdbEntry(8, "02:00:00:00:00:07", IPv4Address("192.0.2.7"))
@@ -200,7 +208,7 @@ UP = ActualState(
 
 def said_of_vxlan(**changes: object) -> list[str]:
     actual = replace(UP, **changes)  # type: ignore[arg-type]  # the test's own keywords
-    return [str(change) for change in plan(VXLAN, actual)]
+    return [str(change) for change in plan(VXLAN, actual, ALIAS)]
 
 
 def test_plan_is_empty_when_device_and_peers_are_as_wanted() -> None:
@@ -233,7 +241,7 @@ def test_plan_makes_an_unfit_device_anew(other: Link) -> None:
 def test_plan_sets_what_can_be_set_on_a_device_that_fits() -> None:
     foreign = replace(DEVICE, mac="02:00:00:00:00:99", alias="", mtu=1400, is_up=False)
     assert said_of_vxlan(links={"flannel.1": foreign}) == [
-        "set link flannel.1 up mtu 1450 address 02:00:00:00:00:01 alias udptun"
+        "set link flannel.1 up mtu 1450 address 02:00:00:00:00:01 alias 'udptun 10.244.0.0/16'"
     ]
 
 

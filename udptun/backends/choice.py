@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from udptun.backends.alloc import Alloc, AllocKeys
 from udptun.backends.base import Backend
 from udptun.backends.hostgw import HostGw, HostGwKeys
-from udptun.backends.udp import Udp, UdpKeys
+from udptun.backends.udp import TUN_NAME, Udp, UdpKeys
 from udptun.backends.vtep import UserspaceVtep
 from udptun.backends.vxlan import Fallback, KernelVxlan, VxlanKeys, device_name
 from udptun.config import net_conf
@@ -46,17 +46,17 @@ class BackendChoice:
 _TUN_HINT = "`modprobe tun`, or let the container have /dev/net/tun"
 
 
-def choose(keys: BackendKeys, support: KernelSupport, mac: str) -> BackendChoice:
+def choose(keys: BackendKeys, support: KernelSupport, mac: str, tun_name: str = TUN_NAME) -> BackendChoice:
     """The backend for `keys` on a host whose kernel has `support`.  `mac` is that of our VTEP.
 
-    Raises UdptunError when there is no way to do vxlan that `keys` allow.  A missing TUN device is not looked at here:
-    the failure to open it says more.
+    `tun_name` is what the device of the udp backend is called.  Raises UdptunError when there is no way to do vxlan
+    that `keys` allow.  A missing TUN device is not looked at here: the failure to open it says more.
     """
     match keys:
         case UdpKeys():
-            return BackendChoice(Udp(keys.port, keys.own_port), "as configured")
+            return BackendChoice(Udp(keys.port, keys.own_port, tun_name), "as configured")
         case VxlanKeys():
-            return _choose_vxlan(keys, support, mac)
+            return _choose_vxlan(keys, support, mac, tun_name)
         case HostGwKeys():
             return BackendChoice(HostGw(), "as configured")
         case AllocKeys():
@@ -80,7 +80,7 @@ def describe(support: KernelSupport) -> list[tuple[str, bool, str]]:
     return rows
 
 
-def _choose_vxlan(keys: VxlanKeys, support: KernelSupport, mac: str) -> BackendChoice:
+def _choose_vxlan(keys: VxlanKeys, support: KernelSupport, mac: str, tun_name: str) -> BackendChoice:
     if not keys.userspace and not support.no_vxlan:
         return BackendChoice(KernelVxlan(keys, mac), "the kernel has vxlan")
     reason = "Backend.Userspace is true" if keys.userspace else f"the kernel has no vxlan ({support.no_vxlan})"
@@ -88,7 +88,7 @@ def _choose_vxlan(keys: VxlanKeys, support: KernelSupport, mac: str) -> BackendC
         case Fallback.VTEP:
             return BackendChoice(UserspaceVtep(keys, mac), f"{reason}: userspace VTEP")
         case Fallback.UDP:
-            return BackendChoice(Udp(UdpKeys().port), f"{reason} and Backend.Fallback is udp")
+            return BackendChoice(Udp(UdpKeys().port, device=tun_name), f"{reason} and Backend.Fallback is udp")
         case Fallback.NONE:
             raise UdptunError(
                 f"cannot create {device_name(keys.vni)} (vxlan id {keys.vni}): {reason} and Backend.Fallback is none; "

@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 
 from udptun.backends.choice import BackendChoice, KernelSupport, choose
+from udptun.backends.udp import UdpKeys
 from udptun.backends.vxlan import VxlanKeys, device_name
 from udptun.config.net_conf import BackendKeys
 from udptun.core.errors import KernelError
 from udptun.core.network_state import Vxlan
+from udptun.core.ownership import Ownership
 from udptun.kernel.link_messages import add_vxlan, delete_link
 from udptun.kernel.netlink import Netlink
+from udptun.kernel.reconcile.ownership import check_device, find_tun_name
 from udptun.membership import identity
 
 _NAME = "utprobe{}"
@@ -25,16 +28,25 @@ _MAC, _MTU = "02:00:00:00:00:01", 1450
 _LACKING = {errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ENOSYS}
 
 
-async def choose_backend(keys: BackendKeys, state_dir: Path, *, pretend_no_vxlan: bool) -> BackendChoice:
-    """`choice.choose` with what it has to know of this host.  Raises UdptunError."""
+async def choose_backend(
+    keys: BackendKeys, ownership: Ownership, state_dir: Path, *, pretend_no_vxlan: bool
+) -> BackendChoice:
+    """`choice.choose` with what it has to know of this host.
+
+    Raises UdptunError, also when another daemon of this host has the device that `keys` name.
+    """
+    if isinstance(keys, UdpKeys):
+        return choose(keys, KernelSupport(), "", await find_tun_name(ownership))
     if not isinstance(keys, VxlanKeys):
         return choose(keys, KernelSupport(), "")
+    name = device_name(keys.vni)
+    await check_device(name, ownership, "give each Network of this host a Backend.VNI of its own")
     found = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
     async with Netlink() as kernel:
-        link = await kernel.link(device_name(keys.vni))
+        link = await kernel.link(name)
     # A VXLAN device that flanneld has left: the peers know its MAC and need not learn another.
     first = link.mac if link is not None and link.vxlan is not None else ""
-    return choose(keys, found, identity.vtep_mac(state_dir, first))
+    return choose(keys, found, identity.vtep_mac(state_dir, first), await find_tun_name(ownership))
 
 
 async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:

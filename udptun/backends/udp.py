@@ -17,8 +17,9 @@ UDP_OVERHEAD = 28
 """Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go)."""
 
 TUN_NAME = "flannel0"
-"""Always this name.  flannel asks for `flannel%d`, and gets flannel1 when a flannel0 is left over.  The route to
-Network then stays on flannel0, which nobody reads, and traffic is lost in silence."""
+"""The name of the device, unless it belongs to a daemon of ours for another Network.  flannel asks for `flannel%d`, and
+gets flannel1 when a flannel0 is left over.  The route to Network then stays on flannel0, which nobody reads, and
+traffic is lost in silence."""
 
 _MIN_TX_QUEUE_LEN = 500
 """What the kernel gives a TUN device (TUN_READQ_SIZE).  Packets wait there while a dead datapath is replaced."""
@@ -41,14 +42,14 @@ class Udp:
 
     type = UdpKeys.type
     summary = "userspace tunnel, flannel's udp wire format"
-    device = TUN_NAME
     overhead = UDP_OVERHEAD
     needs_backend_data = False
     asks_direct = False
     n_senders = 0
 
-    def __init__(self, port: int, own_port: int | None = None) -> None:
+    def __init__(self, port: int, own_port: int | None = None, device: str = TUN_NAME) -> None:
         """`port` is that of every peer whose lease names none, as flannel's.  It is ours too without an `own_port`."""
+        self.device = device
         self.port = own_port or port
         self._default_port = port
 
@@ -71,7 +72,7 @@ class Udp:
         return Remote(lease.attrs.public_ip, lease.attrs.port(self._default_port), lease.attrs.is_udptun)
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
-        return (tun_link(TUN_NAME, live.mtu),)
+        return (tun_link(self.device, live.mtu),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:
         """The device with our subnet's first address, and the routes that lead Network into it.
@@ -82,8 +83,8 @@ class Udp:
         network = inputs.network
         return DesiredState(
             links=self.links(inputs.underlay, inputs.live),
-            addresses=(DesiredAddress(TUN_NAME, inputs.own_subnet.network_address, 32),),
-            routes=(guard(network), DesiredRoute(network, TUN_NAME)),
+            addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
+            routes=(guard(network), DesiredRoute(network, self.device)),
         )
 
 

@@ -1,6 +1,7 @@
 """`udptun cleanup`: leave the host as it was, so that another overlay daemon can start.
 
-When a flannel0 is left behind, flanneld creates flannel1 beside it and loses traffic in silence.
+When a flannel0 is left behind, flanneld creates flannel1 beside it and loses traffic in silence.  What belongs to the
+daemons of other Networks stays, and is named.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from pathlib import Path
 
 from udptun.config import subnet_env
 from udptun.config.flags import Options
+from udptun.control.instance import NETWORKS_FILE, claim_files, claim_leftovers, starting
 from udptun.control.run_dir import LOCK_FILE, SOCKET_NAME, lock_run_dir
+from udptun.core.ownership import Ownership
 from udptun.datapath import processes
 from udptun.firewall.reconciler import remove_rules
+from udptun.kernel.claims import Claims
 from udptun.kernel.reconcile.ownership import remove_ours
 from udptun.membership import identity, saved
 from udptun.stores.open import open_store
@@ -26,10 +30,14 @@ def cleanup(options: Options, release: bool) -> int:
     Prints a line for each thing done.  Raises UdptunError while a daemon runs, which would make everything again.
     """
     with ExitStack() as undo:
+        # All is held until the end: a daemon that starts meanwhile would lose its files.
         if options.run_dir.exists():
-            # Held until the end: a daemon that starts meanwhile would lose its files.
             undo.callback(os.close, lock_run_dir(options.run_dir))
-        asyncio.run(_clean_up(options, release))
+        claims = Claims()
+        undo.callback(claims.close)
+        claim_files(claims, options)
+        ownership = claim_leftovers(claims, options)
+        asyncio.run(_clean_up(options, ownership, release))
     for directory in (options.run_dir, options.state_dir, options.subnet_file.parent):
         with suppress(OSError):
             # It fails when others keep something there, or when there is no such directory.
@@ -37,20 +45,29 @@ def cleanup(options: Options, release: bool) -> int:
     return 0
 
 
-async def _clean_up(options: Options, release: bool) -> None:
+async def _clean_up(options: Options, ownership: Ownership, release: bool) -> None:
     # Standbys first, so that none takes over.  Without the run directory no process can be found, but a device or a
     # route may be left.
     for process in reversed(await processes.find_running(options.run_dir)):
         await process.stop()
         print(f"stopped datapath process {process.pid}")
-    for line in await remove_ours():
+    async with starting():
+        lines = await remove_ours(ownership)
+    lines += await remove_rules(ownership, subnet_env.read_networks(options.subnet_file))
+    for line in lines:
         print(line)
-    for line in await remove_rules(subnet_env.read_networks(options.subnet_file)):
-        print(f"removed {line}")
+    if lines and not ownership.networks:
+        directories = f"{options.run_dir}, {options.state_dir} and {options.subnet_file}"
+        print(f"no daemon with {directories} has left anything; give the directories of the one whose things shall go")
     if release and identity.has_node_id(options.state_dir):
         await _release(options)
+    written = subnet_env.read_networks(options.subnet_file)
+    if written is None or written[0] in ownership.networks:
+        _delete(options.subnet_file)
+    else:
+        print(f"left {options.subnet_file} alone: it is about {written[0]}")
     for path in (
-        options.subnet_file,
+        options.state_dir / NETWORKS_FILE,
         options.state_dir / saved.FILE,
         # Without these files the host would be another node.
         *(identity.files(options.state_dir) if release else ()),

@@ -1,7 +1,8 @@
 """The control plane: its stages, signals and end.  The only owner of lifecycle.
 
-    lock the run directory -> config -> underlay interface -> backend -> what forwards (adopted, or device and socket)
-    -> lease -> peers, datapath, kernel state -> subnet.env -> ready -> follow leases, repair, serve status
+    lock the run directory -> config -> claim Network -> underlay interface -> backend
+    -> what forwards (adopted, or device and socket) -> lease -> peers, datapath, kernel state -> subnet.env -> ready
+    -> follow leases, repair, serve status
 
 At the end one AsyncExitStack undoes the stages in reverse.  Some things are not undone: the datapath, its device and
 routes, and the lease.  They are left for the next daemon, and `udptun cleanup` removes them.
@@ -29,6 +30,7 @@ from udptun.control import notify
 from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
 from udptun.control.http import serve
+from udptun.control.instance import claim_files, claim_network, remember, starting
 from udptun.control.run_dir import SOCKET_NAME, fault_of_directory, lock_run_dir
 from udptun.control.running import Running, log_underlay
 from udptun.control.settings import (
@@ -43,6 +45,7 @@ from udptun.core.clock import Clock
 from udptun.core.errors import KernelError, UdptunError
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.reconciler import FirewallReconciler
+from udptun.kernel.claims import Claims
 from udptun.kernel.underlay_watch import find_underlay
 from udptun.membership import identity
 from udptun.membership.allocate import chooser
@@ -83,6 +86,7 @@ class Daemon:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._answers = Answers()
+        self._claims = Claims()
         self._hangup = asyncio.Event()
         """Set by SIGHUP."""
 
@@ -114,6 +118,8 @@ class Daemon:
         async with AsyncExitStack() as undo:
             self._make_directories()
             undo.callback(os.close, lock_run_dir(options.run_dir))
+            undo.callback(self._claims.close)
+            claim_files(self._claims, options)
             await self._serve_http(undo)
             store = open_store(options)
             undo.push_async_callback(store.aclose)
@@ -159,27 +165,29 @@ class Daemon:
         options, clock = self._options, Clock()
         start = await find_start(store, options.state_dir, clock, parse_net_conf)
         conf = read_config(start.config, store.config_name, options)
+        ownership = await claim_network(self._claims, conf.network, options)
         underlay = await find_underlay(underlay_options(options))
         log_underlay("chosen", underlay)
         check_underlay(conf, underlay.address)
         set_log_level(options, conf.backend.log_level)
 
-        choice = await probe.choose_backend(
-            conf.backend, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
-        )
-        backend = choice.backend
-        check_store(store, backend)
-        log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
-        live = live_settings(options, conf.backend, underlay.mtu, backend.overhead)
-        node_id = identity.node_id(options.state_dir)
-        attrs = backend.attrs(underlay, node_id)
+        async with starting():
+            choice = await probe.choose_backend(
+                conf.backend, ownership, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
+            )
+            backend = choice.backend
+            check_store(store, backend)
+            log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
+            live = live_settings(options, conf.backend, underlay.mtu, backend.overhead)
+            node_id = identity.node_id(options.state_dir)
+            attrs = backend.attrs(underlay, node_id)
+            remember(options.state_dir, ownership.networks)
+            forwarding = await Forwarding.open(
+                choice, ownership, underlay, live, options.run_dir, with_blackhole=options.ip_blackhole_route
+            )
+        undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
         me = Identity(underlay.public_ip, attrs.port(0) or None, node_id, default_port)
-
-        forwarding = await Forwarding.open(
-            choice, conf.network, underlay, live, options.run_dir, with_blackhole=options.ip_blackhole_route
-        )
-        undo.callback(forwarding.detach)
         membership = Membership(
             store,
             start,
@@ -192,7 +200,7 @@ class Daemon:
             parse_net_conf,
             clock,
         )
-        firewall = FirewallReconciler(firewall_settings(options, conf), conf.network)
+        firewall = FirewallReconciler(firewall_settings(options, conf), ownership)
         running = Running(options, conf, underlay, me, membership, forwarding, firewall)
         undo.push_async_callback(self._undo_failed_start, running)
         await self._join(running, attrs)
@@ -200,6 +208,8 @@ class Daemon:
         # The subnet.env of the run before is still there.
         await firewall.set_up(membership.own.subnet, subnet_env.read_networks(options.subnet_file))
         running.write_subnet_env()
+        claim_files(self._claims, options)
+        remember(options.state_dir, (conf.network,))
         return running
 
     async def _join(self, running: Running, attrs: LeaseAttrs) -> None:

@@ -21,10 +21,11 @@ from udptun.backends.choice import BackendChoice
 from udptun.core.desired import DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
+from udptun.core.ownership import Ownership
 from udptun.datapath import processes
 from udptun.kernel.pod_links import PodPath
 from udptun.kernel.reconcile.apply import create_missing_vxlans
-from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, remove_ours
+from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
 from udptun.kernel.reconcile.reconciler import Reconciler
 from udptun.kernel.underlay import Underlay
 
@@ -42,7 +43,7 @@ class Forwarding:
     def __init__(
         self,
         choice: BackendChoice,
-        network: IPv4Network,
+        ownership: Ownership,
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
@@ -53,7 +54,7 @@ class Forwarding:
         self.backend = choice.backend
         self._reason = choice.reason
         self.live = live
-        self._network = network
+        self._ownership = ownership
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
@@ -68,7 +69,7 @@ class Forwarding:
     async def open(
         cls,
         choice: BackendChoice,
-        network: IPv4Network,
+        ownership: Ownership,
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
@@ -79,7 +80,7 @@ class Forwarding:
 
         `with_blackhole`: the own subnet shall have a blackhole route behind all others (--ip-blackhole-route).
         """
-        was_clean = not await is_anything_ours()
+        was_clean = not await is_anything_ours(ownership)
         tunnel = None
         backend = choice.backend
         if backend.encapsulation is not None:
@@ -87,10 +88,11 @@ class Forwarding:
             # Here, because a run whose packets the kernel carries does not need the libraries.
             from udptun.control.tunnelled import Tunnelled
 
-            await delete_own_vxlan(backend.device)
+            await delete_own_vxlan(backend.device, ownership)
             tunnel = await Tunnelled.open(backend.encapsulation, run_dir, backend.device, underlay, live)
-        await create_missing_vxlans(backend.links(underlay, live))
-        return cls(choice, network, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
+            await mark_link(backend.device, ownership)
+        await create_missing_vxlans(backend.links(underlay, live), ownership.alias)
+        return cls(choice, ownership, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
 
     @property
     def is_adopted(self) -> bool:
@@ -105,7 +107,8 @@ class Forwarding:
         else:
             # A datapath may be left of a run with another backend, and the kernel may need its port.
             await processes.end_all(await processes.find_running(self._run_dir))
-        self._reconciler = Reconciler(DesiredState(), None if self._tunnel is None else self._tunnel.tunnel.tun)
+        device = None if self._tunnel is None else self._tunnel.tunnel.tun
+        self._reconciler = Reconciler(DesiredState(), device, self._ownership)
         self._update_desired(self._reconciler)
         outcome = await self._reconciler.converge()
         if outcome.is_broken:
@@ -158,7 +161,7 @@ class Forwarding:
         if self._tunnel is not None:
             await self._tunnel.tunnel.datapath.stop()
         if self._was_clean:
-            await remove_ours()
+            await remove_ours(self._ownership)
 
     def detach(self) -> None:
         """Close what we hold of the datapath, which goes on."""
@@ -176,7 +179,7 @@ class Forwarding:
         if device is None:
             one_peer = replace(self._inputs(), peers=tuple(islice(self._peers.values(), 1)))
             device = self._underlay.link_name if self.backend.desired(one_peer).routes else None
-        return None if device is None else PodPath(self._network, self._own_subnet, device)
+        return None if device is None else PodPath(self._ownership.network, self._own_subnet, device)
 
     def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
         """The keys of docs/status.md about carrying packets.  `leases` are the peers', in the order to show them in."""
@@ -215,7 +218,8 @@ class Forwarding:
         return replace(desired, routes=(*desired.routes, blackhole(inputs.own_subnet)))
 
     def _inputs(self) -> BackendInput:
-        return BackendInput(self._network, self._underlay, self._own_subnet, self.live, tuple(self._peers.values()))
+        network, peers = self._ownership.network, tuple(self._peers.values())
+        return BackendInput(network, self._underlay, self._own_subnet, self.live, peers)
 
 
 def _peer(lease: Lease) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def lock_run_dir(run_dir: Path) -> int:
         os.close(fd)
         raise UdptunError(
             f"another udptun daemon (pid {pid or 'unknown'}) uses {run_dir}; "
-            "stop it, or give this one a --run-dir of its own"
+            "stop it, or give this one a --run-dir, --state-dir and --subnet-file of its own"
         ) from None
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())

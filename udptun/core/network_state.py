@@ -18,11 +18,8 @@ ROUTE_PROTOCOL = 158
 """Marks our routes (rtm_protocol).  Routing daemons choose values above RTPROT_STATIC.  This one is taken neither in
 include/uapi/linux/rtnetlink.h, nor in rt_protos of iproute2, nor by FRR (186..198)."""
 
-DEVICE_NAME = re.compile(r"flannel(0|\.\d+)")
+DEVICE_NAME = re.compile(r"flannel(\d+|\.\d+)")
 """The names of the devices that our backends create; flannel uses the same names."""
-
-LINK_ALIAS = "udptun"
-"""Marks the VXLAN devices that we create (IFLA_IFALIAS)."""
 
 NUD_PERMANENT = 0x80
 """Neighbour state (include/uapi/linux/neighbour.h): set by a program, never aged."""
@@ -102,7 +99,7 @@ class LinkSettings:
         if self.mac is not None:
             words.append(f"address {self.mac}")
         if self.alias is not None:
-            words.append(f"alias {self.alias}")
+            words.append(f"alias '{self.alias}'")
         return " ".join(words)
 
 

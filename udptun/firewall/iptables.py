@@ -7,14 +7,14 @@ the other one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from udptun.core.errors import FirewallError
 from udptun.core.network_state import IPNetwork
 from udptun.firewall import tool
-from udptun.firewall.iptables_form import Chain, iptables_chains, iptables_leftovers, iptables_repair
+from udptun.firewall.iptables_form import iptables_chains, iptables_leftovers, iptables_present, iptables_repair
 from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 
@@ -67,37 +67,54 @@ async def programs() -> tuple[Program, ...]:
 class IptablesRules:
     """The rules in the iptables form, kept by one program.  Implements `Rules` of `udptun.firewall.reconciler`."""
 
-    def __init__(self, program: Program, desired: DesiredRules, *, only_against_drop: bool = False) -> None:
-        """`only_against_drop`: have the forward rules only where the policy of FORWARD is to drop."""
+    def __init__(
+        self,
+        program: Program,
+        desired: DesiredRules,
+        networks: Sequence[IPNetwork],
+        *,
+        only_against_drop: bool = False,
+    ) -> None:
+        """`desired` is all that there shall be about `networks`.
+
+        `only_against_drop`: have the forward rules only where the policy of FORWARD is to drop.
+        """
         self._program = program
         self._desired = desired
+        self._networks = networks
         self._only_against_drop = only_against_drop
 
     async def compare(self) -> Repair:
-        chains = iptables_chains(self._desired)
-        try:
-            listed = await self._list(chains)
-        except FirewallError:
-            if self._only_against_drop:
+        desired = self._desired
+        if self._only_against_drop:
+            try:
+                forward = await self._program.list("filter", "FORWARD")
+            except FirewallError:
                 # An iptables that does not work on this host drops nothing either.
                 return Repair()
-            raise
-        if self._only_against_drop and "-P FORWARD DROP" not in listed["filter"].splitlines():
-            chains = _UNWANTED
-            listed = await self._list(chains)
-        return iptables_repair(chains, listed)
-
-    async def _list(self, chains: Iterable[Chain]) -> dict[str, str]:
-        listed: dict[str, str] = {}
+            if "-P FORWARD DROP" not in forward.splitlines():
+                desired = DesiredRules()
+        listed = {
+            chain.table: await self._program.list(
+                chain.table, chain.name, may_load=bool(chain.rules) and not self._only_against_drop
+            )
+            for chain in iptables_chains(desired)
+        }
+        present = iptables_present(listed["nat"], listed["filter"])
+        chains = iptables_chains(present.with_ours(desired, self._networks))
         for chain in chains:
-            may_load = bool(chain.rules) and not self._only_against_drop
-            own = await self._program.list(chain.table, chain.name, may_load=may_load)
             if chain.rules:
-                listed[chain.table] = own + await self._program.list(chain.table, chain.parent, may_load=may_load)
-            else:
+                listed[chain.table] += await self._program.list(
+                    chain.table, chain.parent, may_load=not self._only_against_drop
+                )
+            elif listed[chain.table]:
                 # The rules that lead into a chain may be in any chain of the table.
-                listed[chain.table] = own and await self._program.list(chain.table)
-        return listed
+                listed[chain.table] = await self._program.list(chain.table)
+        return replace(
+            iptables_repair(chains, listed),
+            is_new=not present.has_ours(self._networks),
+            others=present.networks_of_others(self._networks),
+        )
 
     async def apply(self, script: str) -> None:
         await self._program.restore(script)

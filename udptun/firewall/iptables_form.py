@@ -5,12 +5,21 @@ Source: flannel pkg/trafficmngr/iptables.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from udptun.core.network_state import IPNetwork
-from udptun.firewall.rules import MARK, MULTICAST, DesiredRules, Repair, Rule
+from udptun.firewall.rules import MARK, MULTICAST, DesiredRules, PresentRules, Repair, Rule, Verdict, network_or_none
+
+_NAT_CHAIN, _FILTER_CHAIN = "FLANNEL-POSTRTG", "FLANNEL-FWD"
+_RULE = re.compile(
+    r"(?:(?P<not_source>! )?-s (?P<source>\S+) )?(?:(?P<not_destination>! )?-d (?P<destination>\S+) )?"
+    rf"(?P<marked>-m mark --mark {MARK:#x}/{MARK:#x} )?-m comment --comment (?P<comment>flanneld (?:masq|forward)) "
+    r"-j (?P<verdict>ACCEPT|RETURN|MASQUERADE)(?P<random_fully> --random-fully)?"
+)
+"""A rule of flannel's, as its words with a blank between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +39,8 @@ class Chain:
 def iptables_chains(desired: DesiredRules) -> tuple[Chain, Chain]:
     """Both of flannel's chains, with the rules that they shall have."""
     return (
-        _chain("nat", "FLANNEL-POSTRTG", "POSTROUTING", "flanneld masq", desired.masquerade),
-        _chain("filter", "FLANNEL-FWD", "FORWARD", "flanneld forward", desired.forward),
+        _chain("nat", _NAT_CHAIN, "POSTROUTING", "flanneld masq", desired.masquerade),
+        _chain("filter", _FILTER_CHAIN, "FORWARD", "flanneld forward", desired.forward),
     )
 
 
@@ -55,6 +64,34 @@ def _iptables_rule(rule: Rule, comment: str) -> str:
         words.append(f"-m mark --mark {MARK:#x}/{MARK:#x}")
     target = f"-j {rule.verdict.name}{' --random-fully' if rule.random_fully else ''}"
     return f"{' '.join(words)}{comment} {target}"
+
+
+def iptables_present(nat: str, filter_: str) -> PresentRules:
+    """The rules in what `iptables -S` prints of both chains."""
+    return PresentRules(_rules(_NAT_CHAIN, nat), _rules(_FILTER_CHAIN, filter_))
+
+
+def _rules(chain: str, listed: str) -> list[Rule | None]:
+    begin = f"-A {chain} "
+    return [_rule(line.removeprefix(begin)) for line in listed.splitlines() if line.startswith(begin)]
+
+
+def _rule(text: str) -> Rule | None:
+    found = _RULE.fullmatch(" ".join(_words(text)))
+    if found is None:
+        return None
+    source, destination = (network_or_none(found[it] or "") for it in ("source", "destination"))
+    rule = Rule(
+        Verdict[found["verdict"]],
+        source,
+        destination,
+        bool(found["not_source"]),
+        bool(found["not_destination"]),
+        bool(found["marked"]),
+        bool(found["random_fully"]),
+    )
+    # What cannot be written as it is printed would never be as desired.
+    return rule if _words(_iptables_rule(rule, f' -m comment --comment "{found["comment"]}"')) == _words(text) else None
 
 
 def iptables_repair(chains: Sequence[Chain], listed: Mapping[str, str]) -> Repair:

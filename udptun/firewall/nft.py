@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from udptun.core.errors import FirewallError
+from udptun.core.network_state import IPNetwork
 from udptun.firewall import tool
-from udptun.firewall.nft_form import TABLES, nft_chains, nft_findings, nft_removal, nft_script
+from udptun.firewall.nft_form import TABLES, nft_chains, nft_findings, nft_present, nft_removal, nft_script
 from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 
@@ -19,22 +21,33 @@ class _UnreadableError(FirewallError):
 class NftRules:
     """The rules in the nftables form, for one IP version.  Implements `Rules` of `udptun.firewall.reconciler`."""
 
-    def __init__(self, desired: DesiredRules, version: int = 4) -> None:
+    def __init__(self, desired: DesiredRules, networks: Sequence[IPNetwork], version: int = 4) -> None:
+        """`desired` is all that there shall be about `networks`."""
+        self._desired = desired
+        self._networks = networks
         self._version = version
-        self._chains = nft_chains(desired)
 
     async def compare(self) -> Repair:
         family, table = TABLES[self._version]
         try:
             listed = await _list(family, table)
         except _UnreadableError:
-            # Whatever it holds, it is our own table, and a new one replaces it whole.
-            script = nft_script(self._version, self._chains) if self._chains else nft_removal(family, table)
+            # Whatever it holds, it is our own table, and a new one replaces it whole.  Other daemons then bring back
+            # their rules.
+            own = nft_chains(self._desired)
+            script = nft_script(self._version, own) if own else nft_removal(family, table)
             return Repair(script, (f"unreadable table {family} {table}",))
-        if not self._chains:
+        present = nft_present(self._version, listed)
+        chains = nft_chains(present.with_ours(self._desired, self._networks))
+        if not chains:
             return Repair(nft_removal(family, table), (f"leftover table {family} {table}",)) if listed else Repair()
-        findings = nft_findings(self._version, self._chains, listed)
-        return Repair(nft_script(self._version, self._chains) if findings else "", findings, is_new=not listed)
+        findings = nft_findings(self._version, chains, listed)
+        return Repair(
+            nft_script(self._version, chains) if findings else "",
+            findings,
+            is_new=not present.has_ours(self._networks),
+            others=present.networks_of_others(self._networks),
+        )
 
     async def apply(self, script: str) -> None:
         await tool.run("nft", "-f", "-", script=script)

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from udptun.core.network_state import IPNetwork
-from udptun.firewall.rules import MARK, DesiredRules, Rule
+from udptun.firewall.rules import MARK, DesiredRules, PresentRules, Rule, Verdict, network_or_none
 
 TABLES: Mapping[int, tuple[str, str]] = {4: ("ip", "flannel-ipv4"), 6: ("ip6", "flannel-ipv6")}
 """Family and name of flannel's tables, by IP version.  flannel makes both tables whatever its configuration says."""
+
+
+_NAT_CHAIN, _FORWARD_CHAIN = "postrtg", "forward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +38,34 @@ def nft_chains(desired: DesiredRules) -> tuple[BaseChain, ...]:
     """The chains that the table shall have."""
     chains = (
         BaseChain(
-            "postrtg",
+            _NAT_CHAIN,
             "chain to manage traffic masquerading by flannel",
             "nat",
             "postrouting",
             (100, "srcnat"),
             desired.masquerade,
         ),
-        BaseChain("forward", "chain to accept flannel traffic", "filter", "forward", (0, "filter"), desired.forward),
+        BaseChain(
+            _FORWARD_CHAIN,
+            "chain to accept flannel traffic",
+            "filter",
+            "forward",
+            (0, "filter"),
+            desired.forward,
+        ),
     )
     return tuple(chain for chain in chains if chain.rules)
+
+
+def nft_present(version: int, listed: Sequence[Mapping[str, Any]]) -> PresentRules:
+    """The rules in what `nft -j list table` prints."""
+    return PresentRules(_rules(version, _NAT_CHAIN, listed), _rules(version, _FORWARD_CHAIN, listed))
+
+
+def _rules(version: int, chain: str, listed: Sequence[Mapping[str, Any]]) -> list[Rule | None]:
+    family = TABLES[version][0]
+    bodies = [item["rule"] for item in listed if "rule" in item]
+    return [_rule(family, body.get("expr", ())) for body in bodies if body["chain"] == chain]
 
 
 def nft_removal(family: str, table: str) -> str:
@@ -136,6 +157,38 @@ def _nft_json(family: str, rule: Rule) -> list[dict[str, Any]]:
         expressions.append({"match": {"op": "!=" if is_not else "==", "left": left, "right": right}})
     flags = {"flags": "fully-random"} if rule.random_fully else None
     return [*expressions, {rule.verdict.value: flags}]
+
+
+def _rule(family: str, expressions: Sequence[Mapping[str, Any]]) -> Rule | None:
+    """The inverse of `_nft_json`, with or without the mask of the mark, which flannel leaves out."""
+    words: dict[str, Any] = {}
+    for expression in map(_bare, expressions):
+        match expression:
+            case {"match": {"op": op, "left": {"payload": {"field": field}}, "right": {"prefix": prefix}}}:
+                end = {"saddr": "source", "daddr": "destination"}.get(field, field)
+                words[end] = network_or_none(f"{prefix.get('addr')}/{prefix.get('len')}")
+                words[f"not_{end}"] = op == "!="
+            case {"match": {"op": "==", "left": {"meta": {"key": "mark"}} | {"&": [{"meta": {"key": "mark"}}, _]}}}:
+                words["marked"] = True
+            case {"accept": _} | {"return": _} | {"masquerade": _}:
+                (verdict,) = expression
+                words["verdict"] = Verdict(verdict)
+                words["random_fully"] = expression[verdict] is not None
+            case _:
+                return None
+    try:
+        rule = Rule(**words)
+    except TypeError:
+        return None
+    unmasked = [_unmasked(expression) for expression in _nft_json(family, rule)]
+    return rule if unmasked == [_unmasked(_bare(expression)) for expression in expressions] else None
+
+
+def _unmasked(expression: Mapping[str, Any]) -> Mapping[str, Any]:
+    match expression:
+        case {"match": {"op": "==", "left": {"&": [left, _]}, "right": right}}:
+            return {"match": {"op": "==", "left": left, "right": right}}
+    return expression
 
 
 def _addresses(rule: Rule) -> list[tuple[str, IPNetwork, bool]]:

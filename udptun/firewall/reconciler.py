@@ -3,6 +3,9 @@
 Deleted rules and chains, a flushed ruleset, a second jump and the rules of an old network are all the same case.
 nftables reports every change, also those that iptables-nft makes.  Legacy iptables reports nothing, so there the timer
 alone finds a change.  The rules stay when the daemon ends; `remove_rules` takes them out.
+
+flannel's chains hold the rules of all daemons of the host.  Daemons that repaired them at the same time could undo each
+other's work, so each looks again under a lock before it repairs.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from ipaddress import ip_network
 from typing import Protocol
 
 from udptun.core.errors import FirewallError, KernelError
 from udptun.core.network_state import IPNetwork
+from udptun.core.ownership import Ownership
 from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, programs
 from udptun.firewall.nft import NftRules
 from udptun.firewall.rules import DesiredRules, Repair, forward, masquerade
 from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
+from udptun.kernel.claims import locked
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
@@ -33,6 +39,12 @@ _MAX_SETTLE_S = 0.7
 _STRIFE_REPAIRS = 30
 """After so many repairs nearly in a row another program is taken to undo ours.  One line says so, and from then on the
 timer alone brings repairs."""
+
+
+_LOCK, _PATIENCE_S = "firewall", 5.0
+"""A repair waits so long for that of another daemon.  A tool that waits for the lock of iptables takes seconds."""
+_ALL_IPV6 = ip_network("::/0")
+"""We have no IPv6 rules.  All that an older flannel has left are removed, as flannel does."""
 
 
 class Rules(Protocol):
@@ -69,10 +81,11 @@ class FirewallSettings:
 class FirewallReconciler:
     """The rules of one host.  All methods belong to one event loop."""
 
-    def __init__(self, settings: FirewallSettings, network: IPNetwork) -> None:
-        """`network` is the whole overlay."""
+    def __init__(self, settings: FirewallSettings, ownership: Ownership) -> None:
+        """Rules about the Networks of `ownership` are ours; those about others belong to other daemons."""
         self._settings = settings
-        self._network = network
+        self._ownership = ownership
+        self._random_fully = settings.random_fully
         self._kept: list[Rules] = []
         self._is_new = False
         self._repaired: deque[float] = deque(maxlen=_STRIFE_REPAIRS)
@@ -86,6 +99,10 @@ class FirewallReconciler:
         `subnet` is the host's own; `previous` holds network and subnet of the run before.  Raises FirewallError when
         rules that somebody asked for cannot be set.
         """
+        async with locked(_LOCK, _PATIENCE_S):
+            await self._set_up(subnet, previous)
+
+    async def _set_up(self, subnet: IPNetwork, previous: tuple[IPNetwork, IPNetwork] | None) -> None:
         settings = self._settings
         try:
             installed = await programs()
@@ -99,11 +116,14 @@ class FirewallReconciler:
         if previous is not None:
             unwanted += [OldIptablesRules(program, *previous) for program in installed]
         leftovers = await _compare(unwanted, skip_unreadable=True)
-        self._is_new = self._is_new and not leftovers
+        self._is_new = self._is_new and not any(repair for _, repair in leftovers)
         try:
             done += await _repair(leftovers)
         except FirewallError as exc:
             log.warning("leftover firewall rules stay: %s", exc)
+        # From now on another daemon may have the Networks of our earlier runs.
+        self._ownership = self._ownership.without_leftovers()
+        self._kept, _ = self._choose_rules(subnet, installed)
         if self._kept or done:
             log.info(
                 "firewall rules in place form=%s masquerade=%s forward=%s found=%r",
@@ -116,20 +136,22 @@ class FirewallReconciler:
     async def undo_failed_start(self) -> None:
         """Take the rules out again, unless `set_up` found rules of flannel's.  Raises FirewallError."""
         if self._is_new:
-            await remove_rules(None)
+            await remove_rules(self._ownership, None)
 
     async def _set_rules(self, subnet: IPNetwork, installed: Sequence[Program]) -> tuple[list[str], list[Rules]]:
         """Set the desired rules.  Returns what was found before, in words, and the rules that are to go."""
         settings = self._settings
-        self._kept, unwanted = self._choose_rules(subnet, installed, settings.random_fully)
-        todo = await _compare(self._kept)
-        self._is_new = bool(todo) and all(repair.is_new for _, repair in todo)
+        self._kept, unwanted = self._choose_rules(subnet, installed)
+        compared = await _compare(self._kept)
+        todo = [repair for _, repair in compared if repair]
+        self._is_new = bool(todo) and all(repair.is_new for repair in todo)
         try:
-            return await _repair(todo), unwanted
+            return await _repair(compared), unwanted
         except FirewallError as exc:
             if not (settings.masquerade and settings.random_fully):
                 raise
-            self._kept, unwanted = self._choose_rules(subnet, installed, random_fully=False)
+            self._random_fully = False
+            self._kept, unwanted = self._choose_rules(subnet, installed)
             try:
                 done = await _repair(await _compare(self._kept))
             except FirewallError:
@@ -137,14 +159,12 @@ class FirewallReconciler:
             log.warning("masquerading with guessable source ports, as random ones are refused: %s", exc)
             return done, unwanted
 
-    def _choose_rules(
-        self, subnet: IPNetwork, installed: Sequence[Program], random_fully: bool
-    ) -> tuple[list[Rules], list[Rules]]:
+    def _choose_rules(self, subnet: IPNetwork, installed: Sequence[Program]) -> tuple[list[Rules], list[Rules]]:
         """The rules to keep, and those that must not exist."""
-        settings = self._settings
+        settings, network, networks = self._settings, self._ownership.network, self._ownership.networks
         desired = DesiredRules(
-            masquerade(self._network, subnet, random_fully) if settings.masquerade else (),
-            () if settings.forward is False else forward(self._network),
+            masquerade(network, subnet, self._random_fully) if settings.masquerade else (),
+            () if settings.forward is False else forward(network),
         )
         kept: list[Rules] = []
         own = installed[:1] if desired else ()
@@ -152,15 +172,16 @@ class FirewallReconciler:
             # A packet that another table drops is lost, whatever ours accepts.  The FORWARD chain of iptables often
             # drops by its policy: Docker sets it so.
             against_drop = DesiredRules(forward=desired.forward)
-            kept.append(NftRules(desired))
-            kept += [IptablesRules(program, against_drop, only_against_drop=True) for program in own]
+            kept.append(NftRules(desired, networks))
+            kept += [IptablesRules(program, against_drop, networks, only_against_drop=True) for program in own]
         elif desired:
             if not own:
                 raise FirewallError("iptables is not installed (or not in PATH)")
-            kept += [IptablesRules(program, desired) for program in own]
-        unwanted: list[Rules] = [IptablesRules(program, DesiredRules()) for program in installed[len(own) :]]
-        versions = (6,) if desired and settings.nftables else (4, 6)
-        unwanted += [NftRules(DesiredRules(), version) for version in versions]
+            kept += [IptablesRules(program, desired, networks) for program in own]
+        unwanted: list[Rules] = [IptablesRules(program, DesiredRules(), networks) for program in installed[len(own) :]]
+        if not (desired and settings.nftables):
+            unwanted.append(NftRules(DesiredRules(), networks))
+        unwanted.append(NftRules(DesiredRules(), [_ALL_IPV6], 6))
         return kept, unwanted
 
     def document(self) -> dict[str, object]:
@@ -196,7 +217,7 @@ class FirewallReconciler:
         """Repair what differs; return whether all is as wanted now."""
         problem = ""
         try:
-            found = await _repair(await _compare(self._kept))
+            found = await self._repair_differences()
         except FirewallError as exc:
             problem = f"firewall rules: {exc}"
         else:
@@ -213,6 +234,13 @@ class FirewallReconciler:
         self._problem = problem
         return not problem
 
+    async def _repair_differences(self) -> list[str]:
+        """Returns what was found before, in words."""
+        if not any(repair for _, repair in await _compare(self._kept)):
+            return []
+        async with locked(_LOCK, _PATIENCE_S):
+            return await _repair(await _compare(self._kept))
+
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as wanted and cannot be set right now, a line each."""
@@ -225,42 +253,49 @@ class FirewallReconciler:
         return len(self._repaired) == _STRIFE_REPAIRS and self._repaired[0] > since
 
 
-async def remove_rules(previous: tuple[IPNetwork, IPNetwork] | None) -> list[str]:
-    """Take out all of flannel's rules, in both forms and from every iptables.  Returns a line for each thing.
+async def remove_rules(ownership: Ownership, previous: tuple[IPNetwork, IPNetwork] | None) -> list[str]:
+    """Take out all of our rules, in both forms and from every iptables.
 
-    `previous` as for `FirewallReconciler.set_up`.  Raises FirewallError when something is there and cannot be removed.
+    Returns a line for each thing that was removed, and one about the rules of other Networks, which stay.  `previous`
+    as for `FirewallReconciler.set_up`.  Raises FirewallError when something is there and cannot be removed.
     """
-    installed = await programs()
-    every: list[Rules] = [IptablesRules(program, DesiredRules()) for program in installed]
-    if previous is not None:
-        every += [OldIptablesRules(program, *previous) for program in installed]
-    every += [NftRules(DesiredRules(), 4), NftRules(DesiredRules(), 6)]
-    return await _repair(await _compare(every, skip_unreadable=True))
+    networks = ownership.networks
+    async with locked(_LOCK, _PATIENCE_S):
+        installed = await programs()
+        every: list[Rules] = [IptablesRules(program, DesiredRules(), networks) for program in installed]
+        if previous is not None:
+            every += [OldIptablesRules(program, *previous) for program in installed]
+        every += [NftRules(DesiredRules(), networks), NftRules(DesiredRules(), [_ALL_IPV6], 6)]
+        compared = await _compare(every, skip_unreadable=True)
+        found = await _repair(compared)
+    lines = [f"removed {line.replace('other rules', 'our rules')}" for line in found]
+    others = sorted({str(network) for _, repair in compared for network in repair.others})
+    return lines + ([f"left the firewall rules of {', '.join(others)} alone"] if others else [])
 
 
 async def _compare(every: Iterable[Rules], *, skip_unreadable: bool = False) -> list[tuple[Rules, Repair]]:
-    """Those of the rules that differ, each with its repair.
+    """The rules, each with its repair, which is false where nothing differs.
 
     `skip_unreadable` is for rules that shall be gone: where the tool or that kind of rules is missing, they are.
     """
-    todo: list[tuple[Rules, Repair]] = []
+    compared: list[tuple[Rules, Repair]] = []
     for rules in every:
         try:
-            if repair := await rules.compare():
-                todo.append((rules, repair))
+            compared.append((rules, await rules.compare()))
         except FirewallError as exc:
             if not skip_unreadable:
                 raise
             log.debug("no rules to remove error=%s", exc)
-    return todo
+    return compared
 
 
-async def _repair(todo: Iterable[tuple[Rules, Repair]]) -> list[str]:
-    """Repair all.  Returns what was found before, in words."""
+async def _repair(compared: Iterable[tuple[Rules, Repair]]) -> list[str]:
+    """Repair what differs.  Returns what was found before, in words."""
     found: list[str] = []
-    for rules, repair in todo:
-        await rules.apply(repair.script)
-        found += repair.findings
+    for rules, repair in compared:
+        if repair:
+            await rules.apply(repair.script)
+            found += repair.findings
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from udptun.core.desired import DesiredLink, Sysctl
 from udptun.core.errors import KernelError
-from udptun.core.network_state import LINK_ALIAS, Address, FdbEntry, Link, LinkSettings, Neighbour, Route
+from udptun.core.network_state import Address, FdbEntry, Link, LinkSettings, Neighbour, Route
 from udptun.kernel import link_messages, rtnetlink
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.reconcile.change import Change, Verb
@@ -94,17 +94,17 @@ async def _do_each(kernel: Netlink, device: Device | None, changes: Sequence[Cha
     return errors
 
 
-async def create_missing_vxlans(links: Iterable[DesiredLink]) -> None:
-    """Create the VXLAN devices that are not there yet, and nothing else.  Raises KernelError."""
+async def create_missing_vxlans(links: Iterable[DesiredLink], alias: str) -> None:
+    """Create the VXLAN devices that are not there yet, and nothing else; `alias` marks them.  Raises KernelError."""
     async with Netlink() as kernel:
         for link in links:
             if link.vxlan is not None and await kernel.link(link.name) is None:
                 await _create_vxlan(kernel, link)
+                # Set afterwards: the kernel ignores the alias of a device that it is about to create.
+                if (made := await kernel.link(link.name)) is not None:
+                    await kernel.do(link_messages.set_link(LinkSettings(made, alias=alias)))
 
 
 async def _create_vxlan(kernel: Netlink, desired: DesiredLink) -> None:
     assert desired.vxlan is not None
     await kernel.do(link_messages.add_vxlan(desired.name, desired.vxlan, desired.mac, desired.mtu))
-    # Our mark is set afterwards: the kernel ignores the alias of a device that it is about to create.
-    if (link := await kernel.link(desired.name)) is not None:
-        await kernel.do(link_messages.set_link(LinkSettings(link, alias=LINK_ALIAS)))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredState
 from udptun.core.network_state import (
-    LINK_ALIAS,
     Address,
     FdbEntry,
     IPNetwork,
@@ -44,10 +43,10 @@ class ActualState:
     stray_links: tuple[Link, ...] = ()
 
 
-def plan(desired: DesiredState, actual: ActualState) -> list[Change]:
+def plan(desired: DesiredState, actual: ActualState, alias: str) -> list[Change]:
     """What to change, in the order to do it: first what keeps packets from leaking, last what removes leftovers.
 
-    A missing device is only made here; what belongs on it follows from the next look.
+    `alias` marks our devices.  A missing device is only made here; what belongs on it follows from the next look.
     """
     usable: dict[str, Link] = {}
     on_links: list[Change] = []
@@ -64,7 +63,7 @@ def plan(desired: DesiredState, actual: ActualState) -> list[Change]:
             on_links.append(Change(Verb.REVIVE, wanted))
             continue
         usable[wanted.name] = link
-        on_links += _plan_link(wanted, link, actual)
+        on_links += _plan_link(wanted, link, actual, alias)
 
     on_links += _plan_addresses(desired.addresses, usable, actual.addresses)
     on_links += _plan_neighbours(desired, usable, actual)
@@ -114,7 +113,7 @@ def _each(verb: Verb, things: Iterable[Thing]) -> list[Change]:
     return [Change(verb, thing) for thing in things]
 
 
-def _plan_link(wanted: DesiredLink, link: Link, actual: ActualState) -> list[Change]:
+def _plan_link(wanted: DesiredLink, link: Link, actual: ActualState, alias: str) -> list[Change]:
     # Sysctls first: the kernel acts on disable_ipv6 when the device comes up.
     changes = _each(Verb.SET, [s for s in wanted.sysctls if actual.sysctls.get(s.path) != s.value])
     settings = LinkSettings(
@@ -123,7 +122,7 @@ def _plan_link(wanted: DesiredLink, link: Link, actual: ActualState) -> list[Cha
         mtu=None if link.mtu == wanted.mtu else wanted.mtu,
         tx_queue_len=None if link.tx_queue_len >= wanted.min_tx_queue_len else wanted.min_tx_queue_len,
         mac=None if link.mac == wanted.mac or wanted.vxlan is None else wanted.mac,
-        alias=None if link.alias == LINK_ALIAS or wanted.vxlan is None else LINK_ALIAS,
+        alias=None if link.alias == alias else alias,
     )
     if settings != LinkSettings(link):
         changes.append(Change(Verb.SET, settings))

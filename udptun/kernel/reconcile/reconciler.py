@@ -3,10 +3,11 @@
 Look, compare (plan.py), apply the difference (apply.py), look again: the same way sets up, repairs and changes.  A
 deleted device, a flushed address or route, a link set down and another MTU are all the same case.
 
-What is ours is recognised by its mark: routes by their protocol number; devices by their flags (TUN) or their alias
-(VXLAN); addresses, neighbours and fdb entries by being on our device.  Nothing else is ever changed.  Another owner's
-route to one of our prefixes is reported, and stays.  A VXLAN device that fits is taken over with all that is on it;
-that is how a host changes over from flanneld.
+What is ours is recognised by its mark and by our Network: routes by their protocol number and destination; devices by
+their alias (`udptun.core.ownership`); addresses, neighbours and fdb entries by being on our device.  Nothing else is
+ever changed, so a host can have several daemons, each for its Network.  Another owner's route to one of our prefixes is
+reported, and stays.  A VXLAN device that fits is taken over with all that is on it; that is how a host changes over
+from flanneld.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from ipaddress import IPv4Address
 from udptun.core.desired import DesiredState, Sysctl
 from udptun.core.errors import KernelError
 from udptun.core.network_state import ROUTE_PROTOCOL, Link, Route
+from udptun.core.ownership import Ownership
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.reconcile.apply import Device, apply
 from udptun.kernel.reconcile.change import Change, Verb
 from udptun.kernel.reconcile.contest import Contests
 from udptun.kernel.reconcile.direct import Decide, DirectRoutes
-from udptun.kernel.reconcile.ownership import is_ours
+from udptun.kernel.reconcile.ownership import own_links
 from udptun.kernel.reconcile.plan import ActualState, conflicts, plan
 from udptun.kernel.sysctl import read_sysctl
 from udptun.kernel.watch_loop import Pace, WatchLoop
@@ -72,9 +74,13 @@ class Reconciler:
     All methods belong to one event loop, whose thread stays in the network namespace that is looked after.
     """
 
-    def __init__(self, desired: DesiredState, device: Device | None) -> None:
-        """`device` stays the caller's; it is asked and revived, never closed.  None: every device is the kernel's."""
+    def __init__(self, desired: DesiredState, device: Device | None, ownership: Ownership) -> None:
+        """`device` stays the caller's; it is asked and revived, never closed.  None: every device is the kernel's.
+
+        What `ownership` says is ours and is not desired is removed.
+        """
         self._desired = desired
+        self._ownership = ownership
         self._device = device
         self._direct = DirectRoutes()
         self._own_links: Mapping[int, str] = {}
@@ -138,8 +144,8 @@ class Reconciler:
                         actual = await self._read_actual(kernel)
                         conflict_lines = await self._describe_conflicts(kernel, actual)
                         now_s = asyncio.get_running_loop().time()
-                        todo = self._contests.allow(plan(self._desired, actual), now_s)
-                        done, failed = await apply(kernel, self._device, todo)
+                        planned = plan(self._desired, actual, self._ownership.alias)
+                        done, failed = await apply(kernel, self._device, self._contests.allow(planned, now_s))
                         self._contests.note(done, now_s)
                 except KernelError as exc:
                     failures, is_broken = (str(exc),), True
@@ -158,6 +164,9 @@ class Reconciler:
                     break
             else:
                 failures = (*failures, f"not as wanted after {_ROUNDS} rounds: another program undoes our changes")
+            if not failures:
+                # From now on another daemon may have the Networks of our earlier runs.
+                self._ownership = self._ownership.without_leftovers()
             quarrels = tuple(self._contests.problems(self._own_links))
             self._record(Outcome(tuple(changes), failures, refusals, conflict_lines, quarrels, is_broken))
             return self.last
@@ -218,7 +227,7 @@ class Reconciler:
             links,
             frozenset([self._device.name] if self._device is not None and self._device.is_attached() else []),
             tuple(addresses),
-            tuple(await kernel.routes(ROUTE_PROTOCOL)),
+            tuple(filter(self._ownership.owns_route, await kernel.routes(ROUTE_PROTOCOL))),
             self._foreign,
             {s.path: read_sysctl(s.path) for wanted in desired.links for s in wanted.sysctls},
             tuple([n for index in vxlan for n in await kernel.neighbours(index)]),
@@ -259,7 +268,7 @@ class Reconciler:
         """Devices of ours that an earlier run with another backend has left."""
         if not self._may_have_strays:
             return ()
-        strays = tuple(link for link in await kernel.links() if is_ours(link) and link.name not in wanted)
+        strays = tuple(link for link in await own_links(kernel, self._ownership) if link.name not in wanted)
         self._may_have_strays = bool(strays)
         return strays
 
