@@ -13,7 +13,7 @@ import pytest
 
 from udptun.core.errors import KernelError
 from udptun.core.network_state import Address
-from udptun.kernel import netlink, rtnetlink
+from udptun.kernel import conversation, rtnetlink
 from udptun.kernel.link_messages import NEWADDR
 from udptun.kernel.netlink import Netlink
 
@@ -36,7 +36,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     for end in (ours, theirs):
         end.setblocking(False)
-    monkeypatch.setattr(netlink, "_open", lambda: ours)
+    monkeypatch.setattr(conversation, "_open", lambda protocol: ours)
     yield theirs
     theirs.close()
 
@@ -54,19 +54,19 @@ def ask(
             _, _, _, sequence, _ = rtnetlink.HEADER.unpack_from(await loop.sock_recv(kernel, 1 << 16))
             await loop.sock_sendall(kernel, give(sequence))
 
-    async def conversation() -> T:
-        async with Netlink() as conversation:
+    async def converse() -> T:
+        async with Netlink() as netlink:
             answering = asyncio.create_task(answer())
             try:
-                return await question(conversation)
+                return await question(netlink)
             finally:
                 await answering
 
-    return asyncio.run(conversation())
+    return asyncio.run(converse())
 
 
-def list_addresses(conversation: Netlink) -> Coroutine[Any, Any, list[Address]]:
-    return conversation.addresses()
+def list_addresses(netlink: Netlink) -> Coroutine[Any, Any, list[Address]]:
+    return netlink.addresses()
 
 
 def test_a_dump_torn_by_a_change_is_asked_for_again(kernel: socket.socket) -> None:
@@ -114,4 +114,4 @@ def test_an_answer_to_an_earlier_request_is_passed_over(kernel: socket.socket) -
 
 def test_an_empty_list_of_links_is_an_error(kernel: socket.socket) -> None:
     with pytest.raises(KernelError, match="cannot list links"):
-        ask(kernel, [done], lambda conversation: conversation.links())
+        ask(kernel, [done], lambda netlink: netlink.links())
