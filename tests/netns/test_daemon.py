@@ -124,6 +124,34 @@ def test_daemon_ends_with_0_within_a_second_and_the_tunnel_stays(
     )
 
 
+@pytest.mark.parametrize("second", [None, signal.SIGTERM, signal.SIGINT])
+def test_a_state_directory_that_hangs_holds_the_end_up_for_seconds_and_not_against_a_second_signal(
+    host: Host, second: signal.Signals | None
+) -> None:
+    """Before, the daemon waited for its thread that wrote the lease table: it stayed for as long as the file system was
+    frozen, and a second SIGTERM was lost."""
+    fifo = host.path("/var/lib/udptun/.last-leases.json.new")
+    fifo.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(fifo)
+    host.start_daemon()
+    host.wait_ready()
+    assert host.daemon is not None
+    began = time.monotonic()
+    host.daemon.send_signal(signal.SIGTERM)
+    if second is None:
+        assert host.daemon.wait(15) == 0
+        (warning,) = messages(host.daemon_log(), "W")[-1:]
+        assert "the lease table is not saved" in warning
+        assert "ETIMEDOUT" in warning
+    else:
+        wait_until("the first signal to be taken", lambda: not handles_sigterm(host.daemon.pid), 5)
+        host.daemon.send_signal(second)
+        assert host.daemon.wait(15) == -second
+        assert time.monotonic() - began < 4
+    fifo.unlink()
+    assert len(datapath_pids(host)) == 2
+
+
 @pytest.mark.parametrize("n_moments", [8, pytest.param(60, marks=pytest.mark.full)])
 def test_daemon_ends_with_0_and_leaves_nothing_when_signalled_at_any_moment_of_its_start(
     host: Host, n_moments: int

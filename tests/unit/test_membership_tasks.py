@@ -18,6 +18,7 @@ import pytest
 from fake_store import CONFIG, FakeStore
 
 from udptun.backends.choice import parse_net_conf
+from udptun.core import atomic_file
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
@@ -25,6 +26,7 @@ from udptun.membership import follow, grace, lease_clock, outage, saved, skipped
 from udptun.membership import own as own_lease
 from udptun.membership import start as start_module
 from udptun.membership.allocate import chooser
+from udptun.membership.child_writer import ChildWriter
 from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership
 from udptun.membership.outage import Backoff, Outage
@@ -111,11 +113,22 @@ class Member:
                 await task
 
 
+class WriterInProcess(ChildWriter):
+    """A process for each of many writes would take most of the time of these tests."""
+
+    async def replace(self, path: Path, text: str) -> None:
+        atomic_file.replace(path, text)
+
+    async def delete(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(own_lease, "RENEW_RETRY_S", 0.01)
     monkeypatch.setattr(follow, "EXPIRY_CHECK_S", 0.005)
     monkeypatch.setattr(saved, "SAVE_DELAY_S", 0.005)
+    monkeypatch.setattr(saved, "ChildWriter", WriterInProcess)
     monkeypatch.setattr(grace, "GRACE_S", 0.005)
     monkeypatch.setattr(outage, "RECONNECT_S", (0.001, 0.004))
     caplog.set_level(logging.INFO, logger="udptun.membership")
@@ -677,7 +690,7 @@ def last_leases(*peers: Lease, own: Lease | None = None) -> LastLeases:
 
 
 def save(directory: Path, *peers: Lease, own: Lease | None = None) -> None:
-    saved.save(directory, last_leases(*peers, own=own), time.time())
+    (directory / saved.FILE).write_text(saved.render(last_leases(*peers, own=own), time.time()))
 
 
 def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,9 +698,9 @@ def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pyte
     saves: list[float] = []
     save_really = saved.save
 
-    def counted(directory: Path, last: LastLeases, now_s: float) -> None:
+    async def counted(writer: ChildWriter, directory: Path, last: LastLeases, now_s: float) -> None:
         saves.append(last.peers[0].expires_s or 0)
-        save_really(directory, last, now_s)
+        await save_really(writer, directory, last, now_s)
 
     async def main() -> None:
         store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=1e10))

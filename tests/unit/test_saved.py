@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 
 from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
-from udptun.membership.saved import LastLeases, forget, load, parse, render, save
+from udptun.membership import saved
+from udptun.membership.child_writer import ChildWriter
+from udptun.membership.saved import LastLeases, load, parse, render
 
 NETWORK = IPv4Network("10.244.0.0/16")
 NOW_S = 1_700_000_000.0
@@ -20,6 +23,14 @@ NOW_S = 1_700_000_000.0
 def lease(number: int, expires_s: float | None = NOW_S + 100) -> Lease:
     attrs = LeaseAttrs(IPv4Address(f"192.0.2.{number}"), backend_type="udp", backend_data={"Port": 8285, "Udptun": 1})
     return Lease(Subnets(IPv4Network(f"10.244.{number}.0/24")), attrs, expires_s)
+
+
+def save(directory: Path, last: LastLeases, now_s: float) -> None:
+    asyncio.run(saved.save(ChildWriter(), directory, last, now_s))
+
+
+def forget(directory: Path) -> None:
+    asyncio.run(saved.forget(ChildWriter(), directory))
 
 
 CONFIG = '{"Network": "10.244.0.0/16"}'

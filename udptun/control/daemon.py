@@ -57,6 +57,9 @@ from udptun.stores.open import open_store
 
 log = logging.getLogger(__name__)
 
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+"""Signals of which the first ends the daemon in order, and the second at once."""
+
 
 def run(options: Options) -> int:
     """Run the daemon until SIGTERM or SIGINT; return its exit status (0: stopped as asked)."""
@@ -94,8 +97,16 @@ class Daemon:
         """Serve until a signal says stop.  Raises what ended it otherwise."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+
+        def end() -> None:
+            stop.set()
+            # The next one is the kernel's to obey: it ends us whatever we wait for.
+            for number in _ENDING:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL)
+
+        for number in _ENDING:
+            loop.add_signal_handler(number, end)
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         serving = asyncio.create_task(self._serve())
         stopping = asyncio.create_task(stop.wait())

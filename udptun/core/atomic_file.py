@@ -1,11 +1,15 @@
 """Write a small file so that a reader sees all of it or none, and a crash or a power failure leaves the old or the new.
 
 The steps are: temporary file, fsync, rename or link, fsync of the directory.
+
+Run as a program (`replace PATH` or `delete PATH`, the text on stdin), it does so in a process of its own and ends with
+the number of the error, 0 when there is none.  So it imports nothing of this package.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +50,18 @@ def _written(temporary: Path, text: str, mode: int) -> Iterator[Path]:
             os.close(directory_fd)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _main(action: str, path: str) -> int:
+    try:
+        if action == "replace":
+            replace(Path(path), sys.stdin.buffer.read().decode())
+        else:
+            Path(path).unlink(missing_ok=True)
+    except OSError as exc:
+        return exc.errno or 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

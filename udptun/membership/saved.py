@@ -15,10 +15,10 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from udptun.core import atomic_file
 from udptun.core.clock import Clock
 from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
+from udptun.membership.child_writer import ChildWriter
 
 SCHEMA = 2
 """Of last-leases.json.  A file with another number is ignored."""
@@ -33,6 +33,9 @@ SAVE_DELAY_S = 1.0
 
 SAVE_EXPIRIES_S = 60.0
 """How often the table is written when only expiries have changed: thousands of hosts renew all the time."""
+
+FINISH_S = 5.0
+"""How long a write may take at the end of the daemon."""
 
 log = logging.getLogger(__name__)
 
@@ -128,20 +131,22 @@ def load(directory: Path, network: IPv4Network | None, now_s: float) -> Remember
     return found if found.last is not None else Remembered(None, f"ignoring {path}: {found.reason}")
 
 
-def save(directory: Path, last: LastLeases, now_s: float) -> None:
+async def save(writer: ChildWriter, directory: Path, last: LastLeases, now_s: float) -> None:
     """Replace last-leases.json in `directory`.  Raises KernelError; the caller decides how often to call."""
     path = directory / FILE
+    # In a thread, because it takes a while to make text of thousands of leases.
+    text = await asyncio.to_thread(render, last, now_s)
     try:
-        atomic_file.replace(path, render(last, now_s))
+        await writer.replace(path, text)
     except OSError as exc:
         raise KernelError(f"cannot write {path}", exc.errno or 0, "a restart will wait for the store") from exc
 
 
-def forget(directory: Path) -> None:
+async def forget(writer: ChildWriter, directory: Path) -> None:
     """Have the next start wait for the store.  Raises KernelError."""
     path = directory / FILE
     try:
-        path.unlink(missing_ok=True)
+        await writer.delete(path)
     except OSError as exc:
         raise KernelError(f"cannot delete {path}", exc.errno or 0, "a restart would begin with a lost lease") from exc
 
@@ -159,7 +164,8 @@ class SavedTable:
         self._changed = asyncio.Event()
         self._has_expiries = False
         """Whether the file has every expiry as the table has it."""
-        self._saving: asyncio.Future[None] | None = None
+        self._saving: asyncio.Task[None] | None = None
+        self._writer = ChildWriter()
 
     def note_change(self) -> None:
         """The file has to be written soon."""
@@ -179,16 +185,16 @@ class SavedTable:
             if self._has_expiries and not self._changed.is_set():
                 continue
             await asyncio.sleep(SAVE_DELAY_S)
-            # In a thread, because it takes a while to make text of thousands of leases and to write it.
-            self._saving = asyncio.get_running_loop().run_in_executor(None, self._write, self._take())
+            self._saving = asyncio.create_task(self._write(self._take()), name="write lease table")
             await asyncio.shield(self._saving)
 
     async def finish(self) -> None:
-        """Write what `keep`, which has ended, has not written."""
+        """Write what `keep`, which has ended, has not written; a file system that hangs is not waited for long."""
+        self._writer.hurry(FINISH_S)
         if self._saving is not None:
-            await self._saving
+            await asyncio.shield(self._saving)
         if self._changed.is_set() or not self._has_expiries:
-            self._write(self._take())
+            await self._write(self._take())
 
     def _take(self) -> LastLeases | None:
         content = self._content()
@@ -196,12 +202,12 @@ class SavedTable:
         self._has_expiries = True
         return content
 
-    def _write(self, content: LastLeases | None) -> None:
+    async def _write(self, content: LastLeases | None) -> None:
         try:
             if content is None:
-                forget(self._directory)
+                await forget(self._writer, self._directory)
             else:
-                save(self._directory, content, self._clock.unix_s())
+                await save(self._writer, self._directory, content, self._clock.unix_s())
                 log.debug("lease table saved n_peers=%d", len(content.peers))
         except KernelError as exc:
             log.warning("the lease table is not saved error=%r", str(exc))
