@@ -170,27 +170,24 @@ def test_next_control_plane_finds_both_processes_and_their_descriptors(rig: Rig)
     with_datapath(rig, test)
 
 
-def test_processes_of_another_build_are_replaced_without_losing_what_waits(
+async def test_processes_of_another_build_are_replaced_without_losing_what_waits(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test() -> None:
-        old = Datapath(rig.run_dir, rig.descriptors, [])
-        await old.start()
-        old.detach()
-        monkeypatch.setattr(processes, "build_id", lambda: "f" * 32)
-        found = await processes.find_running(rig.run_dir)
-        for process in found:
-            process.close_descriptors()
-        successor = Datapath(rig.run_dir, rig.descriptors, found)
-        rig.send(10)
-        await successor.start()
-        rig.send(10)
-        await rig.received(20)
-        assert len(successor.processes) == 2
-        assert not {process.pid for process in found} & {process.pid for process in successor.processes}
-        await successor.stop()
-
-    asyncio.run(test())
+    old = Datapath(rig.run_dir, rig.descriptors, [])
+    await old.start()
+    old.detach()
+    monkeypatch.setattr(processes, "build_id", lambda: "f" * 32)
+    found = await processes.find_running(rig.run_dir)
+    for process in found:
+        process.close_descriptors()
+    successor = Datapath(rig.run_dir, rig.descriptors, found)
+    rig.send(10)
+    await successor.start()
+    rig.send(10)
+    await rig.received(20)
+    assert len(successor.processes) == 2
+    assert not {process.pid for process in found} & {process.pid for process in successor.processes}
+    await successor.stop()
 
 
 def test_sockets_of_dead_processes_are_swept_away(rig: Rig) -> None:
@@ -405,31 +402,28 @@ def test_process_that_dies_while_it_is_looked_for_is_not_found(rig: Rig) -> None
         asyncio.run(test(dying))
 
 
-def test_control_plane_of_the_first_builds_can_adopt_and_stop_a_process_of_this_one(rig: Rig) -> None:
+async def test_control_plane_of_the_first_builds_can_adopt_and_stop_a_process_of_this_one(rig: Rig) -> None:
     """It reads 60 bytes, takes our length for the layout version and our version for the pid, and stops by b"stop"."""
 
-    async def test() -> None:
-        datapath = Datapath(rig.run_dir, rig.descriptors, [])
-        await datapath.start()
-        (path,) = [process.path for process in datapath.processes if process.is_active]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.connect(str(path))
-            connection.settimeout(5)
-            message, fds, _, _ = socket.recv_fds(connection, 60, 51)
-            assert len(fds) == 5
-            for fd in fds:
-                os.close(fd)
-            magic, layout_version, _pid, active, n_workers, started_ns, build = struct.unpack("=4sIIIIQ32s", message)
-            assert (magic, active, n_workers) == (b"udpt", 1, 1)
-            assert layout_version != 5
-            assert 0 < time.monotonic_ns() - started_ns < 60e9
-            assert build.decode() == processes.build_id()
-            connection.send(b"stop")
-            assert connection.recv(1) in (b"", b"u")
-        await until(lambda: any(process.is_gone for process in datapath.processes))
-        await datapath.stop()
-
-    asyncio.run(test())
+    datapath = Datapath(rig.run_dir, rig.descriptors, [])
+    await datapath.start()
+    (path,) = [process.path for process in datapath.processes if process.is_active]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(str(path))
+        connection.settimeout(5)
+        message, fds, _, _ = socket.recv_fds(connection, 60, 51)
+        assert len(fds) == 5
+        for fd in fds:
+            os.close(fd)
+        magic, layout_version, _pid, active, n_workers, started_ns, build = struct.unpack("=4sIIIIQ32s", message)
+        assert (magic, active, n_workers) == (b"udpt", 1, 1)
+        assert layout_version != 5
+        assert 0 < time.monotonic_ns() - started_ns < 60e9
+        assert build.decode() == processes.build_id()
+        connection.send(b"stop")
+        assert connection.recv(1) in (b"", b"u")
+    await until(lambda: any(process.is_gone for process in datapath.processes))
+    await datapath.stop()
 
 
 def test_nothing_is_sent_twice_when_a_busy_process_is_told_to_stop(rig: Rig) -> None:

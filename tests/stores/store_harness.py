@@ -11,6 +11,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network
@@ -107,7 +108,9 @@ class LocalHarness:
             db.close()
 
     def write(self, leases: Iterable[tuple[int, int]]) -> None:
-        asyncio.run(self._create())
+        # The store makes its tables. In a thread, because the test may run in an event loop of its own.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, self._create()).result()
         self.sql(
             "delete from leases",
             "insert into leases (key, value) values (?, ?)",

@@ -426,32 +426,29 @@ def test_keys_beside_the_leases_are_not_ours(harness: EtcdHarness) -> None:
 # What the watch checks
 
 
-def test_a_check_that_finds_etcd_otherwise_gives_a_snapshot(
+async def test_a_check_that_finds_etcd_otherwise_gives_a_snapshot(
     harness: EtcdHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "CHECK_S", 0.2)
     harness.write([(1, 1), (2, 2)])
 
-    async def main() -> None:
-        async with following(harness.store()) as follower:
-            await follower.until_keys(SUBNETS[1].key, SUBNETS[2].key)
-            harness.write([(1, 1), (3, 3)])
-            await follower.until_keys(SUBNETS[1].key, SUBNETS[3].key)
-            # Long enough for some checks that find everything right, also after a compaction.
-            await asyncio.sleep(0.7)
-            harness.lose_history()
-            await asyncio.sleep(0.7)
-            assert follower.n_snapshots == 0
-            # A bug of ours or of etcd's: an event that never came.
-            lose_next_event(monkeypatch)
-            harness.write([(1, 1), (3, 3), (4, 4)])
-            await follower.until(lambda: follower.n_snapshots == 1)
-            assert set(follower.leases) == {SUBNETS[1].key, SUBNETS[3].key, SUBNETS[4].key}
-            await asyncio.sleep(0.7)
-            assert follower.n_snapshots == 1
-            assert not follower.errors
-
-    asyncio.run(main())
+    async with following(harness.store()) as follower:
+        await follower.until_keys(SUBNETS[1].key, SUBNETS[2].key)
+        harness.write([(1, 1), (3, 3)])
+        await follower.until_keys(SUBNETS[1].key, SUBNETS[3].key)
+        # Long enough for some checks that find everything right, also after a compaction.
+        await asyncio.sleep(0.7)
+        harness.lose_history()
+        await asyncio.sleep(0.7)
+        assert follower.n_snapshots == 0
+        # A bug of ours or of etcd's: an event that never came.
+        lose_next_event(monkeypatch)
+        harness.write([(1, 1), (3, 3), (4, 4)])
+        await follower.until(lambda: follower.n_snapshots == 1)
+        assert set(follower.leases) == {SUBNETS[1].key, SUBNETS[3].key, SUBNETS[4].key}
+        await asyncio.sleep(0.7)
+        assert follower.n_snapshots == 1
+        assert not follower.errors
 
 
 def lose_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,14 +648,11 @@ def test_a_prefix_that_the_user_may_not_touch_is_named(auth: EtcdAuthHarness) ->
         assert "the user flannel needs a role with readwrite on the prefix" in line
 
 
-def test_a_user_where_etcd_wants_none_does_no_harm(harness: EtcdHarness) -> None:
+async def test_a_user_where_etcd_wants_none_does_no_harm(harness: EtcdHarness) -> None:
     store = etcd_store(*harness.flags(), "--etcd-username=u", "--etcd-password=p")
 
-    async def main() -> None:
-        await store.snapshot()
-        await store.aclose()
-
-    asyncio.run(main())
+    await store.snapshot()
+    await store.aclose()
 
 
 def test_authentication_that_is_enabled_under_way_is_followed_when_a_user_is_given(tmp_path: Path) -> None:
@@ -688,18 +682,15 @@ def test_an_exact_list_that_fails_half_way_is_one_line(harness: EtcdHarness, mon
     assert line == f"no answer about {int(granted, 16)}"
 
 
-def test_a_token_that_has_ended_is_replaced_in_silence(tmp_path: Path) -> None:
+async def test_a_token_that_has_ended_is_replaced_in_silence(tmp_path: Path) -> None:
     server = EtcdServer(tmp_path, flags=["--auth-token-ttl=1"])
     with running([server]):
         server.enable_auth("/coreos.com/network")
         flags = [f"--etcd-endpoints={server.endpoint}", "--etcd-username=flannel", "--etcd-password=secret"]
 
-        async def main() -> None:
-            async with following(etcd_store(*flags)) as follower:
-                await follower.until(lambda: follower.revision > 0)
-                await asyncio.sleep(2.5)
-                lease = await follower.store.claim(host(1), exactly(1))
-                await follower.until_keys(lease.key)
-                assert not follower.errors
-
-        asyncio.run(main())
+        async with following(etcd_store(*flags)) as follower:
+            await follower.until(lambda: follower.revision > 0)
+            await asyncio.sleep(2.5)
+            lease = await follower.store.claim(host(1), exactly(1))
+            await follower.until_keys(lease.key)
+            assert not follower.errors

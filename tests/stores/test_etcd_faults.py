@@ -386,7 +386,7 @@ def seen(follower: Follower) -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("n_changes", [400, pytest.param(2000, marks=pytest.mark.full)])
-def test_every_table_equals_etcds_history_through_a_thousand_at_once_and_a_storm(
+async def test_every_table_equals_etcds_history_through_a_thousand_at_once_and_a_storm(
     tmp_path: Path, n_changes: int
 ) -> None:
     harness = EtcdHarness(tmp_path)
@@ -415,41 +415,35 @@ def test_every_table_equals_etcds_history_through_a_thousand_at_once_and_a_storm
                 tasks.create_task(some(numbers))
         return max(revisions)
 
-    async def main() -> None:
-        writer = harness.store()
-        first = (await writer.snapshot()).revision + 1
-        async with following(harness.store()) as a, following(harness.store()) as b, following(harness.store()) as c:
-            for follower in (a, b, c):
-                await follower.until(lambda follower=follower: follower.revision > 0)
-            await asyncio.to_thread(harness.write, [(number, number) for number in range(1000)])
-            for follower in (a, b, c):
-                await follower.until(lambda follower=follower: len(follower.leases) == 1000)
-            began_s = time.monotonic()
-            last = await storm(writer)
-            took_s = time.monotonic() - began_s
-            for follower in (a, b, c):
-                await follower.until(lambda follower=follower: follower.revision >= last)
-            print(f"{n_changes} changes in {took_s:.2f} s, known everywhere after {time.monotonic() - began_s:.2f} s")
-            truth = await asyncio.to_thread(history, harness, first, last)
-            assert len(truth) >= 1000 + n_changes * 2 // 3
-            now = {lease.key: lease.attrs for lease in (await writer.snapshot()).leases}
-            for follower in (a, b, c):
-                assert seen(follower) == truth
-                assert {key: lease.attrs for key, lease in follower.leases.items()} == now
-                assert (follower.n_snapshots, follower.errors) == (0, [])
-        await writer.aclose()
-
-    asyncio.run(main())
+    writer = harness.store()
+    first = (await writer.snapshot()).revision + 1
+    async with following(harness.store()) as a, following(harness.store()) as b, following(harness.store()) as c:
+        for follower in (a, b, c):
+            await follower.until(lambda follower=follower: follower.revision > 0)
+        await asyncio.to_thread(harness.write, [(number, number) for number in range(1000)])
+        for follower in (a, b, c):
+            await follower.until(lambda follower=follower: len(follower.leases) == 1000)
+        began_s = time.monotonic()
+        last = await storm(writer)
+        took_s = time.monotonic() - began_s
+        for follower in (a, b, c):
+            await follower.until(lambda follower=follower: follower.revision >= last)
+        print(f"{n_changes} changes in {took_s:.2f} s, known everywhere after {time.monotonic() - began_s:.2f} s")
+        truth = await asyncio.to_thread(history, harness, first, last)
+        assert len(truth) >= 1000 + n_changes * 2 // 3
+        now = {lease.key: lease.attrs for lease in (await writer.snapshot()).leases}
+        for follower in (a, b, c):
+            assert seen(follower) == truth
+            assert {key: lease.attrs for key, lease in follower.leases.items()} == now
+            assert (follower.n_snapshots, follower.errors) == (0, [])
+    await writer.aclose()
 
 
-def test_a_thousand_leases_of_one_transaction_are_one_batch(tmp_path: Path) -> None:
+async def test_a_thousand_leases_of_one_transaction_are_one_batch(tmp_path: Path) -> None:
     harness = EtcdHarness(tmp_path)
 
-    async def main() -> None:
-        async with following(harness.store()) as follower:
-            await follower.until(lambda: follower.revision > 0)
-            await asyncio.to_thread(harness.write, [(number, number) for number in range(1000)])
-            await follower.until(lambda: len(follower.leases) == 1000)
-            assert len({lease.revision for lease in follower.leases.values()}) == 1
-
-    asyncio.run(main())
+    async with following(harness.store()) as follower:
+        await follower.until(lambda: follower.revision > 0)
+        await asyncio.to_thread(harness.write, [(number, number) for number in range(1000)])
+        await follower.until(lambda: len(follower.leases) == 1000)
+        assert len({lease.revision for lease in follower.leases.values()}) == 1

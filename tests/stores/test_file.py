@@ -169,145 +169,121 @@ def test_a_claim_says_what_to_write_when_the_own_entry_is_not_plain(
     assert "\n" not in str(caught.value)
 
 
-def test_the_file_decides_and_the_chooser_is_not_asked(path: Path) -> None:
+async def test_the_file_decides_and_the_chooser_is_not_asked(path: Path) -> None:
     put(path, [A])
     asked: list[object] = []
 
-    async def main() -> None:
-        store = store_at(path)
-        lease = await store.claim(host(1), asked.append, ttl_s=5)  # type: ignore[arg-type]
-        assert (lease.key, lease.expires_s) == ("10.244.1.0-24", None)
-        before = path.read_bytes()
-        await store.release(lease)
-        assert path.read_bytes() == before
-
-    asyncio.run(main())
+    store = store_at(path)
+    lease = await store.claim(host(1), asked.append, ttl_s=5)  # type: ignore[arg-type]
+    assert (lease.key, lease.expires_s) == ("10.244.1.0-24", None)
+    before = path.read_bytes()
+    await store.release(lease)
+    assert path.read_bytes() == before
     assert asked == []
 
 
 @pytest.mark.parametrize("kind", ["udp", "host-gw", ""])
-def test_the_others_have_the_backend_that_is_claimed_with(path: Path, kind: str) -> None:
+async def test_the_others_have_the_backend_that_is_claimed_with(path: Path, kind: str) -> None:
     """Every entry was an udp lease: with host-gw each host skipped all others, and said that it was ready."""
     put(path, [A, B])
 
-    async def main() -> None:
-        store = store_at(path)
-        own = await store.claim(replace(host(1), backend_type=kind), first_free)
-        (other,) = [lease for lease in (await store.snapshot()).leases if lease.key != own.key]
-        assert (other.attrs.backend_type, other.attrs.port(0)) == (kind, 8285)
-        async with watching(store) as watcher:
-            put(path, [A, {**B, "PublicIP": "198.18.0.9"}])
-            await watcher.until(lambda: str(watcher.leases[other.key].attrs.public_ip) == "198.18.0.9")
-            assert watcher.leases[other.key].attrs.backend_type == kind
-
-    asyncio.run(main())
+    store = store_at(path)
+    own = await store.claim(replace(host(1), backend_type=kind), first_free)
+    (other,) = [lease for lease in (await store.snapshot()).leases if lease.key != own.key]
+    assert (other.attrs.backend_type, other.attrs.port(0)) == (kind, 8285)
+    async with watching(store) as watcher:
+        put(path, [A, {**B, "PublicIP": "198.18.0.9"}])
+        await watcher.until(lambda: str(watcher.leases[other.key].attrs.public_ip) == "198.18.0.9")
+        assert watcher.leases[other.key].attrs.backend_type == kind
 
 
-def test_renewing_follows_the_own_entry_to_another_subnet_as_a_lost_lease(path: Path) -> None:
+async def test_renewing_follows_the_own_entry_to_another_subnet_as_a_lost_lease(path: Path) -> None:
     put(path, [A, B])
 
-    async def main() -> None:
-        store = store_at(path)
-        lease = await store.claim(host(1), first_free)
-        put(path, [{**A, "Subnet": "10.244.5.0/24"}, B])
-        with pytest.raises(
-            LeaseLostError, match=r"cannot keep 10\.244\.1\.0/24: .* now gives this host 10\.244\.5\.0/24"
-        ):
-            await store.renew(lease)
-        assert (await store.claim(host(1), first_free)).key == "10.244.5.0-24"
-
-    asyncio.run(main())
+    store = store_at(path)
+    lease = await store.claim(host(1), first_free)
+    put(path, [{**A, "Subnet": "10.244.5.0/24"}, B])
+    with pytest.raises(
+        LeaseLostError, match=r"cannot keep 10\.244\.1\.0/24: .* now gives this host 10\.244\.5\.0/24"
+    ):
+        await store.renew(lease)
+    assert (await store.claim(host(1), first_free)).key == "10.244.5.0-24"
 
 
 # Edits while it is in use
 
 
-def test_a_bad_edit_keeps_the_last_good_leases_and_says_why_once(path: Path) -> None:
+async def test_a_bad_edit_keeps_the_last_good_leases_and_says_why_once(path: Path) -> None:
     put(path, [A, B])
 
-    async def main() -> None:
-        store = store_at(path)
-        async with watching(store) as watcher:
-            both = dict(watcher.leases)
-            put(path, "[{")
-            await watcher.until(lambda: len(watcher.skipped()) == 1)
-            put(path, "[ {")
-            await watcher.until(lambda: len(watcher.skipped()) == 2)
-            path.unlink()
-            await watcher.until(lambda: len(watcher.skipped()) == 3)
-            # A new file with nothing new in it is no news; the next one is.
-            put(path, [A, B])
-            put(path, [A])
-            await watcher.until(lambda: len(watcher.leases) == 1)
-            assert [lease.key for lease in watcher.events(EventType.REMOVED)] == ["10.244.2.0-24"]
-            assert watcher.refused == set()
-            first, second, third = watcher.skipped()
-            assert "line 1 column 3" in first
-            assert "line 1 column 4" in second
-            assert "there is no leases file" in third
-            assert all(line.endswith("; the last good leases stay in force") for line in (first, second, third))
-            assert [event for batch in watcher.batches[:3] for event in batch.events] == []
-            assert len(both) == 2
-
-    asyncio.run(main())
+    store = store_at(path)
+    async with watching(store) as watcher:
+        both = dict(watcher.leases)
+        put(path, "[{")
+        await watcher.until(lambda: len(watcher.skipped()) == 1)
+        put(path, "[ {")
+        await watcher.until(lambda: len(watcher.skipped()) == 2)
+        path.unlink()
+        await watcher.until(lambda: len(watcher.skipped()) == 3)
+        # A new file with nothing new in it is no news; the next one is.
+        put(path, [A, B])
+        put(path, [A])
+        await watcher.until(lambda: len(watcher.leases) == 1)
+        assert [lease.key for lease in watcher.events(EventType.REMOVED)] == ["10.244.2.0-24"]
+        assert watcher.refused == set()
+        first, second, third = watcher.skipped()
+        assert "line 1 column 3" in first
+        assert "line 1 column 4" in second
+        assert "there is no leases file" in third
+        assert all(line.endswith("; the last good leases stay in force") for line in (first, second, third))
+        assert [event for batch in watcher.batches[:3] for event in batch.events] == []
+        assert len(both) == 2
 
 
-def test_a_claim_and_a_snapshot_use_the_last_good_leases_when_the_file_is_bad(path: Path) -> None:
+async def test_a_claim_and_a_snapshot_use_the_last_good_leases_when_the_file_is_bad(path: Path) -> None:
     put(path, [A, B])
 
-    async def main() -> None:
-        store = store_at(path)
-        before = await store.snapshot()
-        put(path, "")
-        after = await store.snapshot()
-        assert (after.leases, after.revision) == (before.leases, before.revision)
-        assert len(after.skipped) == 1
-        assert (await store.claim(host(1), first_free)).key == "10.244.1.0-24"
-
-    asyncio.run(main())
+    store = store_at(path)
+    before = await store.snapshot()
+    put(path, "")
+    after = await store.snapshot()
+    assert (after.leases, after.revision) == (before.leases, before.revision)
+    assert len(after.skipped) == 1
+    assert (await store.claim(host(1), first_free)).key == "10.244.1.0-24"
 
 
-def test_an_entry_going_bad_is_told_once_and_removes_its_own_lease_only(path: Path) -> None:
+async def test_an_entry_going_bad_is_told_once_and_removes_its_own_lease_only(path: Path) -> None:
     put(path, [A, B])
 
-    async def main() -> None:
-        store = store_at(path)
-        async with watching(store) as watcher:
-            put(path, [A, {**B, "Port": 0}])
-            await watcher.until(lambda: len(watcher.leases) == 1)
-            put(path, [{**A, "Port": 9000}, {**B, "Port": 0}])
-            await watcher.until(lambda: watcher.leases["10.244.1.0-24"].attrs.port(0) == 9000)
-            assert watcher.skipped() == ["entry 2: Port 0 is not a whole number from 1 to 65535"]
-
-    asyncio.run(main())
+    store = store_at(path)
+    async with watching(store) as watcher:
+        put(path, [A, {**B, "Port": 0}])
+        await watcher.until(lambda: len(watcher.leases) == 1)
+        put(path, [{**A, "Port": 9000}, {**B, "Port": 0}])
+        await watcher.until(lambda: watcher.leases["10.244.1.0-24"].attrs.port(0) == 9000)
+        assert watcher.skipped() == ["entry 2: Port 0 is not a whole number from 1 to 65535"]
 
 
-def test_edits_of_the_same_length_within_one_clock_tick_are_all_seen(path: Path) -> None:
+async def test_edits_of_the_same_length_within_one_clock_tick_are_all_seen(path: Path) -> None:
     put(path, [A])
 
-    async def main() -> None:
-        store = store_at(path)
-        for number in range(300):
-            put(path, [{**A, "Port": 8000 + number}])
-            (lease,) = (await store.snapshot()).leases
-            assert lease.attrs.port(0) == 8000 + number
-
-    asyncio.run(main())
+    store = store_at(path)
+    for number in range(300):
+        put(path, [{**A, "Port": 8000 + number}])
+        (lease,) = (await store.snapshot()).leases
+        assert lease.attrs.port(0) == 8000 + number
 
 
-def test_an_edit_is_seen_when_the_editor_sets_the_time_and_length_back(path: Path) -> None:
+async def test_an_edit_is_seen_when_the_editor_sets_the_time_and_length_back(path: Path) -> None:
     put(path, [A])
     status = path.stat()
 
-    async def main() -> None:
-        store = store_at(path)
-        async with watching(store) as watcher:
-            put(path, [{**A, "Port": 9285}])
-            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-            assert path.stat().st_size == status.st_size
-            await watcher.until(lambda: watcher.leases["10.244.1.0-24"].attrs.port(0) == 9285)
-
-    asyncio.run(main())
+    store = store_at(path)
+    async with watching(store) as watcher:
+        put(path, [{**A, "Port": 9285}])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert path.stat().st_size == status.st_size
+        await watcher.until(lambda: watcher.leases["10.244.1.0-24"].attrs.port(0) == 9285)
 
 
 # udptun lease init

@@ -88,33 +88,30 @@ def assert_sound(harness: LocalHarness, acks: list[tuple[str, int, str]]) -> Non
     db.close()
 
 
-def test_eight_processes_claim_distinct_subnets_when_some_are_killed_in_the_storm(harness: LocalHarness) -> None:
-    async def main() -> None:
-        store = harness.store()
-        async with watching(store) as watcher:
-            # The victims would go on for long, so that the kill always finds them claiming.
-            jobs = [(2000 * n, 2000 if n < 3 else 50) for n in range(8)]
-            with claimers(harness.path, *jobs) as running:
-                acks: list[tuple[str, int, str]] = []
-                for victim, after in zip(running[:3], (5, 15, 25), strict=True):
-                    acks += await asyncio.to_thread(acknowledged, victim, after)
-                    victim.send_signal(signal.SIGKILL)
-                for process in running:
-                    acks += await asyncio.to_thread(acknowledged, process)
-                    status = await asyncio.to_thread(process.wait, DEADLINE_S)
-                    assert status == (-signal.SIGKILL if process in running[:3] else 0)
-            assert len(acks) >= 5 * 50 + 5 + 15 + 25
-            assert len({key for key, _, _ in acks}) == len({revision for _, revision, _ in acks}) == len(acks)
-            assert_sound(harness, acks)
-            snapshot = await store.snapshot()
-            await watcher.until(lambda: watcher.revision == snapshot.revision)
-            assert watcher.leases == {lease.key: lease for lease in snapshot.leases}
-            seen = [lease.revision for lease in watcher.events(EventType.ADDED)]
-            assert seen == sorted(set(seen))
-            assert len(seen) == len(snapshot.leases)
-        await store.aclose()
-
-    asyncio.run(main())
+async def test_eight_processes_claim_distinct_subnets_when_some_are_killed_in_the_storm(harness: LocalHarness) -> None:
+    store = harness.store()
+    async with watching(store) as watcher:
+        # The victims would go on for long, so that the kill always finds them claiming.
+        jobs = [(2000 * n, 2000 if n < 3 else 50) for n in range(8)]
+        with claimers(harness.path, *jobs) as running:
+            acks: list[tuple[str, int, str]] = []
+            for victim, after in zip(running[:3], (5, 15, 25), strict=True):
+                acks += await asyncio.to_thread(acknowledged, victim, after)
+                victim.send_signal(signal.SIGKILL)
+            for process in running:
+                acks += await asyncio.to_thread(acknowledged, process)
+                status = await asyncio.to_thread(process.wait, DEADLINE_S)
+                assert status == (-signal.SIGKILL if process in running[:3] else 0)
+        assert len(acks) >= 5 * 50 + 5 + 15 + 25
+        assert len({key for key, _, _ in acks}) == len({revision for _, revision, _ in acks}) == len(acks)
+        assert_sound(harness, acks)
+        snapshot = await store.snapshot()
+        await watcher.until(lambda: watcher.revision == snapshot.revision)
+        assert watcher.leases == {lease.key: lease for lease in snapshot.leases}
+        seen = [lease.revision for lease in watcher.events(EventType.ADDED)]
+        assert seen == sorted(set(seen))
+        assert len(seen) == len(snapshot.leases)
+    await store.aclose()
 
 
 def test_nothing_acknowledged_is_lost_when_a_claimer_is_killed_again_and_again(harness: LocalHarness) -> None:
@@ -130,111 +127,96 @@ def test_nothing_acknowledged_is_lost_when_a_claimer_is_killed_again_and_again(h
 
 
 @needs_root
-def test_a_claim_from_another_network_and_mount_namespace_reaches_the_watcher(harness: LocalHarness) -> None:
+async def test_a_claim_from_another_network_and_mount_namespace_reaches_the_watcher(harness: LocalHarness) -> None:
     within = ("unshare", "-n", "-m", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh")
 
-    async def main() -> None:
-        store = harness.store()
-        async with watching(store) as watcher:
-            with claimers(harness.path, (0, 5), (100, 5), within=within) as running:
-                await watcher.until(lambda: len(watcher.leases) == 10)
-                acks = [ack for process in running for ack in await asyncio.to_thread(acknowledged, process)]
-            assert {key for key, _, _ in acks} == set(watcher.leases)
-        await store.aclose()
-
-    asyncio.run(main())
+    store = harness.store()
+    async with watching(store) as watcher:
+        with claimers(harness.path, (0, 5), (100, 5), within=within) as running:
+            await watcher.until(lambda: len(watcher.leases) == 10)
+            acks = [ack for process in running for ack in await asyncio.to_thread(acknowledged, process)]
+        assert {key for key, _, _ in acks} == set(watcher.leases)
+    await store.aclose()
 
 
-def test_a_busy_file_holds_up_neither_the_event_loop_nor_the_next_claim(
+async def test_a_busy_file_holds_up_neither_the_event_loop_nor_the_next_claim(
     harness: LocalHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "BUSY_S", 0.3)
 
-    async def main() -> None:
-        store = harness.store()
-        await store.claim(host(1), exactly(1))
-        holder = sqlite3.connect(harness.path, isolation_level=None)
-        holder.execute("begin immediate")
-        claim = asyncio.create_task(store.claim(host(2), exactly(2)))
-        turns = 0
-        while not claim.done():
-            await asyncio.sleep(0.001)
-            turns += 1
-        assert turns > 20  # 0.3 s of waiting, 1 ms a turn, with room for a loaded machine
-        with pytest.raises(
-            StoreUnavailableError, match=r"cannot claim a subnet in .*leases\.db: .*SQLITE_BUSY.*; another"
-        ):
-            claim.result()
-        holder.rollback()
-        holder.close()
-        assert (await store.claim(host(2), exactly(2))).subnets == SUBNETS[2]
-        await store.aclose()
-
-    asyncio.run(main())
+    store = harness.store()
+    await store.claim(host(1), exactly(1))
+    holder = sqlite3.connect(harness.path, isolation_level=None)
+    holder.execute("begin immediate")
+    claim = asyncio.create_task(store.claim(host(2), exactly(2)))
+    turns = 0
+    while not claim.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert turns > 20  # 0.3 s of waiting, 1 ms a turn, with room for a loaded machine
+    with pytest.raises(
+        StoreUnavailableError, match=r"cannot claim a subnet in .*leases\.db: .*SQLITE_BUSY.*; another"
+    ):
+        claim.result()
+    holder.rollback()
+    holder.close()
+    assert (await store.claim(host(2), exactly(2))).subnets == SUBNETS[2]
+    await store.aclose()
 
 
-def test_a_clock_set_back_makes_leases_last_and_harms_nothing(harness: LocalHarness) -> None:
+async def test_a_clock_set_back_makes_leases_last_and_harms_nothing(harness: LocalHarness) -> None:
     now_s = [1_700_000_000.0]
 
-    async def main() -> None:
-        store = LocalStore(harness.path, harness.net_conf, clock=lambda: now_s[0])
-        lease = await store.claim(host(1), exactly(1), ttl_s=100)
-        assert lease.expires_s == now_s[0] + 100
-        now_s[0] -= 86_400
-        async with watching(store) as watcher:
-            other = await store.claim(host(2), first_free, ttl_s=100)
-            assert other.revision > lease.revision
-            await watcher.until(lambda: watcher.numbers == {0, 1})
-            renewed = await store.renew(lease, ttl_s=100)
-            assert renewed.expires_s == now_s[0] + 100
-            now_s[0] += 101
-            await watcher.until(lambda: not watcher.leases)
-        await store.aclose()
-
-    asyncio.run(main())
+    store = LocalStore(harness.path, harness.net_conf, clock=lambda: now_s[0])
+    lease = await store.claim(host(1), exactly(1), ttl_s=100)
+    assert lease.expires_s == now_s[0] + 100
+    now_s[0] -= 86_400
+    async with watching(store) as watcher:
+        other = await store.claim(host(2), first_free, ttl_s=100)
+        assert other.revision > lease.revision
+        await watcher.until(lambda: watcher.numbers == {0, 1})
+        renewed = await store.renew(lease, ttl_s=100)
+        assert renewed.expires_s == now_s[0] + 100
+        now_s[0] += 101
+        await watcher.until(lambda: not watcher.leases)
+    await store.aclose()
 
 
-def test_the_event_log_is_pruned_and_a_watcher_from_before_gets_a_snapshot(harness: LocalHarness) -> None:
+async def test_the_event_log_is_pruned_and_a_watcher_from_before_gets_a_snapshot(harness: LocalHarness) -> None:
     harness.write([])
     rows = [(SUBNETS[number].key, host(number).to_json()) for number in range(HISTORY + 100)]
 
-    async def main() -> None:
-        store = harness.store()
-        before = (await store.snapshot()).revision
-        harness.sql("insert into leases (key, value) values (?, ?)", rows=rows)
-        assert harness.sql("select count(*) from events") == [(HISTORY,)]
-        async with watching(store, before) as watcher:
-            await watcher.until(lambda: len(watcher.leases) == len(rows))
-            assert watcher.batches[0].snapshot is not None
-        async with watching(store, before + 100) as watcher:
-            await watcher.until(lambda: len(watcher.leases) == HISTORY)
-            assert watcher.batches[0].snapshot is None
-        await store.aclose()
-
-    asyncio.run(main())
+    store = harness.store()
+    before = (await store.snapshot()).revision
+    harness.sql("insert into leases (key, value) values (?, ?)", rows=rows)
+    assert harness.sql("select count(*) from events") == [(HISTORY,)]
+    async with watching(store, before) as watcher:
+        await watcher.until(lambda: len(watcher.leases) == len(rows))
+        assert watcher.batches[0].snapshot is not None
+    async with watching(store, before + 100) as watcher:
+        await watcher.until(lambda: len(watcher.leases) == HISTORY)
+        assert watcher.batches[0].snapshot is None
+    await store.aclose()
 
 
-def test_a_reservation_made_by_hand_is_kept_for_its_host_and_stays_one(harness: LocalHarness) -> None:
+async def test_a_reservation_made_by_hand_is_kept_for_its_host_and_stays_one(harness: LocalHarness) -> None:
     harness.write([])
     key = SUBNETS[7].key
     harness.sql(f"""insert into leases (key, value) values ('{key}', '{{"PublicIP":"{host(7).public_ip}"}}')""")
 
-    async def main() -> None:
-        store = harness.store()
-        (reserved,) = (await store.snapshot()).leases
-        assert reserved.expires_s is None
-        lease = await store.claim(host(7), exactly(7), ttl_s=100)
-        assert lease.expires_s is None
-        lease = await store.renew(lease, ttl_s=100)
-        assert (lease.expires_s, lease.attrs) == (None, host(7))
-        await store.release(lease)
-        assert [kept.key for kept in (await store.snapshot()).leases] == [key]
-        await store.aclose()
-
-    asyncio.run(main())
+    store = harness.store()
+    (reserved,) = (await store.snapshot()).leases
+    assert reserved.expires_s is None
+    lease = await store.claim(host(7), exactly(7), ttl_s=100)
+    assert lease.expires_s is None
+    lease = await store.renew(lease, ttl_s=100)
+    assert (lease.expires_s, lease.attrs) == (None, host(7))
+    await store.release(lease)
+    assert [kept.key for kept in (await store.snapshot()).leases] == [key]
+    await store.aclose()
 
 
-def test_rows_spoilt_by_hand_are_each_skipped_with_one_line(harness: LocalHarness) -> None:
+async def test_rows_spoilt_by_hand_are_each_skipped_with_one_line(harness: LocalHarness) -> None:
     harness.write([(0, 0)])
     good = host(1).to_json()
     spoilt: list[tuple[object, object, object]] = [
@@ -253,42 +235,36 @@ def test_rows_spoilt_by_hand_are_each_skipped_with_one_line(harness: LocalHarnes
     harness.sql("insert into leases (key, value, expires) values (?, ?, ?)", rows=spoilt)
     harness.sql("insert into leases (key, value) values (cast(x'ff0a' as text), '{}')")
 
-    async def main() -> None:
-        store = harness.store()
-        snapshot = await store.snapshot()
-        assert [lease.subnets for lease in snapshot.leases] == [SUBNETS[0]]
-        assert len(snapshot.skipped) == len(spoilt) + 1
-        for line in snapshot.skipped:
-            assert line.startswith("lease ")
-            assert "\n" not in line
-        # A claim is neither stopped nor misled by them.
-        assert (await store.claim(host(2), first_free)).subnets == SUBNETS[1]
-        await store.aclose()
-
-    asyncio.run(main())
+    store = harness.store()
+    snapshot = await store.snapshot()
+    assert [lease.subnets for lease in snapshot.leases] == [SUBNETS[0]]
+    assert len(snapshot.skipped) == len(spoilt) + 1
+    for line in snapshot.skipped:
+        assert line.startswith("lease ")
+        assert "\n" not in line
+    # A claim is neither stopped nor misled by them.
+    assert (await store.claim(host(2), first_free)).subnets == SUBNETS[1]
+    await store.aclose()
 
 
 @pytest.mark.parametrize("names", [["leases.db", "leases.db-wal", "leases.db-shm"], ["leases.db"]])
-def test_a_file_deleted_under_running_daemons_is_made_anew_and_never_repeats_a_revision(
+async def test_a_file_deleted_under_running_daemons_is_made_anew_and_never_repeats_a_revision(
     harness: LocalHarness, names: list[str]
 ) -> None:
-    async def main() -> None:
-        stores = [harness.store(), harness.store()]
-        lease = await stores[0].claim(host(1), exactly(1))
-        async with watching(stores[1]) as watcher:
-            assert watcher.numbers == {1}
-            for name in names:
-                harness.path.with_name(name).unlink()
-            await watcher.until(lambda: not watcher.leases)
-            with pytest.raises(LeaseLostError):
-                await stores[0].renew(lease)
-            again = await stores[0].claim(host(2), exactly(2))
-            assert again.revision > lease.revision
-            await watcher.until(lambda: watcher.leases == {again.key: again})
-        for store in stores:
-            await store.aclose()
-
-    asyncio.run(main())
+    stores = [harness.store(), harness.store()]
+    lease = await stores[0].claim(host(1), exactly(1))
+    async with watching(stores[1]) as watcher:
+        assert watcher.numbers == {1}
+        for name in names:
+            harness.path.with_name(name).unlink()
+        await watcher.until(lambda: not watcher.leases)
+        with pytest.raises(LeaseLostError):
+            await stores[0].renew(lease)
+        again = await stores[0].claim(host(2), exactly(2))
+        assert again.revision > lease.revision
+        await watcher.until(lambda: watcher.leases == {again.key: again})
+    for store in stores:
+        await store.aclose()
 
 
 # Files that cannot be used
@@ -373,7 +349,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_file_that_cannot_be_used_is_refused_in_one_clear_line_and_left_alone(kind: str, tmp_path: Path) -> None:
+async def test_a_file_that_cannot_be_used_is_refused_in_one_clear_line_and_left_alone(
+    kind: str, tmp_path: Path
+) -> None:
     damage, reason, advice = DAMAGES[kind]
     directory = tmp_path / "state"
     directory.mkdir()
@@ -382,18 +360,15 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_clear_line_and_left_alone(
     damage(harness.path)
     before = harness.path.read_bytes() if harness.path.is_file() else None
 
-    async def main() -> None:
-        store = harness.store()
-        for call in (store.snapshot, lambda: store.claim(host(1), first_free), lambda: anext(store.watch(0))):
-            with pytest.raises(ConfigError, match=reason) as caught:
-                await call()
-            assert str(harness.path) in str(caught.value)
-            assert advice in str(caught.value)
-            assert "\n" not in str(caught.value)
-            assert caught.value.exit_status == 2
-        await store.aclose()
-
-    asyncio.run(main())
+    store = harness.store()
+    for call in (store.snapshot, lambda: store.claim(host(1), first_free), lambda: anext(store.watch(0))):
+        with pytest.raises(ConfigError, match=reason) as caught:
+            await call()
+        assert str(harness.path) in str(caught.value)
+        assert advice in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert caught.value.exit_status == 2
+    await store.aclose()
     assert before == (harness.path.read_bytes() if harness.path.is_file() else None)
 
 
@@ -415,17 +390,14 @@ def without_privileges() -> Iterator[Path]:
 
 @needs_root
 @pytest.mark.parametrize("name", ["leases.db", "not-there-yet.db"])
-def test_a_place_that_may_not_be_written_to_is_refused_in_one_clear_line(name: str) -> None:
+async def test_a_place_that_may_not_be_written_to_is_refused_in_one_clear_line(name: str) -> None:
     with without_privileges() as directory:
 
-        async def main() -> None:
-            store = LocalStore(directory / name, directory / "net-conf.json")
-            with pytest.raises(ConfigError, match=r"not writable; SQLite must write .*; grant|: grant that") as caught:
-                await store.snapshot()
-            assert str(directory / name) in str(caught.value)
-            await store.aclose()
-
-        asyncio.run(main())
+        store = LocalStore(directory / name, directory / "net-conf.json")
+        with pytest.raises(ConfigError, match=r"not writable; SQLite must write .*; grant|: grant that") as caught:
+            await store.snapshot()
+        assert str(directory / name) in str(caught.value)
+        await store.aclose()
         assert not (directory / "not-there-yet.db").exists()
 
 
@@ -446,56 +418,45 @@ def test_a_file_on_a_read_only_filesystem_is_refused_in_one_clear_line(harness: 
     assert f"ConfigError: cannot open the lease store {harness.path}: {harness.path} is not writable" in run.stderr
 
 
-def test_a_file_damaged_while_it_is_in_use_is_reported_and_a_mended_one_taken_up(harness: LocalHarness) -> None:
+async def test_a_file_damaged_while_it_is_in_use_is_reported_and_a_mended_one_taken_up(harness: LocalHarness) -> None:
     harness.write([(1, 1)])
     good = harness.path.read_bytes()
 
-    async def main() -> None:
-        store = harness.store()
+    store = harness.store()
+    await store.snapshot()
+    replacement = harness.path.with_name("new.db")
+    replacement.write_bytes(b"rubbish" * 1000)
+    replacement.replace(harness.path)
+    with pytest.raises(ConfigError, match="file is not a database"):
         await store.snapshot()
-        replacement = harness.path.with_name("new.db")
-        replacement.write_bytes(b"rubbish" * 1000)
-        replacement.replace(harness.path)
-        with pytest.raises(ConfigError, match="file is not a database"):
-            await store.snapshot()
-        replacement.write_bytes(good)
-        replacement.replace(harness.path)
-        assert [lease.subnets for lease in (await store.snapshot()).leases] == [SUBNETS[1]]
-        await store.aclose()
-
-    asyncio.run(main())
+    replacement.write_bytes(good)
+    replacement.replace(harness.path)
+    assert [lease.subnets for lease in (await store.snapshot()).leases] == [SUBNETS[1]]
+    await store.aclose()
 
 
-def test_an_empty_file_left_by_a_killed_maker_is_filled(harness: LocalHarness) -> None:
+async def test_an_empty_file_left_by_a_killed_maker_is_filled(harness: LocalHarness) -> None:
     harness.path.touch()
 
-    async def main() -> None:
-        store = harness.store()
-        assert (await store.claim(host(1), exactly(1))).subnets == SUBNETS[1]
+    store = harness.store()
+    assert (await store.claim(host(1), exactly(1))).subnets == SUBNETS[1]
+    await store.aclose()
+
+
+async def test_many_stores_may_make_the_file_at_once(harness: LocalHarness) -> None:
+    stores = [harness.store() for _ in range(8)]
+    revisions = {snapshot.revision for snapshot in await asyncio.gather(*(s.snapshot() for s in stores))}
+    assert len(revisions) == 1
+    for store in stores:
         await store.aclose()
 
-    asyncio.run(main())
 
-
-def test_many_stores_may_make_the_file_at_once(harness: LocalHarness) -> None:
-    async def main() -> None:
-        stores = [harness.store() for _ in range(8)]
-        revisions = {snapshot.revision for snapshot in await asyncio.gather(*(s.snapshot() for s in stores))}
-        assert len(revisions) == 1
-        for store in stores:
-            await store.aclose()
-
-    asyncio.run(main())
-
-
-def test_opening_costs_no_time_for_ten_thousand_leases(harness: LocalHarness) -> None:
+@pytest.mark.alone
+async def test_opening_costs_no_time_for_ten_thousand_leases(harness: LocalHarness) -> None:
     harness.write((number, number) for number in range(10_000))
 
-    async def main() -> None:
-        store = harness.store()
-        began_s = time.monotonic()
-        await store.release(await store.claim(host(11_000), exactly(11_000)))
-        assert time.monotonic() - began_s < 2.5
-        await store.aclose()
-
-    asyncio.run(main())
+    store = harness.store()
+    began_s = time.monotonic()
+    await store.release(await store.claim(host(11_000), exactly(11_000)))
+    assert time.monotonic() - began_s < 2.5
+    await store.aclose()

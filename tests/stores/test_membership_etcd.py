@@ -47,41 +47,38 @@ def made_at(harness: EtcdHarness, key: str) -> int:
     return int(found["create_revision"])
 
 
-def test_short_leases_are_renewed_for_ever_and_end_with_their_host_whatever_the_clocks_say(
+async def test_short_leases_are_renewed_for_ever_and_end_with_their_host_whatever_the_clocks_say(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_clock, "CHECK_S", 0.2)
     caplog.set_level(logging.INFO, logger="udptun.membership")
 
-    async def main() -> None:
-        harness = EtcdHarness(tmp_path)
-        harness.etcdctl("put", f"{harness.prefix}/config", CONFIG)
-        made_members = [host(harness, tmp_path, number) for number in (1, 2, 3)]
-        hosts, clock = [member for member, _ in made_members], made_members[0][1]
-        for member in hosts:
-            await member.start()
-        keys = [member.membership.own.key for member in hosts]
-        await holds(lambda: all(len(member.peers) == 2 for member in hosts), "two peers each")
-        made = [await asyncio.to_thread(made_at, harness, key) for key in keys]
-        began = time.monotonic()
-        for set_by_s in (0, 30 * 86_400, -30 * 86_400):
-            clock.set_by_s = set_by_s
-            await asyncio.sleep(TTL_S * 0.8)
-        print(f"{time.monotonic() - began:.1f} s with leases of {TTL_S} s")
-        # None of the keys was ever gone, and nobody lost a peer.
-        assert [await asyncio.to_thread(made_at, harness, key) for key in keys] == made
-        assert [member.removals for member in hosts] == [0, 0, 0]
+    harness = EtcdHarness(tmp_path)
+    harness.etcdctl("put", f"{harness.prefix}/config", CONFIG)
+    made_members = [host(harness, tmp_path, number) for number in (1, 2, 3)]
+    hosts, clock = [member for member, _ in made_members], made_members[0][1]
+    for member in hosts:
+        await member.start()
+    keys = [member.membership.own.key for member in hosts]
+    await holds(lambda: all(len(member.peers) == 2 for member in hosts), "two peers each")
+    made = [await asyncio.to_thread(made_at, harness, key) for key in keys]
+    began = time.monotonic()
+    for set_by_s in (0, 30 * 86_400, -30 * 86_400):
+        clock.set_by_s = set_by_s
+        await asyncio.sleep(TTL_S * 0.8)
+    print(f"{time.monotonic() - began:.1f} s with leases of {TTL_S} s")
+    # None of the keys was ever gone, and nobody lost a peer.
+    assert [await asyncio.to_thread(made_at, harness, key) for key in keys] == made
+    assert [member.removals for member in hosts] == [0, 0, 0]
 
-        await hosts[2].die()
-        left = hosts[:2]
-        seconds = await holds(lambda: all(keys[2] not in member.peers for member in left), "the dead one to be gone")
-        print(f"a dead host's lease of {TTL_S} s was gone everywhere after {seconds:.1f} s")
-        assert [member.peers for member in left] == [{keys[1]}, {keys[0]}]
-        assert all(member.running is not None and not member.running.done() for member in left)
-        for member in left:
-            await member.die()
-
-    asyncio.run(main())
+    await hosts[2].die()
+    left = hosts[:2]
+    seconds = await holds(lambda: all(keys[2] not in member.peers for member in left), "the dead one to be gone")
+    print(f"a dead host's lease of {TTL_S} s was gone everywhere after {seconds:.1f} s")
+    assert [member.peers for member in left] == [{keys[1]}, {keys[0]}]
+    assert all(member.running is not None and not member.running.done() for member in left)
+    for member in left:
+        await member.die()
     said = [record.message for record in caplog.records]
     assert sum("lease renewed" in line for line in said) >= 6
     assert sum("the clock was set by" in line for line in said) == 2

@@ -15,7 +15,9 @@ from udptun.firewall.nft import NftRules
 from udptun.firewall.rules import DesiredRules, forward, nft_removal
 
 
-def test_a_tool_that_is_interrupted_at_any_moment_is_gone_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_tool_that_is_interrupted_at_any_moment_is_gone_without_a_word(
+    caplog: pytest.LogCaptureFixture
+) -> None:
     """asyncio's own kill looks whether the process has ended, and the thread that waits for it then warned."""
 
     async def interrupt(after_s: float) -> None:
@@ -25,11 +27,8 @@ def test_a_tool_that_is_interrupted_at_any_moment_is_gone_without_a_word(caplog:
         with suppress(asyncio.CancelledError):
             await running
 
-    async def interrupt_often() -> None:
-        for n in range(200):
-            await interrupt(n * 20e-6)
-
-    asyncio.run(interrupt_often())
+    for n in range(200):
+        await interrupt(n * 20e-6)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 

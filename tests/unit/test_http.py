@@ -430,14 +430,11 @@ def test_unix_socket_serves_its_owner_only_and_replaces_what_a_dead_server_left(
     assert asyncio.run(main()).endswith(b'\r\n\r\n{"\xc3\xa4":1}')
 
 
-def test_serve_names_the_address_when_it_is_taken(tmp_path: Path) -> None:
-    async def main() -> None:
-        first = await serve(ROUTES, ("127.0.0.1", 0))
-        port = first.sockets[0].getsockname()[1]
-        with pytest.raises(KernelError, match=f"cannot listen on 127.0.0.1:{port}: EADDRINUSE; another program"):
-            await serve(ROUTES, ("127.0.0.1", port))
-        first.close()
-        with pytest.raises(KernelError, match=r"cannot listen on /.*/no/sock: ENOENT; No such file"):
-            await serve(ROUTES, tmp_path / "no" / "sock")
-
-    asyncio.run(main())
+async def test_serve_names_the_address_when_it_is_taken(tmp_path: Path) -> None:
+    first = await serve(ROUTES, ("127.0.0.1", 0))
+    port = first.sockets[0].getsockname()[1]
+    with pytest.raises(KernelError, match=f"cannot listen on 127.0.0.1:{port}: EADDRINUSE; another program"):
+        await serve(ROUTES, ("127.0.0.1", port))
+    first.close()
+    with pytest.raises(KernelError, match=r"cannot listen on /.*/no/sock: ENOENT; No such file"):
+        await serve(ROUTES, tmp_path / "no" / "sock")

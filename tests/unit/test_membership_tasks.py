@@ -154,48 +154,42 @@ async def turns(n: int = 50) -> None:
 # --- joining
 
 
-def test_joining_leaves_a_new_lease_when_the_start_fails_and_keeps_an_old_one(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        new = Member(store, tmp_path)
-        await new.join()
-        assert len(store.leases) == 2
-        await new.membership.leave_if_new()
-        assert list(store.leases) == [PEER.key]
-        old = lease("10.244.3.0/24", "192.0.2.1", ME.node_id)
-        store.put(old)
-        again = Member(store, tmp_path)
-        await again.join()
-        await again.membership.leave_if_new()
-        assert set(store.leases) == {PEER.key, old.key}
-
-    asyncio.run(main())
+async def test_joining_leaves_a_new_lease_when_the_start_fails_and_keeps_an_old_one(tmp_path: Path) -> None:
+    store = FakeStore(PEER)
+    new = Member(store, tmp_path)
+    await new.join()
+    assert len(store.leases) == 2
+    await new.membership.leave_if_new()
+    assert list(store.leases) == [PEER.key]
+    old = lease("10.244.3.0/24", "192.0.2.1", ME.node_id)
+    store.put(old)
+    again = Member(store, tmp_path)
+    await again.join()
+    await again.membership.leave_if_new()
+    assert set(store.leases) == {PEER.key, old.key}
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_joining_that_is_interrupted_leaves_the_lease_that_it_gets_all_the_same(
+async def test_joining_that_is_interrupted_leaves_the_lease_that_it_gets_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
 ) -> None:
     """A store works on a thread, which nobody can cancel, so the lease stayed."""
     monkeypatch.setattr(start_module, "CLAIM_PATIENCE_S", 10 if ends else 0.01)
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        store.claim_waits = asyncio.Event()
-        member = Member(store, tmp_path)
-        joining = asyncio.create_task(member.join())
-        await until(lambda: store.claims)
-        joining.cancel()
-        with suppress(asyncio.CancelledError):
-            await joining
-        leaving = asyncio.create_task(member.membership.leave_if_new())
-        await asyncio.sleep(0)
-        if ends:
-            store.claim_waits.set()
-        await leaving
-        assert list(store.leases) == [PEER.key]
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    store.claim_waits = asyncio.Event()
+    member = Member(store, tmp_path)
+    joining = asyncio.create_task(member.join())
+    await until(lambda: store.claims)
+    joining.cancel()
+    with suppress(asyncio.CancelledError):
+        await joining
+    leaving = asyncio.create_task(member.membership.leave_if_new())
+    await asyncio.sleep(0)
+    if ends:
+        store.claim_waits.set()
+    await leaving
+    assert list(store.leases) == [PEER.key]
 
 
 def test_leaving_before_joining_does_no_harm(tmp_path: Path) -> None:
@@ -209,30 +203,24 @@ def test_leaving_before_joining_does_no_harm(tmp_path: Path) -> None:
         ("10.244.1.0/31", "prefix length 31 is outside 16..30"),
     ],
 )
-def test_joining_is_refused_when_our_own_lease_cannot_be_used(tmp_path: Path, subnet: str, reason: str) -> None:
+async def test_joining_is_refused_when_our_own_lease_cannot_be_used(tmp_path: Path, subnet: str, reason: str) -> None:
     """A leases file's entry never passes the chooser."""
 
-    async def main() -> None:
-        store = FakeStore()
-        store.gives = Subnets(IPv4Network(subnet))
-        with pytest.raises(ConfigError) as caught:
-            await Member(store, tmp_path).join()
-        assert caught.value.problems == (f"our lease in fake cannot be used: {reason}",)
-
-    asyncio.run(main())
+    store = FakeStore()
+    store.gives = Subnets(IPv4Network(subnet))
+    with pytest.raises(ConfigError) as caught:
+        await Member(store, tmp_path).join()
+    assert caught.value.problems == (f"our lease in fake cannot be used: {reason}",)
 
 
 @pytest.mark.parametrize(("node_id", "n_warnings"), [("2" * 32, 1), (ME.node_id, 0), (None, 0)])
-def test_joining_names_both_nodes_when_another_has_our_address_and_port(
+async def test_joining_names_both_nodes_when_another_has_our_address_and_port(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, node_id: str | None, n_warnings: int
 ) -> None:
-    async def main() -> None:
-        there = lease("10.244.3.0/24", "192.0.2.1", node_id)
-        member = Member(FakeStore(there), tmp_path)
-        await member.join()
-        assert member.membership.own.key == there.key
-
-    asyncio.run(main())
+    there = lease("10.244.3.0/24", "192.0.2.1", node_id)
+    member = Member(FakeStore(there), tmp_path)
+    await member.join()
+    assert member.membership.own.key == there.key
     warnings = told(caplog, logging.WARNING)
     assert len(warnings) == n_warnings
     for line in warnings:
@@ -243,327 +231,281 @@ def test_joining_names_both_nodes_when_another_has_our_address_and_port(
 # --- our own lease
 
 
-def test_own_lease_is_taken_again_when_it_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            own = member.membership.own
-            store.remove(own)
-            await until(lambda: own.key in store.leases)
-            assert store.leases[own.key].attrs == OWN_ATTRS
-            store.replace_all(PEER)
-            await until(lambda: own.key in store.leases)
-            await turns()
-            assert store.claims == 3
-            assert member.membership.problems == ()
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-
-    asyncio.run(main())
+async def test_own_lease_is_taken_again_when_it_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        own = member.membership.own
+        store.remove(own)
+        await until(lambda: own.key in store.leases)
+        assert store.leases[own.key].attrs == OWN_ATTRS
+        store.replace_all(PEER)
+        await until(lambda: own.key in store.leases)
+        await turns()
+        assert store.claims == 3
+        assert member.membership.problems == ()
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
     assert len(told(caplog, logging.WARNING, "our lease is gone from the store")) == 2
     assert len(told(caplog, logging.INFO, "lease taken again")) == 2
     assert told(caplog, logging.ERROR) == []
 
 
 @pytest.mark.parametrize("node_id", ["2" * 32, None], ids=["udptun", "flannel"])
-def test_own_lease_that_another_took_is_one_error_and_no_fight(
+async def test_own_lease_that_another_took_is_one_error_and_no_fight(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, node_id: str | None
 ) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            own = member.membership.own
-            thief = lease(str(own.subnet), "192.0.2.66", node_id)
-            store.put(thief)
-            await until(lambda: store.claims > 4)
-            assert store.has(thief)
-            assert member.membership.own.attrs == OWN_ATTRS
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            (problem,) = member.membership.problems
-            assert f"{own.subnet} is leased to 192.0.2.66 (node {node_id or 'without id'}) now" in problem
-            store.remove(thief)
-            await until(lambda: own.key in store.leases)
-            await until(lambda: member.membership.problems == ())
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        own = member.membership.own
+        thief = lease(str(own.subnet), "192.0.2.66", node_id)
+        store.put(thief)
+        await until(lambda: store.claims > 4)
+        assert store.has(thief)
+        assert member.membership.own.attrs == OWN_ATTRS
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        (problem,) = member.membership.problems
+        assert f"{own.subnet} is leased to 192.0.2.66 (node {node_id or 'without id'}) now" in problem
+        store.remove(thief)
+        await until(lambda: own.key in store.leases)
+        await until(lambda: member.membership.problems == ())
     assert len(told(caplog, logging.ERROR)) == 1
 
 
-def test_own_lease_stays_when_the_store_gives_us_another_subnet(
+async def test_own_lease_stays_when_the_store_gives_us_another_subnet(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The new subnet was taken in silence, with device, routes and table on the old one."""
 
-    async def main() -> None:
-        store = FakeStore()
-        member = Member(store, tmp_path)
-        async with member.running():
-            own = member.membership.own
-            store.gives = Subnets(IPv4Network("10.244.200.0/24"))
-            store.remove(own)
-            await until(lambda: member.membership.problems)
-            assert member.membership.own.subnet == own.subnet
-            assert member.membership.problems == (
-                f"fake gives this host 10.244.200.0/24 now, not {own.subnet}; restart to use it",
-            )
-
-    asyncio.run(main())
+    store = FakeStore()
+    member = Member(store, tmp_path)
+    async with member.running():
+        own = member.membership.own
+        store.gives = Subnets(IPv4Network("10.244.200.0/24"))
+        store.remove(own)
+        await until(lambda: member.membership.problems)
+        assert member.membership.own.subnet == own.subnet
+        assert member.membership.problems == (
+            f"fake gives this host 10.244.200.0/24 now, not {own.subnet}; restart to use it",
+        )
     assert len(told(caplog, logging.ERROR)) == 1
 
 
 @pytest.mark.parametrize("error", [StoreUnavailableError("locked"), ConfigError("no entry is ours")])
-def test_own_lease_that_cannot_be_taken_again_yet_is_one_error_and_is_tried_on(
+async def test_own_lease_that_cannot_be_taken_again_yet_is_one_error_and_is_tried_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     """ConfigError ended the daemon."""
 
-    async def main() -> None:
-        store = FakeStore()
-        member = Member(store, tmp_path)
-        async with member.running():
-            own = member.membership.own
-            store.fail_writes = error
-            store.remove(own)
-            await until(lambda: store.claims > 4)
-            assert member.membership.problems == (str(error),)
-            store.fail_writes = None
-            await until(lambda: own.key in store.leases)
-
-    asyncio.run(main())
+    store = FakeStore()
+    member = Member(store, tmp_path)
+    async with member.running():
+        own = member.membership.own
+        store.fail_writes = error
+        store.remove(own)
+        await until(lambda: store.claims > 4)
+        assert member.membership.problems == (str(error),)
+        store.fail_writes = None
+        await until(lambda: own.key in store.leases)
     assert told(caplog, logging.ERROR) == [f"our lease cannot be taken again, forwarding on error={str(error)!r}"]
 
 
-def test_own_lease_is_renewed_by_margin_and_not_before(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore()
-        store.ttl_s = 0.4
-        member = Member(store, tmp_path, margin_s=0.2)
-        async with member.running():
-            expiries = [member.membership.own.expires_s or 0]
-            while len(expiries) < 4:
-                await until(lambda: member.membership.own.expires_s != expiries[-1])
-                expiries.append(member.membership.own.expires_s or 0)
-        assert all(later - earlier >= 0.2 for earlier, later in pairwise(expiries))
-
-    asyncio.run(main())
+async def test_own_lease_is_renewed_by_margin_and_not_before(tmp_path: Path) -> None:
+    store = FakeStore()
+    store.ttl_s = 0.4
+    member = Member(store, tmp_path, margin_s=0.2)
+    async with member.running():
+        expiries = [member.membership.own.expires_s or 0]
+        while len(expiries) < 4:
+            await until(lambda: member.membership.own.expires_s != expiries[-1])
+            expiries.append(member.membership.own.expires_s or 0)
+    assert all(later - earlier >= 0.2 for earlier, later in pairwise(expiries))
 
 
-def test_own_lease_is_renewed_later_when_the_store_does_not_answer(
+async def test_own_lease_is_renewed_later_when_the_store_does_not_answer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        store = FakeStore()
-        store.ttl_s = 0.1
-        member = Member(store, tmp_path, margin_s=0.1)
-        async with member.running():
-            store.fail_writes = StoreUnavailableError("locked")
-            before = store.renewals
-            await until(lambda: store.renewals > before + 4)
-            store.ttl_s = 1000
-            store.fail_writes = None
-            await until(lambda: member.membership.problems == ())
-            assert member.membership.own.expires_s is not None
-            assert member.membership.own.expires_s > time.time() + 500
-
-    asyncio.run(main())
+    store = FakeStore()
+    store.ttl_s = 0.1
+    member = Member(store, tmp_path, margin_s=0.1)
+    async with member.running():
+        store.fail_writes = StoreUnavailableError("locked")
+        before = store.renewals
+        await until(lambda: store.renewals > before + 4)
+        store.ttl_s = 1000
+        store.fail_writes = None
+        await until(lambda: member.membership.problems == ())
+        assert member.membership.own.expires_s is not None
+        assert member.membership.own.expires_s > time.time() + 500
     assert told(caplog, logging.ERROR) == ["our lease cannot be renewed, forwarding on error='locked'"]
 
 
-def test_own_lease_that_is_gone_when_it_is_renewed_is_taken_again(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore()
-        store.ttl_s = 0.05
-        member = Member(store, tmp_path, margin_s=0.05)
-        async with member.running():
-            own = member.membership.own
-            store.ttl_s = 1000
-            # As a store does that has not told of it yet.
-            store.leases.clear()
-            await until(lambda: own.key in store.leases)
-            assert member.membership.problems == ()
-
-    asyncio.run(main())
+async def test_own_lease_that_is_gone_when_it_is_renewed_is_taken_again(tmp_path: Path) -> None:
+    store = FakeStore()
+    store.ttl_s = 0.05
+    member = Member(store, tmp_path, margin_s=0.05)
+    async with member.running():
+        own = member.membership.own
+        store.ttl_s = 1000
+        # As a store does that has not told of it yet.
+        store.leases.clear()
+        await until(lambda: own.key in store.leases)
+        assert member.membership.problems == ()
 
 
 @pytest.mark.parametrize("is_lost", [True, False], ids=["taken again", "renewed"])
-def test_move_while_the_lease_is_written_reaches_the_store(tmp_path: Path, is_lost: bool) -> None:
+async def test_move_while_the_lease_is_written_reaches_the_store(tmp_path: Path, is_lost: bool) -> None:
     """A lease that was taken again just then put the old address back, and the peers sent there until the restart."""
     moved = attrs("192.0.2.77", ME.node_id)
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        store.ttl_s = 0.1
-        member = Member(store, tmp_path, margin_s=0.1)
-        async with member.running():
-            own = member.membership.own
-            store.claim_waits = asyncio.Event()
-            if is_lost:
-                store.remove(own)
-            n_writes = store.claims + store.renewals
-            await until(lambda: store.claims + store.renewals > n_writes)
-            member.membership.move(replace(ME, public_ip=moved.public_ip), moved)
-            store.ttl_s = 1000
-            store.claim_waits.set()
-            await until(lambda: own.key in store.leases and store.leases[own.key].attrs == moved)
-            await turns()
-            assert member.membership.own.attrs == moved
-            assert member.membership.problems == ()
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    store.ttl_s = 0.1
+    member = Member(store, tmp_path, margin_s=0.1)
+    async with member.running():
+        own = member.membership.own
+        store.claim_waits = asyncio.Event()
+        if is_lost:
+            store.remove(own)
+        n_writes = store.claims + store.renewals
+        await until(lambda: store.claims + store.renewals > n_writes)
+        member.membership.move(replace(ME, public_ip=moved.public_ip), moved)
+        store.ttl_s = 1000
+        store.claim_waits.set()
+        await until(lambda: own.key in store.leases and store.leases[own.key].attrs == moved)
+        await turns()
+        assert member.membership.own.attrs == moved
+        assert member.membership.problems == ()
 
 
 # --- the others
 
 
-def test_peers_follow_the_store(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            store.put(lease("10.244.21.0/24", "192.0.2.21"), lease("10.244.20.0/24", "192.0.2.99"))
-            await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.99", "10.244.21.0/24": "192.0.2.21"})
-            store.remove(PEER)
-            await until(lambda: member.peers == {"10.244.21.0/24": "192.0.2.21"})
-
-    asyncio.run(main())
+async def test_peers_follow_the_store(tmp_path: Path) -> None:
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        store.put(lease("10.244.21.0/24", "192.0.2.21"), lease("10.244.20.0/24", "192.0.2.99"))
+        await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.99", "10.244.21.0/24": "192.0.2.21"})
+        store.remove(PEER)
+        await until(lambda: member.peers == {"10.244.21.0/24": "192.0.2.21"})
 
 
-def test_peer_whose_lease_is_made_again_at_once_is_never_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_peer_whose_lease_is_made_again_at_once_is_never_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It was deleted by mistake, or the store lost all.  Between the two events its packets were dropped for 20 ms."""
     monkeypatch.setattr(grace, "GRACE_S", 0.2)
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            n_changes = member.n_changes
-            store.remove(PEER)
-            await turns()
-            store.put(PEER)
-            store.replace_all(member.membership.own)
-            await turns()
-            store.replace_all(member.membership.own, PEER)
-            await asyncio.sleep(0.3)
-            assert member.n_changes == n_changes
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            store.remove(PEER)
-            await turns()
-            moved = lease("10.244.20.0/24", "192.0.2.99")
-            store.put(moved)
-            await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.99"})
-            store.remove(moved)
-            await until(lambda: member.peers == {})
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        n_changes = member.n_changes
+        store.remove(PEER)
+        await turns()
+        store.put(PEER)
+        store.replace_all(member.membership.own)
+        await turns()
+        store.replace_all(member.membership.own, PEER)
+        await asyncio.sleep(0.3)
+        assert member.n_changes == n_changes
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        store.remove(PEER)
+        await turns()
+        moved = lease("10.244.20.0/24", "192.0.2.99")
+        store.put(moved)
+        await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.99"})
+        store.remove(moved)
+        await until(lambda: member.peers == {})
 
 
-def test_peer_that_goes_later_is_dropped_though_its_lease_was_gone_for_an_instant_before(tmp_path: Path) -> None:
+async def test_peer_that_goes_later_is_dropped_though_its_lease_was_gone_for_an_instant_before(tmp_path: Path) -> None:
     """The first grace was over before anybody looked at it, and then nobody ever looked again."""
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            await turns()
-            store.remove(PEER)
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        await turns()
+        store.remove(PEER)
+        store.put(PEER)
+        await turns()
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        store.remove(PEER)
+        await until(lambda: member.peers == {})
+
+
+async def test_subnet_of_a_peer_that_goes_is_another_ones_when_its_grace_is_over(tmp_path: Path) -> None:
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        half = lease("10.244.20.0/25", "192.0.2.66")
+        store.replace_all(member.membership.own, half)
+        await until(lambda: member.peers == {"10.244.20.0/25": "192.0.2.66"})
+        assert member.membership.skipped == ()
+
+
+async def test_peer_that_overlaps_our_own_lease_is_refused(tmp_path: Path) -> None:
+    store = FakeStore()
+    member = Member(store, tmp_path)
+    async with member.running():
+        wide = lease("10.244.0.0/20", "192.0.2.66")
+        store.put(wide, PEER)
+        await until(lambda: member.peers)
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        assert member.membership.skipped == (
+            f"{wide.key}: subnet 10.244.0.0/20 overlaps our own lease {member.membership.own.subnet}",
+        )
+
+
+async def test_peer_is_dropped_when_it_expires_though_the_store_is_silent(tmp_path: Path) -> None:
+    soon = lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 0.1)
+    store = FakeStore(soon, lease("10.244.21.0/24", "192.0.2.21"))
+    member = Member(store, tmp_path)
+    async with member.running():
+        assert len(member.peers) == 2
+        store.break_down(StoreUnavailableError("away"))
+        await until(lambda: member.peers == {"10.244.21.0/24": "192.0.2.21"})
+
+
+async def test_item_that_cannot_be_used_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = FakeStore()
+    store.skipped = ("lease 'junk': not JSON",)
+    outside = lease("10.9.0.0/24", "192.0.2.9")
+    store.put(outside)
+    member = Member(store, tmp_path)
+    async with member.running():
+        own = member.membership.own
+        for _ in range(3):
+            store.replace_all(own, outside)
             store.put(PEER)
-            await turns()
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            store.remove(PEER)
-            await until(lambda: member.peers == {})
-
-    asyncio.run(main())
-
-
-def test_subnet_of_a_peer_that_goes_is_another_ones_when_its_grace_is_over(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            half = lease("10.244.20.0/25", "192.0.2.66")
-            store.replace_all(member.membership.own, half)
-            await until(lambda: member.peers == {"10.244.20.0/25": "192.0.2.66"})
-            assert member.membership.skipped == ()
-
-    asyncio.run(main())
-
-
-def test_peer_that_overlaps_our_own_lease_is_refused(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore()
-        member = Member(store, tmp_path)
-        async with member.running():
-            wide = lease("10.244.0.0/20", "192.0.2.66")
-            store.put(wide, PEER)
             await until(lambda: member.peers)
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            assert member.membership.skipped == (
-                f"{wide.key}: subnet 10.244.0.0/20 overlaps our own lease {member.membership.own.subnet}",
-            )
-
-    asyncio.run(main())
-
-
-def test_peer_is_dropped_when_it_expires_though_the_store_is_silent(tmp_path: Path) -> None:
-    async def main() -> None:
-        soon = lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 0.1)
-        store = FakeStore(soon, lease("10.244.21.0/24", "192.0.2.21"))
-        member = Member(store, tmp_path)
-        async with member.running():
-            assert len(member.peers) == 2
-            store.break_down(StoreUnavailableError("away"))
-            await until(lambda: member.peers == {"10.244.21.0/24": "192.0.2.21"})
-
-    asyncio.run(main())
-
-
-def test_item_that_cannot_be_used_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        store = FakeStore()
-        store.skipped = ("lease 'junk': not JSON",)
-        outside = lease("10.9.0.0/24", "192.0.2.9")
-        store.put(outside)
-        member = Member(store, tmp_path)
-        async with member.running():
-            own = member.membership.own
-            for _ in range(3):
-                store.replace_all(own, outside)
-                store.put(PEER)
-                await until(lambda: member.peers)
-                store.remove(PEER)
-                await until(lambda: not member.peers)
-            assert member.membership.skipped == (
-                "lease 'junk': not JSON",
-                f"{outside.key}: subnet 10.9.0.0/24 is outside Network 10.244.0.0/16",
-            )
-            store.skipped = ()
-            store.replace_all(own)
-            await until(lambda: member.membership.skipped == ())
-
-    asyncio.run(main())
+            store.remove(PEER)
+            await until(lambda: not member.peers)
+        assert member.membership.skipped == (
+            "lease 'junk': not JSON",
+            f"{outside.key}: subnet 10.9.0.0/24 is outside Network 10.244.0.0/16",
+        )
+        store.skipped = ()
+        store.replace_all(own)
+        await until(lambda: member.membership.skipped == ())
     assert len(told(caplog, logging.WARNING, "lease skipped lease 'junk'")) == 1
     assert len(told(caplog, logging.WARNING, "lease skipped 10.9.0.0-24")) == 1
 
 
-def test_leases_are_looked_at_anew_when_we_have_moved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_leases_are_looked_at_anew_when_we_have_moved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The line `PublicIP is our own` stayed when it was no longer ours, and the host that has it now was no peer."""
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            successor = lease("10.244.21.0/24", "192.0.2.1", "3" * 32)
-            store.put(successor)
-            await until(lambda: member.membership.skipped)
-            assert member.membership.skipped == (f"{successor.key}: PublicIP 192.0.2.1 is our own",)
-            moved = attrs("192.0.2.99", ME.node_id)
-            member.membership.move(replace(ME, public_ip=moved.public_ip), moved)
-            await until(lambda: member.membership.skipped == ())
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20", "10.244.21.0/24": "192.0.2.1"}
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        successor = lease("10.244.21.0/24", "192.0.2.1", "3" * 32)
+        store.put(successor)
+        await until(lambda: member.membership.skipped)
+        assert member.membership.skipped == (f"{successor.key}: PublicIP 192.0.2.1 is our own",)
+        moved = attrs("192.0.2.99", ME.node_id)
+        member.membership.move(replace(ME, public_ip=moved.public_ip), moved)
+        await until(lambda: member.membership.skipped == ())
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20", "10.244.21.0/24": "192.0.2.1"}
     assert len(told(caplog, logging.INFO, "lease no longer skipped 10.244.21.0-24")) == 1
 
 
@@ -571,65 +513,56 @@ def test_leases_are_looked_at_anew_when_we_have_moved(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("kind", [StoreUnavailableError, ConfigError])
-def test_store_that_fails_costs_one_line_for_each_reason_and_no_peer(
+async def test_store_that_fails_costs_one_line_for_each_reason_and_no_peer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: type[Exception]
 ) -> None:
     """A database that was damaged at run time is a ConfigError, which ended the daemon."""
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            for reason in ("away", "broken"):
-                before = store.watches
-                store.break_down(kind(reason))
-                await until(lambda before=before: store.watches > before + 5)
-                assert member.membership.problems == (reason,)
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            store.break_down(None)
-            store.put(lease("10.244.21.0/24", "192.0.2.21"))
-            await until(lambda: len(member.peers) == 2)
-            assert member.membership.problems == ()
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        for reason in ("away", "broken"):
+            before = store.watches
+            store.break_down(kind(reason))
+            await until(lambda before=before: store.watches > before + 5)
+            assert member.membership.problems == (reason,)
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        store.break_down(None)
+        store.put(lease("10.244.21.0/24", "192.0.2.21"))
+        await until(lambda: len(member.peers) == 2)
+        assert member.membership.problems == ()
     assert [line.rpartition("error=")[2] for line in told(caplog, logging.WARNING)] == ["'away'", "'broken'"]
     assert len(told(caplog, logging.INFO, "lease store answers again store=fake after_s=")) == 1
 
 
-def test_store_that_works_again_is_said_to_although_nothing_changes(
+async def test_store_that_works_again_is_said_to_although_nothing_changes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "CALM_S", 0.05)
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            store.break_down(StoreUnavailableError("away"))
-            await until(lambda: member.membership.problems)
-            store.break_down(None)
-            await until(lambda: member.membership.problems == ())
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        store.break_down(StoreUnavailableError("away"))
+        await until(lambda: member.membership.problems)
+        store.break_down(None)
+        await until(lambda: member.membership.problems == ())
     assert len(told(caplog, logging.INFO, "answers again")) == 1
 
 
-def test_store_that_fails_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_store_that_fails_is_asked_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
 
     async def recorded(seconds: float) -> None:
         slept.append(seconds)
 
-    async def main() -> None:
-        monkeypatch.setattr(outage, "RECONNECT_S", (0.125, 1.0))
-        monkeypatch.setattr(outage.asyncio, "sleep", recorded)
-        backoff = Backoff()
-        for _ in range(6):
-            await backoff.sleep()
-        backoff.reset()
+    monkeypatch.setattr(outage, "RECONNECT_S", (0.125, 1.0))
+    monkeypatch.setattr(outage.asyncio, "sleep", recorded)
+    backoff = Backoff()
+    for _ in range(6):
         await backoff.sleep()
-
-    asyncio.run(main())
+    backoff.reset()
+    await backoff.sleep()
     for seconds, longest in zip(slept, [0.125, 0.25, 0.5, 1.0, 1.0, 1.0, 0.125], strict=True):
         assert longest * 2 / 3 <= seconds <= longest
 
@@ -721,144 +654,123 @@ def test_expiries_are_saved_too_but_less_often(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("config", ["{", '{"Network": "10.244.0.0/33"}'])
-def test_start_waits_for_a_config_in_a_remote_store_that_is_broken(
+async def test_start_waits_for_a_config_in_a_remote_store_that_is_broken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, config: str
 ) -> None:
     """flannel waits as well: the config is mended somewhere else, for all hosts at once."""
 
-    async def main() -> None:
-        store = FakeStore()
-        store.config = config
-        with pytest.raises(ConfigError):
-            await find_start(store, tmp_path, Clock(), parse_net_conf)
-        store.is_remote = True
-        starting = asyncio.create_task(find_start(store, tmp_path, Clock(), parse_net_conf))
-        await until(lambda: told(caplog, logging.WARNING, "no network config, waiting for it"))
-        await turns()
-        assert not starting.done()
-        store.config = CONFIG
-        assert (await starting).config == CONFIG
-
-    asyncio.run(main())
+    store = FakeStore()
+    store.config = config
+    with pytest.raises(ConfigError):
+        await find_start(store, tmp_path, Clock(), parse_net_conf)
+    store.is_remote = True
+    starting = asyncio.create_task(find_start(store, tmp_path, Clock(), parse_net_conf))
+    await until(lambda: told(caplog, logging.WARNING, "no network config, waiting for it"))
+    await turns()
+    assert not starting.done()
+    store.config = CONFIG
+    assert (await starting).config == CONFIG
     assert len(told(caplog, logging.WARNING)) == 1
 
 
-def test_start_uses_the_config_of_the_last_run_while_that_in_a_remote_store_is_broken(tmp_path: Path) -> None:
-    async def main() -> None:
-        save(tmp_path, PEER)
-        store = FakeStore()
-        store.config, store.is_remote = "{", True
-        start = await find_start(store, tmp_path, Clock(), parse_net_conf)
-        assert start.config == CONFIG
-        member = Member(store, tmp_path, start=start)
-        async with member.running():
-            await until(lambda: member.membership.problems)
-            assert len(member.peers) == 1
-            store.config = CONFIG
-            await until(lambda: member.membership.problems == ())
-            await until(lambda: member.peers == {})
-
-    asyncio.run(main())
+async def test_start_uses_the_config_of_the_last_run_while_that_in_a_remote_store_is_broken(tmp_path: Path) -> None:
+    save(tmp_path, PEER)
+    store = FakeStore()
+    store.config, store.is_remote = "{", True
+    start = await find_start(store, tmp_path, Clock(), parse_net_conf)
+    assert start.config == CONFIG
+    member = Member(store, tmp_path, start=start)
+    async with member.running():
+        await until(lambda: member.membership.problems)
+        assert len(member.peers) == 1
+        store.config = CONFIG
+        await until(lambda: member.membership.problems == ())
+        await until(lambda: member.peers == {})
 
 
-def test_peers_of_a_remote_store_outlive_their_expiry_while_it_is_away(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 0.02))
-        store.is_remote = True
-        member = Member(store, tmp_path)
-        async with member.running():
-            store.break_down(StoreUnavailableError("away"))
-            await asyncio.sleep(0.1)
-            await turns()
-            assert len(member.peers) == 1
-
-    asyncio.run(main())
+async def test_peers_of_a_remote_store_outlive_their_expiry_while_it_is_away(tmp_path: Path) -> None:
+    store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 0.02))
+    store.is_remote = True
+    member = Member(store, tmp_path)
+    async with member.running():
+        store.break_down(StoreUnavailableError("away"))
+        await asyncio.sleep(0.1)
+        await turns()
+        assert len(member.peers) == 1
 
 
-def test_last_table_is_saved_and_is_what_the_next_run_begins_with_while_the_store_is_away(
+async def test_last_table_is_saved_and_is_what_the_next_run_begins_with_while_the_store_is_away(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        first = Member(FakeStore(PEER), tmp_path)
-        async with first.running():
-            first.store.put(
-                lease("10.244.21.0/24", "192.0.2.21"),
-                lease("10.244.22.0/24", "192.0.2.22", expires_s=time.time() + 0.05),
-            )
-            await until(lambda: len(first.peers) == 3)
-        await asyncio.sleep(0.1)
-        own = first.membership.own
-        store = FakeStore()
-        store.fail = store.fail_writes = StoreUnavailableError("away")
-        start = await find_start(store, tmp_path, Clock(), parse_net_conf)
-        assert start.config == CONFIG
-        second = Member(store, tmp_path, start=start)
-        async with second.running():
-            assert second.peers == {"10.244.20.0/24": "192.0.2.20", "10.244.21.0/24": "192.0.2.21"}
-            assert second.membership.own == replace(own, revision=0)
-            await until(lambda: second.membership.problems == ("away",))
-            await turns()
-            assert store.claims == 0
-            store.put(lease("10.244.30.0/24", "192.0.2.30"))
-            store.fail_writes = None
-            store.break_down(None)
-            await until(lambda: second.peers == {"10.244.30.0/24": "192.0.2.30"})
-            await until(lambda: second.membership.problems == ())
-            assert store.leases[own.key].attrs == own.attrs
-
-    asyncio.run(main())
+    first = Member(FakeStore(PEER), tmp_path)
+    async with first.running():
+        first.store.put(
+            lease("10.244.21.0/24", "192.0.2.21"),
+            lease("10.244.22.0/24", "192.0.2.22", expires_s=time.time() + 0.05),
+        )
+        await until(lambda: len(first.peers) == 3)
+    await asyncio.sleep(0.1)
+    own = first.membership.own
+    store = FakeStore()
+    store.fail = store.fail_writes = StoreUnavailableError("away")
+    start = await find_start(store, tmp_path, Clock(), parse_net_conf)
+    assert start.config == CONFIG
+    second = Member(store, tmp_path, start=start)
+    async with second.running():
+        assert second.peers == {"10.244.20.0/24": "192.0.2.20", "10.244.21.0/24": "192.0.2.21"}
+        assert second.membership.own == replace(own, revision=0)
+        await until(lambda: second.membership.problems == ("away",))
+        await turns()
+        assert store.claims == 0
+        store.put(lease("10.244.30.0/24", "192.0.2.30"))
+        store.fail_writes = None
+        store.break_down(None)
+        await until(lambda: second.peers == {"10.244.30.0/24": "192.0.2.30"})
+        await until(lambda: second.membership.problems == ())
+        assert store.leases[own.key].attrs == own.attrs
     assert len(told(caplog, logging.WARNING, "beginning with the table of the last run error='away'")) == 1
     assert len(told(caplog, logging.WARNING, "lease of the last run in use")) == 1
     assert told(caplog, logging.ERROR) == []
 
 
-def test_start_asks_for_our_own_lease_before_it_believes_anything_else(tmp_path: Path) -> None:
-    async def main() -> None:
-        save(tmp_path, PEER)
-        store = FakeStore()
-        store.claim_waits = asyncio.Event()
-        member = Member(store, tmp_path, start=Start(CONFIG, last_leases(PEER)))
-        async with member.running():
-            await until(lambda: store.claims)
-            await turns()
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            store.claim_waits.set()
-            await until(lambda: member.peers == {})
-
-    asyncio.run(main())
+async def test_start_asks_for_our_own_lease_before_it_believes_anything_else(tmp_path: Path) -> None:
+    save(tmp_path, PEER)
+    store = FakeStore()
+    store.claim_waits = asyncio.Event()
+    member = Member(store, tmp_path, start=Start(CONFIG, last_leases(PEER)))
+    async with member.running():
+        await until(lambda: store.claims)
+        await turns()
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        store.claim_waits.set()
+        await until(lambda: member.peers == {})
 
 
-def test_start_whose_lease_went_to_another_meanwhile_says_so_and_follows_the_store(
+async def test_start_whose_lease_went_to_another_meanwhile_says_so_and_follows_the_store(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        thief = lease("10.244.3.0/24", "192.0.2.66", "2" * 32)
-        member = Member(FakeStore(thief, PEER), tmp_path, start=Start(CONFIG, last_leases()))
-        async with member.running():
-            await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.20"})
-            (problem,) = member.membership.problems
-            assert "10.244.3.0/24 is leased to 192.0.2.66" in problem
-            assert member.store.has(thief)
-            await until(lambda: saved.load(tmp_path, None, time.time()).last is None)
-
-    asyncio.run(main())
+    thief = lease("10.244.3.0/24", "192.0.2.66", "2" * 32)
+    member = Member(FakeStore(thief, PEER), tmp_path, start=Start(CONFIG, last_leases()))
+    async with member.running():
+        await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.20"})
+        (problem,) = member.membership.problems
+        assert "10.244.3.0/24 is leased to 192.0.2.66" in problem
+        assert member.store.has(thief)
+        await until(lambda: saved.load(tmp_path, None, time.time()).last is None)
     assert len(told(caplog, logging.ERROR)) == 1
 
 
-def test_start_of_another_network_forwards_on_and_takes_nothing(
+async def test_start_of_another_network_forwards_on_and_takes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        store = FakeStore()
-        store.config = '{"Network": "10.9.0.0/16"}'
-        member = Member(store, tmp_path, start=Start(CONFIG, last_leases(PEER)))
-        async with member.running():
-            await until(lambda: member.membership.problems)
-            assert member.membership.problems == ("Network is 10.9.0.0/16 in fake, not 10.244.0.0/16; restart to move",)
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-            assert store.claims == 0
-
-    asyncio.run(main())
+    store = FakeStore()
+    store.config = '{"Network": "10.9.0.0/16"}'
+    member = Member(store, tmp_path, start=Start(CONFIG, last_leases(PEER)))
+    async with member.running():
+        await until(lambda: member.membership.problems)
+        assert member.membership.problems == ("Network is 10.9.0.0/16 in fake, not 10.244.0.0/16; restart to move",)
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+        assert store.claims == 0
 
 
 @pytest.mark.parametrize(
@@ -868,76 +780,64 @@ def test_start_of_another_network_forwards_on_and_takes_nothing(
         (lease("10.244.3.0/24", "192.0.2.1", ME.node_id, expires_s=1), "our lease 10.244.3.0/24 in it has expired"),
     ],
 )
-def test_start_without_a_usable_table_waits_for_the_store_with_a_line_for_each_reason(
+async def test_start_without_a_usable_table_waits_for_the_store_with_a_line_for_each_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, own: Lease | None, reason: str
 ) -> None:
-    async def main() -> None:
-        if own is not None:
-            save(tmp_path, PEER, own=own)
-        store = FakeStore()
-        store.fail = StoreUnavailableError("away")
-        starting = asyncio.create_task(find_start(store, tmp_path, Clock(), parse_net_conf))
-        await until(lambda: told(caplog, logging.WARNING, "error='away'"))
-        await turns()
-        store.fail = StoreUnavailableError("locked")
-        await until(lambda: told(caplog, logging.WARNING, "error='locked'"))
-        await turns()
-        assert not starting.done()
-        store.fail = None
-        assert (await starting).last is None
-
-    asyncio.run(main())
+    if own is not None:
+        save(tmp_path, PEER, own=own)
+    store = FakeStore()
+    store.fail = StoreUnavailableError("away")
+    starting = asyncio.create_task(find_start(store, tmp_path, Clock(), parse_net_conf))
+    await until(lambda: told(caplog, logging.WARNING, "error='away'"))
+    await turns()
+    store.fail = StoreUnavailableError("locked")
+    await until(lambda: told(caplog, logging.WARNING, "error='locked'"))
+    await turns()
+    assert not starting.done()
+    store.fail = None
+    assert (await starting).last is None
     assert len(told(caplog, logging.WARNING)) == 2
     assert reason in told(caplog, logging.WARNING)[0]
     assert len(told(caplog, logging.INFO, "answers again")) == 1
 
 
-def test_start_does_not_use_the_table_of_another_node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        stranger = lease("10.244.3.0/24", "192.0.2.1", "2" * 32, time.time() + 1000)
-        save(tmp_path, own=stranger)
-        store = FakeStore()
-        store.fail_writes = StoreUnavailableError("away")
-        member = Member(store, tmp_path)
-        joining = asyncio.create_task(member.join())
-        await until(lambda: told(caplog, logging.WARNING, "it is of 192.0.2.1:8285 (node 2222"))
-        store.fail_writes = None
-        await joining
-
-    asyncio.run(main())
+async def test_start_does_not_use_the_table_of_another_node(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stranger = lease("10.244.3.0/24", "192.0.2.1", "2" * 32, time.time() + 1000)
+    save(tmp_path, own=stranger)
+    store = FakeStore()
+    store.fail_writes = StoreUnavailableError("away")
+    member = Member(store, tmp_path)
+    joining = asyncio.create_task(member.join())
+    await until(lambda: told(caplog, logging.WARNING, "it is of 192.0.2.1:8285 (node 2222"))
+    store.fail_writes = None
+    await joining
 
 
-def test_start_does_not_wait_for_a_store_that_says_nothing(
+async def test_start_does_not_wait_for_a_store_that_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(start_module, "PATIENCE_S", 0.05)
 
-    async def main() -> None:
-        save(tmp_path, PEER)
-        store = FakeStore()
-        store.claim_waits = asyncio.Event()
-        member = Member(store, tmp_path)
-        await member.join()
-        await member.membership.catch_up()
-        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-        assert member.membership.own.key == "10.244.3.0-24"
-        await member.membership.leave_if_new()
-
-    asyncio.run(main())
+    save(tmp_path, PEER)
+    store = FakeStore()
+    store.claim_waits = asyncio.Event()
+    member = Member(store, tmp_path)
+    await member.join()
+    await member.membership.catch_up()
+    assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+    assert member.membership.own.key == "10.244.3.0-24"
+    await member.membership.leave_if_new()
     assert len(told(caplog, logging.WARNING, "error='fake has not answered within 0.05 s'")) == 1
 
 
-def test_store_that_goes_away_between_lease_and_table_costs_no_peer(tmp_path: Path) -> None:
-    async def main() -> None:
-        save(tmp_path, PEER)
-        store = FakeStore()
-        member = Member(store, tmp_path)
-        await member.join()
-        store.fail = StoreUnavailableError("away")
-        await member.membership.catch_up()
-        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-
-    asyncio.run(main())
+async def test_store_that_goes_away_between_lease_and_table_costs_no_peer(tmp_path: Path) -> None:
+    save(tmp_path, PEER)
+    store = FakeStore()
+    member = Member(store, tmp_path)
+    await member.join()
+    store.fail = StoreUnavailableError("away")
+    await member.membership.catch_up()
+    assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
 
 
 # --- two hosts with one address, or one NodeID
@@ -950,275 +850,242 @@ DOUBLES = pytest.mark.parametrize(
 
 
 @DOUBLES
-def test_own_lease_that_a_later_host_takes_over_is_taken_back_once(
+async def test_own_lease_that_a_later_host_takes_over_is_taken_back_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ip: str, node_id: str
 ) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            own = member.membership.own
-            later = lease(str(own.subnet), ip, node_id)
-            store.put(later)
-            await until(lambda: store.leases[own.key].attrs == OWN_ATTRS)
-            await until(lambda: member.membership.problems == ())
-            store.put(later)
-            await until(lambda: member.membership.problems)
-            await turns()
-            assert store.has(later), "they fight"
-            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        own = member.membership.own
+        later = lease(str(own.subnet), ip, node_id)
+        store.put(later)
+        await until(lambda: store.leases[own.key].attrs == OWN_ATTRS)
+        await until(lambda: member.membership.problems == ())
+        store.put(later)
+        await until(lambda: member.membership.problems)
+        await turns()
+        assert store.has(later), "they fight"
+        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
     (line,) = told(caplog, logging.WARNING, "our lease was taken over and is ours again")
     assert f"by {ip}:8285 (node {node_id}), from 192.0.2.1:8285 (node {ME.node_id})" in line
     assert ("--public-ip or Backend.Port" if node_id == OTHER else "is a copy of the other") in line
 
 
-def test_own_lease_of_a_backend_without_ports_is_taken_back_too(tmp_path: Path) -> None:
+async def test_own_lease_of_a_backend_without_ports_is_taken_back_too(tmp_path: Path) -> None:
     """The first of two hosts with one address gave in at once, with vxlan and host-gw, instead of the later one."""
 
-    async def main() -> None:
-        store = FakeStore(PEER)
-        me = replace(ME, port=None)
-        first, second = Member(store, tmp_path, me=me), Member(store, tmp_path, me=replace(me, node_id=OTHER))
-        async with first.running():
-            own = first.membership.own
-            async with second.running():
-                await until(lambda: second.membership.problems)
-                await until(lambda: store.leases[own.key].attrs.node_id == ME.node_id)
-                await until(lambda: first.membership.problems == ())
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    me = replace(ME, port=None)
+    first, second = Member(store, tmp_path, me=me), Member(store, tmp_path, me=replace(me, node_id=OTHER))
+    async with first.running():
+        own = first.membership.own
+        async with second.running():
+            await until(lambda: second.membership.problems)
+            await until(lambda: store.leases[own.key].attrs.node_id == ME.node_id)
+            await until(lambda: first.membership.problems == ())
 
 
 @DOUBLES
-def test_lease_that_we_took_over_is_left_alone_when_its_owner_proves_alive(
+async def test_lease_that_we_took_over_is_left_alone_when_its_owner_proves_alive(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ip: str, node_id: str
 ) -> None:
-    async def main() -> None:
-        owners = lease("10.244.3.0/24", ip, node_id, time.time() + 1000)
-        store = FakeStore(owners, PEER)
-        store.ttl_s = 0.2
-        member = Member(store, tmp_path, margin_s=0.1)
-        if node_id == ME.node_id:
-            # As from the subnet.env that was copied along.
-            choose = chooser(CONF, ME, owners.subnets, random.Random(1))
-            await member.membership.join(OWN_ATTRS, choose)
-        else:
-            await member.join()
-        assert member.membership.own.subnet == owners.subnet
-        await member.membership.catch_up()
-        task = asyncio.create_task(member.membership.run())
-        store.put(owners)
-        await until(lambda: member.membership.problems)
-        (problem,) = member.membership.problems
-        assert f"{ip}:8285 (node {node_id})'s again" in problem
-        assert f"we are 192.0.2.1:8285 (node {ME.node_id})" in problem
-        n_claims = store.claims
-        await until(lambda: store.claims > n_claims + 5)
-        assert store.has(owners)
-        assert store.renewals == 0
-        assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-        store.remove(owners)
-        await until(lambda: owners.key in store.leases)
-        await until(lambda: member.membership.problems == ())
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-
-    asyncio.run(main())
+    owners = lease("10.244.3.0/24", ip, node_id, time.time() + 1000)
+    store = FakeStore(owners, PEER)
+    store.ttl_s = 0.2
+    member = Member(store, tmp_path, margin_s=0.1)
+    if node_id == ME.node_id:
+        # As from the subnet.env that was copied along.
+        choose = chooser(CONF, ME, owners.subnets, random.Random(1))
+        await member.membership.join(OWN_ATTRS, choose)
+    else:
+        await member.join()
+    assert member.membership.own.subnet == owners.subnet
+    await member.membership.catch_up()
+    task = asyncio.create_task(member.membership.run())
+    store.put(owners)
+    await until(lambda: member.membership.problems)
+    (problem,) = member.membership.problems
+    assert f"{ip}:8285 (node {node_id})'s again" in problem
+    assert f"we are 192.0.2.1:8285 (node {ME.node_id})" in problem
+    n_claims = store.claims
+    await until(lambda: store.claims > n_claims + 5)
+    assert store.has(owners)
+    assert store.renewals == 0
+    assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+    store.remove(owners)
+    await until(lambda: owners.key in store.leases)
+    await until(lambda: member.membership.problems == ())
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
     assert len(told(caplog, logging.ERROR)) == 1
 
 
-def test_of_two_daemons_with_one_address_the_first_keeps_the_lease_and_neither_fights(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        directories = [tmp_path / "1", tmp_path / "2"]
-        for directory in directories:
-            directory.mkdir()
-        first = Member(store, directories[0])
-        second = Member(store, directories[1], me=replace(ME, node_id=OTHER))
-        async with first.running():
-            own = first.membership.own
-            async with second.running():
-                await until(lambda: second.membership.problems)
-                await until(lambda: store.leases[own.key].attrs.node_id == ME.node_id)
-                await until(lambda: first.membership.problems == ())
-                n_writes = store.revision
-                await turns(200)
-                assert store.revision == n_writes
-                assert first.peers == second.peers == {"10.244.20.0/24": "192.0.2.20"}
-            # Started again, it does the same again, and no more.
-            third = Member(store, directories[1], me=replace(ME, node_id=OTHER))
-            async with third.running():
-                await until(lambda: first.membership.problems or third.membership.problems)
-                await turns()
-                n_writes = store.revision
-                await turns(200)
-                assert store.revision == n_writes
-
-    asyncio.run(main())
+async def test_of_two_daemons_with_one_address_the_first_keeps_the_lease_and_neither_fights(tmp_path: Path) -> None:
+    store = FakeStore(PEER)
+    directories = [tmp_path / "1", tmp_path / "2"]
+    for directory in directories:
+        directory.mkdir()
+    first = Member(store, directories[0])
+    second = Member(store, directories[1], me=replace(ME, node_id=OTHER))
+    async with first.running():
+        own = first.membership.own
+        async with second.running():
+            await until(lambda: second.membership.problems)
+            await until(lambda: store.leases[own.key].attrs.node_id == ME.node_id)
+            await until(lambda: first.membership.problems == ())
+            n_writes = store.revision
+            await turns(200)
+            assert store.revision == n_writes
+            assert first.peers == second.peers == {"10.244.20.0/24": "192.0.2.20"}
+        # Started again, it does the same again, and no more.
+        third = Member(store, directories[1], me=replace(ME, node_id=OTHER))
+        async with third.running():
+            await until(lambda: first.membership.problems or third.membership.problems)
+            await turns()
+            n_writes = store.revision
+            await turns(200)
+            assert store.revision == n_writes
 
 
-def test_lease_elsewhere_with_our_node_id_is_a_problem_until_it_goes(
+async def test_lease_elsewhere_with_our_node_id_is_a_problem_until_it_goes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        store = FakeStore(PEER)
-        member = Member(store, tmp_path)
-        async with member.running():
-            clones = lease("10.244.40.0/24", "192.0.2.40", ME.node_id)
-            store.put(clones)
-            await until(lambda: member.membership.problems)
-            (problem,) = member.membership.problems
-            assert f"the lease 10.244.40.0/24 of 192.0.2.40:8285 (node {ME.node_id}) has our NodeID" in problem
-            assert f"delete {tmp_path}/node-id" in problem
-            assert len(member.peers) == 2
-            store.remove(clones)
-            await until(lambda: member.membership.problems == ())
-
-    asyncio.run(main())
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        clones = lease("10.244.40.0/24", "192.0.2.40", ME.node_id)
+        store.put(clones)
+        await until(lambda: member.membership.problems)
+        (problem,) = member.membership.problems
+        assert f"the lease 10.244.40.0/24 of 192.0.2.40:8285 (node {ME.node_id}) has our NodeID" in problem
+        assert f"delete {tmp_path}/node-id" in problem
+        assert len(member.peers) == 2
+        store.remove(clones)
+        await until(lambda: member.membership.problems == ())
 
 
 # --- clocks
 
 
 @pytest.mark.parametrize("set_by_s", [30 * 86_400, -30 * 86_400])
-def test_clock_that_is_set_takes_no_peer_away_and_hurries_no_renewal(
+async def test_clock_that_is_set_takes_no_peer_away_and_hurries_no_renewal(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, set_by_s: float
 ) -> None:
-    async def main() -> None:
-        clock = SetClock()
-        soon = lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 1000)
-        store = FakeStore(soon)
-        store.ttl_s = 1000
-        member = Member(store, tmp_path, margin_s=500, clock=clock)
-        async with member.running():
-            expires_s = member.membership.own.expires_s or 0
-            clock.set_by_s = set_by_s
-            await until(lambda: told(caplog, logging.WARNING, "the clock was set by"))
-            for failure in (None, StoreUnavailableError("away")):
-                store.break_down(failure)
-                await turns()
-                assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
-                assert store.renewals == 0
-                assert member.membership.problems == (() if failure is None else ("away",))
-            assert member.membership.own.expires_s == pytest.approx(expires_s + set_by_s, abs=1)
-            last = saved.load(tmp_path, None, clock.unix_s()).last
-            assert last is not None
-            assert len(last.peers) == 1
-
-    asyncio.run(main())
+    clock = SetClock()
+    soon = lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 1000)
+    store = FakeStore(soon)
+    store.ttl_s = 1000
+    member = Member(store, tmp_path, margin_s=500, clock=clock)
+    async with member.running():
+        expires_s = member.membership.own.expires_s or 0
+        clock.set_by_s = set_by_s
+        await until(lambda: told(caplog, logging.WARNING, "the clock was set by"))
+        for failure in (None, StoreUnavailableError("away")):
+            store.break_down(failure)
+            await turns()
+            assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
+            assert store.renewals == 0
+            assert member.membership.problems == (() if failure is None else ("away",))
+        assert member.membership.own.expires_s == pytest.approx(expires_s + set_by_s, abs=1)
+        last = saved.load(tmp_path, None, clock.unix_s()).last
+        assert last is not None
+        assert len(last.peers) == 1
     assert len(told(caplog, logging.WARNING, f"the clock was set by {set_by_s:+.0f} s")) == 1
 
 
 @pytest.mark.parametrize("set_by_s", [30 * 86_400, -30 * 86_400])
-def test_time_that_passes_counts_however_the_clock_is_set(
+async def test_time_that_passes_counts_however_the_clock_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, set_by_s: float
 ) -> None:
     monkeypatch.setattr(lease_clock, "CHECK_S", 0.01)
 
-    async def main() -> None:
-        clock = SetClock()
-        store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 1000))
-        store.ttl_s = 1000
-        member = Member(store, tmp_path, margin_s=500, clock=clock)
-        async with member.running():
-            clock.set_by_s = set_by_s
-            await turns()
-            clock.passed_s = 600
-            store.ttl_s = 10_000_000
-            await until(lambda: store.renewals == 1)
-            assert len(member.peers) == 1
-            store.break_down(StoreUnavailableError("away"))
-            await turns()
-            assert len(member.peers) == 1
-            clock.passed_s = 1100
-            await until(lambda: member.peers == {})
-
-    asyncio.run(main())
+    clock = SetClock()
+    store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 1000))
+    store.ttl_s = 1000
+    member = Member(store, tmp_path, margin_s=500, clock=clock)
+    async with member.running():
+        clock.set_by_s = set_by_s
+        await turns()
+        clock.passed_s = 600
+        store.ttl_s = 10_000_000
+        await until(lambda: store.renewals == 1)
+        assert len(member.peers) == 1
+        store.break_down(StoreUnavailableError("away"))
+        await turns()
+        assert len(member.peers) == 1
+        clock.passed_s = 1100
+        await until(lambda: member.peers == {})
 
 
-def test_expiry_is_the_stores_business_while_it_answers(tmp_path: Path) -> None:
+async def test_expiry_is_the_stores_business_while_it_answers(tmp_path: Path) -> None:
     """etcd keeps a lease longer when its leader has changed.  And a clock that was wrong took every peer away."""
 
-    async def main() -> None:
-        store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() - 1))
-        member = Member(store, tmp_path)
-        async with member.running():
-            await turns()
-            assert len(member.peers) == 1
-
-    asyncio.run(main())
+    store = FakeStore(lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() - 1))
+    member = Member(store, tmp_path)
+    async with member.running():
+        await turns()
+        assert len(member.peers) == 1
 
 
-def test_peer_that_expired_while_the_store_was_away_is_back_when_the_store_still_has_it(tmp_path: Path) -> None:
-    async def main() -> None:
-        peer = lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 0.05)
-        store = FakeStore(peer)
-        member = Member(store, tmp_path)
-        async with member.running():
-            store.break_down(StoreUnavailableError("away"))
-            await until(lambda: member.peers == {})
-            store.break_down(None)
-            await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.20"})
-
-    asyncio.run(main())
+async def test_peer_that_expired_while_the_store_was_away_is_back_when_the_store_still_has_it(tmp_path: Path) -> None:
+    peer = lease("10.244.20.0/24", "192.0.2.20", expires_s=time.time() + 0.05)
+    store = FakeStore(peer)
+    member = Member(store, tmp_path)
+    async with member.running():
+        store.break_down(StoreUnavailableError("away"))
+        await until(lambda: member.peers == {})
+        store.break_down(None)
+        await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.20"})
 
 
 # --- many
 
 
-def test_a_full_table_leaves_the_event_loop_to_others(tmp_path: Path) -> None:
+async def test_a_full_table_leaves_the_event_loop_to_others(tmp_path: Path) -> None:
     """65,534 leases held it for 3 s, in which nobody was answered; now for some 20 ms at a time."""
     many = [
         Lease(Subnets(IPv4Network((0x0A000000 + n * 256, 24))), LeaseAttrs(IPv4Address(0xC6120000 + n)), 1e12)
         for n in range(65_534)
     ]
 
-    async def main() -> None:
-        conf = parse_net_conf('{"Network": "10.0.0.0/8"}', "test")
-        store = FakeStore()
-        store.gives = Subnets(IPv4Network("10.255.255.0/24"))
+    conf = parse_net_conf('{"Network": "10.0.0.0/8"}', "test")
+    store = FakeStore()
+    store.gives = Subnets(IPv4Network("10.255.255.0/24"))
 
-        async def ignore(events: Sequence[LeaseEvent]) -> None:
-            pass
+    async def ignore(events: Sequence[LeaseEvent]) -> None:
+        pass
 
-        member = Membership(
-            store, Start(CONFIG), conf, ME, tmp_path, 3600, lambda lease: None, ignore, parse_net_conf, Clock()
-        )
-        await member.join(OWN_ATTRS, chooser(conf, ME, None, random.Random(1)))
-        await member.catch_up()
-        task = asyncio.create_task(member.run())
-        store.replace_all(member.own, *many)
-        longest = 0.0
-        last = time.thread_time()
-        while len(member.table.peers) < len(many):
-            await asyncio.sleep(0)
-            now = time.thread_time()
-            longest, last = max(longest, now - last), now
-        print(f"the loop was held for {longest * 1000:.0f} ms of processor time at most")
-        assert longest < 0.5
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        last = saved.load(tmp_path, None, time.time()).last
-        assert last is not None
-        assert len(last.peers) == len(many)
-
-    asyncio.run(main())
+    member = Membership(
+        store, Start(CONFIG), conf, ME, tmp_path, 3600, lambda lease: None, ignore, parse_net_conf, Clock()
+    )
+    await member.join(OWN_ATTRS, chooser(conf, ME, None, random.Random(1)))
+    await member.catch_up()
+    task = asyncio.create_task(member.run())
+    store.replace_all(member.own, *many)
+    longest = 0.0
+    last = time.thread_time()
+    while len(member.table.peers) < len(many):
+        await asyncio.sleep(0)
+        now = time.thread_time()
+        longest, last = max(longest, now - last), now
+    print(f"the loop was held for {longest * 1000:.0f} ms of processor time at most")
+    assert longest < 0.5
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    last = saved.load(tmp_path, None, time.time()).last
+    assert last is not None
+    assert len(last.peers) == len(many)
 
 
-def test_many_leases_that_cannot_be_used_are_counted_and_not_all_named_in_the_log(
+async def test_many_leases_that_cannot_be_used_are_counted_and_not_all_named_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        store = FakeStore(*(lease(f"10.9.{n // 64}.{n % 64 * 4}/30", "192.0.2.9") for n in range(1000)))
-        member = Member(store, tmp_path)
-        async with member.running():
-            assert len(member.membership.skipped) == 1000
-
-    asyncio.run(main())
+    store = FakeStore(*(lease(f"10.9.{n // 64}.{n % 64 * 4}/30", "192.0.2.9") for n in range(1000)))
+    member = Member(store, tmp_path)
+    async with member.running():
+        assert len(member.membership.skipped) == 1000
     assert len(told(caplog, logging.WARNING, "lease skipped ")) == skipped.LOGGED
     assert told(caplog, logging.WARNING, "leases skipped")[0].startswith("leases skipped n_more=800")
 
@@ -1226,13 +1093,10 @@ def test_many_leases_that_cannot_be_used_are_counted_and_not_all_named_in_the_lo
 # --- saving
 
 
-def test_table_that_cannot_be_saved_costs_a_warning_and_no_peer(
+async def test_table_that_cannot_be_saved_costs_a_warning_and_no_peer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        member = Member(FakeStore(PEER), tmp_path / "none")
-        async with member.running():
-            await until(lambda: told(caplog, logging.WARNING, "the lease table is not saved"))
-            assert len(member.peers) == 1
-
-    asyncio.run(main())
+    member = Member(FakeStore(PEER), tmp_path / "none")
+    async with member.running():
+        await until(lambda: told(caplog, logging.WARNING, "the lease table is not saved"))
+        assert len(member.peers) == 1
