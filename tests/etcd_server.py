@@ -222,6 +222,8 @@ class EtcdServer:
         client = ["--cert", str(self.client.certificate), "--key", str(self.client.key)] if self.client else []
         user = ["--user", self.user] if self.user else []
         command = [*self._command, "etcdctl", "--endpoints", self._url(self.control_port)]
+        # By default it gives up after 5 s, of which a busy machine may need more.
+        command += ["--dial-timeout=20s", "--command-timeout=20s"]
         command += [*ca, *client, *user, *arguments]
         environment = {"PATH": os.environ["PATH"], "ETCDCTL_API": "3"}
         return subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=DEADLINE_S)

@@ -18,7 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from traffic import CLEANUP, cpu_s, datapath_pids, peers, ping, read_status, seconds_until, tcp_flow, wait_for_peers
+from traffic import (
+    CLEANUP,
+    REAL_TIME,
+    cpu_s,
+    datapath_pids,
+    peers,
+    ping,
+    read_status,
+    seconds_until,
+    tcp_flow,
+    wait_for_peers,
+)
 
 from udptun.lab.errors import LabError
 from udptun.lab.host import DISTANT, SUBNET_ENV, UNDERLAY, Host, Pod
@@ -54,6 +65,7 @@ def named_lab(request: pytest.FixtureRequest) -> Iterator[tuple[str, Lab]]:
     """Three hosts for each backend, each with a pod; shared by the tests of the module."""
     name = request.param
     with Lab(f"b{os.getpid()}{name[:2]}", n_hosts=3, net_conf=net_conf(BACKENDS[name])) as lab:
+        lab.daemon_command[:0] = REAL_TIME
         lab.start()
         wait_for_peers(lab)
         for source in lab.hosts:

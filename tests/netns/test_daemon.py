@@ -818,8 +818,8 @@ def keys_of(document: Any, path: str = "") -> set[str]:
     return set()
 
 
-def test_status_has_schema_1_and_exactly_the_documented_keys(pair: Lab) -> None:
-    one, two = pair.hosts
+def test_status_has_schema_1_and_exactly_the_documented_keys(two_hosts: Lab) -> None:
+    one, two = two_hosts.hosts
     ping(one.pod(1), two.pod(1).address)
     text = one.run([*UDPTUN, "status", "--json"]).stdout
     status = json.loads(text)

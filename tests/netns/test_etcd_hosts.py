@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from etcd_server import MISSING, EtcdServer
 from traffic import (
+    REAL_TIME,
     datapath_pids,
     kill,
     nothing_in_clear_text,
@@ -47,7 +48,7 @@ ENDPOINT = f"http://{UNDERLAY[1]}:2379"
 PREFIX = "/coreos.com/network"
 CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
 WIDE = {"Network": "10.0.0.0/8", "Backend": {"Type": "udp"}}
-COMMAND = [sys.executable, "-m", "udptun", "daemon", f"--etcd-endpoints={ENDPOINT}"]
+COMMAND = [*REAL_TIME, sys.executable, "-m", "udptun", "daemon", f"--etcd-endpoints={ENDPOINT}"]
 
 
 class Etcd(EtcdServer):

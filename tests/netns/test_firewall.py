@@ -283,24 +283,22 @@ def test_published_port_leads_to_pods_here_and_there(world: Lab, flavour: Flavou
 # --- what is done to them
 
 
-IPTABLES_DAMAGE = [
-    ("flushed", ["-t nat -F FLANNEL-POSTRTG", "-F FLANNEL-FWD"]),
-    ("a rule gone", ["-t nat -D FLANNEL-POSTRTG 3"]),
-    ("a rule twice", ["-A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment flanneld%20forward -j ACCEPT"]),
-    ("out of order", ["-D FLANNEL-FWD 1", "-A FLANNEL-FWD -s 10.244.0.0/16 -j ACCEPT"]),
-    ("a foreign rule", ["-t nat -I FLANNEL-POSTRTG 1 -j ACCEPT"]),
-    ("no jump", ["-D FORWARD -m comment --comment flanneld%20forward -j FLANNEL-FWD"]),
-    ("a second jump", ["-t nat -A POSTROUTING -m comment --comment flanneld%20masq -j FLANNEL-POSTRTG"]),
+FORWARD_JUMP = '-m comment --comment "flanneld forward" -j FLANNEL-FWD'
+MASQ_JUMP = '-m comment --comment "flanneld masq" -j FLANNEL-POSTRTG'
+IPTABLES_DAMAGE: list[tuple[str, dict[str, list[str]]]] = [
+    ("flushed", {"nat": ["-F FLANNEL-POSTRTG"], "filter": ["-F FLANNEL-FWD"]}),
+    ("a rule gone", {"nat": ["-D FLANNEL-POSTRTG 3"]}),
+    ("a rule twice", {"filter": ['-A FLANNEL-FWD -d 10.244.0.0/16 -m comment --comment "flanneld forward" -j ACCEPT']}),
+    ("out of order", {"filter": ["-D FLANNEL-FWD 1", "-A FLANNEL-FWD -s 10.244.0.0/16 -j ACCEPT"]}),
+    ("a foreign rule", {"nat": ["-I FLANNEL-POSTRTG 1 -j ACCEPT"]}),
+    ("no jump", {"filter": [f"-D FORWARD {FORWARD_JUMP}"]}),
+    ("a second jump", {"nat": [f"-A POSTROUTING {MASQ_JUMP}"]}),
     (
         "chains deleted",
-        [
-            "-D FORWARD -m comment --comment flanneld%20forward -j FLANNEL-FWD",
-            "-F FLANNEL-FWD",
-            "-X FLANNEL-FWD",
-            "-t nat -D POSTROUTING -m comment --comment flanneld%20masq -j FLANNEL-POSTRTG",
-            "-t nat -F FLANNEL-POSTRTG",
-            "-t nat -X FLANNEL-POSTRTG",
-        ],
+        {
+            "filter": [f"-D FORWARD {FORWARD_JUMP}", "-F FLANNEL-FWD", "-X FLANNEL-FWD"],
+            "nat": [f"-D POSTROUTING {MASQ_JUMP}", "-F FLANNEL-POSTRTG", "-X FLANNEL-POSTRTG"],
+        },
     ),
 ]
 NFT_DAMAGE = [
@@ -316,15 +314,22 @@ NFT_DAMAGE = [
 ]
 
 
+def damages(flavour: Flavour) -> Iterator[tuple[str, list[str], str]]:
+    """What it is called, and a program with its input, which does all of it at once: no repair comes in between."""
+    if flavour.nftables:
+        for what, commands in NFT_DAMAGE:
+            yield what, ["nft", "-f", "-"], "".join(f"{command}\n" for command in commands)
+    else:
+        for what, tables in IPTABLES_DAMAGE:
+            lines = [line for table, rules in tables.items() for line in (f"*{table}", *rules, "COMMIT")]
+            yield what, [f"{flavour.iptables}-restore", "--noflush"], "".join(f"{line}\n" for line in lines)
+
+
 def test_each_damage_is_repaired_with_one_line(world: Lab, flavour: Flavour) -> None:
     host = world.host(1)
-    for what, commands in NFT_DAMAGE if flavour.nftables else IPTABLES_DAMAGE:
+    for what, program, text in damages(flavour):
         before = len(repairs(host))
-        if flavour.nftables:
-            host.run(["nft", "-f", "-"], input="".join(f"{command}\n" for command in commands))
-        else:
-            for command in commands:
-                host.run([flavour.iptables, *(word.replace("%20", " ") for word in command.split())])
+        host.run(program, input=text)
         wait_until(f"the repair of: {what}", lambda n=before: len(repairs(host)) > n, 5 if flavour.resync_s > 5 else 10)
         assert flannels(host, flavour) == expected(host, flavour), what
         assert len(repairs(host)) == before + 1, what

@@ -12,6 +12,7 @@ import pytest
 from bad_data import GOOD, LEASES
 from traffic import (
     CLEANUP,
+    REAL_TIME,
     n_fds,
     peers,
     ping,
@@ -82,6 +83,7 @@ def add_host(lab: Lab) -> Host:
 def wide_lab() -> Iterator[Lab]:
     """Two hosts with a pod each in a Network wide enough for 10,000 leases."""
     with Lab("t-members", net_conf=WIDE) as lab:
+        lab.daemon_command[:0] = REAL_TIME
         lab.start()
         yield lab
 

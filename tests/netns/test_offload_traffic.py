@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.netns.traffic import CLEANUP, no_packet_errors, read_status, tcp_flow, udp_flow
+from tests.netns.traffic import CLEANUP, REAL_TIME, no_packet_errors, read_status, tcp_flow, udp_flow
 from udptun.core.offload import ALL, names
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
@@ -40,6 +40,7 @@ STREAM_BYTES = 20_000_000
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     with Lab("offload", n_hosts=2, n_pods=1) as lab:
+        lab.daemon_command[:0] = REAL_TIME
         lab.start()
         yield lab
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from test_membership import FOLLOWS_S
-from traffic import peers, ping, read_status, seconds_until, tcp_flow, udp_flow
+from traffic import REAL_TIME, peers, ping, read_status, seconds_until, tcp_flow, udp_flow
 
 from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.topology import Lab
@@ -51,6 +51,7 @@ def start(lab: Lab, number: int) -> Host:
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     with Lab("t-nat", n_hosts=3, n_pods=1) as lab:
+        lab.daemon_command[:0] = REAL_TIME
         lab.switch.run(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.send_redirects=0"])
         lab.switch.run(["sysctl", "-qw", "net.ipv4.conf.underlay.send_redirects=0"])
         lab.switch.run(["nft", "-f", "-"], input=RULES)
