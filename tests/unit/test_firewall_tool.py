@@ -12,7 +12,8 @@ import pytest
 from udptun.core.errors import FirewallError
 from udptun.firewall import tool
 from udptun.firewall.nft import NftRules
-from udptun.firewall.rules import DesiredRules, forward, nft_removal
+from udptun.firewall.nft_form import nft_removal
+from udptun.firewall.rules import DesiredRules, forward
 
 
 async def test_a_tool_that_is_interrupted_at_any_moment_is_gone_without_a_word(
@@ -57,10 +58,10 @@ def test_our_table_that_nft_cannot_print_is_replaced(monkeypatch: pytest.MonkeyP
         return '{"nftables": [{"table": {"family": "ip", "name": "flannel-ipv4", "handle": 1, "flags": '
 
     monkeypatch.setattr(tool, "run", print_half)
-    rule = forward(IPv4Network("10.244.0.0/16"))
-    repair = asyncio.run(NftRules(DesiredRules(forward=rule)).compare())
+    network = IPv4Network("10.244.0.0/16")
+    repair = asyncio.run(NftRules(DesiredRules(forward=forward(network)), [network]).compare())
     assert repair.findings == ("unreadable table ip flannel-ipv4",)
     assert repair.script.startswith(nft_removal("ip", "flannel-ipv4"))
     assert "chain forward {" in repair.script
     assert not repair.is_new
-    assert asyncio.run(NftRules(DesiredRules()).compare()).script == nft_removal("ip", "flannel-ipv4")
+    assert asyncio.run(NftRules(DesiredRules(), [network]).compare()).script == nft_removal("ip", "flannel-ipv4")
