@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import random
@@ -11,6 +12,8 @@ from array import array
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv4Network
 from multiprocessing.connection import Connection
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,6 +26,8 @@ from udptun.datapath import table as table_module
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
+from udptun.datapath.tunnel import Tunnel
+from udptun.kernel.tun import Tun
 
 NETWORK = IPv4Network("10.0.0.0/8")
 HERE = IPv4Address("192.0.2.1")
@@ -171,6 +176,33 @@ def test_table_refuses_more_peers_than_it_holds_and_keeps_the_others(stats: Stat
     last = IPv4Address(int(IPv4Address("10.0.0.0")) + (LAYOUT["max_peers"] - 2) * 256)
     assert look_up(table, stats, [last]) == [remote(LAYOUT["max_peers"] - 2).address]
     table.close()
+
+
+def test_peers_for_which_the_table_has_no_room_are_named_and_added_when_others_go(
+    tmp_path: Path, table: TableWriter, stats: Stats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the lease of one host too many ended the daemon of every host, and each start again."""
+    monkeypatch.setattr(table, "_free", [3, 2, 1])
+    subnets = [IPv4Network((NETWORK.network_address + 256 * n, 24)) for n in range(1, 7)]
+
+    async def main() -> None:
+        tun = Mock(spec=Tun, fds=[])
+        tunnel = Tunnel(tmp_path, table, stats, -1, tun, [], [], [])
+        tunnel.set_peers({subnet: remote(n) for n, subnet in enumerate(subnets[:5])})
+        await tunnel.publish()
+        assert set(table.subnets) == set(subnets[:3])
+        (problem,) = tunnel.problems
+        assert problem.startswith(f"the peer table holds 3 peers at most, so 2 more are not reached, as {subnets[3]}; ")
+        tunnel.add_peers({subnets[0]: remote(7), subnets[5]: remote(5)})
+        tunnel.remove_peers([subnets[1], subnets[4]])
+        await tunnel.publish()
+        assert set(table.subnets) == {subnets[0], subnets[2], subnets[3]}
+        assert tunnel.problems[0].startswith("the peer table holds 3 peers at most, so 1 more are")
+        tunnel.set_peers({subnet: remote(1) for subnet in subnets[2:4]})
+        await tunnel.publish()
+        assert tunnel.problems == ()
+
+    asyncio.run(main())
 
 
 def test_next_control_plane_goes_on_with_the_published_peers_and_their_indexes(stats: Stats) -> None:

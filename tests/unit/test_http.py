@@ -19,6 +19,7 @@ import pytest
 from udptun.control import http as server
 from udptun.control.http import Response, Routes, serve
 from udptun.core.errors import KernelError
+from udptun.kernel import supervisor
 
 
 async def _slow() -> Response:
@@ -438,3 +439,27 @@ async def test_serve_names_the_address_when_it_is_taken(tmp_path: Path) -> None:
     first.close()
     with pytest.raises(KernelError, match=r"cannot listen on /.*/no/sock: ENOENT; No such file"):
         await serve(ROUTES, tmp_path / "no" / "sock")
+
+
+def test_an_unexpected_error_while_a_client_is_let_in_does_not_close_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before, the task that lets clients in ended with it, and nobody got an answer any more."""
+    monkeypatch.setattr(supervisor, "PAUSE_S", (0.01, 0.01))
+    let_in = server.Server._let_in
+    failures = iter([True])
+
+    def fail_once(self: server.Server, connection: socket.socket) -> None:
+        if next(failures, False):
+            connection.close()
+            raise ValueError("not expected")
+        let_in(self, connection)
+
+    monkeypatch.setattr(server.Server, "_let_in", fail_once)
+
+    async def test(host: str, port: int) -> None:
+        with contextlib.suppress(ConnectionResetError):
+            assert await answer_to(host, port, b"GET /healthz HTTP/1.1\r\n\r\n") == b""
+        assert b"flanneld is running" in await answer_to(host, port, b"GET /healthz HTTP/1.1\r\n\r\n")
+
+    run(test)

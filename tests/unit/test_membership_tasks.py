@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +21,12 @@ from fake_store import CONFIG, FakeStore
 from udptun.backends.choice import parse_net_conf
 from udptun.core import atomic_file
 from udptun.core.clock import Clock
-from udptun.core.errors import ConfigError, StoreUnavailableError
+from udptun.core.errors import ConfigError, KernelError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.kernel import supervisor as supervisor_module
 from udptun.membership import follow, grace, lease_clock, outage, saved, skipped
 from udptun.membership import own as own_lease
+from udptun.membership import peers as peers_module
 from udptun.membership import start as start_module
 from udptun.membership.allocate import chooser
 from udptun.membership.child_writer import ChildWriter
@@ -1100,3 +1103,66 @@ async def test_table_that_cannot_be_saved_costs_a_warning_and_no_peer(
     async with member.running():
         await until(lambda: told(caplog, logging.WARNING, "the lease table is not saved"))
         assert len(member.peers) == 1
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize("failure", [ValueError("bad"), KernelError("cannot add", 12)])
+async def test_a_peer_that_cannot_be_added_is_named_and_tried_again_and_the_others_are_reached(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """Before, an exception for one peer ended the daemon, and each start again met the same peer."""
+    monkeypatch.setattr(peers_module, "CHANGE_AGAIN_S", (0.01, 0.02))
+    broken = True
+
+    class Picky(Member):
+        async def _changed(self, events: Sequence[LeaseEvent]) -> None:
+            if broken and any(event.lease.key == PEER.key for event in events):
+                raise failure
+            await super()._changed(events)
+
+    member = Picky(FakeStore(PEER, lease("10.244.21.0/24", "192.0.2.21")), tmp_path)
+    async with member.running():
+        assert member.peers == {"10.244.21.0/24": "192.0.2.21"}
+        (problem,) = member.membership.problems
+        assert problem.startswith("peer 10.244.20.0/24 at 192.0.2.20 is not added: ")
+        member.store.put(lease("10.244.22.0/24", "192.0.2.22"))
+        await until(lambda: len(member.peers) == 2)
+        broken = False
+        await until(lambda: len(member.peers) == 3)
+        assert member.membership.problems == ()
+    tracebacks = [record for record in caplog.records if record.exc_info]
+    assert len(tracebacks) == 1
+
+
+@pytest.mark.parametrize("method", ["snapshot", "watch", "renew", "claim"])
+async def test_an_unexpected_error_of_the_store_costs_one_task_a_pause_and_not_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Before, it ended the daemon."""
+    monkeypatch.setattr(supervisor_module, "PAUSE_S", (0.01, 0.02))
+    monkeypatch.setattr(supervisor_module, "CALM_S", 0.05)
+
+    store = FakeStore(PEER)
+    member = Member(store, tmp_path, margin_s=86399.9)
+    async with member.running():
+        calls: list[str] = []
+
+        def broken(name: str, *args: object) -> object:
+            calls.append(name)
+            raise ValueError("not expected")
+
+        with monkeypatch.context() as patch:
+            # A snapshot is asked for after a watch that failed.
+            for name in {method, "watch"} if method == "snapshot" else {method}:
+                patch.setattr(store, name, partial(broken, name))
+            if method == "claim":
+                store.leases.clear()
+            store.break_down(StoreUnavailableError("away"))
+            store.break_down(None)
+            store.put(lease("10.244.22.0/24", "192.0.2.22"))
+            await until(lambda: method in calls)
+            await until(lambda: any("not expected" in line for line in member.membership.problems))
+        await until(lambda: "10.244.22.0/24" in member.peers)
+        await until(lambda: not any("not expected" in line for line in member.membership.problems))

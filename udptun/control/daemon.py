@@ -46,6 +46,7 @@ from udptun.core.errors import KernelError, UdptunError
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel.claims import Claims
+from udptun.kernel.supervisor import first_failure
 from udptun.kernel.underlay_watch import find_underlay
 from udptun.membership import identity
 from udptun.membership.allocate import chooser
@@ -120,7 +121,7 @@ class Daemon:
                 await serving
             except BaseExceptionGroup as group:
                 # A task group wraps the one failure that ended it.
-                raise _first(group) from group
+                raise first_failure(group) from group
         if self._answers.running is not None:
             log.info("stopped; packets are carried on without the daemon, `udptun cleanup` ends and removes it all")
 
@@ -143,13 +144,14 @@ class Daemon:
                 running.forwarding.live.mtu,
                 len(running.membership.table.peers),
             )
+            keep = running.supervisor.keep
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(running.membership.run(), name="membership")
-                tasks.create_task(running.forwarding.run(), name="forwarding")
-                tasks.create_task(running.firewall.run(), name="firewall")
-                tasks.create_task(running.underlay_watch.run(), name="follow underlay")
-                tasks.create_task(running.ip_forward_watch.run(), name="watch ip_forward")
-                tasks.create_task(self._reload_on_hangup(running, store), name="reload")
+                tasks.create_task(keep("membership", running.membership.run))
+                tasks.create_task(keep("forwarding", running.forwarding.run))
+                tasks.create_task(keep("firewall", running.firewall.run))
+                tasks.create_task(keep("underlay", running.underlay_watch.run))
+                tasks.create_task(keep("ip_forward", running.ip_forward_watch.run))
+                tasks.create_task(keep("reload", lambda: self._reload_on_hangup(running, store)))
 
     def _make_directories(self) -> None:
         for directory in (self._options.run_dir, self._options.state_dir):
@@ -254,6 +256,10 @@ class Daemon:
             except UdptunError as exc:
                 for problem in exc.problems:
                     log.error("nothing reloaded: %s", problem)
+            except Exception:
+                # The reload is over for the service manager, too.
+                self._notify(notify.READY)
+                raise
             self._notify(notify.READY)
 
     def _notify(self, message: str) -> None:
@@ -261,9 +267,3 @@ class Daemon:
             notify.notify(self._options.notify_socket, message)
         except OSError as exc:
             log.warning("cannot tell the service manager state=%s error=%s", message.split("\n")[0], exc)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first failure in a group, groups within it opened."""
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

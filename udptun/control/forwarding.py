@@ -170,7 +170,8 @@ class Forwarding:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return () if self._reconciler is None else self._reconciler.problems
+        tunnel = () if self._tunnel is None else self._tunnel.tunnel.problems
+        return tunnel if self._reconciler is None else (*tunnel, *self._reconciler.problems)
 
     @property
     def pod_path(self) -> PodPath | None:

@@ -19,6 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from udptun.core.errors import KernelError
+from udptun.kernel.supervisor import Supervisor
 
 REQUEST_BYTES = 8192
 REQUEST_S = 5.0
@@ -110,6 +111,7 @@ class Server:
         self._clients: dict[_Client, asyncio.Task[None]] = {}
         """In the order in which they came."""
         self._said_s = float("-inf")
+        self._supervisor = Supervisor()
         self._accepting = [self._start_accepting(listener) for listener in sockets]
 
     def close(self) -> None:
@@ -118,7 +120,7 @@ class Server:
             task.cancel()
 
     def _start_accepting(self, listener: socket.socket) -> asyncio.Task[None]:
-        task = asyncio.create_task(self._accept(listener))
+        task = asyncio.create_task(self._supervisor.keep("http", lambda: self._accept(listener)))
         # Not before the task has ended: until then the event loop knows the descriptor by its number.
         task.add_done_callback(lambda _: listener.close())
         return task

@@ -18,6 +18,7 @@ from udptun.control.settings import live_settings, set_log_level, underlay_optio
 from udptun.core.errors import UdptunError
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel.ip_forward import IpForwardWatch
+from udptun.kernel.supervisor import Supervisor
 from udptun.kernel.underlay import Underlay
 from udptun.kernel.underlay_watch import UnderlayWatch
 from udptun.membership.identity import Identity
@@ -53,6 +54,7 @@ class Running:
             lambda: (lease.attrs.public_ip for lease in membership.table.peers.values()),
         )
         self.ip_forward_watch = IpForwardWatch(lambda: forwarding.pod_path)
+        self.supervisor = Supervisor()
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
 
@@ -60,6 +62,7 @@ class Running:
     def problems(self) -> list[str]:
         """One line for each thing that is wrong right now."""
         return [
+            *self.supervisor.problems,
             *self.membership.problems,
             *self.forwarding.problems,
             *self.firewall.problems,

@@ -138,6 +138,11 @@ class TableWriter:
         self._resting.append(index)
 
     @property
+    def has_room(self) -> bool:
+        """Whether one more peer can be added before the next `publish`."""
+        return bool(self._free)
+
+    @property
     def subnets(self) -> Collection[IPv4Network]:
         """Of all peers."""
         return self._index.keys()

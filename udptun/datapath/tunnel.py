@@ -60,6 +60,8 @@ class Tunnel:
         self._mtu = 0
         self._wanted_offload = self.granted_offload = Offload(0)
         self._publishing = asyncio.Lock()
+        self._waiting: dict[IPv4Network, Remote] = {}
+        """Peers for which the table has no room."""
         self.datapath = Datapath(run_dir, self._descriptors(), processes)
 
     @classmethod
@@ -175,21 +177,45 @@ class Tunnel:
 
     def set_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
         """Have exactly these peers, from the next `publish` on."""
-        self.remove_peers([subnet for subnet in self.table.subnets if subnet not in peers])
+        self.remove_peers([subnet for subnet in (*self.table.subnets, *self._waiting) if subnet not in peers])
         self.add_peers(peers)
 
     def add_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
         """Add peers, or change where they are, from the next `publish` on."""
         for subnet, remote in peers.items():
-            self.table.set_peer(subnet, remote, self._mtu)
+            if self.table.has_room or self.table.index_of(subnet) is not None:
+                self.table.set_peer(subnet, remote, self._mtu)
+                self._waiting.pop(subnet, None)
+            else:
+                if not self._waiting:
+                    log.error("the peer table is full, more peers are not reached subnet=%s", subnet)
+                self._waiting[subnet] = remote
 
     def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
         """Forget peers, from the next `publish` on."""
         for subnet in subnets:
+            self._waiting.pop(subnet, None)
             self.table.remove_peer(subnet)
 
     async def publish(self) -> None:
         """Show the workers what was set since the last time; returns when they can see it."""
+        await self._publish()
+        if self._waiting and self.table.has_room:
+            self.add_peers(dict(self._waiting))
+            await self._publish()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A line when the table holds no more peers.  May be read on another thread."""
+        waiting = list(self._waiting.copy())
+        if not waiting:
+            return ()
+        return (
+            f"the peer table holds {len(self.table.subnets)} peers at most, so {len(waiting)} more are not reached, "
+            f"as {waiting[0]}; have fewer hosts in the Network, or release leases that nobody uses",
+        )
+
+    async def _publish(self) -> None:
         async with self._publishing:
             impatient_at = time.monotonic() + _PUBLISH_PATIENCE_S
             while not self.table.publish(self.stats, len(self.tun.fds)):

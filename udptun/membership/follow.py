@@ -84,6 +84,10 @@ class Follower:
                 self._is_failing = True
                 self._outage.goes_on(str(exc), "forwarding on with the last table")
                 await backoff.sleep(len(self._peers.table.peers) if self._store.is_remote else 0)
+            except Exception:
+                # Run again, we know no longer what of the store's answer was used.
+                self._must_list = True
+                raise
             finally:
                 if calm is not None:
                     calm.cancel()

@@ -23,6 +23,7 @@ from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
 from udptun.core.lease import Lease, LeaseAttrs, validate
 from udptun.core.lease_table import LeaseTable
+from udptun.kernel.supervisor import Supervisor
 from udptun.membership.allocate import left_reservations
 from udptun.membership.doubles import Clones, Doubles
 from udptun.membership.follow import Follower
@@ -76,6 +77,7 @@ class Membership:
         self._first_claim = FirstClaim(store)
         self._saved = SavedTable(state_dir, self._to_save, clock)
         self._moved = asyncio.Event()
+        self._supervisor = Supervisor()
         # Made by `join`.
         self._own: OwnLease
         self._peers: Peers
@@ -103,7 +105,8 @@ class Membership:
         # The bare clock: status asks on another thread.
         if self._outage.reason and self.own.is_expired(self._clock.unix_s()):
             expired = f"our lease {self.own.subnet} has expired, and another host may get it, while the store is away"
-        return tuple(filter(None, (self._own.problem, expired, self._outage.reason, *self._clones.lines.values())))
+        lines = (self._own.problem, expired, self._outage.reason, *self._clones.lines.values(), *self._peers.problems)
+        return (*filter(None, lines), *self._supervisor.problems)
 
     async def join(self, attrs: LeaseAttrs, choose: Chooser) -> None:
         """Get our lease: the one we had, or a new one.  Raises ConfigError when it cannot be used.
@@ -152,14 +155,16 @@ class Membership:
     async def run(self) -> None:
         """Follow the store, renew our lease, expire the others' and save the table, until cancelled."""
         try:
+            keep = self._supervisor.keep
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follower.run(), name="follow leases")
-                tasks.create_task(self._own.hold(), name="hold lease")
-                tasks.create_task(self._peers.let_go(), name="let peers go")
-                tasks.create_task(self._reconsider(), name="reconsider leases")
+                tasks.create_task(keep("follow leases", self._follower.run))
+                tasks.create_task(keep("hold lease", self._own.hold))
+                tasks.create_task(keep("let peers go", self._peers.let_go))
+                tasks.create_task(keep("change peers again", self._peers.change_again))
+                tasks.create_task(keep("reconsider leases", self._reconsider))
                 if not self._store.is_remote:
-                    tasks.create_task(self._follower.expire(), name="expire leases")
-                tasks.create_task(self._saved.keep(), name="save leases")
+                    tasks.create_task(keep("expire leases", self._follower.expire))
+                tasks.create_task(keep("save leases", self._saved.keep))
         finally:
             await self._saved.finish()
 

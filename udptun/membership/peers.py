@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.lease_table import LeaseTable
 from udptun.membership.doubles import Clones
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 LEASES_AT_ONCE = 1000
 """So many leases are applied before other tasks get a turn; about 10 ms."""
 
+CHANGE_AGAIN_S = (1.0, 60.0)
+"""First and longest pause before a change that failed is tried again."""
+
 _LOGGED_EVENTS = 20
 """So many peers that change at once are named in the log; of more only the number is logged."""
 
@@ -30,7 +34,8 @@ PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
 class Peers:
     """Keeps `table`, and tells `on_change` each difference among the usable peers.
 
-    `update`, `reset` and `recall` are called by one task at a time.  `let_go` and `reconsider` run beside them.
+    `update`, `reset` and `recall` are called by one task at a time.  `let_go`, `reconsider` and `change_again` run
+    beside them.
     """
 
     def __init__(
@@ -44,6 +49,9 @@ class Peers:
         self._clock = clock
         self._grace = Grace()
         self._has_grace = asyncio.Event()
+        self._failed: dict[str, tuple[LeaseEvent, str]] = {}
+        """What `on_change` has not taken, by the key of the lease: the event, and why."""
+        self._has_failed = asyncio.Event()
 
     async def update(self, batch: WatchBatch) -> None:
         """Apply the events of a batch.  A peer whose lease is gone is kept for a moment, see grace.py."""
@@ -90,6 +98,33 @@ class Peers:
         """Drop what has expired by `now_s`, Unix seconds."""
         await self._apply(self.table.expire(now_s))
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A line for each peer that is not as the table has it.  May be read on another thread."""
+        failed = list(self._failed.copy().values())
+        lines = [
+            f"peer {event.lease.subnet} at {event.lease.attrs.public_ip} is not {event.type.value}: {why}; "
+            "it is tried again, the log has more"
+            for event, why in failed[:_LOGGED_EVENTS]
+        ]
+        more = len(failed) - len(lines)
+        return (*lines, f"{more} more peers are not as the store has them") if more else tuple(lines)
+
+    async def change_again(self) -> None:
+        """Try once more what `on_change` has not taken, with growing pauses, until cancelled."""
+        pause_s = CHANGE_AGAIN_S[0]
+        while True:
+            if not self._failed:
+                self._has_failed.clear()
+                await self._has_failed.wait()
+                pause_s = CHANGE_AGAIN_S[0]
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, CHANGE_AGAIN_S[1])
+            for event, _why in list(self._failed.values()):
+                # The store may have said something newer meanwhile.
+                if event is self._failed.get(event.lease.key, (None,))[0]:
+                    await self._change_each([event])
+
     async def let_go(self) -> None:
         """Drop the peers whose moment of grace is over, until cancelled."""
         while True:
@@ -110,7 +145,14 @@ class Peers:
         self._saved.note_expiries()
         if not events:
             return
-        await self._on_change(events)
+        try:
+            await self._on_change(events)
+        except Exception:
+            # One of them may be bad, and the others are not.
+            await self._change_each(events)
+        else:
+            for event in events:
+                self._failed.pop(event.lease.key, None)
         self._saved.note_change()
         if len(events) > _LOGGED_EVENTS:
             log.info("peers changed n_changes=%d n_peers=%d", len(events), len(self.table.peers))
@@ -120,3 +162,23 @@ class Peers:
                 log.info("peer %s subnet=%s public_ip=%s", event.type.value, subnet, attrs.public_ip)
         for event in events:
             self._clones.see(event)
+
+    async def _change_each(self, events: Sequence[LeaseEvent]) -> None:
+        """Tell each by itself; those that `on_change` does not take are kept for `change_again`."""
+        n_new = 0
+        for event in events:
+            key = event.lease.key
+            try:
+                await self._on_change([event])
+            except Exception as exc:
+                why = str(exc) if isinstance(exc, UdptunError) else f"unexpected {type(exc).__name__}: {exc}"
+                if self._failed.get(key) != (event, why):
+                    n_new += 1
+                    if n_new <= _LOGGED_EVENTS:
+                        # The first one shows where.
+                        place = exc if n_new == 1 else None
+                        log.error("peer cannot be changed key=%s error=%r", key, why, exc_info=place)
+                self._failed[key] = (event, why)
+                self._has_failed.set()
+            else:
+                self._failed.pop(key, None)

@@ -192,7 +192,7 @@ class SavedTable:
         """Write what `keep`, which has ended, has not written; a file system that hangs is not waited for long."""
         self._writer.hurry(FINISH_S)
         if self._saving is not None:
-            await asyncio.shield(self._saving)
+            await asyncio.wait([self._saving])
         if self._changed.is_set() or not self._has_expiries:
             await self._write(self._take())
 

@@ -97,7 +97,10 @@ class EtcdStore:
     # ---------------------------------------------------------------------------------------------- our lease
 
     async def claim(self, attrs: LeaseAttrs, choose: Chooser, ttl_s: int = LEASE_TTL_S) -> Lease:
-        """As the contract says; `choose` is asked again after each lost race, TRIES times before it is a LeaseError."""
+        """As the contract says; `choose` is asked again after each lost race.
+
+        After TRIES of them it is a StoreUnavailableError: whoever waits for a lease goes on trying.
+        """
         for turn in range(TRIES):
             await _pause(turn, "claim a subnet")
             response = await self._list("claim a subnet")
@@ -112,7 +115,9 @@ class EtcdStore:
             )
             if lease is not None:
                 return lease
-        raise LeaseError(f"cannot claim a subnet in etcd: other nodes were faster {TRIES} times; trying again may help")
+        raise StoreUnavailableError(
+            f"cannot claim a subnet in etcd: other nodes were faster {TRIES} times; trying again may help"
+        )
 
     async def renew(self, lease: Lease, ttl_s: int = LEASE_TTL_S) -> Lease:
         operation = f"renew {lease.subnet}"
