@@ -828,7 +828,9 @@ def test_status_has_schema_1_and_exactly_the_documented_keys(two_hosts: Lab) -> 
     by_name = ("counters.", "datapath.worker_counters[].")
     assert {key for key in keys_of(status) if not key.startswith(by_name)} == documented
     (worker,) = status["datapath"]["worker_counters"]
-    assert worker == {name: n for name, n in status["counters"].items() if n}
+    # Read a moment before the sums: a packet may have come in between.
+    assert all(0 < n <= status["counters"][name] for name, n in worker.items())
+    assert worker["encap_packets"] >= 2
     (peer,) = status["peers"]
     assert (peer["subnet"], peer["public_ip"], peer["port"], peer["udptun"]) == (
         str(two.subnet),
