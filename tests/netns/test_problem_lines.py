@@ -43,6 +43,11 @@ def shell(*commands: str) -> Act:
     return act
 
 
+def on_pod(command: str) -> Act:
+    """Run the command with the address of the host's pod."""
+    return lambda host: shell(command.format(host.pod(1).address))(host)
+
+
 class Background:
     """A program of the host's that goes on from `start` to `stop`."""
 
@@ -133,6 +138,60 @@ FAULTS = [
         ),
         shell("sysctl -qw net.ipv4.conf.cni0.forwarding=0 net.ipv4.conf.flannel0.forwarding=0"),
         shell("sysctl -qw net.ipv4.conf.cni0.forwarding=1 net.ipv4.conf.flannel0.forwarding=1"),
+    ),
+    # Packet filters of others; which rules count is the matter of test_obstacles.py.
+    Fault(
+        "a REJECT before flannel's rules",
+        (r"rule 1 of FORWARD \(iptables-nft, table filter\) rejects packets between pods here and other hosts; .*",),
+        shell("iptables-nft -I FORWARD -j REJECT"),
+        shell("iptables-nft -D FORWARD -j REJECT"),
+    ),
+    Fault(
+        "a rule in Docker's chain for users",
+        (r"rule 1 of DOCKER-USER \(iptables-nft, table filter\) drops packets from other hosts to pods here; .*",),
+        shell(
+            "iptables-nft -N DOCKER-USER",
+            "iptables-nft -I FORWARD -j DOCKER-USER",
+            "iptables-nft -A DOCKER-USER ! -i cni0 -o cni0 -j DROP",
+        ),
+        shell("iptables-nft -F DOCKER-USER", "iptables-nft -D FORWARD -j DOCKER-USER", "iptables-nft -X DOCKER-USER"),
+    ),
+    Fault(
+        "Docker's rule for a container in table raw",
+        (
+            r"rule 1 of PREROUTING \(iptables-nft, table raw\) drops some packets from other hosts to pods here; if "
+            r"Docker has set it, `\"allow-direct-routing\": true` in daemon\.json ends it; else delete the rule",
+        ),
+        on_pod("iptables-nft -t raw -A PREROUTING -d {}/32 ! -i cni0 -j DROP"),
+        shell("iptables-nft -t raw -F PREROUTING"),
+    ),
+    Fault(
+        "the other iptables drops by its policy",
+        (
+            r"the policy of FORWARD \(iptables-legacy, table filter\) drops packets between pods here and other "
+            r"hosts; .*",
+        ),
+        shell("iptables-legacy -P FORWARD DROP"),
+        shell("iptables-legacy -P FORWARD ACCEPT"),
+    ),
+    Fault(
+        "a table of nftables drops by its policy",
+        (
+            r"the policy of chain forward \(nft, table inet fw\) drops packets between pods here and other hosts; "
+            r"accept the overlay there: `nft insert rule inet fw forward ip saddr 10\.244\.0\.0/16 accept`, and .*",
+        ),
+        shell(
+            "nft add table inet fw",
+            "nft 'add chain inet fw forward { type filter hook forward priority 10; policy drop; }'",
+        ),
+        shell("nft insert rule inet fw forward ip saddr 10.244.0.0/16 accept; nft delete table inet fw"),
+    ),
+    Fault(
+        "FORWARD drops and flannel's rules are not wanted",
+        (r"the policy of FORWARD \(iptables-nft, table filter\) drops packets .*; flannel's rules are not there .*",),
+        shell("iptables-nft -P FORWARD DROP"),
+        shell("iptables-nft -P FORWARD ACCEPT"),
+        flags=("--iptables-forward-rules=false",),
     ),
     # Others at our device.
     Fault(

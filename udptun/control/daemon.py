@@ -44,6 +44,7 @@ from udptun.control.settings import (
 from udptun.core.clock import Clock
 from udptun.core.errors import KernelError, UdptunError
 from udptun.core.lease import LeaseAttrs
+from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel.claims import Claims
 from udptun.kernel.supervisor import first_failure
@@ -213,7 +214,8 @@ class Daemon:
             parse_net_conf,
             clock,
         )
-        firewall = FirewallReconciler(firewall_settings(options, conf), ownership)
+        obstacles = Obstacles(lambda: forwarding.pod_path)
+        firewall = FirewallReconciler(firewall_settings(options, conf), ownership, obstacles)
         running = Running(options, conf, underlay, me, membership, forwarding, firewall)
         undo.push_async_callback(self._undo_failed_start, running)
         await self._join(running, attrs)

@@ -22,8 +22,8 @@ from udptun.core.desired import DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.ownership import Ownership
+from udptun.core.pod_path import PodPath
 from udptun.datapath import processes
-from udptun.kernel.pod_links import PodPath
 from udptun.kernel.reconcile.apply import create_missing_vxlans
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
 from udptun.kernel.reconcile.reconciler import Reconciler

@@ -24,6 +24,7 @@ from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
 from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, programs
 from udptun.firewall.nft import NftRules
+from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.rules import DesiredRules, Repair, forward, masquerade
 from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
 from udptun.kernel.claims import locked
@@ -81,9 +82,13 @@ class FirewallSettings:
 class FirewallReconciler:
     """The rules of one host.  All methods belong to one event loop."""
 
-    def __init__(self, settings: FirewallSettings, ownership: Ownership) -> None:
-        """Rules about the Networks of `ownership` are ours; those about others belong to other daemons."""
+    def __init__(self, settings: FirewallSettings, ownership: Ownership, obstacles: Obstacles) -> None:
+        """Rules about the Networks of `ownership` are ours; those about others belong to other daemons.
+
+        `obstacles` are looked for after each look at our own rules.
+        """
         self._settings = settings
+        self._obstacles = obstacles
         self._ownership = ownership
         self._random_fully = settings.random_fully
         self._kept: list[Rules] = []
@@ -194,8 +199,7 @@ class FirewallReconciler:
 
     async def run(self) -> None:
         """Look after every notice and every `resync_s` seconds, and repair what differs, until cancelled."""
-        if self._kept:
-            await self._loop.run()
+        await self._loop.run()
 
     async def _relevant_notices(self) -> AsyncGenerator[object, None]:
         try:
@@ -208,7 +212,11 @@ class FirewallReconciler:
             log.debug("no notices of changed rules, the timer alone looks error=%s", exc)
 
     def _is_concerned(self, notices: frozenset[RulesetNotice] | None) -> bool:
-        """Whether to look at once.  kube-proxy changes rules of its own all day long."""
+        """Whether to look at once.  kube-proxy changes rules of its own all day long.
+
+        What concerns the obstacles alone waits for the timer, because a look at our own rules starts programs.
+        """
+        self._obstacles.note(notices)
         if self._is_strife:
             return False
         return notices is None or any(rules.concerns(notice) for rules in self._kept for notice in notices)
@@ -232,6 +240,8 @@ class FirewallReconciler:
         if self._problem and not problem:
             log.info("firewall rules are as wanted again")
         self._problem = problem
+        # Last, when our own rules are in place again.
+        await self._obstacles.look()
         return not problem
 
     async def _repair_differences(self) -> list[str]:
@@ -244,7 +254,7 @@ class FirewallReconciler:
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as wanted and cannot be set right now, a line each."""
-        return tuple(filter(None, [self._problem, self._loop.problem]))
+        return (*filter(None, [self._problem, self._loop.problem]), *self._obstacles.problems)
 
     @property
     def _is_strife(self) -> bool:

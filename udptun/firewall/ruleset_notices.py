@@ -18,6 +18,8 @@ _NFNLGRP_NFTABLES = 7
 _NFNL_SUBSYS_NFTABLES = 10
 _NFGENMSG_LEN = 4
 """struct nfgenmsg: family, version, two bytes of res_id."""
+_NEW_CHAIN = _NFNL_SUBSYS_NFTABLES << 8 | 3
+_NFTA_CHAIN_HOOK = 4
 _NFTA_TABLE = 1
 """The attribute with the table's name, the same in messages about tables, chains and rules."""
 _CHAIN_ATTRIBUTE = {
@@ -32,12 +34,13 @@ _CHAIN_ATTRIBUTE = {
 class RulesetNotice:
     """Something changed in this chain of an nftables table; `chain` None: in the table as a whole.
 
-    `family` is NFPROTO_IPV4 (2) and the like.
+    `family` is NFPROTO_IPV4 (2) and the like.  `is_base`: the chain is made or changed, and the kernel calls it.
     """
 
     family: int
     table: str
     chain: str | None
+    is_base: bool = False
 
 
 async def watch_ruleset() -> AsyncGenerator[frozenset[RulesetNotice] | None, None]:
@@ -58,5 +61,6 @@ def _decode(data: bytes) -> frozenset[RulesetNotice]:
             names = {number: value.rstrip(b"\0") for number, value in rtnetlink.attributes(body, _NFGENMSG_LEN)}
             chain = names.get(_CHAIN_ATTRIBUTE[kind])
             table = names.get(_NFTA_TABLE, b"").decode(errors="replace")
-            notices.add(RulesetNotice(body[0], table, None if chain is None else chain.decode(errors="replace")))
+            name = None if chain is None else chain.decode(errors="replace")
+            notices.add(RulesetNotice(body[0], table, name, kind == _NEW_CHAIN and _NFTA_CHAIN_HOOK in names))
     return frozenset(notices)

@@ -11,8 +11,9 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from udptun.core.errors import KernelError
+from udptun.core.pod_path import PodPath
 from udptun.kernel.notices import datagrams
-from udptun.kernel.pod_links import PodPath, find_pod_links
+from udptun.kernel.pod_links import find_pod_links
 from udptun.kernel.problem_lines import ProblemLines
 from udptun.kernel.sysctl import read_sysctl
 from udptun.kernel.watch_loop import Pace, WatchLoop

@@ -3,22 +3,9 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
-from ipaddress import IPv4Network
 
+from udptun.core.pod_path import PodPath
 from udptun.kernel.netlink import Netlink
-
-
-@dataclass(frozen=True, slots=True)
-class PodPath:
-    """The way between the pods of this host and those of the others.
-
-    `network` is the whole overlay, `subnet` this host's part of it.  `device` names the link to the other hosts.
-    """
-
-    network: IPv4Network
-    subnet: IPv4Network
-    device: str
 
 
 async def find_pod_links(path: PodPath) -> tuple[str, ...]:

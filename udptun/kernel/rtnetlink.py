@@ -83,7 +83,7 @@ def dump_routes(family: int, table: int, protocol: int) -> Request:
 
 def get_route(ip: IPAddress) -> Request:
     """How the kernel would send to `ip`."""
-    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, ip.packed)
+    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, ip.packed)
     return Request(f"no route to {ip}", GETROUTE, 0, body)
 
 
@@ -108,7 +108,7 @@ def delete_fdb(entry: FdbEntry) -> Request:
 
 def dump_neighbours(link_index: int, family: int) -> Request:
     """The neighbours on one link."""
-    body = _NEIGHBOUR.pack(family, 0, 0, 0, 0) + _attribute(_NDA_IFINDEX, _U32.pack(link_index))
+    body = _NEIGHBOUR.pack(family, 0, 0, 0, 0) + attribute(_NDA_IFINDEX, _U32.pack(link_index))
     return Request("cannot list neighbours", GETNEIGH, F_DUMP, body)
 
 
@@ -206,37 +206,37 @@ def _route_body(route: Route) -> bytes:
             route.type,
             flags,
         ),
-        _attribute(_RTA_DST, dst.packed),
-        _attribute(_RTA_TABLE, _U32.pack(route.table)),
+        attribute(_RTA_DST, dst.packed),
+        attribute(_RTA_TABLE, _U32.pack(route.table)),
     ]
     if route.metric:
-        parts.append(_attribute(_RTA_PRIORITY, _U32.pack(route.metric)))
+        parts.append(attribute(_RTA_PRIORITY, _U32.pack(route.metric)))
     if route.gateway is not None and route.gateway.version == dst.version:
-        parts.append(_attribute(_RTA_GATEWAY, route.gateway.packed))
+        parts.append(attribute(_RTA_GATEWAY, route.gateway.packed))
     elif route.gateway is not None:
-        parts.append(_attribute(_RTA_VIA, _VIA.pack(family_of(route.gateway)) + route.gateway.packed))
+        parts.append(attribute(_RTA_VIA, _VIA.pack(family_of(route.gateway)) + route.gateway.packed))
     if route.oif is not None:
-        parts.append(_attribute(_RTA_OIF, _U32.pack(route.oif)))
+        parts.append(attribute(_RTA_OIF, _U32.pack(route.oif)))
     if route.prefsrc is not None:
-        parts.append(_attribute(_RTA_PREFSRC, route.prefsrc.packed))
+        parts.append(attribute(_RTA_PREFSRC, route.prefsrc.packed))
     if route.mtu is not None:
-        parts.append(_attribute(_RTA_METRICS, _attribute(_RTAX_MTU, _U32.pack(route.mtu))))
+        parts.append(attribute(_RTA_METRICS, attribute(_RTAX_MTU, _U32.pack(route.mtu))))
     return b"".join(parts)
 
 
 def _neighbour_body(neighbour: Neighbour) -> bytes:
     head = _NEIGHBOUR.pack(family_of(neighbour.ip), neighbour.link_index, NUD_PERMANENT, 0, 0)
     mac = bytes.fromhex(neighbour.mac.replace(":", ""))
-    return head + _attribute(_NDA_DST, neighbour.ip.packed) + _attribute(_NDA_LLADDR, mac)
+    return head + attribute(_NDA_DST, neighbour.ip.packed) + attribute(_NDA_LLADDR, mac)
 
 
 def _fdb_body(entry: FdbEntry) -> bytes:
     head = _NEIGHBOUR.pack(_AF_BRIDGE, entry.link_index, NUD_PERMANENT, _NTF_SELF, 0)
     mac = bytes.fromhex(entry.mac.replace(":", ""))
-    return head + _attribute(_NDA_DST, entry.dst.packed) + _attribute(_NDA_LLADDR, mac)
+    return head + attribute(_NDA_DST, entry.dst.packed) + attribute(_NDA_LLADDR, mac)
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
     length = _ATTRIBUTE.size + len(value)
     return _ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
 

@@ -1,0 +1,370 @@
+"""Which rules of others are named because they drop the overlay's packets, and which are not.
+
+    pods -- cni0 [namespace] flannel0 -- other hosts
+
+The rules are set with the tools that people use, and read from the kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+from namespace import Namespace, namespace, requires_netns
+
+from udptun.core.pod_path import PodPath
+from udptun.firewall.obstacles.watch import Obstacles
+
+pytestmark = [pytest.mark.netns, requires_netns]
+
+NETWORK = IPv4Network("10.244.0.0/16")
+PATH = PodPath(NETWORK, IPv4Network("10.244.1.0/24"), "flannel0")
+
+BOTH = "between pods here and other hosts"
+OUT = "from pods here to other hosts"
+IN = "from other hosts to pods here"
+DOCKERS = 'if Docker has set it, `"allow-direct-routing": true` in daemon.json ends it; else delete the rule'
+
+ACCEPT = f"-s {NETWORK} -j ACCEPT\n-A FORWARD -d {NETWORK} -j ACCEPT"
+
+
+@pytest.fixture(scope="module")
+def _world() -> Iterator[Namespace]:
+    with namespace() as ns:
+        for link, address in (("cni0", "10.244.1.1/24"), ("docker0", "172.17.0.1/16")):
+            ns.ip(f"link add {link} type bridge")
+            ns.ip(f"address add {address} dev {link}")
+        ns.ip("link add flannel0 type veth peer name other0")
+        yield ns
+
+
+@pytest.fixture
+def world(_world: Namespace) -> Namespace:
+    """A namespace without any rule."""
+    run(_world, "nft flush ruleset")
+    tables = _world.call(lambda: Path("/proc/thread-self/net/ip_tables_names").read_text().split())
+    for table in tables:
+        run(_world, f"iptables-legacy -t {table} -F; iptables-legacy -t {table} -X")
+        for chain in ("PREROUTING", "FORWARD"):
+            run(_world, f"iptables-legacy -t {table} -P {chain} ACCEPT 2>/dev/null || true")
+    return _world
+
+
+def run(ns: Namespace, script: str) -> None:
+    subprocess.run(["ip", "netns", "exec", ns.name, "sh", "-ec", script], check=True, timeout=30)
+
+
+def restore(ns: Namespace, program: str, text: str) -> None:
+    """`text` in the form of iptables-save; COMMITs and the filter table go without saying."""
+    if not text.startswith("*"):
+        text = f"*filter\n{text}"
+    text = re.sub(r"\n\*", "\nCOMMIT\n*", text) + "\nCOMMIT\n"
+    argv = ["ip", "netns", "exec", ns.name, f"{program}-restore"]
+    subprocess.run(argv, input=text, text=True, check=True, timeout=30)
+
+
+def problems(ns: Namespace, path: PodPath | None = PATH) -> tuple[str, ...]:
+    async def look() -> tuple[str, ...]:
+        obstacles = Obstacles(lambda: path)
+        await obstacles.look()
+        return obstacles.problems
+
+    return ns.call_async(look)
+
+
+IPTABLES = ["iptables-nft", "iptables-legacy"]
+
+LOUD = {
+    "REJECT in FORWARD": (
+        f"-A FORWARD -j REJECT\n-A FORWARD {ACCEPT}",
+        "rule 1 of FORWARD ({}, table filter) rejects",
+        BOTH,
+    ),
+    "as RHEL's iptables-services": (
+        "-A FORWARD -m state --state RELATED,ESTABLISHED -j ACCEPT\n"
+        "-A FORWARD -j REJECT --reject-with icmp-host-prohibited",
+        "rule 2 of FORWARD ({}, table filter) rejects",
+        BOTH,
+    ),
+    "behind rules of kube-proxy": (
+        ":KUBE-FORWARD - [0:0]\n"
+        '-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD\n'
+        "-A FORWARD -j DROP\n"
+        "-A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP\n"
+        "-A KUBE-FORWARD -m mark --mark 0x4000/0x4000 -j ACCEPT\n"
+        "-A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+        "rule 2 of FORWARD ({}, table filter) drops",
+        BOTH,
+    ),
+    "policy": (":FORWARD DROP [0:0]", "the policy of FORWARD ({}, table filter) drops", BOTH),
+    "policy, one direction accepted": (
+        f":FORWARD DROP [0:0]\n-A FORWARD -s {NETWORK} -i cni0 -j ACCEPT",
+        "the policy of FORWARD ({}, table filter) drops",
+        IN,
+    ),
+    "by the pods' link": ("-A FORWARD -i cni+ -j DROP", "rule 1 of FORWARD ({}, table filter) drops", OUT),
+    "by other links": ("-A FORWARD ! -i docker0 -o cni0 -j DROP", "rule 1 of FORWARD ({}, table filter) drops", IN),
+    "in Docker's chain for users": (
+        ":DOCKER-USER - [0:0]\n-A FORWARD -j DOCKER-USER\n-A DOCKER-USER -i flannel0 -j DROP",
+        "rule 1 of DOCKER-USER ({}, table filter) drops",
+        IN,
+    ),
+    "a published port before Docker's drop": (
+        ":DOCKER - [0:0]\n-A FORWARD -o cni0 -j DOCKER\n"
+        "-A DOCKER -d 10.244.1.2/32 ! -i cni0 -o cni0 -p tcp -m tcp --dport 80 -j ACCEPT\n"
+        "-A DOCKER ! -i cni0 -o cni0 -j DROP",
+        "rule 2 of DOCKER ({}, table filter) drops some",
+        IN,
+    ),
+    "Docker's raw rule for a container": (
+        "*raw\n-A PREROUTING -d 10.244.1.2/32 ! -i cni0 -j DROP",
+        "rule 1 of PREROUTING ({}, table raw) drops some",
+        IN,
+    ),
+    "a part of the overlay": (
+        "-A FORWARD -s 10.244.0.0/17 -d 10.0.0.0/8 -j DROP",
+        "rule 1 of FORWARD ({}, table filter) drops",
+        BOTH,
+    ),
+    "one host of the overlay": (
+        "-A FORWARD -s 10.244.7.0/24 -j DROP",
+        "rule 1 of FORWARD ({}, table filter) drops some",
+        IN,
+    ),
+    "all but strangers": ("-A FORWARD ! -s 10.9.0.0/16 -j DROP", "rule 1 of FORWARD ({}, table filter) drops", BOTH),
+    "mangle": ("*mangle\n-A PREROUTING -j DROP", "rule 1 of PREROUTING ({}, table mangle) drops", BOTH),
+    "behind goto and return": (
+        ":A - [0:0]\n:B - [0:0]\n-A FORWARD -j A\n-A FORWARD -j DROP\n"
+        "-A A -s 10.9.0.0/16 -j RETURN\n-A A -g B\n-A A -j ACCEPT\n-A B -m limit --limit 1/s -j LOG",
+        "rule 2 of FORWARD ({}, table filter) drops",
+        BOTH,
+    ),
+    "a mark that nobody sets": (
+        "-A FORWARD -m mark --mark 1 -j ACCEPT\n-A FORWARD -j DROP",
+        "rule 2 of FORWARD ({}, table filter) drops",
+        BOTH,
+    ),
+}
+"""Rules, and the beginning and end of the line up to the remedy."""
+
+
+@pytest.mark.parametrize("program", IPTABLES)
+@pytest.mark.parametrize("what", LOUD)
+def test_rule_of_iptables_that_drops_is_named(world: Namespace, what: str, program: str) -> None:
+    """Pods reached nobody, and `udptun status` said that all was well."""
+    rules, begin, direction = LOUD[what]
+    restore(world, program, rules)
+    (line,) = problems(world)
+    assert line.partition("; ")[0] == f"{begin.format(program)} packets {direction}"
+
+
+SILENT = {
+    "no rules": "-A INPUT -j DROP",
+    "flannel's rules": f":FORWARD DROP [0:0]\n-A FORWARD {ACCEPT}",
+    "flannel's rules, then REJECT": f"-A FORWARD {ACCEPT}\n-A FORWARD -j REJECT",
+    "Docker beside a CNI plugin": (
+        ":FORWARD DROP [0:0]\n:DOCKER - [0:0]\n:ISOLATION-1 - [0:0]\n:ISOLATION-2 - [0:0]\n:DOCKER-USER - [0:0]\n"
+        "-A FORWARD -j DOCKER-USER\n-A FORWARD -j ISOLATION-1\n-A FORWARD -o docker0 -j DOCKER\n"
+        f"-A FORWARD -i docker0 -j ACCEPT\n-A FORWARD {ACCEPT}\n"
+        "-A ISOLATION-1 -i docker0 ! -o docker0 -j ISOLATION-2\n-A ISOLATION-2 -o br-1 -j DROP\n"
+        "-A DOCKER ! -i docker0 -o docker0 -j DROP\n"
+        "*raw\n-A PREROUTING -d 172.17.0.2/32 ! -i docker0 -j DROP"
+    ),
+    "a policy by marks, as kube-router's": (
+        ":POD - [0:0]\n:NETPOL - [0:0]\n-A FORWARD -d 10.244.1.5/32 -j POD\n"
+        "-A POD -j NETPOL\n-A POD -m mark ! --mark 0x10000/0x10000 -j REJECT\n"
+        "-A NETPOL -p tcp --dport 80 -j MARK --set-xmark 0x10000/0x10000"
+    ),
+    "a policy by marks, as Calico's": (
+        ":cali-fw - [0:0]\n:cali-po - [0:0]\n-A FORWARD -i cni+ -j cali-fw\n-A cali-fw -j cali-po\n"
+        "-A cali-fw -m mark --mark 0x10000/0x10000 -j RETURN\n-A cali-fw -j DROP\n"
+        "-A cali-po -p tcp -j MARK --set-xmark 0x10000/0x10000"
+    ),
+    "marks set before": "-A FORWARD -m mark ! --mark 1 -j DROP\n*mangle\n-A PREROUTING -p tcp -j MARK --set-mark 1",
+    "ports that are accepted": "-A FORWARD -p tcp --dport 443 -j ACCEPT\n-A FORWARD -j DROP",
+    "ports that are dropped": f"-A FORWARD -s {NETWORK} -p tcp --dport 25 -j DROP",
+    "a limit": "-A FORWARD -m limit --limit 10/s -j DROP",
+    "a state of connections that go on": "-A FORWARD -m conntrack --ctstate INVALID -j DROP",
+    "another network": "-A FORWARD -s 10.9.0.0/16 -j DROP\n-A FORWARD -d 192.168.0.0/16 -j REJECT",
+    "another link": "-A FORWARD -i eth0 -j DROP\n-A FORWARD -o docker+ -j DROP",
+    "between pods of this host": "-A FORWARD -i cni0 -o cni0 -j DROP",
+    "a target that we do not know": "-A FORWARD -j NFQUEUE --queue-num 1\n-A FORWARD -j DROP",
+    "accepted in two halves": (
+        "-A FORWARD -s 0.0.0.0/1 -j ACCEPT\n-A FORWARD -s 128.0.0.0/1 -j ACCEPT\n-A FORWARD -j DROP"
+    ),
+    "accepted in a part that may be the one": "-A FORWARD -s 10.244.7.0/24 -j ACCEPT\n-A FORWARD -s 10.244.7.8 -j DROP",
+}
+
+
+@pytest.mark.parametrize("program", IPTABLES)
+@pytest.mark.parametrize("what", SILENT)
+def test_rule_of_iptables_that_need_not_drop_is_not_named(world: Namespace, what: str, program: str) -> None:
+    restore(world, program, SILENT[what])
+    assert problems(world) == ()
+
+
+BASE = "type filter hook forward priority 0; policy {};"
+
+
+def nft(ns: Namespace, text: str) -> None:
+    """`text` are the tables as `nft list ruleset` shows them."""
+    argv = ["ip", "netns", "exec", ns.name, "nft", "-f", "-"]
+    subprocess.run(argv, input=text, text=True, check=True, timeout=30)
+
+
+def table(*rules: str, policy: str = "accept", more: str = "", name: str = "inet t", hook: str = BASE) -> str:
+    lines = "\n".join(rules)
+    return f"table {name} {{\n{more}\nchain c {{\n{hook.format(policy)}\n{lines}\n}}\n}}"
+
+
+LOUD_NFT = {
+    "policy": (table(policy="drop"), "the policy of chain c (nft, table inet t) drops packets", BOTH),
+    "policy, all but our packets accepted": (
+        table(
+            "ct state { established, related } accept",
+            "ct state established,related accept",
+            "ct state vmap { invalid : drop, established : accept }",
+            "ct status dnat accept",
+            'iifname "lo" accept',
+            'iif "lo" accept',
+            'iifname { "docker0", "eth0" } accept',
+            'iifname "eth*" oifname != "cni0" accept',
+            "meta nfproto ipv6 accept",
+            "meta protocol ip6 accept",
+            "ip6 saddr fd00::/8 accept",
+            "ip saddr 10.9.0.0/16 accept",
+            "ip saddr { 10.9.0.0/16, 192.168.1.0-192.168.7.255 } accept",
+            "ip daddr @others accept",
+            "ip daddr != 10.0.0.0/8 accept",
+            "ip daddr > 11.0.0.0 accept",
+            "meta mark & 0xff == 0x1 accept",
+            "counter",
+            'log prefix "x"',
+            policy="drop",
+            more="set others { type ipv4_addr; flags interval; elements = { 172.16.0.0/12 }; }",
+        ),
+        "the policy of chain c (nft, table inet t) drops packets",
+        BOTH,
+    ),
+    "rule": (
+        table("ip daddr 10.244.0.0/16 drop"),
+        "the rule with handle 2 of chain c (nft, table inet t) drops packets",
+        BOTH,
+    ),
+    "a part, behind a map of links": (
+        table(
+            'iifname vmap { "flannel0" : jump from_others, "eth0" : drop }',
+            more="chain from_others { ip saddr 10.244.7.0/24 reject; }",
+            name="ip t",
+            hook="type filter hook prerouting priority -300; policy {};",
+        ),
+        "the rule with handle 3 of chain from_others (nft, table ip t) rejects some packets",
+        IN,
+    ),
+    "a set of ours": (
+        table("ip saddr @bad drop", more="set bad { type ipv4_addr; flags interval; elements = { 10.244.7.0/24 }; }"),
+        "the rule with handle 3 of chain c (nft, table inet t) drops some packets",
+        IN,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LOUD_NFT)
+def test_chain_of_nftables_that_drops_is_named(world: Namespace, what: str) -> None:
+    """iptables does not show such a table, so nobody looked there."""
+    text, begin, direction = LOUD_NFT[what]
+    nft(world, text)
+    (line,) = problems(world)
+    assert line.partition("; ")[0] == f"{begin} {direction}"
+
+
+SILENT_NFT = {
+    "accepted by set": table(
+        "ip saddr @net accept",
+        policy="drop",
+        more="set net { type ipv4_addr; flags interval; elements = { 10.240.0.0/12 }; }",
+    ),
+    "accepted by link": table(
+        "iifname cni0 oifname flannel0 accept", 'iif . oif { "flannel0" . "cni0" } accept', policy="drop"
+    ),
+    "accepted by a pair that we cannot judge": table(
+        "ip saddr . ip daddr { 10.244.7.1 . 10.244.1.2 } accept", policy="drop"
+    ),
+    "accepted by address as numbers": table("ip saddr >= 10.244.0.0 ip saddr < 10.245.0.0 accept", policy="drop"),
+    "accepted behind a map": table(
+        "ip saddr vmap { 10.244.0.0/16 : jump ours }", policy="drop", more="chain ours { accept; }"
+    ),
+    "strict reverse path": table(
+        "fib saddr . iif oif missing drop", hook="type filter hook prerouting priority -150; policy {};"
+    ),
+    "dormant": table(policy="drop", more="flags dormant;"),
+    "input": table("drop", hook="type filter hook input priority 0; policy {};"),
+    "only IPv6": table(policy="drop", name="ip6 t"),
+    "only frames": table(policy="drop", name="bridge t"),
+    "addresses rewritten": table(
+        "ip daddr set 10.9.0.1", "drop", hook="type filter hook prerouting priority -300; policy {};"
+    ),
+    "marked by itself": table("meta mark set 1", "meta mark 1 accept", policy="drop"),
+}
+
+
+@pytest.mark.parametrize("what", SILENT_NFT)
+def test_chain_of_nftables_that_need_not_drop_is_not_named(world: Namespace, what: str) -> None:
+    nft(world, SILENT_NFT[what])
+    assert problems(world) == ()
+
+
+REMEDIES = [
+    (
+        "iptables-nft -A FORWARD -j DROP",
+        ["iptables-nft -I FORWARD -s 10.244.0.0/16 -j ACCEPT", "iptables-nft -I FORWARD -d 10.244.0.0/16 -j ACCEPT"],
+    ),
+    (
+        "iptables-legacy -t mangle -A FORWARD -j DROP",
+        [
+            "iptables-legacy -t mangle -I FORWARD -s 10.244.0.0/16 -j ACCEPT",
+            "iptables-legacy -t mangle -I FORWARD -d 10.244.0.0/16 -j ACCEPT",
+        ],
+    ),
+    (
+        "iptables-legacy -P FORWARD DROP",
+        [
+            "iptables-legacy -A FORWARD -s 10.244.0.0/16 -j ACCEPT",
+            "iptables-legacy -A FORWARD -d 10.244.0.0/16 -j ACCEPT",
+        ],
+    ),
+    (
+        "nft add table inet t; nft 'add chain inet t c { type filter hook forward priority 0; policy drop; }'",
+        [
+            "nft insert rule inet t c ip saddr 10.244.0.0/16 accept",
+            "nft insert rule inet t c ip daddr 10.244.0.0/16 accept",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "remedy"), REMEDIES, ids=[fault.split(" -")[0] for fault, _ in REMEDIES])
+def test_remedy_that_the_line_names_is_one(world: Namespace, fault: str, remedy: Sequence[str]) -> None:
+    run(world, fault)
+    (line,) = problems(world)
+    assert f"`{remedy[0]}`" in line
+    run(world, "; ".join(remedy))
+    assert problems(world) == ()
+
+
+def test_nothing_is_said_where_there_are_no_pods_or_nothing_is_carried(world: Namespace) -> None:
+    run(world, "nft add table inet t; nft 'add chain inet t c { type filter hook forward priority 0; policy drop; }'")
+    assert problems(world) != ()
+    assert problems(world, None) == ()
+    assert problems(world, PodPath(NETWORK, IPv4Network("10.244.2.0/24"), "flannel0")) == ()
+
+
+def test_chain_with_very_many_rules_is_not_judged(world: Namespace) -> None:
+    rules = "".join(f"-A FORWARD -s 10.9.{n >> 8}.{n & 255} -j ACCEPT\n" for n in range(3000))
+    for program in IPTABLES:
+        restore(world, program, f"{rules}-A FORWARD -j DROP")
+    assert problems(world) == ()

@@ -1,0 +1,144 @@
+"""Reads the chains that forwarded packets pass, out of the kernel.
+
+Both of its packet filters are asked directly, without a program: nf_tables, in which iptables-nft keeps its rules too,
+and the tables of legacy iptables.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from udptun.firewall.obstacles.nft_messages import (
+    INET,
+    IPV4,
+    ChainHead,
+    SetContents,
+    decode_chain,
+    decode_dormant_table,
+    decode_set,
+    dump_chains,
+    dump_elements,
+    dump_rules,
+    dump_tables,
+    get_set,
+)
+from udptun.firewall.obstacles.nft_rules import decode_rules, set_names
+from udptun.firewall.obstacles.ruleset import BaseChain, Hook, Rule, Tool
+from udptun.firewall.obstacles.xtables import ENTRIES_AT, INFO, LEGACY_TABLES, decode_legacy_table
+from udptun.kernel.conversation import Conversation
+
+log = logging.getLogger(__name__)
+
+_NETLINK_NETFILTER = 12
+_IPT_SO_GET_INFO, _IPT_SO_GET_ENTRIES = 64, 65
+_LEGACY_TABLE_NAMES = Path("/proc/thread-self/net/ip_tables_names")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_MAX_RULES = 2000
+"""A chain of more rules, with all that it leads to, is not judged: reading them would hold up the daemon."""
+
+
+async def read_nft(links: Mapping[int, str]) -> tuple[list[BaseChain], frozenset[tuple[int, str, str]]]:
+    """The chains of nf_tables; and family, table and name of every chain that was read for them.
+
+    `links`: the names of the links that matter, by index.  Raises KernelError.
+    """
+    async with Conversation(_NETLINK_NETFILTER) as kernel:
+        reader = _NftReader(kernel, links)
+        return await reader.read(), frozenset(reader.seen)
+
+
+class _NftReader:
+    """Reads the chains of nf_tables that forwarded packets pass."""
+
+    def __init__(self, kernel: Conversation, links: Mapping[int, str]) -> None:
+        self._kernel = kernel
+        self._links = links
+        self.seen: set[tuple[int, str, str]] = set()
+
+    async def read(self) -> list[BaseChain]:
+        dormant = {decode_dormant_table(body) for body in await self._kernel.dump(dump_tables())}
+        heads = [decode_chain(body) for body in await self._kernel.dump(dump_chains())]
+        bases = [
+            head
+            for head in heads
+            # A table of type nat sees the first packet of a connection, and is not for dropping.
+            if head.family in (INET, IPV4) and head.hook in tuple(Hook) and head.type == "filter"
+        ]
+        return [await self._read_base(head) for head in bases if (head.family, head.table) not in dormant]
+
+    async def _read_base(self, head: ChainHead) -> BaseChain:
+        assert head.hook is not None
+        is_iptables = head.family == IPV4 and head.table in LEGACY_TABLES and head.name == Hook(head.hook).name
+        chains: dict[str, list[Rule]] = {}
+        waiting = [head.name]
+        n_rules = 0
+        while waiting:
+            name = waiting.pop()
+            if name in chains:
+                continue
+            self.seen.add((head.family, head.table, name))
+            bodies = await self._kernel.dump(dump_rules(head.family, head.table, name))
+            n_rules += len(bodies)
+            if n_rules > _MAX_RULES:
+                chains = {}
+                break
+            sets = {it: await self._read_set(head, it) for it in set_names(bodies)}
+            known = {it: contents for it, contents in sets.items() if contents is not None}
+            chains[name] = decode_rules(bodies, known, self._links, is_iptables=is_iptables)
+            waiting += [rule.target for rule in chains[name] if rule.target]
+        return BaseChain(
+            Tool.IPTABLES_NFT if is_iptables else Tool.NFT,
+            "ip" if head.family == IPV4 else "inet",
+            head.table,
+            head.name,
+            Hook(head.hook),
+            head.priority,
+            head.is_policy_drop,
+            chains,
+        )
+
+    async def _read_set(self, head: ChainHead, name: str) -> SetContents | None:
+        ((error, bodies),) = await self._kernel.ask([get_set(head.family, head.table, name)])
+        if error is not None or not bodies:
+            return None
+        return decode_set(bodies[0], await self._kernel.dump(dump_elements(head.family, head.table, name)))
+
+
+def read_legacy() -> Iterator[BaseChain]:
+    """The chains of legacy iptables.  A table that does not exist is not asked for: that would make it."""
+    try:
+        tables = _LEGACY_TABLE_NAMES.read_text().split()
+    except OSError:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for table in tables:
+            if table in LEGACY_TABLES:
+                try:
+                    info = _ask_legacy(sock, _IPT_SO_GET_INFO, table.encode().ljust(INFO.size, b"\0"))
+                    *_, n_rules, size = INFO.unpack(info)
+                    if n_rules > _MAX_RULES:
+                        continue
+                    question = table.encode().ljust(32, b"\0") + size.to_bytes(4, sys.byteorder)
+                    answer = _ask_legacy(sock, _IPT_SO_GET_ENTRIES, question.ljust(ENTRIES_AT + size, b"\0"))
+                except OSError as exc:
+                    # EAGAIN: it has changed between the two questions.
+                    log.debug("legacy iptables table not read table=%s error=%s", table, exc)
+                    continue
+                yield from decode_legacy_table(table, info, answer[ENTRIES_AT:])
+
+
+def _ask_legacy(sock: socket.socket, question: int, buffer: bytes) -> bytes:
+    """getsockopt() that gets a question in the buffer of the answer, which Python's cannot.  Raises OSError."""
+    answer = ctypes.create_string_buffer(buffer, len(buffer))
+    length = ctypes.c_uint32(len(buffer))
+    if _libc.getsockopt(sock.fileno(), socket.SOL_IP, question, answer, ctypes.byref(length)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return answer.raw[: length.value]
