@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from udptun.config.net_conf import NetConf
@@ -44,7 +45,8 @@ class Membership:
 
     `join`, `catch_up` and `run` are called in this order; the other members may be used from `join` on, and
     `leave_if_new` always.  `start` is what `conf` was made of.  `margin_s`: renew so long before the lease expires.
-    `refusal` is the backend's: why a lease is no peer of it.  The store stays the caller's.
+    No host's address may lie in what the backend has `claimed`.  `refusal` is the backend's: why a lease is no peer of
+    it.  The store stays the caller's.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Membership:
         me: Identity,
         state_dir: Path,
         margin_s: float,
+        claimed: Collection[IPv4Network],
         refusal: Callable[[Lease], str | None],
         on_change: PeersChanged,
         parse: ParseNetConf,
@@ -66,6 +69,7 @@ class Membership:
         self._conf = conf
         self._state_dir = state_dir
         self._margin_s = margin_s
+        self._claimed = claimed
         self._refusal = refusal
         self._on_change = on_change
         self._parse = parse
@@ -122,7 +126,7 @@ class Membership:
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
-        if (reason := validate(lease, self._conf.network)) is not None:
+        if (reason := validate(lease, self._conf.network, self._claimed)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
@@ -207,6 +211,7 @@ class Membership:
         )
         table = LeaseTable(
             self._conf.network,
+            self._claimed,
             lease.subnet,
             lambda other: self._doubles.is_own(other, lease.subnets),
             self._refusal,
