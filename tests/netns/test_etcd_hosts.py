@@ -48,7 +48,8 @@ ENDPOINT = f"http://{UNDERLAY[1]}:2379"
 PREFIX = "/coreos.com/network"
 CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
 WIDE = {"Network": "10.0.0.0/8", "Backend": {"Type": "udp"}}
-COMMAND = [*REAL_TIME, sys.executable, "-m", "udptun", "daemon", f"--etcd-endpoints={ENDPOINT}"]
+UDPTUN = [sys.executable, "-m", "udptun"]
+COMMAND = [*REAL_TIME, *UDPTUN, "daemon", f"--etcd-endpoints={ENDPOINT}"]
 
 
 class Etcd(EtcdServer):
@@ -605,7 +606,7 @@ def test_a_node_moves_from_flannel_to_udptun_and_back_and_its_pods_stay(tmp_path
         assert read_status(moving)["problems"] == []
         assert [line for line in moving.daemon_log().splitlines() if " W " in line] == []
         assert moving.stop_daemon() == 0
-        print(moving.run([*COMMAND[:3], "cleanup", *COMMAND[4:]]).stdout)
+        print(moving.run([*UDPTUN, "cleanup", f"--etcd-endpoints={ENDPOINT}"]).stdout)
         assert f"{STAND_IN_SUBNET.network_address}-24" in etcd.leases()
         with stand_in(lab, etcd, moving, tmp_path):
             check(is_udptun=False)
