@@ -41,15 +41,13 @@ class NoticeKind(Enum):
 class Notice:
     """Something of this kind changed.
 
-    A listener tells by a route's owner and destination whether it can matter, and by a neighbour's link.  `dst` is the
-    first address of the destination as a number, host byte order.
+    A listener tells by a route's owner and prefix length whether it can matter, and by a neighbour's link.
     """
 
     kind: NoticeKind
     protocol: int = 0
     prefixlen: int = 0
     link_index: int = 0
-    dst: int = 0
 
 
 async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice], None]:
@@ -119,7 +117,7 @@ def _drain(listener: socket.socket) -> None:
 
 
 def _decode(data: bytes) -> set[Notice]:
-    """The notices in one datagram.  Of the attributes a route's destination is read alone."""
+    """The notices in one datagram.  The fixed part of each message is enough; attributes are not read."""
     notices: set[Notice] = set()
     offset = 0
     while offset + rtnetlink.HEADER.size <= len(data):
@@ -135,9 +133,7 @@ def _decode(data: bytes) -> set[Notice]:
             notices.add(Notice(NoticeKind.ADDRESS))
         elif kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
             # struct rtmsg: family, dst_len, src_len, tos, table, protocol, …
-            found = dict(rtnetlink.attributes(data[body : offset + length], rtnetlink.ROUTE_LEN))
-            dst = int.from_bytes(found.get(rtnetlink.RTA_DST, b""))
-            notices.add(Notice(NoticeKind.ROUTE, protocol=data[body + 5], prefixlen=data[body + 1], dst=dst))
+            notices.add(Notice(NoticeKind.ROUTE, protocol=data[body + 5], prefixlen=data[body + 1]))
         elif kind in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH):
             # struct ndmsg: family, three of padding, ifindex, …
             notices.add(Notice(NoticeKind.NEIGHBOUR, link_index=struct.unpack_from("=i", data, body + 4)[0]))

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Network
 from pathlib import Path
 
 from udptun.config.net_conf import NetConf
@@ -45,8 +44,7 @@ class Membership:
 
     `join`, `catch_up` and `run` are called in this order; the other members may be used from `join` on, and
     `leave_if_new` always.  `start` is what `conf` was made of.  `margin_s`: renew so long before the lease expires.
-    No host's address may lie in what the backend has `claimed`.  `refusal` is the backend's: why a lease is no peer of
-    it.  The store stays the caller's.
+    `refusal` is the backend's: why a lease is no peer of it.  The store stays the caller's.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class Membership:
         me: Identity,
         state_dir: Path,
         margin_s: float,
-        claimed: Collection[IPv4Network],
         refusal: Callable[[Lease], str | None],
         on_change: PeersChanged,
         parse: ParseNetConf,
@@ -69,7 +66,6 @@ class Membership:
         self._conf = conf
         self._state_dir = state_dir
         self._margin_s = margin_s
-        self._claimed = claimed
         self._refusal = refusal
         self._on_change = on_change
         self._parse = parse
@@ -126,7 +122,7 @@ class Membership:
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
-        if (reason := validate(lease, self._conf.network, self._claimed)) is not None:
+        if (reason := validate(lease, self._conf.network)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
@@ -211,7 +207,6 @@ class Membership:
         )
         table = LeaseTable(
             self._conf.network,
-            self._claimed,
             lease.subnet,
             lambda other: self._doubles.is_own(other, lease.subnets),
             self._refusal,
