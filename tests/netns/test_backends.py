@@ -170,6 +170,7 @@ def test_pods_of_all_hosts_reach_each_other(named_lab: tuple[str, Lab]) -> None:
     assert {host.mtu for host in lab.hosts} == {1500 - OVERHEADS[name]}
 
 
+@pytest.mark.alone  # iperf3's own receiver loses datagrams when it gets no processor
 @pytest.mark.parametrize("kind", ["tcp", "udp"])
 def test_iperf3_gets_through(named_lab: tuple[str, Lab], kind: str) -> None:
     _, lab = named_lab

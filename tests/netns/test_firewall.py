@@ -342,9 +342,8 @@ def test_firewall_that_starts_anew_is_joined_again(world: Lab, flavour: Flavour)
     host = world.host(2)
     before = len(repairs(host))
     if flavour.iptables == "iptables-legacy":
-        for table in ("nat", "filter"):
-            for option in ("-F", "-X"):
-                host.run([flavour.iptables, "-t", table, option])
+        # At once: between two commands the daemon may bring its chains back.
+        host.run(["iptables-legacy-restore"], input="*nat\nCOMMIT\n*filter\nCOMMIT\n")
     else:
         host.run(["nft", "flush", "ruleset"])
     add_foreign_rules(host, flavour.iptables)

@@ -169,7 +169,7 @@ def test_ruleset_notices_name_table_and_chain(ns: Namespace) -> None:
 
         table = "add table ip t { chain a { accept; }; chain b { type filter hook input priority 0; }; }"
         await asyncio.to_thread(nft, table)
-        await hear(RulesetNotice(2, "t", None), RulesetNotice(2, "t", "a"), RulesetNotice(2, "t", "b"))
+        await hear(RulesetNotice(2, "t", None), RulesetNotice(2, "t", "a"), RulesetNotice(2, "t", "b", is_base=True))
         await asyncio.to_thread(nft, "add rule ip t b accept")
         await hear(RulesetNotice(2, "t", "b"))
         await asyncio.to_thread(nft, "add table ip6 u")
