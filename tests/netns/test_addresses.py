@@ -102,6 +102,7 @@ def test_direct_routing_over_links_without_addresses_uses_the_tunnel(backend: Ma
         assert {line.split(" dev ")[1].split()[0] for line in own_routes(one).values()} == {"flannel.1"}
 
 
+@pytest.mark.alone  # counts lost packets, also through a datapath that needs a processor
 @pytest.mark.parametrize("backend", [VXLAN, VTEP], ids=["vxlan", "vtep"])
 def test_a_direct_route_that_the_kernel_refuses_leaves_the_tunnel(backend: Mapping[str, object]) -> None:
     """The peer was cut off for as long as the kernel refused the route."""
