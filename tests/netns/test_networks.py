@@ -518,6 +518,7 @@ def test_flannel0_of_flanneld_is_no_reason_for_another_name(host: Host) -> None:
     assert "flannel0 is there already and is not ours" in Daemon(host, UA).refused()
 
 
+@pytest.mark.alone  # four starts at once, each within the deadline of one
 def test_daemons_that_start_at_the_same_time_get_devices_of_their_own(host: Host) -> None:
     """Both found no flannel0, and the second attached its queues to the device of the first."""
     networks = [Network(f"s{n}", f"10.{20 + n}", {"Type": "udp", "Port": 9000 + n}, None) for n in range(4)]
