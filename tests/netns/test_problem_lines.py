@@ -12,12 +12,13 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
 from traffic import CLEANUP, cpu_s, ping, read_status
 
+from udptun.lab.errors import LabError
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab
@@ -227,6 +228,21 @@ def problems(host: Host) -> list[str]:
     return found
 
 
+def wait_for_problems(host: Host, expected: Sequence[str]) -> list[str]:
+    """Wait until the host has these problem lines and no others; returns them."""
+    lines: list[str] = []
+
+    def are_there() -> bool:
+        lines[:] = problems(host)
+        return len(lines) == len(expected) and all(map(re.fullmatch, expected, lines))
+
+    try:
+        wait_until("the problem lines", are_there, ON_NOTICE_S)
+    except LabError:
+        pytest.fail(f"not the problem lines: {lines}")
+    return lines
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: re.sub(r"\W+", "_", fault.name))
 def test_fault_is_named_until_its_cause_is_gone(lab: Lab, fault: Fault) -> None:
     host = lab.host(1)
@@ -242,10 +258,7 @@ def test_fault_is_named_until_its_cause_is_gone(lab: Lab, fault: Fault) -> None:
         fault.inflict(host)
         if fault.at_start:
             start(host, fault)
-        wait_until("the problem lines", lambda: len(problems(host)) == len(fault.lines), ON_NOTICE_S)
-        lines = problems(host)
-        for expected, line in zip(fault.lines, lines, strict=True):
-            assert re.fullmatch(expected, line), line
+        for line in wait_for_problems(host, fault.lines):
             (logged,) = [it for it in host.daemon_log()[before:].splitlines() if line in it]
             assert logged.split(" ", 3)[2] == "W"
     finally:

@@ -383,6 +383,62 @@ def test_a_mistake_in_one_look_is_a_problem_and_the_next_look_repairs(
     assert len([record for record in caplog.records if record.exc_info]) == 1
 
 
+class Opponent:
+    """Another program, which runs `ip COMMAND` as soon as we have changed something."""
+
+    def __init__(self, ns: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.command = ""
+        real = reconciler.apply
+
+        async def apply(*arguments: Any) -> Any:
+            done, failed = await real(*arguments)
+            if self.command and done:
+                ns.ip(self.command)
+            return done, failed
+
+        monkeypatch.setattr(reconciler, "apply", apply)
+
+
+def test_a_quarrel_over_a_strangers_address_is_named_once_and_as_such(
+    ns: Namespace, tun: Tun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DHCP client in a busy loop had also "not as wanted after 5 rounds: another program undoes our changes"."""
+    opponent = Opponent(ns, monkeypatch)
+
+    async def quarrel() -> None:
+        ours = Reconciler(WANTED, tun, OURS)
+        # The first round sets up the device, and the four others remove the address: not often enough for a line.
+        opponent.command = f"address add 169.254.9.9/16 dev {TUN_NAME}"
+        outcome = await ours.converge()
+        assert (outcome.problems, outcome.is_unfinished) == ((), True)
+        outcome = await ours.converge()
+        (line,) = outcome.problems
+        assert line.startswith("another program, a DHCP client perhaps, puts address 169.254.9.9/16 on flannel0 again")
+
+    ns.call_async(quarrel)
+
+
+def test_a_program_that_undoes_our_changes_is_named_with_what_it_undoes(
+    ns: Namespace, tun: Tun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line said neither which change nor what to do."""
+    opponent = Opponent(ns, monkeypatch)
+
+    async def quarrel() -> None:
+        ours = Reconciler(WANTED, tun, OURS)
+        opponent.command = f"link set {TUN_NAME} mtu 1400"
+        outcome = await ours.converge()
+        assert outcome.problems == (
+            "another program undoes set link flannel0 mtu 1472; `ip monitor` shows when, have that program leave our "
+            "devices and routes alone",
+        )
+        opponent.command = ""
+        assert (await ours.converge()).problems == ()
+
+    ns.call_async(quarrel)
+    assert shape(ns) == wanted_shape()
+
+
 def test_damage_is_repaired_although_no_notice_socket_could_be_had_at_first(
     ns: Namespace, tun: Tun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

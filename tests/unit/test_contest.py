@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv4Network
 
-from udptun.core.network_state import Address, Route
+import pytest
+
+from udptun.core.network_state import Address, Link, LinkSettings, Route
 from udptun.kernel.reconcile.change import Change, Verb
-from udptun.kernel.reconcile.contest import Contests
+from udptun.kernel.reconcile.contest import Contests, find_undone
 
 NAMES = {7: "flannel0"}
 
@@ -113,3 +115,27 @@ def test_what_is_ours_is_never_put_off() -> None:
     client.go_on(0, 10)
     assert len(client.removals) == 100
     assert client.contests.problems(NAMES) == []
+
+
+# --- what another program undoes
+
+OURS = Change(Verb.ADD, Address(7, IPv4Address("10.244.3.0"), 32))
+UP = Change(Verb.SET, LinkSettings(Link(7, "flannel0", "tun", 1472, False, False, False, 500), up=True))
+UP_AGAIN = Change(Verb.SET, LinkSettings(Link(8, "flannel0", "tun", 1500, False, False, False, 500), up=True))
+
+
+@pytest.mark.parametrize(
+    ("rounds", "undone"),
+    [
+        ([[OURS], [OURS]], [OURS]),
+        ([[OURS], [], [UP], [OURS, DEFAULT_ROUTE]], [OURS]),
+        ([[UP], [UP_AGAIN]], [UP_AGAIN]),
+        ([[OURS], [UP]], []),
+        ([[OURS], [OURS], [UP]], []),
+        ([[address(), DEFAULT_ROUTE]] * 5, []),
+        ([[OURS]], []),
+    ],
+    ids=["at once", "later", "on a device made anew", "progress", "given up", "strangers' things", "one round"],
+)
+def test_undone_is_what_the_last_round_made_again(rounds: list[list[Change]], undone: list[Change]) -> None:
+    assert find_undone(rounds) == undone

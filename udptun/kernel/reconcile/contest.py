@@ -7,7 +7,7 @@ nothing, and a line names the thing and the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from udptun.core.network_state import ROUTE_PROTOCOL, Address, Route, describe_route
@@ -78,18 +78,39 @@ class Contests:
 
     def _see(self, change: Change, now_s: float) -> _Contest | None:
         """The quarrel that the change belongs to; None when it removes nothing that a stranger has put there."""
-        thing = change.thing
-        if change.verb is not Verb.DELETE:
+        thing = _strangers_thing(change)
+        if thing is None:
             return None
-        if isinstance(thing, Address):
-            index = thing.link_index
-        elif isinstance(thing, Route) and thing.protocol != ROUTE_PROTOCOL and thing.oif is not None:
-            index = thing.oif
-        else:
-            return None
-        contest = self._contests.setdefault((type(thing), index), _Contest(thing, now_s, now_s))
+        contest = self._contests.setdefault(_key(thing), _Contest(thing, now_s, now_s))
         contest.seen_s = now_s
         return contest
+
+
+def find_undone(rounds: Sequence[Iterable[Change]]) -> list[Change]:
+    """The changes of the last round that an earlier one has made too: another program has undone them meanwhile.
+
+    Removals of what strangers have put on our devices are left out: they are the matter of Contests.
+    """
+    *earlier, last = rounds
+    # As texts: a device that was made anew has another index, and what is set on it is the same.
+    made = {str(change) for changes in earlier for change in changes}
+    return [change for change in last if str(change) in made and _strangers_thing(change) is None]
+
+
+def _strangers_thing(change: Change) -> Address | Route | None:
+    """What a stranger has put on a device of ours and the change removes."""
+    thing = change.thing
+    if change.verb is not Verb.DELETE:
+        return None
+    if isinstance(thing, Address):
+        return thing
+    if isinstance(thing, Route) and thing.protocol != ROUTE_PROTOCOL and thing.oif is not None:
+        return thing
+    return None
+
+
+def _key(thing: Address | Route) -> _Key:
+    return type(thing), (thing.link_index if isinstance(thing, Address) else thing.oif or 0)
 
 
 def _describe(thing: Address | Route, name: str) -> str:

@@ -19,6 +19,7 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapp
 from contextlib import aclosing
 from dataclasses import dataclass
 from ipaddress import IPv4Address
+from itertools import chain
 
 from udptun.core.desired import DesiredState, Sysctl
 from udptun.core.errors import KernelError
@@ -28,7 +29,7 @@ from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.reconcile.apply import Device, apply
 from udptun.kernel.reconcile.change import Change, Verb
-from udptun.kernel.reconcile.contest import Contests
+from udptun.kernel.reconcile.contest import Contests, find_undone
 from udptun.kernel.reconcile.direct import Decide, DirectRoutes
 from udptun.kernel.reconcile.ownership import own_links
 from udptun.kernel.reconcile.plan import ActualState, conflicts, plan
@@ -54,6 +55,7 @@ class Outcome:
 
     `failures` are tried again soon.  `refusals` are settings that packets flow without.  `conflicts` and `quarrels`
     wait for a person (or another program) to give way.  `is_broken`: a failure concerns not one peer but all of them.
+    `is_unfinished`: the last round still changed something, so more may be left to do.
     """
 
     changes: tuple[Change, ...] = ()
@@ -62,6 +64,7 @@ class Outcome:
     conflicts: tuple[str, ...] = ()
     quarrels: tuple[str, ...] = ()
     is_broken: bool = False
+    is_unfinished: bool = False
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -133,10 +136,10 @@ class Reconciler:
         Never raises for what the kernel refuses: that is in the outcome.
         """
         async with self._busy:
-            changes: list[Change] = []
+            rounds: list[list[Change]] = []
             failures: tuple[str, ...] = ()
             refusals: tuple[str, ...] = self.last.refusals
-            is_broken = False
+            is_broken = is_unfinished = False
             conflict_lines = self.last.conflicts
             for _ in range(_ROUNDS):
                 try:
@@ -150,29 +153,31 @@ class Reconciler:
                 except KernelError as exc:
                     failures, is_broken = (str(exc),), True
                     break
+                rounds.append(done)
                 self._note_foreign(done, failed)
                 if (without := self._direct.note_refused(failed)) is not None:
                     self._desired = without
-                    changes += done
                     continue
                 refusals = tuple(_refusals(failed))
                 failed = [(change, error) for change, error in failed if not isinstance(change.thing, Sysctl)]
                 failures = tuple(f"{change}: {error}" for change, error in failed)
                 is_broken = not all(change.is_per_peer for change, _ in failed)
-                changes += done
                 if not done:
                     break
             else:
-                failures = (*failures, f"not as wanted after {_ROUNDS} rounds: another program undoes our changes")
+                is_unfinished = True
+                failures += tuple(_describe_undone(find_undone(rounds)))
             if not failures:
                 # From now on another daemon may have the Networks of our earlier runs.
                 self._ownership = self._ownership.without_leftovers()
             quarrels = tuple(self._contests.problems(self._own_links))
-            self._record(Outcome(tuple(changes), failures, refusals, conflict_lines, quarrels, is_broken))
+            changes = tuple(chain.from_iterable(rounds))
+            self._record(Outcome(changes, failures, refusals, conflict_lines, quarrels, is_broken, is_unfinished))
             return self.last
 
     async def _look(self) -> bool:
-        return not (await self.converge()).failures and not self._contests.has_put_off
+        outcome = await self.converge()
+        return not (outcome.failures or outcome.is_unfinished or self._contests.has_put_off)
 
     def _record(self, outcome: Outcome) -> None:
         """Keep the outcome; say what was done, in one line, and what is new in its problems."""
@@ -289,6 +294,14 @@ def _refusals(failed: Iterable[tuple[Change, KernelError]]) -> Iterator[str]:
                 f"sysctl {it.path} cannot be set to {it.value} ({reason}), so {it.without}; "
                 f"run `sysctl -w {it.path}={it.value}` on the host, or give the container a /proc/sys that it can write"
             )
+
+
+def _describe_undone(undone: Sequence[Change]) -> Iterator[str]:
+    if undone:
+        yield (
+            f"another program undoes {'; '.join(_first_of(undone))}; `ip monitor` shows when, have that program leave "
+            "our devices and routes alone"
+        )
 
 
 def _first_of(items: Sequence[object]) -> list[str]:
