@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Address
 
 import pytest
 from namespace import Namespace, namespace, requires_netns
@@ -64,8 +65,8 @@ def test_watch_reports_a_change(ns: Namespace, command: str, kind: NoticeKind) -
     assert kind in kinds(collect(ns, lambda: ns.ip(command), lambda seen: kind in kinds(seen)))
 
 
-def test_watch_tells_whose_route_changed_and_how_long_its_prefix_is(ns: Namespace) -> None:
-    wanted = Notice(NoticeKind.ROUTE, protocol=99, prefixlen=20)
+def test_watch_tells_whose_route_changed_and_what_it_leads_to(ns: Namespace) -> None:
+    wanted = Notice(NoticeKind.ROUTE, protocol=99, prefixlen=20, dst=int(IPv4Address("10.9.16.0")))
     collect(ns, lambda: ns.ip("route add 10.9.16.0/20 dev v0 proto 99"), lambda seen: wanted in seen)
 
 

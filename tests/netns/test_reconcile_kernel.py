@@ -48,7 +48,7 @@ SUBNET = IPv4Network("10.244.3.0/24")
 def udp(network: IPv4Network, subnet: IPv4Network, mtu: int) -> DesiredState:
     underlay = Underlay("v0", 1, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
     live = LiveSettings(mtu, 1, SourceCheck.PEER, ALL)
-    return Udp(8285).desired(BackendInput(network, underlay, subnet, live))
+    return Udp(8285).desired(BackendInput(network, (network,), underlay, subnet, live))
 
 
 WANTED = udp(NETWORK, SUBNET, 1472)
@@ -632,7 +632,8 @@ def test_a_thousand_peers_of_vxlan_are_set_up_at_once_and_one_more_costs_little(
     def wanted(n: int) -> DesiredState:
         live = LiveSettings(1450, 1, SourceCheck.PEER, ALL)
         peers = [peer(i) for i in range(1, n + 1)]
-        inputs = BackendInput(IPv4Network("10.0.0.0/8"), underlay, IPv4Network("10.0.0.0/24"), live, peers)
+        wide = IPv4Network("10.0.0.0/8")
+        inputs = BackendInput(wide, (wide,), underlay, IPv4Network("10.0.0.0/24"), live, peers)
         return backend.desired(inputs)
 
     async def grow() -> tuple[float, float]:

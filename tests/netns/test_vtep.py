@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, summarize_address_range
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +275,12 @@ def test_lease_and_device_are_what_flannel_nodes_look_for(lab: Lab) -> None:
     device = json.loads(host.run(["ip", "-j", "-d", "addr", "show", "flannel.1"]).stdout)[0]
     assert (device["linkinfo"]["info_kind"], device["mtu"]) == ("tun", MTU)
     assert [(it["local"], it["prefixlen"]) for it in device["addr_info"]] == [(str(host.subnet.network_address), 32)]
-    routes = json.loads(host.run(["ip", "-j", "route", "show", "10.244.0.0/16"]).stdout)
-    assert [(route.get("dev"), route.get("type", "unicast")) for route in routes if "dev" in route] == [
-        ("flannel.1", "unicast")
-    ]
+    # What hosts can lease leads into the device, and nothing else of Network: by default the first subnet is left out.
+    leasable = summarize_address_range(IPv4Address("10.244.1.0"), IPv4Address("10.244.255.255"))
+    routes = json.loads(host.run(["ip", "-j", "route", "show", "dev", "flannel.1"]).stdout)
+    assert {route["dst"]: route.get("type", "unicast") for route in routes} == {
+        str(prefix): "unicast" for prefix in leasable if prefix != host.subnet
+    }
     assert "the kernel has no vxlan" in host.daemon_log()
     facts = read_status(host)["backend"]
     assert (facts["type"], facts["device"], facts["mtu"]) == ("vxlan", "flannel.1", MTU)

@@ -48,7 +48,7 @@ class Member:
         state_dir.mkdir()
         self.membership = Membership(
             *(store, Start(CONFIG), CONF, self._me, state_dir, margin_s),
-            *(lambda lease: None, self._changed, parse_net_conf, clock),
+            *((CONF.network,), lambda lease: None, self._changed, parse_net_conf, clock),
         )
         self.running: asyncio.Task[None] | None = None
 

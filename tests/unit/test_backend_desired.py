@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, summarize_address_range
 
 import pytest
 
@@ -29,7 +29,7 @@ BEHIND_NAT = replace(UNDERLAY, public_ip=IPv4Address("203.0.113.7"))
 LIVE = LiveSettings(1450, 1, SourceCheck.PEER, ALL)
 MAC = "02:00:00:00:00:01"
 NO_MAC = "its BackendData has no VtepMAC that is a unicast MAC address"
-GUARD = DesiredRoute(NETWORK, type=RouteType.UNREACHABLE, metric=0xFFFFFFFF)
+LEASABLE = tuple(summarize_address_range(IPv4Address("10.244.1.0"), IPv4Address("10.244.255.255")))
 
 
 def lease(number: int, kind: str = "vxlan", data: Json = None) -> Lease:
@@ -40,7 +40,7 @@ def lease(number: int, kind: str = "vxlan", data: Json = None) -> Lease:
 
 
 def inputs(*peers: Lease, **changes: object) -> BackendInput:
-    return replace(BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.1.0/24"), LIVE, peers), **changes)  # type: ignore[arg-type]  # of the caller
+    return replace(BackendInput(NETWORK, LEASABLE, UNDERLAY, IPv4Network("10.244.1.0/24"), LIVE, peers), **changes)  # type: ignore[arg-type]  # of the caller
 
 
 # --- vxlan
@@ -62,8 +62,8 @@ def test_vxlan_desires_flannels_device_and_three_things_for_each_peer() -> None:
         DesiredFdb("flannel.1", "02:00:00:00:00:02", IPv4Address("192.0.2.2")),
         DesiredFdb("flannel.1", "02:00:00:00:00:03", IPv4Address("192.0.2.3")),
     )
-    assert desired.routes == (
-        GUARD,
+    assert desired.routes_beside(()) == (
+        *(DesiredRoute(prefix, type=RouteType.UNREACHABLE, metric=0xFFFFFFFF) for prefix in LEASABLE),
         DesiredRoute(IPv4Network("10.244.2.0/24"), "flannel.1", gateway=second, onlink=True),
         DesiredRoute(IPv4Network("10.244.3.0/24"), "flannel.1", gateway=third, onlink=True),
     )
@@ -79,7 +79,7 @@ def test_a_peer_that_is_reached_directly_gets_a_plain_route_alone() -> None:
     backend = KernelVxlan(VxlanKeys(direct_routing=True), MAC)
     desired = backend.desired(inputs(lease(2), lease(3), direct={IPv4Address("192.0.2.2"): 5}))
     assert backend.asks_direct
-    assert desired.routes[1] == DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=5)
+    assert desired.routes[0] == DesiredRoute(IPv4Network("10.244.2.0/24"), gateway=IPv4Address("192.0.2.2"), oif=5)
     assert [str(n.ip) for n in desired.neighbours] == ["10.244.3.0"]
     assert [str(e.dst) for e in desired.fdb] == ["192.0.2.3"]
 

@@ -21,7 +21,7 @@ GOOD_KEY = "10.244.200.0-24"
 
 
 def table() -> LeaseTable:
-    found = LeaseTable(NETWORK, OWN, lambda lease: lease.attrs.public_ip == OWN_IP, lambda lease: None)
+    found = LeaseTable(NETWORK, (NETWORK,), OWN, lambda lease: lease.attrs.public_ip == OWN_IP, lambda lease: None)
     found.reset([Lease(Subnets.from_key(GOOD_KEY), LeaseAttrs.from_json(GOOD))])
     return found
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udptun.backends.alloc import AllocKeys
-from udptun.backends.base import mtu_for
-from udptun.backends.choice import parse_net_conf
+from udptun.backends.base import Backend, check_underlay, mtu_for
+from udptun.backends.choice import KernelSupport, choose, parse_net_conf
 from udptun.backends.hostgw import HostGwKeys
 from udptun.backends.udp import UDP_OVERHEAD, UdpKeys
 from udptun.backends.vxlan import Fallback, VxlanKeys
@@ -20,7 +20,6 @@ from udptun.config.net_conf import (
     LogLevel,
     NetConf,
     SubnetPool,
-    check_underlay,
     keys_that_need_a_restart,
 )
 from udptun.core.errors import ConfigError
@@ -443,11 +442,98 @@ def test_config_parser_never_raises_anything_but_config_error(text: str) -> None
         assert conf.ipv4.subnet_min in conf.network
 
 
+FLANNELS_EXAMPLE = '{"Network": "10.0.0.0/8", "SubnetLen": 20, "SubnetMin": "10.10.0.0", "SubnetMax": "10.99.0.0"}'
+BETWEEN = r"SubnetMin \(10\.10\.0\.0\) and SubnetMax \(10\.99\.0\.0\)"
+NOT_UDP: dict[str, BackendKeys] = {
+    "vxlan": VxlanKeys(),
+    "vtep": VxlanKeys(userspace=True),
+    "host-gw": HostGwKeys(),
+    "alloc": AllocKeys(),
+}
+
+
+def backend(keys: BackendKeys) -> Backend:
+    return choose(keys, KernelSupport(), "02:00:00:00:00:01").backend
+
+
 def test_check_underlay_refuses_a_network_that_holds_the_hosts_own_address() -> None:
     conf = parse('{"Network":"10.244.0.0/16"}')
-    check_underlay(conf, IPv4Address("192.168.1.5"))
+    check_underlay(backend(UdpKeys()), conf, IPv4Address("192.168.1.5"))
     with pytest.raises(ConfigError, match=r"Network: 10\.244\.0\.0/16 contains .* address 10\.244\.7\.1;"):
-        check_underlay(conf, IPv4Address("10.244.7.1"))
+        check_underlay(backend(UdpKeys()), conf, IPv4Address("10.244.7.1"))
+
+
+@pytest.mark.parametrize("keys", NOT_UDP.values(), ids=NOT_UDP)
+@pytest.mark.parametrize("address", ["10.0.0.1", "10.9.255.255", "10.99.16.0", "10.255.0.1", "192.0.2.1"])
+def test_a_host_outside_what_is_leased_starts_inside_network(keys: BackendKeys, address: str) -> None:
+    """No backend started where the host's address lay in Network.  flannel's do: its own example is such a Network."""
+    check_underlay(backend(keys), parse(FLANNELS_EXAMPLE), IPv4Address(address))
+    # By default the first subnet is not leased.
+    check_underlay(backend(keys), parse('{"Network": "10.244.0.0/16"}'), IPv4Address("10.244.0.5"))
+
+
+@pytest.mark.parametrize("keys", NOT_UDP.values(), ids=NOT_UDP)
+@pytest.mark.parametrize("address", ["10.10.0.0", "10.50.1.1", "10.99.15.255"])
+def test_a_host_within_what_is_leased_is_told_of_subnet_min_and_max(keys: BackendKeys, address: str) -> None:
+    said = rf"address {address} lies between {BETWEEN}, .*; set SubnetMin and SubnetMax"
+    with pytest.raises(ConfigError, match=said):
+        check_underlay(backend(keys), parse(FLANNELS_EXAMPLE), IPv4Address(address))
+
+
+NARROW = FLANNELS_EXAMPLE.replace("10.99.0.0", "10.11.0.0")
+NOT_UDP_TYPE = "use Backend.Type vxlan or host-gw"
+NEW_NETWORK = "choose a Network that no host's own address lies in"
+ALL_OF_IT = "the udp backend leads all of Network into its device, not only what lies between SubnetMin (10.10.0.0) and"
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "ways"),
+    [
+        (NARROW, "10.0.0.1", f"{NOT_UDP_TYPE}, make Network 10.10.0.0/15, which has all that hosts lease"),
+        (FLANNELS_EXAMPLE, "10.0.0.1", NOT_UDP_TYPE),
+        # a narrower Network would have room for one subnet, and flannel wants four
+        (FLANNELS_EXAMPLE.replace("10.99.0.0", "10.10.0.0"), "10.0.0.1", NOT_UDP_TYPE),
+    ],
+)
+def test_udp_inside_network_is_told_the_ways_out_that_there_are(text: str, address: str, ways: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_underlay(backend(UdpKeys()), parse(text), IPv4Address(address))
+    said = str(refused.value)
+    assert said.startswith(f"Network: 10.0.0.0/8 contains this host's underlay address {address}; {ALL_OF_IT} ")
+    assert said.endswith(f": {ways}, or {NEW_NETWORK}")
+
+
+def test_udp_among_the_leased_subnets_has_no_way_out_but_another_network() -> None:
+    """Neither SubnetMin and SubnetMax nor another backend help where the host's address may be a pod's."""
+    with pytest.raises(ConfigError) as refused:
+        check_underlay(backend(UdpKeys()), parse(FLANNELS_EXAMPLE), IPv4Address("10.50.0.1"))
+    assert str(refused.value) == f"Network: 10.0.0.0/8 contains this host's underlay address 10.50.0.1; {NEW_NETWORK}"
+
+
+def test_a_host_that_got_udp_for_want_of_vxlan_is_told_of_the_vtep() -> None:
+    """It was told to use Backend.Type vxlan, which it had."""
+    text = FLANNELS_EXAMPLE.removesuffix("}") + ', "Backend": {"Type": "vxlan", "Fallback": "udp"}}'
+    conf = parse(text)
+    udp = choose(conf.backend, KernelSupport(no_vxlan="EOPNOTSUPP"), "02:00:00:00:00:01").backend
+    with pytest.raises(ConfigError, match=f'set Backend.Fallback to "vtep", or {NEW_NETWORK}$'):
+        check_underlay(udp, conf, IPv4Address("10.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "prefixes"),
+    [
+        (
+            FLANNELS_EXAMPLE,
+            "10.10.0.0/15 10.12.0.0/14 10.16.0.0/12 10.32.0.0/11 10.64.0.0/11 10.96.0.0/15 10.98.0.0/16 10.99.0.0/20",
+        ),
+        ('{"Network": "10.3.0.0/16", "SubnetMin": "10.3.4.0", "SubnetMax": "10.3.7.0"}', "10.3.4.0/22"),
+        ('{"Network": "10.3.0.0/24", "SubnetLen": 28}', "10.3.0.16/28 10.3.0.32/27 10.3.0.64/26 10.3.0.128/25"),
+        ('{"Network": "10.3.0.0/16", "SubnetMin": "10.3.0.0"}', "10.3.0.0/16"),
+        ('{"Network": "10.3.0.0/16", "SubnetMin": "10.3.9.0", "SubnetMax": "10.3.9.0"}', "10.3.9.0/24"),
+    ],
+)
+def test_what_can_be_leased_is_said_in_the_fewest_prefixes(text: str, prefixes: str) -> None:
+    assert " ".join(map(str, parse(text).leasable)) == prefixes
 
 
 def test_mtu_for_takes_off_the_28_bytes_of_the_outer_headers() -> None:

@@ -87,7 +87,7 @@ class Member:
         self.me = me
         self.membership = Membership(
             *(store, start or Start(CONFIG), CONF, me, directory, margin_s),
-            *(lambda lease: None, self._changed, parse_net_conf, clock or Clock()),
+            *((CONF.network,), lambda lease: None, self._changed, parse_net_conf, clock or Clock()),
         )
 
     async def _changed(self, events: Sequence[LeaseEvent]) -> None:
@@ -1060,7 +1060,8 @@ async def test_a_full_table_leaves_the_event_loop_to_others(tmp_path: Path) -> N
         pass
 
     member = Membership(
-        store, Start(CONFIG), conf, ME, tmp_path, 3600, lambda lease: None, ignore, parse_net_conf, Clock()
+        *(store, Start(CONFIG), conf, ME, tmp_path, 3600),
+        *((conf.network,), lambda lease: None, ignore, parse_net_conf, Clock()),
     )
     await member.join(OWN_ATTRS, chooser(conf, ME, None, random.Random(1)))
     await member.catch_up()

@@ -32,7 +32,7 @@ from udptun.kernel.underlay import Underlay
 NETWORK = IPv4Network("10.244.0.0/16")
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
 LIVE = LiveSettings(1472, 1, SourceCheck.PEER, ALL)
-WANTED = Udp(8285).desired(BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), LIVE))
+WANTED = Udp(8285).desired(BackendInput(NETWORK, (NETWORK,), UNDERLAY, IPv4Network("10.244.3.0/24"), LIVE))
 ALIAS = "udptun 10.244.0.0/16"
 LINK = Link(7, "flannel0", "tun", 1472, True, True, False, 500, TunFlags(False, True, True, True), alias=ALIAS)
 ADDRESS = Address(7, IPv4Address("10.244.3.0"), 32)
@@ -182,7 +182,7 @@ LEASE = Lease(
     LeaseAttrs(IPv4Address("192.0.2.7"), backend_type="vxlan", backend_data={"VtepMAC": "02:00:00:00:00:07"}),
 )
 VXLAN = KernelVxlan(VxlanKeys(), "02:00:00:00:00:01").desired(
-    BackendInput(NETWORK, UNDERLAY, IPv4Network("10.244.3.0/24"), replace(LIVE, mtu=1450), (LEASE,))
+    BackendInput(NETWORK, (NETWORK,), UNDERLAY, IPv4Network("10.244.3.0/24"), replace(LIVE, mtu=1450), (LEASE,))
 )
 ATTRIBUTES = Vxlan(1, UNDERLAY.address, 2, 8472, learning=False, gbp=False)
 DEVICE = Link(

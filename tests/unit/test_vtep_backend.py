@@ -22,8 +22,9 @@ from udptun.kernel.underlay import Underlay
 
 MAC = "0a:1b:2c:3d:4e:5f"
 NETWORK, OWN = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.3.0/24")
+LEASABLE = (IPv4Network("10.244.4.0/22"), IPv4Network("10.244.8.0/24"))
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.3"), IPv4Address("198.51.100.3"))
-INPUT = BackendInput(NETWORK, UNDERLAY, OWN, LiveSettings(1450, 2, SourceCheck.PEER, ALL))
+INPUT = BackendInput(NETWORK, LEASABLE, UNDERLAY, OWN, LiveSettings(1450, 2, SourceCheck.PEER, ALL))
 
 
 def lease(data: Any, kind: str = "vxlan", *, ip: str = "192.0.2.7", subnet: str = "10.244.7.0/24") -> Lease:
@@ -64,9 +65,10 @@ def test_device_has_flannels_name_and_one_route_leads_to_all_peers() -> None:
     state = backend(vni=7).desired(INPUT)
     assert [(link.name, link.mtu) for link in state.links] == [("flannel.7", 1450)]
     assert [(it.link, str(it.ip), it.prefixlen) for it in state.addresses] == [("flannel.7", "10.244.3.0", 32)]
-    assert [(route.dst, route.link, route.type) for route in state.routes] == [
-        (NETWORK, None, RouteType.UNREACHABLE),
-        (NETWORK, "flannel.7", RouteType.UNICAST),
+    # Our own subnet is outside of what can be leased: it is guarded, and its packets are the bridge's.
+    assert [(route.dst, route.link, route.type) for route in state.routes_beside(())] == [
+        *((prefix, None, RouteType.UNREACHABLE) for prefix in (*LEASABLE, OWN)),
+        *((prefix, "flannel.7", RouteType.UNICAST) for prefix in LEASABLE),
     ]
 
 
@@ -75,10 +77,10 @@ def test_direct_routing_prefers_a_plain_route_where_there_is_no_gateway() -> Non
     inputs = replace(INPUT, peers=(near, far), direct={near.attrs.public_ip: 2})
     it = backend(direct_routing=True)
     assert it.asks_direct
-    assert [(route.dst, route.gateway, route.link, route.oif) for route in it.desired(inputs).routes] == [
-        (NETWORK, None, None, None),
-        (NETWORK, None, "flannel.1", None),
+    routes = [route for route in it.desired(inputs).routes_beside(()) if route.type is RouteType.UNICAST]
+    assert [(route.dst, route.gateway, route.link, route.oif) for route in routes] == [
         (near.subnet, near.attrs.public_ip, None, 2),
+        *((prefix, None, "flannel.1", None) for prefix in LEASABLE),
     ]
     assert not backend().asks_direct
 

@@ -27,6 +27,7 @@ class Alloc:
     device = None
     overhead = 0
     encapsulation = None
+    routes_network = False
     needs_backend_data = False
     asks_direct = False
 

@@ -8,8 +8,8 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
 from udptun.config.go_json import choice, integer, key
-from udptun.config.net_conf import BackendKeys
-from udptun.core.desired import DesiredLink, DesiredState
+from udptun.config.net_conf import BackendKeys, NetConf
+from udptun.core.desired import DesiredLink, DesiredState, Pods
 from udptun.core.errors import ConfigError
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.offload import ALL, Offload
@@ -56,16 +56,22 @@ class LiveSettings:
 class BackendInput:
     """All that a backend decides from.
 
-    `peers` are usable leases, disjoint and none of them our own.  `direct` has the PublicIPs that the kernel reaches
-    without a gateway, each with the index of the link that leads there.  It is filled in when `Backend.asks_direct`.
+    `leasable`: see `NetConf`.  `peers` are usable leases, disjoint and none of them our own.  `direct` has the
+    PublicIPs that the kernel reaches without a gateway, each with the index of the link that leads there.  It is filled
+    in when `Backend.asks_direct`.
     """
 
     network: IPv4Network
+    leasable: tuple[IPv4Network, ...]
     underlay: Underlay
     own_subnet: IPv4Network
     live: LiveSettings
     peers: Collection[Lease] = ()
     direct: Mapping[IPv4Address, int] = field(default_factory=dict)
+
+    def pods(self, leasable: tuple[IPv4Network, ...], link: str | None = None) -> Pods:
+        """What is to be kept from other owners' routes; `leasable` and `link` as in `Pods`."""
+        return Pods(self.network, leasable, self.own_subnet, tuple(lease.subnet for lease in self.peers), link)
 
     def packet_settings(self, vtep: Vtep | None = None) -> PacketSettings:
         """What the datapath is told of all packets; `vtep` as in `PacketSettings`."""
@@ -93,6 +99,37 @@ def mtu_for(underlay_mtu: int, overhead: int) -> int:
             f"IPv4 needs {MTU_MIN}, so the underlay needs {MTU_MIN + overhead}"
         )
     return mtu
+
+
+def claimed(backend: Backend, conf: NetConf) -> tuple[IPv4Network, ...]:
+    """The prefixes in which no host's own address may lie: the tunnel's own datagrams would go into the tunnel."""
+    return (conf.network,) if backend.routes_network else conf.leasable
+
+
+def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address) -> None:
+    """Raise ConfigError, with the ways out that there are, when the backend claims this host's underlay address."""
+    if not any(address in prefix for prefix in claimed(backend, conf)):
+        return
+    between = f"between SubnetMin ({conf.ipv4.subnet_min}) and SubnetMax ({conf.ipv4.subnet_max})"
+    if not backend.routes_network:
+        raise ConfigError(
+            f"Network: this host's underlay address {address} lies {between}, where hosts lease their subnets; "
+            "set SubnetMin and SubnetMax so that no host's own address lies between them, or choose another Network"
+        )
+    contains = f"Network: {conf.network} contains this host's underlay address {address}"
+    another = "choose a Network that no host's own address lies in"
+    if any(address in prefix for prefix in conf.leasable):
+        raise ConfigError(f"{contains}; {another}")
+    # Where the Type is vxlan, udp is what the kernel's lack of vxlan led to.
+    is_fallback = conf.backend.type != backend.type
+    ways = ['set Backend.Fallback to "vtep"' if is_fallback else "use Backend.Type vxlan or host-gw"]
+    narrower = next(it for it in map(conf.leasable[0].supernet, range(33)) if conf.leasable[-1].subnet_of(it))
+    if address not in narrower and narrower.prefixlen <= conf.ipv4.subnet_len - 2:
+        ways.append(f"make Network {narrower}, which has all that hosts lease")
+    raise ConfigError(
+        f"{contains}; the {backend.type} backend leads all of Network into its device, not only what lies {between}: "
+        f"{', '.join(ways)}, or {another}"
+    )
 
 
 class Encapsulation(Protocol):
@@ -139,6 +176,10 @@ class Backend(Protocol):
     @property
     def encapsulation(self) -> Encapsulation | None:
         """What the datapath shall do; None: the kernel carries the packets, and there is no datapath."""
+
+    @property
+    def routes_network(self) -> bool:
+        """Whether all of Network leads into its device, as with flannel's udp; otherwise what can be leased does."""
 
     @property
     def needs_backend_data(self) -> bool:

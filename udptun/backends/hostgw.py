@@ -28,6 +28,7 @@ class HostGw:
     device = None
     overhead = 0
     encapsulation = None
+    routes_network = False
     needs_backend_data = False
     asks_direct = False
 

@@ -43,6 +43,7 @@ class Udp:
     type = UdpKeys.type
     summary = "userspace tunnel, flannel's udp wire format"
     overhead = UDP_OVERHEAD
+    routes_network = True
     needs_backend_data = False
     asks_direct = False
     n_senders = 0
@@ -85,6 +86,7 @@ class Udp:
             links=self.links(inputs.underlay, inputs.live),
             addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
             routes=(guard(network), DesiredRoute(network, self.device)),
+            pods=inputs.pods((), self.device),
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from udptun.backends import vxlan
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import tun_link
-from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, guard
+from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.kernel.underlay import Underlay
@@ -27,6 +27,7 @@ class UserspaceVtep:
     summary = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
     overhead = vxlan.VXLAN_OVERHEAD
     n_senders = N_SENDERS
+    routes_network = False
     needs_backend_data = True
 
     def __init__(self, keys: vxlan.VxlanKeys, mac: str) -> None:
@@ -58,7 +59,10 @@ class UserspaceVtep:
         return (tun_link(self.device, live.mtu),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:
-        """As udp's.  With DirectRouting a peer that is reached without a gateway gets a plain route of its own."""
+        """As udp's, but only what can be leased leads into the device, as with flannel's vxlan, not all of Network.
+
+        With DirectRouting a peer that is reached without a gateway gets a plain route of its own.
+        """
         direct = [
             DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=inputs.direct[lease.attrs.public_ip])
             for lease in inputs.peers
@@ -67,7 +71,8 @@ class UserspaceVtep:
         return DesiredState(
             links=self.links(inputs.underlay, inputs.live),
             addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
-            routes=(guard(inputs.network), DesiredRoute(inputs.network, self.device), *direct),
+            routes=tuple(direct),
+            pods=inputs.pods(inputs.leasable, self.device),
         )
 
 

@@ -23,7 +23,6 @@ from udptun.core.desired import (
     DesiredRoute,
     DesiredState,
     Sysctl,
-    guard,
 )
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.network_state import Vxlan
@@ -73,6 +72,7 @@ class KernelVxlan:
     summary = "the kernel's VXLAN device"
     overhead = VXLAN_OVERHEAD
     encapsulation = None
+    routes_network = False
     needs_backend_data = True
 
     def __init__(self, keys: VxlanKeys, mac: str) -> None:
@@ -107,11 +107,12 @@ class KernelVxlan:
         return DesiredState(
             links=self.links(inputs.underlay, inputs.live),
             addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
-            routes=(guard(inputs.network), *routes(self.device, inputs)),
+            routes=tuple(routes(self.device, inputs)),
             neighbours=tuple(
                 DesiredNeighbour(self.device, lease.subnet.network_address, mac_of(lease)) for lease in tunnelled
             ),
             fdb=tuple(DesiredFdb(self.device, mac_of(lease), lease.attrs.public_ip) for lease in tunnelled),
+            pods=inputs.pods(inputs.leasable),
         )
 
 

@@ -13,11 +13,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, summarize_address_range
 from typing import ClassVar, Generic, TypeVar
 
 from udptun.config.go_json import JsonFields, JsonObject, Report, boolean, choice, integer, key, keys_of, read_keys
-from udptun.core.errors import ConfigError, did_you_mean
+from udptun.core.errors import did_you_mean
 
 _DEFAULT_BACKEND = "udp"
 """flannel's, when there is no `Backend` (parseBackendType)."""
@@ -93,6 +93,12 @@ class NetConf:
         """What the backend carries packets for: IPv4 alone."""
         return self.ipv4.network
 
+    @property
+    def leasable(self) -> tuple[IPv4Network, ...]:
+        """The addresses that hosts may lease: those from SubnetMin to SubnetMax, as the fewest prefixes."""
+        pool = self.ipv4
+        return tuple(summarize_address_range(pool.subnet_min, pool.subnet_max + (pool.subnet_size - 1)))
+
 
 def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> NetConf:
     """The configuration that `text` holds; `kinds` has the keys of each Type of `Backend` there is.
@@ -130,18 +136,6 @@ def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> Net
     assert ipv4 is not None
     assert backend is not None
     return NetConf(enable_nftables, ipv4, ipv6, backend, tuple(report.notes))
-
-
-def check_underlay(conf: NetConf, address: IPv4Address) -> None:
-    """Raise ConfigError when Network contains this host's underlay address.
-
-    The route to Network would then send the tunnel's own datagrams into the tunnel.
-    """
-    if address in conf.network:
-        raise ConfigError(
-            f"Network: {conf.network} contains this host's underlay address {address}; "
-            "choose a Network that no host's own address lies in"
-        )
 
 
 def keys_that_need_a_restart(old: NetConf, new: NetConf) -> list[str]:

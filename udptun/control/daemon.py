@@ -21,11 +21,11 @@ import sys
 from contextlib import AsyncExitStack
 
 from udptun.backends import probe
+from udptun.backends.base import check_underlay, claimed
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config import subnet_env
 from udptun.config.flags import Options
-from udptun.config.net_conf import check_underlay
 from udptun.control import notify
 from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
@@ -182,7 +182,6 @@ class Daemon:
         ownership = await claim_network(self._claims, conf.network, options)
         underlay = await find_underlay(underlay_options(options))
         log_underlay("chosen", underlay)
-        check_underlay(conf, underlay.address)
         set_log_level(options, conf.backend.log_level)
 
         async with starting():
@@ -191,13 +190,20 @@ class Daemon:
             )
             backend = choice.backend
             check_store(store, backend)
+            check_underlay(backend, conf, underlay.address)
             log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
             live = live_settings(options, conf.backend, underlay.mtu, backend.overhead)
             node_id = identity.node_id(options.state_dir)
             attrs = backend.attrs(underlay, node_id)
             remember(options.state_dir, ownership.networks)
             forwarding = await Forwarding.open(
-                choice, ownership, underlay, live, options.run_dir, with_blackhole=options.ip_blackhole_route
+                choice,
+                ownership,
+                conf.leasable,
+                underlay,
+                live,
+                options.run_dir,
+                with_blackhole=options.ip_blackhole_route,
             )
         undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
@@ -209,7 +215,8 @@ class Daemon:
             me,
             options.state_dir,
             60.0 * options.subnet_lease_renew_margin,
-            backend.refusal,
+            claimed(backend, conf),
+            forwarding.refusal,
             forwarding.peers_changed,
             parse_net_conf,
             clock,

@@ -44,6 +44,7 @@ class Forwarding:
         self,
         choice: BackendChoice,
         ownership: Ownership,
+        leasable: tuple[IPv4Network, ...],
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
@@ -55,6 +56,7 @@ class Forwarding:
         self._reason = choice.reason
         self.live = live
         self._ownership = ownership
+        self._leasable = leasable
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
@@ -70,6 +72,7 @@ class Forwarding:
         cls,
         choice: BackendChoice,
         ownership: Ownership,
+        leasable: tuple[IPv4Network, ...],
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
@@ -78,7 +81,8 @@ class Forwarding:
     ) -> Forwarding:
         """Make or adopt device and sockets: a host without them needs no lease.  Raises KernelError, DatapathError.
 
-        `with_blackhole`: the own subnet shall have a blackhole route behind all others (--ip-blackhole-route).
+        `leasable`: see `NetConf`.  `with_blackhole`: the own subnet shall have a blackhole route behind all others
+        (--ip-blackhole-route).
         """
         was_clean = not await is_anything_ours(ownership)
         tunnel = None
@@ -92,11 +96,17 @@ class Forwarding:
             tunnel = await Tunnelled.open(backend.encapsulation, run_dir, backend.device, underlay, live)
             await mark_link(backend.device, ownership)
         await create_missing_vxlans(backend.links(underlay, live), ownership.alias)
-        return cls(choice, ownership, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
+        return cls(choice, ownership, leasable, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
 
     @property
     def is_adopted(self) -> bool:
         return self._tunnel is not None and self._tunnel.tunnel.is_adopted
+
+    def refusal(self, lease: Lease) -> str | None:
+        """Why a valid lease is no peer of ours; None when it is one."""
+        if self._underlay.address in lease.subnet:
+            return f"this host's underlay address {self._underlay.address} lies in it"
+        return self.backend.refusal(lease)
 
     async def start(self, own_subnet: IPv4Network, peers: Iterable[Lease]) -> None:
         """Carry packets from now on.  Raises UdptunError when that cannot be."""
@@ -220,7 +230,7 @@ class Forwarding:
 
     def _inputs(self) -> BackendInput:
         network, peers = self._ownership.network, tuple(self._peers.values())
-        return BackendInput(network, self._underlay, self._own_subnet, self.live, peers)
+        return BackendInput(network, self._leasable, self._underlay, self._own_subnet, self.live, peers)
 
 
 def _peer(lease: Lease) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import asyncio
 import logging
 from dataclasses import replace
 
-from udptun.backends.base import LiveSettings
+from udptun.backends.base import LiveSettings, check_underlay
 from udptun.config import subnet_env
 from udptun.config.flags import Options
-from udptun.config.net_conf import NetConf, check_underlay, keys_that_need_a_restart, replace_live_keys
+from udptun.config.net_conf import NetConf, keys_that_need_a_restart, replace_live_keys
 from udptun.control.forwarding import Forwarding
 from udptun.control.settings import live_settings, set_log_level, underlay_options
 from udptun.core.errors import UdptunError
@@ -73,8 +73,8 @@ class Running:
     async def reload(self, conf: NetConf) -> None:
         """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed."""
         async with self._changing:
-            check_underlay(conf, self.underlay.address)
             backend = self.forwarding.backend
+            check_underlay(backend, conf, self.underlay.address)
             live = live_settings(self.options, conf.backend, self.underlay.mtu, backend.overhead)
             for key in keys_that_need_a_restart(self.conf, conf):
                 log.warning("config changed, takes effect with the next start key=%s", key)
@@ -90,14 +90,17 @@ class Running:
     async def move(self, present: Underlay) -> None:
         """Go over to what the underlay is now.  Raises UdptunError: nothing changed."""
         async with self._changing:
-            check_underlay(self.conf, present.address)
             backend = self.forwarding.backend
+            check_underlay(backend, self.conf, present.address)
             attrs = backend.attrs(present, self.me.node_id)
             live = live_settings(self.options, self.conf.backend, present.mtu, backend.overhead)
             await self._apply(present, live)
         if present.public_ip != self.me.public_ip:
             self.me = replace(self.me, public_ip=present.public_ip)
             self.membership.move(self.me, attrs)
+        else:
+            # A lease whose subnet has our own address in it is no peer's.
+            self.membership.reconsider()
         log_underlay("changed", present)
 
     async def _apply(self, present: Underlay, live: LiveSettings) -> None:

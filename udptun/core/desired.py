@@ -5,7 +5,8 @@ A backend says it (`backends/`).  The reconciler makes it so and keeps it so (`k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 
 from udptun.core.network_state import IPAddress, IPNetwork, Route, RouteType, Vxlan
@@ -74,13 +75,71 @@ class DesiredRoute:
         return Route(self.dst, self.gateway, oif, type=self.type, metric=self.metric, onlink=self.onlink)
 
 
-def guard(network: IPv4Network) -> DesiredRoute:
-    """A route that refuses packets to `network` when no better route is left.
+def guard(prefix: IPv4Network) -> DesiredRoute:
+    """A route that refuses packets to `prefix` when no better route is left.
 
-    A device that is down or gone has no routes.  The guard then keeps pod packets from following the default route in
-    clear text.
+    A device that is down or gone has no routes.  The guard then keeps pod packets from following a wider route, such as
+    the default route, in clear text.
     """
-    return DesiredRoute(network, type=RouteType.UNREACHABLE, metric=WORST_METRIC)
+    return DesiredRoute(prefix, type=RouteType.UNREACHABLE, metric=WORST_METRIC)
+
+
+@dataclass(frozen=True, slots=True)
+class Pods:
+    """Where pods are or may be: their packets never follow another owner's route in clear text.
+
+    `leasable` are the prefixes that hosts may lease.  Each is guarded as a whole, unless another owner has a route to
+    all of it, other than a default route.  That route may reach hosts, so only what is leased is guarded then.
+    `own_subnet` is ours and `leased` are the peers'; they are guarded in any case, also outside `leasable`.
+    `link`: the desired link that all peers' packets go into; None: the peers have routes of their own.
+    """
+
+    network: IPv4Network
+    leasable: tuple[IPv4Network, ...]
+    own_subnet: IPv4Network
+    leased: tuple[IPv4Network, ...]
+    link: str | None = None
+    longest: int = field(init=False, repr=False)
+    """The longest prefix length of a subnet: no longer route leads to all of one."""
+
+    def __post_init__(self) -> None:
+        longest = max(subnet.prefixlen for subnet in (self.own_subnet, *self.leased))
+        object.__setattr__(self, "longest", longest)
+
+    def prefixes(self, others: Collection[IPv4Network], guarded: Collection[IPv4Network]) -> list[IPv4Network]:
+        """What needs a guard besides `guarded`, where other owners' routes lead to `others`."""
+        around = _Prefixes(others)
+        whole = [prefix for prefix in self.leasable if around.longest(prefix, prefix.prefixlen) == 0]
+        covers = _Prefixes([*whole, *guarded])
+        # Another owner's route of the same length comes before a guard, which has the worst metric.
+        single = [
+            subnet
+            for subnet in self.leased
+            if (cover := covers.longest(subnet, subnet.prefixlen)) == 0
+            or around.longest(subnet, subnet.prefixlen) >= cover
+        ]
+        own = self.own_subnet
+        if (cover := covers.longest(own, own.prefixlen)) == 0 or around.longest(own, own.prefixlen - 1) >= cover:
+            single.append(own)
+        return list(dict.fromkeys([*whole, *single]))
+
+
+class _Prefixes:
+    """A set of prefixes, asked for those that contain another one."""
+
+    def __init__(self, prefixes: Iterable[IPv4Network]) -> None:
+        self._firsts: dict[int, set[int]] = {}
+        for prefix in prefixes:
+            self._firsts.setdefault(prefix.prefixlen, set()).add(int(prefix.network_address))
+        self._lengths = sorted(self._firsts, reverse=True)
+
+    def longest(self, prefix: IPv4Network, at_most: int) -> int:
+        """The length of the longest one that contains `prefix` and is no longer than `at_most`; 0: there is none."""
+        first = int(prefix.network_address)
+        for length in self._lengths:
+            if length <= at_most and first & -(1 << 32 - length) in self._firsts[length]:
+                return length
+        return 0
 
 
 def blackhole(own_subnet: IPv4Network) -> DesiredRoute:
@@ -119,3 +178,23 @@ class DesiredState:
     routes: tuple[DesiredRoute, ...] = ()
     neighbours: tuple[DesiredNeighbour, ...] = ()
     fdb: tuple[DesiredFdb, ...] = ()
+    pods: Pods | None = None
+
+    def routes_beside(self, others: Collection[IPv4Network]) -> tuple[DesiredRoute, ...]:
+        """`routes`, and those that keep the packets of `pods` from other owners' routes, which lead to `others`."""
+        pods = self.pods
+        if pods is None:
+            return self.routes
+        refused = {
+            route.dst
+            for route in self.routes
+            if route.type is not RouteType.UNICAST and isinstance(route.dst, IPv4Network)
+        }
+        prefixes = pods.prefixes(others, refused)
+        guards = [guard(prefix) for prefix in prefixes if prefix not in refused]
+        if pods.link is None:
+            return (*guards, *self.routes)
+        # The way to our own pods is not ours to say: it is that of their bridge.
+        routed = {route.dst for route in self.routes if route.type is RouteType.UNICAST} | {pods.own_subnet}
+        through = [DesiredRoute(prefix, pods.link) for prefix in prefixes if prefix not in routed]
+        return (*guards, *self.routes, *through)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -195,10 +195,11 @@ class LeaseEvent:
     lease: Lease
 
 
-def validate(lease: Lease, network: IPv4Network) -> str | None:
+def validate(lease: Lease, network: IPv4Network, claimed: Collection[IPv4Network]) -> str | None:
     """Why a lease, our own or a peer's, cannot be used inside `network`; None when it can.
 
-    A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.
+    A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.  What goes to `claimed`
+    prefixes goes into the tunnel, and so would the tunnel's own datagrams to such a host.
     """
     if not is_inside(lease.subnet, network):
         return f"subnet {lease.subnet} is outside Network {network}"
@@ -208,7 +209,13 @@ def validate(lease: Lease, network: IPv4Network) -> str | None:
     if int(ip) >> 24 in (0, 127) or int(ip) >> 29 == 0b111:
         return f"PublicIP {ip} is not a unicast address"
     if ip in network:
-        return f"PublicIP {ip} lies inside Network {network}"
+        if network in claimed:
+            return f"PublicIP {ip} lies inside Network {network}"
+        for prefix in claimed:
+            if ip in prefix:
+                return f"PublicIP {ip} lies in {prefix}, which hosts may lease (SubnetMin to SubnetMax)"
+        if ip in lease.subnet:
+            return f"PublicIP {ip} lies inside the lease's own subnet"
     return None
 
 

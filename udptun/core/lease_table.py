@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from itertools import chain
 
 from udptun.core.lease import EventType, Lease, LeaseEvent, overlap, validate
@@ -23,7 +23,8 @@ class LeaseTable:
     first, and takes as long as what it touches, however many leases the table holds.
 
     A lease that cannot be used is in `refused` (key -> reason), and costs no other lease its place.  Of two leases that
-    overlap, the first keeps the addresses until it goes.  `own_subnet` is nobody else's.
+    overlap, the first keeps the addresses until it goes; the same holds where one's subnet has the other's PublicIP.
+    `own_subnet` is nobody else's.  In `claimed` prefixes there may be no PublicIP, see `validate`.
 
     `is_own` says whether packets for a lease would come back to us, and `refusal` why the backend has no use for a
     valid lease.  Both must depend on nothing but the lease's subnets and attrs.  When their answers change, as those of
@@ -33,19 +34,21 @@ class LeaseTable:
     def __init__(
         self,
         network: IPv4Network,
+        claimed: Collection[IPv4Network],
         own_subnet: IPv4Network,
         is_own: Callable[[Lease], bool],
         refusal: Callable[[Lease], str | None],
     ) -> None:
         self._network = network
+        self._claimed = claimed
         self._own_subnet = own_subnet
         self._is_own = is_own
         self._refusal = refusal
         self._known: dict[str, Lease] = {}
         self._used: dict[str, Lease] = {}
-        self._space = _AddressSpace()
+        self._space = _AddressSpace(network)
         self._waiting: dict[str, Lease] = {}
-        """Refused only because another lease has their addresses."""
+        """Refused only because of another lease."""
         self._expiries = _Expiries()
         self.refused: dict[str, str] = {}
 
@@ -121,7 +124,9 @@ class LeaseTable:
             return f"PublicIP {lease.attrs.public_ip} is our own"
         if overlap(lease.subnet, self._own_subnet):
             return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
-        return validate(lease, self._network) or self._refusal(lease)
+        if lease.attrs.public_ip in self._own_subnet:
+            return f"PublicIP {lease.attrs.public_ip} lies inside our own lease {self._own_subnet}"
+        return validate(lease, self._network, self._claimed) or self._refusal(lease)
 
     def _settle(self, touched: Iterable[str], *, anew: bool = False) -> list[LeaseEvent]:
         """Bring the usable set in line with what is known of the keys `touched`; return the difference.
@@ -131,6 +136,7 @@ class LeaseTable:
         removed: list[Lease] = []
         added: list[Lease] = []
         newcomers: list[Lease] = []
+        has_moved = False
         for key in touched:
             old, new = self._used.get(key), self._known.get(key)
             if new is not None and not anew and _same(old, new):
@@ -143,26 +149,31 @@ class LeaseTable:
             if new is not None and (reason := self._unusable(new)) is not None:
                 self.refused[key] = reason
                 new = None
-            if new is not None and old is not None:
+            if new is not None and old is not None and self._space.move(old, new):
                 self._used[key] = new  # the same key is the same subnet: it keeps its addresses
                 added.append(new)
+                has_moved |= old.attrs.public_ip != new.attrs.public_ip
             elif new is not None:
+                if old is not None:
+                    del self._used[key]
+                    self._space.free(old)
+                    removed.append(old)
                 newcomers.append(new)
             elif old is not None:
                 del self._used[key]
                 self._space.free(old)
                 removed.append(old)
-        if removed:
+        if removed or has_moved:
             newcomers += self._waiting.values()
         for lease in sorted(newcomers, key=_order):
-            other = self._space.claim(lease)
-            if other is None:
+            reason = self._space.claim(lease)
+            if reason is None:
                 self._used[lease.key] = lease
                 self.refused.pop(lease.key, None)
                 self._waiting.pop(lease.key, None)
                 added.append(lease)
             else:
-                self.refused[lease.key] = f"subnet {lease.subnet} overlaps the lease {other.key}"
+                self.refused[lease.key] = reason
                 self._waiting[lease.key] = lease
         return [LeaseEvent(EventType.REMOVED, lease) for lease in removed] + [
             LeaseEvent(EventType.ADDED, lease) for lease in added
@@ -190,30 +201,79 @@ def _span(subnet: IPv4Network) -> tuple[int, int]:
 
 
 class _AddressSpace:
-    """Which addresses are taken: disjoint subnets, sorted by their first address."""
+    """Which addresses are taken: disjoint subnets, sorted by their first address, and PublicIPs between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: IPv4Network) -> None:
+        """All subnets lie inside `network`, so PublicIPs outside need no look."""
+        self._network = _span(network)
         self._firsts: list[int] = []
         self._holder: dict[int, Lease] = {}
+        self._public_ips: list[int] = []
+        """Those inside Network, sorted; hosts that share an address have it there more than once."""
 
-    def claim(self, lease: Lease) -> Lease | None:
-        """Take the lease's subnet.  When it overlaps one that is taken, return that lease and take nothing."""
+    def claim(self, lease: Lease) -> str | None:
+        """Take the lease's subnet and PublicIP.  Where one of them is taken, take nothing and return the reason."""
         first, last = _span(lease.subnet)
-        # Of disjoint subnets only the last one that begins before our end can reach into us.
-        place = bisect_right(self._firsts, last)
-        if place:
-            other = self._holder[self._firsts[place - 1]]
-            if _span(other.subnet)[1] >= first:
-                return other
-        self._firsts.insert(place, first)
+        other = self._reaching(first, last)
+        if other is not None:
+            return f"subnet {lease.subnet} overlaps the lease {other.key}"
+        reason = self._reason_against(lease)
+        if reason is not None:
+            return reason
+        insort(self._firsts, first)
         self._holder[first] = lease
+        self._add_public_ip(lease)
         return None
+
+    def move(self, old: Lease, new: Lease) -> bool:
+        """Go from the PublicIP of `old` to that of `new`, which has the same subnet; False: that one is taken."""
+        if old.attrs.public_ip == new.attrs.public_ip:
+            return True
+        if self._reason_against(new) is not None:
+            return False
+        self._remove_public_ip(old)
+        self._add_public_ip(new)
+        return True
 
     def free(self, lease: Lease) -> None:
         """Give back what `claim` took."""
         first = int(lease.subnet.network_address)
         del self._holder[first]
         del self._firsts[bisect_left(self._firsts, first)]
+        self._remove_public_ip(lease)
+
+    def _reason_against(self, lease: Lease) -> str | None:
+        """Why packets for the lease, or for a host whose address lies in it, would go round in circles."""
+        first, last = _span(lease.subnet)
+        place = bisect_left(self._public_ips, first)
+        if place < len(self._public_ips) and self._public_ips[place] <= last:
+            ip = IPv4Address(self._public_ips[place])
+            return f"subnet {lease.subnet} has the PublicIP of another host in it, {ip}"
+        ip = lease.attrs.public_ip
+        other = self._reaching(int(ip), int(ip)) if self._is_inside(ip) else None
+        return None if other is None else f"PublicIP {ip} lies inside the lease {other.key}"
+
+    def _reaching(self, first: int, last: int) -> Lease | None:
+        """The lease whose subnet has any of these addresses."""
+        # Of disjoint subnets only the last one that begins before our end can reach into us.
+        place = bisect_right(self._firsts, last)
+        if place:
+            other = self._holder[self._firsts[place - 1]]
+            if _span(other.subnet)[1] >= first:
+                return other
+        return None
+
+    def _is_inside(self, ip: IPv4Address) -> bool:
+        first, last = self._network
+        return first <= int(ip) <= last
+
+    def _add_public_ip(self, lease: Lease) -> None:
+        if self._is_inside(lease.attrs.public_ip):
+            insort(self._public_ips, int(lease.attrs.public_ip))
+
+    def _remove_public_ip(self, lease: Lease) -> None:
+        if self._is_inside(lease.attrs.public_ip):
+            del self._public_ips[bisect_left(self._public_ips, int(lease.attrs.public_ip))]
 
 
 class _Expiries:

@@ -41,13 +41,15 @@ class NoticeKind(Enum):
 class Notice:
     """Something of this kind changed.
 
-    A listener tells by a route's owner and prefix length whether it can matter, and by a neighbour's link.
+    A listener tells by a route's owner and destination whether it can matter, and by a neighbour's link.  `dst` is the
+    first address of the destination as a number, host byte order.
     """
 
     kind: NoticeKind
     protocol: int = 0
     prefixlen: int = 0
     link_index: int = 0
+    dst: int = 0
 
 
 async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice], None]:
@@ -117,7 +119,7 @@ def _drain(listener: socket.socket) -> None:
 
 
 def _decode(data: bytes) -> set[Notice]:
-    """The notices in one datagram.  The fixed part of each message is enough; attributes are not read."""
+    """The notices in one datagram.  Of the attributes a route's destination is read alone."""
     notices: set[Notice] = set()
     offset = 0
     while offset + rtnetlink.HEADER.size <= len(data):
@@ -133,7 +135,9 @@ def _decode(data: bytes) -> set[Notice]:
             notices.add(Notice(NoticeKind.ADDRESS))
         elif kind in (rtnetlink.NEWROUTE, rtnetlink.DELROUTE):
             # struct rtmsg: family, dst_len, src_len, tos, table, protocol, …
-            notices.add(Notice(NoticeKind.ROUTE, protocol=data[body + 5], prefixlen=data[body + 1]))
+            found = dict(rtnetlink.attributes(data[body : offset + length], rtnetlink.ROUTE_LEN))
+            dst = int.from_bytes(found.get(rtnetlink.RTA_DST, b""))
+            notices.add(Notice(NoticeKind.ROUTE, protocol=data[body + 5], prefixlen=data[body + 1], dst=dst))
         elif kind in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH):
             # struct ndmsg: family, three of padding, ifindex, …
             notices.add(Notice(NoticeKind.NEIGHBOUR, link_index=struct.unpack_from("=i", data, body + 4)[0]))

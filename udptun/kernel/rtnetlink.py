@@ -28,6 +28,7 @@ _AF_INET, _AF_BRIDGE, _AF_INET6 = 2, 7, 10
 _ATTRIBUTE = struct.Struct("=HH")
 _ROUTE = struct.Struct("=BBBBBBBBI")
 """struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags."""
+ROUTE_LEN = _ROUTE.size
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")
 """struct ndmsg: family, ifindex, state, flags, type."""
 _NEXT_HOP = struct.Struct("=HBBi")
@@ -36,7 +37,7 @@ _VIA = struct.Struct("=H")
 """struct rtvia: family; the address follows.  A gateway of another family than the route's stands in it."""
 _U32, _I32 = struct.Struct("=I"), struct.Struct("=i")
 
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
+RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTAX_MTU = 8, 9, 15, 2
 _RTA_VIA, _RTA_ENCAP_TYPE = 18, 21
 _RTNH_F_ONLINK = 4
@@ -83,7 +84,7 @@ def dump_routes(family: int, table: int, protocol: int) -> Request:
 
 def get_route(ip: IPAddress) -> Request:
     """How the kernel would send to `ip`."""
-    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, 0) + attribute(_RTA_DST, ip.packed)
+    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, ip.packed)
     return Request(f"no route to {ip}", GETROUTE, 0, body)
 
 
@@ -128,7 +129,7 @@ def decode_route(body: bytes) -> Route:
         hop[_RTA_OIF] = _U32.pack(oif)
     metrics = dict(attributes(found.get(_RTA_METRICS, b""), 0))
     return Route(
-        _network(family, found.get(_RTA_DST), dst_len),
+        _network(family, found.get(RTA_DST), dst_len),
         _gateway(hop),
         _u32(hop.get(_RTA_OIF)),
         _u32(found.get(_RTA_TABLE)) or table,
@@ -206,7 +207,7 @@ def _route_body(route: Route) -> bytes:
             route.type,
             flags,
         ),
-        attribute(_RTA_DST, dst.packed),
+        attribute(RTA_DST, dst.packed),
         attribute(_RTA_TABLE, _U32.pack(route.table)),
     ]
     if route.metric:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from udptun.config.net_conf import NetConf
@@ -44,7 +45,8 @@ class Membership:
 
     `join`, `catch_up` and `run` are called in this order; the other members may be used from `join` on, and
     `leave_if_new` always.  `start` is what `conf` was made of.  `margin_s`: renew so long before the lease expires.
-    `refusal` is the backend's: why a lease is no peer of it.  The store stays the caller's.
+    No host's address may lie in what the backend has `claimed`.  `refusal` is the backend's: why a lease is no peer of
+    it.  The store stays the caller's.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Membership:
         me: Identity,
         state_dir: Path,
         margin_s: float,
+        claimed: Collection[IPv4Network],
         refusal: Callable[[Lease], str | None],
         on_change: PeersChanged,
         parse: ParseNetConf,
@@ -66,6 +69,7 @@ class Membership:
         self._conf = conf
         self._state_dir = state_dir
         self._margin_s = margin_s
+        self._claimed = claimed
         self._refusal = refusal
         self._on_change = on_change
         self._parse = parse
@@ -76,7 +80,7 @@ class Membership:
         self._outage = Outage("lease store unavailable", store.name, clock)
         self._first_claim = FirstClaim(store)
         self._saved = SavedTable(state_dir, self._to_save, clock)
-        self._moved = asyncio.Event()
+        self._must_reconsider = asyncio.Event()
         self._supervisor = Supervisor()
         # Made by `join`.
         self._own: OwnLease
@@ -122,7 +126,7 @@ class Membership:
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
-        if (reason := validate(lease, self._conf.network)) is not None:
+        if (reason := validate(lease, self._conf.network, self._claimed)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
@@ -150,7 +154,11 @@ class Membership:
     def move(self, me: Identity, attrs: LeaseAttrs) -> None:
         """Be at another address from now on, with the same subnet; `run` tells the store at once, until it knows."""
         self._own.move(me, attrs)
-        self._moved.set()
+        self.reconsider()
+
+    def reconsider(self) -> None:
+        """`refusal` has other answers from now on; `run` looks at every lease anew."""
+        self._must_reconsider.set()
 
     async def run(self) -> None:
         """Follow the store, renew our lease, expire the others' and save the table, until cancelled."""
@@ -175,8 +183,8 @@ class Membership:
     async def _reconsider(self) -> None:
         """After each move: a lease at our old address may be a peer's, and one at the new address is none's."""
         while True:
-            await self._moved.wait()
-            self._moved.clear()
+            await self._must_reconsider.wait()
+            self._must_reconsider.clear()
             await self._peers.reconsider()
 
     async def _ask_or_recall(self, attrs: LeaseAttrs, choose: Chooser) -> Lease | LastLeases:
@@ -207,6 +215,7 @@ class Membership:
         )
         table = LeaseTable(
             self._conf.network,
+            self._claimed,
             lease.subnet,
             lambda other: self._doubles.is_own(other, lease.subnets),
             self._refusal,

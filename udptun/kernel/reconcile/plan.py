@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Network
 
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredState
 from udptun.core.network_state import (
@@ -29,7 +30,7 @@ class ActualState:
 
     `links` and `sysctls` hold None for what is missing.  `attached` names the devices that our queues still reach.
     `foreign` are other owners' routes to desired prefixes or through our devices.  `stray_links` are devices of
-    ours that are not desired.
+    ours that are not desired.  `others` are the prefixes in and around Network that other owners' routes lead to.
     """
 
     links: Mapping[str, Link | None]
@@ -41,6 +42,7 @@ class ActualState:
     neighbours: tuple[Neighbour, ...] = ()
     fdb: tuple[FdbEntry, ...] = ()
     stray_links: tuple[Link, ...] = ()
+    others: frozenset[IPv4Network] = frozenset()
 
 
 def plan(desired: DesiredState, actual: ActualState, alias: str) -> list[Change]:
@@ -69,10 +71,11 @@ def plan(desired: DesiredState, actual: ActualState, alias: str) -> list[Change]
     on_links += _plan_neighbours(desired, usable, actual)
     on_links += _plan_fdb(desired, usable, actual)
 
-    guards = [route.on(None) for route in desired.routes if route.type is not RouteType.UNICAST]
+    desired_routes = desired.routes_beside(actual.others)
+    guards = [route.on(None) for route in desired_routes if route.type is not RouteType.UNICAST]
     through = [
         route.on(route.oif if route.link is None else usable[route.link].index)
-        for route in desired.routes
+        for route in desired_routes
         if route.type is RouteType.UNICAST and (route.link is None or route.link in usable)
     ]
     routes = _Routes(guards + through, actual, usable.values())
@@ -88,9 +91,9 @@ def plan(desired: DesiredState, actual: ActualState, alias: str) -> list[Change]
 def conflicts(desired: DesiredState, actual: ActualState, link_names: Mapping[int, str]) -> list[str]:
     """One line for each route of another owner to a prefix that is ours, saying what it does."""
     best: dict[IPNetwork, int] = {}
-    for wanted in desired.routes:
-        # A blackhole route takes what no other route takes.  The route of cni0 is meant to come before it.
-        if wanted.type != RouteType.BLACKHOLE:
+    for wanted in desired.routes_beside(actual.others):
+        # What refuses or swallows packets does so behind all other routes.
+        if wanted.type is RouteType.UNICAST:
             best[wanted.dst] = min(wanted.metric, best.get(wanted.dst, wanted.metric))
     lines = []
     for route in actual.foreign:

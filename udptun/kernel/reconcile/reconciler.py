@@ -18,12 +18,12 @@ import logging
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from itertools import chain
 
-from udptun.core.desired import DesiredState, Sysctl
+from udptun.core.desired import DesiredState, Pods, Sysctl
 from udptun.core.errors import KernelError
-from udptun.core.network_state import ROUTE_PROTOCOL, Link, Route
+from udptun.core.network_state import ROUTE_PROTOCOL, Link, Route, RouteType
 from udptun.core.ownership import Ownership
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
@@ -94,6 +94,8 @@ class Reconciler:
         """Whether there may be devices of ours that are not desired any more."""
         self._foreign: tuple[Route, ...] = ()
         self._prefix_lengths: set[int] = set()
+        self._others: frozenset[IPv4Network] = frozenset()
+        """What other owners' routes in and around Network lead to."""
         # Other owners' routes are found in the whole routing table.  Thousands of routes take long to read, so it is
         # read only when something says so, and every period.
         self._must_read_foreign = True
@@ -209,7 +211,9 @@ class Reconciler:
         is_foreign_route = notice.kind is NoticeKind.ROUTE and notice.protocol != ROUTE_PROTOCOL
         if is_foreign_route or notice.kind not in (NoticeKind.ROUTE, NoticeKind.NEIGHBOUR):
             self._direct.expect_better()
-        if is_foreign_route and notice.prefixlen not in self._prefix_lengths:
+        if is_foreign_route and _may_hide_pods(notice.prefixlen, notice.dst, self._desired.pods):
+            self._must_read_foreign = True
+        elif is_foreign_route and notice.prefixlen not in self._prefix_lengths:
             # It may be the way to one of the gateways.
             return self._direct.is_asked
         # Another owner's route that goes together with its link has no notice of its own.
@@ -238,10 +242,11 @@ class Reconciler:
             tuple([n for index in vxlan for n in await kernel.neighbours(index)]),
             tuple([e for index in vxlan for e in await kernel.fdb(index)]),
             await self._stray_links(kernel, links),
+            self._others,
         )
 
     async def _read_foreign(self, kernel: Netlink, desired: DesiredState) -> None:
-        """Find other owners' routes to desired prefixes or through our devices."""
+        """Find other owners' routes to desired prefixes, through our devices, and in and around Network."""
         # Cleared first, so that what comes up during the reading asks for another one.
         self._must_read_foreign = False
         try:
@@ -250,7 +255,16 @@ class Reconciler:
             self._must_read_foreign = True
             raise
         self._foreign_due_s = asyncio.get_running_loop().time() + _PACE.period_s
-        prefixes = {route.dst for route in desired.routes}
+        self._others = frozenset(
+            route.dst
+            for route in routes
+            if route.protocol != ROUTE_PROTOCOL
+            and route.type == RouteType.UNICAST
+            and route.oif not in self._own_links
+            and isinstance(route.dst, IPv4Network)
+            and _may_hide_pods(route.dst.prefixlen, int(route.dst.network_address), desired.pods)
+        )
+        prefixes = {route.dst for route in desired.routes_beside(self._others)}
         # 0: a default route may lead through our device.
         self._prefix_lengths = {0, *(prefix.prefixlen for prefix in prefixes)}
         self._foreign = tuple(
@@ -282,6 +296,14 @@ class Reconciler:
             return ()
         names = {link.index: link.name for link in await kernel.links()}
         return tuple(conflicts(self._desired, actual, names))
+
+
+def _may_hide_pods(prefixlen: int, first: int, pods: Pods | None) -> bool:
+    """Whether a route to this prefix, whose first address is `first`, could take packets that are meant for pods."""
+    if pods is None or not 0 < prefixlen <= pods.longest:
+        return False
+    shorter = min(prefixlen, pods.network.prefixlen)
+    return (first ^ int(pods.network.network_address)) >> (32 - shorter) == 0
 
 
 def _refusals(failed: Iterable[tuple[Change, KernelError]]) -> Iterator[str]:
