@@ -16,7 +16,8 @@ stage is a file of fastpath/ that opens with its own words:
 
     icmp.pxd          answers about packets that are dropped       loop.pxd    a worker's buffers and limits
     vxlan.pxd         the prefix before each packet with VXLAN     shm.pxd     memory shared with the control plane
-    wire.pxd          where the fields of a packet are             sys.pxd     the kernel's calls and structures
+    flow.pxd          from which port a flow leaves                sys.pxd     the kernel's calls and structures
+    wire.pxd          where the fields of a packet are
 
 On the wire there are always single packets.  A read of the TUN may be a super-packet, which is cut up; datagrams of one
 peer and size go to the kernel in groups, one message each.  A received message may be a train of datagrams; packets of
@@ -276,8 +277,8 @@ cdef class Worker:
 
     `table_fd` and `stats_fd` are the shared memory files (mapped here, the descriptors may be closed after), `index`
     says which block of the statistics is ours, `tun_fd` is a non-blocking queue of a TUN device (the table says whether
-    it has virtio headers), `udp_fd` the UDP socket that receives, and sends unless there are `senders`: sockets that
-    share the flows among them (VXLAN).  All are borrowed: the caller keeps them open while the worker runs.
+    it has virtio headers), `udp_fd` the UDP socket that receives and sends.  `senders` are sockets that share the flows
+    to peers that take any source port.  All are borrowed: the caller keeps them open while the worker runs.
     Raises OSError when the files cannot be mapped, ValueError when they are something else.
     """
 
@@ -475,6 +476,7 @@ LAYOUT = {
     # Bits and values of fields.
     "l2_flag": <uint32_t>UT_L2_FLAG,
     "flags.udptun": UT_PEER_UDPTUN,
+    "flags.any_source_port": UT_PEER_ANY_SOURCE_PORT,
     "source_check.off": UT_SOURCE_OFF,
     "source_check.peer": UT_SOURCE_PEER,
     "source_check.strict": UT_SOURCE_STRICT,

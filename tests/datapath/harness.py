@@ -482,7 +482,12 @@ class FastDatapath:
             )
         )
         for peer in table.peers:
-            remote = shared.Remote(*peer.remote, is_udptun=self._are_peers_udptun, mac=peer.mac)
+            remote = shared.Remote(
+                *peer.remote,
+                is_udptun=self._are_peers_udptun,
+                takes_any_source_port=table.vtep is not None,
+                mac=peer.mac,
+            )
             self._writer.set_peer(peer.subnet, remote, peer.mtu)
         assert self._writer.publish(self._stats), "no worker runs, so none can hold the other slot"
 

@@ -92,6 +92,25 @@ def test_vxlan_leases_have_flannels_two_keys_first() -> None:
         assert attrs.node_id == "n" * 32
 
 
+def test_a_udp_lease_takes_any_source_port_unless_a_nat_is_before_the_host() -> None:
+    here, behind_nat = (Udp(8285).attrs(it, "n" * 32) for it in (UNDERLAY, BEHIND_NAT))
+    assert list(here.backend_data) == ["Port", "NodeID", "Udptun", "AnySourcePort"]
+    assert here.takes_any_source_port
+    assert list(behind_nat.backend_data) == ["Port", "NodeID", "Udptun"]
+    peers = [Lease(Subnets(IPv4Network("10.244.7.0/24")), attrs) for attrs in (here, behind_nat)]
+    assert [Udp(8285).remote(peer).takes_any_source_port for peer in peers] == [True, False]
+    assert not Udp(8285).remote(lease(2, "", {"x": 1})).takes_any_source_port
+
+
+@pytest.mark.parametrize(("source_ports", "n_senders"), [(1, 0), (2, 2), (16, 16)])
+def test_udp_sends_from_one_port_unless_more_are_asked_for_and_no_nat_wants_the_one(
+    source_ports: int, n_senders: int
+) -> None:
+    live = replace(LIVE, source_ports=source_ports)
+    assert Udp(8285).n_senders(UNDERLAY, live) == n_senders
+    assert Udp(8285).n_senders(BEHIND_NAT, live) == 0
+
+
 @pytest.mark.parametrize(
     ("other", "reason"),
     [

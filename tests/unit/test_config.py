@@ -15,6 +15,7 @@ from udptun.backends.choice import KernelSupport, choose, parse_net_conf
 from udptun.backends.hostgw import HostGwKeys
 from udptun.backends.udp import UDP_OVERHEAD, UdpKeys
 from udptun.backends.vxlan import Fallback, VxlanKeys
+from udptun.config.flags import parse_daemon_flags
 from udptun.config.net_conf import (
     BackendKeys,
     LogLevel,
@@ -22,8 +23,9 @@ from udptun.config.net_conf import (
     SubnetPool,
     keys_that_need_a_restart,
 )
+from udptun.control.settings import live_settings
 from udptun.core.errors import ConfigError
-from udptun.core.tunnel import SourceCheck, default_workers
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
 
 
 def parse(text: str) -> NetConf:
@@ -118,6 +120,32 @@ def test_config_takes_every_backend_key() -> None:
     )
     assert conf.backend == UdpKeys(port=1, mtu=9000, workers=16, source_check=SourceCheck.OFF)
     assert conf.enable_nftables
+
+
+@pytest.mark.parametrize(("text", "ports"), [("4", 4), ('"auto"', AS_MANY_AS_WORKERS), ('"AUTO"', AS_MANY_AS_WORKERS)])
+def test_config_takes_a_number_of_source_ports_or_auto(text: str, ports: int) -> None:
+    conf = parse('{"Network":"10.3.0.0/16","Backend":{"Type":"udp","SourcePorts":' + text + "}}")
+    assert conf.backend == UdpKeys(source_ports=ports)
+
+
+@pytest.mark.parametrize(
+    ("argv", "keys", "ports"),
+    [
+        ([], UdpKeys(), 1),
+        ([], UdpKeys(source_ports=4), 4),
+        ([], UdpKeys(source_ports=AS_MANY_AS_WORKERS, workers=3), 3),
+        (["--workers=5"], UdpKeys(source_ports=AS_MANY_AS_WORKERS, workers=3), 5),
+        (["--source-ports=2"], UdpKeys(source_ports=4), 2),
+        (["--source-ports=1"], UdpKeys(source_ports=4), 1),
+        (["--source-ports=auto", "--workers=6"], UdpKeys(source_ports=4), 6),
+        (["--source-ports=4"], VxlanKeys(), 1),
+    ],
+)
+def test_source_ports_are_the_flags_then_the_configs_and_auto_is_one_a_worker(
+    argv: list[str], keys: BackendKeys, ports: int
+) -> None:
+    options = parse_daemon_flags(argv, {})
+    assert live_settings(options, keys, 1500, 28).source_ports == ports
 
 
 def test_config_takes_every_key_of_a_vxlan_backend() -> None:
@@ -384,6 +412,12 @@ MALFORMED = [
     (udp(MTU=False), "Backend.MTU: must be a JSON integer, not false"),
     (udp(Workers=0), "Backend.Workers: must be 1..16, not 0"),
     (udp(Workers=17), "Backend.Workers: must be 1..16, not 17"),
+    (udp(SourcePorts=0), 'Backend.SourcePorts: must be 1..16 or "auto", not 0'),
+    (udp(SourcePorts=17), 'Backend.SourcePorts: must be 1..16 or "auto", not 17'),
+    (udp(SourcePorts=True), 'Backend.SourcePorts: must be 1..16 or "auto", not true'),
+    (udp(SourcePorts=2.0), 'Backend.SourcePorts: must be 1..16 or "auto", not 2.0'),
+    (udp(SourcePorts="4"), 'Backend.SourcePorts: must be 1..16 or "auto", not "4"'),
+    (udp(SourcePorts=[]), 'Backend.SourcePorts: must be 1..16 or "auto", not an array'),
     (udp(SourceCheck="none"), 'Backend.SourceCheck: must be "off", "peer" or "strict", not "none"'),
     (udp(SourceCheck=True), 'Backend.SourceCheck: must be "off", "peer" or "strict", not true'),
     (udp(LogLevel="loud"), 'Backend.LogLevel: must be "debug", "info", "warning" or "error", not "loud"'),
@@ -428,7 +462,9 @@ JSON_VALUES = st.recursive(
     max_leaves=8,
 )
 KEYS = st.sampled_from(["Network", "SubnetLen", "SubnetMin", "SubnetMax", "EnableIPv6", "IPv6Network", "Backend"])
-BACKENDS = st.dictionaries(st.sampled_from(["Type", "Port", "MTU", "Workers", "SourceCheck", "LogLevel"]), JSON_VALUES)
+BACKENDS = st.dictionaries(
+    st.sampled_from(["Type", "Port", "MTU", "Workers", "SourcePorts", "SourceCheck", "LogLevel"]), JSON_VALUES
+)
 
 
 @given(st.text() | st.dictionaries(KEYS, JSON_VALUES | BACKENDS).map(json.dumps))

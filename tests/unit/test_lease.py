@@ -175,6 +175,21 @@ def test_port_is_the_default_when_the_lease_names_no_valid_one(data: Json, port:
     assert LeaseAttrs(OWN_IP, backend_data=data).port(8285) == port
 
 
+@pytest.mark.parametrize(
+    ("data", "takes_any"),
+    [
+        (None, False),
+        ({"Udptun": 1}, False),
+        ({"AnySourcePort": False}, False),
+        ({"AnySourcePort": 1}, False),
+        ({"AnySourcePort": "true"}, False),
+        ({"AnySourcePort": True}, True),
+    ],
+)
+def test_a_host_takes_any_source_port_when_its_lease_says_so(data: Json, takes_any: bool) -> None:
+    assert LeaseAttrs(OWN_IP, backend_data=data).takes_any_source_port is takes_any
+
+
 def test_attrs_say_who_wrote_them() -> None:
     ours = LeaseAttrs(OWN_IP, backend_data={"Udptun": 1, "NodeID": "n"})
     flannels = LeaseAttrs(OWN_IP, backend_data={"VtepMAC": "x"})

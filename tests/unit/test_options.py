@@ -89,7 +89,7 @@ def test_flags_are_those_of_flannel_and_ours() -> None:
         net-config-path set-node-network-unavailable version healthz-ip healthz-port iptables-resync
         iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at
         logtostderr alsologtostderr stderrthreshold log_dir"""
-    ours = "store mtu port workers source-check offload-disabled run-dir state-dir node"
+    ours = "store mtu port workers source-ports source-check offload-disabled run-dir state-dir node"
     assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
 
 
@@ -97,7 +97,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 32
+    assert len(shared) == 33
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -240,6 +240,10 @@ REFUSED = [
     (["--healthz-port=08"], "--healthz-port=08: must be an integer"),
     (["--workers=0"], "--workers=0: must be 1..16"),
     (["--port=0"], "--port=0: must be 1..65535"),
+    (["--source-ports=0"], "--source-ports=0: must be 1..16 or auto"),
+    (["--source-ports=17"], "--source-ports=17: must be 1..16 or auto"),
+    (["--source-ports=Auto"], "--source-ports=Auto: must be 1..16 or auto"),
+    (["--source-ports="], "--source-ports=: must be 1..16 or auto"),
     (["--source-check=on"], "--source-check=on: must be off, peer or strict"),
     (
         ["--offload-disabled=tso,gso"],

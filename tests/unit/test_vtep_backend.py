@@ -92,8 +92,8 @@ def test_datapath_is_told_vni_addresses_and_port() -> None:
     assert (settings.mtu, settings.underlay_address) == (1450, UNDERLAY.address)
     # Whatever port the lease names: with VXLAN all nodes have one.
     peer = lease({"VNI": 1, "VtepMAC": "02:00:00:00:00:07", "Port": 9999, "Udptun": 1})
-    assert it.remote(peer) == Remote(IPv4Address("192.0.2.7"), 4789, True, bytes.fromhex("020000000007"))
-    assert it.n_senders > 1
+    assert it.remote(peer) == Remote(IPv4Address("192.0.2.7"), 4789, True, True, bytes.fromhex("020000000007"))
+    assert it.n_senders(UNDERLAY, INPUT.live) > 1
 
 
 @pytest.mark.parametrize("mac", ["02:00:00:00:00:07", "A6:B5:C4:D3:E2:F1", "00:16:3e:00:00:01"])

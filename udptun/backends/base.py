@@ -44,12 +44,16 @@ class TunnelKeys(BackendKeys):
 
 @dataclass(frozen=True, slots=True)
 class LiveSettings:
-    """What SIGHUP can change.  `mtu` is the largest packet of a pod, bytes.  The rest concerns the userspace tunnel."""
+    """What SIGHUP can change.  `mtu` is the largest packet of a pod, bytes.  The rest concerns the userspace tunnel.
+
+    `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.
+    """
 
     mtu: int
     workers: int
     source_check: SourceCheck
     offload: Offload
+    source_ports: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +143,11 @@ class Encapsulation(Protocol):
     def port(self) -> int:
         """The UDP port of its sockets."""
 
-    @property
-    def n_senders(self) -> int:
-        """How many sockets, each with a port of its own, its datagrams leave from; 0: those that receive."""
+    def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
+        """How many sockets, each with a port of its own, datagrams leave from to peers that take any source port.
+
+        0: they leave from those that receive.
+        """
 
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:
         """What holds for all packets.  It does not depend on `peers` and `direct`."""

@@ -9,7 +9,7 @@ from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys
 from udptun.config.go_json import integer, key
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
 from udptun.core.lease import Lease, LeaseAttrs
-from udptun.core.tunnel import PORTS
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.kernel.underlay import Underlay
 
@@ -25,6 +25,15 @@ _MIN_TX_QUEUE_LEN = 500
 """What the kernel gives a TUN device (TUN_READQ_SIZE).  Packets wait there while a dead datapath is replaced."""
 
 
+def _source_ports(value: object) -> int:
+    """Reads a number of ports, or "auto"; see `Reader`."""
+    if isinstance(value, str) and value.lower() == "auto":
+        return AS_MANY_AS_WORKERS
+    if isinstance(value, int) and not isinstance(value, bool) and value in SOURCE_PORTS:
+        return value
+    raise ValueError(f'must be {SOURCE_PORTS.start}..{SOURCE_PORTS.stop - 1} or "auto"')
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UdpKeys(TunnelKeys):
     """`Backend` of Type udp.
@@ -34,6 +43,7 @@ class UdpKeys(TunnelKeys):
 
     type: ClassVar[str] = "udp"
     port: int = key("Port", integer(PORTS), 8285)
+    source_ports: int = key("SourcePorts", _source_ports, 1, is_live=True)
     own_port: int | None = None
 
 
@@ -46,7 +56,6 @@ class Udp:
     routes_network = True
     needs_backend_data = False
     asks_direct = False
-    n_senders = 0
 
     def __init__(self, port: int, own_port: int | None = None, device: str = TUN_NAME) -> None:
         """`port` is that of every peer whose lease names none, as flannel's.  It is ours too without an `own_port`."""
@@ -61,16 +70,24 @@ class Udp:
     def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
         """flannel's own udp leases have neither type nor data, and flannel ignores both in others."""
         data = {"Port": self.port, "NodeID": node_id, "Udptun": 1}
+        if not underlay.is_behind_nat:
+            data["AnySourcePort"] = True
         return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
 
     def refusal(self, lease: Lease) -> None:
         """Every lease is accepted, as by flannel: any host that listens on the port is a peer."""
 
+    def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
+        """None behind a NAT: what comes to us finds its way by the flow that we have sent, from our port to the peer's.
+        """
+        return live.source_ports if live.source_ports > 1 and not underlay.is_behind_nat else 0
+
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:
         return inputs.packet_settings()
 
     def remote(self, lease: Lease) -> Remote:
-        return Remote(lease.attrs.public_ip, lease.attrs.port(self._default_port), lease.attrs.is_udptun)
+        attrs = lease.attrs
+        return Remote(attrs.public_ip, attrs.port(self._default_port), attrs.is_udptun, attrs.takes_any_source_port)
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)

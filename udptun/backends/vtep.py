@@ -26,7 +26,6 @@ class UserspaceVtep:
     type = vxlan.VxlanKeys.type
     summary = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
     overhead = vxlan.VXLAN_OVERHEAD
-    n_senders = N_SENDERS
     routes_network = False
     needs_backend_data = True
 
@@ -48,12 +47,15 @@ class UserspaceVtep:
     def refusal(self, lease: Lease) -> str | None:
         return vxlan.refusal(lease)
 
+    def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
+        return N_SENDERS
+
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:
         return inputs.packet_settings(Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
-        """All peers have the same port, as with flannel."""
-        return Remote(lease.attrs.public_ip, self.port, lease.attrs.is_udptun, _packed(vxlan.mac_of(lease)))
+        """All peers have the same port, as with flannel, and with VXLAN all of them take any source port."""
+        return Remote(lease.attrs.public_ip, self.port, lease.attrs.is_udptun, True, _packed(vxlan.mac_of(lease)))
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)

@@ -42,7 +42,7 @@ from udptun.config.store_flags import (
 from udptun.core.errors import UsageError
 from udptun.core.offload import Offload
 from udptun.core.offload import parse as parse_offloads
-from udptun.core.tunnel import PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck
 
 DEFAULT_RUN_DIR = Path("/run/udptun")
 ENVIRONMENT_PREFIX = "FLANNELD_"
@@ -91,6 +91,15 @@ def _source_check(text: str) -> SourceCheck:
         return SourceCheck(text)
     except ValueError:
         raise ValueError("must be off, peer or strict") from None
+
+
+def _source_ports(text: str) -> int:
+    if text == "auto":
+        return AS_MANY_AS_WORKERS
+    try:
+        return integer_in(SOURCE_PORTS)(text)
+    except ValueError:
+        raise ValueError(f"must be {SOURCE_PORTS.start}..{SOURCE_PORTS.stop - 1} or auto") from None
 
 
 def _offloads(text: str) -> Offload:
@@ -154,6 +163,13 @@ class Options:
         "UDP port of this host, over Backend.Port, where several share a public IP (Type udp)",
     )
     workers: int | None = flag(_TUNNEL, integer_in(WORKERS), None, "N", "datapath threads, over Backend.Workers")
+    source_ports: int | None = flag(
+        _TUNNEL,
+        _source_ports,
+        None,
+        "N",
+        "UDP ports to send from to peers that take any, or auto: as many as workers; over Backend.SourcePorts",
+    )
     source_check: SourceCheck | None = flag(
         _TUNNEL, _source_check, None, "WHICH", "off, peer or strict, over Backend.SourceCheck"
     )

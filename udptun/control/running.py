@@ -92,10 +92,10 @@ class Running:
         async with self._changing:
             backend = self.forwarding.backend
             check_underlay(backend, self.conf, present.address)
-            attrs = backend.attrs(present, self.me.node_id)
+            was, attrs = (backend.attrs(it, self.me.node_id) for it in (self.underlay, present))
             live = live_settings(self.options, self.conf.backend, present.mtu, backend.overhead)
             await self._apply(present, live)
-        if present.public_ip != self.me.public_ip:
+        if attrs != was:
             self.me = replace(self.me, public_ip=present.public_ip)
             self.membership.move(self.me, attrs)
         else:

@@ -13,7 +13,7 @@ from udptun.config.flags import Options
 from udptun.config.net_conf import BackendKeys, LogLevel, NetConf
 from udptun.core.errors import ConfigError
 from udptun.core.offload import ALL, corrupted_by
-from udptun.core.tunnel import default_workers
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, default_workers
 from udptun.firewall.reconciler import FirewallSettings
 from udptun.kernel.underlay import UnderlayOptions
 from udptun.stores.base import Store
@@ -26,10 +26,12 @@ def read_config(text: str, source: str, options: Options) -> NetConf:
     conf = parse_net_conf(text, source)
     for note in conf.notes:
         log.warning("%s", note)
-    if options.port is None:
-        return conf
     if not isinstance(conf.backend, UdpKeys):
-        log.warning("--port has no effect with Backend.Type %s", conf.backend.type)
+        for name, value in (("port", options.port), ("source-ports", options.source_ports)):
+            if value is not None:
+                log.warning("--%s has no effect with Backend.Type %s", name, conf.backend.type)
+        return conf
+    if options.port is None:
         return conf
     return replace(conf, backend=replace(conf.backend, own_port=options.port))
 
@@ -40,12 +42,17 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
     `underlay_mtu` is the interface's, `overhead` the backend's, bytes.  Raises ConfigError when the MTU is too small.
     """
     tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
+    workers = options.workers or tunnel.workers or default_workers(len(os.sched_getaffinity(0)))
+    source_ports = 1
+    if isinstance(keys, UdpKeys):
+        source_ports = keys.source_ports if options.source_ports is None else options.source_ports
     offload = tunnel.offload if options.offload_disabled is None else ALL & ~options.offload_disabled
     return LiveSettings(
         mtu_for(options.mtu or tunnel.mtu or underlay_mtu, overhead),
-        options.workers or tunnel.workers or default_workers(len(os.sched_getaffinity(0))),
+        workers,
         options.source_check or tunnel.source_check,
         offload & ~corrupted_by(os.uname().release),
+        workers if source_ports == AS_MANY_AS_WORKERS else source_ports,
     )
 
 

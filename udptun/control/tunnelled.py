@@ -34,7 +34,7 @@ class Tunnelled:
         cls, encapsulation: Encapsulation, run_dir: Path, device: str, underlay: Underlay, live: LiveSettings
     ) -> Tunnelled:
         """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
-        port, n_senders = encapsulation.port, encapsulation.n_senders
+        port, n_senders = encapsulation.port, encapsulation.n_senders(underlay, live)
         tunnel = await Tunnel.open(run_dir, device, underlay.address, port, live.workers, live.offload, n_senders)
         return cls(encapsulation, tunnel)
 
@@ -53,8 +53,9 @@ class Tunnelled:
     async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
         """Change from `before` to `now`, and return the settings that are then in force.  Raises UdptunError."""
         how, live = self._encapsulation, now.live
+        n_senders = how.n_senders(now.underlay, live)
         try:
-            await self.tunnel.rebind(now.underlay.address, how.port, live.workers, how.n_senders)
+            await self.tunnel.rebind(now.underlay.address, how.port, live.workers, n_senders)
         except UdptunError as exc:
             if now.underlay.address != before.underlay.address:
                 raise
@@ -77,6 +78,7 @@ class Tunnelled:
         return {
             "backend": {
                 "source_check": live.source_check.value,
+                "source_ports": self.tunnel.n_senders or 1,
                 "offloads": offload_names(self.tunnel.granted_offload & ~stats.refused(live.workers)),
             },
             "datapath": {
@@ -87,8 +89,12 @@ class Tunnelled:
                 "worker_counters": stats.worker_counters(live.workers),
             },
             "peers": [
-                {"port": self._encapsulation.remote(lease).port, **dict(zip(PEER_COUNTERS, count, strict=True))}
-                for lease, count in zip(leases, counts, strict=True)
+                {
+                    "port": remote.port,
+                    "any_source_port": remote.takes_any_source_port,
+                    **dict(zip(PEER_COUNTERS, count, strict=True)),
+                }
+                for remote, count in zip(map(self._encapsulation.remote, leases), counts, strict=True)
             ],
             "counters": stats.counters(),
         }

@@ -96,6 +96,11 @@ class LeaseAttrs:
         value = self.backend_data.get("NodeID") if isinstance(self.backend_data, Mapping) else None
         return value if isinstance(value, str) else None
 
+    @property
+    def takes_any_source_port(self) -> bool:
+        """Whether datagrams reach the host whatever port they come from; flannel and NATs may want the usual one."""
+        return isinstance(self.backend_data, Mapping) and self.backend_data.get("AnySourcePort") is True
+
     def port(self, default: int) -> int:
         """The UDP port the host listens on; `default` where the lease names none, as flannel's never do."""
         value = self.backend_data.get("Port") if isinstance(self.backend_data, Mapping) else None

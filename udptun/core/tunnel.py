@@ -18,6 +18,11 @@ WORKERS = range(1, 17)
 
 PORTS = range(1, 65536)
 
+SOURCE_PORTS = range(1, 17)
+"""How many ports datagrams may leave from."""
+AS_MANY_AS_WORKERS = 0
+"""In the place of a number of source ports: one for each datapath thread."""
+
 
 class SourceCheck(Enum):
     """Which senders the decap side accepts.  docs/wire-format.md says which checks each value switches on."""

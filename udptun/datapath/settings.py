@@ -50,9 +50,14 @@ class PacketSettings:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Where a peer's datagrams go.  `mac` is its VtepMAC, 6 bytes; empty where packets travel bare."""
+    """Where a peer's datagrams go.
+
+    `takes_any_source_port`: they reach it from whatever port; otherwise they must leave from ours.  `mac` is its
+    VtepMAC, 6 bytes; empty where packets travel bare.
+    """
 
     address: IPv4Address
     port: int
     is_udptun: bool
+    takes_any_source_port: bool = False
     mac: bytes = b""

@@ -24,7 +24,7 @@ _PEER_FIELDS = _PEER.packer("family", "port_be", "address_be", "subnet", "mask",
 _PEER_REMOTE = _PEER.packer("family", "address_be")
 _PEER_SUBNET = _PEER.packer("subnet", "mask")
 _NO_PEER = bytes(_PEER.size)
-_FLAG_UDPTUN = LAYOUT["flags.udptun"]
+_FLAG_UDPTUN, _FLAG_ANY_SOURCE_PORT = LAYOUT["flags.udptun"], LAYOUT["flags.any_source_port"]
 _SOURCE_CHECKS = {check: LAYOUT[f"source_check.{check.value}"] for check in SourceCheck}
 
 
@@ -123,7 +123,7 @@ class TableWriter:
             int(subnet.network_address),
             int(subnet.netmask),
             mtu,
-            _FLAG_UDPTUN if remote.is_udptun else 0,
+            _FLAG_UDPTUN * remote.is_udptun | _FLAG_ANY_SOURCE_PORT * remote.takes_any_source_port,
             b"" if vtep is None else vtep.prefix(remote.mac),
         )
         return index

@@ -78,7 +78,8 @@ class Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
         A datapath that serves the device of another backend is ended.  `wanted` says whether a new device has virtio
-        headers.  `n_senders`: sockets to send from; 0: packets leave from the sockets that they come to.  No process is
+        headers.  `n_senders`: sockets to send from to peers that take any source port; 0: packets leave from the
+        sockets that they come to.  No process is
         started yet (`start`).  Raises KernelError, DatapathError.
         """
         found = await processes.find_running(run_dir)
@@ -146,6 +147,11 @@ class Tunnel:
             os.close(fd)
         # New queues have turned off the device's offloads, and new sockets have none yet.
         self.set_offload(self._wanted_offload)
+
+    @property
+    def n_senders(self) -> int:
+        """How many sockets there are to send from, besides those that receive."""
+        return len(self._senders)
 
     async def start(self) -> None:
         """Have an active process and a standby; a table must have been published."""

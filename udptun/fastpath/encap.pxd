@@ -10,11 +10,12 @@ The conditions stand in the order of the table "Encap" in docs/wire-format.md; t
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 
+from udptun.fastpath.flow cimport sender_for
 from udptun.fastpath.icmp cimport answer_local
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.segment cimport *
 from udptun.fastpath.send cimport GROUP_BYTES, group_limit, make_room, queue_datagram
-from udptun.fastpath.vxlan cimport put_prefix, sender_for
+from udptun.fastpath.vxlan cimport put_prefix
 from udptun.fastpath.wire cimport *
 
 
@@ -86,12 +87,13 @@ cdef inline void queue_packet(Loop *w, Packet *p) noexcept nogil:
     cdef uint8_t *datagram = p.data - w.prefix_len
     put_prefix(w, p.peer, datagram)
     queue_datagram(
-        w, sender_for(w, p.data, p.len), p.peer, NULL, 0, datagram, w.prefix_len + p.len, group_limit(w, p.peer))
+        w, sender_for(w, p.peer, p.data, p.len), p.peer, NULL, 0, datagram, w.prefix_len + p.len,
+        group_limit(w, p.peer))
 
 
 cdef inline void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept nogil:
     """Queue a super-packet's segments, spread evenly over as few messages as hold them."""
-    cdef int i, payload, most, n_messages, fd = sender_for(w, s.data, s.header + s.payload)
+    cdef int i, payload, most, n_messages, fd = sender_for(w, peer, s.data, s.header + s.payload)
     cdef uint8_t *out
     most = max(1, min(group_limit(w, peer), GROUP_BYTES // (w.prefix_len + s.header + s.size)))
     n_messages = (s.n + most - 1) // most

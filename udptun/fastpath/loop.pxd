@@ -49,7 +49,7 @@ cdef struct Loop:
     ut_peer_stats *peer_stats     # our row of stats.peer
     ut_in_flight *in_flight       # ours of stats.in_flight
     int tun_fd, udp_fd
-    int senders[16]               # sockets that datagrams leave from, the same for all workers; none: from udp_fd
+    int senders[16]               # sockets with ports of their own to send from (flow.pxd), the same for all workers
     int n_senders
     # Owned by the Worker object.
     int event_fd

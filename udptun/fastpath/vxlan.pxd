@@ -1,4 +1,4 @@
-"""VXLAN: the prefix before each inner packet, and the socket that a datagram leaves from.
+"""VXLAN: the prefix before each inner packet.
 
     prefix      22 bytes: VXLAN header (RFC 7348 5), then an Ethernet header, because VXLAN carries frames
                   0  flags; 0x08: the VNI is valid
@@ -7,14 +7,12 @@
                  14  inner source MAC: the VtepMAC of who sends it
                  20  EtherType
     VNI         which of several VXLAN networks a datagram belongs to
-    senders     sockets with ports of their own: all packets of an inner flow leave from the same one
 
 A peer's prefix stands ready in the table.  A `Packet` to be sent always has room for it in front, so that prefix and
-packet are one piece of memory.  Without VXLAN the prefix has no bytes, and everything leaves from the worker's own
-socket.
+packet are one piece of memory.  Without VXLAN the prefix has no bytes.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcmp, memcpy
 
 from udptun.fastpath.loop cimport *
@@ -47,21 +45,3 @@ cdef inline Counter *check_prefix(const ut_slot *table, Counters *c, const uint8
     if memcmp(d + INNER_DESTINATION, table.own_mac, 6) != 0:
         return &c.decap_drop_vxlan_mac
     return NULL
-
-
-cdef inline int sender_for(Loop *w, const uint8_t *d, int total) noexcept nogil:
-    """The socket that a packet leaves from: the same for all of an inner flow, and for all fragments of a packet.
-
-    The routers on the way, and the peer, spread flows by it and keep the order within each (RFC 7348 5).
-    """
-    cdef uint32_t flow
-    cdef int header
-    if w.n_senders == 0:
-        return w.udp_fd
-    flow = ip_source(d) ^ ip_destination(d) * <uint32_t>0x9E3779B1
-    header = ip_header_len(d)
-    if (ip_protocol(d) == PROTO_TCP or ip_protocol(d) == PROTO_UDP) and not ip_is_fragment(d) and total >= header + 4:
-        flow ^= load_be32(d + header) * <uint32_t>0x85EBCA77    # both ports
-    # The multiplication carries all bits to the upper ones, which choose.
-    flow = (flow ^ flow >> 16) * <uint32_t>0x9E3779B1
-    return w.senders[<uint64_t>flow * <uint32_t>w.n_senders >> 32]

@@ -56,6 +56,11 @@ class Underlay:
     reason: str = field(default="", compare=False)
     others: tuple[IPv4Address, ...] = field(default=(), compare=False)
 
+    @property
+    def is_behind_nat(self) -> bool:
+        """Whether the peers send to another address than the one that our sockets are bound to."""
+        return self.public_ip != self.address
+
 
 def pick(
     options: UnderlayOptions,

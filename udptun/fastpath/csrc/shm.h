@@ -46,6 +46,7 @@ struct ut_peer {
     uint8_t reserved[10];
 };
 #define UT_PEER_UDPTUN 1u         /* the lease says that udptun wrote it */
+#define UT_PEER_ANY_SOURCE_PORT 2u /* its datagrams may leave from any of our sockets */
 
 /* One complete, immutable-while-published picture of the overlay. */
 struct ut_slot {

@@ -1,0 +1,33 @@
+"""From which socket a datagram leaves, and so from which port.
+
+    flow        packets of one inner connection: the same addresses, and where there are ports the same ports
+    senders     sockets with ports of their own, for peers that take any source port
+
+All packets of a flow leave from the same socket.  The routers on the way, the peer's network card and its workers
+spread flows by the port and keep the order within each (RFC 7348 5).  To any other peer, and where there are no
+senders, everything leaves from the worker's own socket.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from udptun.fastpath.loop cimport *
+from udptun.fastpath.wire cimport *
+
+
+cdef inline int sender_for(Loop *w, uint32_t peer, const uint8_t *d, int total) noexcept nogil:
+    """The socket that a packet to the peer leaves from: the same for all of an inner flow, also for its fragments.
+
+    Fragments of a flow that has ports may leave from another one than its whole packets: they do not all know the
+    ports.
+    """
+    cdef uint32_t flow
+    cdef int header
+    if w.n_senders == 0 or not w.slot.peers[peer].flags & UT_PEER_ANY_SOURCE_PORT:
+        return w.udp_fd
+    flow = ip_source(d) ^ ip_destination(d) * <uint32_t>0x9E3779B1
+    header = ip_header_len(d)
+    if (ip_protocol(d) == PROTO_TCP or ip_protocol(d) == PROTO_UDP) and not ip_is_fragment(d) and total >= header + 4:
+        flow ^= load_be32(d + header) * <uint32_t>0x85EBCA77    # both ports
+    # The multiplication carries all bits to the upper ones, which choose.
+    flow = (flow ^ flow >> 16) * <uint32_t>0x9E3779B1
+    return w.senders[<uint64_t>flow * <uint32_t>w.n_senders >> 32]
