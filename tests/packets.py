@@ -187,6 +187,8 @@ OWN = "10.244.1.0"
 POD = "10.244.1.10"
 """A pod of ours."""
 UNDERLAY = "192.0.2.1"
+LOCAL, LOCAL_IN_A_LEASE = LOCALS = ("198.51.100.9", "10.244.2.200")
+"""Other addresses of ours; the second is inside the subnet of the first peer."""
 
 NEAR, NEAR_POD = "127.0.0.2", "10.244.2.10"
 NARROW, NARROW_POD, NARROW_MTU = "127.0.0.3", "10.244.3.10", 1200
@@ -247,7 +249,7 @@ def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False) -> T
         network=IPv4Network("10.244.0.0/16"),
         own_subnet=IPv4Network("10.244.1.0/24"),
         tunnel_address=IPv4Address(OWN),
-        underlay_address=IPv4Address(UNDERLAY),
+        local_addresses=frozenset(map(IPv4Address, (UNDERLAY, *LOCALS))),
         mtu=MTU,
         source_check="peer",
         peers=tuple(

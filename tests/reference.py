@@ -88,13 +88,14 @@ class Vtep:
 class Table:
     """What the datapath knows.  The subnets of the peers are disjoint; `mtu` is the device's, bytes.
 
+    `local_addresses` are those of this host, that of our UDP socket among them.
     `vtep` None: packets travel bare (udp).
     """
 
     network: IPv4Network
     own_subnet: IPv4Network
     tunnel_address: IPv4Address
-    underlay_address: IPv4Address
+    local_addresses: frozenset[IPv4Address]
     mtu: int
     source_check: Literal["off", "peer", "strict"]
     peers: tuple[Peer, ...]
@@ -393,7 +394,7 @@ def decap(
         return Outcome("decap_drop_unknown_peer")
     if _is_martian(ip.source):  # 11
         return Outcome("decap_drop_source_martian")
-    if ip.source in table.own_subnet or ip.source == table.underlay_address:  # 12
+    if ip.source in table.own_subnet or ip.source in table.local_addresses:  # 12
         return Outcome("decap_drop_source_own")
     sender = table.leasing(ip.source)
     if ip.source in table.network:

@@ -17,7 +17,7 @@ stage is a file of fastpath/ that opens with its own words:
     icmp.pxd          answers about packets that are dropped       loop.pxd    a worker's buffers and limits
     vxlan.pxd         the prefix before each packet with VXLAN     shm.pxd     memory shared with the control plane
     flow.pxd          from which port a flow leaves                sys.pxd     the kernel's calls and structures
-    wire.pxd          where the fields of a packet are
+    wire.pxd          where the fields of a packet are             stray.pxd   datagrams that no lease explains
 
 On the wire there are always single packets.  A read of the TUN may be a super-packet, which is cut up; datagrams of one
 peer and size go to the kernel in groups, one message each.  A received message may be a train of datagrams; packets of
@@ -309,6 +309,7 @@ cdef class Worker:
         self._w.counters = <Counters *>self._w.worker.counter
         self._w.peer_stats = self._w.stats.peer[index]
         self._w.in_flight = &self._w.stats.in_flight[index]
+        self._w.strays = self._w.stats.stray[index]
         self._w.tun_fd = tun_fd
         self._w.udp_fd = udp_fd
         for fd in senders:
@@ -464,6 +465,7 @@ LAYOUT = {
     "table": sizeof(ut_table),
     "worker": sizeof(ut_worker),
     "peer_stats": sizeof(ut_peer_stats),
+    "stray": sizeof(ut_stray),
     "stats": sizeof(ut_stats),
     "prefix": UT_PREFIX_BYTES,
     # How many there are at most.
@@ -473,7 +475,11 @@ LAYOUT = {
     "l1_entries": UT_L1_ENTRIES,
     "l2_pages": UT_L2_PAGES,
     "l2_entries": UT_L2_ENTRIES,
+    "local_entries": UT_LOCAL_ENTRIES,
+    "max_local": UT_MAX_LOCAL,
+    "strays": UT_STRAYS,
     # Bits and values of fields.
+    "hash": <uint32_t>UT_HASH,
     "l2_flag": <uint32_t>UT_L2_FLAG,
     "flags.udptun": UT_PEER_UDPTUN,
     "flags.any_source_port": UT_PEER_ANY_SOURCE_PORT,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.packets import (
+    LOCAL,
+    LOCAL_IN_A_LEASE,
     MTU,
     NARROW,
     NARROW_MTU,
@@ -244,6 +246,12 @@ DECAP = _slugged(
         Bad("source-our-tunnel-address", "decap_drop_source_own", udp(OWN, POD)),
         Bad("source-last-of-our-subnet", "decap_drop_source_own", udp("10.244.1.255", POD)),
         Bad("source-our-underlay-address", "decap_drop_source_own", udp(UNDERLAY, POD)),
+        Bad("source-another-address-of-ours", "decap_drop_source_own", udp(LOCAL, POD)),
+        Bad("source-an-address-of-ours-that-the-peer-leases", "decap_drop_source_own", udp(LOCAL_IN_A_LEASE, POD)),
+        Bad("source-an-address-of-ours-that-another-peer-leases", "decap_drop_source_own",
+            udp(LOCAL_IN_A_LEASE, POD), source=NARROW),
+        Bad("source-another-address-of-ours-with-the-check-off", "decap_drop_source_own", udp(LOCAL, POD),
+            source=STRANGER, source_check="off"),
         Bad("own-source-with-the-check-off", "decap_drop_source_own", udp(POD, POD), source=STRANGER,
             source_check="off"),
         Bad("underlay-source-with-the-check-off", "decap_drop_source_own", udp(UNDERLAY, POD), source=STRANGER,

@@ -20,7 +20,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
@@ -37,6 +37,7 @@ from tests.packets import (
     NO_VNET_HDR,
     OUR_MAC,
     TWIN,
+    UNDERLAY,
     WIDE,
     internet_sum,
     overlay,
@@ -48,7 +49,7 @@ from tests.reference import Outcome, Peer, Remote, Table
 
 if TYPE_CHECKING:
     from udptun.core.offload import Offload
-    from udptun.datapath.stats import Stats
+    from udptun.datapath.stats import Stats, Stray
     from udptun.datapath.table import TableWriter
 
 DEADLINE_S = 5.0
@@ -451,6 +452,24 @@ class FastDatapath:
         (counts,) = self._stats.peers([self._writer.index_of(peer.subnet)], 1)
         return counts
 
+    def set_local_addresses(self, addresses: Collection[IPv4Address]) -> int:
+        """Publish these as the host's.  Returns how many did not fit."""
+        n_left = self._writer.set_local_addresses(addresses)
+        assert self._writer.publish(self._stats)
+        return n_left
+
+    def strays(self, since_s: float = 0) -> list[Stray]:
+        """What the worker has noted of datagrams that no lease explains."""
+        return self._stats.strays(1, since_s)
+
+    def socket_of_any_source(self) -> socket.socket:
+        """A socket of the test's that may send from each address of 127/8."""
+        return self._bound("0.0.0.0")
+
+    def turn(self) -> bool:
+        """One turn of the worker; what comes out is left to the test."""
+        return self._worker.turn()
+
     def break_tun(self) -> None:
         self.tun.close()
 
@@ -474,13 +493,14 @@ class FastDatapath:
             shared.PacketSettings(
                 network=table.network,
                 own_subnet=table.own_subnet,
-                underlay_address=table.underlay_address,
+                underlay_address=IPv4Address(UNDERLAY),
                 mtu=table.mtu,
                 source_check=SourceCheck(table.source_check),
                 offload=ALL if self.has_vnet_hdr else ALL & ~Offload.VNET_HDR,
                 vtep=None if table.vtep is None else shared.Vtep(table.vtep.vni, table.vtep.mac),
             )
         )
+        assert self._writer.set_local_addresses(table.local_addresses) == 0
         for peer in table.peers:
             remote = shared.Remote(
                 *peer.remote,

@@ -30,6 +30,7 @@ from tests.packets import (
     GSO_ECN,
     GSO_TCPV4,
     GSO_UDP_L4,
+    LOCALS,
     MTU,
     NARROW,
     NARROW_MTU,
@@ -61,11 +62,12 @@ from tests.packets import (
 )
 
 PEER_PODS = (NEAR_POD, NARROW_POD, TWIN_POD, TWIN_OTHER_POD, WIDE_POD, DEAF_POD)
+MARTIANS = ("0.0.0.0", "127.0.0.1", "224.0.0.1")
 INNER = st.sampled_from(
-    (*PEER_PODS, *PEER_PODS, POD, POD, POD, OWN, UNLEASED, OUTSIDE, UNDERLAY, "0.0.0.0", "127.0.0.1", "224.0.0.1")
+    (*PEER_PODS, *PEER_PODS, POD, POD, POD, OWN, UNLEASED, OUTSIDE, UNDERLAY, *LOCALS, *MARTIANS)
 ) | st.integers(0, 0xFFFFFFFF).map(lambda value: str(IPv4Address(value)))
 OUTER = st.sampled_from((NEAR, NEAR, NEAR, NARROW, TWIN, WIDE, STRANGER))
-OPTIONS = st.sampled_from(("", "", "", "01010100", "07070400000000" "00", "83070400000000" "00", "44ff0500")).map(
+OPTIONS = st.sampled_from(("", "", "", "01010100", "0707040000000000", "8307040000000000", "44ff0500")).map(
     bytes.fromhex
 ) | st.integers(0, 10).flatmap(lambda words: st.binary(min_size=4 * words, max_size=4 * words))
 FLAGS = st.sampled_from(("", "", "", "DF", "MF", "DF+MF"))
@@ -87,9 +89,7 @@ def ip_packets(draw: st.DrawFn) -> bytes:
         options = bytes(4 * draw(st.sampled_from((0, 0, 3, 10))))
         check = draw(CHECK)
         wrong = draw(WRONG)
-        payload = tcp_segment(
-            source, destination, data, flags=flags, options=options, data_offset=wrong, check=check
-        )
+        payload = tcp_segment(source, destination, data, flags=flags, options=options, data_offset=wrong, check=check)
     elif protocol == 17:
         payload = udp_segment(source, destination, data, check=draw(CHECK))
     elif protocol == 1:
@@ -131,7 +131,6 @@ ANY_PACKET = mutated(
     | st.sampled_from([case.packet for case in (*ENCAP, *DECAP) if len(case.packet) <= 4000])
     | st.sampled_from([*GOOD_ENCAP.values(), *(packet for packet, _source in GOOD_DECAP.values())])
 ) | st.binary(max_size=100)
-
 
 
 @st.composite

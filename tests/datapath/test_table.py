@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import random
+import sys
 import threading
 import time
 from array import array
@@ -18,7 +19,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from udptun._fastpath import FIELDS, LAYOUT, TableReader
+from udptun._fastpath import COUNTERS, FIELDS, LAYOUT, TableReader
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import stats as stats_module
@@ -223,6 +224,22 @@ def test_next_control_plane_goes_on_with_the_published_peers_and_their_indexes(s
     expected = [remote(0).address, remote(1).address, None, remote(3).address, remote(8).address, None]
     assert look_up(second, stats, asked) == expected
     second.close()
+
+
+def test_statistics_of_another_layout_go_on_counting_where_the_counters_are_understood() -> None:
+    """An upgrade would begin to count at zero."""
+    first = Stats.create()
+    counts = array("Q", range(1, 1 + len(COUNTERS)))
+    for worker in (0, 3):
+        at = FIELDS["stats"]["worker"][0] + worker * LAYOUT["worker"] + FIELDS["worker"]["counter"][0]
+        os.pwrite(first.fd, counts, at)
+    for version, factor in ((5, 2), (4, 0), (LAYOUT["version"] + 1, 0)):
+        os.pwrite(first.fd, version.to_bytes(4, sys.byteorder), 4)
+        second = Stats.create()
+        second.continue_from(first.fd)
+        assert list(second.counters().values()) == [factor * n for n in counts]
+        second.close()
+    first.close()
 
 
 def test_writer_waits_while_a_worker_is_in_the_slot_to_be_written(table: TableWriter, stats: Stats) -> None:

@@ -80,7 +80,7 @@ def expected_output(rounds: int) -> str:
 
 
 def test_fields_follow_each_other_within_their_structure() -> None:
-    assert set(_fastpath.FIELDS) == {"peer", "slot", "table", "worker", "peer_stats", "stats"}
+    assert set(_fastpath.FIELDS) == {"peer", "slot", "table", "worker", "peer_stats", "stray", "stats"}
     for structure, fields in _fastpath.FIELDS.items():
         end = 0
         for offset, length in fields.values():

@@ -87,6 +87,13 @@ def map_whole(fd: int, size: int, magic: int, what: str) -> memoryview:
     return memory
 
 
+def version_of(fd: int, magic: int) -> int | None:
+    """The layout version of a file of any build; None when it has not this magic."""
+    head = os.pread(fd, _HEAD.size, 0)
+    found, version = _HEAD.unpack(head) if len(head) == _HEAD.size else (0, 0)
+    return int(version) if found == magic else None
+
+
 def private(size: int) -> memoryview:
     """Zeros that nobody shares; only pages that are written to cost memory."""
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

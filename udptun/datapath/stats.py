@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
+from ipaddress import IPv4Address
 
 from udptun._fastpath import COUNTERS, FIELDS, LAYOUT, store_u64
 from udptun.core.offload import Offload
@@ -29,15 +31,31 @@ MANY_PEERS = 4096
 With 4,096 peers it publishes the table in 0.4 ms in place of 1.7, and sums their counters in 1 ms in place of 8.
 """
 
-_STATS, _WORKER = shm.Structure("stats"), shm.Structure("worker")
+_STATS, _WORKER, _STRAY = shm.Structure("stats"), shm.Structure("worker"), shm.Structure("stray")
+_STRAY_FIELDS = _STRAY.packer("outer", "peer", "inner", "last_s", "datagrams")
 _N_WORKERS = LAYOUT["max_workers"]
 _N_PEER_COUNTERS = len(PEER_COUNTERS)
+_COUNTED_ALIKE = (5,)
+"""Earlier layout versions whose workers' blocks are where ours are, with the same counters first."""
 
 
 class WorkerState(Enum):
     STOPPED = LAYOUT["state.stopped"]
     RUNNING = LAYOUT["state.running"]
     TUN_LOST = LAYOUT["state.tun_lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """Datagrams that came from `outer` and were dropped, because not it but a peer leases their inner source.
+
+    `inner` is the inner source of the last of them, which came at `last_s` (CLOCK_MONOTONIC).
+    """
+
+    outer: IPv4Address
+    inner: IPv4Address
+    datagrams: int
+    last_s: int
 
 
 class Stats:
@@ -52,6 +70,7 @@ class Stats:
         self._workers = [workers[i * _WORKER.size :][: _WORKER.size].cast("Q") for i in range(_N_WORKERS)]
         n_words = _N_WORKERS * LAYOUT["max_peers"] * _N_PEER_COUNTERS
         self._peers = memory[_STATS.offset("peer") :][: 8 * n_words].cast("Q")
+        self._strays = memory[_STATS.offset("stray") :][: _N_WORKERS * LAYOUT["strays"] * _STRAY.size]
 
     @classmethod
     def create(cls) -> Stats:
@@ -61,6 +80,20 @@ class Stats:
     def close(self) -> None:
         """Let go of the descriptor; the mapping goes with the object."""
         os.close(self.fd)
+
+    def continue_from(self, fd: int) -> None:
+        """Begin with what the workers of another build have counted, if its counters are understood.
+
+        Only while no worker counts here.  `fd` is the file of that build's statistics.
+        """
+        if shm.version_of(fd, LAYOUT["stats_magic"]) not in _COUNTED_ALIKE:
+            return
+        at, first = _STATS.offset("worker"), _word("counter")
+        for worker in self._workers:
+            worker[first : first + len(COUNTERS)] = memoryview(
+                os.pread(fd, 8 * len(COUNTERS), at + 8 * first)
+            ).cast("Q")
+            at += _WORKER.size
 
     def generations_seen(self) -> list[int]:
         """What each worker works with right now; 0 for those asleep or gone."""
@@ -95,6 +128,20 @@ class Stats:
         return [
             {name: n for name, n in zip(COUNTERS, row, strict=True) if n} for row in self._counter_rows(n_workers)
         ]
+
+    def strays(self, n_workers: int, since_s: float) -> list[Stray]:
+        """What the first `n_workers` workers have noted of which something has come since then, most datagrams first.
+
+        Those of one outer source and one peer are one.
+        """
+        found: dict[tuple[int, int], Stray] = {}
+        slots = self._strays[: n_workers * LAYOUT["strays"] * _STRAY.size]
+        for outer, peer, inner, last_s, datagrams in _STRAY_FIELDS.iter_unpack(slots):
+            if outer and last_s >= since_s:
+                before = found.get((outer, peer))
+                n = datagrams + (before.datagrams if before else 0)
+                found[outer, peer] = Stray(IPv4Address(outer), IPv4Address(inner), n, last_s)
+        return sorted(found.values(), key=lambda stray: -stray.datagrams)
 
     def _counter_rows(self, n_workers: int) -> list[list[int]]:
         first = _word("counter")

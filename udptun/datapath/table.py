@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Collection
-from ipaddress import IPv4Network
+from collections.abc import Collection, Iterable
+from ipaddress import IPv4Address, IPv4Network
 from socket import AF_INET
 
 from udptun._fastpath import LAYOUT, load_u64, store_u64
@@ -23,6 +23,7 @@ _TABLE, _SLOT, _PEER = shm.Structure("table"), shm.Structure("slot"), shm.Struct
 _PEER_FIELDS = _PEER.packer("family", "port_be", "address_be", "subnet", "mask", "mtu", "flags", "prefix")
 _PEER_REMOTE = _PEER.packer("family", "address_be")
 _PEER_SUBNET = _PEER.packer("subnet", "mask")
+_PEER_LEASE = _PEER.packer("address_be", "subnet", "mask")
 _NO_PEER = bytes(_PEER.size)
 _FLAG_UDPTUN, _FLAG_ANY_SOURCE_PORT = LAYOUT["flags.udptun"], LAYOUT["flags.any_source_port"]
 _SOURCE_CHECKS = {check: LAYOUT[f"source_check.{check.value}"] for check in SourceCheck}
@@ -42,6 +43,8 @@ class TableWriter:
         slots = memory[_TABLE.offset("slot") :]
         self._slots = [_Slot(slots[: _SLOT.size]), _Slot(slots[_SLOT.size :])]
         self._next = _Slot(shm.private(_SLOT.size))
+        self._underlay_address = 0
+        self._local: tuple[int, ...] = ()
         self._index: dict[IPv4Network, int] = {}
         # Highest number first, so that the lowest is taken first and what is in use stays dense.
         self._free = list(range(LAYOUT["max_peers"] - 1, 0, -1))
@@ -83,7 +86,6 @@ class TableWriter:
         slot["network"], slot["network_mask"] = first, int(network.netmask)
         slot["own_subnet"], slot["own_mask"] = int(own.network_address), int(own.netmask)
         slot["tunnel_address"] = int(settings.tunnel_address)
-        slot["underlay_address"] = int(settings.underlay_address)
         slot["mtu"] = settings.mtu
         slot["source_check"] = _SOURCE_CHECKS[settings.source_check]
         slot["offloads"] = sum(bit for offload, bit in OFFLOAD_BITS.items() if offload in settings.offload)
@@ -91,6 +93,18 @@ class TableWriter:
         slot["prefix_len"] = 0 if vtep is None else LAYOUT["prefix"]
         slot["vni"] = 0 if vtep is None else vtep.vni
         slot.own_mac[:] = bytes(6) if vtep is None else vtep.mac
+        self._underlay_address = int(settings.underlay_address)
+        slot.set_local((self._underlay_address, *self._local))
+
+    def set_local_addresses(self, addresses: Iterable[IPv4Address]) -> int:
+        """Set what of `addresses` the table has room for as this host's, from the next `publish` on.
+
+        Returns how many did not fit.  That of our UDP socket always belongs to them.
+        """
+        asked = tuple(map(int, dict.fromkeys(addresses)))
+        self._local = asked[: LAYOUT["max_local"] - 1]
+        self._next.set_local((self._underlay_address, *self._local))
+        return len(asked) - len(self._local)
 
     @property
     def vtep(self) -> Vtep | None:
@@ -150,6 +164,20 @@ class TableWriter:
     def index_of(self, subnet: IPv4Network) -> int | None:
         """The peer's index, for its statistics."""
         return self._index.get(subnet)
+
+    def peer_of(self, address: IPv4Address) -> tuple[IPv4Network, IPv4Address] | None:
+        """The subnet and the public IP of the peer that leases an inner address; None: nobody does."""
+        slot = self._next
+        entry = (int(address) - slot["network"]) >> 8
+        if not 0 <= entry < slot["n_l1"]:
+            return None
+        index = slot.l1[entry]
+        if index & LAYOUT["l2_flag"]:
+            index = slot.l2[(index & ~LAYOUT["l2_flag"]) * LAYOUT["l2_entries"] + (int(address) & 255)]
+        if not index:
+            return None
+        public_ip, subnet, mask = _PEER_LEASE.unpack_from(slot.peers, index * _PEER.size)
+        return IPv4Network((subnet, mask.bit_count())), IPv4Address(public_ip)
 
     def publish(self, stats: Stats, n_workers: int = LAYOUT["max_workers"]) -> bool:
         """Make the changes visible to all of the first `n_workers` workers at once.
@@ -241,6 +269,7 @@ class _Slot:
         self.own_mac = view("own_mac", 6)
         self.l1 = view("l1", 4 * LAYOUT["l1_entries"]).cast("I")
         self.remotes = view("remotes", 4 * LAYOUT["max_peers"]).cast("I")
+        self.local = view("local", 4 * LAYOUT["local_entries"]).cast("I")
         self.peers = view("peers", _PEER.size * LAYOUT["max_peers"])
         self.l2 = view("l2", 4 * LAYOUT["l2_pages"] * LAYOUT["l2_entries"]).cast("I")
 
@@ -250,11 +279,29 @@ class _Slot:
     def __setitem__(self, field: str, value: int) -> None:
         _SLOT.store(self._memory, field, value)
 
+    def set_local(self, addresses: Collection[int]) -> None:
+        """Hash these addresses of the host as the reader looks for them (`ut_hash` of shm.h).
+
+        The table is four times as large as they need, if it can be, so that few others begin at a taken entry.
+        """
+        n_entries = min(max(16, 1 << (4 * len(addresses) - 1).bit_length()), LAYOUT["local_entries"])
+        mask, multiplier = n_entries - 1, LAYOUT["hash"]
+        entries = array("I", bytes(4 * n_entries))
+        for address in addresses:
+            i = (address * multiplier & 0xFFFFFFFF) >> 16 & mask
+            while entries[i] not in (0, address):
+                i = (i + 1) & mask
+            entries[i] = address
+        self.local[:n_entries] = entries
+        self["local_mask"] = mask
+
     def copy(self, other: _Slot, n_peers: int, n_pages: int) -> None:
         """Become the same as `other`, of which the first `n_peers` peers and `n_pages` pages are in use."""
         n_l1, n_remotes, n_l2 = other["n_l1"], other["n_remotes"], n_pages * LAYOUT["l2_entries"]
+        n_local = other["local_mask"] + 1
         self._head[:] = other._head
         self.l1[:n_l1] = other.l1[:n_l1]
         self.remotes[:n_remotes] = other.remotes[:n_remotes]
+        self.local[:n_local] = other.local[:n_local]
         self.peers[: n_peers * _PEER.size] = other.peers[: n_peers * _PEER.size]
         self.l2[:n_l2] = other.l2[:n_l2]

@@ -107,6 +107,7 @@ class Tunnel:
         else:
             # Its processes read on from theirs until `start` replaces them.
             table, stats = TableWriter.create(), Stats.create()
+            stats.continue_from(held.stats)
             os.close(held.table)
             os.close(held.stats)
         tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, senders, found)

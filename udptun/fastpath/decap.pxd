@@ -21,6 +21,7 @@ from udptun.fastpath.loop cimport *
 from udptun.fastpath.segment cimport complete_checksum
 from udptun.fastpath.vxlan cimport check_prefix
 from udptun.fastpath.wire cimport *
+from udptun.fastpath.stray cimport note_stray
 from udptun.fastpath.write cimport write_items, write_segments
 
 
@@ -85,6 +86,8 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) n
         drop = offload_header(w.slot, c, &p, inner_size, &vnet)
     if drop != NULL:
         drop[0] += 1
+        if drop == &c.decap_drop_unknown_peer or drop == &c.decap_drop_source_spoofed:
+            note_stray(w, &p, load_be32(<const uint8_t *>&w.in_flight.source[i].sin_addr.s_addr))
         return
     ip_step_ttl(d)
     deliver(w, &p, &vnet)
@@ -171,7 +174,7 @@ cdef inline Counter *check_source(const ut_slot *table, Counters *c, Packet *p, 
         return &c.decap_drop_unknown_peer
     if is_martian(inner):
         return &c.decap_drop_source_martian
-    if (inner & table.own_mask) == table.own_subnet or inner == table.underlay_address:
+    if (inner & table.own_mask) == table.own_subnet or is_local(table, inner):
         return &c.decap_drop_source_own
     if is_from_its_peer or table.source_check == UT_SOURCE_OFF:
         return NULL

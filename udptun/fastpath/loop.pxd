@@ -48,6 +48,7 @@ cdef struct Loop:
     Counters *counters            # in that block
     ut_peer_stats *peer_stats     # our row of stats.peer
     ut_in_flight *in_flight       # ours of stats.in_flight
+    ut_stray *strays              # our row of stats.stray
     int tun_fd, udp_fd
     int senders[16]               # sockets with ports of their own to send from (flow.pxd), the same for all workers
     int n_senders
@@ -74,6 +75,7 @@ cdef struct Loop:
     bint has_grouped              # whether the kernel has ever cut a message up
     int n_single                  # peers that get their datagrams one by one, for a while
     uint32_t now_s                # of this turn, while there are such peers
+    uint32_t n_unplaced           # stray datagrams that found no slot
     int vnet_len                  # of the virtio header before every packet of the TUN, bytes: VNET or 0
     # Sleeps until a socket's full send buffer has room, and moves packets the other way meanwhile; 0: stop instead.
     # Here, because it needs the stages of both ways.

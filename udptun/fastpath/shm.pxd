@@ -4,6 +4,7 @@
     slot        one complete picture of the overlay: own subnet, MTU, peers, and the index that `lookup` reads
     worker      a block of words that one worker writes: the generation it uses, its state, its counters
     in flight   what a worker has read from the kernel and not yet handed on: its successor goes on with it
+    stray       a slot of a worker for datagrams from an address that no lease explains
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -15,6 +16,7 @@ cdef extern from "shm.h" nogil:
     enum:
         UT_TABLE_MAGIC, UT_STATS_MAGIC, UT_LAYOUT_VERSION
         UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
+        UT_LOCAL_ENTRIES, UT_MAX_LOCAL, UT_HASH, UT_STRAYS, UT_STRAY_SETS, UT_STRAY_WAYS
         UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM, UT_MAX_SENDERS
         UT_PEER_UDPTUN, UT_PEER_ANY_SOURCE_PORT
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
@@ -25,11 +27,12 @@ cdef extern from "shm.h" nogil:
         uint32_t subnet, mask, mtu, flags
         uint8_t prefix[1]
     struct ut_slot:
-        uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, underlay_address
+        uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, local_mask
         uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni
         uint8_t own_mac[6]
         uint32_t l1[1]
         uint32_t remotes[1]
+        uint32_t local[1]
         ut_peer peers[1]
         uint32_t l2[1][1]
     struct ut_table:
@@ -41,6 +44,9 @@ cdef extern from "shm.h" nogil:
         uint64_t counter[1]
     struct ut_peer_stats:
         uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes
+    struct ut_stray:
+        uint32_t outer, peer, inner, last_s, strength
+        uint64_t datagrams
     struct ut_read:
         uint8_t vnet[16]
         uint32_t at, is_stepped
@@ -57,8 +63,10 @@ cdef extern from "shm.h" nogil:
         ut_worker worker[1]
         ut_peer_stats peer[1][1]
         ut_in_flight in_flight[1]
+        ut_stray stray[1][1]
     const ut_slot *ut_table_enter(const ut_table *table, ut_worker *worker)
     void ut_table_leave(ut_worker *worker)
+    uint32_t ut_hash(uint32_t word)
     void ut_store_u64(uint64_t *word, uint64_t value)
     uint64_t ut_load_u64(const uint64_t *word)
 
@@ -132,3 +140,13 @@ cdef inline bint is_remote(const ut_slot *table, uint32_t address) noexcept nogi
         else:
             high = middle
     return low < table.n_remotes and table.remotes[low] == address
+
+
+cdef inline bint is_local(const ut_slot *table, uint32_t address) noexcept nogil:
+    """Whether this host has `address` (host order).  One load as a rule; at least half of the entries are free."""
+    cdef uint32_t i = ut_hash(address) & table.local_mask
+    while table.local[i]:
+        if table.local[i] == address:
+            return True
+        i = (i + 1) & table.local_mask
+    return False

@@ -89,7 +89,7 @@ cdef extern from "<time.h>" nogil:
         long tv_sec
         long tv_nsec
     int clock_gettime(int clock, timespec *out)
-    int CLOCK_MONOTONIC
+    int CLOCK_MONOTONIC, CLOCK_MONOTONIC_COARSE
 
 cdef extern from "<linux/virtio_net.h>" nogil:
     struct virtio_net_hdr:

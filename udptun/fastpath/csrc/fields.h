@@ -31,7 +31,7 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(slot, own_subnet),
     UT_FIELD(slot, own_mask),
     UT_FIELD(slot, tunnel_address),
-    UT_FIELD(slot, underlay_address),
+    UT_FIELD(slot, local_mask),
     UT_FIELD(slot, mtu),
     UT_FIELD(slot, source_check),
     UT_FIELD(slot, n_l1),
@@ -42,6 +42,7 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(slot, own_mac),
     UT_FIELD(slot, l1),
     UT_FIELD(slot, remotes),
+    UT_FIELD(slot, local),
     UT_FIELD(slot, peers),
     UT_FIELD(slot, l2),
 
@@ -60,8 +61,15 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(peer_stats, decap_packets),
     UT_FIELD(peer_stats, decap_bytes),
 
+    UT_FIELD(stray, outer),
+    UT_FIELD(stray, peer),
+    UT_FIELD(stray, inner),
+    UT_FIELD(stray, last_s),
+    UT_FIELD(stray, datagrams),
+
     UT_FIELD(stats, worker),
     UT_FIELD(stats, peer),
+    UT_FIELD(stats, stray),
 };
 #define UT_N_FIELDS (sizeof(ut_fields) / sizeof(ut_fields[0]))
 

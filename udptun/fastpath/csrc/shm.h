@@ -16,13 +16,16 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 5u
+#define UT_LAYOUT_VERSION 6u
 
 #define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
 #define UT_L2_ENTRIES 256u        /* one per address of a /24 that holds longer prefixes */
 #define UT_L2_PAGES 65536u
 #define UT_L2_FLAG 0x80000000u    /* an L1 entry with it names an L2 page, without it a peer */
+#define UT_LOCAL_ENTRIES 65536u   /* of the hash table of this host's addresses; a power of two */
+#define UT_MAX_LOCAL 32768u       /* addresses in it, so that half of it is free */
+#define UT_HASH 0x9e3779b1u       /* 2^32 divided by the golden ratio */
 #define UT_MAX_WORKERS 16u
 #define UT_MAX_COUNTERS 56u
 #define UT_READS 128u             /* TUN reads a turn */
@@ -33,6 +36,9 @@
 #define UT_MESSAGE_BYTES (65536u + 1664u)
 #define UT_PREFIX_BYTES 22u       /* of a VXLAN datagram before the inner packet: VXLAN 8, inner Ethernet 14 */
 #define UT_MAX_SENDERS 16u        /* sockets beside the workers' own that datagrams leave from */
+#define UT_STRAY_SETS 16u         /* slots of a worker for datagrams that no lease explains, in sets; a power of two */
+#define UT_STRAY_WAYS 4u          /* slots of a set, any of which a pair may have; a power of two */
+#define UT_STRAYS (UT_STRAY_SETS * UT_STRAY_WAYS)
 #define UT_TABLE_HEADER_BYTES 4096u
 #define UT_STATS_HEADER_BYTES 4096u
 
@@ -53,7 +59,7 @@ struct ut_slot {
     uint32_t network, network_mask;
     uint32_t own_subnet, own_mask;
     uint32_t tunnel_address;      /* of our TUN device: the first of own_subnet */
-    uint32_t underlay_address;    /* of our UDP socket */
+    uint32_t local_mask;          /* entries in use in local[], less one */
     uint32_t mtu;                 /* of our TUN device, bytes */
     uint32_t source_check;        /* UT_SOURCE_* */
     uint32_t n_l1;                /* L1 entries in use: /24s in Network, at least one */
@@ -65,6 +71,7 @@ struct ut_slot {
     uint8_t reserved[6];
     uint32_t l1[UT_L1_ENTRIES];
     uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
+    uint32_t local[UT_LOCAL_ENTRIES]; /* addresses of this host, hashed (ut_hash); 0: a free entry */
     struct ut_peer peers[UT_MAX_PEERS];
     uint32_t l2[UT_L2_PAGES][UT_L2_ENTRIES];
 };
@@ -101,6 +108,18 @@ struct ut_peer_stats {
     uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes;
 };
 
+/* Datagrams that were dropped because their outer source is not that of the peer that leases the inner source.  One slot
+ * a pair of outer source and peer.  It is for people: a reader may see a slot half changed. */
+struct ut_stray {
+    uint32_t outer;               /* their outer source; 0: the slot is free */
+    uint32_t peer;                /* index of the peer that leases their inner source */
+    uint32_t inner;               /* inner source of the last of them */
+    uint32_t last_s;              /* when that came, CLOCK_MONOTONIC */
+    uint32_t strength;            /* how much it takes to give the slot to another pair */
+    uint32_t reserved;
+    uint64_t datagrams;           /* since the pair has the slot */
+};
+
 /* What a worker has taken from the kernel and not yet handed on.  Here, and not in its own memory, so that the process
  * that goes on after it was killed can hand it on.  Nobody else reads it. */
 struct ut_read {
@@ -127,6 +146,7 @@ struct ut_stats {
     struct ut_worker worker[UT_MAX_WORKERS];
     struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
     struct ut_in_flight in_flight[UT_MAX_WORKERS];
+    struct ut_stray stray[UT_MAX_WORKERS][UT_STRAYS];
 };
 
 /* A reader announces the generation it is about to use and looks again: the writer may have flipped in between and,
@@ -148,6 +168,13 @@ static inline const struct ut_slot *ut_table_enter(const struct ut_table *table,
 static inline void ut_table_leave(struct ut_worker *worker)
 {
     __atomic_store_n(&worker->generation_seen, 0, __ATOMIC_RELEASE);
+}
+
+/* 16 bits of which each depends on most bits of `word`.  With local_mask it is the entry of local[] from which on an
+ * address is looked for, entry by entry in a circle, until one is free. */
+static inline uint32_t ut_hash(uint32_t word)
+{
+    return (word * UT_HASH) >> 16;
 }
 
 /* The writer's half. */
