@@ -23,7 +23,7 @@ from traffic import (
     udp_flow,
 )
 
-from udptun.lab.host import UNDERLAY, Host
+from udptun.lab.host import SUBNET_ENV, UNDERLAY, Host
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES as DATABASE
 from udptun.lab.topology import Lab
@@ -295,3 +295,37 @@ def test_memory_and_descriptors_stay_flat_over_joins_and_leaves(lab: Lab, n_join
     assert after["daemon descriptors"] == before["daemon descriptors"]
     assert after["datapath descriptors"] == before["datapath descriptors"]
     assert read_status(host)["datapath"]["pid"] == datapath
+
+
+# --- a lease that flanneld wrote under an address of before
+
+
+def test_subnet_of_flanneld_is_kept_when_the_hosts_address_has_changed_and_never_taken_from_another_host() -> None:
+    """The host got another subnet, and its pods, which have addresses of the one in subnet.env, were cut off."""
+    nobody, somebody = UNDERLAY[200], UNDERLAY[1]
+    kept, others = "10.64.7.0", "10.64.8.0"
+    with Lab("t-former", net_conf=WIDE) as lab:
+        rows = [
+            (f"{subnet}-24", json.dumps({"PublicIP": str(ip), "PublicIPv6": None}), in_an_hour())
+            for subnet, ip in ((kept, nobody), (others, somebody))
+        ]
+        lab.host(1).start_daemon()
+        lab.host(1).wait_ready()
+        assert lab.host(1).stop_daemon() == 0
+        lab.host(1).run([*CLEANUP, "--release"])
+        execute(lab.host(1), ADD, rows)
+        for host, subnet in zip(lab.hosts[:2], (kept, others), strict=True):
+            host.path(SUBNET_ENV).parent.mkdir(parents=True, exist_ok=True)
+            host.path(SUBNET_ENV).write_text(f"FLANNEL_SUBNET={subnet.removesuffix('0')}1/24\n")
+            # The kernel gives up after 0.3 s instead of 3 s, and asks a neighbour that it knows without 5 s of delay.
+            settings = ("retrans_time_ms=100", "delay_first_probe_time=0")
+            host.run(["sysctl", "-qw", *(f"net.ipv4.neigh.eth0.{setting}" for setting in settings)])
+            host.start_daemon()
+        for host in lab.hosts[:2]:
+            host.wait_ready(20)
+        assert str(lab.host(1).subnet) == f"{kept}/24"
+        assert str(lab.host(2).subnet) != f"{others}/24"
+        assert f"which subnet.env names, is left to {somebody}" in lab.host(2).daemon_log()
+        seen = peers(lab.host(2))
+        assert seen[f"{kept}/24"] == str(lab.host(1).underlay_address)
+        assert seen[f"{others}/24"] == str(somebody)

@@ -314,17 +314,21 @@ async def test_a_claim_deletes_what_the_choice_drops(make: Make, tmp_path: Path)
 
 
 @over(Can.ALLOCATE)
-async def test_a_claim_changes_nothing_when_the_chooser_finds_no_subnet(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [SubnetExhaustedError, LeaseError])
+async def test_a_claim_changes_nothing_when_the_chooser_finds_no_subnet(
+    make: Make, tmp_path: Path, error: type[LeaseError]
+) -> None:
     harness = make(tmp_path)
 
     def none_left(leases: object) -> SubnetChoice:
-        raise SubnetExhaustedError("out of subnets")
+        raise error("out of subnets")
 
     store = harness.store()
     lease = await store.claim(host(1), exactly(1))
     before = await store.snapshot()
-    with pytest.raises(SubnetExhaustedError):
+    with pytest.raises(LeaseError) as raised:
         await store.claim(host(2), none_left)
+    assert type(raised.value) is error
     assert await store.snapshot() == before
     assert before.leases == (lease,)
     await store.aclose()

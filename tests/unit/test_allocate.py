@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
@@ -18,6 +18,7 @@ from udptun.config.net_conf import NetConf
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.membership.allocate import CANDIDATES, chooser, left_reservations
+from udptun.membership.former import FormerLease, UndecidedError
 from udptun.membership.identity import Identity
 from udptun.stores.base import SubnetChoice
 
@@ -132,6 +133,119 @@ def test_a_node_id_alone_takes_no_lease_because_a_cloned_disk_has_it_too() -> No
     choice = choose(conf(), [held])
     assert choice.subnets != held.subnets
     assert choice.drop == ()
+
+
+# --- a lease that flanneld wrote before our address changed
+
+HAD = subnets("10.244.7.0/24")
+FLANNELS = replace(lease("10.244.7.0/24", "192.0.2.99"), revision=5)
+KEPT = SubnetChoice(HAD)
+
+
+def vxlan(public_ip: str, mac: str, **data: Json) -> LeaseAttrs:
+    return LeaseAttrs(
+        IPv4Address(public_ip), backend_type="vxlan", backend_data={"VNI": 1, "VtepMAC": mac.lower(), **data}
+    )
+
+
+class Link:
+    """What ARP says of addresses, and which it was asked about."""
+
+    def __init__(self, *used: str) -> None:
+        self.used = used
+        self.asked: list[str] = []
+
+    async def is_in_use(self, ip: IPv4Address) -> bool:
+        self.asked.append(str(ip))
+        return str(ip) in self.used
+
+
+def former(link: Link | None = None, addresses: Collection[str] = ("192.0.2.1",), mac: str = "") -> FormerLease:
+    own = vxlan("192.0.2.1", mac, NodeID="me") if mac else LeaseAttrs(IPv4Address("192.0.2.1"))
+    return FormerLease(HAD, own, [IPv4Address(ip) for ip in addresses], (link or Link()).is_in_use)
+
+
+async def choose_after_asking(leases: Sequence[Lease], it: FormerLease, config: NetConf | None = None) -> SubnetChoice:
+    choose = chooser(config or conf(), ME, HAD, random.Random(1), it)
+    while True:
+        try:
+            return choose(leases)
+        except UndecidedError as exc:
+            await exc.find_out()
+
+
+async def test_flannels_lease_is_kept_when_nobody_has_its_address_any_more() -> None:
+    """The host got another subnet, and its pods, which subnet.env had given addresses, were cut off."""
+    link = Link()
+    assert await choose_after_asking([FLANNELS], former(link)) == KEPT
+    assert link.asked == ["192.0.2.99"]
+
+
+async def test_flannels_lease_is_left_alone_when_another_host_has_its_address() -> None:
+    it = former(Link("192.0.2.99"))
+    choice = await choose_after_asking([FLANNELS], it)
+    assert choice.subnets != HAD
+    assert choice.drop == ()
+    own = replace(FLANNELS, subnets=choice.subnets, attrs=LeaseAttrs(ME.public_ip))
+    line = it.left_alone([FLANNELS], own)
+    assert line.startswith("10.244.7.0/24, which subnet.env names, is left to 192.0.2.99, which may be another host; ")
+    assert "`udptun lease reserve 10.244.7.0/24 --public-ip 192.0.2.1`" in line
+
+
+async def test_flannels_lease_is_kept_without_a_question_when_its_address_or_its_mac_is_ours() -> None:
+    link = Link("192.0.2.99")
+    assert await choose_after_asking([FLANNELS], former(link, ("192.0.2.1", "192.0.2.99"))) == KEPT
+    of_vtep = replace(FLANNELS, attrs=vxlan("192.0.2.99", "02:00:00:00:00:0a"))
+    assert await choose_after_asking([of_vtep], former(link, mac="02:00:00:00:00:0A")) == KEPT
+    assert link.asked == []
+    assert (await choose_after_asking([of_vtep], former(link, mac="02:00:00:00:00:0b"))).subnets != HAD
+
+
+OTHERS = {
+    "a reservation": reserved("10.244.7.0/24", "192.0.2.99"),
+    "udptun's": lease("10.244.7.0/24", "192.0.2.99", Port=8285, NodeID="other"),
+    "udptun's without NodeID": lease("10.244.7.0/24", "192.0.2.99", Udptun=1),
+    "wider": lease("10.244.6.0/23", "192.0.2.99"),
+    "a part": lease("10.244.7.0/25", "192.0.2.99"),
+    "next to it": lease("10.244.8.0/24", "192.0.2.99"),
+}
+
+
+@pytest.mark.parametrize("held", OTHERS.values(), ids=OTHERS)
+async def test_no_other_lease_is_taken_for_one_that_flanneld_left_here(held: Lease) -> None:
+    link = Link()
+    everything = former(link, ("192.0.2.1", "192.0.2.99"))
+    choice = await choose_after_asking([held], everything)
+    assert not choice.subnets.ipv4.overlaps(held.subnet)
+    assert (choice.drop, link.asked) == ((), [])
+
+
+async def test_flannels_lease_of_before_is_neither_asked_about_nor_dropped_when_there_is_one_at_our_address() -> None:
+    """flannel takes the lease at its address too, whatever subnet.env says."""
+    link = Link()
+    leases = [FLANNELS, lease("10.244.9.0/24", "192.0.2.1")]
+    assert await choose_after_asking(leases, former(link)) == SubnetChoice(subnets("10.244.9.0/24"))
+    assert link.asked == []
+    # One that the configuration no longer has says nothing against the one before.
+    unusable = lease("10.244.9.0/25", "192.0.2.1")
+    assert await choose_after_asking([FLANNELS, unusable], former(link)) == SubnetChoice(HAD, (unusable.key,))
+
+
+async def test_what_is_written_after_the_answer_is_asked_about_anew() -> None:
+    """Whoever writes the lease meanwhile is alive."""
+    link = Link()
+    it = former(link)
+    assert await choose_after_asking([FLANNELS], it) == KEPT
+    link.used = ("192.0.2.99",)
+    assert (await choose_after_asking([replace(FLANNELS, revision=6)], it)).subnets != HAD
+
+
+async def test_of_two_hosts_that_claim_flannels_lease_the_second_leaves_it_alone() -> None:
+    """A machine and its copy, both with the subnet.env: the store lets one be first, and asks the other again."""
+    it = former()
+    assert await choose_after_asking([FLANNELS], it) == KEPT
+    taken = lease("10.244.7.0/24", "192.0.2.2", Port=8285, NodeID="copy")
+    assert (await choose_after_asking([taken], it)).subnets != HAD
 
 
 def test_new_subnet_is_a_uniform_choice_of_the_first_hundred_free() -> None:

@@ -39,7 +39,7 @@ PURE_MODULES = [
     *("kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
     *("datapath.settings", "firewall.iptables_form", "firewall.nft_form", "firewall.rules"),
     *(f"firewall.obstacles.{name}" for name in ("judge", "nft_messages", "nft_rules", "ruleset", "xtables")),
-    *("membership.allocate", "membership.grace", "membership.identity"),
+    *("membership.allocate", "membership.former", "membership.grace", "membership.identity"),
 ]
 """Modules of the other folders that decide and do nothing."""
 SHELL = {

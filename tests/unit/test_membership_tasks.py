@@ -30,6 +30,7 @@ from udptun.membership import peers as peers_module
 from udptun.membership import start as start_module
 from udptun.membership.allocate import chooser
 from udptun.membership.child_writer import ChildWriter
+from udptun.membership.former import FormerLease, IsInUse
 from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership
 from udptun.membership.outage import Backoff, Outage
@@ -922,6 +923,84 @@ async def test_lease_that_we_took_over_is_left_alone_when_its_owner_proves_alive
     with suppress(asyncio.CancelledError):
         await task
     assert len(told(caplog, logging.ERROR)) == 1
+
+
+FLANNELS = lease("10.244.3.0/24", "192.0.2.99", expires_s=2e9)
+"""What flanneld of this host has written, before the host's address changed."""
+
+
+async def join_with(member: Member, is_in_use: IsInUse) -> None:
+    """With the subnet.env that flanneld has left."""
+    former = FormerLease(FLANNELS.subnets, OWN_ATTRS, [ME.public_ip], is_in_use)
+    choose = chooser(CONF, ME, FLANNELS.subnets, random.Random(1), former)
+    await member.membership.join(OWN_ATTRS, choose, former)
+
+
+async def test_lease_that_flanneld_left_here_is_kept_however_long_the_question_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that ARP takes must not count as a store that is silent: the last run's lease would be used instead."""
+    monkeypatch.setattr(start_module, "PATIENCE_S", 0.05)
+    last = LastLeases(CONFIG, CONF.network, lease("10.244.9.0/24", "192.0.2.1", ME.node_id, 2e9), ())
+    await saved.save(ChildWriter(), tmp_path, last, time.time())
+
+    async def nobody(ip: IPv4Address) -> bool:
+        await asyncio.sleep(0.3)
+        return False
+
+    store = FakeStore(FLANNELS, PEER)
+    member = Member(store, tmp_path)
+    await join_with(member, nobody)
+    assert member.membership.own.subnet == FLANNELS.subnet
+    assert store.leases[FLANNELS.key].attrs == OWN_ATTRS
+    (line,) = told(caplog, logging.WARNING)
+    assert "192.0.2.99:8285 (node without id)" in line
+    assert line.endswith("stop this daemon, delete its subnet.env, and start it again: it gets another subnet")
+
+
+async def test_lease_whose_holder_writes_it_while_we_ask_is_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FakeStore(FLANNELS, PEER)
+    n_asked = 0
+
+    async def is_in_use(ip: IPv4Address) -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked == 1:
+            # It was down for a moment.
+            store.put(replace(FLANNELS, expires_s=2e9 + 1))
+        return n_asked > 1
+
+    member = Member(store, tmp_path)
+    await join_with(member, is_in_use)
+    assert n_asked == 2
+    assert member.membership.own.subnet != FLANNELS.subnet
+    assert store.leases[FLANNELS.key].attrs == FLANNELS.attrs
+    (line,) = told(caplog, logging.WARNING)
+    assert line.startswith("10.244.3.0/24, which subnet.env names, is left to 192.0.2.99, which may be another host;")
+
+
+async def test_lease_that_flanneld_left_here_is_given_back_when_its_holder_is_alive_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def nobody(ip: IPv4Address) -> bool:
+        return False
+
+    store = FakeStore(FLANNELS, PEER)
+    member = Member(store, tmp_path)
+    await join_with(member, nobody)
+    await member.membership.catch_up()
+    task = asyncio.create_task(member.membership.run())
+    store.put(FLANNELS)
+    await until(lambda: member.membership.problems)
+    (problem,) = member.membership.problems
+    assert "192.0.2.99:8285 (node without id)'s again" in problem
+    assert "delete its subnet.env" in problem
+    assert store.leases[FLANNELS.key].attrs == FLANNELS.attrs
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 async def test_of_two_daemons_with_one_address_the_first_keeps_the_lease_and_neither_fights(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 from contextlib import AsyncExitStack
+from ipaddress import IPv4Address
 
 from udptun.backends import probe
 from udptun.backends.base import check_underlay, claimed
@@ -46,11 +47,14 @@ from udptun.core.errors import KernelError, UdptunError
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
+from udptun.kernel.arp import is_in_use
 from udptun.kernel.claims import Claims
+from udptun.kernel.netlink import Netlink
 from udptun.kernel.supervisor import first_failure
 from udptun.kernel.underlay_watch import find_underlay
 from udptun.membership import identity
 from udptun.membership.allocate import chooser
+from udptun.membership.former import FormerLease
 from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership
 from udptun.membership.start import find_start
@@ -239,7 +243,13 @@ class Daemon:
         previous, wrong = subnet_env.read_previous(self._options.subnet_file)
         if wrong:
             log.warning("previous subnet ignored: %s", wrong)
-        await running.membership.join(attrs, chooser(running.conf, running.me, previous, random.SystemRandom()))
+        former = None
+        if previous is not None:
+            async with Netlink() as kernel:
+                addresses = {it.ip for it in await kernel.addresses() if isinstance(it.ip, IPv4Address)}
+            former = FormerLease(previous, attrs, addresses, is_in_use)
+        choose = chooser(running.conf, running.me, previous, random.SystemRandom(), former)
+        await running.membership.join(attrs, choose, former)
         await running.membership.catch_up()
 
     async def _undo_failed_start(self, running: Running) -> None:

@@ -21,6 +21,10 @@ include/uapi/linux/rtnetlink.h, nor in rt_protos of iproute2, nor by FRR (186..1
 DEVICE_NAME = re.compile(r"flannel(\d+|\.\d+)")
 """The names of the devices that our backends create; flannel uses the same names."""
 
+NUD_INCOMPLETE, NUD_REACHABLE, NUD_FAILED = 0x01, 0x02, 0x20
+"""Neighbour states: the kernel is asking for the link-layer address, it has heard of the neighbour in the last minute,
+and nobody has answered."""
+
 NUD_PERMANENT = 0x80
 """Neighbour state (include/uapi/linux/neighbour.h): set by a program, never aged."""
 

@@ -101,6 +101,11 @@ class Netlink(Conversation):
         bodies = await self.dump(rtnetlink.dump_neighbours(link_index, family))
         return [found for body in bodies if (found := rtnetlink.decode_neighbour(body)) is not None]
 
+    async def neighbour_states(self, link_index: int) -> dict[IPAddress | None, int]:
+        """The NUD_* states of the IPv4 neighbours on one link, also of those without a link-layer address."""
+        bodies = await self.dump(rtnetlink.dump_neighbours(link_index, socket.AF_INET))
+        return dict(map(rtnetlink.decode_neighbour_state, bodies))
+
     async def fdb(self, link_index: int) -> list[FdbEntry]:
         """The forwarding entries of one VXLAN link that lead to another VTEP."""
         bodies = await self.dump(rtnetlink.dump_fdb(link_index))

@@ -153,6 +153,13 @@ def decode_neighbour(body: bytes) -> Neighbour | None:
     return Neighbour(link_index, _address(found[_NDA_DST]), found[_NDA_LLADDR].hex(":"), bool(state & NUD_PERMANENT))
 
 
+def decode_neighbour_state(body: bytes) -> tuple[IPAddress | None, int]:
+    """Whose neighbour entry a message's body is, and its NUD_* state, also without a link-layer address."""
+    _, _, state, _, _ = _NEIGHBOUR.unpack_from(body)
+    dst = dict(attributes(body, _NEIGHBOUR.size)).get(_NDA_DST)
+    return (None if dst is None else _address(dst)), state
+
+
 def decode_fdb_entry(body: bytes) -> FdbEntry | None:
     """The forwarding entry in a message's body; None when it does not lead to another VTEP."""
     _, link_index, state, _, _ = _NEIGHBOUR.unpack_from(body)

@@ -7,8 +7,8 @@ Four things differ, because flannel's way loses a subnet or picks a bad one in e
 
 * A node is PublicIP and port, so that several nodes can share an address.
 * A subnet is free when it overlaps no lease.  To flannel it is free when no lease has the same key.
-* The subnet that we had before is also ours when a lease with our own NodeID holds it.  Then we have moved to another
-  address.
+* The subnet that we had before is also ours when a lease with our own NodeID holds it, or one that flanneld wrote and
+  that is ours by more than subnet.env (former.py).  Then we have moved to another address.
 * When only one family's subnet has to change, the other family's is kept.
 
 A reservation for us is taken, except while pods may have addresses of another lease of ours: subnet.env names its
@@ -24,6 +24,7 @@ from ipaddress import IPv4Network, IPv6Network
 from udptun.config.net_conf import AddressT, NetConf, NetworkT, SubnetPool
 from udptun.core.errors import SubnetExhaustedError
 from udptun.core.lease import Lease, Subnets
+from udptun.membership.former import FormerLease
 from udptun.membership.identity import Identity
 from udptun.stores.base import Chooser, SubnetChoice
 
@@ -31,11 +32,14 @@ CANDIDATES = 100
 """How many free subnets, ascending, the random choice is made among."""
 
 
-def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.Random) -> Chooser:
+def chooser(
+    conf: NetConf, me: Identity, previous: Subnets | None, rng: random.Random, former: FormerLease | None = None
+) -> Chooser:
     """How `me` picks its subnets under `conf`.
 
-    `previous` is what subnet.env says that we had.  The chooser raises SubnetExhaustedError, with the counts, when
-    nothing between SubnetMin and SubnetMax is free.
+    `previous` is what subnet.env says that we had.  `former` says whether a lease of it that flanneld wrote is ours;
+    None: it is not.  The chooser raises SubnetExhaustedError, with the counts, when nothing between SubnetMin and
+    SubnetMax is free, and UndecidedError when `former` has to ask first.
     """
 
     def is_ours(lease: Lease) -> bool:
@@ -46,8 +50,11 @@ def chooser(conf: NetConf, me: Identity, previous: Subnets | None, rng: random.R
         # A lease at our address comes before one with our node id.  Of several, the one that we have used comes first,
         # because pods are in it, then a reservation, then one that we wrote.  After that the order is that of the keys,
         # as flannel's.
+        found = [lease for lease in leases if is_ours(lease)]
+        if former is not None and not any(fits(lease.subnets, conf) for lease in found):
+            found += [lease for lease in leases if lease not in found and former.is_ours(lease)]
         ours = sorted(
-            filter(is_ours, leases),
+            found,
             key=lambda it: (
                 not me.owns(it),
                 it.subnets != previous,

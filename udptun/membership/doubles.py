@@ -102,6 +102,8 @@ class Doubles:
                 f"one of the two is a copy of the other: stop it there, delete {self._state_dir}/node-id and the "
                 "subnet.env, and start it again"
             )
+        if not self.me.is_double(other):
+            return "stop this daemon, delete its subnet.env, and start it again: it gets another subnet"
         return f"start one of the two with another --public-ip{' or Backend.Port' if self.me.port else ''}"
 
 

@@ -28,6 +28,7 @@ from udptun.kernel.supervisor import Supervisor
 from udptun.membership.allocate import left_reservations
 from udptun.membership.doubles import Clones, Doubles
 from udptun.membership.follow import Follower
+from udptun.membership.former import FormerLease, UndecidedError
 from udptun.membership.identity import Identity
 from udptun.membership.lease_clock import LeaseClock
 from udptun.membership.outage import Outage
@@ -112,10 +113,10 @@ class Membership:
         lines = (self._own.problem, expired, self._outage.reason, *self._clones.lines.values(), *self._peers.problems)
         return (*filter(None, lines), *self._supervisor.problems)
 
-    async def join(self, attrs: LeaseAttrs, choose: Chooser) -> None:
+    async def join(self, attrs: LeaseAttrs, choose: Chooser, former: FormerLease | None = None) -> None:
         """Get our lease: the one we had, or a new one.  Raises ConfigError when it cannot be used.
 
-        While the store is away it is the last run's, or, when that is over, we wait.
+        While the store is away it is the last run's, or, when that is over, we wait.  `former` is the chooser's.
         """
         got = await self._ask_or_recall(attrs, choose)
         if isinstance(got, LastLeases):
@@ -135,6 +136,8 @@ class Membership:
             for other in dropped:
                 log.info("lease given up subnet=%s instead=%s", other.subnet, lease.subnet)
             for line in left_reservations(self._conf, self._doubles.me, seen, lease):
+                log.warning("%s", line)
+            if former is not None and (line := former.left_alone(seen, lease)):
                 log.warning("%s", line)
 
     async def catch_up(self) -> None:
@@ -191,9 +194,15 @@ class Membership:
         """A lease from the store, or the last run's while it is away."""
         if self._last is not None and is_ours(self._last, self._doubles.me):
             return self._last
-        got = await ask_or_recall(
-            "no lease", self._store, lambda: self._first_claim.make(attrs, choose), self._recall, self._clock
-        )
+        while True:
+            try:
+                got = await ask_or_recall(
+                    "no lease", self._store, lambda: self._first_claim.make(attrs, choose), self._recall, self._clock
+                )
+                break
+            except UndecidedError as exc:
+                # Out here, because the time that it takes says nothing about the store.
+                await exc.find_out()
         if isinstance(got, LastLeases):
             self._first_claim.cancel()
         return got

@@ -76,7 +76,7 @@ class SubnetChoice:
 Chooser = Callable[[Sequence[Lease]], SubnetChoice]
 """Given every lease, decide what to claim.  Pure: a store may call it on another thread, and again after a lost race.
 
-Raises SubnetExhaustedError, which the store lets through without changing anything.
+Raises a LeaseError, such as SubnetExhaustedError, which the store lets through without changing anything.
 """
 
 
