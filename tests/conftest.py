@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import inspect
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 
@@ -66,21 +67,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # A test that must be alone waits for the longest of those that run: so all of them come at the end.
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
     if hasattr(config, "workerinput"):
-        for item in items:
-            if group := _shared_fixture(item):
-                item.add_marker(pytest.mark.xdist_group(group))
+        _group_by_shared_fixture(items)
     _skip_what_needs_a_lab(items)
 
 
-def _shared_fixture(item: pytest.Item) -> str | None:
-    """The fixture of its module that the test shares with others, with its parameter; None when there is none."""
-    if not isinstance(item, pytest.Function) or item.get_closest_marker("alone"):
-        return None
-    for name, definitions in item._fixtureinfo.name2fixturedefs.items():
-        if definitions[-1].scope == "module":
-            parameters = getattr(item, "callspec", None)
-            return f"{item.path.stem}-{name}-{parameters.indices.get(name) if parameters else None}"
-    return None
+def _group_by_shared_fixture(items: list[pytest.Item]) -> None:
+    """Put a test into the group of that fixture of its module which most tests use, as others are made from it."""
+    used = {item: _module_fixtures(item) for item in items if not item.get_closest_marker("alone")}
+    n_users = Counter(fixture for fixtures in used.values() for fixture in fixtures)
+    for item, fixtures in used.items():
+        if fixtures:
+            item.add_marker(pytest.mark.xdist_group(max(fixtures, key=lambda fixture: (n_users[fixture], fixture))))
+
+
+def _module_fixtures(item: pytest.Item) -> list[str]:
+    """The fixtures that the test shares with others of its module, with their parameters."""
+    if not isinstance(item, pytest.Function):
+        return []
+    parameters = getattr(item, "callspec", None)
+    return [
+        f"{item.path.stem}-{name}-{parameters.indices.get(name) if parameters else None}"
+        for name, definitions in item._fixtureinfo.name2fixturedefs.items()
+        if definitions[-1].scope == "module"
+    ]
 
 
 def _skip_what_needs_a_lab(items: list[pytest.Item]) -> None:
