@@ -10,10 +10,12 @@ ports of its own, so most tests do not notice. Two rules cover the rest:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import inspect
+import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,18 +45,31 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Let a test that is marked `alone` wait until no other worker runs a test, and the others wait for it.
 
-    The lock is on this very file, so that two runs of one checkout respect each other as well. The time that a test
-    waits here does not count against its timeout.
+    The locks are on this very file and on its directory, so that two runs of one checkout respect each other as well.
+    Whoever comes after a test that must be alone waits behind it: otherwise two others that take turns could keep it
+    waiting for ever. The time that a test waits here does not count against its timeout.
     """
     if not hasattr(item.config, "workerinput"):
         return (yield)
-    with Path(__file__).open() as turnstile:
-        fcntl.flock(turnstile, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+    with _opened(Path(__file__).parent) as room:
+        with _opened(Path(__file__)) as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            fcntl.flock(room, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+            fcntl.flock(queue, fcntl.LOCK_UN)
         try:
             return (yield)
         finally:
             # Closing would not do: a process that the test has forked may still have the descriptor.
-            fcntl.flock(turnstile, fcntl.LOCK_UN)
+            fcntl.flock(room, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @pytest.hookimpl(tryfirst=True)
