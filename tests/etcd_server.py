@@ -155,6 +155,8 @@ class EtcdServer:
             f"--initial-cluster={cluster or f'{self.name}={peer_url}'}",
             # An acknowledged write survives kill -9 all the same, and the tests do not wait for a disk.
             "--unsafe-no-fsync",
+            # Each new client of a user costs one hash: at the default of 10 a twentieth of a second of processor time.
+            "--bcrypt-cost=4",
             "--log-outputs=stderr",
             *([f"--cert-file={self.tls.certificate}", f"--key-file={self.tls.key}"] if self.tls else []),
             *(["--client-cert-auth", f"--trusted-ca-file={self._client_ca}"] if self._client_ca else []),

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from udptun.stores.local.store import LocalStore
 
 NETWORK = IPv4Network("10.0.0.0/8")
 NET_CONF = '{"Network": "10.0.0.0/8", "Backend": {"Type": "udp"}}'
-SUBNETS = [Subnets(subnet) for subnet in list(NETWORK.subnets(new_prefix=24))[:12_000]]
+SUBNETS = [Subnets(subnet) for subnet in islice(NETWORK.subnets(new_prefix=24), 12_000)]
 DEADLINE_S = 30.0
 
 
