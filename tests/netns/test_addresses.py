@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import pytest
-from traffic import datapath_pids, kill, ping, read_status, udp_flow
+from traffic import REAL_TIME, datapath_pids, kill, ping, read_status, udp_flow
 
 from udptun.lab.errors import LabError
 from udptun.lab.host import SUBNET_ENV, UNDERLAY, Host, Pod
@@ -104,11 +104,11 @@ def test_direct_routing_over_links_without_addresses_uses_the_tunnel(backend: Ma
         assert {line.split(" dev ")[1].split()[0] for line in own_routes(one).values()} == {"flannel.1"}
 
 
-@pytest.mark.alone  # counts lost packets, also through a datapath that needs a processor
 @pytest.mark.parametrize("backend", [VXLAN, VTEP], ids=["vxlan", "vtep"])
 def test_a_direct_route_that_the_kernel_refuses_leaves_the_tunnel(backend: Mapping[str, object]) -> None:
     """The peer was cut off for as long as the kernel refused the route."""
     with lab_of({**backend, "DirectRouting": True}) as lab:
+        lab.daemon_command[:0] = REAL_TIME
         one, two = lab.hosts
         for host, other in ((one, two), (two, one)):
             host.machine.at().ip(

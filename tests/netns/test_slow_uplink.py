@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.netns.traffic import read_status, udp_flow
+from tests.netns.traffic import REAL_TIME, read_status, udp_flow
 from udptun.lab.host import Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab
 
-pytestmark = [pytest.mark.netns, pytest.mark.alone]
+pytestmark = pytest.mark.netns
 
 PACKETS_PER_S = 1000
 N_PACKETS = 2000
@@ -51,6 +51,7 @@ def test_what_comes_in_is_not_held_up_when_the_uplink_is_full(rate: str) -> None
     uploads, 6,100 of 20,000 packets a second arrived.  A lease change had to wait as well.
     """
     with Lab("uplink", n_hosts=3, n_pods=1) as lab:
+        lab.daemon_command[:0] = REAL_TIME
         third = lab.hosts.pop()
         lab.start()
         one, two = lab.hosts
