@@ -12,7 +12,14 @@ __test__: Final[dict[str, str]]
 @final
 class Worker:
     def __new__(
-        cls, table_fd: int, stats_fd: int, index: int, tun_fd: int, udp_fd: int, senders: Sequence[int] = ()
+        cls,
+        table_fd: int,
+        stats_fd: int,
+        index: int,
+        tun_fd: int,
+        udp_fd: int,
+        senders: Sequence[int] = (),
+        n_workers: int = 16,
     ) -> Worker: ...
     def turn(self) -> bool: ...
     def run(self) -> None: ...

@@ -61,6 +61,7 @@ cdef enum:
     FEW_MESSAGES = 8              # a receive, when they are long trains
     LONG_TRAIN = 8192             # bytes
     TUN_LOST_WAIT_MS = 20
+    NO_TABLE_WAIT_MS = 10
 
 # ------------------------------------------------------------------------------------------ encap: TUN to UDP
 
@@ -175,13 +176,29 @@ cdef inline void use_table(Loop *w) noexcept nogil:
 
 
 cdef void hand_on_inherited(Loop *w) noexcept nogil:
-    """Hand on what a process that was killed had in flight.  Some of it may go twice; none is lost."""
+    """Hand on what a process that was killed had in flight.  Some of it may go twice; none is lost.
+
+    The dead process may have had more workers than this one: what they had is shared out among those there are.
+    """
     cdef int i
+    cdef ut_in_flight *own = w.in_flight
     # The kernel may take what it has refused an earlier process.
     w.worker.refused = 0
     use_table(w)
     encap_inherited(w)
     decap_inherited(w)
+    i = w.index + w.n_workers
+    while i < <int>UT_MAX_WORKERS:
+        # A worker that never ran has left nothing, and its memory costs nothing until it is looked at.
+        if w.stats.worker[i].turns:
+            w.in_flight = &w.stats.in_flight[i]
+            encap_inherited(w)
+            decap_inherited(w)
+            w.stats.worker[i].state = UT_STATE_STOPPED
+            ut_store_u64(&w.stats.worker[i].pid, 0)
+            ut_table_leave(&w.stats.worker[i])
+        i += w.n_workers
+    w.in_flight = own
     ut_table_leave(w.worker)
     for i in range(UT_MESSAGES):
         clear_message(w, i)
@@ -209,6 +226,11 @@ cdef bint wait_for_room(Loop *w, int fd) noexcept nogil:
         if fds[0].revents:
             return True
     return False
+
+
+cdef inline bint has_table(Loop *w) noexcept nogil:
+    """Whether the control plane has published a table.  Until then every packet waits in the kernel's queues."""
+    return ut_load_u64(&w.table.generation) != 0
 
 
 cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
@@ -239,6 +261,8 @@ cdef void run_loop(Loop *w) noexcept nogil:
     fds[2].fd = w.udp_fd
     fds[0].events = fds[1].events = fds[2].events = POLLIN
     ut_store_u64(&w.worker.pid, getpid())
+    while not w.stop and not has_table(w):
+        poll(fds, 1, NO_TABLE_WAIT_MS)
     while not w.stop:
         if turn(w, tun, udp):
             tun = udp = True
@@ -279,14 +303,18 @@ cdef class Worker:
     says which block of the statistics is ours, `tun_fd` is a non-blocking queue of a TUN device (the table says whether
     it has virtio headers), `udp_fd` the UDP socket that receives and sends.  `senders` are sockets that share the flows
     to peers that take any source port.  All are borrowed: the caller keeps them open while the worker runs.
+    `n_workers`: how many there are; what workers beyond them had in flight is handed on by those that there are.
     Raises OSError when the files cannot be mapped, ValueError when they are something else.
     """
 
     cdef Loop *_w
 
-    def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd, senders=()):
+    def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd, senders=(),
+                  unsigned int n_workers=UT_MAX_WORKERS):
         if index >= UT_MAX_WORKERS:
             raise ValueError(f"worker {index}: there are {UT_MAX_WORKERS} at most")
+        if not index < n_workers <= UT_MAX_WORKERS:
+            raise ValueError(f"worker {index} of {n_workers}")
         if len(senders) > UT_MAX_SENDERS:
             raise ValueError(f"{len(senders)} sockets to send from: there are {UT_MAX_SENDERS} at most")
         self._w = <Loop *>calloc(1, sizeof(Loop))
@@ -305,6 +333,8 @@ cdef class Worker:
         self._w.table = <const ut_table *>_map(table_fd, sizeof(ut_table), PROT_READ, UT_TABLE_MAGIC, "peer table")
         self._w.stats = <ut_stats *>_map(
             stats_fd, sizeof(ut_stats), PROT_READ | PROT_WRITE, UT_STATS_MAGIC, "statistics")
+        self._w.index = index
+        self._w.n_workers = n_workers
         self._w.worker = &self._w.stats.worker[index]
         self._w.counters = <Counters *>self._w.worker.counter
         self._w.peer_stats = self._w.stats.peer[index]
@@ -336,9 +366,10 @@ cdef class Worker:
 
     def turn(self):
         """Move one batch each way without sleeping.  True when there was anything.  Not while run() runs."""
-        cdef int seen
+        cdef int seen = 0
         with nogil:
-            seen = turn(self._w, True, True)
+            if has_table(self._w):
+                seen = turn(self._w, True, True)
         return seen != 0
 
     def run(self):
@@ -467,6 +498,7 @@ LAYOUT = {
     "peer_stats": sizeof(ut_peer_stats),
     "stray": sizeof(ut_stray),
     "stats": sizeof(ut_stats),
+    "in_flight": sizeof(ut_in_flight),
     "prefix": UT_PREFIX_BYTES,
     # How many there are at most.
     "max_peers": UT_MAX_PEERS,

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     fastpath = load_fastpath(fastpath_file)
     workers = [
-        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds)
+        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds, len(tun_fds))
         for i, (tun_fd, udp_fd) in enumerate(zip(tun_fds, udp_fds, strict=True))
     ]
     started_ns = time.monotonic_ns()

@@ -52,6 +52,7 @@ cdef struct Loop:
     int tun_fd, udp_fd
     int senders[16]               # sockets with ports of their own to send from (flow.pxd), the same for all workers
     int n_senders
+    int index, n_workers          # which worker of how many
     # Owned by the Worker object.
     int event_fd
     uint32_t *single_until_s      # by peer: until when its datagrams go one by one; 0: in groups.  CLOCK_MONOTONIC

@@ -69,7 +69,18 @@ static const struct ut_field ut_fields[] = {
 
     UT_FIELD(stats, worker),
     UT_FIELD(stats, peer),
+    UT_FIELD(stats, in_flight),
     UT_FIELD(stats, stray),
+
+    /* The tests write here what a process that was killed leaves behind. */
+    UT_FIELD(read, at),
+    UT_FIELD(in_flight, n_reads),
+    UT_FIELD(in_flight, n_messages),
+    UT_FIELD(in_flight, read),
+    UT_FIELD_AS(in_flight, message[0].msg_len, "message_len"),
+    UT_FIELD(in_flight, source),
+    UT_FIELD(in_flight, arena),
+    UT_FIELD(in_flight, train),
 };
 #define UT_N_FIELDS (sizeof(ut_fields) / sizeof(ut_fields[0]))
 

@@ -91,7 +91,8 @@ struct ut_table {
     struct ut_slot slot[2];
 };
 
-/* One worker's words; nobody else writes them.  Whole cache lines. */
+/* One worker's words; nobody else writes them, but for the heirs of a process that had more workers.  Whole cache lines.
+ */
 struct ut_worker {
     uint64_t generation_seen;     /* what it works with now; 0 while it sleeps and after it ended */
     uint64_t pid;                 /* of the process that runs it; 0: nobody does */

@@ -1,0 +1,135 @@
+"""What a killed process has left in flight, and who hands it on.
+
+memory files, with what a killed worker leaves  -->  a new worker  -->  peer on 127.0.0.2, or the TUN (a socketpair)
+"""
+
+from __future__ import annotations
+
+import mmap
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import closing
+from ipaddress import IPv4Address, IPv4Network
+
+import pytest
+from scapy.all import IP, UDP
+
+from udptun._fastpath import FIELDS, LAYOUT, Worker
+from udptun.core.tunnel import SourceCheck
+from udptun.datapath.settings import PacketSettings, Remote
+from udptun.datapath.stats import Stats
+from udptun.datapath.table import TableWriter
+
+OWN = IPv4Network("10.244.1.0/24")
+PEER = IPv4Network("10.244.2.0/24")
+
+
+def outward(number: int) -> bytes:
+    return bytes(IP(src="10.244.1.5", dst="10.244.2.7", ttl=64) / UDP() / struct.pack("=Q", number))
+
+
+def inward(number: int) -> bytes:
+    return bytes(IP(src="10.244.2.7", dst="10.244.1.5", ttl=64) / UDP() / struct.pack("=Q", number))
+
+
+class Rig:
+    """Memory files, the descriptors of a worker, and a peer."""
+
+    def __init__(self) -> None:
+        self.table, self.stats = TableWriter.create(), Stats.create()
+        self.memory = memoryview(mmap.mmap(self.stats.fd, LAYOUT["stats"]))
+        self.kernel, self.tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.udp, self.peer = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        self.udp.bind(("127.0.0.1", 0))
+        self.peer.bind(("127.0.0.2", 0))
+        for it in (self.kernel, self.tun, self.peer):
+            it.setblocking(False)
+        self.table.configure(
+            PacketSettings(IPv4Network("10.244.0.0/16"), OWN, IPv4Address("127.0.0.1"), 1472, SourceCheck.PEER)
+        )
+        self.table.set_peer(PEER, Remote(IPv4Address("127.0.0.2"), self.peer.getsockname()[1], True), 1472)
+
+    def publish(self) -> None:
+        assert self.table.publish(self.stats)
+
+    def worker(self, index: int, n_workers: int) -> Worker:
+        return Worker(self.table.fd, self.stats.fd, index, self.tun.fileno(), self.udp.fileno(), n_workers=n_workers)
+
+    def leave(self, index: int, *, read: bytes = b"", received: bytes = b"") -> None:
+        """As worker `index` would, killed in a turn in which it had read and received these packets."""
+        worker = FIELDS["stats"]["worker"][0] + index * LAYOUT["worker"]
+        self.put("Q", worker + FIELDS["worker"]["turns"][0], 1)
+        self.put("Q", worker + FIELDS["worker"]["generation_seen"][0], 1)
+        if read:
+            at = 64
+            self.put("I", self.in_flight(index, "n_reads"), 1)
+            self.put("I", self.in_flight(index, "read") + FIELDS["read"]["at"][0], at)
+            self.put(f"{len(read)}s", self.in_flight(index, "arena") + at, read)
+        if received:
+            self.put("I", self.in_flight(index, "n_messages"), 1)
+            self.put("I", self.in_flight(index, "message_len"), len(received))
+            source = struct.pack("=H", socket.AF_INET) + bytes(2) + IPv4Address("127.0.0.2").packed
+            self.put(f"{len(source)}s", self.in_flight(index, "source"), source)
+            self.put(f"{len(received)}s", self.in_flight(index, "train"), received)
+
+    def in_flight(self, index: int, field: str) -> int:
+        """Where in the memory a field of what worker `index` has in flight is."""
+        return FIELDS["stats"]["in_flight"][0] + index * LAYOUT["in_flight"] + FIELDS["in_flight"][field][0]
+
+    def put(self, code: str, offset: int, value: int | bytes) -> None:
+        struct.pack_into(f"={code}", self.memory, offset, value)
+
+    def close(self) -> None:
+        self.memory.release()
+        self.table.close()
+        self.stats.close()
+        for it in (self.kernel, self.tun, self.udp, self.peer):
+            it.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with closing(Rig()) as rig:
+        yield rig
+
+
+def numbers(sock: socket.socket) -> list[int]:
+    """The numbers of all packets that wait in the socket."""
+    found = []
+    try:
+        while True:
+            found += struct.unpack("=Q", sock.recv(2000)[-8:])
+    except BlockingIOError:
+        return found
+
+
+def test_what_workers_that_are_no_more_had_in_flight_is_handed_on_by_those_that_are(rig: Rig) -> None:
+    """Before, it was kept until there were as many workers again, and was sent then, however old it was."""
+    rig.publish()
+    for i in range(5):
+        rig.leave(i, read=outward(i), received=inward(100 + i))
+    for i in range(2):
+        rig.worker(i, 2).turn()
+        assert numbers(rig.peer) == ([0, 2, 4], [1, 3])[i]
+        assert numbers(rig.kernel) == ([100, 102, 104], [101, 103])[i]
+    counters = rig.stats.counters()
+    assert (counters["encap_sent"], counters["decap_delivered"]) == (5, 5)
+    # Nothing is left for later, and nobody waits for a worker that is no more.
+    for i in range(5):
+        rig.worker(i, 5).turn()
+    assert (numbers(rig.peer), numbers(rig.kernel)) == ([], [])
+    assert rig.stats.generations_seen()[:5] == [0] * 5
+
+
+def test_a_worker_moves_nothing_before_a_table_is_published(rig: Rig) -> None:
+    """Before, it dropped all that came: it found no peer in the empty table of generation 0."""
+    worker = rig.worker(0, 1)
+    rig.kernel.send(bytes(10) + outward(7))
+    rig.peer.sendto(inward(8), rig.udp.getsockname())
+    assert not worker.turn()
+    assert rig.stats.counters()["encap_packets"] == rig.stats.counters()["decap_packets"] == 0
+    rig.publish()
+    while worker.turn():
+        pass
+    assert (numbers(rig.peer), numbers(rig.kernel)) == ([7], [8])
