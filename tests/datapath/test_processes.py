@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import os
 import signal
@@ -28,11 +29,11 @@ from udptun import _fastpath
 from udptun._kabi import lib
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
-from udptun.datapath import processes, worker
-from udptun.datapath.processes import Datapath
+from udptun.datapath import processes, supervision, worker
 from udptun.datapath.protocol import Descriptors
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
+from udptun.datapath.supervision import Datapath
 from udptun.datapath.table import TableWriter
 
 OWN = IPv4Network("10.244.1.0/24")
@@ -58,7 +59,7 @@ class Rig:
         )
         self.table.set_peer(PEER, Remote(IPv4Address("127.0.0.2"), self.peer.getsockname()[1], True), 1472)
         assert self.table.publish(self.stats)
-        self.lock = processes.new_lock()
+        self.lock = supervision.new_lock()
         self.descriptors = Descriptors(
             self.table.fd, self.stats.fd, self.lock, (self.tun.fileno(),), (self.udp.fileno(),)
         )
@@ -158,7 +159,7 @@ def test_next_control_plane_finds_both_processes_and_their_descriptors(rig: Rig)
             process.pid for process in sorted(datapath.processes, key=lambda process: not process.is_active)
         ]
         for process in found:
-            assert process.build_id == processes.build_id()
+            assert process.build_id == supervision.build_id()
             assert process.descriptors is not None
             for theirs, ours in zip(process.descriptors.as_list(), rig.descriptors.as_list(), strict=True):
                 assert os.path.sameopenfile(theirs, ours)
@@ -176,7 +177,7 @@ async def test_processes_of_another_build_are_replaced_without_losing_what_waits
     old = Datapath(rig.run_dir, rig.descriptors, [])
     await old.start()
     old.detach()
-    monkeypatch.setattr(processes, "build_id", lambda: "f" * 32)
+    monkeypatch.setattr(supervision, "build_id", lambda: "f" * 32)
     found = await processes.find_running(rig.run_dir)
     for process in found:
         process.close_descriptors()
@@ -419,7 +420,7 @@ async def test_control_plane_of_the_first_builds_can_adopt_and_stop_a_process_of
         assert (magic, active, n_workers) == (b"udpt", 1, 1)
         assert layout_version != 5
         assert 0 < time.monotonic_ns() - started_ns < 60e9
-        assert build.decode() == processes.build_id()
+        assert build.decode() == supervision.build_id()
         connection.send(b"stop")
         assert connection.recv(1) in (b"", b"u")
     await until(lambda: any(process.is_gone for process in datapath.processes))
@@ -463,3 +464,109 @@ def test_nothing_is_sent_twice_when_a_busy_process_is_told_to_stop(rig: Rig) -> 
     drain()
     print(f"{len(arrived)} of {sent} packets arrived, {len(arrived) - len(set(arrived))} twice")
     assert arrived == list(range(sent))
+
+
+# ------------------------------------------------------------------------------------------- changes, and stopped ones
+
+
+def test_a_successor_that_cannot_start_changes_nothing(rig: Rig) -> None:
+    """Before, both predecessors counted as those of the new descriptors, and the standby was ended first."""
+
+    async def test(datapath: Datapath) -> None:
+        pids = [process.pid for process in datapath.processes]
+        with contextlib.closing(socket.socket()) as no_table:
+            unusable = dataclasses.replace(rig.descriptors, table=no_table.fileno())
+            with pytest.raises(DatapathError, match="ended instead of going on to introduce itself"):
+                await datapath.replace(unusable, lambda: pytest.fail("nothing is ready"))
+        assert [process.pid for process in datapath.processes] == pids
+        assert datapath.descriptors == rig.descriptors
+        rig.send(3)
+        await rig.received(3)
+
+    with_datapath(rig, test)
+
+
+def test_a_switch_that_fails_leaves_the_predecessor_at_work(rig: Rig) -> None:
+    async def test(datapath: Datapath) -> None:
+        def switch() -> None:
+            rig.send(3)
+            raise DatapathError("no queue")
+
+        assert datapath.active is not None
+        pid = datapath.active.pid
+        other = dataclasses.replace(rig.descriptors, senders=rig.descriptors.udp)
+        with pytest.raises(DatapathError, match="no queue"):
+            await datapath.replace(other, switch)
+        await rig.received(3)
+        await until(lambda: len(datapath.standbys) == 1)
+        assert datapath.active.pid == pid
+        assert datapath.descriptors == rig.descriptors
+
+    with_datapath(rig, test)
+
+
+@pytest.mark.parametrize("which", ["active", "standby", "both"])
+def test_a_stopped_process_is_replaced_like_any_other(rig: Rig, which: str) -> None:
+    """Before, the change failed after five seconds, half made: the standby was gone, and the fields were new."""
+
+    async def test(datapath: Datapath) -> None:
+        stopped = [it.pid for it in datapath.processes if which in ("both", "active" if it.is_active else "standby")]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        rig.send(10)
+        await datapath.replace(rig.descriptors)
+        await rig.received(10)
+        assert not set(stopped) & {process.pid for process in datapath.processes}
+
+    with_datapath(rig, test)
+
+
+def test_whichever_process_becomes_active_is_taken(rig: Rig) -> None:
+    """Before, the daemon waited for the new one, and advised to kill it, when the standby took over after all."""
+
+    async def test(datapath: Datapath) -> None:
+        assert datapath.active is not None
+        active, (standby,) = datapath.active, datapath.standbys
+        os.kill(standby.pid, signal.SIGSTOP)
+        os.kill(active.pid, signal.SIGKILL)
+        await until(lambda: active.is_gone)
+        os.kill(standby.pid, signal.SIGCONT)
+        rig.send(3)
+        await rig.received(3)
+        await until(lambda: datapath.active is not None and len(datapath.standbys) == 1)
+
+    with_datapath(rig, test)
+
+
+@pytest.mark.parametrize("n_earlier", [0, 20])
+def test_a_stopped_process_holds_nobody_up_and_is_named(rig: Rig, n_earlier: int) -> None:
+    """Before, the ninth start slept in connect(), where not even SIGTERM reached it, as the backlog was full."""
+
+    async def test(datapath: Datapath) -> None:
+        pids = sorted(process.pid for process in datapath.processes)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        earlier = []
+        for process in datapath.processes:
+            for _ in range(n_earlier):
+                earlier.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+                earlier[-1].setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    earlier[-1].connect(str(process.path))
+        # Meanwhile the loop goes on.
+        looking = asyncio.create_task(processes.find_running(rig.run_dir))
+        longest_s, before_s = 0.0, time.monotonic()
+        while not looking.done():
+            await asyncio.sleep(0.01)
+            longest_s, before_s = max(longest_s, time.monotonic() - before_s), time.monotonic()
+        assert longest_s < 1
+        with pytest.raises(DatapathError) as caught:
+            await looking
+        for pid in pids:
+            assert f"the datapath process {pid} did not" in str(caught.value)
+            assert f"it is stopped; continue it (kill -CONT {pid})" in str(caught.value)
+            os.kill(pid, signal.SIGCONT)
+        for it in earlier:
+            it.close()
+
+    with_datapath(rig, test)

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from udptun.core.errors import KernelError
-from udptun.datapath.sockets import open_sockets, share_port
+from udptun.datapath.sockets import bind_sockets, new_sockets, open_sockets, share_port
 
 LOOPBACK = IPv4Address("127.0.0.1")
 N_SOURCES = 256
@@ -29,7 +29,9 @@ def opened(undo: ExitStack, n: int, beside: list[socket.socket] | None = None) -
         (first,) = open_sockets(LOOPBACK, 0, 1)
         undo.enter_context(first)
         return [first, *opened(undo, n - 1, [first])] if n > 1 else [first]
-    return [undo.enter_context(udp) for udp in open_sockets(LOOPBACK, port, n, beside or ())]
+    more = [undo.enter_context(udp) for udp in new_sockets(n)]
+    bind_sockets(more, LOOPBACK, port, beside or ())
+    return more
 
 
 def received(sockets: list[socket.socket], undo: ExitStack) -> list[int]:

@@ -78,8 +78,8 @@ class Running:
             live = live_settings(self.options, conf.backend, self.underlay.mtu, backend.overhead)
             for key in keys_that_need_a_restart(self.conf, conf):
                 log.warning("config changed, takes effect with the next start key=%s", key)
-            set_log_level(self.options, conf.backend.log_level)
             await self._apply(self.underlay, live)
+            set_log_level(self.options, conf.backend.log_level)
             # A later change of the underlay starts from these keys.
             self.conf = replace(self.conf, backend=replace_live_keys(self.conf.backend, conf.backend))
             live = self.forwarding.live

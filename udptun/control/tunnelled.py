@@ -62,7 +62,12 @@ class Tunnelled:
             live = replace(live, workers=before.live.workers)
             log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
         if live.offload != before.live.offload:
-            self.tunnel.set_offload(live.offload)
+            try:
+                self.tunnel.set_offload(live.offload)
+            except UdptunError as exc:
+                live = replace(live, offload=before.live.offload)
+                log.error("not reloaded, the offloads stay: %s", exc)
+        now = replace(now, live=live)
         settings = self._encapsulation.packet_settings(now)
         if settings != self._encapsulation.packet_settings(before):
             self.tunnel.configure(settings)

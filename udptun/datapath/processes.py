@@ -1,7 +1,9 @@
-"""The datapath's processes as the control plane sees them: start, find and stop them, keep one active and one asleep.
+"""The datapath's processes as the control plane sees them: find them, talk to them, end them.
 
 Every datapath process listens on a socket of its own in the run directory.  Whoever connects is handed all
 descriptors, so that a new control plane goes on with what an earlier one, dead or replaced, has left running.
+
+A process may be stopped or hang.  So nothing here waits for one but with a deadline, and not in a system call.
 """
 
 from __future__ import annotations
@@ -10,15 +12,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
-import sys
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import udptun._fastpath as fastpath
 from udptun.core.errors import DatapathError
 from udptun.datapath import worker
 from udptun.datapath.protocol import MAX_DESCRIPTORS, MAX_HELLO_BYTES, Descriptors, Hello
@@ -26,22 +26,15 @@ from udptun.datapath.protocol import MAX_DESCRIPTORS, MAX_HELLO_BYTES, Descripto
 log = logging.getLogger(__name__)
 
 _HELLO_TIMEOUT_S = 5.0
+_STOP_PATIENCE_S = 2.0
+"""A process that was told to stop and has not done so by then is killed."""
+_LOOK_S = 1.0
+"""After so long without an answer the process is looked at: one that is stopped is not waited for."""
+_CONNECT_RETRY_S = 0.1
+_REAP_PAUSES_S = (0.0005, 0.1)
+_CREDENTIALS = struct.Struct("=iII")
+"""struct ucred of unix(7): pid, uid, gid."""
 _SOCKET_GLOB = "datapath-*.sock"
-
-
-def new_lock() -> int:
-    """A memory file with the lock that the active datapath process holds.
-
-    The control plane never locks it.  The caller owns the descriptor.
-    """
-    return os.memfd_create("udptun-lock", os.MFD_CLOEXEC)
-
-
-def build_id() -> str:
-    """Tells one build of the datapath from another: 32 hexadecimal digits over its two files."""
-    files = [Path(file).read_bytes() for file in (fastpath.__file__, worker.__file__)]
-    # Nobody forges a build here, and hashlib brings OpenSSL: 4 MB.
-    return "".join(f"{checksum(content):08x}" for content in files for checksum in (zlib.crc32, zlib.adler32))
 
 
 class ProcessEndedError(DatapathError):
@@ -49,7 +42,7 @@ class ProcessEndedError(DatapathError):
 
 
 class Process:
-    """One datapath process, of whatever build, seen through our connection to it."""
+    """One datapath process, of whatever build, seen through our connection to it (`new_connection`)."""
 
     def __init__(self, connection: socket.socket, path: Path, child: subprocess.Popen[bytes] | None = None) -> None:
         self.path = path
@@ -64,10 +57,11 @@ class Process:
         """Ours to close: what came with the first HELLO of a process that we did not start."""
         self._connection = connection
         self._child = child
+        self._pid_here = self.pid
+        """Its pid as the kernel tells it to us; 0 while unknown, and for a process that cannot be seen from here."""
         self._changed = asyncio.Event()
         self._not_understood = b""
         self._observers: list[Callable[[], None]] = []
-        connection.setblocking(False)
         asyncio.get_running_loop().add_reader(connection, self._receive)
 
     def observe(self, observer: Callable[[], None]) -> None:
@@ -78,18 +72,29 @@ class Process:
         """Until it has introduced itself.  Raises DatapathError when it ends first, stays silent or is no datapath."""
         await self._wait(lambda: bool(self.build_id), "introduce itself")
 
-    async def wait_active(self) -> None:
-        await self._wait(lambda: self.is_active, "become active")
-
     async def stop(self) -> None:
-        """End the process and wait until it is gone."""
+        """End the process and wait until it is gone: it is told to, and killed when it does not obey.
+
+        What a killed process had in flight its successor hands on.  Raises DatapathError when it cannot be killed.
+        """
         with contextlib.suppress(OSError):
             self._connection.send(worker.STOP)
-        await self._wait(lambda: self.is_gone, "stop")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0 if self.is_stopped else _STOP_PATIENCE_S):
+                await self._reach(lambda: self.is_gone)
+        if not self.is_gone:
+            log.warning("datapath process killed, it does not obey pid=%s state=%s", self._who(), self._state() or "?")
+            self._kill()
+            await self._wait(lambda: self.is_gone, "stop")
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal (SIGSTOP) has stopped it: it does nothing until SIGCONT.  False when that cannot be seen."""
+        return self._state() == "T"
 
     def detach(self) -> None:
         """Let go of the connection; the process goes on."""
-        if not self.is_gone:
+        if self._connection.fileno() >= 0:
             asyncio.get_running_loop().remove_reader(self._connection)
             self._connection.close()
 
@@ -120,35 +125,72 @@ class Process:
                             "start again"
                         )
                     self._changed.clear()
-                    await self._changed.wait()
+                    try:
+                        await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+                    except TimeoutError:
+                        self._check_not_stopped(what)
         except TimeoutError:
+            raise DatapathError(f"the datapath process {self._who()} did not {what}{_late(self._who())}") from None
+
+    def _check_not_stopped(self, what: str) -> None:
+        pids = [self._pid_here] if self._pid_here else _pids_listening_at(self.path)
+        if pids and all(state_of(pid) == "T" for pid in pids):
             raise DatapathError(
-                f"the datapath process {self._who()} did not {what} within {_HELLO_TIMEOUT_S:.0f} s; "
-                f"if it is stopped, continue it (kill -CONT {self._who()}) or end it (kill -KILL {self._who()})"
-            ) from None
+                f"the datapath process {self._who()} did not {what}: it is stopped; {_remedy(self._who())}"
+            )
+
+    async def _reach(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            self._changed.clear()
+            await self._changed.wait()
 
     def _who(self) -> str:
         """Its pid, or, where it has not told it, what /proc knows."""
-        pids = [self.pid] if self.pid else _pids_listening_at(self.path)
-        return " ".join(map(str, pids)) or f"at {self.path}"
+        return str(self.pid) if self.pid else _who_listens_at(self.path)
+
+    def _state(self) -> str:
+        return "" if self.is_gone else state_of(self._pid_here)
+
+    def _kill(self) -> None:
+        """Send SIGKILL, which a stopped process obeys too; nothing when it cannot be seen from here."""
+        if not self._pid_here:
+            return
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(self._pid_here)
+            try:
+                # While the connection is there the pid is still its own, and the pidfd is of this process.
+                if not self._has_ended():
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+
+    def _has_ended(self) -> bool:
+        try:
+            return not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
 
     def _receive(self) -> None:
         """Take a message, or the end of the process, which is the end of the connection."""
-        room = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS)
+        room = socket.CMSG_SPACE(4 * MAX_DESCRIPTORS) + socket.CMSG_SPACE(_CREDENTIALS.size)
         try:
             message, ancillary, _, _ = self._connection.recvmsg(MAX_HELLO_BYTES, room, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
             message, ancillary = b"", []
-        fds = [fd for _, _, data in ancillary for (fd,) in struct.iter_unpack("=i", data[: len(data) // 4 * 4])]
+        fds = []
+        for _level, kind, data in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                fds += [fd for (fd,) in struct.iter_unpack("=i", data[: len(data) // 4 * 4])]
+            elif kind == socket.SCM_CREDENTIALS:
+                self._pid_here, _uid, _gid = _CREDENTIALS.unpack_from(data)
         if message:
             self._take_hello(message, fds)
+            self._tell()
         else:
-            self._end()
-        self._changed.set()
-        for observer in self._observers:
-            observer()
+            self.detach()
+            self._reap(_REAP_PAUSES_S[0])
 
     def _take_hello(self, message: bytes, fds: list[int]) -> None:
         hello = Hello.parse(message)
@@ -167,27 +209,65 @@ class Process:
         if hello is None:
             if is_first:
                 self._not_understood = message
+                self.pid = self._pid_here
             return
-        self.pid, self.is_active, self.started_ns = hello.pid, hello.is_active, hello.started_ns
+        # A process in another pid namespace says what it is called there.
+        self.pid = self._pid_here or hello.pid
+        self.is_active, self.started_ns = hello.is_active, hello.started_ns
         self.layout_version, self.build_id = hello.layout_version, hello.build_id
 
-    def _end(self) -> None:
-        self.detach()
+    def _reap(self, pause_s: float) -> None:
+        """It has closed its end of the connection.  It is gone when it has closed everything else too."""
+        if self._child is not None and self._child.poll() is None:
+            # A wait in the system call would hold up the daemon: the end of a process may wait for locks of the kernel.
+            asyncio.get_running_loop().call_later(pause_s, self._reap, min(2 * pause_s, _REAP_PAUSES_S[1]))
+            return
         self.is_gone = True
-        if self._child is not None:
-            # Its end of the connection is closed by its death: there is nothing to wait for but the status.
-            self._child.wait()
         if self._child is not None or self.build_id:
             self.path.unlink(missing_ok=True)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        for observer in self._observers:
+            observer()
+
+
+def new_connection() -> socket.socket:
+    """A socket for `Process`.  It never blocks, and each message tells the sender's pid as it is here."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return connection
+
+
+def state_of(pid: int) -> str:
+    """The letter that proc(5) has for the state of the process: T when a signal has stopped it.  Empty when unknown."""
+    with contextlib.suppress(OSError, IndexError):
+        if pid:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def _remedy(who: str) -> str:
+    return f"continue it (kill -CONT {who}) or end it (kill -KILL {who})"
+
+
+def _late(who: str) -> str:
+    return f" within {_HELLO_TIMEOUT_S:.0f} s; if it is stopped, {_remedy(who)}"
+
+
+def _who_listens_at(path: Path) -> str:
+    return " ".join(map(str, _pids_listening_at(path))) or f"at {path}"
 
 
 def _pids_listening_at(path: Path) -> list[int]:
     """The processes that hold the Unix socket at `path`: a datapath process that says nothing is found so, too."""
+    pids: set[int] = set()
     with contextlib.suppress(OSError):
         lines = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
         sockets = {f"socket:[{fields[6]}]" for fields in lines if len(fields) == 8 and fields[7] == os.fspath(path)}
-        return sorted({int(fd.parts[2]) for fd in Path("/proc").glob("[0-9]*/fd/*") if _target(fd) in sockets})
-    return []
+        pids = {int(fd.parts[2]) for fd in Path("/proc").glob("[0-9]*/fd/*") if _target(fd) in sockets}
+    return sorted(pids)
 
 
 def _target(fd: Path) -> str:
@@ -200,28 +280,67 @@ def _target(fd: Path) -> str:
 async def find_running(run_dir: Path) -> list[Process]:
     """Every datapath process that listens in `run_dir`, the active one first.  Removes sockets of dead ones.
 
-    Raises DatapathError when one of them cannot be understood or says nothing; they are all left as they are.
+    Raises DatapathError when some of them cannot be understood or say nothing, and names these; they are all left as
+    they are.
     """
-    found = []
-    for path in sorted(run_dir.glob(_SOCKET_GLOB)):
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            connection.connect(os.fspath(path))
-        except (ConnectionRefusedError, FileNotFoundError):
-            connection.close()
-            path.unlink(missing_ok=True)
-            continue
-        found.append(Process(connection, path))
+    met: list[Process] = []
+    paths = sorted(run_dir.glob(_SOCKET_GLOB))
     try:
-        for process in found:
-            with contextlib.suppress(ProcessEndedError):
-                await process.wait_hello()
+        failures = [it for it in await asyncio.gather(*(_meet(path, met) for path in paths)) if it is not None]
+        if failures:
+            raise DatapathError("; ".join(map(str, failures)))
     except BaseException:
-        for process in found:
+        for process in met:
             process.detach()
             process.close_descriptors()
         raise
-    return sorted((it for it in found if not it.is_gone), key=lambda process: not process.is_active)
+    return sorted((it for it in met if not it.is_gone), key=lambda process: (not process.is_active, process.path))
+
+
+async def _meet(path: Path, met: list[Process]) -> DatapathError | None:
+    """Connect to the process that listens at `path`, hear who it is, and add it to `met`.  Returns what went wrong."""
+    try:
+        connection = await _connect(path)
+        if connection is None:
+            path.unlink(missing_ok=True)
+            return None
+        process = Process(connection, path)
+        met.append(process)
+        with contextlib.suppress(ProcessEndedError):
+            await process.wait_hello()
+    except DatapathError as exc:
+        return exc
+    return None
+
+
+async def _connect(path: Path) -> socket.socket | None:
+    """A connection to the process that listens at `path`; None when there is none.  Raises DatapathError."""
+    connection = new_connection()
+    try:
+        async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            while True:
+                try:
+                    connection.connect(os.fspath(path))
+                    return connection
+                except (ConnectionRefusedError, FileNotFoundError):
+                    connection.close()
+                    return None
+                except BlockingIOError:
+                    # It has not accepted those who came before; a connect() that blocks would wait for that for ever.
+                    pids = _pids_listening_at(path)
+                    if pids and all(state_of(pid) == "T" for pid in pids):
+                        who = " ".join(map(str, pids))
+                        raise DatapathError(
+                            f"the datapath process {who} did not take our connection: it is stopped; {_remedy(who)}"
+                        ) from None
+                    await asyncio.sleep(_CONNECT_RETRY_S)
+    except TimeoutError:
+        connection.close()
+        who = _who_listens_at(path)
+        raise DatapathError(f"the datapath process {who} did not take our connection{_late(who)}") from None
+    except BaseException:
+        connection.close()
+        raise
 
 
 async def end_all(processes: Iterable[Process]) -> None:
@@ -229,146 +348,3 @@ async def end_all(processes: Iterable[Process]) -> None:
     for process in sorted(processes, key=lambda process: process.is_active):
         await process.stop()
         process.close_descriptors()
-
-
-class Datapath:
-    """The datapath of this host: keeps one process active and one on standby.
-
-    `run_dir` is where their sockets are.  Descriptors stay the caller's, who keeps them open: they are what a new
-    process is started with.
-    """
-
-    def __init__(self, run_dir: Path, descriptors: Descriptors, processes: list[Process]) -> None:
-        self._run_dir = run_dir
-        self._build_id = build_id()
-        self._wake = asyncio.Event()
-        # Held while processes come and go on purpose, so that `supervise` does not take it for dying.
-        self._changing = asyncio.Lock()
-        self.descriptors = descriptors
-        self.processes: list[Process] = []
-        for process in processes:
-            self._add(process)
-
-    @property
-    def active(self) -> Process | None:
-        return next((it for it in self.processes if it.is_active and not it.is_gone), None)
-
-    @property
-    def standbys(self) -> list[Process]:
-        """Those that would go on at once; not one that is still starting."""
-        return [it for it in self.processes if it.build_id and not it.is_active and not it.is_gone]
-
-    async def start(self) -> None:
-        """Have one active process and one standby of this build, with the present descriptors."""
-        async with self._changing:
-            old = [process.pid for process in self.processes if process.build_id != self._build_id]
-            if old:
-                log.info("datapath replaced pid=%s reason=another build", ",".join(map(str, old)))
-                await self._replace_all()
-            await self._start_missing()
-
-    async def replace(self, descriptors: Descriptors) -> None:
-        """Have successors with other descriptors take over; without any process, just use them from now on.
-
-        The predecessor reads until it is told to stop; what arrives between the two waits in the kernel's queues.
-        """
-        async with self._changing:
-            self.descriptors = descriptors
-            if self.processes:
-                await self._replace_all()
-                await self._start_missing()
-
-    async def supervise(self) -> None:
-        """Start a process for each that dies, for ever."""
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            async with self._changing:
-                for process in [process for process in self.processes if process.is_gone]:
-                    self.processes.remove(process)
-                    log.warning("datapath process gone pid=%d was=%s", process.pid, _role(process))
-                try:
-                    await self._start_missing()
-                except DatapathError as exc:
-                    log.error("%s; trying again in 1 s", exc)
-                    await asyncio.sleep(1)
-                    self._wake.set()
-
-    async def stop(self) -> None:
-        """End all processes, standbys first, so that none of them takes over."""
-        async with self._changing:
-            for process in sorted(self.processes, key=lambda process: process.is_active):
-                await self._end(process)
-
-    def detach(self) -> None:
-        """Let go of the processes; they go on."""
-        for process in self.processes:
-            process.detach()
-
-    def _add(self, process: Process) -> None:
-        self.processes.append(process)
-        process.observe(self._wake.set)
-
-    async def _replace_all(self) -> None:
-        """Put one new process in the place of all that there are."""
-        predecessors = sorted(self.processes, key=lambda process: process.is_active)
-        # A standby would take over before the successor.
-        for process in predecessors[:-1]:
-            await self._end(process)
-        successor = await self._start_one()
-        await self._end(predecessors[-1])
-        await successor.wait_active()
-
-    async def _end(self, process: Process) -> None:
-        self.processes.remove(process)
-        if not process.is_gone:
-            await process.stop()
-
-    async def _start_missing(self) -> None:
-        while sum(not process.is_gone for process in self.processes) < 2:
-            process = await self._start_one()
-            if self.active is None:
-                await process.wait_active()
-
-    async def _start_one(self) -> Process:
-        path = self._run_dir / f"datapath-{os.urandom(4).hex()}.sock"
-        try:
-            connection, child = self._launch(path)
-        except OSError as exc:
-            raise DatapathError(f"cannot start a datapath process at {path}: {exc.strerror or exc}") from exc
-        process = Process(connection, path, child)
-        self._add(process)
-        await process.wait_hello()
-        log.info("datapath process started pid=%d", process.pid)
-        return process
-
-    def _launch(self, path: Path) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-        """Start a process that listens at `path`, and connect to it."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(os.fspath(path))
-            path.chmod(0o600)
-            listener.listen(8)
-            fds = self.descriptors
-            child = subprocess.Popen(
-                [
-                    # -I -S: neither the environment nor site-packages; half the start-up time.
-                    *(sys.executable, "-I", "-S", worker.__file__, fastpath.__file__, self._build_id),
-                    *(str(fd) for fd in (listener.fileno(), fds.table, fds.stats, fds.lock)),
-                    ",".join(map(str, fds.tun)),
-                    ",".join(map(str, fds.udp)),
-                    ",".join(map(str, fds.senders)),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(listener.fileno(), *fds.as_list()),
-                # Out of the reach of the terminal's ^C and of our process group's end.
-                start_new_session=True,
-                cwd="/",
-            )
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        connection.connect(os.fspath(path))
-        return connection, child
-
-
-def _role(process: Process) -> str:
-    return "active" if process.is_active else "standby"

@@ -17,26 +17,45 @@ _RECEIVE_BUFFER_BYTES = 8 << 20
 kernel counts as some 1.3 KiB."""
 
 
-def open_sockets(address: IPv4Address, port: int, n: int, beside: Sequence[socket.socket] = ()) -> list[socket.socket]:
-    """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError.
+def open_sockets(address: IPv4Address, port: int, n: int) -> list[socket.socket]:
+    """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError."""
+    opened = new_sockets(n)
+    try:
+        bind_sockets(opened, address, port)
+    except BaseException:
+        for udp in opened:
+            udp.close()
+        raise
+    return opened
+
+
+def new_sockets(n: int, buffer_bytes: int = _RECEIVE_BUFFER_BYTES) -> list[socket.socket]:
+    """`n` non-blocking sockets that nothing arrives in before `bind_sockets`; the caller owns them."""
+    return [_new_socket(buffer_bytes) for _ in range(n)]
+
+
+def bind_sockets(
+    sockets: Sequence[socket.socket], address: IPv4Address, port: int, beside: Sequence[socket.socket] = ()
+) -> None:
+    """Bind sockets of `new_sockets`.  Raises KernelError; the caller then closes them.
 
     `beside` are sockets of ours that have the port already.  The kernel picks one of all these by addresses and ports,
     so a peer's datagrams always reach the same socket, and the packets of a flow stay in order.
     """
-    opened: list[socket.socket] = []
+    n = len(beside) + len(sockets)
+    bound = list(beside)
+    if sockets:
+        share_port(beside, among_several=True)
     try:
-        if n:
-            share_port(beside, among_several=True)
-        for _ in range(n):
+        for udp in sockets:
             # The first must have the port to itself: with the option it would bind beside a stranger.
-            opened.append(_open_socket(address, port, shared=bool(beside or opened)))
-            share_port(opened, among_several=len(beside) + n > 1)
+            share_port([udp], among_several=bool(bound))
+            _bind(udp, address, port)
+            bound.append(udp)
+            share_port([udp], among_several=n > 1)
     except BaseException:
-        for udp in opened:
-            udp.close()
         share_port(beside, among_several=len(beside) > 1)
         raise
-    return opened
 
 
 def share_port(sockets: Iterable[socket.socket], *, among_several: bool) -> None:
@@ -55,10 +74,10 @@ def open_senders(address: IPv4Address, n: int) -> list[socket.socket]:
     Each inner flow leaves from one of them: the routers on the way and the peer's processors tell flows apart by the
     source port (RFC 7348 5).  Nobody reads what comes to them.  Raises KernelError.
     """
-    opened: list[socket.socket] = []
+    opened = new_sockets(n, buffer_bytes=0)
     try:
-        for _ in range(n):
-            opened.append(_open_socket(address, 0, shared=False, buffer_bytes=0))
+        for udp in opened:
+            _bind(udp, address, 0)
     except BaseException:
         for udp in opened:
             udp.close()
@@ -83,23 +102,8 @@ def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
     return granted
 
 
-def _open_socket(
-    address: IPv4Address, port: int, *, shared: bool, buffer_bytes: int = _RECEIVE_BUFFER_BYTES
-) -> socket.socket:
+def _new_socket(buffer_bytes: int) -> socket.socket:
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    try:
-        if shared:
-            udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        udp.bind((str(address), port))
-    except OSError as exc:
-        udp.close()
-        raise KernelError(
-            f"cannot bind the tunnel's socket to {address} UDP port {port}",
-            exc.errno or 0,
-            "`ss -ulpn` shows who has the port"
-            if exc.errno == errno.EADDRINUSE
-            else "is the address still on the interface?",
-        ) from exc
     # Every datagram gets DF, as flannel's do by default, and one that is too large for its path gets EMSGSIZE.  With
     # IP_PMTUDISC_WANT the kernel would fragment it in silence.
     udp.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_DO)
@@ -109,3 +113,16 @@ def _open_socket(
         # Without CAP_NET_ADMIN in the initial user namespace the system's limit applies.
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
     return udp
+
+
+def _bind(udp: socket.socket, address: IPv4Address, port: int) -> None:
+    try:
+        udp.bind((str(address), port))
+    except OSError as exc:
+        raise KernelError(
+            f"cannot bind the tunnel's socket to {address} UDP port {port}",
+            exc.errno or 0,
+            "`ss -ulpn` shows who has the port"
+            if exc.errno == errno.EADDRINUSE
+            else "is the address still on the interface?",
+        ) from exc

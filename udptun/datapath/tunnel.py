@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -21,19 +21,20 @@ from udptun.core.lease import is_inside
 from udptun.core.network_state import DEVICE_NAME
 from udptun.core.offload import ALL, Offload, names
 from udptun.datapath import processes
-from udptun.datapath.processes import Datapath, Process
+from udptun.datapath.processes import Process
 from udptun.datapath.protocol import Descriptors
+from udptun.datapath.rebinding import Endpoints, Rebinding
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.sockets import open_senders, open_sockets, set_offload, share_port
 from udptun.datapath.stats import Stats
+from udptun.datapath.supervision import Datapath, new_lock
 from udptun.datapath.table import TableWriter
-from udptun.kernel.tun import Tun, detach_queues, device_of, open_queues
+from udptun.kernel.tun import Tun, device_of, open_queues
 
 log = logging.getLogger(__name__)
 
 _PUBLISH_RETRY_S = 0.0005
 _PUBLISH_PATIENCE_S = 1.0
-_DISCARD_PORT = 9
 
 
 class Tunnel:
@@ -46,8 +47,7 @@ class Tunnel:
         stats: Stats,
         lock_fd: int,
         tun: Tun,
-        sockets: list[socket.socket],
-        senders: list[socket.socket],
+        endpoints: Endpoints,
         processes: list[Process],
     ) -> None:
         self.table = table
@@ -56,13 +56,17 @@ class Tunnel:
         self.is_adopted = bool(processes)
         """Whether a datapath was running already when we came."""
         self._lock_fd = lock_fd
-        self._sockets, self._senders = sockets, senders
+        self._endpoints = endpoints
+        self._asked: tuple[IPv4Address, int, int, int] | None = None
+        """Address, port, workers and senders that an adopted datapath gets with `start`."""
+        self._rebinding: Rebinding | None = None
+        """Built for that by `open`, and not yet carried out."""
         self._mtu = 0
         self._wanted_offload = self.granted_offload = Offload(0)
         self._publishing = asyncio.Lock()
         self._waiting: dict[IPv4Network, Remote] = {}
         """Peers for which the table has no room."""
-        self.datapath = Datapath(run_dir, self._descriptors(), processes)
+        self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes)
 
     @classmethod
     async def open(
@@ -77,10 +81,10 @@ class Tunnel:
     ) -> Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
-        A datapath that serves the device of another backend is ended.  `wanted` says whether a new device has virtio
-        headers.  `n_senders`: sockets to send from to peers that take any source port; 0: packets leave from the
-        sockets that they come to.  No process is
-        started yet (`start`).  Raises KernelError, DatapathError.
+        What runs is left as it is until `start`, which gives it the address and the number of workers.  A datapath that
+        serves the device of another backend is ended.  `wanted` says whether a new device has virtio headers.
+        `n_senders`: sockets to send from to peers that take any source port; 0: packets leave from the sockets that
+        they come to.  No process is started yet.  Raises KernelError, DatapathError.
         """
         found = await processes.find_running(run_dir)
         if any(_serves_another(process.descriptors, device) for process in found if process.descriptors):
@@ -97,11 +101,14 @@ class Tunnel:
                 for udp in (*sockets, *senders):
                     udp.close()
                 raise
-            return cls(run_dir, TableWriter.create(), Stats.create(), processes.new_lock(), tun, sockets, senders, [])
+            endpoints = Endpoints(tun.fds, tuple(sockets), tuple(senders))
+            return cls(run_dir, TableWriter.create(), Stats.create(), new_lock(), tun, endpoints, [])
+        found = await _end_unfinished(found)
         held = _take_one_set(found)
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in found))
         tun = Tun(device, held.tun)
-        sockets, senders = ([socket.socket(fileno=fd) for fd in fds] for fds in (held.udp, held.senders))
+        udp_sockets, udp_senders = (tuple(socket.socket(fileno=fd) for fd in fds) for fds in (held.udp, held.senders))
+        endpoints = Endpoints(held.tun, udp_sockets, udp_senders)
         if found[0].layout_version == LAYOUT["version"]:
             table, stats = TableWriter(held.table), Stats(held.stats)
         else:
@@ -110,61 +117,67 @@ class Tunnel:
             stats.continue_from(held.stats)
             os.close(held.table)
             os.close(held.stats)
-        tunnel = cls(run_dir, table, stats, held.lock, tun, sockets, senders, found)
+        tunnel = cls(run_dir, table, stats, held.lock, tun, endpoints, found)
         if not tun.is_attached():
             tun.reattach()
         # An earlier build switched the option off, and one worker of its datapath receives everything.
-        share_port(sockets, among_several=len(sockets) > 1)
-        await tunnel.rebind(address, port, n_workers, n_senders)
+        share_port(udp_sockets, among_several=len(udp_sockets) > 1)
+        tunnel._asked = address, port, n_workers, n_senders
+        if endpoints.address != (address, port):
+            # A host that cannot have the address shall take no lease with it.
+            tunnel._rebinding = tunnel._build(*tunnel._asked)
         return tunnel
 
     async def rebind(self, address: IPv4Address, port: int, n_workers: int, n_senders: int = 0) -> None:
-        """Have `n_workers` workers on this address and port; nothing happens when it is so already."""
-        there = self._sockets[0].getsockname()
-        if there == (str(address), port) and (n_workers, n_senders) == (len(self.tun.fds), len(self._senders)):
-            return
-        stays = self._sockets[:n_workers] if there == (str(address), port) else []
-        sockets = stays + open_sockets(address, port, n_workers - len(stays), stays)
-        senders = self._senders[:n_senders] if there[0] == str(address) else []
-        senders += open_senders(address, n_senders - len(senders))
-        left_sockets = [udp for udp in self._sockets if udp not in sockets]
-        left_senders = [udp for udp in self._senders if udp not in senders]
-        queues, left_queues = self.tun.fds[:n_workers], self.tun.fds[n_workers:]
-        if n_workers > len(queues):
-            queues += open_queues(self.tun.name, n_workers - len(queues), self.tun.supported).fds
-        if stays:
-            # The kernel picks none but unconnected sockets for the datagrams of the port.
-            for udp in left_sockets:
-                udp.connect((str(address), _DISCARD_PORT))
-        # From now on nothing new arrives in what we give up, and the old process reads it empty until it ends.
-        detach_queues(left_queues)
-        # The Tun object stays, because others hold on to it.
-        self._sockets, self._senders, self.tun.fds = sockets, senders, queues
-        await self.datapath.replace(self._descriptors())
-        for udp in (*left_sockets, *left_senders):
-            udp.close()
-        share_port(sockets, among_several=len(sockets) > 1)
-        for fd in left_queues:
-            os.close(fd)
-        # New queues have turned off the device's offloads, and new sockets have none yet.
-        self.set_offload(self._wanted_offload)
+        """Have `n_workers` workers on this address and port; nothing happens when it is so already.
+
+        Raises KernelError, DatapathError: all is as it was.  A cancellation waits for the end of the change.
+        """
+        rebinding = self._build(address, port, n_workers, n_senders)
+        if rebinding is not None:
+            await _to_its_end(self._carry_out(rebinding))
 
     @property
     def n_senders(self) -> int:
         """How many sockets there are to send from, besides those that receive."""
-        return len(self._senders)
+        return len(self._endpoints.senders)
 
     async def start(self) -> None:
-        """Have an active process and a standby; a table must have been published."""
+        """Have an active process and a standby, with what `open` was asked for; a table must have been published."""
+        if self._asked is not None:
+            # On the address that it has, more sockets would take datagrams that nobody reads before now.
+            rebinding = self._rebinding or self._build(*self._asked)
+            self._asked = self._rebinding = None
+            if rebinding is not None:
+                await _to_its_end(self._carry_out(rebinding))
         await self.datapath.start()
+
+    def _build(self, address: IPv4Address, port: int, n_workers: int, n_senders: int) -> Rebinding | None:
+        """What a change to this needs, opened; None when it is so already.  Raises KernelError."""
+        if self._endpoints.fits(address, port, n_workers, n_senders):
+            return None
+        return Rebinding.build(self.tun, self._endpoints, address, port, n_workers, n_senders)
+
+    async def _carry_out(self, rebinding: Rebinding) -> None:
+        """Exchange the processes, then what we hold, then close what is left over.  When it fails, all is undone."""
+        try:
+            await self.datapath.replace(self._descriptors(rebinding.new), rebinding.switch)
+        except BaseException:
+            rebinding.undo()
+            raise
+        self._endpoints = rebinding.new
+        rebinding.retire()
+        # New sockets have no offloads yet.
+        set_offload(self._endpoints.sockets, self._wanted_offload)
 
     def set_offload(self, wanted: Offload) -> None:
         """Have device and sockets do what `wanted` asks for and the kernel grants (`granted_offload`).
 
-        Only once processes of this build run: another build may not understand a super-packet.
+        Only once processes of this build run: another build may not understand a super-packet.  Raises KernelError:
+        nothing has changed.
         """
+        granted = self.tun.set_offload(wanted) | set_offload(self._endpoints.sockets, wanted)
         self._wanted_offload = wanted
-        granted = self.tun.set_offload(wanted) | set_offload(self._sockets, wanted)
         if (Offload.VNET_HDR in granted) != (Offload.VNET_HDR in wanted):
             log.warning("%s keeps its virtio headers or lack of them until `udptun cleanup` and a start", self.tun.name)
         if granted != self.granted_offload:
@@ -225,7 +238,7 @@ class Tunnel:
     async def _publish(self) -> None:
         async with self._publishing:
             impatient_at = time.monotonic() + _PUBLISH_PATIENCE_S
-            while not self.table.publish(self.stats, len(self.tun.fds)):
+            while not self.table.publish(self.stats):
                 if all(process.is_gone for process in self.datapath.processes):
                     self.stats.forget_workers()
                 if time.monotonic() > impatient_at:
@@ -236,22 +249,30 @@ class Tunnel:
     def detach(self) -> None:
         """Let go of processes and descriptors; the datapath forwards on."""
         self.datapath.detach()
-        for udp in (*self._sockets, *self._senders):
+        if self._rebinding is not None:
+            self._rebinding.undo()
+        for udp in (*self._endpoints.sockets, *self._endpoints.senders):
             udp.close()
         self.tun.close()
         self.table.close()
         self.stats.close()
         os.close(self._lock_fd)
 
-    def _descriptors(self) -> Descriptors:
-        return Descriptors(
-            self.table.fd,
-            self.stats.fd,
-            self._lock_fd,
-            self.tun.fds,
-            tuple(udp.fileno() for udp in self._sockets),
-            tuple(udp.fileno() for udp in self._senders),
-        )
+    def _descriptors(self, endpoints: Endpoints) -> Descriptors:
+        udp, senders = (tuple(it.fileno() for it in them) for them in (endpoints.sockets, endpoints.senders))
+        return Descriptors(self.table.fd, self.stats.fd, self._lock_fd, endpoints.queues, udp, senders)
+
+
+async def _to_its_end(change: Coroutine[None, None, None]) -> None:
+    """Await `change`.  A cancellation does not interrupt it, and is raised when it has come to its end."""
+    task = asyncio.ensure_future(change)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("a change of the workers was not made before the end: %s", exc)
+        raise
 
 
 def _serves_another(held: Descriptors, device: str) -> bool:
@@ -266,3 +287,25 @@ def _take_one_set(processes: list[Process]) -> Descriptors:
     for process in others:
         process.close_descriptors()
     return first.take_descriptors()
+
+
+async def _end_unfinished(processes: list[Process]) -> list[Process]:
+    """End the processes that have other sockets than the first one; the rest.
+
+    A control plane that was killed in the middle of a change leaves such a one: it would go on with sockets that were
+    never taken into use.
+    """
+    kept = []
+    for process in processes:
+        if _inodes(process) == _inodes(processes[0]):
+            kept.append(process)
+        else:
+            log.info("datapath process ended pid=%d reason=it is left of a change that was not finished", process.pid)
+            await process.stop()
+            process.close_descriptors()
+    return kept
+
+
+def _inodes(process: Process) -> list[int]:
+    assert process.descriptors is not None
+    return [os.fstat(fd).st_ino for fd in process.descriptors.udp]

@@ -29,6 +29,8 @@ _FLAGS = lib.IFF_TUN | lib.IFF_NO_PI | lib.IFF_MULTI_QUEUE
 _SIOCETHTOOL, _SIOCGIFFLAGS, _IFF_UP = 0x8946, 0x8913, 1
 _ETHTOOL_GDRVINFO = 0x3
 
+_CLONE_DEVICE = "/dev/net/tun"
+
 VNET_HDR_LEN = 10
 """struct virtio_net_hdr before every packet, bytes."""
 
@@ -68,10 +70,7 @@ class Tun:
                 hint = f"it was renamed; `ip link set {device} name {self.name}`"
                 raise KernelError(f"TUN device {self.name} is called {device} now", 0, hint)
             if device is None:
-                try:
-                    fcntl.ioctl(fd, lib.TUNSETIFF, _IFREQ.pack(self.name.encode(), _flags(self.supported)))
-                except OSError as exc:
-                    raise _refused(self.name, exc) from exc
+                _attach(fd, self.name, self.supported)
         _configure(self.name, self.fds[0], self.supported)
         self.set_offload(self._offload)
 
@@ -80,7 +79,6 @@ class Tun:
 
         A device with virtio headers always grants VNET_HDR.  `wanted` is kept for `reattach`.
         """
-        self._offload = wanted
         granted = (wanted | Offload.VNET_HDR) & OF_DEVICE & self.supported
         while True:
             try:
@@ -91,7 +89,16 @@ class Tun:
                     raise KernelError(f"cannot set offloads of TUN device {self.name}", exc.errno or 0) from exc
                 granted &= ~Offload.USO if Offload.USO in granted else ~Offload.TSO
             else:
+                self._offload = wanted
                 return granted
+
+    def attach_more(self, fds: Sequence[int]) -> None:
+        """Attach queues of `new_queues` to the device beside those that it has.  Raises KernelError.
+
+        From now on the kernel gives packets to them too.  They are not `fds` of this object yet.
+        """
+        for fd in fds:
+            _attach(fd, self.name, self.supported)
 
     def close(self) -> None:
         """Close the queues.  A second call does nothing."""
@@ -120,14 +127,47 @@ def open_queues(name: str, n: int, wanted: Offload = ALL) -> Tun:
     return Tun(name, fds)
 
 
+def new_queues(n: int) -> list[int]:
+    """`n` non-blocking, close-on-exec descriptors for queues that belong to no device yet (`Tun.attach_more`).
+
+    The caller owns them.  Raises KernelError.
+    """
+    fds: list[int] = []
+    try:
+        for _ in range(n):
+            fds.append(os.open(_CLONE_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as exc:
+        for fd in fds:
+            os.close(fd)
+        raise KernelError(f"cannot open {_CLONE_DEVICE} for one more queue", exc.errno or 0) from exc
+    return fds
+
+
 def detach_queues(fds: Sequence[int]) -> None:
     """Have the kernel give no more packets to these queues, whichever process holds one.
 
     Packets that wait in them are lost.  The kernel refuses when the device is gone, and then nothing has to be done.
     """
+    _set_queues(fds, lib.IFF_DETACH_QUEUE)
+
+
+def attach_queues(fds: Sequence[int]) -> None:
+    """Undo `detach_queues`.  `Tun.reattach` mends what the kernel refuses here."""
+    _set_queues(fds, lib.IFF_ATTACH_QUEUE)
+
+
+def _set_queues(fds: Sequence[int], flag: int) -> None:
     for fd in fds:
         with suppress(OSError):
-            fcntl.ioctl(fd, lib.TUNSETQUEUE, _IFREQ.pack(b"", lib.IFF_DETACH_QUEUE))
+            fcntl.ioctl(fd, lib.TUNSETQUEUE, _IFREQ.pack(b"", flag))
+
+
+def _attach(fd: int, name: str, supported: Offload) -> None:
+    """Attach a queue without a device to `name`, which is made when it is missing.  Raises KernelError."""
+    try:
+        fcntl.ioctl(fd, lib.TUNSETIFF, _IFREQ.pack(name.encode(), _flags(supported)))
+    except OSError as exc:
+        raise _refused(name, exc) from exc
 
 
 def _flags(supported: Offload) -> int:
@@ -137,7 +177,7 @@ def _flags(supported: Offload) -> int:
 def _knows_vnet_hdr() -> bool:
     """Whether the kernel can put virtio headers before packets; True when it cannot be asked."""
     try:
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(_CLONE_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return True
     try:

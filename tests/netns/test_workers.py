@@ -1,0 +1,142 @@
+"""A change of the number of workers or of the address: what fails leaves everything as it was, and nothing is lost.
+
+pod h1/p1 -- cni0 - flannel0 [h1] eth0 -- underlay -- eth0 [h2] flannel0 - cni0 -- pod h2/p1
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from traffic import datapath_pids, kill, read_status, udp_flow
+
+from udptun.lab.host import SUBNET_ENV, Host
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import LEASES, NET_CONF, Lab
+
+pytestmark = pytest.mark.netns
+
+
+def change_workers(host: Host, n: int) -> str:
+    """Have the config say so, send SIGHUP, wait until it is over; what the daemon has logged meanwhile."""
+    assert host.daemon is not None
+    before = len(host.daemon_log())
+    backend = {"Type": "udp", "Workers": n}
+    host.path(NET_CONF).write_text(json.dumps({"Network": "10.244.0.0/16", "Backend": backend}))
+    host.daemon.send_signal(signal.SIGHUP)
+    host.wait_ready(20)
+    return host.daemon_log()[before:]
+
+
+def in_use(host: Host) -> dict[str, object]:
+    """What status, kernel and processes say of the workers."""
+    datapath = read_status(host)["datapath"]
+    status = read_status(host)["pid"]
+    links = [str(fd.readlink()) for fd in host.path(f"/proc/{status}/fd").iterdir()]
+    (link,) = json.loads(host.run(["ip", "-j", "-d", "link", "show", "flannel0"]).stdout)
+    return {
+        "workers": len(datapath["workers"]),
+        "threads": len(list(host.path(f"/proc/{datapath['pid']}/task").iterdir())) - 1,
+        "sockets": len(host.run(["ss", "-uanH", "sport = :8285"]).stdout.splitlines()),
+        "queues of the daemon": links.count("/dev/net/tun"),
+        "queues of the device": link["linkinfo"]["info_data"]["numqueues"],
+    }
+
+
+def all_are(n: int) -> dict[str, object]:
+    names = ("workers", "threads", "sockets", "queues of the daemon", "queues of the device")
+    return dict.fromkeys(names, n)
+
+
+@contextmanager
+def no_tun(host: Host) -> Iterator[None]:
+    """/dev/net/tun gives no queue, as in a container that may no longer use it."""
+    host.run(["mount", "--bind", "/dev/null", "/dev/net/tun"])
+    try:
+        yield
+    finally:
+        host.run(["umount", "/dev/net/tun"])
+
+
+def test_a_change_of_workers_that_fails_leaves_everything_as_it_was(two_hosts: Lab) -> None:
+    """Before, sockets and fields were the new ones already, and status, threads and sockets disagreed."""
+    one, two = two_hosts.hosts
+    change_workers(one, 2)
+    before = datapath_pids(one)
+    with udp_flow(two.pod(1), one.pod(1), 500) as inwards, udp_flow(one.pod(1), two.pod(1), 500) as outwards:
+        with no_tun(one):
+            log = change_workers(one, 4)
+            assert "not reloaded, the workers stay 2: cannot attach to TUN device flannel0" in log
+            for flow in (inwards, outwards):
+                flow.wait_for_more()
+            wait_until("a standby", lambda: len(read_status(one)["datapath"]["standby_pids"]) == 1, 10)
+            assert in_use(one) == all_are(2)
+            assert read_status(one)["datapath"]["pid"] in before
+        for n in (4, 1):
+            assert f"workers={n} " in change_workers(one, n)
+            for flow in (inwards, outwards):
+                flow.wait_for_more()
+            assert in_use(one) == all_are(n)
+    assert outwards.report.lost == []
+    assert inwards.report.lost == []
+
+
+def test_a_stopped_process_does_not_keep_the_workers_from_changing(two_hosts: Lab) -> None:
+    """Before, the change failed after 5 s, half made."""
+    one, two = two_hosts.hosts
+    change_workers(one, 1)
+    with udp_flow(two.pod(1), one.pod(1), 200) as inwards, udp_flow(one.pod(1), two.pod(1), 200) as outwards:
+        kill_with(one, signal.SIGSTOP, read_status(one)["datapath"]["pid"])
+        assert "workers=3 " in change_workers(one, 3)
+        for flow in (inwards, outwards):
+            flow.wait_for_more()
+        assert in_use(one) == all_are(3)
+    assert inwards.report.lost == outwards.report.lost == []
+
+
+def kill_with(host: Host, number: signal.Signals, pid: int) -> None:
+    host.run(["kill", f"-{number.value}", str(pid)])
+
+
+@contextmanager
+def no_writes(host: Host) -> Iterator[None]:
+    """The lease database can be read, and somebody holds the lock for writing."""
+    script = (
+        "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "db.execute('begin immediate'); print('locked', flush=True); time.sleep(600)"
+    )
+    with host.popen([sys.executable, "-c", script, str(LEASES)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield
+        process.kill()
+
+
+def test_a_start_with_other_workers_leaves_the_datapath_alone_until_it_has_a_lease(two_hosts: Lab) -> None:
+    """Before, the daemon exchanged the processes at once.  With other memory the new ones had no table, and dropped
+    all packets until the store took writes again."""
+    one, two = two_hosts.hosts
+    change_workers(one, 1)
+    before = datapath_pids(one)
+    with udp_flow(two.pod(1), one.pod(1), 200) as inwards, udp_flow(one.pod(1), two.pod(1), 200) as outwards:
+        kill(one, read_status(one)["pid"])
+        wait_until("the end of the daemon", lambda: one.daemon is not None and one.daemon.poll() is not None, 10)
+        one.path("/var/lib/udptun/last-leases.json").unlink(missing_ok=True)
+        one.path(SUBNET_ENV).unlink()
+        with no_writes(two):
+            one.start_daemon(["--workers=3"])
+            wait_until("the adoption", lambda: "datapath adopted" in one.daemon_log(), 10)
+            for flow in (inwards, outwards):
+                flow.wait_for_more(400)
+            assert datapath_pids(one) == before
+            assert len(one.run(["ss", "-uanH", "sport = :8285"]).stdout.splitlines()) == 1
+        one.wait_ready(20)
+        for flow in (inwards, outwards):
+            flow.wait_for_more()
+        assert in_use(one) == all_are(3)
+    assert inwards.report.lost == outwards.report.lost == []

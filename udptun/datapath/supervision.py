@@ -1,0 +1,233 @@
+"""Keeps the datapath of this host going: one process active, one on standby, and successors with other descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import udptun._fastpath as fastpath
+from udptun.core.errors import DatapathError
+from udptun.datapath import worker
+from udptun.datapath.processes import Process, new_connection
+from udptun.datapath.protocol import Descriptors
+
+log = logging.getLogger(__name__)
+
+_ACTIVE_TIMEOUT_S = 5.0
+
+
+def new_lock() -> int:
+    """A memory file with the lock that the active datapath process holds.
+
+    The control plane never locks it.  The caller owns the descriptor.
+    """
+    return os.memfd_create("udptun-lock", os.MFD_CLOEXEC)
+
+
+def build_id() -> str:
+    """Tells one build of the datapath from another: 32 hexadecimal digits over its two files."""
+    files = [Path(file).read_bytes() for file in (fastpath.__file__, worker.__file__)]
+    # Nobody forges a build here, and hashlib brings OpenSSL: 4 MB.
+    return "".join(f"{checksum(content):08x}" for content in files for checksum in (zlib.crc32, zlib.adler32))
+
+
+class Datapath:
+    """The datapath of this host: keeps one process active and one on standby.
+
+    `run_dir` is where their sockets are.  Descriptors stay the caller's, who keeps them open: they are what a new
+    process is started with.
+    """
+
+    def __init__(self, run_dir: Path, descriptors: Descriptors, processes: list[Process]) -> None:
+        self._run_dir = run_dir
+        self._build_id = build_id()
+        self._wake = asyncio.Event()
+        """Set when `supervise` shall look whether a process is missing."""
+        self._changed = asyncio.Event()
+        """Set when a process has become active or is gone."""
+        # Held while processes come and go on purpose, so that `supervise` does not take it for dying.
+        self._changing = asyncio.Lock()
+        self.descriptors = descriptors
+        self.processes: list[Process] = []
+        for process in processes:
+            self._add(process)
+
+    @property
+    def active(self) -> Process | None:
+        return next((it for it in self.processes if it.is_active and not it.is_gone), None)
+
+    @property
+    def standbys(self) -> list[Process]:
+        """Those that would go on at once; not one that is still starting."""
+        return [it for it in self.processes if it.build_id and not it.is_active and not it.is_gone]
+
+    async def start(self) -> None:
+        """Have one active process and one standby of this build, with the present descriptors."""
+        async with self._changing:
+            old = [process.pid for process in self.processes if process.build_id != self._build_id]
+            if old:
+                log.info("datapath replaced pid=%s reason=another build", ",".join(map(str, old)))
+                await self._replace_all(self.descriptors, lambda: None)
+            await self._start_missing()
+
+    async def replace(self, descriptors: Descriptors, switch: Callable[[], None] = lambda: None) -> None:
+        """Have a successor with other descriptors take over; without any process, just use them from now on.
+
+        The successor is started first.  When it is ready, `switch` has what arrives go to its descriptors.  Then the
+        predecessor is told to stop; it reads until then, and what arrives between the two waits in the kernel's queues.
+        `supervise` starts the new standby.  Raises DatapathError and what `switch` raises: the predecessor goes on.
+        """
+        async with self._changing:
+            if self.processes:
+                await self._replace_all(descriptors, switch)
+                self._wake.set()
+            else:
+                switch()
+                self.descriptors = descriptors
+
+    async def supervise(self) -> None:
+        """Start a process for each that dies, for ever."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            async with self._changing:
+                for process in [process for process in self.processes if process.is_gone]:
+                    self.processes.remove(process)
+                    log.warning("datapath process gone pid=%d was=%s", process.pid, _role(process))
+                try:
+                    await self._start_missing()
+                except DatapathError as exc:
+                    log.error("%s; trying again in 1 s", exc)
+                    await asyncio.sleep(1)
+                    self._wake.set()
+
+    async def stop(self) -> None:
+        """End all processes, standbys first, so that none of them takes over."""
+        async with self._changing:
+            for process in self._standbys_first():
+                await self._end(process)
+
+    def detach(self) -> None:
+        """Let go of the processes; they go on."""
+        for process in self.processes:
+            process.detach()
+
+    def _standbys_first(self) -> list[Process]:
+        return sorted(self.processes, key=lambda process: process.is_active)
+
+    def _add(self, process: Process) -> None:
+        self.processes.append(process)
+        process.observe(self._note_change)
+
+    def _note_change(self) -> None:
+        self._changed.set()
+        self._wake.set()
+
+    async def _replace_all(self, descriptors: Descriptors, switch: Callable[[], None]) -> None:
+        """Put one new process with these descriptors in the place of all that there are."""
+        predecessors = self._standbys_first()
+        successor = await self._start_one(descriptors)
+        try:
+            # A standby would take over before the successor.
+            for process in predecessors[:-1]:
+                await self._end(process)
+            switch()
+            await self._end(predecessors[-1])
+            await self._wait_active()
+        except BaseException:
+            with contextlib.suppress(DatapathError):
+                await self._end(successor)
+            # For a standby with the old descriptors.
+            self._wake.set()
+            raise
+        self.descriptors = descriptors
+
+    async def _end(self, process: Process) -> None:
+        if not process.is_gone:
+            await process.stop()
+        self.processes.remove(process)
+
+    async def _start_missing(self) -> None:
+        while sum(not process.is_gone for process in self.processes) < 2:
+            await self._start_one(self.descriptors)
+            await self._wait_active()
+
+    async def _wait_active(self) -> None:
+        """Until one of the processes is active, whichever it is.  Raises DatapathError."""
+        try:
+            async with asyncio.timeout(_ACTIVE_TIMEOUT_S):
+                while self.active is None:
+                    if all(process.is_gone for process in self.processes):
+                        pids = ", ".join(str(process.pid) for process in self.processes)
+                        raise DatapathError(f"the datapath processes {pids} ended before one was active")
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            there = [process for process in self.processes if not process.is_gone]
+            stopped = [str(process.pid) for process in there if process.is_stopped]
+            advice = f"{', '.join(stopped)} is stopped, continue it with kill -CONT" if stopped else "the host is busy"
+            raise DatapathError(
+                f"none of the datapath processes {', '.join(str(process.pid) for process in there)} became active "
+                f"within {_ACTIVE_TIMEOUT_S:.0f} s; {advice}"
+            ) from None
+
+    async def _start_one(self, descriptors: Descriptors) -> Process:
+        path = self._run_dir / f"datapath-{os.urandom(4).hex()}.sock"
+        try:
+            connection, child = self._launch(path, descriptors)
+        except OSError as exc:
+            path.unlink(missing_ok=True)
+            raise DatapathError(f"cannot start a datapath process at {path}: {exc.strerror or exc}") from exc
+        process = Process(connection, path, child)
+        self._add(process)
+        try:
+            await process.wait_hello()
+        except BaseException:
+            with contextlib.suppress(DatapathError):
+                await self._end(process)
+            raise
+        log.info("datapath process started pid=%d", process.pid)
+        return process
+
+    def _launch(self, path: Path, fds: Descriptors) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+        """Start a process that listens at `path`, and connect to it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(os.fspath(path))
+            path.chmod(0o600)
+            listener.listen(8)
+            connection = new_connection()
+            try:
+                # Before the start: nothing is to be undone when it fails.
+                connection.connect(os.fspath(path))
+                child = subprocess.Popen(
+                    [
+                        # -I -S: neither the environment nor site-packages; half the start-up time.
+                        *(sys.executable, "-I", "-S", worker.__file__, fastpath.__file__, self._build_id),
+                        *(str(fd) for fd in (listener.fileno(), fds.table, fds.stats, fds.lock)),
+                        ",".join(map(str, fds.tun)),
+                        ",".join(map(str, fds.udp)),
+                        ",".join(map(str, fds.senders)),
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(listener.fileno(), *fds.as_list()),
+                    # Out of the reach of the terminal's ^C and of our process group's end.
+                    start_new_session=True,
+                    cwd="/",
+                )
+            except BaseException:
+                connection.close()
+                raise
+        return connection, child
+
+
+def _role(process: Process) -> str:
+    return "active" if process.is_active else "standby"
