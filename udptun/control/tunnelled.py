@@ -59,7 +59,7 @@ class Tunnelled:
         except UdptunError as exc:
             if now.underlay.address != before.underlay.address:
                 raise
-            live = replace(live, workers=before.live.workers)
+            live = replace(live, workers=before.live.workers, source_ports=before.live.source_ports)
             log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
         if live.offload != before.live.offload:
             try:
