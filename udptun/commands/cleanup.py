@@ -15,6 +15,7 @@ from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.control.instance import NETWORKS_FILE, claim_files, claim_leftovers, starting
 from udptun.control.run_dir import LOCK_FILE, SOCKET_NAME, lock_run_dir
+from udptun.core.errors import FirewallError
 from udptun.core.ownership import Ownership
 from udptun.datapath import processes
 from udptun.firewall.reconciler import remove_rules
@@ -27,7 +28,8 @@ from udptun.stores.open import open_store
 def cleanup(options: Options, release: bool) -> int:
     """Stop the datapath; remove device, routes, firewall rules and files, and with `release` give the lease back.
 
-    Prints a line for each thing done.  Raises UdptunError while a daemon runs, which would make everything again.
+    Prints a line for each thing done.  Raises UdptunError while a daemon runs, which would make everything again; at
+    the end, when all else is gone, for firewall rules that could not be removed.
     """
     with ExitStack() as undo:
         # All is held until the end: a daemon that starts meanwhile would lose its files.
@@ -53,7 +55,8 @@ async def _clean_up(options: Options, ownership: Ownership, release: bool) -> No
         print(f"stopped datapath process {process.pid}")
     async with starting():
         lines = await remove_ours(ownership)
-    lines += await remove_rules(ownership, subnet_env.read_networks(options.subnet_file))
+    removed, left = await remove_rules(ownership, subnet_env.read_networks(options.subnet_file))
+    lines += removed
     for line in lines:
         print(line)
     if lines and not ownership.networks:
@@ -75,6 +78,8 @@ async def _clean_up(options: Options, ownership: Ownership, release: bool) -> No
         options.run_dir / LOCK_FILE,
     ):
         _delete(path)
+    if left:
+        raise FirewallError("; ".join(left))
 
 
 async def _release(options: Options) -> None:

@@ -44,6 +44,11 @@ def iptables_chains(desired: DesiredRules) -> tuple[Chain, Chain]:
     )
 
 
+def rules_of_table(table: str, desired: DesiredRules) -> DesiredRules:
+    """Those of the desired rules that belong into nat, or into filter."""
+    return DesiredRules(masquerade=desired.masquerade) if table == "nat" else DesiredRules(forward=desired.forward)
+
+
 def _chain(table: str, name: str, parent: str, comment: str, rules: Iterable[Rule]) -> Chain:
     return Chain(
         table,

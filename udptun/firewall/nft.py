@@ -12,18 +12,19 @@ from udptun.firewall import tool
 from udptun.firewall.nft_form import TABLES, nft_chains, nft_findings, nft_present, nft_removal, nft_script
 from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
-
-
-class _UnreadableError(FirewallError):
-    """The table exists, and nft cannot say what is in it."""
+from udptun.firewall.tool import UnreadableError
 
 
 class NftRules:
-    """The rules in the nftables form, for one IP version.  Implements `Rules` of `udptun.firewall.reconciler`."""
+    """The rules in the nftables form, for one IP version: both kinds in one table.
+
+    Implements `Rules` of `udptun.firewall.attempt`.
+    """
 
     def __init__(self, desired: DesiredRules, networks: Sequence[IPNetwork], version: int = 4) -> None:
         """`desired` is all that there shall be about `networks`."""
-        self._desired = desired
+        self.tool = "nft"
+        self.desired = desired
         self._networks = networks
         self._version = version
 
@@ -31,14 +32,14 @@ class NftRules:
         family, table = TABLES[self._version]
         try:
             listed = await _list(family, table)
-        except _UnreadableError:
+        except UnreadableError:
             # Whatever it holds, it is our own table, and a new one replaces it whole.  Other daemons then bring back
             # their rules.
-            own = nft_chains(self._desired)
+            own = nft_chains(self.desired)
             script = nft_script(self._version, own) if own else nft_removal(family, table)
             return Repair(script, (f"unreadable table {family} {table}",))
         present = nft_present(self._version, listed)
-        chains = nft_chains(present.with_ours(self._desired, self._networks))
+        chains = nft_chains(present.with_ours(self.desired, self._networks))
         if not chains:
             return Repair(nft_removal(family, table), (f"leftover table {family} {table}",)) if listed else Repair()
         findings = nft_findings(self._version, chains, listed)
@@ -59,7 +60,7 @@ class NftRules:
 async def _list(family: str, table: str) -> list[dict[str, Any]]:
     """The objects of the table.  Empty when there is no such table.
 
-    Raises _UnreadableError when nft prints something else than JSON: nft 1.0.6 does so for a dormant table, whose flags
+    Raises UnreadableError when nft prints something else than JSON: nft 1.0.6 does so for a dormant table, whose flags
     it takes from memory that nobody has written.
     """
     try:
@@ -71,5 +72,5 @@ async def _list(family: str, table: str) -> list[dict[str, Any]]:
     try:
         listed: list[dict[str, Any]] = json.loads(printed)["nftables"]
     except (ValueError, LookupError, TypeError) as exc:
-        raise _UnreadableError(f"nft does not list table {family} {table} as JSON: {printed[:80]!r}") from exc
+        raise UnreadableError(f"nft does not list table {family} {table} as JSON: {printed[:80]!r}") from exc
     return listed

@@ -13,21 +13,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from ipaddress import ip_network
-from typing import Protocol
 
 from udptun.core.errors import FirewallError, KernelError
 from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
-from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, programs
+from udptun.firewall.attempt import Attempt, Failure, Rules
+from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, iptables_rules, programs
 from udptun.firewall.nft import NftRules
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.rules import DesiredRules, Repair, forward, masquerade
 from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
+from udptun.firewall.tool import AbsentError, TimedOutError, UnreadableError
 from udptun.kernel.claims import locked
+from udptun.kernel.problem_lines import ProblemLines
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
@@ -46,19 +48,6 @@ _LOCK, _PATIENCE_S = "firewall", 5.0
 """A repair waits so long for that of another daemon.  A tool that waits for the lock of iptables takes seconds."""
 _ALL_IPV6 = ip_network("::/0")
 """We have no IPv6 rules.  All that an older flannel has left are removed, as flannel does."""
-
-
-class Rules(Protocol):
-    """The desired rules in one form, kept by one tool."""
-
-    async def compare(self) -> Repair:
-        """What the kernel's rules differ in, and how to repair it.  Raises FirewallError."""
-
-    async def apply(self, script: str) -> None:
-        """Run a repair's script, all of it or nothing.  Raises FirewallError."""
-
-    def concerns(self, notice: RulesetNotice) -> bool:
-        """Whether the notice may be about these rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +80,17 @@ class FirewallReconciler:
         self._obstacles = obstacles
         self._ownership = ownership
         self._random_fully = settings.random_fully
+        self._subnet: IPNetwork | None = None
+        self._previous: tuple[IPNetwork, IPNetwork] | None = None
+        self._installed: Sequence[Program] = ()
         self._kept: list[Rules] = []
+        self._is_settled = False
+        """Whether all that a start has to do has been done.  From then on only `_kept` is looked at."""
+        self._standing: set[str] = set()
+        """Which kinds of rules have been in place since the start: `masquerade`, `forward`."""
         self._is_new = False
         self._repaired: deque[float] = deque(maxlen=_STRIFE_REPAIRS)
-        self._problem = ""
+        self._lines = ProblemLines(log, "firewall rules are as wanted again")
         pace = Pace(_SETTLE_S, _MAX_SETTLE_S, storm_s=0.0, period_s=settings.resync_s, retry_s=settings.resync_s)
         self._loop = WatchLoop("firewall rules", self._relevant_notices, self._look, pace)
 
@@ -102,73 +98,106 @@ class FirewallReconciler:
         """Set the rules, then remove those of the other form and of older flannels.
 
         `subnet` is the host's own; `previous` holds network and subnet of the run before.  Raises FirewallError when
-        rules that somebody asked for cannot be set.
+        rules that somebody asked for cannot be set.  What else fails is tried again by `run`, and is a problem line
+        until then: rules that nobody asked for, whatever a tool that hung should have done, and leftovers.
         """
+        self._subnet, self._previous = subnet, previous
         async with locked(_LOCK, _PATIENCE_S):
-            await self._set_up(subnet, previous)
-
-    async def _set_up(self, subnet: IPNetwork, previous: tuple[IPNetwork, IPNetwork] | None) -> None:
-        settings = self._settings
-        try:
-            installed = await programs()
-            done, unwanted = await self._set_rules(subnet, installed)
-        except FirewallError as exc:
-            self._kept = []
-            if settings.masquerade or settings.forward or (settings.nftables and settings.forward is None):
-                raise FirewallError(f"cannot set the firewall's rules: {exc}; {_advice(settings)}") from exc
-            log.warning("no forward rules, the host's firewall decides: %s; %s", exc, _advice(settings))
-            return
-        if previous is not None:
-            unwanted += [OldIptablesRules(program, *previous) for program in installed]
-        leftovers = await _compare(unwanted, skip_unreadable=True)
-        self._is_new = self._is_new and not any(repair for _, repair in leftovers)
-        try:
-            done += await _repair(leftovers)
-        except FirewallError as exc:
-            log.warning("leftover firewall rules stay: %s", exc)
-        # From now on another daemon may have the Networks of our earlier runs.
-        self._ownership = self._ownership.without_leftovers()
-        self._kept, _ = self._choose_rules(subnet, installed)
-        if self._kept or done:
+            attempt = await self._set_rules()
+        fatal = [str(failure.error) for failure in attempt.failures if self._is_fatal(failure)]
+        if fatal:
+            raise FirewallError(
+                f"cannot set the firewall's rules: {'; '.join(dict.fromkeys(fatal))}; {_advice(self._settings)}"
+            )
+        for failure in attempt.failures:
+            if self._is_done_without(failure):
+                advice = _advice(self._settings)
+                log.warning("no forward rules, the host's firewall decides: %s; %s", failure.error, advice)
+        self._lines.replace(self._describe(attempt.failures))
+        if self._standing or attempt.found:
             log.info(
                 "firewall rules in place form=%s masquerade=%s forward=%s found=%r",
-                settings.form,
-                settings.masquerade,
-                settings.forward is not False,
-                "; ".join(done) or "nothing to change",
+                self._settings.form,
+                "masquerade" in self._standing,
+                "forward" in self._standing,
+                "; ".join(attempt.found) or "nothing to change",
             )
 
     async def undo_failed_start(self) -> None:
         """Take the rules out again, unless `set_up` found rules of flannel's.  Raises FirewallError."""
         if self._is_new:
-            await remove_rules(self._ownership, None)
+            _, left = await remove_rules(self._ownership, None)
+            if left:
+                raise FirewallError("; ".join(left))
 
-    async def _set_rules(self, subnet: IPNetwork, installed: Sequence[Program]) -> tuple[list[str], list[Rules]]:
-        """Set the desired rules.  Returns what was found before, in words, and the rules that are to go."""
-        settings = self._settings
-        self._kept, unwanted = self._choose_rules(subnet, installed)
-        compared = await _compare(self._kept)
-        todo = [repair for _, repair in compared if repair]
-        self._is_new = bool(todo) and all(repair.is_new for repair in todo)
+    async def _set_rules(self) -> Attempt:
+        """Choose the rules and set them, then remove the unwanted ones."""
+        attempt = Attempt()
         try:
-            return await _repair(compared), unwanted
+            self._installed = await programs()
+            self._kept, unwanted = self._choose_rules()
         except FirewallError as exc:
-            if not (settings.masquerade and settings.random_fully):
-                raise
-            self._random_fully = False
-            self._kept, unwanted = self._choose_rules(subnet, installed)
-            try:
-                done = await _repair(await _compare(self._kept))
-            except FirewallError:
-                raise exc from None
-            log.warning("masquerading with guessable source ports, as random ones are refused: %s", exc)
-            return done, unwanted
+            attempt.failures.append(Failure(None, exc))
+            return attempt
+        compared = await self._set_kept(attempt, self._kept)
+        self._is_new = any(repair for _, repair in compared) and all(repair.is_new for _, repair in compared)
+        if any(self._is_asked_for(failure) for failure in attempt.failures):
+            # Until the new rules are in place the old ones are better than none.
+            return attempt
+        leftovers = await attempt.compare(unwanted)
+        self._is_new = self._is_new and not any(repair for _, repair in leftovers)
+        await attempt.repair(leftovers)
+        self._is_settled = not any(failure.may_pass or failure.rules in unwanted for failure in attempt.failures)
+        if self._is_settled:
+            # From now on another daemon may have the Networks of our earlier runs.
+            self._ownership = self._ownership.without_leftovers()
+            self._kept, _ = self._choose_rules()
+        return attempt
 
-    def _choose_rules(self, subnet: IPNetwork, installed: Sequence[Program]) -> tuple[list[Rules], list[Rules]]:
-        """The rules to keep, and those that must not exist."""
-        settings, network, networks = self._settings, self._ownership.network, self._ownership.networks
+    async def _set_kept(self, attempt: Attempt, every: Sequence[Rules]) -> list[tuple[Rules, Repair]]:
+        """Set these of the kept rules.  Returns what they differed in before."""
+        compared = await attempt.compare(every)
+        await attempt.repair(compared)
+        # A tool that hung has refused nothing.
+        refused = [it for it in attempt.failures if it.is_repair and not it.may_pass and it.rules in self._masquerading]
+        if refused and self._random_fully and "masquerade" not in self._standing:
+            await self._do_without_random_ports(attempt, refused[0])
+        self._note_standing(attempt)
+        return compared
+
+    async def _do_without_random_ports(self, attempt: Attempt, refused: Failure) -> None:
+        """Masquerade with guessable source ports, if random ones are all that is in the way."""
+        before, self._random_fully = self._kept, False
+        plain, _ = self._choose_rules()
+        self._kept = [new if old.desired.masquerade else old for old, new in zip(before, plain, strict=True)]
+        second = Attempt()
+        await second.repair(await second.compare(self._masquerading))
+        if second.failures:
+            self._kept, self._random_fully = before, True
+            return
+        log.warning("masquerading with guessable source ports, as random ones are refused: %s", refused.error)
+        attempt.failures.remove(refused)
+        attempt.found += second.found
+
+    @property
+    def _masquerading(self) -> list[Rules]:
+        return [rules for rules in self._kept if rules.desired.masquerade]
+
+    def _note_standing(self, attempt: Attempt) -> None:
+        """All kept rules have been compared and repaired, but for the failures."""
+        failing = [failure.rules for failure in attempt.failures]
+        forwarding = [rules for rules in self._kept if rules.desired.forward]
+        for rules_of_kind, name in ((self._masquerading, "masquerade"), (forwarding, "forward")):
+            if rules_of_kind and not any(rules in failing for rules in rules_of_kind):
+                self._standing.add(name)
+
+    def _choose_rules(self) -> tuple[list[Rules], list[Rules]]:
+        """The rules to keep, and those that must not exist.  Raises FirewallError when the tool is missing."""
+        assert self._subnet is not None
+        settings, installed = self._settings, self._installed
+        network, networks = self._ownership.network, self._ownership.networks
         desired = DesiredRules(
-            masquerade(network, subnet, self._random_fully) if settings.masquerade else (),
+            masquerade(network, self._subnet, self._random_fully) if settings.masquerade else (),
             () if settings.forward is False else forward(network),
         )
         kept: list[Rules] = []
@@ -178,23 +207,58 @@ class FirewallReconciler:
             # drops by its policy: Docker sets it so.
             against_drop = DesiredRules(forward=desired.forward)
             kept.append(NftRules(desired, networks))
-            kept += [IptablesRules(program, against_drop, networks, only_against_drop=True) for program in own]
+            kept += [
+                IptablesRules(program, "filter", against_drop, networks, only_against_drop=True) for program in own
+            ]
         elif desired:
             if not own:
-                raise FirewallError("iptables is not installed (or not in PATH)")
-            kept += [IptablesRules(program, desired, networks) for program in own]
-        unwanted: list[Rules] = [IptablesRules(program, DesiredRules(), networks) for program in installed[len(own) :]]
+                raise AbsentError("iptables is not installed (or not in PATH)")
+            kept += iptables_rules(own[0], desired, networks)
+        unwanted: list[Rules] = []
+        for program in installed:
+            if program not in own:
+                unwanted += iptables_rules(program, DesiredRules(), networks)
+            elif settings.nftables:
+                unwanted.append(IptablesRules(program, "nat", DesiredRules(), networks))
         if not (desired and settings.nftables):
             unwanted.append(NftRules(DesiredRules(), networks))
         unwanted.append(NftRules(DesiredRules(), [_ALL_IPV6], 6))
+        if self._previous is not None:
+            unwanted += [OldIptablesRules(program, *self._previous) for program in installed]
         return kept, unwanted
+
+    def _is_asked_for(self, failure: Failure) -> bool:
+        """Whether flags or configuration ask for these rules by name."""
+        settings = self._settings
+        if failure.rules is None:
+            return bool(settings.masquerade or settings.forward or (settings.nftables and settings.forward is None))
+        desired = failure.rules.desired
+        return bool(desired.masquerade or (desired.forward and (settings.forward or settings.nftables)))
+
+    def _is_fatal(self, failure: Failure) -> bool:
+        """Whether a start that meets it fails."""
+        return self._is_asked_for(failure) and not failure.may_pass
+
+    def _is_done_without(self, failure: Failure) -> bool:
+        """Whether the host has never had these rules, cannot have them, and nobody asked."""
+        return isinstance(failure.error, AbsentError) and not (self._is_asked_for(failure) or self._standing)
+
+    def _describe(self, failures: Iterable[Failure]) -> Iterator[str]:
+        """The problem lines about these failures."""
+        for failure in failures:
+            if failure.rules is not None and not failure.rules.desired:
+                yield f"leftover firewall rules may stay: {failure.error}"
+            elif isinstance(failure.error, TimedOutError | UnreadableError) or self._standing:
+                yield f"firewall rules: {failure.error}"
+            elif not self._is_done_without(failure):
+                yield f"firewall rules: {failure.error}; {_advice(self._settings)}"
 
     def document(self) -> dict[str, object]:
         """The key `firewall` of docs/status.md."""
         return {
-            "form": self._settings.form if self._kept else None,
-            "masquerade": bool(self._kept) and self._settings.masquerade,
-            "forward": bool(self._kept) and self._settings.forward is not False,
+            "form": self._settings.form if self._standing else None,
+            "masquerade": "masquerade" in self._standing,
+            "forward": "forward" in self._standing,
         }
 
     async def run(self) -> None:
@@ -223,38 +287,36 @@ class FirewallReconciler:
 
     async def _look(self) -> bool:
         """Repair what differs; return whether all is as wanted now."""
-        problem = ""
-        try:
-            found = await self._repair_differences()
-        except FirewallError as exc:
-            problem = f"firewall rules: {exc}"
-        else:
-            if found:
-                self._repaired.append(asyncio.get_running_loop().time())
-            if found and not self._is_strife:
-                log.info("firewall rules repaired found=%r", "; ".join(found))
-            elif found:
-                problem = "firewall rules: they do not stay as they are set; another program changes them all the time"
-        if problem and problem != self._problem:
-            log.warning("%s", problem)
-        if self._problem and not problem:
-            log.info("firewall rules are as wanted again")
-        self._problem = problem
+        attempt = await self._repair_differences()
+        lines = list(self._describe(attempt.failures))
+        if attempt.found:
+            self._repaired.append(asyncio.get_running_loop().time())
+        if attempt.found and not self._is_strife:
+            log.info("firewall rules repaired found=%r", "; ".join(attempt.found))
+        elif attempt.found:
+            lines.append("firewall rules: they do not stay as they are set; another program changes them all the time")
+        self._lines.replace(lines)
         # Last, when our own rules are in place again.
         await self._obstacles.look()
-        return not problem
+        return not lines
 
-    async def _repair_differences(self) -> list[str]:
-        """Returns what was found before, in words."""
-        if not any(repair for _, repair in await _compare(self._kept)):
-            return []
-        async with locked(_LOCK, _PATIENCE_S):
-            return await _repair(await _compare(self._kept))
+    async def _repair_differences(self) -> Attempt:
+        if not self._is_settled:
+            async with locked(_LOCK, _PATIENCE_S):
+                return await self._set_rules()
+        attempt = Attempt()
+        differing = [rules for rules, repair in await attempt.compare(self._kept) if repair]
+        if differing:
+            async with locked(_LOCK, _PATIENCE_S):
+                await self._set_kept(attempt, differing)
+        else:
+            self._note_standing(attempt)
+        return attempt
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What is not as wanted and cannot be set right now, a line each."""
-        return (*filter(None, [self._problem, self._loop.problem]), *self._obstacles.problems)
+        return (*self._lines.lines, *filter(None, [self._loop.problem]), *self._obstacles.problems)
 
     @property
     def _is_strife(self) -> bool:
@@ -263,50 +325,33 @@ class FirewallReconciler:
         return len(self._repaired) == _STRIFE_REPAIRS and self._repaired[0] > since
 
 
-async def remove_rules(ownership: Ownership, previous: tuple[IPNetwork, IPNetwork] | None) -> list[str]:
+async def remove_rules(
+    ownership: Ownership, previous: tuple[IPNetwork, IPNetwork] | None
+) -> tuple[list[str], list[str]]:
     """Take out all of our rules, in both forms and from every iptables.
 
-    Returns a line for each thing that was removed, and one about the rules of other Networks, which stay.  `previous`
-    as for `FirewallReconciler.set_up`.  Raises FirewallError when something is there and cannot be removed.
+    Returns a line for each thing that was removed, and one about the rules of other Networks, which stay; then a line
+    for each thing that is there, or may be there, and could not be removed.  `previous` as for
+    `FirewallReconciler.set_up`.  Raises FirewallError when it cannot be found out which iptables there are.
     """
     networks = ownership.networks
+    attempt = Attempt()
     async with locked(_LOCK, _PATIENCE_S):
         installed = await programs()
-        every: list[Rules] = [IptablesRules(program, DesiredRules(), networks) for program in installed]
+        every: list[Rules] = [
+            rules for program in installed for rules in iptables_rules(program, DesiredRules(), networks)
+        ]
         if previous is not None:
             every += [OldIptablesRules(program, *previous) for program in installed]
         every += [NftRules(DesiredRules(), networks), NftRules(DesiredRules(), [_ALL_IPV6], 6)]
-        compared = await _compare(every, skip_unreadable=True)
-        found = await _repair(compared)
-    lines = [f"removed {line.replace('other rules', 'our rules')}" for line in found]
+        compared = await attempt.compare(every)
+        await attempt.repair(compared)
+    lines = [f"removed {line.replace('other rules', 'our rules')}" for line in attempt.found]
     others = sorted({str(network) for _, repair in compared for network in repair.others})
-    return lines + ([f"left the firewall rules of {', '.join(others)} alone"] if others else [])
-
-
-async def _compare(every: Iterable[Rules], *, skip_unreadable: bool = False) -> list[tuple[Rules, Repair]]:
-    """The rules, each with its repair, which is false where nothing differs.
-
-    `skip_unreadable` is for rules that shall be gone: where the tool or that kind of rules is missing, they are.
-    """
-    compared: list[tuple[Rules, Repair]] = []
-    for rules in every:
-        try:
-            compared.append((rules, await rules.compare()))
-        except FirewallError as exc:
-            if not skip_unreadable:
-                raise
-            log.debug("no rules to remove error=%s", exc)
-    return compared
-
-
-async def _repair(compared: Iterable[tuple[Rules, Repair]]) -> list[str]:
-    """Repair what differs.  Returns what was found before, in words."""
-    found: list[str] = []
-    for rules, repair in compared:
-        if repair:
-            await rules.apply(repair.script)
-            found += repair.findings
-    return found
+    if others:
+        lines.append(f"left the firewall rules of {', '.join(others)} alone")
+    left = [f"cannot remove firewall rules: {failure.error}" for failure in attempt.failures]
+    return lines, list(dict.fromkeys(left))
 
 
 def _advice(settings: FirewallSettings) -> str:

@@ -12,10 +12,27 @@ from udptun.core.errors import FirewallError
 
 _LIMIT_S = 30.0
 """A tool that takes longer is taken to hang.  On busy hosts iptables waits for its lock (-w) for seconds."""
+_NOT_IN_KERNEL = ("do you need to insmod", "Protocol not supported")
+"""What legacy iptables, and the tools on nf_tables, say on a kernel without what they need."""
+
+
+class AbsentError(FirewallError):
+    """The tool is not installed, or the kernel has nothing for it to work on: there are no rules of that kind."""
+
+
+class TimedOutError(FirewallError):
+    """The tool hung, perhaps because another program held its lock.  The next try may succeed."""
+
+
+class UnreadableError(FirewallError):
+    """There is a table, and the tool cannot say what is in it."""
 
 
 async def run(command: str, *arguments: str, script: str = "") -> str:
-    """What `command` prints when `script` is its input.  Raises FirewallError unless it ends with status 0."""
+    """What `command` prints when `script` is its input.
+
+    Raises FirewallError unless it ends with status 0; AbsentError and TimedOutError where they fit.
+    """
     attempt = " ".join([command, *arguments])
     starting = asyncio.create_task(
         asyncio.create_subprocess_exec(
@@ -34,21 +51,22 @@ async def run(command: str, *arguments: str, script: str = "") -> str:
             await _end(await starting)
         raise
     except FileNotFoundError:
-        raise FirewallError(f"`{attempt}`: {command} is not installed (or not in PATH)") from None
+        raise AbsentError(f"`{attempt}`: {command} is not installed (or not in PATH)") from None
     except OSError as exc:
         raise FirewallError(f"`{attempt}`: {exc.strerror}") from exc
     try:
         async with asyncio.timeout(_LIMIT_S):
             out, err = await process.communicate(script.encode())
     except TimeoutError:
-        raise FirewallError(f"`{attempt}` has not ended after {_LIMIT_S:.0f} s and was killed") from None
+        raise TimedOutError(f"`{attempt}` has not ended after {_LIMIT_S:.0f} s and was killed") from None
     finally:
         await _end(process)
     if process.returncode:
         said = [line.strip() for line in err.decode(errors="replace").splitlines() if line.strip()]
-        raise FirewallError(
-            f"`{attempt}` ended with status {process.returncode}: {' / '.join(said[:3]) or 'no reason given'}"
-        )
+        reason = " / ".join(said[:3]) or "no reason given"
+        is_absent = any(words in reason for words in _NOT_IN_KERNEL)
+        error = AbsentError if is_absent else FirewallError
+        raise error(f"`{attempt}` ended with status {process.returncode}: {reason}")
     return out.decode(errors="replace")
 
 
