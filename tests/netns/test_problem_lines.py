@@ -194,6 +194,16 @@ FAULTS = [
         shell("iptables-nft -P FORWARD ACCEPT"),
         flags=("--iptables-forward-rules=false",),
     ),
+    # Addresses of this host that the peers' packets are not compared with.
+    Fault(
+        "a local route that is too wide",
+        (
+            r"packets that peers send from 198\.18\.0\.0/15 are not refused, because so many do not fit; run "
+            r"`iptables -t raw -A PREROUTING -i flannel0 -m addrtype --src-type LOCAL ! -s 10\.244\.\d+\.0 -j DROP`",
+        ),
+        shell("ip route add local 198.18.0.0/15 dev lo"),
+        shell("ip route del local 198.18.0.0/15 dev lo"),
+    ),
     # Others at our device.
     Fault(
         "a DHCP client at flannel0",

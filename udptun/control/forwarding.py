@@ -131,7 +131,7 @@ class Forwarding:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._reconciler.run(), name="reconcile")
             if self._tunnel is not None:
-                tasks.create_task(self._tunnel.tunnel.datapath.supervise(), name="supervise datapath")
+                tasks.create_task(self._tunnel.run(), name="datapath")
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
         """Follow a change of the peers, as LeaseTable reports it.  Ignored before `start`, which is given all peers."""
@@ -180,7 +180,7 @@ class Forwarding:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        tunnel = () if self._tunnel is None else self._tunnel.tunnel.problems
+        tunnel = () if self._tunnel is None else self._tunnel.problems
         return tunnel if self._reconciler is None else (*tunnel, *self._reconciler.problems)
 
     @property

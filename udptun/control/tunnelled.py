@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from udptun.core.offload import names as offload_names
 from udptun.datapath.settings import Remote
 from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.tunnel import Tunnel
+from udptun.kernel.local_addresses import LocalAddresses, LocalAddressWatch, find_local_addresses
 from udptun.kernel.underlay import Underlay
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ class Tunnelled:
     def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel) -> None:
         self.tunnel = tunnel
         self._encapsulation = encapsulation
+        self._local_watch: LocalAddressWatch | None = None
+        self._not_refused = ""
+        """Names addresses of this host that the table has no room for."""
 
     @classmethod
     async def open(
@@ -39,11 +44,29 @@ class Tunnelled:
         return cls(encapsulation, tunnel)
 
     async def start(self, inputs: BackendInput) -> None:
-        self.tunnel.configure(self._encapsulation.packet_settings(inputs))
+        settings = self._encapsulation.packet_settings(inputs)
+        self._tunnel_address = settings.tunnel_address
+        self.tunnel.configure(settings)
         self.tunnel.set_peers(self._remotes(inputs.peers))
+        local = await find_local_addresses()
+        self._set_local_addresses(local)
         await self.tunnel.publish()
         await self.tunnel.start()
         self.tunnel.set_offload(inputs.live.offload)
+        self._local_watch = LocalAddressWatch(local, self._use_local_addresses)
+
+    async def run(self) -> None:
+        """Keep the processes running and the table true to this host's addresses, until cancelled.  After `start`."""
+        assert self._local_watch is not None
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.tunnel.datapath.supervise(), name="supervise datapath")
+            tasks.create_task(self._local_watch.run(), name="local addresses")
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line for each thing that is wrong right now.  May be read on another thread."""
+        local = () if self._local_watch is None else self._local_watch.problems
+        return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local)
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
         self.tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
@@ -74,6 +97,25 @@ class Tunnelled:
             self.tunnel.add_peers(self._remotes(now.peers))
             await self.tunnel.publish()
         return live
+
+    async def _use_local_addresses(self, local: LocalAddresses) -> None:
+        self._set_local_addresses(local)
+        await self.tunnel.publish()
+
+    def _set_local_addresses(self, local: LocalAddresses) -> None:
+        """Refuse packets from these addresses of this host, from the next `publish` on."""
+        n_left = self.tunnel.table.set_local_addresses(sorted(local.addresses))
+        left = [f"{n_left} of this host's {len(local.addresses)} addresses"] * bool(n_left) + list(map(str, local.wide))
+        said, device = self._not_refused, self.tunnel.tun.name
+        self._not_refused = (
+            f"packets that peers send from {' and '.join(left)} are not refused, because so many do not fit; run "
+            f"`iptables -t raw -A PREROUTING -i {device} -m addrtype --src-type LOCAL ! -s {self._tunnel_address} "
+            "-j DROP`"
+            if left
+            else ""
+        )
+        if self._not_refused != said:
+            log.warning("%s", self._not_refused or "packets from all addresses of this host are refused again")
 
     def document(self, leases: Sequence[Lease], live: LiveSettings) -> dict[str, Any]:
         """The datapath's part of the keys of docs/status.md; of each peer what the datapath knows of it."""

@@ -28,7 +28,7 @@ and nobody has answered."""
 NUD_PERMANENT = 0x80
 """Neighbour state (include/uapi/linux/neighbour.h): set by a program, never aged."""
 
-MAIN_TABLE = 254
+MAIN_TABLE, LOCAL_TABLE = 254, 255
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,18 @@
 
 A host has few links and addresses.  A link has many properties that depend on its kind, and pyroute2 knows them all.
 Routes, neighbours and fdb entries, of which each peer has some, are in rtnetlink.py: struct takes some microseconds for
-a message, pyroute2 half a millisecond.
+a message, pyroute2 half a millisecond.  Addresses are read here with struct too: kube-proxy may add one a service.
 """
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+import struct
+from ipaddress import IPv4Address, ip_address
 from typing import Any
 
 from udptun.core.network_state import Address, Link, LinkSettings, TunFlags, Vxlan
 from udptun.kernel.lean_import import import_without_init
-from udptun.kernel.rtnetlink import F_CREATE, F_DUMP, F_EXCL, HEADER, Request, family_of
+from udptun.kernel.rtnetlink import F_CREATE, F_DUMP, F_EXCL, HEADER, Request, attributes, family_of
 
 import_without_init("pyroute2", "netlink.rtnl.ifinfmsg", "netlink.rtnl.ifaddrmsg")
 
@@ -24,6 +25,10 @@ NEWADDR, DELADDR, GETADDR = 20, 21, 22
 
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
+_ADDRESS = struct.Struct("=BBBBi")
+"""struct ifaddrmsg: family, prefixlen, flags, scope, index."""
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_U32 = struct.Struct("=I")
 _IFF_TAP = 2
 """What IFLA_TUN_TYPE says of a TAP device."""
 
@@ -153,21 +158,28 @@ def delete_address(address: Address) -> Request:
 
 def decode_address(body: bytes) -> Address:
     """The address in a message's body."""
-    message = _decoded(ifaddrmsg, NEWADDR, body)
+    _, prefixlen, flags, scope, link_index = _ADDRESS.unpack_from(body)
+    found = dict(attributes(body, _ADDRESS.size))
     # IFA_LOCAL is our end and IFA_ADDRESS the other one; IPv6 leaves IFA_LOCAL out unless they differ.
-    other = ip_address(message.get("address") or message.get("local"))
-    ip = ip_address(message.get("local") or str(other))
-    flags = message.get("flags") or 0
+    other = ip_address(found.get(_IFA_ADDRESS) or found[_IFA_LOCAL])
+    ip = ip_address(found[_IFA_LOCAL]) if _IFA_LOCAL in found else other
+    if _IFA_FLAGS in found:
+        (flags,) = _U32.unpack(found[_IFA_FLAGS])
     return Address(
-        message["index"],
+        link_index,
         ip,
-        message["prefixlen"],
-        message["scope"],
+        prefixlen,
+        scope,
         bool(flags & _IFA_F_PERMANENT),
         bool(flags & _IFA_F_TEMPORARY),
         bool(flags & _IFA_F_DEPRECATED),
         None if other == ip else other,
     )
+
+
+def decode_local_address(body: bytes) -> IPv4Address:
+    """Our end of the IPv4 address in a message's body, and nothing else: a host may have thousands."""
+    return IPv4Address(next(value for kind, value in attributes(body, _ADDRESS.size) if kind == _IFA_LOCAL))
 
 
 def _address_message(address: Address) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from udptun.core.errors import KernelError
+from udptun.core.network_state import LOCAL_TABLE
 from udptun.kernel import rtnetlink
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR = 16, 17, 20, 21
@@ -42,7 +43,8 @@ class Notice:
     """Something of this kind changed.
 
     A listener tells by a route's owner and destination whether it can matter, and by a neighbour's link.  `dst` is the
-    first address of the destination as a number, host byte order.
+    first address of the destination as a number, host byte order.  `is_local`: of a route in the table of this host's
+    own addresses.
     """
 
     kind: NoticeKind
@@ -50,6 +52,7 @@ class Notice:
     prefixlen: int = 0
     link_index: int = 0
     dst: int = 0
+    is_local: bool = False
 
 
 async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice], None]:
@@ -137,7 +140,9 @@ def _decode(data: bytes) -> set[Notice]:
             # struct rtmsg: family, dst_len, src_len, tos, table, protocol, …
             found = dict(rtnetlink.attributes(data[body : offset + length], rtnetlink.ROUTE_LEN))
             dst = int.from_bytes(found.get(rtnetlink.RTA_DST, b""))
-            notices.add(Notice(NoticeKind.ROUTE, protocol=data[body + 5], prefixlen=data[body + 1], dst=dst))
+            _, prefixlen, _, _, table, protocol = data[body : body + 6]
+            is_local = table == LOCAL_TABLE
+            notices.add(Notice(NoticeKind.ROUTE, protocol, prefixlen, dst=dst, is_local=is_local))
         elif kind in (rtnetlink.NEWNEIGH, rtnetlink.DELNEIGH):
             # struct ndmsg: family, three of padding, ifindex, …
             notices.add(Notice(NoticeKind.NEIGHBOUR, link_index=struct.unpack_from("=i", data, body + 4)[0]))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-from udptun.core.network_state import NUD_PERMANENT, FdbEntry, IPAddress, IPNetwork, Neighbour, Route
+from udptun.core.network_state import NUD_PERMANENT, FdbEntry, IPAddress, IPNetwork, Neighbour, Route, RouteType
 
 HEADER = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence number, port id."""
@@ -41,6 +41,7 @@ RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTAX_MTU = 8, 9, 15, 2
 _RTA_VIA, _RTA_ENCAP_TYPE = 18, 21
 _RTNH_F_ONLINK = 4
+_RTPROT_KERNEL = 2
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _NTF_SELF = 2
 _NLMSGERR_ATTR_MSG = 1
@@ -142,6 +143,17 @@ def decode_route(body: bytes) -> Route:
         bool(flags & _RTNH_F_ONLINK),
         _RTA_ENCAP_TYPE in hop,
     )
+
+
+def decode_local_route(body: bytes) -> IPv4Network | None:
+    """The destination of an IPv4 route, if it is of type local and not one that the kernel has made for an address.
+
+    A host may have thousands of those.
+    """
+    _, dst_len, _, _, _, protocol, _, kind, _ = _ROUTE.unpack_from(body)
+    if kind != RouteType.LOCAL or protocol == _RTPROT_KERNEL:
+        return None
+    return IPv4Network((dict(attributes(body, _ROUTE.size)).get(RTA_DST, bytes(4)), dst_len))
 
 
 def decode_neighbour(body: bytes) -> Neighbour | None:
