@@ -24,6 +24,7 @@ from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import stats as stats_module
 from udptun.datapath import table as table_module
+from udptun.datapath.rebinding import Endpoints
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
@@ -94,6 +95,20 @@ def test_lookup_agrees_with_ipaddress_for_leases_of_every_allowed_length(table: 
         addresses += [IPv4Address(n & 0xFFFFFFFF) for n in (first - 1, first, (first + last) // 2, last, last + 1)]
     expected = [next((leases[s].address for s in leases if address in s), None) for address in addresses]
     assert look_up(table, stats, addresses) == expected
+
+
+def test_peer_of_an_address_is_the_one_that_a_worker_finds(table: TableWriter, stats: Stats) -> None:
+    leases = {IPv4Network(text): remote(i) for i, text in enumerate(("10.1.0.0/24", "10.2.0.0/16", "10.3.0.64/26"))}
+    for subnet, where in leases.items():
+        table.set_peer(subnet, where, 1472)
+    assert table.publish(stats)
+    for subnet, where in leases.items():
+        assert table.peer_of(subnet[-1]) == table.peer_of(subnet[0]) == (subnet, where.address)
+        assert table.has_remote(where.address)
+    for nobody in ("10.1.1.0", "10.3.0.63", "10.3.0.128", "9.255.255.255", "11.0.0.0"):
+        assert table.peer_of(IPv4Address(nobody)) is None
+    assert not table.has_remote(remote(3).address)
+    assert not table.has_remote(IPv4Address("0.0.0.0"))
 
 
 def test_numpy_makes_the_same_of_a_large_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +203,7 @@ def test_peers_for_which_the_table_has_no_room_are_named_and_added_when_others_g
 
     async def main() -> None:
         tun = Mock(spec=Tun, fds=[])
-        tunnel = Tunnel(tmp_path, table, stats, -1, tun, [], [], [])
+        tunnel = Tunnel(tmp_path, table, stats, -1, tun, Endpoints((), ()), [])
         tunnel.set_peers({subnet: remote(n) for n, subnet in enumerate(subnets[:5])})
         await tunnel.publish()
         assert set(table.subnets) == set(subnets[:3])

@@ -1,4 +1,4 @@
-"""Which sources a host's datagrams and packets have: inside none of the receiver's addresses.
+"""Which sources a host's datagrams and packets have: PublicIP outside, and inside none of the receiver's addresses.
 
 pod h1/p1 -- cni0 [h1] eth0 -- underlay -- eth0 [h2] cni0 -- pod h2/p1
 """
@@ -6,6 +6,7 @@ pod h1/p1 -- cni0 [h1] eth0 -- underlay -- eth0 [h2] cni0 -- pod h2/p1
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ FOLLOWS_S = 10
 """A change is followed within a fraction of a second; the machine may be busy."""
 
 BACKENDS = {"udp": {"Type": "udp"}, "vtep": {"Type": "vxlan", "Userspace": True}}
+PORTS = {"udp": 8285, "vtep": 8472}
 
 
 @contextmanager
@@ -39,6 +41,87 @@ def lab_of(backend: str) -> Iterator[Lab]:
 def start(host: Host, public_ip: object) -> None:
     host.start_daemon(["--iface=eth0", f"--public-ip={public_ip}"])
     host.wait_ready()
+
+
+def restart(host: Host, public_ip: object) -> None:
+    assert host.stop_daemon() == 0
+    start(host, public_ip)
+
+
+def answers(source: Host, destination: Host) -> bool:
+    command = ["ping", "-c", "1", "-W", "1", str(destination.pod(1).address)]
+    return source.pod(1).run(command, check=False).returncode == 0
+
+
+def bound_to(host: Host, port: int) -> set[str]:
+    """The addresses that sockets of the port are bound to."""
+    lines = host.run(["ss", "-Huan", f"sport = :{port}"]).stdout.splitlines()
+    return {line.split()[3].rsplit(":", 1)[0] for line in lines}
+
+
+# --- outside
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_datagrams_leave_from_a_public_ip_that_is_another_address_of_the_host(backend: str) -> None:
+    """They left from the interface's address, which was in no lease, and every peer dropped them."""
+    with lab_of(backend) as lab:
+        one, two = lab.hosts
+        for host, other in ((one, two), (two, one)):
+            host.machine.at().ip(
+                f"address add 10.1.1.{host.index}/32 dev lo",
+                f"route add 10.1.1.{other.index} via {other.underlay_address}",
+            )
+            start(host, f"10.1.1.{host.index}")
+            host.add_pod()
+        wait_until("an answer", lambda: answers(one, two), FOLLOWS_S)
+        assert bound_to(one, PORTS[backend]) == {"10.1.1.1"}
+        assert read_status(one)["underlay"] == {"interface": "eth0", "address": "10.1.1.1", "mtu": 1500}
+        assert "we send from PublicIP, which is on lo" in one.daemon_log()
+
+        # Without it the interface's address serves, and PublicIP again as soon as the host has it.
+        one.machine.at().ip("address del 10.1.1.1/32 dev lo")
+        address = str(one.underlay_address)
+        wait_until("the way to the interface's", lambda: bound_to(one, PORTS[backend]) == {address}, FOLLOWS_S)
+        one.machine.at().ip("address add 10.1.1.1/32 dev lo")
+        wait_until("the way back", lambda: bound_to(one, PORTS[backend]) == {"10.1.1.1"}, FOLLOWS_S)
+        wait_until("an answer", lambda: answers(one, two), FOLLOWS_S)
+        for host in lab.hosts:
+            assert read_status(host)["problems"] == []
+
+
+def test_a_nat_that_translates_only_destinations_is_named_at_the_receiver_with_the_remedy() -> None:
+    """The counter decap_drop_unknown_peer grew, and nothing said which address, or whose packets."""
+    with lab_of("udp") as lab:
+        one, two = lab.hosts
+        lab.switch.run(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.send_redirects=0"])
+        lab.switch.run(["sysctl", "-qw", "net.ipv4.conf.underlay.send_redirects=0"])
+        rules = [f"ip daddr 203.0.113.{host.index} ip daddr set {host.underlay_address}" for host in lab.hosts]
+        chain = "\n".join(["type filter hook prerouting priority raw", *rules])
+        lab.switch.run(["nft", "-f", "-"], input=f"table ip t {{\nchain c {{\n{chain}\n}}\n}}\n")
+        for host in lab.hosts:
+            start(host, f"203.0.113.{host.index}")
+            host.add_pod()
+        wait_until("peers", lambda: all(len(read_status(host)["peers"]) == 1 for host in lab.hosts), FOLLOWS_S)
+        assert read_status(two)["problems"] == []
+        assert not answers(one, two)
+        (problem,) = read_status(two)["problems"]
+        address = one.underlay_address
+        assert re.fullmatch(
+            rf"\d+ packets of {one.subnet} came from {address}, no host's PublicIP, and were dropped, because the host "
+            rf"of {one.subnet} has the PublicIP 203\.0\.113\.1; if {address} is that host, start its daemon with "
+            rf"--public-ip={address}, or .*",
+            problem,
+        )
+        restart(one, address)
+        # The lease says so by now.
+        wait_until("the end of the problem", lambda: read_status(two)["problems"] == [], FOLLOWS_S)
+        restart(two, two.underlay_address)
+        wait_until("an answer", lambda: answers(one, two), FOLLOWS_S)
+        assert [read_status(host)["problems"] for host in lab.hosts] == [[], []]
+
+
+# --- inside
 
 
 @pytest.fixture

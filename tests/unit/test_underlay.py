@@ -71,6 +71,22 @@ def test_public_ip_beside_an_interface_need_not_be_local() -> None:
 
 
 @pytest.mark.parametrize(
+    ("public_ip", "owner"),
+    [("192.0.2.2", None), ("198.51.100.1", "eth1"), ("203.0.113.5", "lo")],
+    ids=["same", "other", "lo"],
+)
+def test_the_socket_is_bound_to_a_public_ip_that_the_host_has(public_ip: str, owner: str | None) -> None:
+    """It was bound to the interface's first address, and the peers, who know only PublicIP, dropped what it sent."""
+    ip = IPv4Address(public_ip)
+    addresses = [*ADDRESSES, Address(1, IPv4Address("203.0.113.5"), 32)]
+    found = pick(UnderlayOptions(ifaces=("eth0",), public_ip=ip), LINKS, addresses, ROUTES)
+    assert found == Underlay("eth0", 2, 1500, ip, ip, owner)
+    assert f"; we send from PublicIP, which is on {owner or 'eth0'}" in found.reason
+    assert refresh(found, [LO, replace(ETH0, mtu=1400), ETH1], addresses) == replace(found, mtu=1400)
+    assert refresh(found, LINKS, [address for address in addresses if address.ip != ip]) is None
+
+
+@pytest.mark.parametrize(
     ("options", "link", "address"),
     [
         ({"ifaces": ("eth1",)}, "eth1", "198.51.100.1"),

@@ -17,6 +17,7 @@ from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.offload import names as offload_names
 from udptun.datapath.settings import Remote
 from udptun.datapath.stats import PEER_COUNTERS
+from udptun.datapath.strays import StrayWatch
 from udptun.datapath.tunnel import Tunnel
 from udptun.kernel.local_addresses import LocalAddresses, LocalAddressWatch, find_local_addresses
 from udptun.kernel.underlay import Underlay
@@ -30,6 +31,7 @@ class Tunnelled:
     def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel) -> None:
         self.tunnel = tunnel
         self._encapsulation = encapsulation
+        self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds))
         self._local_watch: LocalAddressWatch | None = None
         self._not_refused = ""
         """Names addresses of this host that the table has no room for."""
@@ -61,12 +63,13 @@ class Tunnelled:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.tunnel.datapath.supervise(), name="supervise datapath")
             tasks.create_task(self._local_watch.run(), name="local addresses")
+            tasks.create_task(self._strays.run(), name="strays")
 
     @property
     def problems(self) -> tuple[str, ...]:
         """One line for each thing that is wrong right now.  May be read on another thread."""
         local = () if self._local_watch is None else self._local_watch.problems
-        return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local)
+        return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local, *self._strays.problems)
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
         self.tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)

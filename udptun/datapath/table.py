@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from ipaddress import IPv4Address, IPv4Network
 from socket import AF_INET
@@ -178,6 +179,17 @@ class TableWriter:
             return None
         public_ip, subnet, mask = _PEER_LEASE.unpack_from(slot.peers, index * _PEER.size)
         return IPv4Network((subnet, mask.bit_count())), IPv4Address(public_ip)
+
+    def has_remote(self, address: IPv4Address) -> bool:
+        """Whether `address` is the public IP of a peer that is published."""
+        n = self._next["n_remotes"]
+        i = bisect_left(self._next.remotes, int(address), 0, n)
+        return i < n and self._next.remotes[i] == int(address)
+
+    @property
+    def checks_sources(self) -> bool:
+        """Whether it matters from which address a peer's packets come."""
+        return self._next["source_check"] != _SOURCE_CHECKS[SourceCheck.OFF]
 
     def publish(self, stats: Stats, n_workers: int = LAYOUT["max_workers"]) -> bool:
         """Make the changes visible to all of the first `n_workers` workers at once.

@@ -40,6 +40,7 @@ class UnderlayOptions:
 class Underlay:
     """The chosen interface.  Our socket binds to `address`; our lease tells the peers `public_ip`.
 
+    The two are the same where this host has `public_ip`, on whichever link: peers shall see what our lease says.
     `address_link`: the interface that has `address`, where that is another one; None: the chosen one has it.
     `is_routed`: routes have chosen the interface, because `address` is on one that leads nowhere, such as lo.
     `mtu` is then the smallest of all ways to the peers, and a datagram may leave by any of them.
@@ -162,7 +163,7 @@ class _Found:
 
 
 def _underlay(found: _Found, options: UnderlayOptions, interfaces: _Interfaces, ways: _Ways) -> Underlay:
-    link, owner, reason = found.link, found.owner, found.reason
+    link, owner, address, reason = found.link, found.owner, found.address, found.reason
     if _leads_nowhere(link):
         link = ways.first() or link
     is_routed = owner.index != link.index
@@ -170,16 +171,19 @@ def _underlay(found: _Found, options: UnderlayOptions, interfaces: _Interfaces, 
         raise UnderlayError(f"failed to determine MTU for {found.address} interface {link.name}")
     if is_routed:
         reason = f"{reason}; it is on {owner.name}, and the routes to other hosts lead through {link.name}"
+    if options.public_ip not in (None, address) and (public_owner := interfaces.owner_of(options.public_ip)):
+        owner, address = public_owner, options.public_ip
+        reason = f"{reason}; we send from PublicIP, which is on {owner.name}"
     return Underlay(
         link.name,
         link.index,
         link.mtu,
-        found.address,
-        options.public_ip or found.address,
-        owner.name if is_routed else None,
+        address,
+        options.public_ip or address,
+        owner.name if owner.index != link.index else None,
         is_routed,
         reason,
-        tuple(ip for ip in interfaces.addresses_of(owner) if ip != found.address),
+        tuple(ip for ip in interfaces.addresses_of(owner) if ip != address),
     )
 
 
@@ -203,7 +207,7 @@ class _Interfaces:
         return [ip for _, ip in self._ranked[link.index]]
 
     def owner(self, ip: IPv4Address, said_by: str) -> _Found:
-        link = self._owner_of(ip)
+        link = self.owner_of(ip)
         if link is None:
             raise UnderlayError(f"No interface with given IP found: {ip}")
         return _Found(link, link, ip, f"{said_by} names it")
@@ -264,7 +268,7 @@ class _Interfaces:
     def _source(self, link: Link, route: Route, name: str) -> _Found | None:
         """The source address that the kernel gives to packets on this route; None when it is none for us."""
         ip = route.prefsrc
-        owner = self._owner_of(ip) if isinstance(ip, IPv4Address) else None
+        owner = self.owner_of(ip) if isinstance(ip, IPv4Address) else None
         if owner is None or not isinstance(ip, IPv4Address):
             return None
         return _Found(link, owner, ip, f"the source of {name}")
@@ -279,7 +283,8 @@ class _Interfaces:
         kind = next((name for name, ours, next_ in zip(_RANKS, rank, others[0][0], strict=True) if ours != next_), "")
         return _Found(link, link, ip, f"the first {kind}address of {link.name}")
 
-    def _owner_of(self, ip: IPv4Address) -> Link | None:
+    def owner_of(self, ip: IPv4Address) -> Link | None:
+        """The link that has the address."""
         return next((link for link in self._links if ip in self.addresses_of(link)), None)
 
     def _link(self, index: int | None) -> Link:

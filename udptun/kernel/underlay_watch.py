@@ -9,7 +9,7 @@ from ipaddress import IPv4Address
 from itertools import islice
 
 from udptun.core.errors import UdptunError
-from udptun.core.network_state import Route
+from udptun.core.network_state import Route, RouteType
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, probe_address, refresh
@@ -37,7 +37,8 @@ class UnderlayWatch:
     """Calls `move` with what the underlay is now when that differs from `current`, until the move succeeds.
 
     The interface stays the chosen one as long as it has the address that we use, whatever else fits `options` by now.
-    Where routes have chosen it, because the address is on lo, it is the one that leads to the peers.
+    Where routes have chosen it, because the address is on lo, it is the one that leads to the peers.  PublicIP becomes
+    the address as soon as this host has it.
     """
 
     def __init__(
@@ -93,8 +94,22 @@ class UnderlayWatch:
         self._problem = ""
         return True
 
+    async def _on_public_ip(self) -> Underlay | None:
+        """The underlay with PublicIP as its address, where this host has got that only now."""
+        wanted = self._options.public_ip
+        if wanted is None or wanted == self._current.address:
+            return None
+        async with Netlink() as kernel:
+            way = (await kernel.routes_to([wanted])).get(wanted)
+        if way is None or way.type != RouteType.LOCAL:
+            return None
+        found = await find_underlay(self._options)
+        return found if found.address == wanted else None
+
     async def _present(self) -> Underlay:
         current = self._current
+        if (found := await self._on_public_ip()) is not None:
+            return found
         names = dict.fromkeys((current.link_name, current.address_link or current.link_name))
         ways: Iterable[Route] = ()
         async with Netlink() as kernel:

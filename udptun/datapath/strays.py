@@ -1,0 +1,84 @@
+"""Peers whose packets come from another address than their PublicIP, in words for the operator.
+
+The workers drop such packets and remember where they came from (fastpath/stray.pxd).  Where PublicIP is translated on
+the way in and not on the way out, nothing else says why a peer is silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from ipaddress import IPv4Address, IPv4Network
+
+from udptun.datapath.stats import Stats
+from udptun.datapath.table import TableWriter
+
+log = logging.getLogger(__name__)
+
+_FRESH_S = 30.0
+"""A line stays for so long after the last datagram."""
+_MAX_LINES = 4
+"""Whoever spoofs sources must not fill the status with lines."""
+_LOOK_S, _LOG_S = 5.0, 60.0
+"""Seconds.  The log is for addresses that are seen in two looks, and gets a line no more often than this."""
+
+
+class StrayWatch:
+    """What is wrong is read from the shared memory when somebody asks; `run` tells the log."""
+
+    def __init__(self, table: TableWriter, stats: Stats, n_workers: Callable[[], int]) -> None:
+        self._table = table
+        self._stats = stats
+        self._n_workers = n_workers
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A line for each address.  May be read on another thread."""
+        lines = list(self._lines().values())
+        more = len(lines) - _MAX_LINES
+        if more > 0:
+            lines[_MAX_LINES:] = [
+                f"{more} more addresses send packets of other hosts' subnets, dropped likewise"
+            ]
+        return tuple(lines)
+
+    async def run(self) -> None:
+        """Log each address that packets keep coming from, once, and the end of it all; until cancelled."""
+        clock = asyncio.get_running_loop().time
+        logged: set[tuple[IPv4Address, IPv4Network]] = set()
+        before: set[tuple[IPv4Address, IPv4Network]] = set()
+        quiet_until_s = 0.0
+        while True:
+            lines = self._lines()
+            for pair in [it for it in lines if it in before and it not in logged]:
+                if clock() < quiet_until_s:
+                    break
+                log.warning("%s", lines[pair])
+                quiet_until_s = clock() + _LOG_S
+                logged.add(pair)
+            if logged and not lines:
+                log.info("no packets any more from addresses that no lease explains")
+                logged.clear()
+            before = set(lines)
+            await asyncio.sleep(_LOOK_S)
+
+    def _lines(self) -> dict[tuple[IPv4Address, IPv4Network], str]:
+        """By outer address and subnet.  What a lease explains by now is left out."""
+        lines = {}
+        if self._table.checks_sources:
+            for stray in self._stats.strays(self._n_workers(), time.monotonic() - _FRESH_S):
+                lease = self._table.peer_of(stray.inner)
+                if lease is not None and lease[1] != stray.outer:
+                    lines[stray.outer, lease[0]] = self._line(stray.outer, stray.datagrams, *lease)
+        return lines
+
+    def _line(self, outer: IPv4Address, datagrams: int, subnet: IPv4Network, public_ip: IPv4Address) -> str:
+        whose = "the PublicIP of another host" if self._table.has_remote(outer) else "no host's PublicIP"
+        return (
+            f"{datagrams} packets of {subnet} came from {outer}, {whose}, and were dropped, because the host of "
+            f"{subnet} has the PublicIP {public_ip}; if {outer} is that host, start its daemon with "
+            f"--public-ip={outer}, or have the NAT on the way translate the source of what it sends to {public_ip}; "
+            "with SourceCheck off packets may come from anywhere"
+        )
