@@ -1,5 +1,7 @@
 """What an operator reads when something is wrong on a host, and how it ends: one row a fault.
 
+`tests/unit/test_fault_table.py` has the faults that are no rows here, each with its tests.
+
     pod h1/p1 -- cni0 - flannel0 [h1] eth0 -- underlay -- eth0 [h2] flannel0 - cni0 -- pod h2/p1
 
 Each fault is done to h1.  Then `udptun status` has its lines under `problem`, the log has each of them once, and the
@@ -10,18 +12,20 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from traffic import CLEANUP, cpu_s, ping, read_status
+from traffic import CLEANUP, cpu_s, ping, read_status, socket_in
 
 from udptun.lab.errors import LabError
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import Lab
+from udptun.lab.topology import UNDERLAY, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -79,6 +83,8 @@ class Fault:
     is_silent: bool = False
     """The kernel does not report the end of the cause.  The next look finds it, whatever brings the look."""
     gone_s: float = ON_NOTICE_S
+    level: str = "W"
+    """The letter of the log's line."""
 
 
 def read_only_sysctls(path: str, value: int, without: str) -> str:
@@ -96,6 +102,29 @@ READ_ONLY = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sy
 DHCP_CLIENT = Background(
     "while :; do ip address add 169.254.9.9/16 dev flannel0; ip route add default dev flannel0 metric 50 proto 16; done"
 )
+
+
+class TakenPort:
+    """The host moves to an address on which another program has our port."""
+
+    address = UNDERLAY[200]
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+
+    def inflict(self, host: Host) -> None:
+        taken = self._undo.enter_context(socket_in(host, socket.SOCK_DGRAM))
+        taken.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
+        taken.bind((str(self.address), 8285))
+        host.move(self.address)
+
+    def heal(self, _host: Host) -> None:
+        self._undo.close()
+
+
+IP_FREEBIND = 15
+"""Bind to an address that the host does not have yet (linux/in.h); Python's socket module lacks it."""
+TAKEN_PORT = TakenPort()
 
 FAULTS = [
     # Settings of the kernel.  The device is new, so each one has to be set.
@@ -194,6 +223,18 @@ FAULTS = [
         shell("iptables-nft -P FORWARD ACCEPT"),
         flags=("--iptables-forward-rules=false",),
     ),
+    Fault(
+        "rules of nft in a chain of iptables",
+        (
+            r"firewall rules: `iptables -w -t filter -S FORWARD` ended with status 1: .* is incompatible, use 'nft' "
+            r"tool\.; rules set with nft hide those of iptables there: give the table of nft another name .*",
+        ),
+        shell("nft add rule ip filter FORWARD 'ct state vmap { invalid : continue }'"),
+        shell(
+            "nft delete rule ip filter FORWARD handle "
+            "$(nft -a list chain ip filter FORWARD | sed -n 's/.*vmap.* handle //p')"
+        ),
+    ),
     # Addresses of this host that the peers' packets are not compared with.
     Fault(
         "a local route that is too wide",
@@ -217,6 +258,15 @@ FAULTS = [
         DHCP_CLIENT.stop,
         is_silent=True,
         gone_s=30,
+    ),
+    # The last one, as the host has another address afterwards.
+    Fault(
+        "the port is taken on a new underlay address",
+        (rf"cannot bind the tunnel's socket to {TAKEN_PORT.address} UDP port 8285: EADDRINUSE; `ss -ulpn` shows .*",),
+        TAKEN_PORT.inflict,
+        TAKEN_PORT.heal,
+        gone_s=30,
+        level="E",
     ),
 ]
 
@@ -270,7 +320,7 @@ def test_fault_is_named_until_its_cause_is_gone(lab: Lab, fault: Fault) -> None:
             start(host, fault)
         for line in wait_for_problems(host, fault.lines):
             (logged,) = [it for it in host.daemon_log()[before:].splitlines() if line in it]
-            assert logged.split(" ", 3)[2] == "W"
+            assert logged.split(" ", 3)[2] == fault.level
     finally:
         fault.heal(host)
 
