@@ -62,6 +62,7 @@ cdef enum:
     LONG_TRAIN = 8192             # bytes
     TUN_LOST_WAIT_MS = 20
     NO_TABLE_WAIT_MS = 10
+    MOST_HAND_ONS = 2             # of what was in flight: it may be what ends whoever hands it on
 
 # ------------------------------------------------------------------------------------------ encap: TUN to UDP
 
@@ -175,9 +176,37 @@ cdef inline void use_table(Loop *w) noexcept nogil:
     allow_offloads(w)
 
 
-cdef void hand_on_inherited(Loop *w) noexcept nogil:
-    """Hand on what a process that was killed had in flight.  Some of it may go twice; none is lost.
+cdef void hand_on(Loop *w) noexcept nogil:
+    """Hand on what is in `w.in_flight`, or drop it when two successors have died of that already."""
+    if w.in_flight.n_handed_on < MOST_HAND_ONS:
+        ut_store_u64(&w.in_flight.n_handed_on, w.in_flight.n_handed_on + 1)
+        encap_inherited(w)
+        decap_inherited(w)
+    else:
+        drop_inherited(w)
+    ut_store_u64(&w.in_flight.n_handed_on, 0)
 
+
+cdef void drop_inherited(Loop *w) noexcept nogil:
+    """Count what is in `w.in_flight` as dropped, a read or a message as one: nothing in it is looked at."""
+    cdef uint32_t i, n = 0, room = UT_PREFIX_ROOM
+    for i in range(min(w.in_flight.n_reads, <uint32_t>UT_READS)):
+        n += w.in_flight.arena[max(room, min(w.in_flight.read[i].at, room + <uint32_t>UT_READ_BYTES))] != 0
+    w.counters.encap_packets += n
+    w.counters.encap_drop_in_flight += n
+    n = 0
+    for i in range(min(w.in_flight.n_messages, <uint32_t>UT_MESSAGES)):
+        n += w.in_flight.message[i].msg_len != 0
+        w.in_flight.message[i].msg_len = 0
+    w.counters.decap_packets += n
+    w.counters.decap_drop_in_flight += n
+    w.in_flight.n_reads = w.in_flight.n_messages = 0
+
+
+cdef void hand_on_inherited(Loop *w) noexcept nogil:
+    """Hand on what a process that was killed had in flight.  Some of it may go twice, none is lost.
+
+    The process may have died of it.  So it is handed on twice at most, and then dropped.
     The dead process may have had more workers than this one: what they had is shared out among those there are.
     """
     cdef int i
@@ -185,15 +214,13 @@ cdef void hand_on_inherited(Loop *w) noexcept nogil:
     # The kernel may take what it has refused an earlier process.
     w.worker.refused = 0
     use_table(w)
-    encap_inherited(w)
-    decap_inherited(w)
+    hand_on(w)
     i = w.index + w.n_workers
     while i < <int>UT_MAX_WORKERS:
         # A worker that never ran has left nothing, and its memory costs nothing until it is looked at.
         if w.stats.worker[i].turns:
             w.in_flight = &w.stats.in_flight[i]
-            encap_inherited(w)
-            decap_inherited(w)
+            hand_on(w)
             w.stats.worker[i].state = UT_STATE_STOPPED
             ut_store_u64(&w.stats.worker[i].pid, 0)
             ut_table_leave(&w.stats.worker[i])

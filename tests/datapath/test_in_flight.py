@@ -133,3 +133,27 @@ def test_a_worker_moves_nothing_before_a_table_is_published(rig: Rig) -> None:
     while worker.turn():
         pass
     assert (numbers(rig.peer), numbers(rig.kernel)) == ([7], [8])
+
+
+@pytest.mark.parametrize("n_deaths", [1, 2, 3])
+def test_what_was_in_flight_when_three_processes_died_is_dropped_and_counted(rig: Rig, n_deaths: int) -> None:
+    """Before, what a process died of was handed on for ever, and no packet passed any more."""
+    rig.publish()
+    rig.leave(0, read=outward(1), received=inward(2))
+    rig.leave(1, read=outward(3))
+    for i in range(2):
+        rig.put("Q", rig.in_flight(i, "n_handed_on"), n_deaths - 1)
+    rig.worker(0, 1).turn()
+    is_dropped = n_deaths == 3
+    assert numbers(rig.peer) == ([] if is_dropped else [1, 3])
+    assert numbers(rig.kernel) == ([] if is_dropped else [2])
+    counters = rig.stats.counters()
+    assert (counters["encap_packets"], counters["encap_drop_in_flight"]) == (2, 2 * is_dropped)
+    assert (counters["decap_packets"], counters["decap_drop_in_flight"]) == (1, is_dropped)
+    # The next batch begins with a clean slate.
+    for i in range(2):
+        rig.worker(i, 2).turn()
+    assert rig.stats.counters() == counters
+    rig.kernel.send(bytes(10) + outward(4))
+    rig.worker(0, 2).turn()
+    assert numbers(rig.peer) == [4]

@@ -52,6 +52,7 @@ cdef extern from "shm.h" nogil:
         uint32_t at, is_stepped
     struct ut_in_flight:
         uint32_t n_reads, n_messages
+        uint64_t n_handed_on
         ut_read read[1]
         mmsghdr message[1]
         sockaddr_in source[1]
@@ -85,6 +86,7 @@ cdef struct Counters:
     Counter encap_drop_ttl
     Counter encap_drop_too_big
     Counter encap_drop_send
+    Counter encap_drop_in_flight
     Counter decap_packets
     Counter decap_delivered
     Counter decap_drop_vxlan_short
@@ -110,6 +112,7 @@ cdef struct Counters:
     Counter decap_drop_ttl
     Counter decap_drop_oversize
     Counter decap_drop_tun
+    Counter decap_drop_in_flight
     Counter icmp_sent
     Counter icmp_suppressed
 

@@ -76,6 +76,7 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(read, at),
     UT_FIELD(in_flight, n_reads),
     UT_FIELD(in_flight, n_messages),
+    UT_FIELD(in_flight, n_handed_on),
     UT_FIELD(in_flight, read),
     UT_FIELD_AS(in_flight, message[0].msg_len, "message_len"),
     UT_FIELD(in_flight, source),

@@ -132,7 +132,8 @@ struct ut_read {
 struct ut_in_flight {
     uint32_t n_reads;             /* reads begun in this turn; 0 once all is sent */
     uint32_t n_messages;          /* messages asked for in this turn; 0 once all is written */
-    uint32_t reserved[14];
+    uint64_t n_handed_on;         /* how many successors have begun to hand it on; 0 once one has done so */
+    uint32_t reserved[12];
     struct ut_read read[UT_READS];
     struct mmsghdr message[UT_MESSAGES]; /* the pointers in it are the writer's own */
     struct sockaddr_in source[UT_MESSAGES];
