@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import signal
 import socket
 import struct
@@ -31,6 +32,7 @@ from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import processes, supervision, worker
 from udptun.datapath.protocol import Descriptors
+from udptun.datapath.restarts import CALM_S, PAUSES_S, Death, Restarts
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.supervision import Datapath
@@ -476,9 +478,9 @@ def test_a_successor_that_cannot_start_changes_nothing(rig: Rig) -> None:
         pids = [process.pid for process in datapath.processes]
         with contextlib.closing(socket.socket()) as no_table:
             unusable = dataclasses.replace(rig.descriptors, table=no_table.fileno())
-            with pytest.raises(DatapathError, match="ended instead of going on to introduce itself"):
+            with pytest.raises(DatapathError, match=r"ended by signal 7 .* instead of going on to introduce"):
                 await datapath.replace(unusable, lambda: pytest.fail("nothing is ready"))
-        assert [process.pid for process in datapath.processes] == pids
+        await until(lambda: [process.pid for process in datapath.processes] == pids)
         assert datapath.descriptors == rig.descriptors
         rig.send(3)
         await rig.received(3)
@@ -570,3 +572,127 @@ def test_a_stopped_process_holds_nobody_up_and_is_named(rig: Rig, n_earlier: int
             it.close()
 
     with_datapath(rig, test)
+
+
+# ---------------------------------------------------------------------------------------------- deaths again and again
+
+
+def test_pauses_grow_while_processes_die_and_begin_anew_after_a_calm() -> None:
+    restarts = Restarts()
+    now_s, pauses = 1000.0, []
+    for _ in range(20):
+        death = restarts.note_death(now_s)
+        pauses.append(death.pause_s)
+        now_s += death.pause_s
+    assert pauses[:6] == [0, 0, 0.01, 0.02, 0.04, 0.08]
+    assert pauses[-1] == PAUSES_S[1] < CALM_S
+    assert (death.number, death.is_a_problem) == (20, True)
+    assert not restarts.is_calm(now_s)
+    now_s += CALM_S
+    assert restarts.is_calm(now_s)
+    assert restarts.note_death(now_s) == Death(1, 0, 0)
+    for _ in range(10_000):
+        assert 0 <= restarts.note_death(now_s).pause_s <= PAUSES_S[1]
+
+
+def test_a_process_that_dies_again_and_again_is_a_problem_and_no_storm(rig: Rig) -> None:
+    """Before, 35 processes a second were started, with a log line each, and nothing told of a problem."""
+
+    async def test(datapath: Datapath) -> None:
+        killed: set[int] = set()
+        until_s = time.monotonic() + 1.5
+        while time.monotonic() < until_s:
+            for process in datapath.processes:
+                if process.pid not in killed and process.build_id:
+                    killed.add(process.pid)
+                    os.kill(process.pid, signal.SIGKILL)
+            await asyncio.sleep(0.002)
+        assert 4 <= len(killed) <= 12
+        (problem,) = datapath.problems
+        assert re.fullmatch(
+            r"the datapath's processes have died \d+ times in \d s, the last time: pid=\d+ was=\w+, by signal 9 "
+            r"\(Killed\); another one is started at \d\d:\d\d:\d\d, [\d.]+ s later; .*",
+            problem,
+        )
+        rig.send(3)
+        await rig.received(3, within_s=30)
+        await until(lambda: len(datapath.standbys) == 1, within_s=30)
+
+    with_datapath(rig, test)
+
+
+def test_a_process_that_cannot_start_is_tried_again_after_growing_pauses(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(datapath: Datapath) -> None:
+        assert datapath.active is not None
+        fault = rig.run_dir / "fault.py"
+        fault.write_text("raise SystemExit(7)")
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "__file__", str(fault))
+            os.kill(datapath.active.pid, signal.SIGKILL)
+            await until(lambda: bool(datapath.problems))
+            assert "with exit status 7" in datapath.problems[0]
+            rig.send(3)
+            await rig.received(3)
+        fault.unlink()
+        await until(lambda: len(datapath.standbys) == 1)
+
+    with_datapath(rig, test)
+
+
+def test_the_standby_goes_on_when_the_active_process_is_stopped(rig: Rig) -> None:
+    """Before, nothing passed until somebody continued it, and nothing told of it."""
+
+    async def test(datapath: Datapath) -> None:
+        assert datapath.active is not None
+        active = datapath.active
+        os.kill(active.pid, signal.SIGSTOP)
+        rig.send(5)
+        await until(lambda: bool(datapath.problems))
+        (problem,) = datapath.problems
+        assert problem.startswith(
+            f"the active datapath process {active.pid} is stopped by a signal, so no packet passes"
+        )
+        await rig.received(5, within_s=15)
+        await until(lambda: active not in datapath.processes and len(datapath.standbys) == 1)
+        assert datapath.problems == ()
+
+    with_datapath(rig, test)
+
+
+def test_a_standby_that_is_stopped_is_named_and_not_waited_for(rig: Rig) -> None:
+    async def test(datapath: Datapath) -> None:
+        (standby,) = datapath.standbys
+        os.kill(standby.pid, signal.SIGSTOP)
+        await until(lambda: bool(datapath.problems))
+        (problem,) = datapath.problems
+        assert problem == (
+            f"the standby datapath process {standby.pid} is stopped by a signal, so it cannot take over; continue it: "
+            f"`kill -CONT {standby.pid}`"
+        )
+        # Both at once: another one is started before the active one is killed.
+        assert datapath.active is not None
+        os.kill(datapath.active.pid, signal.SIGSTOP)
+        rig.send(5)
+        await rig.received(5, within_s=15)
+        assert standby in datapath.standbys
+        os.kill(standby.pid, signal.SIGCONT)
+        await until(lambda: datapath.problems == ())
+
+    with_datapath(rig, test)
+
+
+def test_every_process_that_is_not_understood_is_named(rig: Rig) -> None:
+    """Before, the first one alone was: the next start named the next one."""
+
+    async def test(pids: list[int]) -> None:
+        with pytest.raises(DatapathError) as caught:
+            await processes.find_running(rig.run_dir)
+        for pid in pids:
+            assert f"cannot understand the datapath process {pid}, " in str(caught.value)
+
+    with other_builds(rig, "unknown", "unknown", "first") as running:
+        asyncio.run(test([process.pid for process in running[:2]]))
+        assert [process.poll() for process in running] == [None] * 3
+        assert len(list(rig.run_dir.iterdir())) == 3

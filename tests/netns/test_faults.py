@@ -129,11 +129,15 @@ def test_a_standby_goes_on_when_the_active_datapath_process_is_killed(lab: Lab, 
     """
     host = lab.host(1)
     with traffic(lab, tmp_path / "c.pcap", n_kills) as (datagrams, _):
-        for _ in range(n_kills):
-            _, active = pids(host)
+        for i in range(n_kills):
+            daemon, active = pids(host)
             kill(host, active)
             datagrams.wait_for_more(50)
             wait_full_datapath(host, gone=active)
+            if i % 10 == 9 and i + 1 < n_kills:
+                # It waits longer and longer with the next start when processes die again and again.
+                kill(host, daemon)
+                start_daemon(host)
     print(f"{n_kills} kills: {datagrams.report}")
     assert datagrams.report.lost == []
     assert datagrams.report.n_out_of_order == 0
@@ -213,6 +217,22 @@ def test_nothing_is_lost_while_the_daemon_is_suspended(lab: Lab, tmp_path: Path)
         daemon.send_signal(signal.SIGCONT)
         read_status(host)
     assert datagrams.report.lost == []
+
+
+def test_the_standby_goes_on_when_the_active_process_is_stopped_and_the_daemon_goes_on(lab: Lab) -> None:
+    """Before, no packet passed until somebody continued it, and nothing told of it."""
+    host, one, two = lab.host(1), lab.host(1).pod(1), lab.host(2).pod(1)
+    _, active = pids(host)
+    # Few enough for the device's queue, which holds 500.
+    with udp_flow(one, two, 40) as outwards, udp_flow(two, one, 40) as inwards:
+        host.run(["kill", "-STOP", str(active)])
+        for flow in (outwards, inwards):
+            flow.wait_for_more(40)
+        wait_full_datapath(host, gone=active)
+    assert outwards.report.lost == inwards.report.lost == []
+    (line,) = [it for it in host.daemon_log().splitlines() if f"the active datapath process {active} is stopped" in it]
+    assert line.split(" ", 3)[2] == "W"
+    assert f"datapath process ended, as it was stopped, and another goes on pid={active}" in host.daemon_log()
 
 
 # --- the device

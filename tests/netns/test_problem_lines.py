@@ -69,6 +69,20 @@ class Background:
         self._process.wait()
 
 
+class StoppedStandby:
+    """The datapath process on standby, stopped by a signal from `start` to `stop`."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+
+    def start(self, host: Host) -> None:
+        (self._pid,) = read_status(host)["datapath"]["standby_pids"]
+        host.run(["kill", "-STOP", str(self._pid)])
+
+    def stop(self, host: Host) -> None:
+        host.run(["kill", "-CONT", str(self._pid)])
+
+
 @dataclass(frozen=True)
 class Fault:
     """`lines` are regular expressions, each for a whole line."""
@@ -125,6 +139,7 @@ class TakenPort:
 IP_FREEBIND = 15
 """Bind to an address that the host does not have yet (linux/in.h); Python's socket module lacks it."""
 TAKEN_PORT = TakenPort()
+STANDBY = StoppedStandby()
 
 FAULTS = [
     # Settings of the kernel.  The device is new, so each one has to be set.
@@ -244,6 +259,17 @@ FAULTS = [
         ),
         shell("ip route add local 198.18.0.0/15 dev lo"),
         shell("ip route del local 198.18.0.0/15 dev lo"),
+    ),
+    # The datapath.  What becomes of an active process that is stopped, or of one that dies again and again, is the
+    # matter of test_faults.py and tests/datapath/test_processes.py.
+    Fault(
+        "the standby stopped",
+        (
+            r"the standby datapath process \d+ is stopped by a signal, so it cannot take over; continue it: "
+            r"`kill -CONT \d+`",
+        ),
+        STANDBY.start,
+        STANDBY.stop,
     ),
     # Others at our device.
     Fault(

@@ -88,6 +88,16 @@ class Process:
             await self._wait(lambda: self.is_gone, "stop")
 
     @property
+    def cause_of_death(self) -> str:
+        """How a process ended that is gone, in words."""
+        status = None if self._child is None else self._child.returncode
+        if status is None:
+            return "in a way unknown to this daemon, which did not start it"
+        if status < 0:
+            return f"by signal {-status} ({signal.strsignal(-status)})"
+        return f"with exit status {status}"
+
+    @property
     def is_stopped(self) -> bool:
         """Whether a signal (SIGSTOP) has stopped it: it does nothing until SIGCONT.  False when that cannot be seen."""
         return self._state() == "T"
@@ -115,8 +125,8 @@ class Process:
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
                 while not reached():
                     if self.is_gone:
-                        message = f"the datapath process {self._who()} ended instead of going on to {what}"
-                        raise ProcessEndedError(message)
+                        who = f"the datapath process {self._who()}"
+                        raise ProcessEndedError(f"{who} ended {self.cause_of_death} instead of going on to {what}")
                     if self._not_understood:
                         raise DatapathError(
                             f"cannot understand the datapath process {self._who()}, which says "
@@ -126,7 +136,8 @@ class Process:
                         )
                     self._changed.clear()
                     try:
-                        await asyncio.wait_for(self._changed.wait(), _LOOK_S)
+                        async with asyncio.timeout(_LOOK_S):
+                            await self._changed.wait()
                     except TimeoutError:
                         self._check_not_stopped(what)
         except TimeoutError:

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,17 @@ from pathlib import Path
 import udptun._fastpath as fastpath
 from udptun.core.errors import DatapathError
 from udptun.datapath import worker
-from udptun.datapath.processes import Process, new_connection
+from udptun.datapath.processes import Process, ProcessEndedError, new_connection
 from udptun.datapath.protocol import Descriptors
+from udptun.datapath.restarts import Restarts
 
 log = logging.getLogger(__name__)
 
 _ACTIVE_TIMEOUT_S = 5.0
+_LOOK_S = 1.0
+"""How often the processes are looked at: a signal may have stopped one."""
+_STOPPED_PATIENCE_S = 1.0
+"""An active process that is stopped for so long is replaced: nothing passes meanwhile."""
 
 
 def new_lock() -> int:
@@ -55,6 +61,12 @@ class Datapath:
         """Set when a process has become active or is gone."""
         # Held while processes come and go on purpose, so that `supervise` does not take it for dying.
         self._changing = asyncio.Lock()
+        self._restarts = Restarts()
+        self._start_due_s = 0.0
+        """When the next process may be started (time.monotonic())."""
+        self._dying: tuple[str, ...] = ()
+        self._stopped_since: dict[Process, float] = {}
+        """The processes that a signal has stopped, with time.monotonic() of when that was seen."""
         self.descriptors = descriptors
         self.processes: list[Process] = []
         for process in processes:
@@ -94,20 +106,29 @@ class Datapath:
                 self.descriptors = descriptors
 
     async def supervise(self) -> None:
-        """Start a process for each that dies, for ever."""
+        """For ever: start a process for each that dies, and have the standby go on when the active one is stopped."""
         while True:
-            await self._wake.wait()
+            with contextlib.suppress(TimeoutError):
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes with the event.
+                async with asyncio.timeout(_LOOK_S):
+                    await self._wake.wait()
             self._wake.clear()
             async with self._changing:
-                for process in [process for process in self.processes if process.is_gone]:
-                    self.processes.remove(process)
-                    log.warning("datapath process gone pid=%d was=%s", process.pid, _role(process))
+                self._bury_the_dead()
                 try:
-                    await self._start_missing()
-                except DatapathError as exc:
-                    log.error("%s; trying again in 1 s", exc)
-                    await asyncio.sleep(1)
+                    await self._look_for_stopped()
+                    if time.monotonic() >= self._start_due_s:
+                        await self._start_missing()
+                except ProcessEndedError:
+                    # It is buried with the next look.
                     self._wake.set()
+                except DatapathError as exc:
+                    self._note_death(str(exc))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A line for each thing that is wrong.  May be read on another thread."""
+        return (*self._dying, *map(_stopped_line, list(self._stopped_since)))
 
     async def stop(self) -> None:
         """End all processes, standbys first, so that none of them takes over."""
@@ -130,6 +151,52 @@ class Datapath:
     def _note_change(self) -> None:
         self._changed.set()
         self._wake.set()
+
+    def _bury_the_dead(self) -> None:
+        for process in [process for process in self.processes if process.is_gone]:
+            self.processes.remove(process)
+            self._note_death(f"pid={process.pid} was={_role(process)}, {process.cause_of_death}")
+        if self._dying and self._restarts.is_calm(time.monotonic()):
+            self._dying = ()
+            log.info("datapath processes live again")
+
+    def _note_death(self, what: str) -> None:
+        """`what` says which process died of what, or failed to start.  Sees to the next start, and to what is told."""
+        death = self._restarts.note_death(time.monotonic())
+        self._start_due_s = time.monotonic() + death.pause_s
+        asyncio.get_running_loop().call_later(death.pause_s + 0.001, self._wake.set)
+        if not death.is_a_problem:
+            log.warning("datapath process gone: %s", what)
+            return
+        due = time.strftime("%H:%M:%S", time.localtime(time.time() + death.pause_s))
+        self._dying = (
+            f"the datapath's processes have died {death.number} times in {death.span_s:.0f} s, the last time: {what}; "
+            f"another one is started at {due}, {death.pause_s:.2g} s later; the kernel's log (`dmesg`) has it when one "
+            "was killed for lack of memory; a fault of udptun should be reported",
+        )
+        log.warning("%s", *self._dying)
+
+    async def _look_for_stopped(self) -> None:
+        """Name the processes that a signal has stopped.  When the active one is stopped for long, the standby goes on.
+
+        Only the end of the active process gives up its lock, so it is killed, as one is that hangs.  Raises
+        DatapathError.
+        """
+        now_s, before = time.monotonic(), self._stopped_since
+        stopped = [process for process in self.processes if process.is_stopped]
+        self._stopped_since = {process: before.get(process, now_s) for process in stopped}
+        for process in stopped:
+            if process not in before:
+                log.warning("%s", _stopped_line(process))
+        active = self.active
+        if active is None or now_s - self._stopped_since.get(active, now_s) < _STOPPED_PATIENCE_S:
+            return
+        if all(process in stopped for process in self.processes):
+            await self._start_one(self.descriptors)
+        await self._end(active)
+        del self._stopped_since[active]
+        log.warning("datapath process ended, as it was stopped, and another goes on pid=%d", active.pid)
+        await self._wait_active()
 
     async def _replace_all(self, descriptors: Descriptors, switch: Callable[[], None]) -> None:
         """Put one new process with these descriptors in the place of all that there are."""
@@ -156,7 +223,8 @@ class Datapath:
         self.processes.remove(process)
 
     async def _start_missing(self) -> None:
-        while sum(not process.is_gone for process in self.processes) < 2:
+        # Not more: one that has died meanwhile waits for its time.
+        for _ in range(2 - sum(not process.is_gone for process in self.processes)):
             await self._start_one(self.descriptors)
             await self._wait_active()
 
@@ -167,7 +235,7 @@ class Datapath:
                 while self.active is None:
                     if all(process.is_gone for process in self.processes):
                         pids = ", ".join(str(process.pid) for process in self.processes)
-                        raise DatapathError(f"the datapath processes {pids} ended before one was active")
+                        raise ProcessEndedError(f"the datapath processes {pids} ended before one was active")
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
@@ -190,6 +258,8 @@ class Datapath:
         self._add(process)
         try:
             await process.wait_hello()
+        except ProcessEndedError:
+            raise
         except BaseException:
             with contextlib.suppress(DatapathError):
                 await self._end(process)
@@ -231,3 +301,11 @@ class Datapath:
 
 def _role(process: Process) -> str:
     return "active" if process.is_active else "standby"
+
+
+def _stopped_line(process: Process) -> str:
+    what = "no packet passes until another takes its place" if process.is_active else "it cannot take over"
+    return (
+        f"the {_role(process)} datapath process {process.pid} is stopped by a signal, so {what}; continue it: "
+        f"`kill -CONT {process.pid}`"
+    )

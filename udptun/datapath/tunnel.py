@@ -226,11 +226,12 @@ class Tunnel:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """A line when the table holds no more peers.  May be read on another thread."""
+        """A line for each thing that is wrong with the processes or the table.  May be read on another thread."""
         waiting = list(self._waiting.copy())
         if not waiting:
-            return ()
+            return self.datapath.problems
         return (
+            *self.datapath.problems,
             f"the peer table holds {len(self.table.subnets)} peers at most, so {len(waiting)} more are not reached, "
             f"as {waiting[0]}; have fewer hosts in the Network, or release leases that nobody uses",
         )
