@@ -195,19 +195,21 @@ def passes(crowd: Crowd, network: Network) -> bool:
 
 
 @pytest.fixture(scope="module")
-def _crowd() -> Iterator[Crowd]:
+def _crowd() -> Iterator[tuple[Crowd, dict[str, object]]]:
+    """With the state of each host, as the last test has left it."""
     with crowd_of(FIVE) as crowd:
-        yield crowd
+        yield crowd, {host.name: state_of(host) for host in crowd.lab.hosts}
 
 
 @pytest.fixture
-def crowd(_crowd: Crowd) -> Iterator[Crowd]:
+def crowd(_crowd: tuple[Crowd, dict[str, object]]) -> Iterator[Crowd]:
     """All five networks on two hosts, in the same state before and after each test."""
-    before = {host.name: state_of(host) for host in _crowd.lab.hosts}
-    yield _crowd
-    for host in _crowd.lab.hosts:
-        assert state_of(host) == before[host.name]
-    for name, log in _crowd.logs().items():
+    crowd, states = _crowd
+    yield crowd
+    before = states.copy()
+    states |= {host.name: state_of(host) for host in crowd.lab.hosts}
+    assert states == before
+    for name, log in crowd.logs().items():
         assert "Traceback" not in log, name
 
 

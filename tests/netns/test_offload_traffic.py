@@ -79,7 +79,7 @@ def test_traffic_is_exact_with_offloads_switched_off(lab: Lab, links: Offload, o
         return int((peer_bytes(host) - already) * 0.9)
 
     with no_packet_errors(*lab.hosts, one, two):
-        with tcp_flow(one, two, bytes_per_s=200e6) as stream, udp_flow(two, one, 500) as datagrams:
+        with tcp_flow(one, two, bytes_per_s=200e6) as stream, udp_flow(two, one, 1000) as datagrams:
             datagrams.wait_for_more(150)
             wait_until("the stream to be long enough", lambda: received(lab.host(2)) > STREAM_BYTES, 30)
         stream.report.assert_exact()

@@ -67,12 +67,16 @@ class Place:
         Raises LabError when the machine is down.
         """
         log.info("machine=%s command=%s", self, shlex.join(command))
-        enter = ["nsenter", f"--target={self.holder_pid}", "--mount", "--uts", f"--net={self.net_ns}"]
+        enter = [
+            *("nsenter", f"--target={self.holder_pid}", "--mount", "--uts", f"--net={self.net_ns}"),
+            # By the machine's own root: by ours, the command's working directory would be in no mount that it has.
+            f"--wd={self.path(Path.cwd())}",
+        ]
         try:
             with Path(f"/proc/{self.holder_pid}/ns/pid").open("rb") as pid_ns, _children_in(pid_ns.fileno()):
-                # nsenter replaces itself by env, env by the command: no process stays between it and us.
+                # nsenter replaces itself by the command: no process stays between it and us.
                 return subprocess.Popen(
-                    [*enter, "env", f"--chdir={Path.cwd()}", *command],
+                    [*enter, *command],
                     stdin=stdin,
                     stdout=stdout,
                     stderr=stderr,

@@ -39,7 +39,7 @@ LEASES = LAB_DIR / "leases.db"
 
 DEFAULT_NET_CONF: Mapping[str, object] = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
 
-REQUIRED_TOOLS = ("ip", "nsenter", "env")
+REQUIRED_TOOLS = ("ip", "nsenter")
 
 _MAX_HOSTS = 240
 
