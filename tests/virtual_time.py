@@ -1,4 +1,7 @@
-"""An event loop whose clock jumps to the next timer instead of waiting for it: hours of a program in milliseconds."""
+"""Time that a test decides over: a clock to set, and an event loop that jumps to the next timer.
+
+The loop does not wait for a timer: hours of a program pass in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,29 @@ import selectors
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
+from udptun.core.clock import Clock
+
 T = TypeVar("T")
+
+
+class SetClock(Clock):
+    """A clock that a test can set, and whose time it can let pass."""
+
+    def __init__(self) -> None:
+        self.set_by_s = self.passed_s = 0.0
+
+    def unix_s(self) -> float:
+        return super().unix_s() + self.set_by_s + self.passed_s
+
+    def elapsed_s(self) -> float:
+        return super().elapsed_s() + self.passed_s
+
+
+class StoppedClock(SetClock):
+    """Time passes when a test lets it, and not while the machine is busy."""
+
+    def elapsed_s(self) -> float:
+        return self.passed_s
 
 
 class _NoWaiting(selectors.BaseSelector):

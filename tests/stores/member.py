@@ -23,13 +23,6 @@ CONF = parse_net_conf(CONFIG, "test")
 DEADLINE_S = 20.0
 
 
-class SetClock(Clock):
-    set_by_s = 0.0
-
-    def unix_s(self) -> float:
-        return super().unix_s() + self.set_by_s
-
-
 class Member:
     """Number `number`, with its state in `directory`.  `removals` counts the peers that it has lost."""
 

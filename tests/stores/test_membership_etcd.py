@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from etcd_harness import NEEDS, EtcdHarness
-from member import CONFIG, Member, SetClock, holds
+from member import CONFIG, Member, holds
+from virtual_time import SetClock
 
 from udptun.config.flags import parse_daemon_flags
 from udptun.core.lease import Lease, LeaseAttrs

@@ -6,7 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from member import Member, SetClock, holds
+from member import Member, holds
+from virtual_time import SetClock
 
 from udptun.stores.local.store import LocalStore
 

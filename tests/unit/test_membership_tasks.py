@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from fake_store import CONFIG, FakeStore
+from virtual_time import SetClock, StoppedClock
 
 from udptun.backends.choice import parse_net_conf
 from udptun.core import atomic_file
@@ -55,19 +56,6 @@ def lease(subnet: str, ip: str, node_id: str | None = None, expires_s: float | N
 
 
 PEER = lease("10.244.20.0/24", "192.0.2.20")
-
-
-class SetClock(Clock):
-    """A clock that a test can set, and whose time it can let pass."""
-
-    def __init__(self) -> None:
-        self.set_by_s = self.passed_s = 0.0
-
-    def unix_s(self) -> float:
-        return super().unix_s() + self.set_by_s + self.passed_s
-
-    def elapsed_s(self) -> float:
-        return super().elapsed_s() + self.passed_s
 
 
 class Member:
@@ -395,14 +383,11 @@ async def test_peers_follow_the_store(tmp_path: Path) -> None:
         await until(lambda: member.peers == {"10.244.21.0/24": "192.0.2.21"})
 
 
-async def test_peer_whose_lease_is_made_again_at_once_is_never_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_peer_whose_lease_is_made_again_at_once_is_never_gone(tmp_path: Path) -> None:
     """It was deleted by mistake, or the store lost all.  Between the two events its packets were dropped for 20 ms."""
-    monkeypatch.setattr(grace, "GRACE_S", 0.2)
-
+    clock = StoppedClock()
     store = FakeStore(PEER)
-    member = Member(store, tmp_path)
+    member = Member(store, tmp_path, clock=clock)
     async with member.running():
         n_changes = member.n_changes
         store.remove(PEER)
@@ -411,7 +396,9 @@ async def test_peer_whose_lease_is_made_again_at_once_is_never_gone(
         store.replace_all(member.membership.own)
         await turns()
         store.replace_all(member.membership.own, PEER)
-        await asyncio.sleep(0.3)
+        await turns()
+        clock.passed_s += grace.GRACE_S
+        await turns()
         assert member.n_changes == n_changes
         assert member.peers == {"10.244.20.0/24": "192.0.2.20"}
         store.remove(PEER)
@@ -420,6 +407,8 @@ async def test_peer_whose_lease_is_made_again_at_once_is_never_gone(
         store.put(moved)
         await until(lambda: member.peers == {"10.244.20.0/24": "192.0.2.99"})
         store.remove(moved)
+        await turns()
+        clock.passed_s += grace.GRACE_S
         await until(lambda: member.peers == {})
 
 
