@@ -118,6 +118,17 @@ def namespace() -> Iterator[Namespace]:
         subprocess.run(["ip", "netns", "delete", name], check=True, timeout=30)
 
 
+@contextlib.contextmanager
+def linked_namespace() -> Iterator[Namespace]:
+    """As `namespace`, with a pair of links: v0 (192.0.2.1/24, up) -- v1 (up)."""
+    with namespace() as ns:
+        ns.ip("link add v0 type veth peer name v1")
+        ns.ip("link set v0 up")
+        ns.ip("link set v1 up")
+        ns.ip("address add 192.0.2.1/24 dev v0")
+        yield ns
+
+
 def seconds_until(condition: Callable[[], object], limit_s: float) -> float:
     """Wait for `condition`; how long it took.  Fails after `limit_s`."""
     start = time.monotonic()

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from typing import Any, TypeVar
 
 import pytest
-from namespace import Namespace, namespace, open_fds, requires_netns
+from namespace import Namespace, linked_namespace, open_fds, requires_netns
 
 from udptun.core.errors import KernelError
 from udptun.core.network_state import (
@@ -38,11 +38,7 @@ NETWORK = IPv4Network("10.244.0.0/16")
 @pytest.fixture
 def ns() -> Iterator[Namespace]:
     """v0 (192.0.2.1/24, up) -- v1 (up) in one namespace."""
-    with namespace() as ns:
-        ns.ip("link add v0 type veth peer name v1")
-        ns.ip("link set v0 up")
-        ns.ip("link set v1 up")
-        ns.ip("address add 192.0.2.1/24 dev v0")
+    with linked_namespace() as ns:
         yield ns
 
 

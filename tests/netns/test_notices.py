@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
 
 import pytest
-from namespace import Namespace, namespace, requires_netns
+from namespace import Namespace, linked_namespace, requires_netns
 
 from udptun.firewall.ruleset_notices import RulesetNotice, watch_ruleset
 from udptun.kernel import notices
@@ -22,11 +22,7 @@ pytestmark = [pytest.mark.netns, requires_netns]
 @pytest.fixture
 def ns() -> Iterator[Namespace]:
     """v0 (192.0.2.1/24, up) -- v1 (up) in one namespace."""
-    with namespace() as ns:
-        ns.ip("link add v0 type veth peer name v1")
-        ns.ip("link set v0 up")
-        ns.ip("link set v1 up")
-        ns.ip("address add 192.0.2.1/24 dev v0")
+    with linked_namespace() as ns:
         yield ns
 
 

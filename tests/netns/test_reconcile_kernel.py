@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from namespace import Namespace, namespace, open_fds, requires_netns, seconds_until
+from namespace import Namespace, linked_namespace, open_fds, requires_netns, seconds_until
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import TUN_NAME, Udp
@@ -61,11 +61,7 @@ ACCEPT_LOCAL = Path(f"/proc/sys/net/ipv4/conf/{TUN_NAME}/accept_local")
 @pytest.fixture
 def ns() -> Iterator[Namespace]:
     """v0 (192.0.2.1/24, default route through it) -- v1."""
-    with namespace() as ns:
-        ns.ip("link add v0 type veth peer name v1")
-        ns.ip("link set v0 up")
-        ns.ip("link set v1 up")
-        ns.ip("address add 192.0.2.1/24 dev v0")
+    with linked_namespace() as ns:
         ns.ip("route add default via 192.0.2.254")
         yield ns
 

@@ -104,7 +104,7 @@ FAULTS = [
                 "netns/test_daemon.py",
                 "test_a_reservation_for_a_host_with_another_lease_outlives_its_restart_and_is_taken_after_cleanup",
             ),
-            ("stores/test_lease_cli.py", "test_reserve_says_when_it_takes_effect"),
+            ("stores/test_lease_command.py", "test_reserve_says_when_it_takes_effect"),
             ("stores/test_contract.py", "test_no_claim_deletes_a_reservation"),
         ),
     ),
