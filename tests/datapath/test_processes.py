@@ -561,7 +561,7 @@ def test_a_stopped_process_holds_nobody_up_and_is_named(rig: Rig, n_earlier: int
         while not looking.done():
             await asyncio.sleep(0.01)
             longest_s, before_s = max(longest_s, time.monotonic() - before_s), time.monotonic()
-        assert longest_s < 1
+        assert longest_s < 3
         with pytest.raises(DatapathError) as caught:
             await looking
         for pid in pids:
@@ -600,17 +600,19 @@ def test_a_process_that_dies_again_and_again_is_a_problem_and_no_storm(rig: Rig)
 
     async def test(datapath: Datapath) -> None:
         killed: set[int] = set()
-        until_s = time.monotonic() + 1.5
-        while time.monotonic() < until_s:
+        began_s = time.monotonic()
+        while len(killed) < 9:
             for process in datapath.processes:
                 if process.pid not in killed and process.build_id:
                     killed.add(process.pid)
                     os.kill(process.pid, signal.SIGKILL)
             await asyncio.sleep(0.002)
-        assert 4 <= len(killed) <= 12
+        # Two at a time, so the pauses after the fourth, the sixth and the eighth death: 0.02, 0.08 and 0.32 s.
+        assert time.monotonic() - began_s > 0.4
+        await until(lambda: "have died 9 times" in "".join(datapath.problems))
         (problem,) = datapath.problems
         assert re.fullmatch(
-            r"the datapath's processes have died \d+ times in \d s, the last time: pid=\d+ was=\w+, by signal 9 "
+            r"the datapath's processes have died \d+ times in \d+ s, the last time: pid=\d+ was=\w+, by signal 9 "
             r"\(Killed\); another one is started at \d\d:\d\d:\d\d, [\d.]+ s later; .*",
             problem,
         )

@@ -107,6 +107,27 @@ def test_those_who_wait_for_a_record_lock_get_it_in_the_order_in_which_they_came
         assert told(reader) == letter
 
 
+def test_a_stopped_process_does_not_hold_up_those_who_wait_behind_it_for_a_record_lock(
+    lock: int, undo: ExitStack
+) -> None:
+    """SIGSTOP takes it out of the wait, as every signal does, and it asks again when it goes on (signal(7))."""
+    reader, writer = os.pipe()
+    undo.callback(os.close, reader)
+    undo.callback(os.close, writer)
+    holders = [child(undo, locks_and_says(lock, writer, b"0"))]
+    assert told(reader) == b"0"
+    for letter in (b"1", b"2"):
+        holders.append(child(undo, locks_and_says(lock, writer, letter)))
+        seconds_until(lambda pid=holders[-1]: f"{pid} " in waiters(), TIMEOUT_S)
+    os.kill(holders[1], signal.SIGSTOP)
+    seconds_until(lambda: f"{holders[1]} " not in waiters(), TIMEOUT_S)
+    end(holders[0])
+    assert told(reader) == b"2"
+    os.kill(holders[1], signal.SIGCONT)
+    end(holders[2])
+    assert told(reader) == b"1"
+
+
 def waiters() -> str:
     """The lines of /proc/locks that wait."""
     return "".join(line for line in Path("/proc/locks").read_text().splitlines(True) if "->" in line)
@@ -175,6 +196,35 @@ def test_peercred_names_the_process_that_made_the_listening_socket(undo: ExitSta
         client.connect(listener.getsockname())
         assert client.recv(1) == b"x"
         assert peer_pid(client) == os.getpid()
+
+
+def test_passcred_names_the_process_that_has_sent_a_message(undo: ExitStack) -> None:
+    """The receiver asks for it before it connects, and the sender need not know (unix(7), SCM_CREDENTIALS)."""
+    listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    listener.bind(f"\0udptun-tests/passcred-{os.getpid()}")
+    listener.listen()
+    pid = child(undo, lambda: listener.accept()[0].send(b"x"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        client.settimeout(TIMEOUT_S)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        client.connect(listener.getsockname())
+        _message, ((_level, kind, data),), _flags, _address = client.recvmsg(8, socket.CMSG_SPACE(12))
+        assert kind == socket.SCM_CREDENTIALS
+        assert struct.unpack("=iII", data)[0] == pid
+
+
+def test_a_connect_that_does_not_block_is_refused_while_nobody_accepts_those_before(undo: ExitStack) -> None:
+    """EAGAIN, and nothing comes of it later: it has to be tried again.  A blocking connect() would sleep (unix(7))."""
+    listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    listener.bind(f"\0udptun-tests/backlog-{os.getpid()}")
+    listener.listen(2)
+    for _ in range(3):
+        undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)).connect(listener.getsockname())
+    late = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
+    with pytest.raises(BlockingIOError):
+        late.connect(listener.getsockname())
+    listener.accept()[0].close()
+    late.connect(listener.getsockname())
 
 
 def test_an_abstract_name_is_taken_exactly_as_long_as_a_process_holds_its_socket(undo: ExitStack) -> None:

@@ -11,10 +11,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 
 import pytest
 from traffic import datapath_pids, kill, read_status, udp_flow
 
+from tests.namespace import namespace
+from udptun.core.tunnel import SourceCheck
+from udptun.datapath.settings import PacketSettings
+from udptun.datapath.sockets import open_sockets
+from udptun.datapath.supervision import Datapath
+from udptun.datapath.tunnel import Tunnel
 from udptun.lab.host import SUBNET_ENV, Host
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, Lab
@@ -68,7 +77,7 @@ def test_a_change_of_workers_that_fails_leaves_everything_as_it_was(two_hosts: L
     one, two = two_hosts.hosts
     change_workers(one, 2)
     before = datapath_pids(one)
-    with udp_flow(two.pod(1), one.pod(1), 500) as inwards, udp_flow(one.pod(1), two.pod(1), 500) as outwards:
+    with udp_flow(two.pod(1), one.pod(1), 200) as inwards, udp_flow(one.pod(1), two.pod(1), 200) as outwards:
         with no_tun(one):
             log = change_workers(one, 4)
             assert "not reloaded, the workers stay 2: cannot attach to TUN device flannel0" in log
@@ -140,3 +149,40 @@ def test_a_start_with_other_workers_leaves_the_datapath_alone_until_it_has_a_lea
             flow.wait_for_more()
         assert in_use(one) == all_are(3)
     assert inwards.report.lost == outwards.report.lost == []
+
+
+def test_what_a_change_that_was_not_finished_has_left_is_ended(tmp_path: Path) -> None:
+    """A daemon that is killed between building a change and making it leaves a standby with other sockets.
+
+    Before, it stayed, and took over with sockets and a number of workers that nobody knew of.
+    """
+    address = IPv4Address("127.0.0.1")
+    network, own = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.1.0/24")
+
+    async def body() -> None:
+        tunnel = await Tunnel.open(tmp_path, "flannel0", address, 8285, 1)
+        try:
+            tunnel.configure(PacketSettings(network, own, address, 1472, SourceCheck.PEER))
+            await tunnel.publish()
+            await tunnel.start()
+            kept = sorted(process.pid for process in tunnel.datapath.processes)
+            (other,) = open_sockets(address, 8286, 1)
+            unfinished = Datapath(tmp_path, replace(tunnel.datapath.descriptors, udp=(other.fileno(),)), [])
+            left = await unfinished._start_one(unfinished.descriptors)
+            unfinished.detach()
+            other.close()
+        finally:
+            tunnel.detach()
+        tunnel = await Tunnel.open(tmp_path, "flannel0", address, 8285, 1)
+        try:
+            assert sorted(process.pid for process in tunnel.datapath.processes) == kept
+            assert left.pid not in kept
+            await tunnel.start()
+            assert sorted(process.pid for process in tunnel.datapath.processes) == kept
+        finally:
+            await tunnel.datapath.stop()
+            tunnel.detach()
+
+    with namespace() as ns:
+        ns.call_async(body)
+    assert list(tmp_path.iterdir()) == []

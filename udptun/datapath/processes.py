@@ -259,6 +259,10 @@ def state_of(pid: int) -> str:
     return ""
 
 
+def _are_stopped(pids: list[int]) -> bool:
+    return bool(pids) and all(state_of(pid) == "T" for pid in pids)
+
+
 def _remedy(who: str) -> str:
     return f"continue it (kill -CONT {who}) or end it (kill -KILL {who})"
 
@@ -327,28 +331,29 @@ async def _meet(path: Path, met: list[Process]) -> DatapathError | None:
 async def _connect(path: Path) -> socket.socket | None:
     """A connection to the process that listens at `path`; None when there is none.  Raises DatapathError."""
     connection = new_connection()
+    clock = asyncio.get_running_loop().time
+    until_s, look_s = clock() + _HELLO_TIMEOUT_S, clock() + _LOOK_S
     try:
-        async with asyncio.timeout(_HELLO_TIMEOUT_S):
-            while True:
-                try:
-                    connection.connect(os.fspath(path))
-                    return connection
-                except (ConnectionRefusedError, FileNotFoundError):
-                    connection.close()
-                    return None
-                except BlockingIOError:
-                    # It has not accepted those who came before; a connect() that blocks would wait for that for ever.
-                    pids = _pids_listening_at(path)
-                    if pids and all(state_of(pid) == "T" for pid in pids):
-                        who = " ".join(map(str, pids))
-                        raise DatapathError(
-                            f"the datapath process {who} did not take our connection: it is stopped; {_remedy(who)}"
-                        ) from None
-                    await asyncio.sleep(_CONNECT_RETRY_S)
-    except TimeoutError:
-        connection.close()
-        who = _who_listens_at(path)
-        raise DatapathError(f"the datapath process {who} did not take our connection{_late(who)}") from None
+        while True:
+            try:
+                connection.connect(os.fspath(path))
+                return connection
+            except (ConnectionRefusedError, FileNotFoundError):
+                connection.close()
+                return None
+            except BlockingIOError:
+                # It has not accepted those who came before.  A connect() that blocks would wait for that for ever.
+                await asyncio.sleep(_CONNECT_RETRY_S)
+            if clock() >= look_s:
+                look_s = clock() + _LOOK_S
+                if _are_stopped(pids := _pids_listening_at(path)):
+                    who = " ".join(map(str, pids))
+                    raise DatapathError(
+                        f"the datapath process {who} did not take our connection: it is stopped; {_remedy(who)}"
+                    )
+            if clock() >= until_s:
+                who = _who_listens_at(path)
+                raise DatapathError(f"the datapath process {who} did not take our connection{_late(who)}")
     except BaseException:
         connection.close()
         raise
