@@ -223,7 +223,7 @@ class Datapath:
         self.processes.remove(process)
 
     async def _start_missing(self) -> None:
-        # Not more: one that has died meanwhile waits for its time.
+        """Start as many processes as are missing now; one that dies meanwhile waits for its time."""
         for _ in range(2 - sum(not process.is_gone for process in self.processes)):
             await self._start_one(self.descriptors)
             await self._wait_active()
@@ -241,7 +241,7 @@ class Datapath:
         except TimeoutError:
             there = [process for process in self.processes if not process.is_gone]
             stopped = [str(process.pid) for process in there if process.is_stopped]
-            advice = f"{', '.join(stopped)} is stopped, continue it with kill -CONT" if stopped else "the host is busy"
+            advice = f"stopped: {', '.join(stopped)}; continue it (kill -CONT)" if stopped else "is the host overloaded?"
             raise DatapathError(
                 f"none of the datapath processes {', '.join(str(process.pid) for process in there)} became active "
                 f"within {_ACTIVE_TIMEOUT_S:.0f} s; {advice}"
