@@ -474,6 +474,19 @@ def test_an_empty_answer_from_the_kernel_deletes_nothing(
     assert shape(ns) == wanted_shape()
 
 
+def test_a_device_that_another_daemon_is_making_is_left_alone(ns: Namespace, tun: Tun) -> None:
+    """It has no alias and no address yet.  It was deleted as a stray one, and the other daemon's start failed."""
+    other = ns.call(lambda: open_queues("flannel1", 1))
+    try:
+        assert converge(ns, tun).problems == ()
+        assert ns.show("link show flannel1") != []
+        ns.ip("address add 10.244.9.0/32 dev flannel1")
+        assert "delete link flannel1" in map(str, converge(ns, tun).changes)
+        assert ns.show("link show flannel1") == []
+    finally:
+        other.close()
+
+
 def test_remove_leaves_nothing_of_ours_and_everything_else(ns: Namespace) -> None:
     def everything() -> list[list[dict[str, Any]]]:
         return [ns.show(what) for what in ("link show", "address show", "route show table all")]

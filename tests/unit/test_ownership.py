@@ -45,6 +45,15 @@ def test_address_says_whose_a_device_of_a_build_without_networks_in_its_marks_is
     assert NOBODY.leaves_link(link, [])
 
 
+def test_a_device_with_neither_alias_nor_address_is_no_stray_of_ours() -> None:
+    """Of daemons that started at the same time, the first one deleted the device that the next one was making."""
+    assert not OURS.has_made_link(TUN, [])
+    assert OURS.has_made_link(TUN, [address("10.5.3.0")])
+    assert not OURS.has_made_link(TUN, [address("10.12.3.0")])
+    assert OURS.has_made_link(replace(TUN, alias=alias_of(EARLIER)), [])
+    assert not OURS.has_made_link(replace(TUN, alias=alias_of(OTHER)), [])
+
+
 @pytest.mark.parametrize(
     "link",
     [

@@ -87,6 +87,15 @@ class Ownership:
         """Whether the device is this daemon's.  `addresses` are at least those of the device."""
         return is_marked(link) and bool(self.networks) and self._has_marked(link, addresses)
 
+    def has_made_link(self, link: Link, addresses: Iterable[Address]) -> bool:
+        """Whether the device is this daemon's for certain.
+
+        One without a Network in its alias and without an address may be a device that another daemon makes right now:
+        the kernel knows it a moment before its alias.
+        """
+        has_owner = marked_network(link) is not None or any(it.link_index == link.index for it in addresses)
+        return has_owner and self.owns_link(link, addresses)
+
     def leaves_link(self, link: Link, addresses: Iterable[Address]) -> bool:
         """Whether the device is another daemon's.  `addresses` are at least those of the device."""
         return is_marked(link) and not self.owns_link(link, addresses)

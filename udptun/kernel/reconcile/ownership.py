@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from ipaddress import IPv4Network
 
 from udptun.core.errors import UdptunError
@@ -32,6 +32,12 @@ async def own_links(kernel: Netlink, ownership: Ownership) -> list[Link]:
     """The devices of ours that there are.  Raises KernelError."""
     links, addresses = await _marked_links(kernel)
     return [link for link in links if ownership.owns_link(link, addresses)]
+
+
+async def stray_links(kernel: Netlink, ownership: Ownership, desired: Collection[str]) -> tuple[Link, ...]:
+    """The devices that this daemon has made for certain and whose names are not desired.  Raises KernelError."""
+    links, addresses = await _marked_links(kernel)
+    return tuple(link for link in links if link.name not in desired and ownership.has_made_link(link, addresses))
 
 
 async def marked_networks() -> dict[str, IPv4Network]:

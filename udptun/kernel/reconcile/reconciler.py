@@ -31,7 +31,7 @@ from udptun.kernel.reconcile.apply import Device, apply
 from udptun.kernel.reconcile.change import Change, Verb
 from udptun.kernel.reconcile.contest import Contests, find_undone
 from udptun.kernel.reconcile.direct import Decide, DirectRoutes
-from udptun.kernel.reconcile.ownership import own_links
+from udptun.kernel.reconcile.ownership import stray_links
 from udptun.kernel.reconcile.plan import ActualState, conflicts, plan
 from udptun.kernel.sysctl import read_sysctl
 from udptun.kernel.watch_loop import Pace, WatchLoop
@@ -287,7 +287,7 @@ class Reconciler:
         """Devices of ours that an earlier run with another backend has left."""
         if not self._may_have_strays:
             return ()
-        strays = tuple(link for link in await own_links(kernel, self._ownership) if link.name not in wanted)
+        strays = await stray_links(kernel, self._ownership, wanted)
         self._may_have_strays = bool(strays)
         return strays
 
