@@ -241,7 +241,7 @@ class Datapath:
         except TimeoutError:
             there = [process for process in self.processes if not process.is_gone]
             stopped = [str(process.pid) for process in there if process.is_stopped]
-            advice = f"stopped: {', '.join(stopped)}; continue it (kill -CONT)" if stopped else "is the host overloaded?"
+            advice = f"stopped: {', '.join(stopped)}; continue it (kill -CONT)" if stopped else "is the host too busy?"
             raise DatapathError(
                 f"none of the datapath processes {', '.join(str(process.pid) for process in there)} became active "
                 f"within {_ACTIVE_TIMEOUT_S:.0f} s; {advice}"
