@@ -3,8 +3,8 @@
 `./dev test` runs the tests in several processes at once (pytest-xdist). Each test has namespaces, sockets, files and
 ports of its own, so most tests do not notice. Two rules cover the rest:
 
-    tests that share a fixture of their module   run in one process, so that the fixture is made once
-    a test that is marked `alone`                runs while no other test does
+    tests that share a lab or another fixture   run in one process, so that it is made once
+    a test that is marked `alone`               runs while no other test does
 """
 
 from __future__ import annotations
@@ -87,24 +87,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _group_by_shared_fixture(items: list[pytest.Item]) -> None:
-    """Put a test into the group of that fixture of its module which most tests use, as others are made from it."""
-    used = {item: _module_fixtures(item) for item in items if not item.get_closest_marker("alone")}
+    """Put a test into the group of that shared fixture which most tests use, as others are made from it."""
+    used = {item: _shared_fixtures(item) for item in items if not item.get_closest_marker("alone")}
     n_users = Counter(fixture for fixtures in used.values() for fixture in fixtures)
     for item, fixtures in used.items():
         if fixtures:
             item.add_marker(pytest.mark.xdist_group(max(fixtures, key=lambda fixture: (n_users[fixture], fixture))))
 
 
-def _module_fixtures(item: pytest.Item) -> list[str]:
-    """The fixtures that the test shares with others of its module, with their parameters."""
+def _shared_fixtures(item: pytest.Item) -> list[str]:
+    """What the test shares with others: fixtures of its module, with their parameters, and the labs of tests/netns."""
     if not isinstance(item, pytest.Function):
         return []
     parameters = getattr(item, "callspec", None)
-    return [
+    of_the_module = [
         f"{item.path.stem}-{name}-{parameters.indices.get(name) if parameters else None}"
         for name, definitions in item._fixtureinfo.name2fixturedefs.items()
         if definitions[-1].scope == "module"
     ]
+    return of_the_module + [name for name in ("pair", "three_hosts") if name in item.fixturenames]
 
 
 def _skip_what_needs_a_lab(items: list[pytest.Item]) -> None:

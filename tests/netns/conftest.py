@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -92,30 +92,42 @@ def _lend(shared: SharedLab, session: pytest.Session) -> Iterator[Lab]:
         shared.drop()
 
 
+SHARED_LABS = {
+    "pair": SharedLab(lambda: _started_lab("p")),
+    "three_hosts": SharedLab(lambda: _started_lab("q", n_hosts=3, n_pods=2)),
+}
+
+
 @pytest.fixture(scope="session")
-def _shared_pair(_nothing_outlives_the_session: None) -> Iterator[SharedLab]:
-    shared = SharedLab(lambda: _started_lab("p"))
-    yield shared
-    shared.drop()
+def _shared_labs(_nothing_outlives_the_session: None) -> Iterator[None]:
+    yield
+    for shared in SHARED_LABS.values():
+        shared.drop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
+    """End a lab behind the last test of its group: each host costs a hundredth of a processor.
+
+    In one process alone tests that need it may follow.
+    """
+    yield
+    if hasattr(item.config, "workerinput"):
+        for name, shared in SHARED_LABS.items():
+            if nextitem is None or name not in getattr(nextitem, "fixturenames", ()):
+                shared.drop()
 
 
 @pytest.fixture
-def pair(_shared_pair: SharedLab, request: pytest.FixtureRequest) -> Iterator[Lab]:
+def pair(_shared_labs: None, request: pytest.FixtureRequest) -> Iterator[Lab]:
     """As `two_hosts`, shared by tests that leave it as they found it."""
-    yield from _lend(_shared_pair, request.session)
-
-
-@pytest.fixture(scope="session")
-def _shared_three(_nothing_outlives_the_session: None) -> Iterator[SharedLab]:
-    shared = SharedLab(lambda: _started_lab("q", n_hosts=3, n_pods=2))
-    yield shared
-    shared.drop()
+    yield from _lend(SHARED_LABS["pair"], request.session)
 
 
 @pytest.fixture
-def three_hosts(_shared_three: SharedLab, request: pytest.FixtureRequest) -> Iterator[Lab]:
+def three_hosts(_shared_labs: None, request: pytest.FixtureRequest) -> Iterator[Lab]:
     """As `pair`, with three hosts and two pods on each."""
-    yield from _lend(_shared_three, request.session)
+    yield from _lend(SHARED_LABS["three_hosts"], request.session)
 
 
 @pytest.fixture
