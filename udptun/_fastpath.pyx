@@ -489,6 +489,33 @@ def load_u64(words, Py_ssize_t i):
     return ut_load_u64(_word(words, i, PyBUF_SIMPLE))
 
 
+cdef extern from "spread.h" nogil:
+    int ut_spread(int fd, uint32_t first, uint32_t n)
+
+cdef extern from "queue.h" nogil:
+    int ut_detach_queue(int fd)
+
+
+def detach_queue(int tun_fd):
+    """Have the kernel give no more packets to a queue of a TUN device.  What waits in it is lost.
+
+    The kernel refuses when the device has gone, and then nothing has to be done.
+    """
+    ut_detach_queue(tun_fd)
+
+
+def spread(int udp_fd, uint32_t n, uint32_t first=0):
+    """Have the kernel spread what comes to the port of `udp_fd` over `n` of the sockets that share it, from `first` on.
+
+    In the order in which they were bound.  The others get nothing any more; what waits in them stays.  The source port
+    counts, and so does the source address (csrc/spread.h).  Raises OSError when the kernel cannot.
+    """
+    if n == 0:
+        raise ValueError("no socket to spread over")
+    if ut_spread(udp_fd, first, n) != 0:
+        raise OSError(errno, "cannot spread datagrams over the sockets of a port")
+
+
 # What the control plane must know of shm.h, and takes from nowhere else.
 
 cdef extern from "fields.h" nogil:

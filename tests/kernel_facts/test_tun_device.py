@@ -17,7 +17,8 @@ from packets import FULL, GSO_TCPV4, GSO_UDP_L4, NEEDS_CSUM, PARTIAL, internet_s
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
-TUNSETIFF, TUNSETPERSIST, TUNSETOFFLOAD = 0x400454CA, 0x400454CB, 0x400454D0
+TUNSETIFF, TUNSETPERSIST, TUNSETOFFLOAD, TUNSETQUEUE = 0x400454CA, 0x400454CB, 0x400454D0, 0x400454D9
+IFF_DETACH_QUEUE = 0x0400
 IFF_TUN, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_VNET_HDR = 0x0001, 0x0100, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_USO4, TUN_F_USO6 = 0x01, 0x02, 0x20, 0x40
 UDP_GRO = 104
@@ -111,6 +112,20 @@ def test_packets_wait_in_a_queue_that_is_held_and_not_read(ns: Namespace, undo: 
         with suppress(OSError):
             sock.sendto(b"x", (THERE, 9))
     assert len(read_packets(fd)) == 500
+
+
+def test_what_waits_in_a_queue_is_lost_when_the_queue_is_detached(ns: Namespace, undo: ExitStack) -> None:
+    """tun_queue_purge in __tun_detach: so a queue that is given up has to be read empty first."""
+    first, second = queue(ns, undo), queue(ns, undo)
+    bring_up(ns)
+    for _ in range(64):
+        udp_socket(ns, undo).sendto(b"x", (BEYOND, 9))
+    fcntl.ioctl(second, TUNSETQUEUE, struct.pack("16sH22x", b"", IFF_DETACH_QUEUE))
+    n_left = len(read_packets(first))
+    assert 0 < n_left < 64
+    with pytest.raises(OSError) as refused:
+        os.read(second, 2000)
+    assert refused.value.errno in (errno.EAGAIN, errno.EBADFD)
 
 
 def test_a_queue_outlives_its_device_and_can_be_attached_again_for_every_holder(ns: Namespace, undo: ExitStack) -> None:

@@ -78,8 +78,7 @@ class Udp:
         """Every lease is accepted, as by flannel: any host that listens on the port is a peer."""
 
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
-        """None behind a NAT: what comes to us finds its way by the flow that we have sent, from our port to the peer's.
-        """
+        """None behind a NAT, which may let in only what answers a datagram that has left from our port."""
         return live.source_ports if live.source_ports > 1 and not underlay.is_behind_nat else 0
 
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:

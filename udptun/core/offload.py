@@ -26,6 +26,8 @@ class Offload(Flag):
     """One TUN write for many packets of a TCP flow."""
     WRITE_UDP = auto()
     """The same for UDP (since 6.2)."""
+    SPREAD = auto()
+    """A program of ours chooses the worker that a datagram goes to (since 4.5), not the kernel's own hash."""
 
 
 ALL = ~Offload(0)

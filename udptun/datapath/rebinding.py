@@ -2,8 +2,9 @@
 
 build       sockets on the new address, queues, senders; those that fit stay
 (then       a process that holds them is started and waits for its turn: `Datapath.replace`)
-switch      what arrives goes to the new set alone; the old process reads empty what is given up
-(then       the processes are exchanged, and the tunnel takes the new set for its own)
+switch      the new ones are bound and attached
+(then       the processes are exchanged; the new one reads empty what waits in the old set, and has what arrives go to
+            the new set alone, before its workers start; the tunnel takes the new set for its own)
 retire      close what is given up; or, when something failed before, `undo`
 """
 
@@ -14,11 +15,9 @@ import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from udptun.core.errors import KernelError
-from udptun.datapath.sockets import bind_sockets, new_sockets, open_senders, open_sockets, share_port
-from udptun.kernel.tun import Tun, attach_queues, detach_queues, new_queues
-
-_DISCARD_PORT = 9
+from udptun.core.offload import Offload
+from udptun.datapath.sockets import bind_sockets, new_sockets, open_senders, open_sockets, share_port, spread_over
+from udptun.kernel.tun import Tun, attach_queues, new_queues
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +43,28 @@ class Endpoints:
 class Rebinding:
     """One change from `old` to `new`.  It owns what only one of them has, until `retire` or `undo` has closed it."""
 
-    def __init__(self, tun: Tun, old: Endpoints, new: Endpoints) -> None:
+    def __init__(self, tun: Tun, old: Endpoints, new: Endpoints, wanted: Offload) -> None:
         self.new = new
+        self._wanted = wanted
         self._tun = tun
         self._old = old
         self._is_switched = False
 
     @classmethod
     def build(
-        cls, tun: Tun, old: Endpoints, address: IPv4Address, port: int, n_workers: int, n_senders: int
+        cls,
+        tun: Tun,
+        old: Endpoints,
+        address: IPv4Address,
+        port: int,
+        n_workers: int,
+        n_senders: int,
+        wanted: Offload,
     ) -> Rebinding:
         """Open what is missing.  Nothing changes for what the old process reads.  Raises KernelError.
 
-        Sockets on the same address as the old ones would take datagrams from these at once, so `switch` binds them.
+        Sockets on the same address as the old ones are bound by `switch`: without SPREAD in `wanted`, or a kernel that
+        can do it, they take datagrams from these at once.
         """
         is_same = old.address == (address, port)
         sockets = old.sockets[:n_workers] if is_same else ()
@@ -66,8 +74,8 @@ class Rebinding:
             if is_same:
                 opened += new_sockets(n_workers - len(sockets))
             else:
-                opened += open_sockets(address, port, n_workers)
-            opened += open_senders(address, n_senders - len(senders))
+                opened += open_sockets(address, port, n_workers, wanted)
+            opened += open_senders(address, n_senders - len(senders), senders)
             queues = (*old.queues[:n_workers], *new_queues(n_workers - len(old.queues)))
         except BaseException:
             for udp in opened:
@@ -75,25 +83,18 @@ class Rebinding:
             raise
         n_opened = n_workers - len(sockets)
         new = Endpoints(queues, (*sockets, *opened[:n_opened]), (*senders, *opened[n_opened:]))
-        return cls(tun, old, new)
+        return cls(tun, old, new, wanted)
 
     def switch(self) -> None:
-        """Have what arrives go to the new endpoints alone.  Raises KernelError."""
+        """Bind the new sockets and attach the new queues.  Raises KernelError."""
         self._is_switched = True
         self._tun.attach_more(self._added_queues)
         # The Tun object stays, because others hold on to it.
         self._tun.fds = self.new.queues
         if self.new.sockets[0] in self._old.sockets:
             address, port = self._old.address
-            bind_sockets(_missing(self.new.sockets, self._old.sockets), address, port, self._old.sockets)
-            # The kernel picks none but unconnected sockets for the datagrams of the port.
-            for udp in self._left_sockets:
-                try:
-                    udp.connect((str(address), _DISCARD_PORT))
-                except OSError as exc:
-                    hint = "is the address still on the interface?"
-                    raise KernelError(f"cannot take a socket of {address} out of use", exc.errno or 0, hint) from exc
-        detach_queues(self._left_queues)
+            added = _missing(self.new.sockets, self._old.sockets)
+            bind_sockets(added, address, port, self._old.sockets, self._wanted)
 
     def retire(self) -> None:
         """Close what the old endpoints alone have: no process reads it any more."""
@@ -106,12 +107,14 @@ class Rebinding:
     def undo(self) -> None:
         """Close what the new endpoints alone have, and have the old ones receive again: all is as it was.
 
-        A socket that was to be given up and was connected stays so: its worker has nothing to read, and the others
-        have it all.
+        A socket that was to be given up and was connected (`close_out` in worker.py) stays so: its worker has nothing
+        to read, and the others have it all.
         """
         for udp in (*_missing(self.new.sockets, self._old.sockets), *_missing(self.new.senders, self._old.senders)):
             udp.close()
         share_port(self._old.sockets, among_several=len(self._old.sockets) > 1)
+        if Offload.SPREAD in self._wanted:
+            spread_over(self._old.sockets)
         for fd in self._added_queues:
             os.close(fd)
         if self._is_switched:

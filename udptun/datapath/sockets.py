@@ -8,20 +8,30 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address
 
+from udptun._fastpath import spread
 from udptun._kabi import lib
 from udptun.core.errors import KernelError
-from udptun.core.offload import Offload
+from udptun.core.offload import ALL, Offload
 
 _RECEIVE_BUFFER_BYTES = 8 << 20
 """Room for what arrives while no process reads: about 0.1 s at 60,000 small datagrams a second, each of which the
 kernel counts as some 1.3 KiB."""
 
 
-def open_sockets(address: IPv4Address, port: int, n: int) -> list[socket.socket]:
-    """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError."""
+_SO_DETACH_REUSEPORT_BPF = 68
+"""asm-generic/socket.h, since Linux 5.3."""
+
+
+def open_sockets(address: IPv4Address, port: int, n: int, wanted: Offload = ALL) -> list[socket.socket]:
+    """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError.
+
+    SPREAD in `wanted`: see `spread_over`.
+    """
     opened = new_sockets(n)
     try:
-        bind_sockets(opened, address, port)
+        bind_sockets(opened, address, port, wanted=wanted)
+        if Offload.SPREAD in wanted:
+            spread_over(opened)
     except BaseException:
         for udp in opened:
             udp.close()
@@ -35,27 +45,50 @@ def new_sockets(n: int, buffer_bytes: int = _RECEIVE_BUFFER_BYTES) -> list[socke
 
 
 def bind_sockets(
-    sockets: Sequence[socket.socket], address: IPv4Address, port: int, beside: Sequence[socket.socket] = ()
+    sockets: Sequence[socket.socket],
+    address: IPv4Address,
+    port: int,
+    beside: Sequence[socket.socket] = (),
+    wanted: Offload = ALL,
 ) -> None:
     """Bind sockets of `new_sockets`.  Raises KernelError; the caller then closes them.
 
-    `beside` are sockets of ours that have the port already.  The kernel picks one of all these by addresses and ports,
-    so a peer's datagrams always reach the same socket, and the packets of a flow stay in order.
+    `beside` are sockets of ours that have the port already.  With SPREAD in `wanted` these go on to get everything.
+    Without it, or where the kernel cannot, all get their share at once.
     """
-    n = len(beside) + len(sockets)
-    bound = list(beside)
     if sockets:
         share_port(beside, among_several=True)
     try:
+        if sockets and not beside:
+            # With the option the first would bind beside a stranger, and without it no program can be attached to it.
+            # So another one tries without, and makes way.
+            with _new_socket(0) as alone:
+                _bind(alone, address, port)
+                port = alone.getsockname()[1]
         for udp in sockets:
-            # The first must have the port to itself: with the option it would bind beside a stranger.
-            share_port([udp], among_several=bool(bound))
+            share_port([udp], among_several=True)
             _bind(udp, address, port)
-            bound.append(udp)
-            share_port([udp], among_several=n > 1)
+            if beside and Offload.SPREAD in wanted:
+                # Again with each: sockets of an earlier build become a group only when another one joins them.
+                spread_over(beside)
+        if len(beside) + len(sockets) == 1:
+            share_port(sockets, among_several=False)
     except BaseException:
         share_port(beside, among_several=len(beside) > 1)
         raise
+
+
+def spread_over(sockets: Sequence[socket.socket]) -> bool:
+    """Have the kernel spread what comes to the port over these, the first of those that share it, and no others.
+
+    By source address and port: what comes from one port always reaches the same socket, and so stays in order.
+    False when the kernel cannot.
+    """
+    try:
+        spread(sockets[0].fileno(), len(sockets))
+    except OSError:
+        return False
+    return True
 
 
 def share_port(sockets: Iterable[socket.socket], *, among_several: bool) -> None:
@@ -68,16 +101,23 @@ def share_port(sockets: Iterable[socket.socket], *, among_several: bool) -> None
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, among_several)
 
 
-def open_senders(address: IPv4Address, n: int) -> list[socket.socket]:
+def open_senders(address: IPv4Address, n: int, beside: Sequence[socket.socket] = ()) -> list[socket.socket]:
     """`n` non-blocking sockets on ports that the kernel picks, for sending only; the caller owns them.
 
     Each inner flow leaves from one of them: the routers on the way and the peer's processors tell flows apart by the
-    source port (RFC 7348 5).  Nobody reads what comes to them.  Raises KernelError.
+    source port (RFC 7348 5).  The ports follow each other, and that of the last one `beside`, where they are free: then
+    a receiver of ours spreads them evenly.  Nobody reads what comes to them.  Raises KernelError.
     """
     opened = new_sockets(n, buffer_bytes=0)
+    last = beside[-1] if beside else None
     try:
         for udp in opened:
-            _bind(udp, address, 0)
+            try:
+                # 0: the kernel picks one.
+                _bind(udp, address, 0 if last is None else (last.getsockname()[1] + 1) % 65536)
+            except KernelError:
+                _bind(udp, address, 0)
+            last = udp
     except BaseException:
         for udp in opened:
             udp.close()
@@ -88,7 +128,7 @@ def open_senders(address: IPv4Address, n: int) -> list[socket.socket]:
 def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
     """Have the kernel put received datagrams together if `wanted` says so; return what it grants.
 
-    Only UDP_GRO and UDP_SEGMENT concern a socket; the rest of `wanted` is not looked at.
+    Only UDP_GRO, UDP_SEGMENT and SPREAD concern sockets; the rest of `wanted` is not looked at.
     """
     granted = Offload(0)
     for udp in sockets:
@@ -99,6 +139,11 @@ def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
             # This only asks whether the kernel knows it: the size goes with each message.
             udp.getsockopt(lib.SOL_UDP, lib.UDP_SEGMENT)
             granted |= wanted & Offload.UDP_SEGMENT
+    if Offload.SPREAD not in wanted:
+        with suppress(OSError):
+            sockets[0].setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
+    elif len(sockets) == 1 or spread_over(sockets):
+        granted |= Offload.SPREAD
     return granted
 
 

@@ -68,6 +68,8 @@ class Datapath:
         self._stopped_since: dict[Process, float] = {}
         """The processes that a signal has stopped, with time.monotonic() of when that was seen."""
         self.descriptors = descriptors
+        self.is_spread = True
+        """Whether a successor shall direct what arrives to its sockets by a program (`Offload.SPREAD`)."""
         self.processes: list[Process] = []
         for process in processes:
             self._add(process)
@@ -93,9 +95,10 @@ class Datapath:
     async def replace(self, descriptors: Descriptors, switch: Callable[[], None] = lambda: None) -> None:
         """Have a successor with other descriptors take over; without any process, just use them from now on.
 
-        The successor is started first.  When it is ready, `switch` has what arrives go to its descriptors.  Then the
-        predecessor is told to stop; it reads until then, and what arrives between the two waits in the kernel's queues.
-        `supervise` starts the new standby.  Raises DatapathError and what `switch` raises: the predecessor goes on.
+        The successor is started first.  When it is ready, `switch` is called.  Then the predecessor is told to stop; it
+        reads until then, and what arrives between the two waits in the kernel's queues.  The successor begins with what
+        waits for the predecessor.  `supervise` starts the new standby.  Raises DatapathError and what `switch` raises:
+        the predecessor goes on.
         """
         async with self._changing:
             if self.processes:
@@ -201,7 +204,7 @@ class Datapath:
     async def _replace_all(self, descriptors: Descriptors, switch: Callable[[], None]) -> None:
         """Put one new process with these descriptors in the place of all that there are."""
         predecessors = self._standbys_first()
-        successor = await self._start_one(descriptors)
+        successor = await self._start_one(descriptors, self.descriptors)
         try:
             # A standby would take over before the successor.
             for process in predecessors[:-1]:
@@ -247,10 +250,11 @@ class Datapath:
                 f"within {_ACTIVE_TIMEOUT_S:.0f} s; {advice}"
             ) from None
 
-    async def _start_one(self, descriptors: Descriptors) -> Process:
+    async def _start_one(self, descriptors: Descriptors, old: Descriptors | None = None) -> Process:
+        """Start a process; `old` are the descriptors of the one that it is to take over from with others."""
         path = self._run_dir / f"datapath-{os.urandom(4).hex()}.sock"
         try:
-            connection, child = self._launch(path, descriptors)
+            connection, child = self._launch(path, descriptors, old)
         except OSError as exc:
             path.unlink(missing_ok=True)
             raise DatapathError(f"cannot start a datapath process at {path}: {exc.strerror or exc}") from exc
@@ -267,8 +271,11 @@ class Datapath:
         log.info("datapath process started pid=%d", process.pid)
         return process
 
-    def _launch(self, path: Path, fds: Descriptors) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    def _launch(
+        self, path: Path, fds: Descriptors, old: Descriptors | None
+    ) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         """Start a process that listens at `path`, and connect to it."""
+        old_tun, old_udp = ((), ()) if old is None else (old.tun, old.udp)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(os.fspath(path))
             path.chmod(0o600)
@@ -282,13 +289,12 @@ class Datapath:
                         # -I -S: neither the environment nor site-packages; half the start-up time.
                         *(sys.executable, "-I", "-S", worker.__file__, fastpath.__file__, self._build_id),
                         *(str(fd) for fd in (listener.fileno(), fds.table, fds.stats, fds.lock)),
-                        ",".join(map(str, fds.tun)),
-                        ",".join(map(str, fds.udp)),
-                        ",".join(map(str, fds.senders)),
+                        *(",".join(map(str, some)) for some in (fds.tun, fds.udp, fds.senders, old_tun, old_udp)),
+                        str(int(self.is_spread)),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds=(listener.fileno(), *fds.as_list()),
+                    pass_fds={listener.fileno(), *fds.as_list(), *old_tun, *old_udp},
                     # Out of the reach of the terminal's ^C and of our process group's end.
                     start_new_session=True,
                     cwd="/",

@@ -49,6 +49,7 @@ class Tunnel:
         tun: Tun,
         endpoints: Endpoints,
         processes: list[Process],
+        wanted: Offload,
     ) -> None:
         self.table = table
         self.stats = stats
@@ -62,11 +63,12 @@ class Tunnel:
         self._rebinding: Rebinding | None = None
         """Built for that by `open`, and not yet carried out."""
         self._mtu = 0
-        self._wanted_offload = self.granted_offload = Offload(0)
+        self._wanted_offload, self.granted_offload = wanted, Offload(0)
         self._publishing = asyncio.Lock()
         self._waiting: dict[IPv4Network, Remote] = {}
         """Peers for which the table has no room."""
         self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes)
+        self.datapath.is_spread = Offload.SPREAD in wanted
 
     @classmethod
     async def open(
@@ -92,7 +94,7 @@ class Tunnel:
             found = []
         if not found:
             senders: list[socket.socket] = []
-            sockets = open_sockets(address, port, n_workers)
+            sockets = open_sockets(address, port, n_workers, wanted)
             try:
                 senders = open_senders(address, n_senders)
                 # Last: what it makes is persistent.
@@ -102,7 +104,7 @@ class Tunnel:
                     udp.close()
                 raise
             endpoints = Endpoints(tun.fds, tuple(sockets), tuple(senders))
-            return cls(run_dir, TableWriter.create(), Stats.create(), new_lock(), tun, endpoints, [])
+            return cls(run_dir, TableWriter.create(), Stats.create(), new_lock(), tun, endpoints, [], wanted)
         found = await _end_unfinished(found)
         held = _take_one_set(found)
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in found))
@@ -117,7 +119,7 @@ class Tunnel:
             stats.continue_from(held.stats)
             os.close(held.table)
             os.close(held.stats)
-        tunnel = cls(run_dir, table, stats, held.lock, tun, endpoints, found)
+        tunnel = cls(run_dir, table, stats, held.lock, tun, endpoints, found, wanted)
         if not tun.is_attached():
             tun.reattach()
         # An earlier build switched the option off, and one worker of its datapath receives everything.
@@ -156,7 +158,8 @@ class Tunnel:
         """What a change to this needs, opened; None when it is so already.  Raises KernelError."""
         if self._endpoints.fits(address, port, n_workers, n_senders):
             return None
-        return Rebinding.build(self.tun, self._endpoints, address, port, n_workers, n_senders)
+        how = (address, port, n_workers, n_senders, self._wanted_offload)
+        return Rebinding.build(self.tun, self._endpoints, *how)
 
     async def _carry_out(self, rebinding: Rebinding) -> None:
         """Exchange the processes, then what we hold, then close what is left over.  When it fails, all is undone."""
@@ -178,6 +181,7 @@ class Tunnel:
         """
         granted = self.tun.set_offload(wanted) | set_offload(self._endpoints.sockets, wanted)
         self._wanted_offload = wanted
+        self.datapath.is_spread = Offload.SPREAD in wanted
         if (Offload.VNET_HDR in granted) != (Offload.VNET_HDR in wanted):
             log.warning("%s keeps its virtio headers or lack of them until `udptun cleanup` and a start", self.tun.name)
         if granted != self.granted_offload:

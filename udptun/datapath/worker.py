@@ -1,11 +1,16 @@
 """The datapath process.
 
     python -I -S worker.py <_fastpath .so> <build id> <listen> <table> <stats> <lock> <tun,…> <udp,…> <senders,…>
+                           <old tun,…> <old udp,…> <spread>
 
 It is started with its descriptors inherited, needs no file but these two and imports next to nothing, so that it
 is ready in some 20 ms.  Any number of these processes may hold the same descriptors: the one that holds the lock
 runs the workers, the others sleep until the kernel releases the lock because its holder died, and then go on where
 it stopped.  The control plane keeps one such standby.
+
+A process that takes over from one with other descriptors is given those too (`old`).  When its turn comes nobody reads
+any of them, and everything that arrives waits.  It first moves what waits in the old ones, and only then starts its
+workers.  So no packet of a flow that has changed its worker is overtaken (`empty_old`).
 
 Whoever connects to the listening socket (SOCK_SEQPACKET, in the run directory) gets a HELLO message with all
 descriptors attached; another when the process becomes the active one.  The message b"stop" ends the process.  That the
@@ -54,6 +59,10 @@ HELLO_MAGIC = b"udpt"
 HELLO_VERSION = 1
 STOP = b"stop"
 
+MAX_OLD_TURNS = 128
+"""So many turns of 64 datagrams empty a full buffer.  A socket that stays may go on receiving for ever."""
+DISCARD_PORT = 9
+
 MAX_TURN_NS = 500_000_000
 """A worker that has not come to the end of its turn by then does not keep the process from ending."""
 
@@ -73,7 +82,9 @@ def load_fastpath(path: str) -> ModuleType:
 def main(argv: list[str]) -> None:
     fastpath_file, build_id, *numbers = argv
     listen_fd, table_fd, stats_fd, lock_fd = map(int, numbers[:4])
-    tun_fds, udp_fds, sender_fds = ([int(fd) for fd in text.split(",") if fd] for text in numbers[4:])
+    lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:9]]
+    tun_fds, udp_fds, sender_fds, old_tun_fds, old_udp_fds = lists
+    with_program = numbers[9] == "1"
     descriptors = [table_fd, stats_fd, lock_fd, *tun_fds, *udp_fds, *sender_fds]
     # A terminal's or an init system's signals are meant for the control plane.
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -94,6 +105,9 @@ def main(argv: list[str]) -> None:
     def wait_for_lock() -> None:
         # A record lock belongs to the process and goes with it, however it dies (fcntl(2)).
         fcntl.lockf(lock_fd, fcntl.LOCK_EX)
+        if old_udp_fds:
+            memory = (table_fd, stats_fd)
+            empty_old(fastpath, memory, sender_fds, (tun_fds, udp_fds), (old_tun_fds, old_udp_fds), with_program)
         for i in range(len(workers)):
             running.append(i)
             _thread.start_new_thread(run, (i,))
@@ -118,6 +132,71 @@ def main(argv: list[str]) -> None:
         time.sleep(0.0001)
     # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
     os._exit(0)
+
+
+def empty_old(
+    fastpath: ModuleType,
+    memory: tuple[int, int],
+    sender_fds: list[int],
+    own: tuple[list[int], list[int]],
+    old: tuple[list[int], list[int]],
+    with_program: bool,
+) -> None:
+    """Move what waits for our predecessor, before anything that comes from now on, and close what is not ours.
+
+    `own` and `old`: TUN queues and UDP sockets, ours and the predecessor's.
+    """
+    (tun_fds, udp_fds), (old_tun_fds, old_udp_fds) = own, old
+
+    def move_what_waits(i: int) -> None:
+        tun_fd, udp_fd = old_tun_fds[i], old_udp_fds[i]
+        worker = fastpath.Worker(*memory, i % len(udp_fds), tun_fd, udp_fd, sender_fds)
+        for _ in range(MAX_OLD_TURNS):
+            if not worker.turn():
+                break
+        if udp_fd not in udp_fds:
+            os.close(udp_fd)
+        if tun_fd not in tun_fds:
+            fastpath.detach_queue(tun_fd)
+            os.close(tun_fd)
+
+    last = len(old_udp_fds) - 1
+    # All that comes gets into line in the last one, so that the others can be read empty.
+    is_spread = with_program and spread(fastpath, old_udp_fds, udp_fds, 1, last)
+    if not is_spread:
+        close_out(old_udp_fds, udp_fds)
+    for i in range(last):
+        move_what_waits(i)
+    if is_spread:
+        # From now on it comes to where it belongs, and the last one can be read empty.
+        spread(fastpath, udp_fds, old_udp_fds, len(udp_fds))
+    move_what_waits(last)
+
+
+def spread(fastpath: ModuleType, over: list[int], others: list[int], n: int, first: int = 0) -> bool:
+    """Have what arrives go to `n` sockets of `over` from `first` on, if the others are on the same port."""
+    if not set(over) & set(others):
+        return False
+    try:
+        fastpath.spread(over[0], n, first)
+    except OSError:
+        # A single socket shares with nobody; an old kernel cannot.
+        return False
+    return True
+
+
+def close_out(old_udp_fds: list[int], udp_fds: list[int]) -> None:
+    """Without a program, have nothing more come to those of the old sockets that are on our port and not ours."""
+    if not set(old_udp_fds) & set(udp_fds):
+        return
+    for fd in set(old_udp_fds) - set(udp_fds):
+        with socket.socket(fileno=os.dup(fd)) as udp:
+            try:
+                # The kernel picks none but unconnected sockets for the datagrams of the port.
+                udp.connect((udp.getsockname()[0], DISCARD_PORT))
+            except OSError:
+                # The address has gone, and nothing arrives.
+                continue
 
 
 def serve(listener: socket.socket, descriptors: list[int], woken: int, hello: Callable[[bool], bytes]) -> None:

@@ -143,23 +143,14 @@ def new_queues(n: int) -> list[int]:
     return fds
 
 
-def detach_queues(fds: Sequence[int]) -> None:
-    """Have the kernel give no more packets to these queues, whichever process holds one.
-
-    Packets that wait in them are lost.  The kernel refuses when the device is gone, and then nothing has to be done.
-    """
-    _set_queues(fds, lib.IFF_DETACH_QUEUE)
-
-
 def attach_queues(fds: Sequence[int]) -> None:
-    """Undo `detach_queues`.  `Tun.reattach` mends what the kernel refuses here."""
-    _set_queues(fds, lib.IFF_ATTACH_QUEUE)
+    """Attach queues again that are detached (`empty_old` in worker.py).
 
-
-def _set_queues(fds: Sequence[int], flag: int) -> None:
+    The kernel refuses those that are not; `Tun.reattach` mends what it refuses else.
+    """
     for fd in fds:
         with suppress(OSError):
-            fcntl.ioctl(fd, lib.TUNSETQUEUE, _IFREQ.pack(b"", flag))
+            fcntl.ioctl(fd, lib.TUNSETQUEUE, _IFREQ.pack(b"", lib.IFF_ATTACH_QUEUE))
 
 
 def _attach(fd: int, name: str, supported: Offload) -> None:
