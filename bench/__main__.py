@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import compare, report, run, startup
+from bench import compare, report, run, spread, startup
 from bench.errors import BenchError
 
 
@@ -18,6 +18,8 @@ def main(arguments: Sequence[str]) -> int:
                 compare.main(rest)
             case ["startup", *rest]:
                 return startup.main(rest)
+            case ["spread", *rest]:
+                return spread.main(rest)
             case ["report", *rest]:
                 _report(rest)
             case _:
