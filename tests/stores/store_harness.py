@@ -249,6 +249,11 @@ async def watching(store: Store, after: int | None = None, known: Iterable[Lease
         yield watcher
         if task.done():
             task.result()
+    except TimeoutError:
+        # What has ended the watch says more than that something was waited for in vain.
+        if task.done():
+            task.result()
+        raise
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

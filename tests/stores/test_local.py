@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
@@ -266,6 +267,49 @@ async def test_a_file_deleted_under_running_daemons_is_made_anew_and_never_repea
         await watcher.until(lambda: watcher.leases == {again.key: again})
     for store in stores:
         await store.aclose()
+
+
+async def test_a_file_deleted_between_two_calls_of_one_look_is_made_anew(
+    harness: LocalHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """stat found it and access did not: "is not writable" ended the watch, and with it the daemon."""
+    store, other = harness.store(), harness.store()
+    await store.claim(host(1), exactly(1))
+    access = os.access
+
+    def deleted_before(place: Path, mode: int, *, effective_ids: bool) -> bool:
+        if place == harness.path:
+            monkeypatch.setattr(os, "access", access)
+            place.unlink()
+        return access(place, mode, effective_ids=effective_ids)
+
+    monkeypatch.setattr(os, "access", deleted_before)
+    assert (await store.snapshot()).leases == ()
+    again = await other.claim(host(2), exactly(2))
+    assert (await store.snapshot()).leases == (again,)
+    for each in (store, other):
+        await each.aclose()
+
+
+async def test_a_file_deleted_while_it_is_made_is_not_used_for_ever(
+    harness: LocalHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that had opened it did not see it at its second look, and took every later absence for the same file."""
+    store, other = harness.store(), harness.store()
+    inspect = database._inspect
+    n_looks = itertools.count(1)
+
+    def deleted_before(path: Path) -> tuple[int, int] | None:
+        if next(n_looks) == 2:
+            path.unlink()
+        return inspect(path)
+
+    monkeypatch.setattr(database, "_inspect", deleted_before)
+    await store.snapshot()
+    await store.claim(host(1), exactly(1))
+    assert [lease.subnets for lease in (await other.snapshot()).leases] == [SUBNETS[1]]
+    for each in (store, other):
+        await each.aclose()
 
 
 # Files that cannot be used

@@ -44,7 +44,7 @@ class Database:
         self._clock = clock
         self._db: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
-        """Device and inode that `_db` has open."""
+        """Device and inode that `_db` has open; None when the file was gone by then."""
 
     def run(self, operation: str, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work`, which is one transaction; `operation` completes "cannot ..." in the message of a failure."""
@@ -70,7 +70,7 @@ class Database:
     def _connection(self) -> sqlite3.Connection:
         """The open file, opened anew when it was deleted or replaced since the last call."""
         file = _inspect(self._path)
-        if self._db is not None and file == self._file:
+        if self._db is not None and file is not None and file == self._file:
             return self._db
         self.close()
         # The store is closed on another thread, after this one has ended.
@@ -123,6 +123,9 @@ def _inspect(path: Path) -> tuple[int, int] | None:
         found = (status.st_dev, status.st_ino)
     for place in [path.parent] if found is None else [path, path.parent]:
         if not os.access(place, os.R_OK | os.W_OK, effective_ids=True):
+            if not place.exists():
+                # Somebody has deleted it since it was looked at.
+                return _inspect(path)
             raise ConfigError(
                 f"cannot open the lease store {path}: {place} is not writable; SQLite must write the file "
                 "and create others beside it: grant that, or name another place in --store local:PATH"
