@@ -272,7 +272,7 @@ async def test_a_file_deleted_under_running_daemons_is_made_anew_and_never_repea
 async def test_a_file_deleted_between_two_calls_of_one_look_is_made_anew(
     harness: LocalHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """stat found it and access did not: "is not writable" ended the watch, and with it the daemon."""
+    """stat found it and access did not: "is not writable" ended the watch, or the start of a daemon."""
     store, other = harness.store(), harness.store()
     await store.claim(host(1), exactly(1))
     access = os.access
