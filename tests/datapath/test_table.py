@@ -21,6 +21,7 @@ import pytest
 
 from udptun._fastpath import COUNTERS, FIELDS, LAYOUT, TableReader
 from udptun.core.errors import DatapathError
+from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import stats as stats_module
 from udptun.datapath import table as table_module
@@ -203,7 +204,7 @@ def test_peers_for_which_the_table_has_no_room_are_named_and_added_when_others_g
 
     async def main() -> None:
         tun = Mock(spec=Tun, fds=[])
-        tunnel = Tunnel(tmp_path, table, stats, -1, tun, Endpoints((), ()), [])
+        tunnel = Tunnel(tmp_path, table, stats, -1, tun, Endpoints((), ()), [], ALL)
         tunnel.set_peers({subnet: remote(n) for n, subnet in enumerate(subnets[:5])})
         await tunnel.publish()
         assert set(table.subnets) == set(subnets[:3])
