@@ -19,7 +19,7 @@ from udptun.stores.open import open_store
 PACKAGE = Path(udptun.__file__).parent
 
 FLOORS = (
-    {"core"},
+    {"core", "cni"},
     {"config"},
     {"kernel"},
     {"stores", "firewall", "datapath"},
@@ -149,7 +149,7 @@ def test_each_library_with_an_owner_is_imported_by_its_owner_only() -> None:
 
 def test_cli_alone_reads_argv_and_the_environment() -> None:
     """Besides the programs of their own: the datapath worker, the writer of a file, and those of the lab."""
-    programs = ("commands/cli.py", "_kabi_build.py", "datapath/worker.py", "core/atomic_file.py")
+    programs = ("commands/cli.py", "_kabi_build.py", "datapath/worker.py", "core/atomic_file.py", "cni/plugin.py")
     others = {PACKAGE / name for name in programs}
     for path in {*PACKAGE.rglob("*.py")} - others - {*(PACKAGE / "lab").rglob("*.py")}:
         for word in ("sys.argv", "os.environ", "os.getenv", "sys.exit"):

@@ -276,6 +276,12 @@ def _docker_opts(argv: list[str], environ: Mapping[str, str]) -> int:
     return docker_opts.run(argv, environ)
 
 
+def _cni(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import cni
+
+    return cni.run(argv, environ)
+
+
 def _lab(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands.parser import Parser
     from udptun.lab import cli as lab
@@ -301,6 +307,7 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
     "lease": ("list, show, reserve and release leases; write a leases file", _lease),
     "docker-opts": ("write Docker's options from subnet.env; installed as mk-docker-opts.sh too", _docker_opts),
+    "cni": ("install the CNI plugin; free what its containers have left", _cni),
     "lab": ("hosts, pods and daemons in namespaces on one machine", _lab),
     "version": ("print the version", _version),
 }
