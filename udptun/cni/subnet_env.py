@@ -1,7 +1,7 @@
 """What the daemon tells the plugin: subnet.env, and why there is none yet.
 
-The daemon writes subnet.env when the host's network is ready. Beside it, in `<subnet.env>.status`, it says all the time
-what it is doing.
+The daemon writes subnet.env when the host's network is ready.  Beside it, in `<subnet.env>.status`, it says all the
+time what it is doing (udptun/control/node_status.py).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.control.instance import NETWORKS_FILE, claim_files, claim_leftovers, starting
+from udptun.control.node_status import path_beside
 from udptun.control.run_dir import LOCK_FILE, SOCKET_NAME, lock_run_dir
 from udptun.core.errors import FirewallError
 from udptun.core.ownership import Ownership
@@ -67,6 +68,7 @@ async def _clean_up(options: Options, ownership: Ownership, release: bool) -> No
     written = subnet_env.read_networks(options.subnet_file)
     if written is None or written[0] in ownership.networks:
         _delete(options.subnet_file)
+        _delete(path_beside(options.subnet_file))
     else:
         print(f"left {options.subnet_file} alone: it is about {written[0]}")
     for path in (

@@ -32,6 +32,7 @@ from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
 from udptun.control.http import serve
 from udptun.control.instance import claim_files, claim_network, remember, starting
+from udptun.control.node_status import NodeStatus
 from udptun.control.run_dir import SOCKET_NAME, fault_of_directory, lock_run_dir
 from udptun.control.running import Running, log_underlay
 from udptun.control.settings import (
@@ -96,6 +97,7 @@ class Daemon:
         self._options = options
         self._answers = Answers()
         self._claims = Claims()
+        self._node_status = NodeStatus(options.subnet_file)
         self._hangup = asyncio.Event()
         """Set by SIGHUP."""
 
@@ -137,11 +139,15 @@ class Daemon:
             undo.callback(os.close, lock_run_dir(options.run_dir))
             undo.callback(self._claims.close)
             claim_files(self._claims, options)
+            undo.enter_context(self._node_status)
+            # It has made the directory of subnet.env where there was none.
+            claim_files(self._claims, options)
             await self._serve_http(undo)
             store = open_store(options)
             undo.push_async_callback(store.aclose)
             running = await self._start(store, undo)
             self._answers.running = running
+            self._node_status.is_ready()
             self._notify(notify.READY)
             log.info(
                 "ready subnet=%s mtu=%d n_peers=%d",
@@ -181,8 +187,10 @@ class Daemon:
     async def _start(self, store: Store, undo: AsyncExitStack) -> Running:
         """All stages from the configuration to subnet.env.  Raises UdptunError; `undo` then undoes what was made."""
         options, clock = self._options, Clock()
+        self._node_status.starts(f"waits for the network config in {store.config_name}")
         start = await find_start(store, options.state_dir, clock, parse_net_conf)
         conf = read_config(start.config, store.config_name, options)
+        self._node_status.starts("makes the device")
         ownership = await claim_network(self._claims, conf.network, options)
         underlay = await find_underlay(underlay_options(options))
         log_underlay("chosen", underlay)
@@ -229,7 +237,9 @@ class Daemon:
         firewall = FirewallReconciler(firewall_settings(options, conf), ownership, obstacles)
         running = Running(options, conf, underlay, me, membership, forwarding, firewall)
         undo.push_async_callback(self._undo_failed_start, running)
+        self._node_status.starts(f"waits for its lease in {store.name}")
         await self._join(running, attrs)
+        self._node_status.starts("sets up routes and rules")
         await forwarding.start(membership.own.subnet, membership.table.peers.values())
         # The subnet.env of the run before is still there.
         await firewall.set_up(membership.own.subnet, subnet_env.read_networks(options.subnet_file))
