@@ -65,6 +65,7 @@ def test_sdist_has_every_source_test_and_document_and_nothing_built(sdist: Path)
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
     wanted |= sources("tests", "*.py") | sources("docs", "*.md") | sources("bench", "*.py")
+    wanted |= sources("deploy", "*.py", "*.in")
     wanted |= {"pyproject.toml", "setup.py", "dev", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert "udptun/_fastpath.pyx" in wanted
     assert wanted - names == set()
@@ -81,6 +82,7 @@ def test_wheel_has_every_module_both_extensions_and_nothing_else(wheel: Path) ->
     assert names - extensions == sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
     for name in ("udptun", "flanneld", "mk-docker-opts.sh"):
         assert f"{name} = udptun.commands.cli:main" in entry_points
+    assert "udptun-cni = udptun.cni.plugin:main" in entry_points
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,14 @@ def test_commands_of_the_wheel_say_the_version(installed: Path, wheel: Path) -> 
     asked = run([installed / "flanneld", "-version"], installed)
     assert (asked.stdout, asked.stderr) == ("", f"udptun {version}\n")
     assert run([installed / "mk-docker-opts.sh", "-h"], installed).stdout.startswith("usage: udptun docker-opts ")
+
+
+def test_cni_plugin_of_the_wheel_runs_and_installs_itself(installed: Path, tmp_path: Path) -> None:
+    run([installed / "udptun", "cni", "install", tmp_path], tmp_path)
+    for program in (installed / "udptun-cni", tmp_path / "flannel"):
+        environ = {"CNI_COMMAND": "VERSION"}
+        done = subprocess.run([program], env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert '"supportedVersions":["0.1.0",' in done.stdout, done.stderr
 
 
 def test_daemon_of_the_wheel_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
