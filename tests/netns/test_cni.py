@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.cni_plugin import (
     installed,
     plugin_directory,
 )
+from tests.namespace import seconds_until
 from udptun.lab.host import Host
 
 pytestmark = [
@@ -28,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(plugin_directory() is None, reason="needs bridge and host-local (containernetworking-plugins)"),
 ]
 
+UDPTUN = (sys.executable, "-m", "udptun")
 RESERVED = f"/var/lib/cni/networks/{NAME}"
 
 
@@ -155,6 +159,34 @@ def test_bridge_with_ports_and_with_an_address_of_another_subnet_is_named(
     assert (plugin.stored("c1"), reserved(host)) == (None, [])
 
 
+def test_pod_learns_what_the_daemon_waits_for_and_comes_up_once_it_is_ready(
+    plugin: Plugin, host: Host, target: str
+) -> None:
+    """All that it said was that subnet.env is not there."""
+    conf = {"cniVersion": "1.0.0", "subnetFile": "/run/flannel/subnet.env"}
+    status = host.path("/run/flannel/subnet.env.status")
+    host.start_daemon(["--store=etcd", "--etcd-endpoints=http://127.0.0.1:1"])
+    seconds_until(lambda: status.exists() and "error=" in status.read_text(), 30)
+    error = plugin.run("ADD", "c1", target, conf=conf).error()
+    assert error["code"] == 11
+    assert error["msg"].startswith(
+        "udptun on this node is not ready: waits for the network config in /coreos.com/network/config: "
+    )
+    assert "(since " in error["msg"]
+    host.stop_daemon()
+    assert "the daemon was stopped (since " in plugin.run("STATUS", conf={**conf, "cniVersion": "1.1.0"}).error()["msg"]
+    host.start_daemon()
+    host.wait_ready()
+    assert json.loads(status.read_text())["state"] == "ready"
+    result = plugin.run("ADD", "c1", target, conf=conf).result()
+    assert IPv4Interface(result["ips"][0]["address"]).network == host.subnet
+    host.stop_daemon()
+    # Without the daemon, too.
+    plugin.run("DEL", "c1", target, conf=conf).result()
+    host.run([*UDPTUN, "cleanup"])
+    assert not host.path("/run/flannel").exists()
+
+
 def test_failed_add_leaves_no_address_and_no_link(plugin: Plugin, host: Host, target: str) -> None:
     """Flannel's plugin left the pod's link where bridge had failed half-way."""
     conf = {"delegate": {"mtu": 1}, "cniVersion": "0.4.0"}
@@ -178,6 +210,15 @@ def test_addresses_of_containers_that_are_gone_are_given_out_again(plugin: Plugi
     assert "deleted the attachment of container c1" in answer.stderr
     assert sorted(path.name for path in plugin.data_dir.iterdir()) == [".udptun", "c0", "c2", "c4", "new"]
     assert len(reserved(host)) == 4
+    # And by hand.
+    host.run(["ip", "netns", "del", "n4"])
+    conf = plugin.directory / "net.conf"
+    conf.write_text(json.dumps(plugin.conf))
+    said = host.run([*UDPTUN, "cni", "gc", "--conf", str(conf)]).stdout
+    assert said == (
+        f"deleted the attachment of container c4\nnetwork {NAME}: 1 freed, 3 containers and 3 addresses stay\n"
+    )
+    assert len(reserved(host)) == 3
 
 
 @pytest.mark.parametrize("n", [16, pytest.param(200, marks=[pytest.mark.full, pytest.mark.timeout(600)])])
