@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import IPv4Interface
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -240,3 +242,33 @@ def test_parallel_containers_come_and_go_and_leave_nothing(plugin: Plugin, host:
     assert links(host, "type", "veth") == ["eth0"]
     assert [path.name for path in plugin.data_dir.iterdir()] == [".udptun"]
     assert list((plugin.data_dir / ".udptun").iterdir()) == []
+
+
+@pytest.mark.alone
+def test_start_of_the_plugin_is_a_small_part_of_an_add(
+    plugin: Plugin, host: Host, request: pytest.FixtureRequest, slack: int
+) -> None:
+    """VERSION in 60 ms, and no more than that added to an ADD."""
+    bridge = replace(plugin, program=Path(f"{plugin_directory()}/bridge"))
+    times: dict[str, list[float]] = {"VERSION": [], "ADD": [], "ADD of bridge": [], "nsenter": []}
+
+    def measure(what: str, run: Callable[[], Any]) -> None:
+        started_s = time.perf_counter()
+        run()
+        times[what].append(1000 * (time.perf_counter() - started_s))
+
+    for i in range(21 if request.config.getoption("--full") else 5):
+        ours, alone = add_netns(host, f"o{i}"), add_netns(host, f"b{i}")
+        measure("nsenter", lambda: host.run(["true"]))
+        measure("VERSION", lambda: plugin.run("VERSION").result())
+        measure("ADD", lambda: plugin.run("ADD", f"o{i}", ours).result())  # noqa: B023 - it runs at once
+        stored = json.loads(plugin.stored(f"o{i}") or "")
+        measure("ADD of bridge", lambda: bridge.run("ADD", f"b{i}", alone, conf=stored).result())  # noqa: B023
+    version, add, add_of_bridge, nsenter = (
+        median(times[what]) for what in ("VERSION", "ADD", "ADD of bridge", "nsenter")
+    )
+    print(
+        f"VERSION {version - nsenter:.1f} ms, ADD {add - nsenter:.1f} ms, bridge alone {add_of_bridge - nsenter:.1f} ms"
+    )
+    assert version - nsenter < 60 * slack
+    assert add - add_of_bridge < 60 * slack
