@@ -29,6 +29,7 @@ settings.load_profile("udptun")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked `full` too")
     parser.addoption("--flanneld", metavar="PATH", help="flanneld's program, for the tests beside the real one")
+    parser.addoption("--kube-apiserver", metavar="PATH", help="kube-apiserver's program, to test beside ours")
 
 
 @pytest.hookimpl(tryfirst=True)
