@@ -18,6 +18,7 @@ from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
 from udptun.stores.base import (
     LEASE_TTL_S,
     Chooser,
+    HostsWithoutNames,
     Snapshot,
     SubnetChoice,
     WatchBatch,
@@ -108,7 +109,7 @@ class _Place:
             return min(ends_s) - now_s if ends_s else None
 
 
-class FakeStore:
+class FakeStore(HostsWithoutNames):
     """See the module's text; `another` makes one more store on the same place.
 
     A lease ends when a test takes it out, or by itself with `ends_leases`.

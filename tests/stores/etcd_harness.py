@@ -106,7 +106,7 @@ class EtcdHarness:
             flags += ["--etcd-username=flannel", "--etcd-password=secret"]
         return flags
 
-    def store(self) -> EtcdStore:
+    def store(self, number: int = 1) -> EtcdStore:
         return etcd_store(*self.flags())
 
     def key(self, name: str) -> str:

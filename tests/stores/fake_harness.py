@@ -23,7 +23,7 @@ class FakeHarness:
         self._hands = FakeStore(config=NET_CONF)
         self._hands.ends_leases = True
 
-    def store(self) -> FakeStore:
+    def store(self, number: int = 1) -> FakeStore:
         return self._hands.another()
 
     def write(self, leases: Iterable[tuple[int, int]]) -> None:

@@ -36,7 +36,7 @@ class Member:
             backend_type="udp",
             backend_data={"Port": 8285, "NodeID": node_id, "Udptun": 1},
         )
-        self._me = Identity(self._attrs.public_ip, 8285, node_id)
+        self._me = Identity(self._attrs.public_ip, 8285, node_id, node_name=store.node_name)
         state_dir = directory / str(number)
         state_dir.mkdir()
         self.membership = Membership(

@@ -64,8 +64,8 @@ class Harness(Protocol):
     slack_descriptors: int
     """How many more the store's library may hold open at one time than at another."""
 
-    def store(self) -> Store:
-        """One more store object on the same place."""
+    def store(self, number: int = 1) -> Store:
+        """One more store object on the same place, host `number`'s where the store knows hosts by name."""
 
     def write(self, leases: Iterable[tuple[int, int]]) -> None:
         """By hand: subnet number -> host number; replaces everything."""
@@ -88,7 +88,7 @@ class LocalHarness:
         self.net_conf = directory / "net-conf.json"
         self.net_conf.write_text(NET_CONF)
 
-    def store(self) -> LocalStore:
+    def store(self, number: int = 1) -> LocalStore:
         return LocalStore(self.path, self.net_conf)
 
     def sql(self, *statements: str, rows: Sequence[Sequence[Any]] | None = None) -> list[tuple[Any, ...]]:
@@ -149,7 +149,7 @@ class FileHarness:
         self.net_conf.write_text(NET_CONF)
         self.entries: dict[int, dict[str, Any]] = {}
 
-    def store(self) -> FileStore:
+    def store(self, number: int = 1) -> FileStore:
         return FileStore(self.path, self.net_conf)
 
     def write(self, leases: Iterable[tuple[int, int]]) -> None:

@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 from udptun.backends import probe
@@ -44,7 +45,7 @@ from udptun.control.settings import (
     underlay_options,
 )
 from udptun.core.clock import Clock
-from udptun.core.errors import KernelError, UdptunError
+from udptun.core.errors import KernelError, SubnetReplacedError, UdptunError
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
@@ -58,7 +59,7 @@ from udptun.membership.allocate import chooser
 from udptun.membership.former import FormerLease
 from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership
-from udptun.membership.start import find_start
+from udptun.membership.start import find_public_ip, find_start
 from udptun.stores.base import Store
 from udptun.stores.open import open_store
 
@@ -116,7 +117,7 @@ class Daemon:
         for number in _ENDING:
             loop.add_signal_handler(number, end)
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
-        serving = asyncio.create_task(self._serve())
+        serving = asyncio.create_task(self._serve_on())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -131,6 +132,18 @@ class Daemon:
                 raise first_failure(group) from group
         if self._answers.running is not None:
             log.info("stopped; packets are carried on without the daemon, `udptun cleanup` ends and removes it all")
+
+    async def _serve_on(self) -> None:
+        """Serve, and once more each time the store gives this host another subnet.  Packets are carried meanwhile."""
+        while True:
+            try:
+                await self._serve()
+            except BaseExceptionGroup as group:
+                exc = first_failure(group)
+                if not isinstance(exc, SubnetReplacedError):
+                    raise
+                log.warning("beginning again: %s", exc)
+                self._answers.running = None
 
     async def _serve(self) -> None:
         options = self._options
@@ -148,6 +161,7 @@ class Daemon:
             running = await self._start(store, undo)
             self._answers.running = running
             self._node_status.is_ready()
+            await store.note_ready()
             self._notify(notify.READY)
             log.info(
                 "ready subnet=%s mtu=%d n_peers=%d",
@@ -162,6 +176,7 @@ class Daemon:
                 tasks.create_task(keep("firewall", running.firewall.run))
                 tasks.create_task(keep("underlay", running.underlay_watch.run))
                 tasks.create_task(keep("ip_forward", running.ip_forward_watch.run))
+                tasks.create_task(_end_with_subnet(running))
                 tasks.create_task(keep("reload", lambda: self._reload_on_hangup(running, store)))
 
     def _make_directories(self) -> None:
@@ -192,6 +207,7 @@ class Daemon:
         conf = read_config(start.config, store.config_name, options)
         self._node_status.starts("makes the device")
         ownership = await claim_network(self._claims, conf.network, options)
+        options = replace(options, public_ip=await find_public_ip(store) or options.public_ip)
         underlay = await find_underlay(underlay_options(options))
         log_underlay("chosen", underlay)
         set_log_level(options, conf.backend.log_level)
@@ -219,7 +235,7 @@ class Daemon:
             )
         undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
-        me = Identity(underlay.public_ip, attrs.port(0) or None, node_id, default_port)
+        me = Identity(underlay.public_ip, attrs.port(0) or None, node_id, default_port, store.node_name)
         membership = Membership(
             store,
             start,
@@ -296,3 +312,9 @@ class Daemon:
             notify.notify(self._options.notify_socket, message)
         except OSError as exc:
             log.warning("cannot tell the service manager state=%s error=%s", message.split("\n")[0], exc)
+
+
+async def _end_with_subnet(running: Running) -> None:
+    """Raise SubnetReplacedError when our subnet is no longer the one that we run with."""
+    await running.membership.given_instead()
+    raise SubnetReplacedError(f"{running.membership.own.subnet} is no longer the subnet of this host")

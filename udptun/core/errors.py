@@ -55,6 +55,10 @@ class LeaseLostError(LeaseError):
     """Our own lease is gone from the store or belongs to another node now."""
 
 
+class SubnetReplacedError(LeaseError):
+    """The store has given this host another subnet while the daemon runs: it has to begin again."""
+
+
 class StoreUnavailableError(LeaseError):
     """The store did not answer; the caller may retry."""
 

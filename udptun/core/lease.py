@@ -161,13 +161,15 @@ class Lease:
     """One host's subnet.
 
     `expires_s` is Unix time in seconds; None never expires (a reservation, or a line of a leases file).
-    `revision` is the store's revision that last wrote the lease, 0 where the store has none.
+    `revision` is the store's revision that last wrote the lease, 0 where the store has none.  `node_name` is what the
+    store calls the host, empty where it knows a host by its PublicIP or NodeID alone.
     """
 
     subnets: Subnets
     attrs: LeaseAttrs
     expires_s: float | None = None
     revision: int = 0
+    node_name: str = ""
 
     @property
     def key(self) -> str:

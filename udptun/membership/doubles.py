@@ -44,6 +44,12 @@ class Doubles:
         """Whether no peer wrote the lease: it is at our address, or it is ours of `own` from before we moved."""
         return self.me.owns(lease) or (lease.subnets == own and lease.attrs.node_id == self.me.node_id)
 
+    def refusal(self, lease: Lease) -> str | None:
+        """Why a lease that is not ours is no peer all the same; None when it may be one."""
+        if lease.node_name and self.me.is_at(lease):
+            return f"the node {lease.node_name} publishes our own PublicIP {lease.attrs.public_ip}"
+        return None
+
     def took_over(self, leases: Iterable[Lease], own: Lease) -> None:
         """`own` has replaced these: a warning for each node that may think that its lease is still its own."""
         self._replaced = frozenset(

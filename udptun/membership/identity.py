@@ -43,19 +43,29 @@ class Identity:
     A lease is ours when PublicIP and port are; `node_id` outlives both.  `port` None: our backend publishes none, so
     there is one of us at a PublicIP, as with flannel.  A lease that names no port, as flannel's, has `default_port`, or
     ours when that is None.
+
+    `node_name` is what the store calls us.  Where it has names, a lease is ours when it has ours, whatever else it
+    says: the PublicIP in it may be an operator's.
     """
 
     public_ip: IPv4Address
     port: int | None
     node_id: str
     default_port: int | None = None
+    node_name: str = ""
 
     def node_of(self, lease: Lease) -> Node:
         """Who wrote the lease."""
         return Node(lease.attrs.public_ip, self._port_of(lease), lease.attrs.node_id)
 
     def owns(self, lease: Lease) -> bool:
-        """Whether the lease is at our address."""
+        """Whether the lease is ours: by name, or at our address."""
+        if self.node_name and lease.node_name:
+            return lease.node_name == self.node_name
+        return self.is_at(lease)
+
+    def is_at(self, lease: Lease) -> bool:
+        """Whether the lease is at our address, so that packets for it would come back to us."""
         return lease.attrs.public_ip == self.public_ip and self.port in (None, self._port_of(lease))
 
     def must_have_written(self, lease: Lease) -> bool:

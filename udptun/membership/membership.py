@@ -111,6 +111,7 @@ class Membership:
         if self._outage.reason and self.own.is_expired(self._clock.unix_s()):
             expired = f"our lease {self.own.subnet} has expired, and another host may get it, while the store is away"
         lines = (self._own.problem, expired, self._outage.reason, *self._clones.lines.values(), *self._peers.problems)
+        lines += self._store.problems
         return (*filter(None, lines), *self._supervisor.problems)
 
     async def join(self, attrs: LeaseAttrs, choose: Chooser, former: FormerLease | None = None) -> None:
@@ -123,7 +124,7 @@ class Membership:
             lease, self._last = replace(got.own, attrs=attrs), got
         else:
             lease, self._last = got, None
-        self._make_parts(lease, is_provisional=self._last is not None)
+        self._make_parts(lease, attrs, is_provisional=self._last is not None)
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
@@ -179,6 +180,10 @@ class Membership:
         finally:
             await self._saved.finish()
 
+    async def given_instead(self) -> None:
+        """Return when the store has given this host other subnets, for which the daemon has to begin again."""
+        await self._own.given_instead.wait()
+
     async def leave_if_new(self) -> None:
         """Give our lease back unless somebody, or we in an earlier run, had it before `join`."""
         await self._first_claim.undo()
@@ -210,11 +215,12 @@ class Membership:
     async def _recall(self) -> Remembered:
         return await recall(self._state_dir, self._conf.network, self._doubles.me, self._clock)
 
-    def _make_parts(self, lease: Lease, *, is_provisional: bool) -> None:
+    def _make_parts(self, lease: Lease, asked: LeaseAttrs, *, is_provisional: bool) -> None:
         asking = asyncio.Lock()
         self._own = OwnLease(
             self._store,
             lease,
+            asked,
             self._doubles,
             self._margin_s,
             asking,
@@ -227,7 +233,7 @@ class Membership:
             self._claimed,
             lease.subnet,
             lambda other: self._doubles.is_own(other, lease.subnets),
-            self._refusal,
+            lambda other: self._doubles.refusal(other) or self._refusal(other),
         )
         self._peers = Peers(table, self._on_change, self._clones, self._saved, self._lease_clock)
         self._follower = Follower(

@@ -42,12 +42,15 @@ class OwnLease:
 
     `hold` keeps it in the store; `see_events` and `see_snapshot` tell it what the store has.  `on_change` is called
     when it was written.  `asking` is held while the store is asked: one thing at a time (stores/base.py).
+
+    `asked` is what we say of ourselves.  The store may have it otherwise in `lease`, see `Store.claim`.
     """
 
     def __init__(
         self,
         store: Store,
         lease: Lease,
+        asked: LeaseAttrs,
         doubles: Doubles,
         margin_s: float,
         asking: asyncio.Lock,
@@ -63,7 +66,10 @@ class OwnLease:
         """Whether the store no longer has it as we hold it."""
         self.problem = ""
         """Why the store does not have it as we hold it; empty when there is nothing to say."""
+        self.given_instead = asyncio.Event()
+        """Set when the store has given this host, which it knows by name, other subnets."""
         self._store = store
+        self._asked = asked
         self._doubles = doubles
         self._margin_s = margin_s
         self._asking = asking
@@ -78,6 +84,7 @@ class OwnLease:
     def move(self, me: Identity, attrs: LeaseAttrs) -> None:
         """We are at another address.  `hold` tells the store at once, and again until the store has it."""
         self._doubles.me = me
+        self._asked = attrs
         self.lease = replace(self.lease, attrs=attrs)
         self._has_moved = True
         self._news.set()
@@ -95,12 +102,29 @@ class OwnLease:
         """The store tells what has changed."""
         for event in events:
             # What was written before we wrote it last no longer matters.
-            if event.lease.key == self.lease.key and event.lease.revision >= self.lease.revision:
+            if self._is_about_us(event.lease) and event.lease.revision >= self.lease.revision:
                 self._see(event.lease if event.type is EventType.ADDED else None)
+            elif event.type is EventType.ADDED:
+                self._see_other(event.lease)
 
     def see_snapshot(self, leases: Iterable[Lease]) -> None:
         """The store tells all that it has."""
-        self._see(next((lease for lease in leases if lease.key == self.lease.key), None))
+        there = None
+        for lease in leases:
+            if self._is_about_us(lease):
+                there = lease
+            else:
+                self._see_other(lease)
+        self._see(there)
+
+    def _is_about_us(self, lease: Lease) -> bool:
+        name = self._doubles.me.node_name
+        return lease.key == self.lease.key and (not name or lease.node_name == name)
+
+    def _see_other(self, lease: Lease) -> None:
+        """A lease of other subnets: is it for this host?"""
+        if lease.node_name and lease.node_name == self._doubles.me.node_name:
+            self.given_instead.set()
 
     def _see(self, there: Lease | None) -> None:
         """`there` is what the store has of it; None: nothing."""
@@ -166,34 +190,36 @@ class OwnLease:
         self._news.clear()
 
     async def _renew(self) -> None:
-        asked = self.lease
+        asked = self._asked
         async with self._asking:
-            renewed = await self._store.renew(asked)
-        self._take(renewed)
+            renewed = await self._store.renew(replace(self.lease, attrs=asked))
+        self._take(asked, renewed)
         log.info("lease renewed subnet=%s", self.lease.subnet)
 
     async def _take_again(self) -> None:
+        asked = self._asked
         async with self._asking:
             lease = await self._store.claim(
-                self.lease.attrs,
+                asked,
                 lambda leases: self._doubles.choose_again(self.lease, leases, self._clock.elapsed_s()),
             )
         if lease.subnets != self.lease.subnets:
+            self._see_other(lease)
             raise LeaseLostError(
                 f"{self._store.name} gives this host {lease.subnet} now, not {self.lease.subnet}; restart to use it"
             )
         taker, self._taker = self._taker, None
         self.is_lost = False
-        self._take(lease)
+        self._take(asked, lease)
         if taker is None or taker == self._doubles.me.node_of(lease):
             log.info("lease taken again subnet=%s", self.lease.subnet)
         else:
             self._doubles.took_back(taker, lease, self._clock.elapsed_s())
 
-    def _take(self, written: Lease) -> None:
-        """The store has it as `written`, which lacks a move that came while it was written."""
-        self._has_moved = self.lease.attrs != written.attrs
-        self.lease = replace(written, attrs=self.lease.attrs)
+    def _take(self, asked: LeaseAttrs, written: Lease) -> None:
+        """The store has it as `written` after we `asked`, which lacks a move that came meanwhile."""
+        self._has_moved = self._asked != asked
+        self.lease = replace(written, attrs=self._asked) if self._has_moved else written
         self.problem = ""
         self._on_change()
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,6 +68,17 @@ async def find_start(store: Store, state_dir: Path, clock: Clock, parse: ParseNe
 
     answer = await ask_or_recall("no network config", store, ask, recall, clock)
     return Start(answer) if isinstance(answer, str) else Start(answer.config, answer)
+
+
+async def find_public_ip(store: Store) -> IPv4Address | None:
+    """What an operator has set in the store as this host's PublicIP; None, too, while the store is away."""
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return await store.public_ip()
+    except (TimeoutError, StoreUnavailableError) as exc:
+        reason = str(exc) or f"{store.name} has not answered within {PATIENCE_S:g} s"
+        log.warning("beginning without asking the store for a PublicIP of this host error=%r", reason)
+        return None
 
 
 async def ask_or_recall(

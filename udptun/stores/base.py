@@ -8,12 +8,16 @@ A store is a shared map from lease key to lease, with one revision that only gro
 Two errors say who has to act.  StoreUnavailableError: nobody has to, trying again may help.  ConfigError: a person has
 to mend the store (a corrupt file, a missing directory), and trying again is harmless and useless.  A running daemon
 keeps its table over both.
+
+Who a host is, is the store's to say where it knows hosts by name (`node_name`), and NodeID and PublicIP say it
+elsewhere.  What a store answers to `claim` and `renew` is what it has, which may differ from what was asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol
 
@@ -90,7 +94,7 @@ class Store(Protocol):
     """Where the network config is, for messages: a path, or the key in etcd."""
 
     is_remote: bool
-    """Whether a server keeps the leases (etcd).  Three things follow.
+    """Whether a server keeps the leases (etcd, Kubernetes).  Three things follow.
 
     A daemon waits for a network config that is missing or broken, as flannel does, instead of ending.
 
@@ -108,8 +112,26 @@ class Store(Protocol):
     A leases file has the address and the port alone.
     """
 
+    @property
+    def node_name(self) -> str:
+        """What the store calls this host; empty where it knows hosts by PublicIP and NodeID.
+
+        With a name, a lease with that `Lease.node_name` is ours and no other is.  It may be known only after the first
+        call.
+        """
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A line for each thing that is wrong with what the store has, and that no call fails of.
+
+        May be read on another thread.
+        """
+
     async def network_config(self) -> str:
         """The text of net-conf.json.  Raises ConfigError when there is none, saying where it should be."""
+
+    async def public_ip(self) -> IPv4Address | None:
+        """What an operator has set in the store as this host's PublicIP, as --public-ip would; None: nothing."""
 
     async def snapshot(self, *, exact: bool = False) -> Snapshot:
         """All leases.  `exact`: with their true expiries, which costs a remote store one more request for each."""
@@ -127,6 +149,9 @@ class Store(Protocol):
 
         If that lease is there already, it is rewritten with `attrs` and a fresh expiry; a reservation (no expiry) stays
         one.  A claim that was cancelled may have happened all the same.
+
+        The lease is as the store has it then.  Where an operator has overwritten the PublicIP its `attrs` are not the
+        `attrs` that were asked for.  A store that allocates itself (a leases file, Kubernetes) does not ask `choose`.
         """
 
     async def renew(self, lease: Lease, ttl_s: int = LEASE_TTL_S) -> Lease:
@@ -134,6 +159,9 @@ class Store(Protocol):
 
     async def release(self, lease: Lease) -> None:
         """Give the lease back if it is still ours.  A reservation stays; a lease that is gone is no error."""
+
+    async def note_ready(self) -> None:
+        """The host's pods can talk from now on.  Called once, after the claim; it does not wait for a server."""
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
         """Keep `subnets` for the node with `attrs`: a lease that never expires, which that node's claim takes over.
@@ -147,6 +175,19 @@ class Store(Protocol):
 
     async def aclose(self) -> None:
         """Free threads, connections and files.  No other call may follow; closing twice does no harm."""
+
+
+class HostsWithoutNames:
+    """What a store answers in which a host is what its lease says of it, and which nobody annotates."""
+
+    node_name = ""
+    problems: tuple[str, ...] = ()
+
+    async def public_ip(self) -> IPv4Address | None:
+        return None
+
+    async def note_ready(self) -> None:
+        pass
 
 
 def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:

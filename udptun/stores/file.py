@@ -34,7 +34,15 @@ from pathlib import Path
 
 from udptun.core.errors import ConfigError, LeaseLostError
 from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
-from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, read_network_config, reason
+from udptun.stores.base import (
+    LEASE_TTL_S,
+    Chooser,
+    HostsWithoutNames,
+    Snapshot,
+    WatchBatch,
+    read_network_config,
+    reason,
+)
 
 POLL_S = 0.2
 """How often a watch looks whether the file has changed, seconds."""
@@ -151,7 +159,7 @@ def _take(taken: list[tuple[int, int, int]], entry: Entry) -> None:
     taken.insert(at, (first, last, entry.number))
 
 
-class FileStore:
+class FileStore(HostsWithoutNames):
     """See the module's text and `udptun.stores.base.Store`.
 
     Before the first good reading every call raises ConfigError.  Afterwards, while the file is gone or unreadable as a

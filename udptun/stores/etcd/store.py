@@ -24,7 +24,16 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from udptun.config.store_flags import EtcdOptions
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
-from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, dropped_by, is_same_node, reservation
+from udptun.stores.base import (
+    LEASE_TTL_S,
+    Chooser,
+    HostsWithoutNames,
+    Snapshot,
+    WatchBatch,
+    dropped_by,
+    is_same_node,
+    reservation,
+)
 from udptun.stores.etcd import etcd_pb2 as pb
 from udptun.stores.etcd.client import RANGE, TXN, Client
 from udptun.stores.etcd.etcd_leases import EtcdLeases
@@ -41,7 +50,7 @@ _RETRY_S = (0.02, 0.5)
 the first race, doubles with each further one, and ends at the second number."""
 
 
-class EtcdStore:
+class EtcdStore(HostsWithoutNames):
     """See the module's text and `udptun.stores.base.Store`.
 
     Connects with the first call; `clock` gives Unix seconds.

@@ -36,6 +36,7 @@ from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.stores.base import (
     LEASE_TTL_S,
     Chooser,
+    HostsWithoutNames,
     Snapshot,
     WatchBatch,
     dropped_by,
@@ -52,7 +53,7 @@ POLL_S = 0.05
 """How often a watch looks for a new revision, seconds.  A look takes 0.2 ms, nearly all of it the way to the thread."""
 
 
-class LocalStore:
+class LocalStore(HostsWithoutNames):
     """See the module's text and `udptun.stores.base.Store`.
 
     Opens nothing before the first call.  `clock` gives Unix seconds; set back, it makes leases last longer and does no
