@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from etcd_harness import ON_SHARED_SERVERS, EtcdAuthHarness, EtcdClusterHarness, EtcdHarness, EtcdTlsHarness
 from fake_harness import FakeHarness
+from kube_harness import KubeHarness, LabKubeHarness, RealKubeHarness
 from store_harness import (
     NET_CONF,
     SUBNETS,
@@ -31,7 +32,11 @@ from udptun.stores.base import SubnetChoice
 
 Make = Callable[[Path], Harness]
 
-HARNESSES = (FakeHarness, LocalHarness, FileHarness, EtcdHarness, EtcdTlsHarness, EtcdAuthHarness, EtcdClusterHarness)
+HARNESSES: tuple[type[Harness], ...] = (
+    *(FakeHarness, LocalHarness, FileHarness),
+    *(EtcdHarness, EtcdTlsHarness, EtcdAuthHarness, EtcdClusterHarness),
+    *(LabKubeHarness, RealKubeHarness),
+)
 
 
 def over(*needed: Can, is_slow: bool = False) -> pytest.MarkDecorator:
@@ -45,8 +50,22 @@ def over(*needed: Can, is_slow: bool = False) -> pytest.MarkDecorator:
             marks.append(pytest.mark.full)
         if issubclass(make, EtcdHarness):
             marks.append(ON_SHARED_SERVERS)
+        if issubclass(make, KubeHarness):
+            marks.append(pytest.mark.xdist_group("kube-api"))
+        if is_slow and make is RealKubeHarness:
+            marks.append(pytest.mark.full)
         parameters.append(pytest.param(make, id=make.name, marks=marks))
     return pytest.mark.parametrize("make", parameters)
+
+
+@pytest.fixture(autouse=True)
+def _real_kube(request: pytest.FixtureRequest) -> None:
+    """What runs on a kube-apiserver needs its program."""
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is not None and callspec.params.get("make") is RealKubeHarness:
+        RealKubeHarness.program = request.config.getoption("--kube-apiserver")
+        if RealKubeHarness.program is None:
+            pytest.skip("give kube-apiserver's program with --kube-apiserver PATH")
 
 
 def as_written(lease: Lease) -> tuple[str, str, int]:
@@ -156,7 +175,7 @@ async def test_a_claim_gives_the_lease_which_the_next_snapshot_has(make: Make, t
     harness = make(tmp_path)
     harness.write([(1, 1), (2, 2)])
 
-    store = harness.store()
+    store = harness.store(2)
     lease = await store.claim(host(2), exactly(2))
     assert (lease.subnets, lease.attrs) == (SUBNETS[2], host(2))
     assert lease in (await store.snapshot()).leases

@@ -145,7 +145,7 @@ def test_overview_goes_to_stderr_with_status_2_when_there_is_no_command(
         (["daemon", "--ifcae=x"], "unknown flag --ifcae; did you mean --iface?"),
         (["daemon", "a\nb"], r"unexpected argument 'a\nb'; the daemon takes flags only"),
         (["daemon", "--a\nb"], r"unknown flag --a\nb"),
-        (["cleanup", "--store=kube"], "--store kube is not built yet; built: local, file, etcd"),
+        (["daemon", "--store=kube"], "env variables POD_NAME and POD_NAMESPACE must be set, or NODE_NAME"),
         (["status", "--jsn"], "status: unrecognized arguments: --jsn"),
         (["status", "--js"], "status: unrecognized arguments: --js"),
         (["lease"], "lease: what to do is missing: list, show, reserve, release or init"),

@@ -41,6 +41,7 @@ PURE_MODULES = [
     *("datapath.restarts", "datapath.settings", "firewall.iptables_form", "firewall.nft_form", "firewall.rules"),
     *(f"firewall.obstacles.{name}" for name in ("judge", "nft_messages", "nft_rules", "ruleset", "xtables")),
     *("membership.allocate", "membership.former", "membership.grace", "membership.identity"),
+    *("stores.kube.annotations", "stores.kube.table"),
 ]
 """Modules of the other folders that decide and do nothing."""
 SHELL = {
@@ -64,6 +65,10 @@ OWNERS = {
     "grpc": {"stores/etcd/client.py"},
     "google": {"stores/etcd/client.py", "stores/etcd/etcd_pb2.py"},
     "numpy": {"datapath/bulk.py"},
+    "lightkube": {"stores/kube/client.py"},
+    "httpx2": {"stores/kube/client.py"},
+    "msgspec": {"stores/kube/node.py"},
+    "h11": {"lab/kube_api/connection.py", "lab/kube_api/server.py"},
     "sqlite3": {f"stores/local/{name}.py" for name in ("database", "rows", "store")},
 }
 
@@ -223,16 +228,22 @@ def test_ssl_is_there_for_whoever_asks_after_asyncio_was_imported_without() -> N
         ("file:/nowhere", set()),
         ("local:/nowhere", {"sqlite3"}),
         pytest.param("etcd", {"grpc", "google"}, marks=pytest.mark.skipif(not find_spec("grpc"), reason="needs grpc")),
+        pytest.param(
+            "kube",
+            {"lightkube", "httpx2", "msgspec"},
+            marks=pytest.mark.skipif(not find_spec("lightkube"), reason="needs lightkube"),
+        ),
     ],
 )
 def test_each_store_loads_its_own_library_and_only_when_it_is_opened(store: str, libraries: set[str]) -> None:
     script = (
         "import sys, udptun.membership.membership; from udptun.stores.open import open_store; print(*sys.modules)\n"
         "from udptun.config.flags import parse_daemon_flags\n"
-        f"open_store(parse_daemon_flags(['--store={store}'], {{}})); print(*sys.modules)"
+        f"open_store(parse_daemon_flags(['--store={store}'], {{'NODE_NAME': 'n1'}})); print(*sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    before, after = (set(line.split()) & {"sqlite3", "grpc", "google"} for line in printed.splitlines())
+    known = {"sqlite3", "grpc", "google", "lightkube", "httpx2", "msgspec"}
+    before, after = (set(line.split()) & known for line in printed.splitlines())
     assert before == set()
     assert after == libraries
 
@@ -243,3 +254,20 @@ def test_etcd_without_its_extra_is_one_line_that_names_it(monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ConfigError, match=r"cannot use etcd: .*grpc.*: pip install 'udptun\[etcd\]'"):
         open_store(parse_daemon_flags(["--store=etcd"], {}))
+
+
+def test_kube_without_its_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    for name in [name for name in sys.modules if name.startswith("udptun.stores.kube")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"cannot use Kubernetes: .*msgspec.*: pip install 'udptun\[kube\]'"):
+        open_store(parse_daemon_flags(["--store=kube"], {"NODE_NAME": "n1"}))
+
+
+@pytest.mark.skipif(not find_spec("lightkube"), reason="needs lightkube")
+def test_the_kube_store_loads_neither_lightkubes_models_nor_its_own_client() -> None:
+    script = "import sys, udptun.stores.kube.store; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert "lightkube.config.client_adapter" in loaded
+    assert [name for name in loaded if name.startswith(("lightkube.models", "lightkube.resources"))] == []
+    assert not {"lightkube.core.async_client", "lightkube.core.client", "lightkube.core.generic_client"} & set(loaded)

@@ -18,7 +18,7 @@ from udptun.config.flags import (
     parse_daemon_flags,
     parse_lease_flags,
 )
-from udptun.config.store_flags import Endpoint, EtcdOptions, StoreKind, StoreSpec
+from udptun.config.store_flags import Endpoint, EtcdOptions, KubeOptions, StoreKind, StoreSpec
 from udptun.core.errors import UsageError
 from udptun.core.offload import Offload
 from udptun.core.tunnel import SourceCheck
@@ -73,6 +73,7 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
             username="",
             password="",
         ),
+        kube=KubeOptions(),
         store_is_named=False,
         pretend_no_vxlan=False,
         notify_socket="",
@@ -206,7 +207,7 @@ def test_environment_leaves_the_default_and_a_warning_when_it_is_bad() -> None:
     options = parse(FLANNELD_HEALTHZ_PORT="x", FLANNELD_IP_MASQ="maybe", FLANNELD_STORE="nfs:/x")
     assert options == dataclasses.replace(parse(), warnings=options.warnings)
     assert options.warnings == (
-        "FLANNELD_STORE=nfs:/x: must be local[:PATH], file:PATH or etcd; ignored, as flannel does",
+        "FLANNELD_STORE=nfs:/x: must be local[:PATH], file:PATH, etcd or kube; ignored, as flannel does",
         "FLANNELD_HEALTHZ_PORT=x: must be an integer; ignored, as flannel does",
         "FLANNELD_IP_MASQ=maybe: must be true or false; ignored, as flannel does",
     )
@@ -255,7 +256,7 @@ REFUSED = [
     (["--public-ip=fe80::1"], "--public-ip=fe80::1: must be an IPv4 address"),
     (["--public-ipv6=1.2.3.4"], "--public-ipv6=1.2.3.4: must be an IPv6 address"),
     (["--subnet-file="], "--subnet-file=: must be a path"),
-    (["--store=nfs"], "--store=nfs: must be local[:PATH], file:PATH or etcd"),
+    (["--store=nfs"], "--store=nfs: must be local[:PATH], file:PATH, etcd or kube"),
     (["--store=file"], "--store=file: needs a path: file:PATH"),
     (["--store=local:"], "--store=local:: needs a path: local:PATH"),
     (
@@ -291,33 +292,10 @@ def test_renew_margin_out_of_range_is_fatal_also_from_the_environment() -> None:
     assert refusal(FLANNELD_SUBNET_LEASE_RENEW_MARGIN="2000").startswith("Invalid subnet-lease-renew-margin option")
 
 
-STORES = (
-    "is not built yet; built: local, file, etcd (--store local[:PATH], --store file:PATH or the --etcd-* flags)"
-)
-NOT_BUILT = [
-    (["--store", "kube"], f"--store kube {STORES}"),
-    (["--kube-subnet-mgr"], f"--kube-subnet-mgr {STORES}"),
-    (["--kube-api-url=http://x"], f"--kube-api-url {STORES}"),
-    (["--kubeconfig-file=/x"], f"--kubeconfig-file {STORES}"),
-    (["--kube-annotation-prefix=x.org"], f"--kube-annotation-prefix {STORES}"),
-]
-
-
-@pytest.mark.parametrize(("argv", "line"), NOT_BUILT, ids=[argv[0] for argv, _ in NOT_BUILT])
-def test_a_flag_names_itself_when_it_asks_for_what_is_not_built(argv: list[str], line: str) -> None:
-    assert refusal("--store=local", *argv) == line
-
-
-def test_a_variable_names_itself_when_it_asks_for_what_is_not_built() -> None:
-    assert refusal(FLANNELD_KUBE_API_URL="http://x") == f"FLANNELD_KUBE_API_URL {STORES}"
-    assert refusal(FLANNELD_STORE="kube") == f"--store kube {STORES}"
-
-
-def test_flags_of_what_is_not_built_are_accepted_when_they_ask_for_nothing() -> None:
+def test_flags_that_are_accepted_and_do_nothing_change_nothing() -> None:
     options = parse(
         "--kube-subnet-mgr=false",
         "--kubeconfig-file=",
-        "--set-node-network-unavailable=false",
         "--vmodule=a=1",
         "--log_backtrace_at=a.go:1",
         "--logtostderr=false",
@@ -326,6 +304,55 @@ def test_flags_of_what_is_not_built_are_accepted_when_they_ask_for_nothing() -> 
         "--log_dir=/var/log/flannel",
     )
     assert options == parse()
+
+
+def test_the_kube_store_is_named_by_its_own_flag_or_by_store() -> None:
+    for argv in (["--kube-subnet-mgr"], ["--store=kube"], ["--store=kube", "--kube-subnet-mgr"]):
+        options = parse(*argv, "--kubeconfig-file=/x", "--kube-api-url=https://a:1", NODE_NAME="n1")
+        assert (options.store.kind, str(options.store), options.store_is_named) == (StoreKind.KUBE, "kube", True)
+        assert (options.kube.kubeconfig_file, options.kube.kube_api_url) == ("/x", "https://a:1")
+        assert (options.kube.node_name, options.kube.set_node_network_unavailable) == ("n1", True)
+        assert options.kube.kube_annotation_prefix == "flannel.alpha.coreos.com/"
+    options = parse(FLANNELD_KUBE_SUBNET_MGR="true", POD_NAME="p", POD_NAMESPACE="ns")
+    assert (options.kube.pod_name, options.kube.pod_namespace, options.kube.node_name) == ("p", "ns", "")
+
+
+def test_the_kube_store_needs_to_know_which_node_this_is_and_no_other_store_beside_it() -> None:
+    assert refusal("--kube-subnet-mgr").startswith("env variables POD_NAME and POD_NAMESPACE must be set, or NODE_NAME")
+    assert refusal("--kube-subnet-mgr", POD_NAME="p").startswith("env variables POD_NAME and POD_NAMESPACE must be set")
+    assert refusal("--kube-subnet-mgr", "--store=local", NODE_NAME="n").startswith(
+        "--kube-subnet-mgr means kube, and --store names another store"
+    )
+    # Whoever lists leases or cleans up need not be a node.
+    assert parse_lease_flags(["--store=kube"], {}, 0).options.store.kind is StoreKind.KUBE
+    assert parse_cleanup_flags(["--kube-subnet-mgr"], {})[0].store.kind is StoreKind.KUBE
+    assert parse("--kube-subnet-mgr", "--etcd-prefix=/x", NODE_NAME="n").warnings == (
+        "--etcd-prefix not used: the leases are in Kubernetes",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix"),
+    [
+        ("flannel.alpha.coreos.com", "flannel.alpha.coreos.com/"),
+        ("flannel.alpha.coreos.com/", "flannel.alpha.coreos.com/"),
+        ("flannel.alpha.coreos.com/prefix", "flannel.alpha.coreos.com/prefix-"),
+        ("flannel.alpha.coreos.com/prefix-", "flannel.alpha.coreos.com/prefix-"),
+        ("org.com/9", "org.com/9-"),
+        ("org.com", "org.com/"),
+        ("org.com/a_b", "org.com/a_b-"),
+        ("org", ""),
+        ("org/prefix", ""),
+        ("org.COM", ""),
+        ("org.com/PREFIX", ""),
+        ("org.com/a/b", ""),
+    ],
+)
+def test_annotation_prefix_is_completed_or_refused_by_flannels_table(text: str, prefix: str) -> None:
+    if prefix:
+        assert parse("--kube-annotation-prefix", text).kube.kube_annotation_prefix == prefix
+    else:
+        assert refusal("--kube-annotation-prefix", text).startswith(f"--kube-annotation-prefix={text}: ")
 
 
 def test_forward_rules_tell_a_wish_from_the_default() -> None:
@@ -448,12 +475,12 @@ def test_version_can_be_asked_for_whatever_the_environment_says() -> None:
     assert parse(FLANNELD_VERSION="true").version
 
 
-def test_help_names_every_flag_its_default_and_what_is_not_built() -> None:
+def test_help_names_every_flag_and_its_default() -> None:
     text = daemon_help()
     for flag in ALL_FLAGS:
         assert f"  --{flag.name}" in text
     assert "default /run/flannel/subnet.env" in text
-    assert "leases as node annotations; not built yet" in text
+    assert "leases are node annotations; as --store kube" in text
     assert "accept overlay traffic in FORWARD; default true, where the host can\n" in text
     assert max(map(len, text.splitlines())) <= 110
     assert "--release" not in text

@@ -91,6 +91,9 @@ async def _release(options: Options) -> None:
     try:
         for lease in (await store.snapshot()).leases:
             if lease.attrs.node_id == me:
+                if lease.node_name:
+                    print(f"left the lease {lease.subnet} in {store.name}: it is the podCIDR of {lease.node_name}")
+                    continue
                 if lease.is_reservation:
                     print(f"left the reservation {lease.subnet} in {store.name}; `udptun lease release` deletes it")
                     continue

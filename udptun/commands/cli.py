@@ -114,6 +114,7 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
         signal.signal(number, signal.SIG_IGN)
 
     from udptun.config import flags
+    from udptun.config.store_flags import StoreKind
 
     options = flags.parse_daemon_flags(argv, environ, as_flanneld=name == "flanneld")
     if options.help:
@@ -130,7 +131,8 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
         signal.signal(number, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    _import_asyncio_without_ssl()
+    if options.store.kind is not StoreKind.KUBE:
+        _import_asyncio_without_ssl()
     from udptun.control import daemon
 
     return daemon.run(options)
@@ -149,8 +151,8 @@ are ignored."""
 def _import_asyncio_without_ssl() -> None:
     """Do without OpenSSL in the daemon: 7 ms, and 4 MB where no other program on the machine uses it.
 
-    asyncio works without ssl, as in a Python that was built without it.  The daemon needs no TLS from asyncio: grpc,
-    for etcd, has a TLS library of its own.
+    asyncio works without ssl, as in a Python that was built without it.  Only the kube store needs TLS from asyncio:
+    grpc, for etcd, has a TLS library of its own.
     """
     if "asyncio" in sys.modules or "ssl" in sys.modules:
         return

@@ -27,16 +27,18 @@ from udptun.config.go_flags import (
 from udptun.config.go_regex import compile_go
 from udptun.config.old_units import environment_warnings, ignored_words_warning
 from udptun.config.store_flags import (
-    BUILT_STORES,
     ETCD_FLAGS,
     ETCD_TOPIC,
     KUBE_FLAGS,
     KUBE_TOPIC,
     EtcdOptions,
+    KubeOptions,
     StoreKind,
     StoreSpec,
     check_etcd,
+    check_kube,
     etcd_options,
+    kube_options,
     parse_store,
 )
 from udptun.core.errors import UsageError
@@ -132,7 +134,7 @@ class Options:
         parse_store,
         None,
         "STORE",
-        "where leases live: local[:PATH], file:PATH, etcd (as any --etcd-* flag says); not built yet: kube",
+        "where leases live: local[:PATH], file:PATH, etcd (as any --etcd-* flag says), kube (--kube-subnet-mgr)",
     )
     subnet_lease_renew_margin: int = flag(
         _LEASES, integer, 60, "MINUTES", "renew this long before the lease expires, 1..1439"
@@ -142,7 +144,7 @@ class Options:
         _path,
         Path("/etc/kube-flannel/net-conf.json"),
         "FILE",
-        "network configuration, for the local and file stores",
+        "network configuration, for every store but etcd",
     )
     subnet_file: Path = flag(
         _LEASES, _path, Path("/run/flannel/subnet.env"), "FILE", "where to write the subnet and MTU in use"
@@ -213,6 +215,7 @@ class Options:
     )
 
     etcd: EtcdOptions
+    kube: KubeOptions
     store_is_named: bool
     """False: nobody chose a store, and `store` is the local one; see `store_warning`."""
     pretend_no_vxlan: bool
@@ -257,7 +260,7 @@ def parse_daemon_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_fl
     given = _given(argv, environ, ends_at_word=as_flanneld)
     if not _is_question(given):
         given.warnings += environment_warnings(environ, argv, given.said)
-    return _options(given, environ, as_flanneld=as_flanneld)
+    return _options(given, environ, as_flanneld=as_flanneld, is_daemon=True)
 
 
 def parse_cleanup_flags(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Options, bool]:
@@ -288,7 +291,8 @@ def daemon_help() -> str:
 
 def lease_help() -> str:
     """What `udptun lease --help` says about the flags."""
-    return help_text({"": (_JSON,), **{topic: FLAGS[topic] for topic in (_LEASES, ETCD_TOPIC)}}, ENVIRONMENT_PREFIX)
+    topics = (_LEASES, ETCD_TOPIC, KUBE_TOPIC)
+    return help_text({"": (_JSON,), **{topic: FLAGS[topic] for topic in topics}}, ENVIRONMENT_PREFIX)
 
 
 def cleanup_help() -> str:
@@ -313,36 +317,33 @@ def _is_question(given: Given) -> bool:
     return given.is_help or bool(given.values["version"])
 
 
-def _options(given: Given, environ: Mapping[str, str], *, as_flanneld: bool = False) -> Options:
+def _options(
+    given: Given, environ: Mapping[str, str], *, as_flanneld: bool = False, is_daemon: bool = False
+) -> Options:
     """Settle what no flag can settle alone.  Raises UsageError."""
     is_question = _is_question(given)
     if not is_question:
-        _refuse_unbuilt(given)
         _check_renew_margin(given.values["subnet-lease-renew-margin"])
     kind, path = _choose_store(given, as_flanneld)
     etcd = etcd_options(given)
     if kind is StoreKind.ETCD and not is_question:
         check_etcd(etcd, given)
+    kube = kube_options(given, environ)
+    if kind is StoreKind.KUBE and not is_question:
+        check_kube(kube, given, is_daemon=is_daemon)
     values = given.fields_of(_OPTIONS_FLAGS)
     is_named = kind is not StoreKind.LOCAL or values["store"] is not None
     values["store"] = StoreSpec(kind, path or values["state_dir"] / "leases.db")
     return Options(
         **values,
         etcd=etcd,
+        kube=kube,
         store_is_named=is_named,
         pretend_no_vxlan=bool(environ.get("UDPTUN_PRETEND_NO_VXLAN")),
         notify_socket=environ.get("NOTIFY_SOCKET", ""),
         warnings=tuple(given.warnings),
         help=given.is_help,
     )
-
-
-def _refuse_unbuilt(given: Given) -> None:
-    for it in _ALL_FLAGS:
-        said = given.said.get(it.name)
-        if said is not None and given.values[it.name] and not it.is_built:
-            # Without the value: it may be a password.
-            raise UsageError(f"{said} is not built yet; {BUILT_STORES}")
 
 
 def _check_renew_margin(minutes: int) -> None:
@@ -356,8 +357,13 @@ def _check_renew_margin(minutes: int) -> None:
 def _choose_store(given: Given, as_flanneld: bool) -> tuple[StoreKind, Path | None]:
     named: tuple[StoreKind, Path | None] | None = given.values["store"]
     said_etcd = [given.said[it.name] for it in ETCD_FLAGS.values() if it.name in given.said and given.values[it.name]]
+    if given.values["kube-subnet-mgr"]:
+        if named is not None and named[0] is not StoreKind.KUBE and not _is_question(given):
+            said = given.said["kube-subnet-mgr"]
+            raise UsageError(f"{said} means kube, and {given.said['store']} names another store; leave one out")
+        return StoreKind.KUBE, None
     if named is None:
         return (StoreKind.ETCD if said_etcd or as_flanneld else StoreKind.LOCAL), None
-    if named[0] is not StoreKind.ETCD and said_etcd and not _is_question(given):
+    if named[0] not in (StoreKind.ETCD, StoreKind.KUBE) and said_etcd and not _is_question(given):
         raise UsageError(f"{said_etcd[0]} means etcd, and {given.said['store']} names another store; leave one out")
     return named

@@ -54,10 +54,7 @@ def integer_in(allowed: range) -> Callable[[str], int]:
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """One flag.  `parse` turns its text into the value or raises ValueError with the reason.
-
-    A flag that is not built may be given as long as it asks for nothing: false, or an empty text.
-    """
+    """One flag.  `parse` turns its text into the value or raises ValueError with the reason."""
 
     name: str
     topic: str
@@ -67,7 +64,6 @@ class Flag:
     value_name: str
     help: str
     is_list: bool = False
-    is_built: bool = True
 
     @property
     def is_boolean(self) -> bool:
@@ -85,11 +81,10 @@ def flag(
     value_name: str,
     help: str,
     *,
-    is_built: bool = True,
     is_secret: bool = False,
 ) -> T:
     """A field of a dataclass that holds what a flag says."""
-    metadata = {"flag": Flag("", topic, parse, default, value_name, help, is_built=is_built)}
+    metadata = {"flag": Flag("", topic, parse, default, value_name, help)}
     return field(default=default, repr=not is_secret, metadata=metadata)
 
 
@@ -222,7 +217,6 @@ def help_text(topics: Mapping[str, Sequence[Flag]], prefix: str) -> str:
             default = str(flag.default or "").lower() if flag.is_boolean else str(flag.default or "")
             remarks = [
                 flag.help,
-                "" if flag.is_built else "not built yet",
                 "may be repeated" if flag.is_list else "",
                 f"default {default}" if default not in ("", "false") else "",
             ]

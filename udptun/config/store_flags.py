@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,38 +14,39 @@ from udptun.core.errors import UsageError
 
 ETCD_TOPIC, KUBE_TOPIC = "etcd", "Kubernetes"
 
-BUILT_STORES = "built: local, file, etcd (--store local[:PATH], --store file:PATH or the --etcd-* flags)"
-_UNBUILT_STORES = ("kube",)
-
 
 class StoreKind(Enum):
-    """The stores that are built."""
+    """The stores there are."""
 
     LOCAL = "local"
     FILE = "file"
     ETCD = "etcd"
+    KUBE = "kube"
+
+
+_WITHOUT_PATH = (StoreKind.ETCD, StoreKind.KUBE)
 
 
 @dataclass(frozen=True, slots=True)
 class StoreSpec:
-    """What --store says: KIND:PATH, or etcd."""
+    """What --store says: KIND:PATH, or etcd or kube."""
 
     kind: StoreKind
     path: Path
 
     def __str__(self) -> str:
-        return self.kind.value if self.kind is StoreKind.ETCD else f"{self.kind.value}:{self.path}"
+        return self.kind.value if self.kind in _WITHOUT_PATH else f"{self.kind.value}:{self.path}"
 
 
 def parse_store(text: str) -> tuple[StoreKind, Path | None]:
     """Kind and path; the path of a bare `local` is settled once --state-dir is known."""
     kind, colon, path = text.partition(":")
-    if kind in _UNBUILT_STORES:
-        raise UsageError(f"--store {kind} is not built yet; {BUILT_STORES}")
     if kind not in [known.value for known in StoreKind]:
-        raise ValueError("must be local[:PATH], file:PATH or etcd")
+        raise ValueError("must be local[:PATH], file:PATH, etcd or kube")
     if kind == StoreKind.ETCD.value and colon:
         raise ValueError("takes no path; see --etcd-endpoints and --etcd-prefix")
+    if kind == StoreKind.KUBE.value and colon:
+        raise ValueError("takes no path; see --kubeconfig-file and --kube-api-url")
     if path:
         return StoreKind(kind), Path(path)
     if colon or kind == StoreKind.FILE.value:
@@ -164,15 +166,53 @@ def check_etcd(options: EtcdOptions, given: Given) -> None:
 # -------------------------------------------------------------------------------------------------------- Kubernetes
 
 
+_ANNOTATION_PREFIX = re.compile(r"(?:[a-z0-9_-]+\.)+[a-z0-9_-]+/(?:[a-z0-9_-]*-)?")
+
+
+def annotation_prefix(text: str) -> str:
+    """What the names of the annotations begin with, by flannel's rules (pkg/subnet/kube/annotations.go)."""
+    if text.count("/") > 1:
+        raise ValueError("can contain at most a single slash")
+    prefix = text if "/" in text else f"{text}/"
+    if not prefix.endswith(("/", "-")):
+        prefix += "-"
+    if not _ANNOTATION_PREFIX.fullmatch(prefix):
+        raise ValueError("must be DOMAIN or DOMAIN/PREFIX of lower-case letters, digits, - and _, as Kubernetes asks")
+    return prefix
+
+
 @dataclass(frozen=True, slots=True)
 class KubeOptions:
-    """flannel's flags for Kubernetes.  They are known, so that they can be refused by name; none does anything yet."""
+    """What flannel's flags for Kubernetes say, and which node this host is: NODE_NAME, or the pod that we run in."""
 
-    kube_subnet_mgr: bool = flag(KUBE_TOPIC, boolean, False, "", "leases as node annotations", is_built=False)
-    kube_api_url: str = flag(KUBE_TOPIC, str, "", "URL", "", is_built=False)
-    kubeconfig_file: str = flag(KUBE_TOPIC, str, "", "FILE", "", is_built=False)
-    kube_annotation_prefix: str = flag(KUBE_TOPIC, str, "flannel.alpha.coreos.com", "PREFIX", "", is_built=False)
-    set_node_network_unavailable: bool = flag(KUBE_TOPIC, boolean, True, "", "no effect outside Kubernetes")
+    kube_subnet_mgr: bool = flag(KUBE_TOPIC, boolean, False, "", "leases are node annotations; as --store kube")
+    kube_api_url: str = flag(KUBE_TOPIC, str, "", "URL", "the API server, over the kubeconfig's")
+    kubeconfig_file: str = flag(KUBE_TOPIC, str, "", "FILE", "how to reach it; default: as a pod, else ~/.kube/config")
+    kube_annotation_prefix: str = flag(
+        KUBE_TOPIC, annotation_prefix, "flannel.alpha.coreos.com/", "PREFIX", "what the names of annotations begin with"
+    )
+    set_node_network_unavailable: bool = flag(
+        KUBE_TOPIC, boolean, True, "", "set the node's condition NetworkUnavailable to False once pods can talk"
+    )
+    node_name: str = ""
+    pod_namespace: str = ""
+    pod_name: str = ""
 
 
 KUBE_FLAGS = flags_of(KubeOptions)
+
+
+def kube_options(given: Given, environ: Mapping[str, str]) -> KubeOptions:
+    values = given.fields_of(KUBE_FLAGS)
+    values |= {name: environ.get(name.upper(), "") for name in ("node_name", "pod_namespace", "pod_name")}
+    return KubeOptions(**values)
+
+
+def check_kube(options: KubeOptions, given: Given, *, is_daemon: bool) -> None:
+    """Raise UsageError when nothing tells a daemon which node it is; leave a warning for flags of another store."""
+    if is_daemon and not options.node_name and not (options.pod_name and options.pod_namespace):
+        raise UsageError(
+            "env variables POD_NAME and POD_NAMESPACE must be set, or NODE_NAME: which node of Kubernetes is this host?"
+        )
+    if said := [given.said[it.name] for it in ETCD_FLAGS.values() if it.name in given.said and given.values[it.name]]:
+        given.warnings.append(f"{', '.join(said)} not used: the leases are in Kubernetes")

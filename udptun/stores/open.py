@@ -31,3 +31,12 @@ def open_store(options: Options) -> Store:
                     f"cannot use etcd: {exc}; install the extra: pip install 'udptun[etcd]', or name another --store"
                 ) from exc
             return EtcdStore(options.etcd)
+        case StoreKind.KUBE:
+            try:
+                from udptun.stores.kube.store import KubeStore
+            except ImportError as exc:
+                raise ConfigError(
+                    f"cannot use Kubernetes: {exc}; install the extra: pip install 'udptun[kube]', or name another "
+                    "--store"
+                ) from exc
+            return KubeStore(options.kube, options.net_config_path)

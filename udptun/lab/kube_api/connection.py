@@ -40,7 +40,7 @@ class Faults:
     answers: list[tuple[int, str]] = field(default_factory=list)
     """Each of the next requests gets one instead of its answer: the status, and Retry-After in seconds or nothing."""
     is_silent: bool = False
-    """Watches go on without any event or bookmark."""
+    """Watches go on without any event or bookmark, also those that begin meanwhile."""
     is_deaf: bool = False
     """Requests are read, and get no answer."""
     bytes_per_s: float | None = None

@@ -260,8 +260,12 @@ class ApiServer:
         bookmark_s = min(self._loop.time() + self._bookmark_s, until_s - _LAST_BOOKMARK_S)
         while True:
             changed.clear()
+            if self.faults.is_silent:
+                # For good: a stream that has lost its way does not find it again.
+                await connection.is_gone_after(asyncio.Event(), _WATCH_S)
+                return
             try:
-                news = [] if self.faults.is_silent else objects.since(after)
+                news = objects.since(after)
             except ApiError as exc:
                 await connection.send(_event("ERROR", _text(exc.body)))
                 await connection.end()
@@ -274,7 +278,7 @@ class ApiServer:
             if self._loop.time() >= bookmark_s:
                 bookmark_s = self._loop.time() + self._bookmark_s
                 # A real one, too, sends none while nothing has happened since the watch began.
-                if not with_bookmarks or after == told or self.faults.is_silent:
+                if not with_bookmarks or after == told:
                     continue
                 told = after
                 metadata = {"resourceVersion": str(after), "creationTimestamp": None}

@@ -1,0 +1,670 @@
+"""What the kube store alone does: flannel's requests to the byte, a node's life, and a server that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, aclosing
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from kube_harness import PREFIX, annotations, kube_store
+from kube_server import MISSING, POOR_TOKEN, TOKEN, Client, Ours, write_kubeconfig
+from member import CONFIG, Member, holds
+from store_harness import host, watching
+
+from udptun.core.clock import Clock
+from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
+from udptun.core.lease import Lease, LeaseAttrs
+from udptun.stores.base import SubnetChoice
+
+if TYPE_CHECKING:
+    from udptun.lab.kube_api.connection import Request
+    from udptun.stores.kube.store import KubeStore
+
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
+    pytest.mark.xdist_group("kube"),
+]
+
+ANNOTATE, LIST = "PATCH /api/v1/nodes/n1/status", "GET /api/v1/nodes?limit=500&resourceVersion=0"
+
+
+class Cluster:
+    """An API server of its own over TLS, an administrator, and stores of the nodes."""
+
+    def __init__(self, undo: ExitStack, directory: Path) -> None:
+        self.server = Ours(undo, directory, with_tls=True)
+        self.api = self.server.api
+        self.admin = Client(self.server.url, ca=self.server.ca)
+        self.directory = directory
+        self.net_conf = directory / "net-conf.json"
+        self.net_conf.write_text(CONFIG)
+        self.kubeconfig = write_kubeconfig(directory / "kubeconfig", self.server.url, ca=self.server.ca)
+
+    def store(self, node: str = "n1", *flags: str) -> KubeStore:
+        return kube_store(self.kubeconfig, self.net_conf, node, *flags)
+
+    def patches(self) -> list[Request]:
+        return [request for request in list(self.api.requests) if request.method == "PATCH"]
+
+    def put_right(self, change: Callable[[Any], Any]) -> None:
+        self.api.do(change)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with ExitStack() as undo:
+        yield Cluster(undo, tmp_path)
+
+
+def nobody_chooses(leases: object) -> SubnetChoice:
+    raise AssertionError("the control plane has chosen")
+
+
+async def claim(store: KubeStore, attrs: LeaseAttrs) -> Lease:
+    return await store.claim(attrs, nobody_chooses)
+
+
+# --- flannel's requests
+
+
+UDP = LeaseAttrs(IPv4Address("10.99.0.1"))
+VXLAN = LeaseAttrs(
+    IPv4Address("10.99.0.1"), backend_type="vxlan", backend_data={"VNI": 1, "VtepMAC": "8e:a1:ea:52:d6:a3"}
+)
+CAPTURED = {
+    # What real flanneld v0.20 sent.
+    "udp": '{"metadata":{"annotations":{"flannel.alpha.coreos.com/backend-data":"null",'
+    '"flannel.alpha.coreos.com/backend-type":"","flannel.alpha.coreos.com/kube-subnet-manager":"true",'
+    '"flannel.alpha.coreos.com/public-ip":"10.99.0.1"}}}',
+    "vxlan": '{"metadata":{"annotations":{"flannel.alpha.coreos.com/backend-data":'
+    '"{\\"VNI\\":1,\\"VtepMAC\\":\\"8e:a1:ea:52:d6:a3\\"}","flannel.alpha.coreos.com/backend-type":"vxlan",'
+    '"flannel.alpha.coreos.com/kube-subnet-manager":"true","flannel.alpha.coreos.com/public-ip":"10.99.0.1"}}}',
+}
+
+
+@pytest.mark.parametrize(("attrs", "body"), [(UDP, CAPTURED["udp"]), (VXLAN, CAPTURED["vxlan"])], ids=["udp", "vxlan"])
+async def test_the_requests_are_flannels_to_the_byte(cluster: Cluster, attrs: LeaseAttrs, body: str) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    store = cluster.store()
+    lease = await claim(store, attrs)
+    assert (str(lease.subnet), lease.attrs, lease.expires_s, lease.node_name) == ("10.0.1.0/24", attrs, None, "n1")
+    async with watching(store):
+        await store.note_ready()
+        await holds(lambda: len(cluster.patches()) == 2, "both patches")
+    annotate, condition = cluster.patches()
+    assert annotate.line == condition.line == ANNOTATE
+    assert {it.headers["content-type"] for it in (annotate, condition)} == {"application/strategic-merge-patch+json"}
+    assert annotate.body.decode() == body
+    stamp = r'"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"'
+    wanted = re.escape('{"status":{"conditions":[{"type":"NetworkUnavailable","status":"False","lastHeartbeatTime":@,')
+    wanted += re.escape('"lastTransitionTime":@,"reason":"FlannelIsUp","message":"Flannel is running on this node"}]}}')
+    assert re.fullmatch(wanted.replace("@", stamp), condition.body.decode())
+    lines = cluster.api.lines()
+    assert LIST in lines
+    watch = next(line for line in lines if "watch=true" in line)
+    match = re.fullmatch(
+        r"GET /api/v1/nodes\?allowWatchBookmarks=true&resourceVersion=\d+&timeout=(\d+)m(\d+)s"
+        r"&timeoutSeconds=(\d+)&watch=true",
+        watch,
+    )
+    assert match is not None, watch
+    assert 60 * int(match[1]) + int(match[2]) == int(match[3])
+    await store.aclose()
+
+
+async def test_a_second_start_writes_nothing_that_is_there_and_only_what_differs(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    for attrs in (VXLAN, VXLAN, LeaseAttrs(IPv4Address("10.99.0.2"), None, "vxlan", VXLAN.backend_data)):
+        store = cluster.store()
+        assert (await claim(store, attrs)).attrs == attrs
+        await store.aclose()
+    first, second = cluster.patches()
+    assert first.body.decode() == CAPTURED["vxlan"]
+    assert json.loads(second.body) == {"metadata": {"annotations": {f"{PREFIX}public-ip": "10.99.0.2"}}}
+
+
+async def test_another_annotation_prefix_is_used_for_every_annotation(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    store = cluster.store("n1", "--kube-annotation-prefix=example.com/a")
+    await claim(store, UDP)
+    written = json.loads(cluster.patches()[0].body)["metadata"]["annotations"]
+    assert sorted(written) == [
+        f"example.com/a-{name}" for name in ("backend-data", "backend-type", "kube-subnet-manager", "public-ip")
+    ]
+    assert len((await store.snapshot()).leases) == 1
+    await store.aclose()
+
+
+async def test_nodes_that_flannel_annotated_are_peers_and_others_are_not(cluster: Cluster) -> None:
+    flannels = {f"{PREFIX}backend-data": "null", f"{PREFIX}backend-type": "", f"{PREFIX}public-ip": "192.0.2.1"}
+    manager = {f"{PREFIX}kube-subnet-manager": "true"}
+    vxlan = {
+        f"{PREFIX}backend-data": '{"VNI":1,"VtepMAC":"8e:a1:ea:52:d6:a3"}',
+        f"{PREFIX}backend-type": "vxlan",
+        f"{PREFIX}public-ip": "192.0.2.2",
+    }
+
+    def make(it: Any) -> None:
+        it.add_node("udp", "10.0.1.0/24", {**flannels, **manager})
+        it.add_node("vxlan", "10.0.2.0/24", {**vxlan, **manager})
+        it.add_node("none", "10.0.3.0/24", flannels)
+        it.add_node("false", "10.0.4.0/24", {**flannels, f"{PREFIX}kube-subnet-manager": "false"})
+        it.add_node("no-cidr", "", {**flannels, **manager})
+        it.add_node("junk", "10.0.5.0/24", {**vxlan, **manager, f"{PREFIX}backend-data": "{"})
+        it.nodes.create(
+            {
+                "metadata": {"name": "dual", "annotations": {**flannels, **manager, f"{PREFIX}public-ip": "192.0.2.3"}},
+                "spec": {"podCIDR": "fd00::/64", "podCIDRs": ["fd00::/64", "10.0.6.0/24"]},
+            }
+        )
+
+    cluster.put_right(make)
+    store = cluster.store()
+    snapshot = await store.snapshot()
+    leases = {lease.node_name: lease for lease in snapshot.leases}
+    assert leases.keys() == {"udp", "vxlan", "dual"}
+    assert leases["udp"].attrs == LeaseAttrs(IPv4Address("192.0.2.1"))
+    assert leases["vxlan"].attrs.backend_data == {"VNI": 1, "VtepMAC": "8e:a1:ea:52:d6:a3"}
+    assert leases["dual"].key == "10.0.6.0-24&fd00::-64"
+    no_cidr, junk = sorted(snapshot.skipped, reverse=True)
+    assert no_cidr == "node no-cidr: it has no podCIDR"
+    assert junk.startswith(f"node junk: its annotation {PREFIX}backend-data is not JSON: ")
+    await store.aclose()
+
+
+# --- a node's life
+
+
+async def test_public_ip_overwrite_is_what_peers_get_and_is_followed_when_it_changes(cluster: Cluster) -> None:
+    overwrite = f"{PREFIX}public-ip-overwrite"
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", {overwrite: "203.0.113.1"}))
+    store = cluster.store()
+    assert (await claim(store, host(1))).attrs.public_ip == IPv4Address("203.0.113.1")
+    async with watching(store) as watcher:
+        await asyncio.to_thread(cluster.admin.annotate, "n1", {overwrite: "203.0.113.2"})
+        await watcher.until(lambda: watcher.leases["10.0.1.0-24"].attrs.public_ip == IPv4Address("203.0.113.2"))
+        # One that is no address would take the node out of its peers' tables.
+        await asyncio.to_thread(cluster.admin.annotate, "n1", {overwrite: "many"})
+        await watcher.until(lambda: watcher.leases["10.0.1.0-24"].attrs == host(1))
+    await store.aclose()
+
+
+async def test_node_public_ip_is_told_before_the_claim(cluster: Cluster) -> None:
+    key = f"{PREFIX}node-public-ip"
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", {key: "203.0.113.1"}))
+    store = cluster.store()
+    assert await store.public_ip() == IPv4Address("203.0.113.1")
+    await asyncio.to_thread(cluster.admin.annotate, "n1", {key: "many"})
+    with pytest.raises(ConfigError, match=rf"node n1: its annotation {key}: "):
+        await store.public_ip()
+    await asyncio.to_thread(cluster.admin.annotate, "n1", {key: None})
+    assert await store.public_ip() is None
+    await store.aclose()
+
+
+async def test_the_pod_says_which_node_it_is(cluster: Cluster) -> None:
+    from udptun.config.flags import parse_daemon_flags
+    from udptun.stores.kube.store import KubeStore
+
+    cluster.put_right(lambda it: it.add_node("n7", "10.0.1.0/24"))
+    cluster.put_right(lambda it: it.add_pod("kube-flannel", "flannel-x", "n7"))
+    argv = ["--kube-subnet-mgr", f"--kubeconfig-file={cluster.kubeconfig}"]
+    pod = {"POD_NAME": "flannel-x", "POD_NAMESPACE": "kube-flannel"}
+    store = KubeStore(parse_daemon_flags(argv, pod).kube, cluster.net_conf)
+    assert (await claim(store, host(1))).node_name == "n7"
+    assert store.node_name == "n7"
+    await store.aclose()
+    store = KubeStore(parse_daemon_flags(argv, {**pod, "POD_NAME": "other"}).kube, cluster.net_conf)
+    with pytest.raises(StoreUnavailableError, match=r'pods "other" not found; give NODE_NAME'):
+        await claim(store, host(1))
+    await store.aclose()
+
+
+async def test_a_missing_pod_cidr_is_waited_for_and_the_remedy_is_said_to_kubernetes_too(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1"))
+    store = cluster.store()
+    with pytest.raises(StoreUnavailableError, match=r"node n1: it has no podCIDR: .*--allocate-node-cidrs=true"):
+        await claim(store, host(1))
+    condition = await asyncio.to_thread(cluster.admin.condition, "n1", "NetworkUnavailable")
+    assert condition is not None
+    assert (condition["status"], condition["reason"]) == ("True", "NoPodCIDR")
+    assert "--cluster-cidr" in condition["message"]
+    waiting = asyncio.create_task(claim(store, host(1)))
+    await holds(lambda: cluster.api.n_watches() == 1, "a watch of the node")
+    n_requests = len(cluster.api.requests)
+    await asyncio.sleep(0.2)
+    assert len(cluster.api.requests) == n_requests
+    body = {"spec": {"podCIDR": "10.0.1.0/24", "podCIDRs": ["10.0.1.0/24"]}}
+    kind = "application/strategic-merge-patch+json"
+    await asyncio.to_thread(cluster.admin.ask, "PATCH", "/api/v1/nodes/n1", body, kind)
+    assert str((await waiting).subnet) == "10.0.1.0/24"
+    await store.aclose()
+
+
+async def test_a_node_that_is_not_there_yet_is_waited_for(cluster: Cluster) -> None:
+    store = cluster.store()
+    with pytest.raises(StoreUnavailableError, match=r"there is no node n1 in Kubernetes: kubelet registers it"):
+        await claim(store, host(1))
+    waiting = asyncio.create_task(claim(store, host(1)))
+    await holds(lambda: cluster.api.n_watches() == 1, "a watch of the node")
+    await asyncio.to_thread(cluster.admin.add_node, "n1", "10.0.1.0/24")
+    assert (await waiting).node_name == "n1"
+    await store.aclose()
+
+
+async def test_annotations_that_somebody_removes_and_a_node_that_comes_again_are_written_at_once(
+    cluster: Cluster,
+) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    store = cluster.store()
+    lease = await claim(store, host(1))
+    async with watching(store) as watcher:
+        await asyncio.to_thread(cluster.admin.annotate, "n1", {f"{PREFIX}kube-subnet-manager": None})
+        await watcher.until(lambda: len(watcher.batches) > 1 and lease.key in watcher.leases)
+        await asyncio.to_thread(cluster.admin.delete, "n1")
+        await watcher.until(lambda: lease.key not in watcher.leases)
+        with pytest.raises(LeaseLostError, match="there is no node n1"):
+            await store.renew(lease)
+        await holds(lambda: store.problems, "the problem to be said")
+        await asyncio.to_thread(cluster.admin.add_node, "n1", "10.0.1.0/24")
+        await watcher.until(lambda: lease.key in watcher.leases)
+        assert watcher.leases[lease.key].attrs == host(1)
+        await holds(lambda: not store.problems, "all to be well")
+    await store.aclose()
+
+
+async def test_network_unavailable_is_set_again_when_somebody_else_sets_it_with_growing_pauses(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from udptun.stores.kube import own_node
+
+    monkeypatch.setattr(own_node, "QUARREL_S", (0.2, 60.0))
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    store = cluster.store()
+
+    def status() -> str:
+        return (cluster.admin.condition("n1", "NetworkUnavailable") or {"status": ""})["status"]
+
+    async def is_false() -> None:
+        while await asyncio.to_thread(status) != "False":
+            await asyncio.sleep(0.01)
+
+    await claim(store, host(1))
+    assert status() == ""
+    async with asyncio.timeout(20), watching(store):
+        await store.note_ready()
+        await is_false()
+        began_s = time.monotonic()
+        for _ in range(3):
+            await asyncio.to_thread(cluster.admin.set_condition, "n1", "NetworkUnavailable", "True")
+            await is_false()
+        # 0.2 + 0.4 + 0.8 s at least.
+        assert time.monotonic() - began_s > 1.0
+    await store.aclose()
+
+
+async def test_network_unavailable_is_left_alone_when_the_flag_says_so(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    store = cluster.store("n1", "--set-node-network-unavailable=false")
+    await claim(store, host(1))
+    async with watching(store) as watcher:
+        await store.note_ready()
+        await asyncio.to_thread(cluster.admin.add_node, "n2", "10.0.2.0/24", annotations(2))
+        await watcher.until(lambda: "10.0.2.0-24" in watcher.leases)
+    assert len(cluster.patches()) == 1
+    await store.aclose()
+
+
+async def test_two_nodes_with_one_address_or_one_subnet_are_both_named(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("a", "10.0.1.0/24", annotations(1)))
+    cluster.put_right(lambda it: it.add_node("b", "10.0.2.0/24", annotations(1)))
+    store = cluster.store()
+    async with watching(store) as watcher:
+        (line,) = store.problems
+        assert line.startswith(f"the nodes a and b publish one PublicIP {host(1).public_ip}, ")
+        await asyncio.to_thread(cluster.admin.add_node, "c", "10.0.1.0/24", annotations(3))
+        wanted = "node c: its podCIDR 10.0.1.0-24 is that of node a, too"
+        await watcher.until(lambda: watcher.refused == {wanted})
+        assert watcher.leases["10.0.1.0-24"].node_name == "a"
+        await asyncio.to_thread(cluster.admin.delete, "a")
+        await watcher.until(lambda: watcher.leases["10.0.1.0-24"].node_name == "c" and not watcher.refused)
+        assert store.problems == ()
+    await store.aclose()
+
+
+async def test_operators_commands_say_what_to_do_instead(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    store = cluster.store()
+    lease = await claim(store, host(1))
+    with pytest.raises(LeaseError, match="gives each node its podCIDR"):
+        await store.reserve(lease.subnets, host(1))
+    with pytest.raises(LeaseError, match="kubectl annotate node n1 "):
+        await store.delete(lease)
+    await store.aclose()
+
+
+# --- a server that misbehaves
+
+
+def churn(cluster: Cluster, rng: random.Random, there: set[int], n_changes: int, n_nodes: int) -> None:
+    """Nodes come, go, move and are touched without a change that matters."""
+
+    def change(it: Any) -> None:
+        for _ in range(n_changes):
+            number = rng.randrange(2, n_nodes)
+            name = f"n{number}"
+            subnet = f"10.{number >> 8}.{number & 255}.0/24"
+            if number not in there:
+                it.add_node(name, subnet, annotations(number))
+                there.add(number)
+                continue
+            match rng.randrange(4):
+                case 0:
+                    it.nodes.delete(name)
+                    there.discard(number)
+                case 1:
+                    moved = {"metadata": {"annotations": annotations(number + n_nodes)}}
+                    it.nodes.patch(name, "application/merge-patch+json", moved, is_status=False)
+                case 2:
+                    gone = {"metadata": {"annotations": {f"{PREFIX}kube-subnet-manager": None}}}
+                    it.nodes.patch(name, "application/merge-patch+json", gone, is_status=False)
+                case _:
+                    beat = {"status": {"conditions": [{"type": "Ready", "status": rng.choice("ab")}]}}
+                    it.nodes.patch(name, "application/merge-patch+json", beat, is_status=True)
+
+    cluster.api.do(change)
+
+
+def truth(cluster: Cluster) -> dict[str, str]:
+    """Every lease that the server has: key and PublicIP."""
+
+    def read(it: Any) -> dict[str, str]:
+        found = {}
+        for name in it.nodes.names():
+            value = it.nodes.get(name).value
+            texts = value["metadata"]["annotations"]
+            if texts.get(f"{PREFIX}kube-subnet-manager") == "true":
+                found[value["spec"]["podCIDR"].replace("/", "-")] = texts[f"{PREFIX}public-ip"]
+        return found
+
+    return cluster.api.do(read)
+
+
+FAULTS: dict[str, Callable[[Cluster], None]] = {
+    "dropped": lambda it: void(it.api.drop_watches()),
+    "compacted": lambda it: (it.server.compact(), void(it.api.drop_watches()))[1],  # type: ignore[func-returns-value]
+    "throttled": lambda it: (it.api.faults.answers.extend([(429, "0")] * 3), void(it.api.drop_watches()))[1],
+    "failing": lambda it: (it.api.faults.answers.extend([(500, "")] * 3), void(it.api.drop_watches()))[1],
+    "restarted": lambda it: (it.api.stop(), it.api.start())[1],
+}
+
+
+def void(_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("n_nodes", "rounds"), [(60, 3), pytest.param(5000, 10, marks=[pytest.mark.full, pytest.mark.alone])]
+)
+async def test_no_peer_is_lost_and_none_is_a_phantom_whatever_the_server_does(
+    cluster: Cluster, n_nodes: int, rounds: int
+) -> None:
+    rng = random.Random(1)
+    there: set[int] = set()
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    churn(cluster, rng, there, 2 * n_nodes, n_nodes)
+    store = cluster.store()
+    await claim(store, host(1))
+    member_of: dict[str, str] = {}
+    slowest_s = 0.0
+
+    async def follow() -> None:
+        """As membership does."""
+        after = -1
+        while True:
+            try:
+                if after == -1:
+                    snapshot = await store.snapshot()
+                    after = snapshot.revision
+                    member_of.clear()
+                    member_of.update({lease.key: str(lease.attrs.public_ip) for lease in snapshot.leases})
+                async with aclosing(store.watch(after)) as batches:
+                    async for batch in batches:
+                        if batch.snapshot is not None:
+                            member_of.clear()
+                            leases = batch.snapshot.leases
+                            member_of.update({lease.key: str(lease.attrs.public_ip) for lease in leases})
+                        for event in batch.events:
+                            if event.type.value == "added":
+                                member_of[event.lease.key] = str(event.lease.attrs.public_ip)
+                            else:
+                                assert member_of.pop(event.lease.key, None), "a removal of what was never told"
+                        after = batch.revision
+            except StoreUnavailableError:
+                await asyncio.sleep(random.uniform(0.05, 0.1))
+
+    following = asyncio.create_task(follow())
+    try:
+        await holds(lambda: member_of == truth(cluster) or following.done(), "the first table")
+        for number in range(rounds):
+            for fault in FAULTS.values():
+                await asyncio.to_thread(churn, cluster, rng, there, n_nodes // 10, n_nodes)
+                await asyncio.to_thread(fault, cluster)
+                await asyncio.to_thread(churn, cluster, rng, there, n_nodes // 10, n_nodes)
+                wanted = await asyncio.to_thread(truth, cluster)
+                slowest_s = max(slowest_s, await holds(lambda wanted=wanted: member_of == wanted, f"round {number}"))  # type: ignore[misc]
+        assert not following.done()
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        await store.aclose()
+    print(f"{n_nodes} nodes: right again {slowest_s:.2f} s after the last change at the slowest")
+    lists = [line for line in cluster.api.lines() if line.startswith("GET /api/v1/nodes?limit=500")]
+    # One at the start, and one for each forgotten history: of at most ten pages each, and twice when interrupted.
+    assert len(lists) <= (1 + 4 * rounds) * (1 + n_nodes // 500)
+
+
+async def test_a_silent_stream_is_opened_again_and_goes_on_without_a_list(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from udptun.stores.kube import client as kube_client
+
+    monkeypatch.setattr(kube_client, "SILENCE_S", 1.5)
+    cluster.put_right(lambda it: it.add_node("n2", "10.0.2.0/24", annotations(2)))
+    store = cluster.store()
+    async with watching(store) as watcher:
+        await holds(lambda: cluster.api.n_watches() == 1, "the watch")
+        cluster.api.faults.is_silent = True
+        await asyncio.to_thread(cluster.admin.add_node, "n3", "10.0.3.0/24", annotations(3))
+        await asyncio.sleep(0.3)
+        assert "10.0.3.0-24" not in watcher.leases
+        cluster.api.faults.is_silent = False
+        await watcher.until(lambda: "10.0.3.0-24" in watcher.leases)
+    assert cluster.api.lines().count(LIST) == 1
+    assert sum("watch=true" in line for line in cluster.api.lines()) == 2
+    await store.aclose()
+
+
+async def test_a_slow_stream_is_followed(cluster: Cluster) -> None:
+    store = cluster.store()
+    async with watching(store) as watcher:
+        cluster.api.faults.bytes_per_s = 5000
+        await asyncio.to_thread(cluster.admin.add_node, "n3", "10.0.3.0/24", annotations(3))
+        await watcher.until(lambda: "10.0.3.0-24" in watcher.leases)
+    await store.aclose()
+
+
+async def test_a_page_that_is_forgotten_begins_the_list_again(cluster: Cluster) -> None:
+    def make(it: Any) -> None:
+        for number in range(1200):
+            it.add_node(f"n{number}", f"10.{number >> 8}.{number & 255}.0/24", annotations(number))
+
+    cluster.put_right(make)
+    store = cluster.store()
+    assert len((await store.snapshot()).leases) == 1200
+    n_requests = len(cluster.api.requests)
+    listing = asyncio.create_task(store.snapshot())
+    await holds(lambda: len(cluster.api.requests) > n_requests, "the first page")
+    cluster.server.compact()
+    assert len((await listing).leases) == 1200
+    assert cluster.api.lines()[n_requests] == "GET /api/v1/nodes?limit=500"
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("token", "line"),
+    [
+        ("wrong", r"cannot read the node n1: the API server at https://.* answers 401 Unauthorized; is the token"),
+        (POOR_TOKEN, r"answers 403 nodes is forbidden: User .*; the ClusterRole needs: nodes get, list and watch"),
+    ],
+)
+async def test_who_may_not_is_told_what_is_missing_and_goes_on_trying(cluster: Cluster, token: str, line: str) -> None:
+    write_kubeconfig(cluster.kubeconfig, cluster.server.url, token=token, ca=cluster.server.ca)
+    store = cluster.store()
+    with pytest.raises(StoreUnavailableError, match=line):
+        await claim(store, host(1))
+    await store.aclose()
+
+
+async def test_a_token_that_is_replaced_in_its_file_is_read_again(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    file = cluster.directory / "token"
+    file.write_text(TOKEN)
+    write_kubeconfig(cluster.kubeconfig, cluster.server.url, token_file=file, ca=cluster.server.ca)
+    store = cluster.store()
+    lease = await claim(store, host(1))
+    cluster.api.tokens["rotated"] = cluster.api.tokens.pop(TOKEN)
+    file.write_text("rotated")
+    assert await store.renew(lease) == lease
+    await store.aclose()
+
+
+async def test_a_server_that_throttles_is_asked_no_sooner_than_it_says(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    cluster.api.faults.answers.append((429, "1"))
+    store = cluster.store()
+    began_s = time.monotonic()
+    with pytest.raises(StoreUnavailableError, match="answers 429 a fault of the lab"):
+        await claim(store, host(1))
+    assert time.monotonic() - began_s >= 1.0
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "cannot reach Kubernetes: the configuration .*kubeconfig is no use"),
+        ("{", "cannot reach Kubernetes: the configuration .*kubeconfig is no use"),
+        (None, "cannot reach Kubernetes: the configuration .*kubeconfig is no use: .* not found"),
+    ],
+)
+async def test_a_kubeconfig_that_is_no_use_is_one_line(cluster: Cluster, text: str | None, line: str) -> None:
+    if text is None:
+        cluster.kubeconfig.unlink()
+    else:
+        cluster.kubeconfig.write_text(text)
+    store = cluster.store()
+    with pytest.raises(ConfigError, match=line) as caught:
+        await claim(store, host(1))
+    assert "\n" not in str(caught.value)
+    await store.aclose()
+
+
+async def test_a_server_that_is_away_or_is_another_one_is_one_line(cluster: Cluster) -> None:
+    store = cluster.store()
+    cluster.api.stop()
+    with pytest.raises(
+        StoreUnavailableError, match=r"cannot read the node n1: the API server at https://127.* does not"
+    ):
+        await claim(store, host(1))
+    await store.aclose()
+
+
+# --- with membership
+
+
+def member(cluster: Cluster, number: int) -> Member:
+    return Member(cluster.store(f"n{number}"), cluster.directory, number, Clock())
+
+
+async def test_members_find_each_other_survive_an_outage_and_a_deleted_node(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="udptun")
+    for number in (1, 2, 3):
+        cluster.put_right(lambda it, number=number: it.add_node(f"n{number}", f"10.0.{number}.0/24"))  # type: ignore[misc]
+    members = [member(cluster, number) for number in (1, 2, 3)]
+    for each in members:
+        await each.start()
+    await holds(lambda: all(len(each.peers) == 2 for each in members), "two peers each")
+    await asyncio.to_thread(cluster.api.stop)
+    await holds(lambda: members[0].membership.problems, "the outage to be said")
+    await asyncio.to_thread(cluster.api.start)
+    await asyncio.to_thread(cluster.admin.delete, "n3")
+    await asyncio.to_thread(cluster.admin.add_node, "n3", "10.0.3.0/24")
+    await holds(lambda: all(len(each.peers) == 2 for each in members[:2]), "two peers each again")
+    await holds(lambda: not any(each.membership.problems for each in members), "all to be well")
+    assert not members[2].membership._own.given_instead.is_set()
+    assert [each.running is not None and not each.running.done() for each in members] == [True] * 3
+    # Deleted and made again with another podCIDR: the daemon has to begin again.
+    await asyncio.to_thread(cluster.admin.delete, "n3")
+    await asyncio.to_thread(cluster.admin.add_node, "n3", "10.0.33.0/24")
+    async with asyncio.timeout(20):
+        await members[2].membership.given_instead()
+    for each in members:
+        await each.die()
+    assert not any("Traceback" in record.getMessage() or record.exc_info for record in caplog.records)
+
+
+async def test_a_node_with_our_own_address_is_no_peer_and_is_named(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    other = {**annotations(2), f"{PREFIX}public-ip": "192.0.2.1"}
+    cluster.put_right(lambda it: it.add_node("n2", "10.0.2.0/24", other))
+    one = member(cluster, 1)
+    await one.start()
+    await holds(lambda: one.membership.problems, "the problem")
+    assert one.membership.skipped == ("10.0.2.0-24: the node n2 publishes our own PublicIP 192.0.2.1",)
+    assert "the nodes n1 and n2 publish one PublicIP 192.0.2.1" in one.membership.problems[0]
+    assert one.peers == set()
+    await one.die()
+
+
+async def test_a_member_whose_address_is_overwritten_is_content_with_what_the_server_has(cluster: Cluster) -> None:
+    """What we ask for and what the store has differ for good then: that is no move, and nothing to write again."""
+    overwrite = {f"{PREFIX}public-ip-overwrite": "203.0.113.1"}
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", overwrite))
+    one = member(cluster, 1)
+    await one.start()
+    await holds(lambda: cluster.api.n_watches() == 1, "the watch")
+    assert one.membership.own.attrs.public_ip == IPv4Address("203.0.113.1")
+    n_requests = len(cluster.api.requests)
+    await asyncio.to_thread(cluster.admin.annotate, "n1", {f"{PREFIX}public-ip-overwrite": "203.0.113.2"})
+    await holds(lambda: one.membership.own.attrs.public_ip == IPv4Address("203.0.113.2"), "the new address")
+    await asyncio.sleep(0.3)
+    # The operator's patch and ours, and a look by membership before it takes the lease again.
+    assert len(cluster.api.requests) - n_requests <= 5
+    assert one.membership.problems == one.membership.skipped == ()
+    await one.die()
+
+
+def test_lease_commands_need_no_node(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from udptun.commands import lease as lease_command
+    from udptun.config.flags import parse_lease_flags
+
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", annotations(1)))
+    flags = ["--store=kube", f"--kubeconfig-file={cluster.kubeconfig}", f"--net-config-path={cluster.net_conf}"]
+    assert lease_command.list_leases(parse_lease_flags(flags, {}, 0)) == 0
+    assert re.search(r"10\.0\.1\.0/24 +198\.18\.0\.1 .* 8285 +never", capsys.readouterr().out)
+    with pytest.raises(LeaseError, match=f"kubectl annotate node n1 {PREFIX}kube-subnet-manager-"):
+        lease_command.release(parse_lease_flags([*flags, "10.0.1.0/24"], {}, 1))

@@ -1,0 +1,1 @@
+"""The `kube` store: leases as annotations of Kubernetes' nodes."""
