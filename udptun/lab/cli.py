@@ -37,7 +37,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     up.add_argument("--hosts", type=int, default=2, metavar="N")
     up.add_argument("--pods", type=int, default=1, metavar="N", help="pods on each host (default: %(default)s)")
     up.add_argument("--net-conf", type=Path, metavar="FILE", help="net-conf.json (default: 10.244.0.0/16, Type udp)")
-    up.add_argument("--store", default="local", help="the daemons' --store (default: %(default)s, shared by all hosts)")
+    up.add_argument(
+        "--store",
+        default="local",
+        help="the daemons' --store (default: %(default)s, shared by all hosts; kube: an API server runs in the lab)",
+    )
     up.add_argument("--underlay-mtu", type=int, default=1500, metavar="BYTES")
     up.add_argument(
         "--daemon",

@@ -109,7 +109,8 @@ class Host:
     def start_daemon(self, extra_args: Sequence[str] = (), command: Sequence[str] | None = None) -> None:
         """Start the daemon (`command` instead of the lab's) and return at once; `wait_ready` waits for it.
 
-        It gets a session of its own and NOTIFY_SOCKET; what it prints is appended to its log.
+        It gets a session of its own, NOTIFY_SOCKET, and NODE_NAME as a pod of Kubernetes has it.  What it prints is
+        appended to its log.
         """
         if self._daemon is not None and self._daemon.poll() is None:
             raise LabError(f"the daemon of {self.name} is running already (pid {self._daemon.pid})")
@@ -127,7 +128,12 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "NOTIFY_SOCKET": str(notify), "PYTHONPATH": python_path},
+                env={
+                    **os.environ,
+                    "NOTIFY_SOCKET": str(notify),
+                    "NODE_NAME": self.name,
+                    "PYTHONPATH": python_path,
+                },
                 new_session=True,
             )
 

@@ -24,10 +24,12 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from types import TracebackType
 
+from udptun.backends.choice import parse_net_conf
+from udptun.config.store_flags import StoreKind
 from udptun.lab.errors import CommandError, LabError
 from udptun.lab.holder import LAB_DIR as LAB_DIR
 from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, Host
-from udptun.lab.machine import Machine, signals_deferred
+from udptun.lab.machine import SOURCE_ROOT, Machine, signals_deferred
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ SWITCH = "underlay"
 
 NET_CONF = LAB_DIR / "net-conf.json"
 LEASES = LAB_DIR / "leases.db"
+KUBE_PORT = 6443
+"""Where the switch serves Kubernetes' API, with `store` kube."""
 
 DEFAULT_NET_CONF: Mapping[str, object] = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
 
@@ -74,7 +78,8 @@ class Lab:
     """A context manager: entering makes switch and hosts, leaving removes everything.
 
     `start` then runs a daemon in each host and adds the pods.  `net_conf` is the text of net-conf.json as an object, or
-    a file to copy.  `store` is the daemons' --store, where `local` means one database that all hosts share.
+    a file to copy.  `store` is the daemons' --store, where `local` means one database that all hosts share, and `kube`
+    an API server in the switch with a node for each host.
     `daemon_command` replaces `udptun daemon`; such a command must say READY=1 on NOTIFY_SOCKET (sd_notify), as flanneld
     does too.  `underlay_mtu` is in bytes.
 
@@ -97,6 +102,8 @@ class Lab:
         self.hosts: list[Host] = []
         self.underlay_mtu = underlay_mtu
         self.daemon_command = list(daemon_command) if daemon_command else _udptun_daemon(store)
+        self._is_kube = store == StoreKind.KUBE.value
+        self._api: subprocess.Popen[str] | None = None
         self._n_hosts = n_hosts
         self._n_pods = n_pods
         try:
@@ -121,6 +128,9 @@ class Lab:
                 *self._subnet(SWITCH, UNDERLAY),
             )
             undo.callback(self._hosts_down)
+            if self._is_kube:
+                self._start_api()
+                undo.callback(self._stop_api)
             self._add_hosts(self._n_hosts)
             self._undo = undo.pop_all()
         return self
@@ -181,7 +191,47 @@ class Lab:
             )
             if self._offload is not Offload.FULL:
                 self._set_offload(host)
+            self._register(host)
         log.info("underlay %s connects %s", UNDERLAY, ", ".join(host.name for host in new))
+
+    def _start_api(self) -> None:
+        """Run the API server at the switch, and wait until it serves."""
+        with (self.switch.at().path(LAB_DIR) / "kube-api.log").open("a") as output:
+            self._api = self.switch.popen(
+                [sys.executable, "-m", "udptun.lab.kube_api", str(UNDERLAY[1]), str(KUBE_PORT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
+                new_session=True,
+            )
+        self._hear_api("ready")
+
+    def _hear_api(self, wanted: str) -> None:
+        assert self._api is not None
+        assert self._api.stdout is not None
+        if self._api.stdout.readline() != f"{wanted}\n":
+            said = (self.switch.at().path(LAB_DIR) / "kube-api.log").read_text().strip().splitlines()
+            raise LabError(
+                f"the lab's API server ended: {said[-1] if said else 'it printed nothing'}; "
+                "does it have its libraries? pip install 'udptun[kube]'"
+            )
+
+    def _register(self, host: Host) -> None:
+        """Make the host a node with the podCIDR of its number."""
+        if self._api is None:
+            return
+        assert self._api.stdin is not None
+        pool = parse_net_conf(self._net_conf, "the lab's net-conf.json").ipv4
+        first = pool.subnet_min + (host.index - 1) * pool.subnet_size
+        self._api.stdin.write(f"{host.name} {first}/{pool.subnet_len}\n")
+        self._api.stdin.flush()
+        self._hear_api(host.name)
+
+    def _stop_api(self) -> None:
+        if self._api is not None:
+            self._api.kill()
+            self._api.communicate()
 
     def relocate(self, host: Host, network: IPv4Network) -> None:
         """Put the host on `network`, UNDERLAY or DISTANT, with its number as its address there."""
@@ -244,8 +294,10 @@ class Lab:
 
 
 def _udptun_daemon(store: str) -> list[str]:
+    more = [f"--kube-api-url=http://{UNDERLAY[1]}:{KUBE_PORT}"] if store == StoreKind.KUBE.value else []
     return [
         *(sys.executable, "-m", "udptun", "daemon"),
         *("--store", f"local:{LEASES}" if store == "local" else store),
+        *more,
         *("--net-config-path", str(NET_CONF)),
     ]

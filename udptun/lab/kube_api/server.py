@@ -35,7 +35,9 @@ T = TypeVar("T")
 
 
 class ApiServer:
-    """A context manager: serves `cluster` on `listener` (default: a port of 127.0.0.1 that the kernel picks).
+    """A context manager: serves `cluster` on the socket that `listen` makes, at each `start` another one.
+
+    By default that is a port of 127.0.0.1 that the kernel picks, always the same.
 
     `tokens` maps a bearer token to what its owner may do, as `verb resource` (`patch nodes/status`); None: everything.
     Without tokens everybody may do everything.
@@ -44,7 +46,7 @@ class ApiServer:
     def __init__(
         self,
         *,
-        listener: socket.socket | None = None,
+        listen: Callable[[], socket.socket] | None = None,
         tls: ssl.SSLContext | None = None,
         tokens: Mapping[str, frozenset[str] | None] | None = None,
         bookmark_s: float = BOOKMARK_S,
@@ -55,10 +57,8 @@ class ApiServer:
         self.requests: list[Request] = []
         self._bookmark_s = bookmark_s
         self._tls = tls
-        if listener is None:
-            listener = socket.create_server(("127.0.0.1", 0))
-        self._address = listener.getsockname()[:2]
-        self._listener: socket.socket | None = listener
+        self._address = ("127.0.0.1", 0)
+        self._listen = listen or (lambda: socket.create_server(self._address))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kube API server", daemon=True)
         self._server: asyncio.Server | None = None
@@ -95,7 +95,8 @@ class ApiServer:
         """Serve, for the first time or again after `stop`: on the same address, with the same objects."""
 
         async def run() -> None:
-            listener, self._listener = self._listener or socket.create_server(self._address), None
+            listener = self._listen()
+            self._address = listener.getsockname()[:2]
             self._server = await asyncio.start_server(self._accept, sock=listener, ssl=self._tls)
 
         asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)

@@ -1,0 +1,199 @@
+"""Hosts whose leases are nodes of Kubernetes: the lab's API server stands at the underlay's switch.
+
+API server 192.168.77.1:6443 (switch) -- underlay -- h1, h2, h3
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+from kube_server import MISSING
+from namespace import _CLONE_NEWNET, _libc
+from traffic import REAL_TIME, datapath_pids, kill, peers, ping, read_status, seconds_until, tcp_flow, udp_flow
+
+from udptun.lab.host import UNDERLAY, Host
+from udptun.lab.topology import KUBE_PORT, NET_CONF, Lab
+
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
+]
+
+PREFIX = "flannel.alpha.coreos.com/"
+SOON_S = 20.0
+
+
+def listener_at(lab: Lab) -> socket.socket:
+    """A listening socket of the switch's: it belongs to the namespace that it was made in."""
+    made: list[socket.socket] = []
+
+    def make() -> None:
+        with lab.switch.at().net_ns.open() as file:
+            assert _libc.setns(file.fileno(), _CLONE_NEWNET) == 0
+        made.append(socket.create_server((str(UNDERLAY[1]), KUBE_PORT)))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+@contextlib.contextmanager
+def kube_lab(name: str, backend: Mapping[str, object], n_pods: int = 1) -> Iterator[tuple[Lab, Any]]:
+    """Three hosts without running daemons, each a node with a podCIDR, and the API server."""
+    from udptun.lab.kube_api.server import ApiServer
+
+    command = [
+        *(*REAL_TIME, sys.executable, "-m", "udptun", "daemon", "--kube-subnet-mgr"),
+        *(f"--kube-api-url=http://{UNDERLAY[1]}:{KUBE_PORT}", "--net-config-path", str(NET_CONF)),
+    ]
+    conf = {"Network": "10.244.0.0/16", "Backend": backend}
+    with Lab(name, n_hosts=3, n_pods=n_pods, net_conf=conf, daemon_command=command) as lab:
+        with ApiServer(listen=lambda: listener_at(lab)) as api:
+            for host in lab.hosts:
+                api.do(lambda it, host=host: it.add_node(host.name, f"10.244.{host.index}.0/24"))
+            yield lab, api
+        for host in lab.hosts:
+            assert "Traceback" not in host.daemon_log()
+
+
+def node(api: Any, host: Host) -> dict[str, Any]:
+    value: dict[str, Any] = api.do(lambda it: it.nodes.get(host.name).value)
+    return value
+
+
+def wait_for_equal_tables(lab: Lab, subnets: Mapping[str, str]) -> None:
+    """Every host has the others' subnets, by the hosts' names."""
+    for host in lab.hosts:
+        wanted = {subnet for name, subnet in subnets.items() if name != host.name}
+        seconds_until(lambda host=host, wanted=wanted: set(peers(host)) == wanted, f"{host}'s table", SOON_S)  # type: ignore[misc]
+
+
+SUBNETS = {f"h{number}": f"10.244.{number}.0/24" for number in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("kind", ["udp", "vxlan"])
+def test_pods_of_three_nodes_reach_each_other_and_the_nodes_say_what_flannels_do(kind: str) -> None:
+    with kube_lab(f"t-kube-{kind}", {"Type": kind}) as (lab, api):
+        lab.start()
+        wait_for_equal_tables(lab, SUBNETS)
+        for source in lab.hosts:
+            for destination in lab.hosts:
+                ping(source.pod(1), destination.pod(1).address)
+        for host in lab.hosts:
+            status = read_status(host)
+            assert (status["store"], status["problems"], status["skipped"]) == ("kube", [], [])
+            assert str(host.subnet) == SUBNETS[host.name]
+            value = node(api, host)
+            texts = value["metadata"]["annotations"]
+            assert (texts[f"{PREFIX}kube-subnet-manager"], texts[f"{PREFIX}backend-type"]) == ("true", kind)
+            assert texts[f"{PREFIX}public-ip"] == str(host.underlay_address)
+            data = json.loads(texts[f"{PREFIX}backend-data"])
+            assert data["NodeID"] == status["lease"]["node_id"]
+            assert data["Port"] == 8285 if kind == "udp" else data["VNI"] == 1
+            conditions = {it["type"]: it for it in value["status"]["conditions"]}
+            assert (conditions["NetworkUnavailable"]["status"], conditions["Ready"]["status"]) == ("False", "True")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[Lab, Any]]:
+    """Three hosts with a pod each, Type udp; h3 gets its podCIDR late."""
+    with kube_lab("t-kube", {"Type": "udp"}) as (lab, api):
+        late = lab.host(3)
+        api.do(lambda it: it.nodes.delete(late.name))
+        api.do(lambda it: it.add_node(late.name))
+        for host in lab.hosts:
+            host.start_daemon()
+        for host in lab.hosts[:2]:
+            host.wait_ready(20)
+        seconds_until(lambda: "it has no podCIDR" in late.daemon_log(), "the remedy in the log", SOON_S)
+        assert late.daemon is not None
+        assert late.daemon.poll() is None
+        spec = {"spec": {"podCIDR": SUBNETS[late.name], "podCIDRs": [SUBNETS[late.name]]}}
+        kind = "application/merge-patch+json"
+        api.do(lambda it: it.nodes.patch(late.name, kind, spec, is_status=False))
+        late.wait_ready(20)
+        for host in lab.hosts:
+            host.add_pod()
+        yield lab, api
+
+
+def test_a_node_that_gets_its_pod_cidr_late_joins_by_itself(running: tuple[Lab, Any]) -> None:
+    """flannel ends after 30 s, again and again, and its users have to find out why."""
+    lab, api = running
+    wait_for_equal_tables(lab, SUBNETS)
+    ping(lab.host(1).pod(1), lab.host(3).pod(1).address)
+    late = lab.host(3)
+    assert len([line for line in late.daemon_log().splitlines() if "it has no podCIDR" in line]) == 1
+    conditions = {it["type"]: it for it in node(api, late)["status"]["conditions"]}
+    assert conditions["NetworkUnavailable"]["reason"] == "FlannelIsUp"
+
+
+def test_pods_talk_on_while_the_api_is_away_and_after_a_restart_without_it(running: tuple[Lab, Any]) -> None:
+    lab, api = running
+    wait_for_equal_tables(lab, SUBNETS)
+    one, two = lab.host(1), lab.host(2)
+    api.stop()
+    try:
+        with udp_flow(one.pod(1), two.pod(1), 200) as flow, tcp_flow(two.pod(1), one.pod(1)) as stream:
+            flow.wait_for_more(20)
+        assert flow.report.lost == []
+        stream.report.assert_exact()
+        assert one.stop_daemon() == 0
+        kill(one, *datapath_pids(one))
+        one.start_daemon()
+        one.wait_ready(20)
+        ping(one.pod(1), two.pod(1).address)
+        assert len(peers(one)) == 2
+        assert any("does not answer" in line for line in read_status(one)["problems"])
+    finally:
+        api.start()
+    for host in lab.hosts:
+        seconds_until(lambda host=host: read_status(host)["problems"] == [], f"{host} to be well", SOON_S)  # type: ignore[misc]
+
+
+def test_a_node_that_is_made_again_with_another_pod_cidr_begins_again_by_itself(running: tuple[Lab, Any]) -> None:
+    """flannel goes on with the old subnet, and its peers keep the old route, until somebody restarts it."""
+    lab, api = running
+    wait_for_equal_tables(lab, SUBNETS)
+    host = lab.host(3)
+    assert host.daemon is not None
+    pid = host.daemon.pid
+    try:
+        with udp_flow(lab.host(1).pod(1), lab.host(2).pod(1), 200) as flow:
+            api.do(lambda it: it.nodes.delete(host.name))
+            api.do(lambda it: it.add_node(host.name, "10.244.33.0/24"))
+            wait_for_equal_tables(lab, {**SUBNETS, "h3": "10.244.33.0/24"})
+            flow.wait_for_more(20)
+        assert flow.report.lost == []
+        seconds_until(lambda: str(host.subnet) == "10.244.33.0/24", "subnet.env", SOON_S)
+        seconds_until(lambda: read_status(host)["problems"] == [], "the host to be well", SOON_S)
+        assert (host.daemon.pid, host.daemon.poll()) == (pid, None)
+        address = host.run(["ip", "-br", "-4", "addr", "show", "dev", "flannel0"]).stdout
+        assert "10.244.33.0/32" in address
+        assert "10.244.3.0/32" not in address
+        pod = host.add_pod()
+        host.machine.at().ip(f"addr add {host.gateway} dev cni0")
+        ping(lab.host(1).pod(1), pod.address)
+    finally:
+        api.do(lambda it: it.nodes.delete(host.name))
+        api.do(lambda it: it.add_node(host.name, SUBNETS["h3"]))
+    wait_for_equal_tables(lab, SUBNETS)
+
+
+def test_lab_with_the_kube_store_brings_an_api_server_of_its_own() -> None:
+    with Lab("t-kube-own", n_hosts=2, store="kube") as lab:
+        lab.start()
+        ping(lab.host(1).pod(1), lab.host(2).pod(1).address)
+        assert [str(host.subnet) for host in lab.hosts] == ["10.244.1.0/24", "10.244.2.0/24"]
+        host = lab.add_host()
+        host.start_daemon()
+        host.wait_ready(20)
+        assert str(host.subnet) == "10.244.3.0/24"
