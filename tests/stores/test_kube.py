@@ -22,7 +22,7 @@ from store_harness import host, watching
 
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
-from udptun.core.lease import Lease, LeaseAttrs
+from udptun.core.lease import EventType, Lease, LeaseAttrs
 from udptun.stores.base import SubnetChoice
 
 if TYPE_CHECKING:
@@ -471,6 +471,56 @@ async def test_no_peer_is_lost_and_none_is_a_phantom_whatever_the_server_does(
     lists = [line for line in cluster.api.lines() if line.startswith("GET /api/v1/nodes?limit=500")]
     # One at the start, and one for each forgotten history: of at most ten pages each, and twice when interrupted.
     assert len(lists) <= (1 + 4 * rounds) * (1 + n_nodes // 500)
+
+
+IMAGES = [{"names": [f"registry.example/{number:064x}"], "sizeBytes": number} for number in range(90)]
+"""They make a node as large as a real one, 10 kB."""
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("n_nodes", "allowed_s", "beats_s"),
+    [(500, 5 * 1.5, 1.0), pytest.param(5000, 1.5, 10.0, marks=pytest.mark.full)],
+)
+async def test_nodes_of_real_size_are_listed_in_little_more_than_the_server_takes_and_heartbeats_cost_little(
+    cluster: Cluster, n_nodes: int, allowed_s: float, beats_s: float
+) -> None:
+    def make(it: Any) -> None:
+        for number in range(1, n_nodes + 1):
+            it.add_node(f"n{number}", f"10.{number >> 8}.{number & 255}.0/24", annotations(number), images=IMAGES)
+
+    def beat(it: Any, number: int) -> None:
+        body = {"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": str(time.time())}]}}
+        it.nodes.patch(f"n{number}", "application/strategic-merge-patch+json", body, is_status=True)
+
+    cluster.put_right(make)
+    began_s = time.monotonic()
+    connection = cluster.admin._connection()
+    connection.request("GET", "/api/v1/nodes?resourceVersion=0", headers={"Authorization": f"Bearer {TOKEN}"})
+    n_bytes = len(connection.getresponse().read())
+    connection.close()
+    sends_s = time.monotonic() - began_s
+    store = cluster.store()
+    began_s = time.monotonic()
+    snapshot = await store.snapshot()
+    took_s = time.monotonic() - began_s
+    assert len(snapshot.leases) == n_nodes
+    print(f"{n_nodes} nodes, {n_bytes / n_nodes / 1000:.1f} kB each: sent in {sends_s:.2f} s, listed in {took_s:.2f} s")
+    assert took_s - sends_s <= allowed_s
+    async with watching(store, snapshot.revision) as watcher:
+        await holds(lambda: cluster.api.n_watches() == 1, "the watch")
+        # A kubelet writes every 5 minutes, as long as nothing changes.
+        n_beats = int(n_nodes / 300 * beats_s) + 1
+        began_s, cpu_s = time.monotonic(), time.thread_time()
+        for number in range(n_beats):
+            await asyncio.to_thread(cluster.put_right, lambda it, number=number: beat(it, number + 1))  # type: ignore[misc]
+            await asyncio.sleep(beats_s / n_beats)
+        cpu_s, took_s = time.thread_time() - cpu_s, time.monotonic() - began_s
+        print(f"{n_beats} heartbeats in {took_s:.1f} s cost {100 * cpu_s / took_s:.2f} % of a core")
+        # The test's own share is in it.
+        assert cpu_s / took_s < (0.02 if n_nodes == 5000 else 0.1)
+        assert not watcher.events(EventType.ADDED)
+    await store.aclose()
 
 
 async def test_a_silent_stream_is_opened_again_and_goes_on_without_a_list(
