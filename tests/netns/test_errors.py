@@ -363,19 +363,6 @@ CASES = [
         write("/var/lib/udptun/node-id", "me\n"),
     ),
     Case(
-        "health port taken",
-        1,
-        r"cannot listen on 0\.0\.0\.0:9000: EADDRINUSE; another program listens there",
-        listener("SOCK_STREAM", 9000),
-        argv=("--healthz-port=9000",),
-    ),
-    Case(
-        "health address of another host",
-        1,
-        r"cannot listen on 203\.0\.113\.9:9000: EADDRNOTAVAIL; .+",
-        argv=("--healthz-ip=203.0.113.9", "--healthz-port=9000"),
-    ),
-    Case(
         "tunnel port taken",
         1,
         r"cannot bind the tunnel's socket to 192\.168\.77\.11 UDP port 8285: EADDRINUSE; `ss -ulpn` shows who has .*",

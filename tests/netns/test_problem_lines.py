@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -110,6 +111,16 @@ def read_only_sysctls(path: str, value: int, without: str) -> str:
 
 NOTICE = shell("ip link set lo mtu 65535; ip link set lo mtu 65536")
 """Brings a look at the kernel's state."""
+
+HELD_PORT = Background(
+    f"exec {sys.executable} -c 'import signal, socket; s = socket.create_server((\"\", 9000)); signal.pause()'"
+)
+
+
+def hold_port(host: Host) -> None:
+    HELD_PORT.start(host)
+    wait_until("the port to be held", lambda: ":9000 " in host.run(["ss", "-Hltn"]).stdout, 5)
+
 
 READ_ONLY = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys"
 
@@ -270,6 +281,24 @@ FAULTS = [
         ),
         STANDBY.start,
         STANDBY.stop,
+    ),
+    # The port of /healthz: the daemon ended.
+    Fault(
+        "the health port held",
+        (r"cannot listen on 0\.0\.0\.0:9000: EADDRINUSE; another program listens there; it is tried again every .*",),
+        hold_port,
+        HELD_PORT.stop,
+        at_start=True,
+        flags=("--healthz-port=9000",),
+        is_silent=True,
+    ),
+    Fault(
+        "a health address that the host does not have",
+        (r"cannot listen on 203\.0\.113\.9:9000: EADDRNOTAVAIL; .*; it is tried again every second, and .*",),
+        shell("true"),
+        shell("ip address add 203.0.113.9/32 dev lo"),
+        at_start=True,
+        flags=("--healthz-ip=203.0.113.9", "--healthz-port=9000"),
     ),
     # Others at our device.
     Fault(

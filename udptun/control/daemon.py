@@ -31,6 +31,7 @@ from udptun.config.flags import Options
 from udptun.control import notify
 from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
+from udptun.control.health_port import HealthPort
 from udptun.control.http import serve
 from udptun.control.instance import claim_files, claim_network, remember, starting
 from udptun.control.node_status import NodeStatus
@@ -97,6 +98,7 @@ class Daemon:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._answers = Answers()
+        self._health_port = HealthPort(self._answers.health, options.healthz_ip, options.healthz_port)
         self._claims = Claims()
         self._node_status = NodeStatus(options.subnet_file)
         self._hangup = asyncio.Event()
@@ -179,6 +181,10 @@ class Daemon:
                 tasks.create_task(_end_with_subnet(running))
                 tasks.create_task(keep("reload", lambda: self._reload_on_hangup(running, store)))
 
+    def _problems(self) -> list[str]:
+        """A line for each thing that is wrong beside what `Running` has."""
+        return [*filter(None, [self._health_port.problem])]
+
     def _make_directories(self) -> None:
         for directory in (self._options.run_dir, self._options.state_dir):
             try:
@@ -193,11 +199,11 @@ class Daemon:
 
     async def _serve_http(self, undo: AsyncExitStack) -> None:
         options = self._options
-        servers = [await serve(self._answers.all, options.run_dir / SOCKET_NAME)]
+        server = await serve(self._answers.all, options.run_dir / SOCKET_NAME)
+        undo.callback(server.close)
         if options.healthz_port:
-            servers.append(await serve(self._answers.health, (options.healthz_ip, options.healthz_port)))
-        for server in servers:
-            undo.callback(server.close)
+            undo.callback(self._health_port.close)
+            await self._health_port.open()
 
     async def _start(self, store: Store, undo: AsyncExitStack) -> Running:
         """All stages from the configuration to subnet.env.  Raises UdptunError; `undo` then undoes what was made."""
@@ -251,7 +257,7 @@ class Daemon:
         )
         obstacles = Obstacles(lambda: forwarding.pod_path)
         firewall = FirewallReconciler(firewall_settings(options, conf), ownership, obstacles)
-        running = Running(options, conf, underlay, me, membership, forwarding, firewall)
+        running = Running(options, conf, underlay, me, membership, forwarding, firewall, self._problems)
         undo.push_async_callback(self._undo_failed_start, running)
         self._node_status.starts(f"waits for its lease in {store.name}")
         await self._join(running, attrs)

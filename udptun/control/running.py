@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from udptun.backends.base import LiveSettings, check_underlay
@@ -39,6 +40,7 @@ class Running:
         membership: Membership,
         forwarding: Forwarding,
         firewall: FirewallReconciler,
+        other_problems: Callable[[], Iterable[str]],
     ) -> None:
         self.options = options
         self.conf = conf
@@ -47,6 +49,7 @@ class Running:
         self.membership = membership
         self.forwarding = forwarding
         self.firewall = firewall
+        self._other_problems = other_problems
         self.underlay_watch = UnderlayWatch(
             underlay_options(options),
             underlay,
@@ -68,6 +71,7 @@ class Running:
             *self.firewall.problems,
             *self.ip_forward_watch.problems,
             *filter(None, [self.underlay_watch.problem]),
+            *self._other_problems(),
         ]
 
     async def reload(self, conf: NetConf) -> None:
