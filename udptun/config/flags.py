@@ -189,6 +189,9 @@ class Options:
     )
     healthz_ip: str = flag(_RUNNING, str, "0.0.0.0", "IP", "address of /healthz and /readyz")
     healthz_port: int = flag(_RUNNING, integer_in(range(PORTS.stop)), 0, "PORT", "their TCP port; 0: do not serve them")
+    take_over: bool = flag(
+        _RUNNING, boolean, False, "", "ask a daemon that runs with this --run-dir to step back, and go on in its place"
+    )
     v: int = flag(_RUNNING, integer, 0, "LEVEL", "log level; 1 and more: debug")
     vmodule: str = flag_without_effect(_RUNNING, str, "", "PATTERNS", "accepted as flannel's; no effect")
     log_backtrace_at: str = flag_without_effect(

@@ -31,11 +31,12 @@ from udptun.config.flags import Options
 from udptun.control import notify
 from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
+from udptun.control.hand_over import HandOver
 from udptun.control.health_port import HealthPort
 from udptun.control.http import serve
 from udptun.control.instance import claim_files, claim_network, remember, starting
 from udptun.control.node_status import NodeStatus
-from udptun.control.run_dir import SOCKET_NAME, fault_of_directory, lock_run_dir
+from udptun.control.run_dir import SOCKET_NAME, fault_of_directory
 from udptun.control.running import Running, log_underlay
 from udptun.control.settings import (
     check_store,
@@ -60,7 +61,7 @@ from udptun.membership.allocate import chooser
 from udptun.membership.former import FormerLease
 from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership
-from udptun.membership.start import find_public_ip, find_start
+from udptun.membership.start import Start, find_public_ip, find_start
 from udptun.stores.base import Store
 from udptun.stores.open import open_store
 
@@ -101,6 +102,10 @@ class Daemon:
         self._health_port = HealthPort(self._answers.health, options.healthz_ip, options.healthz_port)
         self._claims = Claims()
         self._node_status = NodeStatus(options.subnet_file)
+        self._hand_over = HandOver(options.run_dir, self._step_back, take_over=options.take_over)
+        self._is_stepping_back = False
+        self._config = ""
+        """The text of the network config in force."""
         self._hangup = asyncio.Event()
         """Set by SIGHUP."""
 
@@ -119,7 +124,7 @@ class Daemon:
         for number in _ENDING:
             loop.add_signal_handler(number, end)
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
-        serving = asyncio.create_task(self._serve_on())
+        serving = self._serving = asyncio.create_task(self._serve_in_turns())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -147,11 +152,27 @@ class Daemon:
                 log.warning("beginning again: %s", exc)
                 self._answers.running = None
 
+    async def _serve_in_turns(self) -> None:
+        """Serve; when another daemon takes over, be in reserve, and serve again after it."""
+        while True:
+            try:
+                return await self._serve_on()
+            except asyncio.CancelledError:
+                if not self._is_stepping_back or self._serving.uncancel():
+                    raise
+            self._is_stepping_back = False
+            self._answers.running = None
+
+    def _step_back(self) -> None:
+        """End this turn as the run ends: all is undone, and the datapath forwards on."""
+        self._is_stepping_back = True
+        self._serving.cancel()
+
     async def _serve(self) -> None:
         options = self._options
         async with AsyncExitStack() as undo:
             self._make_directories()
-            undo.callback(os.close, lock_run_dir(options.run_dir))
+            undo.callback(os.close, await self._hand_over.lock())
             undo.callback(self._claims.close)
             claim_files(self._claims, options)
             undo.enter_context(self._node_status)
@@ -199,7 +220,7 @@ class Daemon:
 
     async def _serve_http(self, undo: AsyncExitStack) -> None:
         options = self._options
-        server = await serve(self._answers.all, options.run_dir / SOCKET_NAME)
+        server = await serve({**self._answers.all, **self._hand_over.routes}, options.run_dir / SOCKET_NAME)
         undo.callback(server.close)
         if options.healthz_port:
             undo.callback(self._health_port.close)
@@ -208,8 +229,11 @@ class Daemon:
     async def _start(self, store: Store, undo: AsyncExitStack) -> Running:
         """All stages from the configuration to subnet.env.  Raises UdptunError; `undo` then undoes what was made."""
         options, clock = self._options, Clock()
-        self._node_status.starts(f"waits for the network config in {store.config_name}")
-        start = await find_start(store, options.state_dir, clock, parse_net_conf)
+        start = Start(self._config)
+        if not (self._hand_over.goes_on and self._config):
+            self._node_status.starts(f"waits for the network config in {store.config_name}")
+            start = await find_start(store, options.state_dir, clock, parse_net_conf)
+            self._config = start.config
         conf = read_config(start.config, store.config_name, options)
         self._node_status.starts("makes the device")
         ownership = await claim_network(self._claims, conf.network, options)
@@ -304,6 +328,7 @@ class Daemon:
             try:
                 text = await store.network_config()
                 await running.reload(read_config(text, store.config_name, self._options))
+                self._config = text
             except UdptunError as exc:
                 for problem in exc.problems:
                     log.error("nothing reloaded: %s", problem)

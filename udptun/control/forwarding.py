@@ -128,6 +128,9 @@ class Forwarding:
     async def run(self) -> None:
         """Keep it so, until cancelled."""
         assert self._reconciler is not None
+        if self._tunnel is not None:
+            # Not before we are ready: a start that fails shall not take the datapath with it.
+            await self._tunnel.tunnel.datapath.bring_here()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._reconciler.run(), name="reconcile")
             if self._tunnel is not None:

@@ -33,7 +33,8 @@ class HealthPort:
             self._retrying = asyncio.create_task(self._retry())
 
     def close(self) -> None:
-        """Serve no longer."""
+        """Serve no longer.  It may be opened again."""
+        self.problem = ""
         if self._retrying is not None:
             self._retrying.cancel()
         if self._server is not None:

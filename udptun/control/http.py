@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server for health, readiness, status and metrics: GET only, one request a connection.
+"""A small HTTP/1.1 server for health, readiness, status and metrics: one request a connection, and no bodies.
 
 It may face the network, so everything is bounded: bytes and seconds a request may take, clients at once.  When there
 are too many, the newest is let in and the oldest that keeps us waiting is turned out.  So clients that connect and say
@@ -47,7 +47,10 @@ class Response:
 
 
 Routes = Mapping[str, Callable[[], Response | Awaitable[Response]]]
-"""Path -> what makes its answer.  It is called in the event loop, so it must not block but await what takes longer."""
+"""Path -> what makes the answer to a GET of it; `POST path` -> to a POST.
+
+It is called in the event loop, so it must not block but await what takes longer.
+"""
 
 
 async def serve(routes: Routes, where: tuple[str, int] | Path) -> Server:
@@ -207,11 +210,10 @@ async def _respond(routes: Routes, head: bytes) -> Response:
     if not is_http or not 0 <= end <= REQUEST_BYTES:
         return _error(HTTPStatus.BAD_REQUEST)
     method, target, _ = words
-    route = routes.get(target.partition("?")[0])
+    path = target.partition("?")[0]
+    route = routes.get(path if method == "GET" else f"{method} {path}")
     if route is None:
-        return _error(HTTPStatus.NOT_FOUND)
-    if method != "GET":
-        return _error(HTTPStatus.METHOD_NOT_ALLOWED)
+        return _error(HTTPStatus.METHOD_NOT_ALLOWED if path in routes else HTTPStatus.NOT_FOUND)
     try:
         response = route()
         return response if isinstance(response, Response) else await response

@@ -19,7 +19,7 @@ from udptun.config.flags import Options
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError, KernelError, UdptunError
 from udptun.core.ownership import Ownership
-from udptun.kernel.claims import Claims, locked, names_held
+from udptun.kernel.claims import Claims, describe_holder, locked, names_held
 from udptun.kernel.reconcile.ownership import marked_networks
 
 log = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ def claim_files(claims: Claims, options: Options) -> None:
         ("--subnet-file", subnet, f"{_identity(subnet.parent)}/{subnet.name}"),
     ):
         pid = claims.take(f"file {identity}")
-        if pid not in (None, os.getpid()):
+        if pid is not None and pid != os.getpid():
             raise UdptunError(
-                f"another udptun daemon (pid {pid or 'unknown'}) uses {path}; stop it, or give this one a {flag} "
+                f"another udptun daemon ({describe_holder(pid)}) uses {path}; stop it, or give this one a {flag} "
                 "of its own"
             )
 
@@ -61,7 +61,7 @@ async def claim_network(claims: Claims, network: IPv4Network, options: Options) 
     """
     pid = claims.take(f"network {network}")
     if pid is not None:
-        raise _taken(network, network, f"another udptun daemon on this host (pid {pid or 'unknown'})")
+        raise _taken(network, network, f"another udptun daemon on this host ({describe_holder(pid)})")
     running = [other for other in _networks_held() if other != network]
     for other in running:
         if other.overlaps(network):
@@ -93,7 +93,7 @@ def claim_leftovers(claims: Claims, options: Options) -> Ownership:
         pid = claims.take(f"network {network}")
         if pid is not None:
             raise UdptunError(
-                f"another udptun daemon (pid {pid or 'unknown'}) has the Network {network}; stop it, or give the "
+                f"another udptun daemon ({describe_holder(pid)}) has the Network {network}; stop it, or give the "
                 "--run-dir, --state-dir and --subnet-file of the daemon whose things shall go"
             )
     return Ownership(tuple(networks))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from udptun.core.errors import ConfigError, KernelError, UdptunError
+from udptun.kernel.claims import peer_of
 
 SOCKET_NAME = "udptun.sock"
 """Speaks HTTP; `udptun status` asks there."""
@@ -21,10 +23,14 @@ LOCK_FILE = "daemon.lock"
 """flock()ed by the daemon, whose pid it holds."""
 
 
+class RunDirInUseError(UdptunError):
+    """Another daemon has the lock of the run directory."""
+
+
 def lock_run_dir(run_dir: Path) -> int:
     """Be the only daemon of this run directory.  The descriptor returned holds the lock; the caller owns it.
 
-    Raises UdptunError naming the daemon that has it, and ConfigError as `check_run_dir` does.
+    Raises RunDirInUseError naming the daemon that has it, and ConfigError as `check_run_dir` does.
     """
     check_run_dir(run_dir)
     path = run_dir / LOCK_FILE
@@ -37,13 +43,26 @@ def lock_run_dir(run_dir: Path) -> int:
     except BlockingIOError:
         pid = os.read(fd, 32).decode(errors="replace").strip()
         os.close(fd)
-        raise UdptunError(
-            f"another udptun daemon (pid {pid or 'unknown'}) uses {run_dir}; "
+        raise RunDirInUseError(
+            f"another udptun daemon ({_who(run_dir, pid)}) uses {run_dir}; "
             "stop it, or give this one a --run-dir, --state-dir and --subnet-file of its own"
         ) from None
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return fd
+
+
+def _who(run_dir: Path, pid: str) -> str:
+    """The daemon that has the lock, in words; `pid` is what it calls itself, which in another container is no pid here.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.setblocking(False)
+        try:
+            asking.connect(os.fspath(run_dir / SOCKET_NAME))
+            pid_here = peer_of(asking).pid
+        except OSError:
+            return f"pid {pid or 'unknown'}"
+    return f"pid {pid_here}" if pid_here else f"pid {pid or 'unknown'} of another pid namespace"
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -98,6 +98,16 @@ class Process:
         return f"with exit status {status}"
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether it lives in another pid namespace, as another container's, with which it ends."""
+        if self._child is not None:
+            return False
+        try:
+            return Path(f"/proc/{self._pid_here}/ns/pid").readlink() != Path("/proc/self/ns/pid").readlink()
+        except OSError:
+            return not self._pid_here
+
+    @property
     def is_stopped(self) -> bool:
         """Whether a signal (SIGSTOP) has stopped it: it does nothing until SIGCONT.  False when that cannot be seen."""
         return self._state() == "T"

@@ -92,6 +92,18 @@ class Datapath:
                 await self._replace_all(self.descriptors, lambda: None)
             await self._start_missing()
 
+    async def bring_here(self) -> None:
+        """Replace processes that live in another pid namespace: they would end with it.
+
+        A container that is deleted takes its processes with it.  `supervise` starts the new standby.  Raises
+        DatapathError.
+        """
+        async with self._changing:
+            there = [process.pid for process in self.processes if process.is_elsewhere]
+            if there:
+                log.info("datapath replaced pid=%s reason=another pid namespace", ",".join(map(str, there)))
+                await self._replace_all(self.descriptors, lambda: None)
+
     async def replace(self, descriptors: Descriptors, switch: Callable[[], None] = lambda: None) -> None:
         """Have a successor with other descriptors take over; without any process, just use them from now on.
 

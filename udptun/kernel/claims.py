@@ -18,6 +18,7 @@ import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ _ASKING = 128
 """How many processes may ask for the holder of a name; what they have asked is never read."""
 _LOCK_RETRY_S = 0.02
 
+UNKNOWN = -1
+"""In the place of a pid: the holder could not be asked."""
+
 
 class Claims:
     """The names that this process holds, until `close`."""
@@ -35,7 +39,7 @@ class Claims:
         self._sockets: list[socket.socket] = []
 
     def take(self, name: str) -> int | None:
-        """Hold `name`.  Returns None, or the pid of the process that holds it already (0: not to be seen from here)."""
+        """Hold `name`.  Returns None, or what `find_holder` says of the process that holds it already."""
         holding = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             holding.bind(_address(name))
@@ -57,18 +61,41 @@ class Claims:
 
 
 def find_holder(name: str) -> int | None:
-    """The pid of the process that holds `name` (0: not to be seen from here); None when no daemon holds it."""
+    """The pid of the process that holds `name`; None when no daemon holds it.
+
+    0: it lives in another pid namespace, where it cannot be seen from here.  UNKNOWN: it could not be asked.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as asking:
         asking.setblocking(False)
         try:
             asking.connect(_address(name))
         except BlockingIOError:
             # Too many have asked before.
-            return 0
+            return UNKNOWN
         except OSError:
             return None
-        pid, uid, _gid = struct.unpack("=iII", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid if uid == os.geteuid() else None
+        peer = peer_of(asking)
+    return peer.pid if peer.uid == os.geteuid() else None
+
+
+def describe_holder(pid: int) -> str:
+    """What `find_holder` says, in words for a message."""
+    if pid == UNKNOWN:
+        return "pid unknown"
+    return f"pid {pid}" if pid else "in another pid namespace, as another container's is"
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a Unix socket.  `pid` is 0 when it lives in a pid namespace that we cannot see."""
+
+    pid: int
+    uid: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Who made the socket that `connection` is connected to.  Raises OSError."""
+    pid, uid, _gid = struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return Peer(pid, uid)
 
 
 def names_held(kind: str) -> list[str]:
