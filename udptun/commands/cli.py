@@ -14,14 +14,15 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from udptun import __version__
 from udptun.core.errors import UdptunError, UsageError
 
+TYPE_CHECKING = False
+"""As typing's, which `udptun health` need not load."""
 if TYPE_CHECKING:
     from argparse import ArgumentParser
+    from typing import NoReturn
 
 _STDOUT_FD = 1
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command that `argv` (default: the process's, without the program's name) says, and exit."""
     # grpc would print its errors, which we report ourselves.  It reads this when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    program = Path(sys.argv[0]).name
+    program = sys.argv[0].rpartition("/")[2]
     words = sys.argv[1:] if argv is None else argv
     sys.exit(_run(program if program in _FLANNELS else "udptun", list(words), os.environ))
 
@@ -185,6 +186,8 @@ def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _status(argv: list[str], environ: Mapping[str, str]) -> int:
+    from pathlib import Path
+
     from udptun.commands.parser import Parser
     from udptun.config.flags import DEFAULT_RUN_DIR
 
@@ -209,6 +212,12 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands import status
 
     return status.show(given.run_dir, given.json)
+
+
+def _health(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import health
+
+    return health.run(argv, environ)
 
 
 _LEASE_USAGE = """\
@@ -259,6 +268,8 @@ def _lease(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _lease_init(argv: list[str]) -> int:
+    from pathlib import Path
+
     from udptun.commands.parser import Parser
 
     parser = Parser(prog="udptun lease init", description="Write a leases file to start from, for --store file:PATH.")
@@ -306,6 +317,7 @@ _Command = Callable[[list[str], Mapping[str, str]], int]
 _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "daemon": ("join this host to the overlay network; installed as flanneld too", _daemon),
     "status": ("say what the daemon of this host is doing", _status),
+    "health": ("say whether the daemon lives (--live) and is ready (--ready); for probes", _health),
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
     "lease": ("list, show, reserve and release leases; write a leases file", _lease),
     "docker-opts": ("write Docker's options from subnet.env; installed as mk-docker-opts.sh too", _docker_opts),

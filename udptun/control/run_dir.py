@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from udptun.core.errors import ConfigError, KernelError, UdptunError
-from udptun.kernel.claims import peer_of
+from udptun.kernel.peer import peer_of
 
 SOCKET_NAME = "udptun.sock"
 """Speaks HTTP; `udptun status` asks there."""
@@ -59,7 +59,7 @@ def _who(run_dir: Path, pid: str) -> str:
         asking.setblocking(False)
         try:
             asking.connect(os.fspath(run_dir / SOCKET_NAME))
-            pid_here = peer_of(asking).pid
+            pid_here, _uid = peer_of(asking)
         except OSError:
             return f"pid {pid or 'unknown'}"
     return f"pid {pid_here}" if pid_here else f"pid {pid or 'unknown'} of another pid namespace"

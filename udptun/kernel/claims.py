@@ -14,11 +14,11 @@ import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
+
+from udptun.kernel.peer import peer_of
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ def find_holder(name: str) -> int | None:
             return UNKNOWN
         except OSError:
             return None
-        peer = peer_of(asking)
-    return peer.pid if peer.uid == os.geteuid() else None
+        pid, uid = peer_of(asking)
+    return pid if uid == os.geteuid() else None
 
 
 def describe_holder(pid: int) -> str:
@@ -83,19 +83,6 @@ def describe_holder(pid: int) -> str:
     if pid == UNKNOWN:
         return "pid unknown"
     return f"pid {pid}" if pid else "in another pid namespace, as another container's is"
-
-
-class Peer(NamedTuple):
-    """Who is at the other end of a Unix socket.  `pid` is 0 when it lives in a pid namespace that we cannot see."""
-
-    pid: int
-    uid: int
-
-
-def peer_of(connection: socket.socket) -> Peer:
-    """Who made the socket that `connection` is connected to.  Raises OSError."""
-    pid, uid, _gid = struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return Peer(pid, uid)
 
 
 def names_held(kind: str) -> list[str]:
