@@ -165,6 +165,44 @@ def test_a_foreign_device_of_the_name_is_refused_by_name(ns: Namespace, command:
     assert open_fds() == before
 
 
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.EPERM, "the container's list of devices refuses /dev/net/tun, as that of crun and of runc 1.2.0 to "),
+        (errno.EACCES, "run as root; in a container the mount that has /dev/net/tun must not be nodev"),
+        (0, "run as root or with CAP_NET_ADMIN"),
+    ],
+)
+def test_what_does_not_permit_the_device_is_told_apart(
+    ns: Namespace, monkeypatch: pytest.MonkeyPatch, number: int, hint: str
+) -> None:
+    """`run as root` was no help in a container that ran as root, with CAP_NET_ADMIN."""
+    attached = OSError(number or errno.EPERM, "not permitted")
+    opened = os.open
+
+    def open_(path: object, *args: int) -> int:
+        if number and path == "/dev/net/tun":
+            raise attached
+        return opened(path, *args)  # type: ignore[call-overload]  # as it came
+
+    def attach(**_: object) -> None:
+        raise attached
+
+    monkeypatch.setattr("udptun.kernel.tun.pytun.TunTapDevice", attach)
+    monkeypatch.setattr(os, "open", open_)
+    with pytest.raises(KernelError) as refused:
+        ns.call(lambda: open_queues(TUN_NAME, 1))
+    name = errno.errorcode[number or errno.EPERM]
+    assert str(refused.value).startswith(f"cannot attach to TUN device flannel0 through /dev/net/tun: {name}; {hint}")
+
+
+def test_a_device_without_cap_net_admin_is_refused_with_the_capability(ns: Namespace) -> None:
+    code = "from udptun.kernel.tun import open_queues; open_queues('flannel0', 1)"
+    without = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-c", code]
+    refused = subprocess.run(["ip", "netns", "exec", ns.name, *without], capture_output=True, text=True)
+    assert "/dev/net/tun: EPERM; run as root or with CAP_NET_ADMIN" in refused.stderr
+
+
 def test_a_device_held_by_a_single_queue_program_is_refused(ns: Namespace) -> None:
     """What flanneld does: a TUN device without IFF_MULTI_QUEUE, held open."""
     code = (

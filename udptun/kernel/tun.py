@@ -30,6 +30,7 @@ _SIOCETHTOOL, _SIOCGIFFLAGS, _IFF_UP = 0x8946, 0x8913, 1
 _ETHTOOL_GDRVINFO = 0x3
 
 _CLONE_DEVICE = "/dev/net/tun"
+_NO_TUN_NEEDED = "Backend.Type vxlan (where the kernel has it) and host-gw do without"
 
 VNET_HDR_LEN = 10
 """struct virtio_net_hdr before every packet, bytes."""
@@ -271,15 +272,33 @@ def _refused(name: str, exc: OSError) -> KernelError:
     code = exc.errno or 0
     hint = "" if code else str(exc)
     if code in (errno.ENOENT, errno.ENODEV):
-        hint = "/dev/net/tun is missing: run `modprobe tun`, or mount the device into the container"
+        hint = (
+            "/dev/net/tun is missing: run `modprobe tun`, or mount the device into the container (in a pod: a volume "
+            f"hostPath /dev/net/tun of type CharDevice); {_NO_TUN_NEEDED}"
+        )
     elif code in (errno.EPERM, errno.EACCES):
-        hint = "run as root or with CAP_NET_ADMIN; in a container /dev/net/tun must be allowed as well"
+        hint = _why_not_permitted()
     elif code in (errno.EINVAL, errno.EBUSY) and (driver := _driver(name)) is not None:
         hint = (
             f"{name} is there already and is not ours (it is {driver});"
             f" stop flanneld or whatever made it, then `ip link delete {name}`"
         )
     return KernelError(f"cannot attach to TUN device {name} through /dev/net/tun", code, hint)
+
+
+def _why_not_permitted() -> str:
+    """To open the device needs the leave of the container's device list, and to attach a queue a capability."""
+    try:
+        os.close(os.open(_CLONE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        if exc.errno == errno.EPERM:
+            return (
+                "the container's list of devices refuses /dev/net/tun, as that of crun and of runc 1.2.0 to 1.2.3 "
+                "does: have the runtime allow the device (c 10:200 rwm), take runc 1.2.4 or later, or run the "
+                f"container privileged; {_NO_TUN_NEEDED}"
+            )
+        return "run as root; in a container the mount that has /dev/net/tun must not be nodev"
+    return "run as root or with CAP_NET_ADMIN"
 
 
 def _driver(name: str) -> str | None:
