@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from traffic import CLEANUP, cpu_s, ping, read_status, socket_in
@@ -423,6 +424,39 @@ def test_a_host_that_has_no_pods_yet_needs_no_forwarding(lab: Lab) -> None:
     host.add_pod()
     wait_until("the problem line", lambda: problems(host) != [], ON_NOTICE_S)
     host.down()
+
+
+@pytest.mark.skipif(not Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").exists(), reason="no CPU quotas of cgroup v1")
+def test_a_cpu_limit_is_named_until_it_is_gone() -> None:
+    """flannel's old manifests had one of 0.1 processors; nothing said why packets were lost."""
+    group = Path(f"/sys/fs/cgroup/cpu/udptun-{os.getpid()}")
+    group.mkdir()
+    try:
+        with Lab(f"wc{os.getpid()}", n_hosts=1) as lab:
+            host = lab.host(1)
+            # More than the start needs, as the test has no time to lose.
+            (group / "cpu.cfs_quota_us").write_text("80000")
+            mount = "mount -t tmpfs none $0; mkdir $0/cpu; mount -t cgroup -o cpu none $0/cpu"
+            host.run(["sh", "-ec", mount, "/sys/fs/cgroup"])
+            enter = f'echo 0 > {group}/cgroup.procs; exec "$@"'
+            host.start_daemon(FLAGS, ["sh", "-c", enter, "sh", *lab.daemon_command])
+            host.wait_ready(30)
+            n = read_status(host)["datapath"]["workers"]
+            line = rf"the CPU limit of this cgroup is 0\.8 processors, and the datapath has {len(n)} workers: .*"
+            (found,) = wait_for_problems(host, [line])
+            assert f" W udptun.control.daemon: {found}" in host.daemon_log()
+            (group / "cpu.cfs_quota_us").write_text("-1")
+            assert problems(host) == []
+    finally:
+        wait_until("the end of the group", lambda: is_removed(group), 10)
+
+
+def is_removed(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 def start(host: Host, fault: Fault | None) -> None:

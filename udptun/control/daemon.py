@@ -51,6 +51,7 @@ from udptun.core.errors import KernelError, SubnetReplacedError, UdptunError
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
+from udptun.kernel import cgroup
 from udptun.kernel.arp import is_in_use
 from udptun.kernel.claims import Claims
 from udptun.kernel.netlink import Netlink
@@ -183,6 +184,8 @@ class Daemon:
             undo.push_async_callback(store.aclose)
             running = await self._start(store, undo)
             self._answers.running = running
+            for line in self._harmful_limits():
+                log.warning("%s", line)
             self._node_status.is_ready()
             await store.note_ready()
             self._notify(notify.READY)
@@ -204,7 +207,13 @@ class Daemon:
 
     def _problems(self) -> list[str]:
         """A line for each thing that is wrong beside what `Running` has."""
-        return [*filter(None, [self._health_port.problem])]
+        return [*filter(None, [self._health_port.problem]), *self._harmful_limits()]
+
+    def _harmful_limits(self) -> list[str]:
+        running = self._answers.running
+        has_datapath = running is not None and running.forwarding.backend.encapsulation is not None
+        workers = running.forwarding.live.workers if running is not None and has_datapath else None
+        return cgroup.harm(cgroup.read_limits(), workers)
 
     def _make_directories(self) -> None:
         for directory in (self._options.run_dir, self._options.state_dir):
