@@ -16,7 +16,7 @@ from typing import Any
 from bench.compiler import compiled
 from bench.errors import BenchError
 from bench.figures import PLAIN, TUNNEL, VXLAN
-from bench.measure import Ping, Result, ping, tcp, udp_flood
+from bench.measure import Ping, Result, ping, tcp, udp_flood, wait_for_path
 from bench.paths import Path, Paths, connect, interleave
 from bench.session import Screen, check_idle, run, uninterrupted_end, whole_number
 from bench.summary import ratios, table
@@ -98,7 +98,9 @@ def _ping_both_ways(screen: Screen, lab: Lab) -> None:
     one, two = lab.host(1).pod(1), lab.host(2).pod(1)
     for client, server in ((one, two), (two, one)):
         screen.title(f"{client} $ ping -c 3 -i 0.2 {server.address}")
-        screen.show(ping(Path(TUNNEL, tunnel_mtu, client, server, server.address), 3, 0.2).text)
+        path = Path(TUNNEL, tunnel_mtu, client, server, server.address)
+        wait_for_path(path)
+        screen.show(ping(path, 3, 0.2).text)
     screen.add("\n")
 
 
@@ -113,8 +115,7 @@ class Figures:
 
 def _measure(screen: Screen, which: str, path: Path, seconds: int, udp: File) -> Figures:
     screen.begin(f"{which}, {path.name + ':':<{len(PLAIN) + 1}} ")
-    # The first echo resolves the neighbours' addresses.
-    ping(path, 1, 1)
+    wait_for_path(path)
     echo = ping(path, 10, 0.05)
     screen.add(f"ping {statistics.median(echo.rtt_ms):.2f} ms, ")
     stream = tcp(path, seconds)

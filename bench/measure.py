@@ -34,7 +34,7 @@ ECHO_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """`rtt_ms` of every echo in order; `text` is what ping printed."""
+    """`rtt_ms` of every echo that came back, in order; `text` is what ping printed."""
 
     rtt_ms: tuple[float, ...]
     text: str
@@ -48,18 +48,34 @@ class Result:
     usage: Usage
 
 
+def wait_for_path(path: Path) -> None:
+    """Until an echo comes back: a host is ready before the others have heard of it, and neighbours are resolved.
+
+    Raises BenchError when none of ten does.
+    """
+    for _ in range(9):
+        if _echoes(path, 1, 1)[0]:
+            return
+    ping(path, 1, 1)
+
+
 def ping(path: Path, count: int, interval_s: float) -> Ping:
-    """Raises BenchError when a single echo is lost."""
-    command = ["ping", "-c", str(count), "-i", f"{interval_s:g}", "-W", "2", str(path.address)]
-    result = path.client.run(command, check=False)
-    rtt_ms = parse_ping(result.stdout)
-    if len(rtt_ms) != count:
-        said = (result.stderr or result.stdout).strip().splitlines()
+    """Raises BenchError when no echo comes back.  Some may be lost on a busy machine; the text says how many."""
+    rtt_ms, text, errors = _echoes(path, count, interval_s)
+    if not rtt_ms:
+        said = (errors or text).strip().splitlines()
         raise BenchError(
-            f"{count - len(rtt_ms)} of {count} pings from {path.client} to {path.server} at {path.address} over "
-            f"{path.name} were lost: {said[-1] if said else 'ping said nothing'}"
+            f"{count} of {count} pings from {path.client} to {path.server} at {path.address} over {path.name} were "
+            f"lost: {said[-1] if said else 'ping said nothing'}"
         )
-    return Ping(rtt_ms, result.stdout)
+    return Ping(rtt_ms, text)
+
+
+def _echoes(path: Path, count: int, interval_s: float) -> tuple[tuple[float, ...], str, str]:
+    """Round-trip times, and what ping printed: its output and its errors."""
+    command = ["ping", "-c", str(count), "-i", f"{interval_s:g}", "-W", "1", str(path.address)]
+    result = path.client.run(command, check=False)
+    return parse_ping(result.stdout), result.stdout, result.stderr
 
 
 def parse_ping(text: str) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from bench.compiler import missing_compiler
 from bench.cpu import Usage
 from bench.errors import BenchError
 from bench.figures import FIGURES, LEASES_OF, MODES, N_LEASES, PATHS, TUNNEL, WORKLOADS, lease_path
-from bench.measure import Result, ping
+from bench.measure import Result, wait_for_path
 from bench.paths import Path, Tools, connect, interleave
 from bench.session import BUSY_LIMIT, Screen, check_idle, run, uninterrupted_end, whole_number
 from bench.workloads import NETWORK, RUN, Bench, prepare, set_leases
@@ -177,8 +177,7 @@ def _run(screen: Screen, tools: Bench, step: Step, path: Path, act: Callable[[Be
     """Make one run and return it as the result file has it.  A run that fails is kept with the reason."""
     record = {"round": step.round, "mode": step.mode, "workload": step.workload, "path": step.path}
     try:
-        # Resolves the neighbours' addresses, and shows that the path works.
-        ping(path, 1, 1)
+        wait_for_path(path)
         result = act(tools, path)
     except (BenchError, LabError, subprocess.TimeoutExpired) as exc:
         screen.add(f"failed: {exc}\n")

@@ -22,9 +22,10 @@ from bench.cpu import SESSION_MARK, Meter, Usage, foreign_pids
 from bench.demo import Figures, comparison
 from bench.errors import BenchError
 from bench.figures import TUNNEL
-from bench.measure import Ping, Result, ping
+from bench.measure import Ping, Result, ping, wait_for_path
 from udptun.lab.comparison import Way
 from udptun.lab.errors import LabError
+from udptun.lab.host import UNDERLAY
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab
 
@@ -123,13 +124,25 @@ def test_demo_refuses_seconds_that_are_none() -> None:
     assert "'0' is not a whole number from 1 to 60" in demo.stderr
 
 
-def test_lost_ping_is_an_error_that_names_both_pods(two_hosts: Lab) -> None:
+def test_pings_that_are_all_lost_are_an_error_that_names_both_pods(two_hosts: Lab) -> None:
     one, two = two_hosts.host(1).pod(1), two_hosts.host(2).pod(1)
     tunnel = paths.Path(TUNNEL, two_hosts.host(1).mtu, one, two, two.address)
     assert len(ping(tunnel, 2, 0.05).rtt_ms) == 2
     nobody = dataclasses.replace(tunnel, address=two.address + 1)
     with pytest.raises(BenchError, match=r"1 of 1 pings from h1/p1 to h2/p1 at 10\.244\.\d+\.3 over udptun were lost"):
         ping(nobody, 1, 1)
+
+
+def test_a_measurement_begins_when_the_other_host_has_heard_of_this_one(two_hosts: Lab) -> None:
+    """A first echo that came too soon ended the demo with an error."""
+    one, two = two_hosts.host(1).pod(1), two_hosts.host(2).pod(1)
+    host = two_hosts.host(2)
+    path = paths.Path(TUNNEL, two_hosts.host(1).mtu, one, two, two.address)
+    host.run(["ip", "link", "set", "eth0", "down"])
+    later = host.popen(["sh", "-c", f"sleep 2; ip link set eth0 up; ip route replace default via {UNDERLAY[1]}"])
+    wait_for_path(path)
+    assert later.wait(10) == 0
+    assert len(ping(path, 3, 0.05).rtt_ms) == 3
 
 
 def test_table_says_so_and_goes_on_when_the_kernel_has_no_vxlan(

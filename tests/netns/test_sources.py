@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from traffic import read_status, socket_in
+from traffic import is_answered, read_status, socket_in
 
 from tests.packets import udp
 from udptun.lab.host import Host
@@ -49,8 +49,7 @@ def restart(host: Host, public_ip: object) -> None:
 
 
 def answers(source: Host, destination: Host) -> bool:
-    command = ["ping", "-c", "1", "-W", "1", str(destination.pod(1).address)]
-    return source.pod(1).run(command, check=False).returncode == 0
+    return is_answered(source.pod(1), destination.pod(1).address)
 
 
 def bound_to(host: Host, port: int) -> set[str]:

@@ -166,7 +166,7 @@ def _wait_for_path(source: Pod, destination: Pod) -> None:
     """Until addresses are resolved and every new link passes packets, which the kernel sees to in its own time."""
     wait_until(
         f"{destination} to answer {source}",
-        lambda: source.run(["ping", "-c", "1", "-W", "1", str(destination.address)], check=False).returncode == 0,
+        lambda: is_answered(source, destination.address),
         15,
     )
 
@@ -220,6 +220,11 @@ def tcp_flow(source: Pod, destination: Pod, bytes_per_s: float = 2e6, port: int 
 def ping(source: Host | Pod, address: object, *options: str, count: int = 2) -> str:
     """`count` echoes, all of which must be answered; ping's output."""
     return source.run(["ping", "-c", str(count), "-i", "0.02", "-W", "5", *options, str(address)]).stdout
+
+
+def is_answered(source: Host | Pod, address: object) -> bool:
+    """Whether one echo comes back within a second."""
+    return source.run(["ping", "-c", "1", "-W", "1", str(address)], check=False).returncode == 0
 
 
 def tunnel_address(host: Host) -> IPv4Address:

@@ -274,9 +274,10 @@ def test_a_patch_of_an_unknown_kind_is_refused(client: Client) -> None:
 
 
 @pytest.mark.skipif(not HAS_KUBECTL, reason="needs kubectl")
+@pytest.mark.parametrize("server", ["tls", "real"], indirect=True)
 def test_kubectl_gets_annotates_and_watches_nodes(server: Running, client: Client, tmp_path: Path) -> None:
-    if server.ca is None:
-        pytest.skip("kubectl sends no token without TLS")
+    """kubectl sends no token without TLS."""
+    assert server.ca is not None
     client.add_node("n1", "10.244.1.0/24")
     config = write_kubeconfig(tmp_path / "config", server.url, ca=server.ca)
     assert kubectl(config, "get", "nodes", "-o", "name") == "node/n1\n"
