@@ -1,0 +1,102 @@
+"""deploy/systemd: systemd takes the unit, and what it says fits the daemon."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from udptun.config import flags
+from udptun.config.store_flags import StoreKind
+from udptun.core.errors import ConfigError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEMD = ROOT / "deploy" / "systemd"
+UNIT = SYSTEMD / "udptun.service"
+
+
+@pytest.fixture
+def service() -> configparser.SectionProxy:
+    parser = configparser.ConfigParser(interpolation=None, strict=True)
+    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.read(UNIT)
+    return parser["Service"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.parametrize("wrong", [False, True], ids=["ours", "with-a-mistake"])
+def test_systemd_takes_the_unit(wrong: bool, tmp_path: Path) -> None:
+    # It wants the program to be there.
+    program = shutil.which("true")
+    text = re.sub(r"^ExecStart=\S+", f"ExecStart={program}", UNIT.read_text(), flags=re.MULTILINE)
+    (tmp_path / UNIT.name).write_text(text.replace("KillMode=", "KillModes=" if wrong else "KillMode="))
+    argv = ["systemd-analyze", "verify", "--man=no", str(tmp_path / UNIT.name)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    # It says what it does not understand, and calls it a success.
+    about_ours = [line for line in done.stderr.splitlines() if UNIT.name in line]
+    assert bool(about_ours) is wrong, done.stderr
+
+
+def test_command_is_one_that_the_daemon_understands_and_its_directories_are_made(
+    service: configparser.SectionProxy,
+) -> None:
+    program, command, *rest = shlex.split(service["ExecStart"])
+    assert (Path(program).name, command) == ("udptun", "daemon")
+    assert f"{Path(program).parent}/pip install" in (ROOT / "README.md").read_text()
+    options = flags.parse_daemon_flags(rest, {})
+    made = {Path("/run") / it for it in service["RuntimeDirectory"].split()}
+    assert made == {options.run_dir, options.subnet_file.parent}
+    assert Path("/var/lib") / service["StateDirectory"] == options.state_dir
+
+
+def test_variables_that_the_unit_mentions_are_flags() -> None:
+    named = dict(re.findall(r"(FLANNELD_\w+)=(\S+?)[,.]?(?=\s)", UNIT.read_text()))
+    options = flags.parse_daemon_flags([], named)
+    assert (options.store.kind, options.ip_masq, options.warnings) == (StoreKind.ETCD, True, ())
+
+
+def test_datapath_and_its_sockets_outlive_the_daemon(service: configparser.SectionProxy) -> None:
+    assert service["KillMode"] == "process"
+    assert service["RuntimeDirectoryPreserve"] == "yes"
+
+
+def test_daemon_is_not_started_again_with_a_configuration_that_a_person_has_to_mend(
+    service: configparser.SectionProxy,
+) -> None:
+    assert service["Restart"] == "always"
+    assert {int(service["RestartPreventExitStatus"])} == {UsageError.exit_status, ConfigError.exit_status}
+
+
+def test_address_families_are_those_that_the_package_opens(service: configparser.SectionProxy) -> None:
+    """`socket.socket(FAMILY, ...)` and its like in all that the daemon runs; iptables and nft need no others."""
+    opened = set()
+    for path in (ROOT / "udptun").rglob("*.py"):
+        if "lab" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "socket":
+                opened |= set(re.findall(r"AF_\w+", ast.unparse(node)))
+    allowed = set(service["RestrictAddressFamilies"].split())
+    assert {"AF_UNIX", "AF_INET", "AF_NETLINK"} <= opened <= allowed
+    # etcd and the API server may have an IPv6 address.
+    assert allowed - opened <= {"AF_INET6"}
+
+
+def test_unit_leaves_the_tun_device_and_the_settings_of_ours_alone(service: configparser.SectionProxy) -> None:
+    for name in ("PrivateDevices", "DevicePolicy", "ProtectClock", "ProtectKernelTunables", "PrivateNetwork"):
+        assert name not in service
+
+
+def test_settings_of_the_host_exist() -> None:
+    lines = [it for it in (SYSTEMD / "90-udptun.conf").read_text().splitlines() if it and not it.startswith("#")]
+    assert lines
+    for line in lines:
+        name, _, value = map(str.strip, line.partition("="))
+        assert Path("/proc/sys", *name.split(".")).exists()
+        assert value == "1"
