@@ -304,8 +304,8 @@ def test_a_device_of_flanneld_is_taken_over_with_all_that_is_on_it() -> None:
         one.machine.at().ip(
             f"link add flannel.1 type vxlan id 1 dev eth0 local {one.underlay_address} dstport 8472 nolearning",
             "link set flannel.1 up",
-            "neigh add 10.244.99.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent",
-            "route add 10.244.99.0/24 via 10.244.99.0 dev flannel.1 onlink",
+            "neigh add 10.244.199.0 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent",
+            "route add 10.244.199.0/24 via 10.244.199.0 dev flannel.1 onlink",
         )
         one.run(["bridge", "fdb", "add", "02:00:00:00:00:99", "dev", "flannel.1", "dst", "192.168.77.99"])
         (link,) = show(one, "ip", "link", "show", "flannel.1")
@@ -316,7 +316,7 @@ def test_a_device_of_flanneld_is_taken_over_with_all_that_is_on_it() -> None:
         tunnel_address = str(two.subnet.network_address)
         wait_until("the present peer alone", lambda: list(neighbours(one, "flannel.1")) == [tunnel_address], 10)
         assert fdb(one, "flannel.1") == {(mac(two), str(two.underlay_address), "permanent")}
-        assert show(one, "ip", "route", "show", "10.244.99.0/24") == []
+        assert show(one, "ip", "route", "show", "10.244.199.0/24") == []
         wait_for_answer(one.pod(1), two.pod(1))
 
 
@@ -324,13 +324,14 @@ def test_leases_of_other_backends_are_no_peers_of_vxlan() -> None:
     with lab_of(1, BACKENDS["vxlan"]) as lab:
         one = lab.host(1)
         lab.start()
-        for number, kind in ((50, "host-gw"), (51, "")):
+        # Hosts lease one of the first hundred subnets.
+        for number, kind in ((200, "host-gw"), (201, "")):
             value = {"PublicIP": f"192.168.77.{number}", "PublicIPv6": None, "BackendType": kind}
             add_lease(one, f"10.244.{number}.0-24", value)
         skipped = ["host-gw, not vxlan", "empty, not vxlan"]
         wait_until("the leases to be refused", lambda: len(read_status(one)["skipped"]) == 2, 10)
         assert read_status(one)["skipped"] == [
-            f"10.244.{50 + n}.0-24: its BackendType is {text}" for n, text in enumerate(skipped)
+            f"10.244.{200 + n}.0-24: its BackendType is {text}" for n, text in enumerate(skipped)
         ]
         assert {route["dst"]: route for route in own_routes(one)} == {prefix: guard(prefix) for prefix in LEASABLE}
 

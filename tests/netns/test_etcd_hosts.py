@@ -492,7 +492,8 @@ def test_thousands_of_leases_at_once_are_all_learned_and_a_start_with_them_is_qu
 # --- flannel beside us
 
 
-STAND_IN_SUBNET = IPv4Network("10.244.77.0/24")
+STAND_IN_SUBNET = IPv4Network("10.244.177.0/24")
+"""Beyond the first hundred subnets, of which our hosts lease one."""
 
 
 def flannel_rules(host: Host) -> None:
