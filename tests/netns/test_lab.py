@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from traffic import processes
 
+from udptun.lab import cli
 from udptun.lab.comparison import Way, kernel_vxlan, plain_routing
 from udptun.lab.errors import CommandError, LabError
 from udptun.lab.host import SUBNET_ENV, UNDERLAY
@@ -253,6 +256,26 @@ def command(processes_with: Callable[[str, str], dict[int, str]]) -> Iterator[Co
     yield made
     made("down")
     made.wait_gone()
+
+
+def test_up_ends_after_the_owner_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, an `up` that ended at once took the lab with it: its end was still the owner's."""
+    ours, owners = socket.socketpair()
+
+    def slow_owner(options: argparse.Namespace, starter: socket.socket, starter_pid: int) -> None:
+        starter.sendall(b"\n")
+        starter.recv(1)
+        time.sleep(0.5)
+        owners.sendall(str(os.getpid()).encode())
+        starter.sendall(b"\n")
+        os._exit(0)
+
+    monkeypatch.setattr(cli, "_own", slow_owner)
+    assert cli._up(argparse.Namespace()) == 0
+    owner_pid = int(ours.recv(100, socket.MSG_DONTWAIT))
+    os.waitpid(owner_pid, 0)
+    ours.close()
+    owners.close()
 
 
 def test_up_exec_status_down_do_what_they_say(command: Command) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -84,6 +85,8 @@ def _up(options: argparse.Namespace) -> int:
     try:
         if ours.recv(1):
             ours.sendall(b"\n")
+            # Our end would still end the owner before it says that it goes on by itself.
+            ours.recv(1)
             return 0
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     except KeyboardInterrupt:
@@ -142,6 +145,8 @@ def _build_and_serve(options: argparse.Namespace, starter: socket.socket) -> Non
         if not starter.recv(1):
             return
         lib.prctl_pdeathsig(0)
+        with contextlib.suppress(BrokenPipeError):
+            starter.sendall(b"\n")
         starter.close()
         for logger in loggers:
             logger.removeHandler(progress)
