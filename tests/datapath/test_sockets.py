@@ -9,6 +9,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
+from tests.udp_sockets import n_waiting
 from udptun.core.errors import KernelError
 from udptun.core.offload import ALL, Offload
 from udptun.datapath.sockets import (
@@ -52,15 +53,7 @@ def received(sockets: list[socket.socket], undo: ExitStack) -> list[int]:
     for _ in range(N_SOURCES):
         source = undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         source.sendto(b"x", sockets[0].getsockname())
-    counts = []
-    for udp in sockets:
-        n = 0
-        try:
-            while udp.recv(1):
-                n += 1
-        except BlockingIOError:
-            counts.append(n)
-    return counts
+    return [n_waiting(udp) for udp in sockets]
 
 
 def test_every_worker_receives_when_there_are_several(undo: ExitStack) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import pytest
+from udp_sockets import n_waiting
 
 SO_ATTACH_REUSEPORT_CBPF, SO_DETACH_REUSEPORT_BPF = 51, 68
 Instruction = tuple[int, int]
@@ -51,15 +52,7 @@ def attach(udp: socket.socket, *program: Instruction) -> None:
 
 
 def waiting(sockets: Sequence[socket.socket]) -> list[int]:
-    counts = []
-    for udp in sockets:
-        n = 0
-        try:
-            while udp.recv(1):
-                n += 1
-        except BlockingIOError:
-            counts.append(n)
-    return counts
+    return [n_waiting(udp) for udp in sockets]
 
 
 def send(undo: ExitStack, target: socket.socket, n: int = 40) -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 from namespace import Namespace, namespace, requires_netns
+from udp_sockets import n_waiting
 
 IP_MTU_DISCOVER, IP_MTU = 10, 14
 IP_PMTUDISC_WANT, IP_PMTUDISC_DO = 1, 2
@@ -32,16 +33,6 @@ def bound(undo: ExitStack, address: tuple[str, int] = ("127.0.0.1", 0), *, share
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     udp.bind(address)
     return udp
-
-
-def n_waiting(udp: socket.socket) -> int:
-    n = 0
-    try:
-        while udp.recv(1):
-            n += 1
-    except BlockingIOError:
-        return n
-    raise AssertionError("an empty datagram")
 
 
 # --- several sockets on one port

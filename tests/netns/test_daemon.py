@@ -13,12 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from traffic import CLEANUP, datapath_pids, kill, ping, read_status, socket_in, tcp_flow, udp_flow, wait_for_peers
+from traffic import (
+    CLEANUP,
+    datapath_pids,
+    kill,
+    locked_database,
+    ping,
+    read_status,
+    socket_in,
+    tcp_flow,
+    udp_flow,
+    wait_for_peers,
+)
 
 from udptun.lab.host import SUBNET_ENV, Host
 from udptun.lab.machine import wait_until
@@ -78,20 +88,6 @@ def sql(host: Host, statement: str) -> str:
         "        db.commit()\n"
     )
     return host.run([sys.executable, "-c", script, str(LEASES), statement]).stdout
-
-
-@contextmanager
-def locked_database(host: Host) -> Iterator[None]:
-    """Somebody holds the write lock of the lease database."""
-    script = (
-        "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
-        "db.execute('begin exclusive'); print('locked', flush=True); time.sleep(600)"
-    )
-    with host.popen([sys.executable, "-c", script, str(LEASES)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-        yield
-        process.kill()
 
 
 def get(host: Host, path: str, port: int) -> tuple[int, str]:
@@ -345,7 +341,7 @@ def test_reload_changes_the_number_of_workers_under_traffic_without_loss(pair: L
 def test_reload_changes_the_mtu_of_device_pods_and_peers(pair: Lab) -> None:
     one, two = pair.hosts
     log = reload(one, {"MTU": 1300})
-    assert any("config reloaded mtu=1272 workers=1 source_check=peer" in line for line in messages(log, "I"))
+    assert sum("config reloaded mtu=1272 workers=1 source_check=peer" in line for line in messages(log, "I")) == 1
     assert one.mtu == 1272
     assert read_status(one)["backend"]["mtu"] == 1272
 
@@ -499,7 +495,7 @@ def test_daemon_is_alive_but_not_ready_while_it_waits_for_its_store(host: Host) 
     host.wait_ready()
     host.stop_daemon()
     host.run([*CLEANUP, "--release"])
-    with locked_database(host):
+    with locked_database(host, "exclusive"):
         host.start_daemon(["--healthz-port=9000"])
         wait_until("the daemon to be alive", lambda: answers(host, 9000), 10)
         assert get(host, "/healthz", 9000) == (200, "flanneld is running")
@@ -550,7 +546,7 @@ def test_daemon_ends_within_a_second_while_it_waits_for_its_store(host: Host, sl
     host.wait_ready()
     host.stop_daemon()
     host.run([*CLEANUP, "--release"])
-    with locked_database(host):
+    with locked_database(host, "exclusive"):
         host.start_daemon()
         wait_until("the tunnel's device", host.path("/sys/class/net/flannel0").exists, 10)
         start = time.monotonic()

@@ -124,7 +124,7 @@ def test_demo_refuses_seconds_that_are_none() -> None:
     assert "'0' is not a whole number from 1 to 60" in demo.stderr
 
 
-def test_pings_that_are_all_lost_are_an_error_that_names_both_pods(two_hosts: Lab) -> None:
+def test_lost_ping_is_an_error_that_names_both_pods(two_hosts: Lab) -> None:
     one, two = two_hosts.host(1).pod(1), two_hosts.host(2).pod(1)
     tunnel = paths.Path(TUNNEL, two_hosts.host(1).mtu, one, two, two.address)
     assert len(ping(tunnel, 2, 0.05).rtt_ms) == 2

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from traffic import datapath_pids, kill
+from traffic import datapath_pids, kill, lock_database
 
 from udptun.lab.host import SUBNET_ENV, Host
 from udptun.lab.machine import wait_until
@@ -255,17 +255,6 @@ def listener(kind: str, port: int) -> Callable[[Host], object]:
         return process
 
     return prepare
-
-
-def lock_database(host: Host) -> subprocess.Popen[str]:
-    script = (
-        f"import sqlite3, time; db = sqlite3.connect({str(LEASES)!r}, isolation_level=None);"
-        "db.execute('begin immediate'); print('locked', flush=True); time.sleep(600)"
-    )
-    process = host.popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    return process
 
 
 @dataclass(frozen=True)
@@ -593,7 +582,7 @@ def test_a_start_waits_for_a_store_that_does_not_answer_and_leaves_nothing_behin
         said = r"cannot claim a subnet in /run/small/leases\.db: .* \(SQLITE_(FULL|IOERR_SHMSIZE)\); make room on its"
     else:
         used_database()(host)
-        holder = lock_database(host)
+        holder = lock_database(host, "immediate")
         said = r"local:/run/udptun-lab/leases\.db has not answered within 2 s"
     argv = [f"--store=local:{'/run/small/leases.db' if trouble == 'no room' else LEASES}"]
     before = len(host.daemon_log())

@@ -331,9 +331,8 @@ def test_each_damage_is_repaired_with_one_line(world: Lab, flavour: Flavour) -> 
         before = len(repairs(host))
         host.run(program, input=text)
         wait_until(f"the repair of: {what}", lambda n=before: len(repairs(host)) > n, 5 if flavour.resync_s > 5 else 10)
-        wait_until(f"all rules after: {what}", lambda: flannels(host, flavour) == expected(host, flavour), 10)
-        # iptables-restore commits one table after the other, and a look may come between the two.
-        assert len(repairs(host)) - before in ((1,) if flavour.nftables else (1, 2)), what
+        assert flannels(host, flavour) == expected(host, flavour), what
+        assert len(repairs(host)) == before + 1, what
     ping(host.pod(1), OUTSIDE)
     ping(host.pod(1), world.host(2).pod(1).address)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from traffic import CLEANUP, cpu_s, is_answered, ping, read_status, socket_in
+from traffic import CLEANUP, cpu_s, peers, ping, read_status, socket_in
 
 from udptun.lab.errors import LabError
 from udptun.lab.host import Host
@@ -388,7 +388,9 @@ def test_fault_is_named_until_its_cause_is_gone(lab: Lab, fault: Fault) -> None:
     wait_until("the end of the problem", is_over, fault.gone_s)
     assert "Traceback" not in host.daemon_log()[before:]
     # Where the address has changed, the other host hears of it a moment later.
-    wait_until("pings to be answered", lambda: is_answered(one, two.address), ON_NOTICE_S)
+    address = read_status(host)["lease"]["public_ip"]
+    wait_until("the other host to know the address", lambda: address in peers(lab.host(2)).values(), ON_NOTICE_S)
+    ping(one, two.address)
     if fault.flags:
         assert host.stop_daemon() == 0
         start(host, None)

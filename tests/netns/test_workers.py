@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +14,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
-from traffic import datapath_pids, kill, read_status, udp_flow
+from traffic import datapath_pids, kill, locked_database, read_status, udp_flow
 
 from tests.namespace import namespace
 from udptun.core.tunnel import SourceCheck
@@ -26,7 +24,7 @@ from udptun.datapath.supervision import Datapath
 from udptun.datapath.tunnel import Tunnel
 from udptun.lab.host import SUBNET_ENV, Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, Lab
+from udptun.lab.topology import NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -112,20 +110,6 @@ def kill_with(host: Host, number: signal.Signals, pid: int) -> None:
     host.run(["kill", f"-{number.value}", str(pid)])
 
 
-@contextmanager
-def no_writes(host: Host) -> Iterator[None]:
-    """The lease database can be read, and somebody holds the lock for writing."""
-    script = (
-        "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
-        "db.execute('begin immediate'); print('locked', flush=True); time.sleep(600)"
-    )
-    with host.popen([sys.executable, "-c", script, str(LEASES)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-        yield
-        process.kill()
-
-
 def test_a_start_with_other_workers_leaves_the_datapath_alone_until_it_has_a_lease(two_hosts: Lab) -> None:
     """Before, the daemon exchanged the processes at once.  With other memory the new ones had no table, and dropped
     all packets until the store took writes again."""
@@ -137,7 +121,7 @@ def test_a_start_with_other_workers_leaves_the_datapath_alone_until_it_has_a_lea
         wait_until("the end of the daemon", lambda: one.daemon is not None and one.daemon.poll() is not None, 10)
         one.path("/var/lib/udptun/last-leases.json").unlink(missing_ok=True)
         one.path(SUBNET_ENV).unlink()
-        with no_writes(two):
+        with locked_database(two, "immediate"):
             one.start_daemon(["--workers=3"])
             wait_until("the adoption", lambda: "datapath adopted" in one.daemon_log(), 10)
             for flow in (inwards, outwards):

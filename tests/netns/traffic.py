@@ -237,6 +237,26 @@ def read_status(host: Host) -> Any:
     return json.loads(status.fetch(host.path("/run/udptun")))
 
 
+def lock_database(host: Host, kind: str) -> subprocess.Popen[str]:
+    """Somebody who holds a lock of the lease database: `exclusive`, or `immediate`, with which others can read it."""
+    script = (
+        "import sqlite3, sys, time; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "db.execute(f'begin {sys.argv[2]}'); print('locked', flush=True); time.sleep(600)"
+    )
+    process = host.popen([sys.executable, "-c", script, str(LEASES), kind], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+@contextlib.contextmanager
+def locked_database(host: Host, kind: str) -> Iterator[None]:
+    """The same while the block runs."""
+    with lock_database(host, kind) as process:
+        yield
+        process.kill()
+
+
 def wait_for_peers(lab: Lab) -> None:
     """Until the datapath of each host knows all the others: a host is ready before that."""
 

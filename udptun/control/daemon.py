@@ -299,7 +299,6 @@ class Daemon:
         # The subnet.env of the run before is still there.
         await firewall.set_up(membership.own.subnet, subnet_env.read_networks(options.subnet_file))
         running.write_subnet_env()
-        claim_files(self._claims, options)
         remember(options.state_dir, (conf.network,))
         return running
 

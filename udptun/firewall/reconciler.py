@@ -305,10 +305,12 @@ class FirewallReconciler:
             async with locked(_LOCK, _PATIENCE_S):
                 return await self._set_rules()
         attempt = Attempt()
-        differing = [rules for rules, repair in await attempt.compare(self._kept) if repair]
-        if differing:
+        compared = await attempt.compare(self._kept)
+        if any(repair for _, repair in compared):
+            # Again all of them, not just what differs: a program that changes several tables commits one after the
+            # other, and the first look may have come in between.
             async with locked(_LOCK, _PATIENCE_S):
-                await self._set_kept(attempt, differing)
+                await self._set_kept(attempt, [rules for rules, _ in compared])
         else:
             self._note_standing(attempt)
         return attempt

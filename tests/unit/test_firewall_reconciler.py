@@ -1,0 +1,51 @@
+"""What one look at the firewall's rules repairs.  Stand-ins for rules; tests/netns/test_firewall.py has real ones."""
+
+from __future__ import annotations
+
+import logging
+from ipaddress import IPv4Network
+
+import pytest
+
+from udptun.core.ownership import Ownership
+from udptun.firewall.obstacles.watch import Obstacles
+from udptun.firewall.reconciler import FirewallReconciler, FirewallSettings
+from udptun.firewall.rules import DesiredRules, Repair
+from udptun.firewall.ruleset_notices import RulesetNotice
+
+NETWORK = IPv4Network("10.244.0.0/16")
+
+
+class Table:
+    """Differs in what is said at each reading of it, until it is repaired."""
+
+    tool = "iptables"
+    desired = DesiredRules()
+
+    def __init__(self, *found: str) -> None:
+        self._found = list(found)
+
+    async def compare(self) -> Repair:
+        found = self._found.pop(0) if self._found else ""
+        return Repair("script", (found,)) if found else Repair()
+
+    async def apply(self, script: str) -> None:
+        self._found.clear()
+
+    def concerns(self, notice: RulesetNotice) -> bool:
+        return False
+
+
+async def test_what_changes_between_two_readings_of_one_look_is_repaired_at_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A program that flushes two tables commits one after the other.  The table that was read before stayed empty until
+    the next look, which took a line of its own."""
+    caplog.set_level(logging.INFO)
+    settings = FirewallSettings(masquerade=True, forward=True, random_fully=True, nftables=False, resync_s=5)
+    firewall = FirewallReconciler(settings, Ownership((NETWORK,)), Obstacles(lambda: None))
+    firewall._kept = [Table("", "nat was flushed"), Table("filter was flushed", "filter was flushed")]
+    firewall._is_settled = True
+    assert await firewall._look()
+    (line,) = [record.getMessage() for record in caplog.records if "repaired" in record.getMessage()]
+    assert line == "firewall rules repaired found='nat was flushed; filter was flushed'"
