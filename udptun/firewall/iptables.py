@@ -1,8 +1,6 @@
 """flannel's chains through iptables and iptables-restore.  Every change is one transaction per table.
 
-Two programs are called iptables, "nft" and "legacy".  The kernel runs the rules of both, and neither program sees the
-rules of the other.  udptun sets its rules with the one that `iptables` is on the host, and removes flannel's rules from
-the other one.
+There are two iptables (iptables_programs.py).  udptun sets its rules with one and removes flannel's from the other.
 """
 
 from __future__ import annotations
@@ -80,16 +78,6 @@ class Program:
             raise TimedOutError(
                 f"{exc}; another program may hold the lock of iptables, `lslocks | grep xtables.lock` names it"
             ) from exc
-
-
-async def programs() -> tuple[Program, ...]:
-    """The host's iptables, then the other one if it is installed too.  Empty when there is no iptables."""
-    if not tool.is_installed("iptables-restore"):
-        return ()
-    is_legacy = "nf_tables" not in await tool.run("iptables", "--version")
-    other = Program("iptables-nft" if is_legacy else "iptables-legacy", not is_legacy)
-    mine = Program("iptables", is_legacy)
-    return (mine, other) if tool.is_installed(f"{other.name}-restore") else (mine,)
 
 
 class IptablesRules:

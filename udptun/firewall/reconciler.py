@@ -22,7 +22,8 @@ from udptun.core.errors import FirewallError, KernelError
 from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
 from udptun.firewall.attempt import Attempt, Failure, Rules
-from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, iptables_rules, programs
+from udptun.firewall.iptables import IptablesRules, OldIptablesRules, Program, iptables_rules
+from udptun.firewall.iptables_programs import programs
 from udptun.firewall.nft import NftRules
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.rules import DesiredRules, Repair, forward, masquerade
@@ -116,12 +117,18 @@ class FirewallReconciler:
         self._lines.replace(self._describe(attempt.failures))
         if self._standing or attempt.found:
             log.info(
-                "firewall rules in place form=%s masquerade=%s forward=%s found=%r",
+                "firewall rules in place form=%s program=%s masquerade=%s forward=%s found=%r",
                 self._settings.form,
+                self._program,
                 "masquerade" in self._standing,
                 "forward" in self._standing,
                 "; ".join(attempt.found) or "nothing to change",
             )
+
+    @property
+    def _program(self) -> str:
+        """The tool that sets the rules."""
+        return "nft" if self._settings.nftables or not self._installed else self._installed[0].name
 
     async def undo_failed_start(self) -> None:
         """Take the rules out again, unless `set_up` found rules of flannel's.  Raises FirewallError."""
