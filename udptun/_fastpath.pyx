@@ -495,6 +495,9 @@ cdef extern from "spread.h" nogil:
 cdef extern from "queue.h" nogil:
     int ut_detach_queue(int fd)
 
+cdef extern from "confine.h" nogil:
+    int ut_confine(int wanted)
+
 
 def detach_queue(int tun_fd):
     """Have the kernel give no more packets to a queue of a TUN device.  What waits in it is lost.
@@ -514,6 +517,18 @@ def spread(int udp_fd, uint32_t n, uint32_t first=0):
         raise ValueError("no socket to spread over")
     if ut_spread(udp_fd, first, n) != 0:
         raise OSError(errno, "cannot spread datagrams over the sockets of a port")
+
+
+def confine(int wanted):
+    """Give up what this thread, and those that it starts from now on, can do without (csrc/confine.h).  For good.
+
+    `wanted` is 0 for nothing, 1 for the capabilities, 2 for system calls too.  Returns how far that was possible.
+    Raises OSError when the capabilities cannot be given up.
+    """
+    cdef int reached = ut_confine(wanted)
+    if reached < 0:
+        raise OSError(errno, "cannot give up the capabilities of a datapath process")
+    return reached
 
 
 # What the control plane must know of shm.h, and takes from nowhere else.

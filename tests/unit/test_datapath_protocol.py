@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from udptun.core.tunnel import Confinement
 from udptun.datapath.protocol import Descriptors, Hello
-from udptun.datapath.worker import HELLO, HELLO_MAGIC, HELLO_VERSION
+from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_MAGIC, HELLO_VERSION
 
 BUILD_ID = "0123456789abcdef" * 2
-OURS = HELLO.pack(HELLO_MAGIC, HELLO.size, HELLO_VERSION, 1, 2, 5_000, BUILD_ID.encode(), 4711, 8, 3)
+OURS = HELLO.pack(HELLO_MAGIC, HELLO.size, 1, 1, 2, 5_000, BUILD_ID.encode(), 4711, 8, 3)
 UNDERSTOOD = Hello(4711, True, 8, 2, 3, 5_000, BUILD_ID)
 
 
@@ -22,8 +23,21 @@ def test_frozen_part_is_what_it_was_when_it_was_frozen() -> None:
     assert struct.unpack("=III", OURS[60:]) == (4711, 8, 3)
 
 
-def test_hello_of_this_build_is_understood() -> None:
+def test_hello_of_version_1_is_understood() -> None:
     assert Hello.parse(OURS) == UNDERSTOOD
+
+
+@pytest.mark.parametrize(
+    ("number", "confinement"),
+    [(0, Confinement.OFF), (1, Confinement.CAPABILITIES), (2, Confinement.FULL), (3, None)],
+)
+def test_hello_of_this_build_says_what_its_process_has_given_up(number: int, confinement: Confinement | None) -> None:
+    head = struct.pack("=4sII", b"udpt", HELLO.size + HELLO_CONFINEMENT.size, HELLO_VERSION)
+    ours = head + OURS[12:] + HELLO_CONFINEMENT.pack(number)
+    assert (len(ours), HELLO_VERSION) == (76, 2)
+    assert Hello.parse(ours) == replace(UNDERSTOOD, confinement=confinement)
+    # Cut off, it says nothing of that.
+    assert Hello.parse(ours[:74]) == UNDERSTOOD
 
 
 def test_hello_of_a_later_build_is_understood_as_far_as_it_is_known() -> None:

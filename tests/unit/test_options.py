@@ -21,7 +21,7 @@ from udptun.config.flags import (
 from udptun.config.store_flags import Endpoint, EtcdOptions, KubeOptions, StoreKind, StoreSpec
 from udptun.core.errors import UsageError
 from udptun.core.offload import Offload
-from udptun.core.tunnel import SourceCheck
+from udptun.core.tunnel import Confinement, SourceCheck
 
 ALL_FLAGS = [flag for flags in FLAGS.values() for flag in flags]
 
@@ -62,6 +62,7 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
         workers=None,
         source_check=None,
         offload_disabled=None,
+        datapath_confinement=Confinement.FULL,
         run_dir=Path("/run/udptun"),
         state_dir=Path("/var/lib/udptun"),
         node="",
@@ -92,6 +93,7 @@ def test_flags_are_those_of_flannel_and_ours() -> None:
         iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at
         logtostderr alsologtostderr stderrthreshold log_dir"""
     ours = "store mtu port workers source-ports source-check offload-disabled run-dir state-dir node take-over"
+    ours += " datapath-confinement"
     assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
 
 
@@ -99,7 +101,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 34
+    assert len(shared) == 35
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -246,6 +248,7 @@ REFUSED = [
     (["--source-ports=17"], "--source-ports=17: must be 1..16 or auto"),
     (["--source-ports=Auto"], "--source-ports=Auto: must be 1..16 or auto"),
     (["--source-ports="], "--source-ports=: must be 1..16 or auto"),
+    (["--datapath-confinement=on"], "--datapath-confinement=on: must be full, capabilities or off"),
     (["--source-check=on"], "--source-check=on: must be off, peer or strict"),
     (
         ["--offload-disabled=tso,gso"],
@@ -283,6 +286,12 @@ def test_flags_are_refused_with_one_line_when_they_cannot_be_read(argv: list[str
 def test_offloads_are_disabled_by_name_for_this_host(text: str, offload: Offload) -> None:
     assert parse(f"--offload-disabled={text}").offload_disabled == offload
     assert parse(FLANNELD_OFFLOAD_DISABLED=text).offload_disabled == offload
+
+
+@pytest.mark.parametrize("confinement", list(Confinement))
+def test_datapath_confinement_takes_its_three_words(confinement: Confinement) -> None:
+    assert parse(f"--datapath-confinement={confinement}").datapath_confinement is confinement
+    assert parse(FLANNELD_DATAPATH_CONFINEMENT=str(confinement)).datapath_confinement is confinement
 
 
 def test_a_bad_regular_expression_is_refused_with_its_reason() -> None:

@@ -34,7 +34,13 @@ DOCUMENT: dict[str, Any] = {
     },
     "underlay": {"interface": "eth0", "address": "192.0.2.1", "mtu": 1500},
     "backend": {"type": "udp", "reason": "as configured", "device": "flannel0", "mtu": 1472, "source_check": "peer"},
-    "datapath": {"pid": 11, "uptime_s": 3600.5, "standby_pids": [12, 13], "workers": ["running", "tun_lost"]},
+    "datapath": {
+        "pid": 11,
+        "uptime_s": 3600.5,
+        "standby_pids": [12, 13],
+        "confinement": "full",
+        "workers": ["running", "tun_lost"],
+    },
     "peers": [
         {
             "subnet": "10.244.2.0/24",
@@ -61,7 +67,7 @@ def test_document_is_shown_for_people() -> None:
         "store      local:/var/lib/udptun/leases.db\n"
         "underlay   eth0 192.0.2.1 mtu 1500, public 192.0.2.1:8285\n"
         "backend    udp flannel0 mtu 1472, source check peer (as configured)\n"
-        "datapath   pid 11, up 1h00m, standby 12, 13, workers running, tun_lost\n"
+        "datapath   pid 11, up 1h00m, standby 12, 13, workers running, tun_lost, confinement full\n"
         "firewall   iptables: masquerade and forward\n"
         "daemon     pid 10, up 59s, version 0.1.0\n"
         "\n"

@@ -74,9 +74,13 @@ def render(document: Document, now_s: float) -> str:
         f"({backend['reason']})",
     ]
     if datapath is not None:
+        # A daemon of an earlier version does not say it.
+        given_up = datapath.get("confinement")
+        confinement = f", confinement {given_up}" if given_up else ""
         lines.append(
             f"datapath   pid {datapath['pid'] or 'none'}, up {duration(datapath['uptime_s'] or 0)}, standby "
             f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
+            f"{confinement}"
         )
     firewall = document["firewall"]
     rules = " and ".join(kind for kind in ("masquerade", "forward") if firewall[kind])

@@ -44,7 +44,15 @@ from udptun.config.store_flags import (
 from udptun.core.errors import UsageError
 from udptun.core.offload import Offload
 from udptun.core.offload import parse as parse_offloads
-from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS, UNDERLAY_MTUS, WORKERS, SourceCheck
+from udptun.core.tunnel import (
+    AS_MANY_AS_WORKERS,
+    PORTS,
+    SOURCE_PORTS,
+    UNDERLAY_MTUS,
+    WORKERS,
+    Confinement,
+    SourceCheck,
+)
 
 DEFAULT_RUN_DIR = Path("/run/udptun")
 ENVIRONMENT_PREFIX = "FLANNELD_"
@@ -93,6 +101,13 @@ def _source_check(text: str) -> SourceCheck:
         return SourceCheck(text)
     except ValueError:
         raise ValueError("must be off, peer or strict") from None
+
+
+def _confinement(text: str) -> Confinement:
+    try:
+        return Confinement(text)
+    except ValueError:
+        raise ValueError("must be full, capabilities or off") from None
 
 
 def _source_ports(text: str) -> int:
@@ -181,6 +196,13 @@ class Options:
         None,
         "NAMES",
         "offloads to do without, as tso,uso, or none; over Backend.OffloadDisabled",
+    )
+    datapath_confinement: Confinement = flag(
+        _TUNNEL,
+        _confinement,
+        Confinement.FULL,
+        "WHICH",
+        "what the datapath gives up: full (capabilities and system calls), capabilities or off",
     )
 
     run_dir: Path = flag(_RUNNING, _path, DEFAULT_RUN_DIR, "DIR", "sockets")

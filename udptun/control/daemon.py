@@ -270,6 +270,7 @@ class Daemon:
                 underlay,
                 live,
                 options.run_dir,
+                options.datapath_confinement,
                 with_blackhole=options.ip_blackhole_route,
             )
         undo.callback(forwarding.detach)

@@ -23,6 +23,7 @@ from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.ownership import Ownership
 from udptun.core.pod_path import PodPath
+from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
 from udptun.kernel.reconcile.apply import create_missing_vxlans
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
@@ -76,13 +77,14 @@ class Forwarding:
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
+        confinement: Confinement = Confinement.FULL,
         *,
         with_blackhole: bool = False,
     ) -> Forwarding:
         """Make or adopt device and sockets: a host without them needs no lease.  Raises KernelError, DatapathError.
 
-        `leasable`: see `NetConf`.  `with_blackhole`: the own subnet shall have a blackhole route behind all others
-        (--ip-blackhole-route).
+        `leasable`: see `NetConf`.  `confinement` is what a datapath's processes shall give up.  `with_blackhole`: the
+        own subnet shall have a blackhole route behind all others (--ip-blackhole-route).
         """
         was_clean = not await is_anything_ours(ownership)
         tunnel = None
@@ -93,7 +95,8 @@ class Forwarding:
             from udptun.control.tunnelled import Tunnelled
 
             await delete_own_vxlan(backend.device, ownership)
-            tunnel = await Tunnelled.open(backend.encapsulation, run_dir, backend.device, underlay, live)
+            how = (backend.encapsulation, run_dir, backend.device, underlay, live, confinement)
+            tunnel = await Tunnelled.open(*how)
             await mark_link(backend.device, ownership)
         await create_missing_vxlans(backend.links(underlay, live), ownership.alias)
         return cls(choice, ownership, leasable, underlay, live, run_dir, tunnel, was_clean, with_blackhole)

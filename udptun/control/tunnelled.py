@@ -15,6 +15,7 @@ from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.offload import names as offload_names
+from udptun.core.tunnel import Confinement
 from udptun.datapath.settings import Remote
 from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.strays import StrayWatch
@@ -38,12 +39,20 @@ class Tunnelled:
 
     @classmethod
     async def open(
-        cls, encapsulation: Encapsulation, run_dir: Path, device: str, underlay: Underlay, live: LiveSettings
+        cls,
+        encapsulation: Encapsulation,
+        run_dir: Path,
+        device: str,
+        underlay: Underlay,
+        live: LiveSettings,
+        confinement: Confinement,
     ) -> Tunnelled:
         """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
-        port, n_senders = encapsulation.port, encapsulation.n_senders(underlay, live)
-        tunnel = await Tunnel.open(run_dir, device, underlay.address, port, live.workers, live.offload, n_senders)
-        return cls(encapsulation, tunnel)
+        where = (run_dir, device, underlay.address, encapsulation.port)
+        n_senders = encapsulation.n_senders(underlay, live)
+        return cls(
+            encapsulation, await Tunnel.open(*where, live.workers, live.offload, n_senders, confinement=confinement)
+        )
 
     async def start(self, inputs: BackendInput) -> None:
         settings = self._encapsulation.packet_settings(inputs)
@@ -135,6 +144,7 @@ class Tunnelled:
                 "pid": active.pid if active else None,
                 "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
                 "standby_pids": [process.pid for process in datapath.standbys],
+                "confinement": active.confinement.value if active and active.confinement else None,
                 "workers": [worker.name.lower() for worker in stats.states(live.workers)],
                 "worker_counters": stats.worker_counters(live.workers),
             },

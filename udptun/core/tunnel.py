@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 MTU_MIN = 68
 """The smallest MTU, bytes, that IPv4 allows (RFC 791)."""
@@ -33,6 +33,16 @@ class SourceCheck(Enum):
     """Outer source is a peer; an inner source inside Network lies in that peer's subnet."""
     STRICT = "strict"
     """As PEER, and every inner source lies in that peer's subnet."""
+
+
+class Confinement(StrEnum):
+    """What the datapath's processes give up once they hold their descriptors."""
+
+    OFF = "off"
+    CAPABILITIES = "capabilities"
+    """Every capability."""
+    FULL = "full"
+    """And every system call that they do without."""
 
 
 def default_workers(n_cpus: int) -> int:

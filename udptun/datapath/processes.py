@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from udptun.core.errors import DatapathError
+from udptun.core.tunnel import Confinement
 from udptun.datapath import worker
 from udptun.datapath.protocol import MAX_DESCRIPTORS, MAX_HELLO_BYTES, Descriptors, Hello
 
@@ -53,6 +54,8 @@ class Process:
         self.layout_version = 0
         self.started_ns = 0
         self.build_id = ""
+        self.confinement: Confinement | None = None
+        """What it has given up, or shall give up before it says so; None when nobody knows."""
         self.descriptors: Descriptors | None = None
         """Ours to close: what came with the first HELLO of a process that we did not start."""
         self._connection = connection
@@ -86,6 +89,11 @@ class Process:
             log.warning("datapath process killed, it does not obey pid=%s state=%s", self._who(), self._state() or "?")
             self._kill()
             await self._wait(lambda: self.is_gone, "stop")
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it is gone by a failure of its own.  False when a signal has killed it, and when nobody knows."""
+        return self._child is not None and (self._child.returncode or 0) > 0
 
     @property
     def cause_of_death(self) -> str:
@@ -236,6 +244,7 @@ class Process:
         self.pid = self._pid_here or hello.pid
         self.is_active, self.started_ns = hello.is_active, hello.started_ns
         self.layout_version, self.build_id = hello.layout_version, hello.build_id
+        self.confinement = hello.confinement
 
     def _reap(self, pause_s: float) -> None:
         """It has closed its end of the connection.  It is gone when it has closed everything else too."""

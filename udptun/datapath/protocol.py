@@ -10,11 +10,15 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from udptun.datapath.worker import HELLO, HELLO_MAGIC
+from udptun.core.tunnel import Confinement
+from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_MAGIC
 
 MAX_DESCRIPTORS = 253
 """In one message (SCM_MAX_FD of linux/net/scm.h).  A later build may hand over more than we know what to do with."""
 MAX_HELLO_BYTES = 4096
+
+CONFINEMENTS = (Confinement.OFF, Confinement.CAPABILITIES, Confinement.FULL)
+"""In the order of the numbers that stand for them in HELLO and in csrc/confine.h."""
 
 _OLD_HELLO = struct.Struct("=4sIIIIQ32s")
 """HELLO of the first builds, recognised by its size: magic, layout version, pid, 1 if active, number of workers, start
@@ -32,24 +36,34 @@ class Hello:
     n_senders: int | None
     started_ns: int
     build_id: str
+    confinement: Confinement | None = None
 
     @classmethod
     def parse(cls, message: bytes) -> Hello | None:
         """From a message of any build; None where the message is no HELLO."""
         if len(message) == _OLD_HELLO.size:
             magic, layout_version, pid, active, n_workers, started_ns, build = _OLD_HELLO.unpack(message)
-            n_senders = None
+            n_senders = confinement = None
         elif len(message) >= HELLO.size:
             fields = HELLO.unpack_from(message)
-            magic, length, _version, active, n_workers, started_ns, build, pid, layout_version, n_senders = fields
+            magic, length, version, active, n_workers, started_ns, build, pid, layout_version, n_senders = fields
             if length < HELLO.size:
                 return None
+            confinement = _confinement(message) if version >= 2 else None
         else:
             return None
         if magic != HELLO_MAGIC:
             return None
         build_id = build.decode("ascii", "replace")
-        return cls(pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id)
+        return cls(pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id, confinement)
+
+
+def _confinement(message: bytes) -> Confinement | None:
+    """What a HELLO of version 2 says that its process has given up; None for a number that nobody knows yet."""
+    if len(message) < HELLO.size + HELLO_CONFINEMENT.size:
+        return None
+    (number,) = HELLO_CONFINEMENT.unpack_from(message, HELLO.size)
+    return CONFINEMENTS[number] if number < len(CONFINEMENTS) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import udptun._fastpath as fastpath
 from udptun.core.errors import DatapathError
+from udptun.core.tunnel import Confinement
 from udptun.datapath import worker
 from udptun.datapath.processes import Process, ProcessEndedError, new_connection
-from udptun.datapath.protocol import Descriptors
+from udptun.datapath.protocol import CONFINEMENTS, Descriptors
 from udptun.datapath.restarts import Restarts
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,19 @@ class Datapath:
 
     `run_dir` is where their sockets are.  Descriptors stay the caller's, who keeps them open: they are what a new
     process is started with.
+
+    `confinement` is what the processes shall give up.  One that fails under a filter of system calls, because the C
+    library needs one that nobody has thought of, would be followed by others that fail: packets come first, and the
+    next one is started without the filter.
     """
 
-    def __init__(self, run_dir: Path, descriptors: Descriptors, processes: list[Process]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        descriptors: Descriptors,
+        processes: list[Process],
+        confinement: Confinement = Confinement.FULL,
+    ) -> None:
         self._run_dir = run_dir
         self._build_id = build_id()
         self._wake = asyncio.Event()
@@ -67,6 +78,9 @@ class Datapath:
         self._dying: tuple[str, ...] = ()
         self._stopped_since: dict[Process, float] = {}
         """The processes that a signal has stopped, with time.monotonic() of when that was seen."""
+        self._confinement = confinement
+        self._failed_confined = ""
+        """How a process has failed under the filter; while this says something others are started without."""
         self.descriptors = descriptors
         self.is_spread = True
         """Whether a successor shall direct what arrives to its sockets by a program (`Offload.SPREAD`)."""
@@ -86,10 +100,14 @@ class Datapath:
     async def start(self) -> None:
         """Have one active process and one standby of this build, with the present descriptors."""
         async with self._changing:
-            old = [process.pid for process in self.processes if process.build_id != self._build_id]
-            if old:
-                log.info("datapath replaced pid=%s reason=another build", ",".join(map(str, old)))
-                await self._replace_all(self.descriptors, lambda: None)
+            for reason, old in (
+                ("another build", [it for it in self.processes if it.build_id != self._build_id]),
+                ("another confinement", [it for it in self.processes if it.confinement is not self._confinement]),
+            ):
+                if old:
+                    log.info("datapath replaced pid=%s reason=%s", ",".join(str(it.pid) for it in old), reason)
+                    await self._replace_all(self.descriptors, lambda: None)
+                    break
             await self._start_missing()
 
     async def bring_here(self) -> None:
@@ -143,7 +161,13 @@ class Datapath:
     @property
     def problems(self) -> tuple[str, ...]:
         """A line for each thing that is wrong.  May be read on another thread."""
-        return (*self._dying, *map(_stopped_line, list(self._stopped_since)))
+        failed = self._failed_confined
+        is_unfiltered = failed and any(it.confinement is Confinement.CAPABILITIES for it in list(self.processes))
+        return (
+            *self._dying,
+            *map(_stopped_line, list(self._stopped_since)),
+            *[_unfiltered_line(failed)] * bool(is_unfiltered),
+        )
 
     async def stop(self) -> None:
         """End all processes, standbys first, so that none of them takes over."""
@@ -170,10 +194,21 @@ class Datapath:
     def _bury_the_dead(self) -> None:
         for process in [process for process in self.processes if process.is_gone]:
             self.processes.remove(process)
+            self._note_failure(process)
             self._note_death(f"pid={process.pid} was={_role(process)}, {process.cause_of_death}")
         if self._dying and self._restarts.is_calm(time.monotonic()):
             self._dying = ()
             log.info("datapath processes live again")
+
+    def _note_failure(self, process: Process) -> None:
+        """When a process has failed, see to it that the next one is started the other way: with the filter, or without.
+        """
+        if not process.has_failed:
+            return
+        was_filtered = process.confinement is Confinement.FULL
+        self._failed_confined = f"pid={process.pid}, {process.cause_of_death}" if was_filtered else ""
+        if was_filtered:
+            log.warning("datapath process failed under its filter of system calls %s", self._failed_confined)
 
     def _note_death(self, what: str) -> None:
         """`what` says which process died of what, or failed to start.  Sees to the next start, and to what is told."""
@@ -265,16 +300,22 @@ class Datapath:
     async def _start_one(self, descriptors: Descriptors, old: Descriptors | None = None) -> Process:
         """Start a process; `old` are the descriptors of the one that it is to take over from with others."""
         path = self._run_dir / f"datapath-{os.urandom(4).hex()}.sock"
+        confinement = Confinement.CAPABILITIES if self._failed_confined else self._confinement
         try:
-            connection, child = self._launch(path, descriptors, old)
+            connection, child = self._launch(path, descriptors, old, confinement)
         except OSError as exc:
             path.unlink(missing_ok=True)
             raise DatapathError(f"cannot start a datapath process at {path}: {exc.strerror or exc}") from exc
         process = Process(connection, path, child)
+        process.confinement = confinement
         self._add(process)
         try:
             await process.wait_hello()
         except ProcessEndedError:
+            if process.has_failed and confinement is Confinement.FULL:
+                self._note_failure(process)
+                self.processes.remove(process)
+                return await self._start_one(descriptors, old)
             raise
         except BaseException:
             with contextlib.suppress(DatapathError):
@@ -284,7 +325,7 @@ class Datapath:
         return process
 
     def _launch(
-        self, path: Path, fds: Descriptors, old: Descriptors | None
+        self, path: Path, fds: Descriptors, old: Descriptors | None, confinement: Confinement
     ) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         """Start a process that listens at `path`, and connect to it."""
         old_tun, old_udp = ((), ()) if old is None else (old.tun, old.udp)
@@ -303,6 +344,7 @@ class Datapath:
                         *(str(fd) for fd in (listener.fileno(), fds.table, fds.stats, fds.lock)),
                         *(",".join(map(str, some)) for some in (fds.tun, fds.udp, fds.senders, old_tun, old_udp)),
                         str(int(self.is_spread)),
+                        str(CONFINEMENTS.index(confinement)),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -326,4 +368,12 @@ def _stopped_line(process: Process) -> str:
     return (
         f"the {_role(process)} datapath process {process.pid} is stopped by a signal, so {what}; continue it: "
         f"`kill -CONT {process.pid}`"
+    )
+
+
+def _unfiltered_line(failed: str) -> str:
+    return (
+        f"the datapath runs without its filter of system calls, as a process failed under it ({failed}); packets flow; "
+        "report it as a fault of udptun with the version of the C library (`ldd --version`); the next start of the "
+        "daemon tries the filter again"
     )

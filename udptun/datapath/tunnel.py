@@ -20,6 +20,7 @@ from udptun._fastpath import LAYOUT
 from udptun.core.lease import is_inside
 from udptun.core.network_state import DEVICE_NAME
 from udptun.core.offload import ALL, Offload, names
+from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
 from udptun.datapath.processes import Process
 from udptun.datapath.protocol import Descriptors
@@ -50,6 +51,7 @@ class Tunnel:
         endpoints: Endpoints,
         processes: list[Process],
         wanted: Offload,
+        confinement: Confinement = Confinement.FULL,
     ) -> None:
         self.table = table
         self.stats = stats
@@ -67,7 +69,7 @@ class Tunnel:
         self._publishing = asyncio.Lock()
         self._waiting: dict[IPv4Network, Remote] = {}
         """Peers for which the table has no room."""
-        self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes)
+        self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement)
         self.datapath.is_spread = Offload.SPREAD in wanted
 
     @classmethod
@@ -80,13 +82,15 @@ class Tunnel:
         n_workers: int,
         wanted: Offload = ALL,
         n_senders: int = 0,
+        confinement: Confinement = Confinement.FULL,
     ) -> Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
         What runs is left as it is until `start`, which gives it the address and the number of workers.  A datapath that
         serves the device of another backend is ended.  `wanted` says whether a new device has virtio headers.
         `n_senders`: sockets to send from to peers that take any source port; 0: packets leave from the sockets that
-        they come to.  No process is started yet.  Raises KernelError, DatapathError.
+        they come to.  `confinement` is what the processes shall give up.  No process is started yet.  Raises
+        KernelError, DatapathError.
         """
         found = await processes.find_running(run_dir)
         if any(_serves_another(process.descriptors, device) for process in found if process.descriptors):
@@ -104,7 +108,8 @@ class Tunnel:
                     udp.close()
                 raise
             endpoints = Endpoints(tun.fds, tuple(sockets), tuple(senders))
-            return cls(run_dir, TableWriter.create(), Stats.create(), new_lock(), tun, endpoints, [], wanted)
+            memory = (TableWriter.create(), Stats.create(), new_lock())
+            return cls(run_dir, *memory, tun, endpoints, [], wanted, confinement)
         found = await _end_unfinished(found)
         held = _take_one_set(found)
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in found))
@@ -119,7 +124,7 @@ class Tunnel:
             stats.continue_from(held.stats)
             os.close(held.table)
             os.close(held.stats)
-        tunnel = cls(run_dir, table, stats, held.lock, tun, endpoints, found, wanted)
+        tunnel = cls(run_dir, table, stats, held.lock, tun, endpoints, found, wanted, confinement)
         if not tun.is_attached():
             tun.reattach()
         # An earlier build switched the option off, and one worker of its datapath receives everything.

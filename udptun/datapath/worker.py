@@ -1,7 +1,7 @@
 """The datapath process.
 
     python -I -S worker.py <_fastpath .so> <build id> <listen> <table> <stats> <lock> <tun,…> <udp,…> <senders,…>
-                           <old tun,…> <old udp,…> <spread>
+                           <old tun,…> <old udp,…> <spread> <confinement>
 
 It is started with its descriptors inherited, needs no file but these two and imports next to nothing, so that it
 is ready in some 20 ms.  Any number of these processes may hold the same descriptors: the one that holds the lock
@@ -11,6 +11,9 @@ it stopped.  The control plane keeps one such standby.
 A process that takes over from one with other descriptors is given those too (`old`).  When its turn comes nobody reads
 any of them, and everything that arrives waits.  It first moves what waits in the old ones, and only then starts its
 workers.  So no packet of a flow that has changed its worker is overtaken (`empty_old`).
+
+Once it holds all that, it gives up every capability and the system calls that it does without
+(fastpath/csrc/confine.h).  So nothing here may open a file or import a module after `confine`.
 
 Whoever connects to the listening socket (SOCK_SEQPACKET, in the run directory) gets a HELLO message with all
 descriptors attached; another when the process becomes the active one.  The message b"stop" ends the process.  That the
@@ -43,6 +46,8 @@ HELLO = struct.Struct("=4sIIIIQ32sIII")
      8  version, HELLO_VERSION              60  pid
     12  1 if this process is active         64  layout version of the memory files
     16  number of workers                   68  number of sockets that all workers send from
+    Since version 2:
+    72  what it has given up (`CONFINEMENTS` of protocol.py)
 
 The descriptors: table, statistics, lock, a TUN queue for each worker, a UDP socket for each worker, the sockets that
 all workers send from.  Numbers are in host order, because both ends are on one machine.
@@ -55,13 +60,17 @@ The first builds had no length and no version: their HELLO has 60 bytes, with th
 the rest as here.  A control plane of such a build reads 60 bytes of ours.  It can adopt and stop us, too: it takes our
 length for a layout version that it does not know, and makes new memory files.
 """
+HELLO_CONFINEMENT = struct.Struct("=I")
 HELLO_MAGIC = b"udpt"
-HELLO_VERSION = 1
+HELLO_VERSION = 2
 STOP = b"stop"
 
 MAX_OLD_TURNS = 128
 """So many turns of 64 datagrams empty a full buffer.  A socket that stays may go on receiving for ever."""
 DISCARD_PORT = 9
+
+CANNOT_GO_ON = 70
+"""Exit status of a process whose turn had come and who could not start its workers."""
 
 MAX_TURN_NS = 500_000_000
 """A worker that has not come to the end of its turn by then does not keep the process from ending."""
@@ -84,7 +93,7 @@ def main(argv: list[str]) -> None:
     listen_fd, table_fd, stats_fd, lock_fd = map(int, numbers[:4])
     lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:9]]
     tun_fds, udp_fds, sender_fds, old_tun_fds, old_udp_fds = lists
-    with_program = numbers[9] == "1"
+    with_program, wanted_confinement = numbers[9] == "1", int(numbers[10])
     descriptors = [table_fd, stats_fd, lock_fd, *tun_fds, *udp_fds, *sender_fds]
     # A terminal's or an init system's signals are meant for the control plane.
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -103,25 +112,34 @@ def main(argv: list[str]) -> None:
         running.remove(i)
 
     def wait_for_lock() -> None:
-        # A record lock belongs to the process and goes with it, however it dies (fcntl(2)).
-        fcntl.lockf(lock_fd, fcntl.LOCK_EX)
-        if old_udp_fds:
-            memory = (table_fd, stats_fd)
-            empty_old(fastpath, memory, sender_fds, (tun_fds, udp_fds), (old_tun_fds, old_udp_fds), with_program)
-        for i in range(len(workers)):
-            running.append(i)
-            _thread.start_new_thread(run, (i,))
-        os.write(wake, b"a")
+        try:
+            # A record lock belongs to the process and goes with it, however it dies (fcntl(2)).
+            fcntl.lockf(lock_fd, fcntl.LOCK_EX)
+            if old_udp_fds:
+                memory = (table_fd, stats_fd)
+                empty_old(fastpath, memory, sender_fds, (tun_fds, udp_fds), (old_tun_fds, old_udp_fds), with_program)
+            for i in range(len(workers)):
+                running.append(i)
+                _thread.start_new_thread(run, (i,))
+            os.write(wake, b"a")
+        except BaseException:
+            # Who has the lock and no workers keeps the others from going on.
+            os._exit(CANNOT_GO_ON)
 
+    null_fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    # Before the first thread: each has capabilities of its own.
+    confinement = fastpath.confine(wanted_confinement)
     _thread.start_new_thread(wait_for_lock, ())
     # What could be wrong with what we were given has shown by now.  The daemon's log, perhaps a pipe whose reader
     # waits for its end, shall not stay open for as long as we live.
-    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 2)
+    os.dup2(null_fd, 2)
 
     def hello(active: bool) -> bytes:
         build, layout_version = build_id.encode(), fastpath.LAYOUT["version"]
         counts = (os.getpid(), layout_version, len(sender_fds))
-        return HELLO.pack(HELLO_MAGIC, HELLO.size, HELLO_VERSION, active, len(workers), started_ns, build, *counts)
+        more = HELLO_CONFINEMENT.pack(confinement)
+        head = (HELLO_MAGIC, HELLO.size + len(more), HELLO_VERSION)
+        return HELLO.pack(*head, active, len(workers), started_ns, build, *counts) + more
 
     serve(socket.socket(fileno=listen_fd), descriptors, woken, hello)
     for worker in workers:
