@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from ipaddress import IPv4Address
@@ -161,3 +165,17 @@ def test_nobody_joins_the_socket_of_a_single_worker(undo: ExitStack) -> None:
     stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     with pytest.raises(OSError, match="Address already in use"):
         stranger.bind(alone.getsockname())
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv (util-linux)")
+def test_a_port_for_which_a_capability_is_missing_is_refused_with_its_name() -> None:
+    """Before, the line asked whether the address was still on the interface."""
+    program = (
+        "from ipaddress import IPv4Address; from udptun.core.errors import KernelError;"
+        "from udptun.datapath.sockets import open_sockets\n"
+        "try: open_sockets(IPv4Address('127.0.0.1'), 53, 1)\nexcept KernelError as exc: print(exc)"
+    )
+    argv = ["setpriv", "--bounding-set=-all,+net_admin", sys.executable, "-c", program]
+    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert said.startswith("cannot bind the tunnel's socket to 127.0.0.1 UDP port 53: EACCES")
+    assert "CAP_NET_BIND_SERVICE" in said

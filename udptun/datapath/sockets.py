@@ -164,10 +164,9 @@ def _bind(udp: socket.socket, address: IPv4Address, port: int) -> None:
     try:
         udp.bind((str(address), port))
     except OSError as exc:
-        raise KernelError(
-            f"cannot bind the tunnel's socket to {address} UDP port {port}",
-            exc.errno or 0,
-            "`ss -ulpn` shows who has the port"
-            if exc.errno == errno.EADDRINUSE
-            else "is the address still on the interface?",
-        ) from exc
+        what = f"cannot bind the tunnel's socket to {address} UDP port {port}"
+        hint = {
+            errno.EADDRINUSE: "`ss -ulpn` shows who has the port",
+            errno.EACCES: "a port as low as this needs CAP_NET_BIND_SERVICE (net.ipv4.ip_unprivileged_port_start)",
+        }.get(exc.errno or 0, "is the address still on the interface?")
+        raise KernelError(what, exc.errno or 0, hint) from exc
