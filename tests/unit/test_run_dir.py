@@ -147,3 +147,24 @@ def test_a_run_directory_that_is_missing_is_told_by_who_needs_it(tmp_path: Path)
     check_run_dir(tmp_path / "none")
     with pytest.raises(UdptunError, match=f"no udptun daemon answers at {tmp_path}/none/{SOCKET_NAME}: No such file"):
         status.fetch(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("names", "mode"),
+    [
+        ([], 0o700),
+        ([SOCKET_NAME, LOCK_FILE, "datapath-0a1b2c3d.sock"], 0o700),
+        # Others need what is in there.
+        ([SOCKET_NAME, "subnet.env"], 0o755),
+        (["another.sock"], 0o755),
+    ],
+)
+def test_directory_that_is_for_the_daemon_alone_is_shut_to_others(names: list[str], mode: int, tmp_path: Path) -> None:
+    """Before, what systemd and kubelet make stayed 0755."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    run_dir.chmod(0o755)
+    for name in names:
+        (run_dir / name).touch()
+    os.close(lock_run_dir(run_dir))
+    assert run_dir.stat().st_mode & 0o777 == mode

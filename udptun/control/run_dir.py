@@ -6,8 +6,10 @@ hands to it.  So the directory is used only when nobody but root can put a socke
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ SOCKET_NAME = "udptun.sock"
 LOCK_FILE = "daemon.lock"
 """flock()ed by the daemon, whose pid it holds."""
 
+_OWN_FILE = re.compile(rf"{re.escape(SOCKET_NAME)}|{re.escape(LOCK_FILE)}|datapath-\w+\.sock")
+
 
 class RunDirInUseError(UdptunError):
     """Another daemon has the lock of the run directory."""
@@ -33,6 +37,7 @@ def lock_run_dir(run_dir: Path) -> int:
     Raises RunDirInUseError naming the daemon that has it, and ConfigError as `check_run_dir` does.
     """
     check_run_dir(run_dir)
+    _shut_to_others(run_dir)
     path = run_dir / LOCK_FILE
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -50,6 +55,16 @@ def lock_run_dir(run_dir: Path) -> int:
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return fd
+
+
+def _shut_to_others(run_dir: Path) -> None:
+    """Let nobody but its owner look into a directory that is for the daemon alone: systemd and kubelet make it 0755.
+
+    One that holds anything else, as /run does, stays as it is: the sockets have mode 0600 in any case.
+    """
+    with contextlib.suppress(OSError):
+        if run_dir.stat().st_mode & 0o077 and all(_OWN_FILE.fullmatch(it.name) for it in run_dir.iterdir()):
+            run_dir.chmod(0o700)
 
 
 def _who(run_dir: Path, pid: str) -> str:
