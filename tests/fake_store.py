@@ -118,7 +118,7 @@ class FakeStore(HostsWithoutNames):
     def __init__(self, *leases: Lease, config: str = CONFIG, place: _Place | None = None) -> None:
         self.name = "fake"
         self.config_name = "fake/config"
-        self.is_remote = False
+        self.is_remote = self.is_config_remote = False
         self.keeps_backend_data = True
         self.config = config
         self.fail: Exception | None = None

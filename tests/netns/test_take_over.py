@@ -1,9 +1,11 @@
-"""Daemons in containers of one host, as pods of a rollout: the new one takes over from the old one (--take-over).
+"""Daemons in containers, as pods of a rollout: the new one takes over from the old one (--take-over).
 
-    [h1: container old | container new]  eth0 -- underlay -- eth0  [h2: daemon]
+    [h1: container old | container new]  eth0 -- underlay -- eth0  [h2: container]
+                                            |
+                                    API server (switch)
 
-A container has pids and mounts of its own.  It shares the host's network and, of its files, what the manifest mounts
-from the host.  When it is deleted all its processes die, as those of a pod.
+A container has namespaces of its own, but the host's network, and is run as the manifest says (daemon_container.py).
+When it is deleted all its processes die, as those of a pod.
 """
 
 from __future__ import annotations
@@ -12,103 +14,68 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from traffic import REAL_TIME, datapath_pids, nothing_in_clear_text, ping, socket_in, tcp_flow, udp_flow
+from daemon_container import MISSING, Container, Containers
+from kube_server import MISSING as MISSING_LIBRARIES
+from traffic import datapath_pids, nothing_in_clear_text, ping, socket_in, tcp_flow, udp_flow, wait_for_peers
 
-from udptun.lab.holder import LAB_DIR
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, Lab
+from udptun.lab.topology import DEFAULT_NET_CONF, LAB_DIR, Lab
 
-pytestmark = pytest.mark.netns
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.skipif(bool(MISSING or MISSING_LIBRARIES), reason=f"needs {[*MISSING_LIBRARIES, MISSING]}"),
+]
 
-SHARED = ("/run/udptun", "/run/flannel", "/var/lib/udptun", str(LAB_DIR))
-"""hostPath volumes; in the last one are the network config and the store."""
-FLAGS = [f"--store=local:{LEASES}", f"--net-config-path={NET_CONF}", "--healthz-port=8081"]
-PRIVATE = f"""
-set -e
-mkdir -p {" ".join(SHARED)} /tmp/shared; mount -t tmpfs none /tmp/shared
-n=0; for path in {" ".join(SHARED)}; do n=$((n+1)); mkdir /tmp/shared/$n; mount --bind $path /tmp/shared/$n; done
-mount -t tmpfs none /run; mount -t tmpfs none /var/lib
-n=0; for path in {" ".join(SHARED)}; do n=$((n+1)); mkdir -p $path; mount --bind /tmp/shared/$n $path; done
-exec "$@"
-"""
+PROMISED_S = 0.5
+"""From the start of a container to the first packet, where the one before was killed with the datapath."""
+HEALTHZ = "--healthz-port=8081"
+API_TRAFFIC = "tcp port 6443"
 
 
-class Container:
-    """A daemon in pid and mount namespaces of its own."""
+@contextmanager
+def rollout_lab(name: str, directory: Path, net_conf: Mapping[str, object]) -> Iterator[Containers]:
+    """Two hosts, each with a pod and a running container of the name `first`."""
+    with Lab(f"{name}{os.getpid()}", store="kube", net_conf=net_conf) as lab:
+        containers = Containers(lab, directory, net_conf)
+        firsts = [containers.start(host, "first") for host in lab.hosts]
+        for first in firsts:
+            first.wait_ready()
+            first.host.add_pod()
+        wait_for_peers(lab)
+        yield containers
+        for host in lab.hosts:
+            containers.kill_all(host)
 
-    def __init__(self, host: Host, name: str, *flags: str) -> None:
-        self.host = host
-        self._log = host.path(LAB_DIR / f"{name}.log")
-        isolate = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
-        command = [*REAL_TIME, sys.executable, "-m", "udptun", "daemon", *FLAGS, *flags]
-        with self._log.open("a") as output:
-            self.process = host.popen([*isolate, "sh", "-c", PRIVATE, "sh", *command], stdout=output, stderr=output)
 
-    @property
-    def daemon_pid(self) -> int:
-        return int(Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text())
-
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def wait_for(self, text: str, count: int = 1) -> None:
-        """Wait until the log has `text` so many times."""
-        try:
-            wait_until(text, lambda: self.log().count(text) >= count or self.process.poll() is not None, 15)
-        finally:
-            print(self.log())
-        assert self.log().count(text) >= count
-
-    def wait_ready(self, count: int = 1) -> None:
-        self.wait_for(" ready subnet=", count)
-
-    def has_datapath(self) -> bool:
-        """Whether all datapath processes of the host, two, are this container's."""
-        ours = Path(f"/proc/{self.daemon_pid}/ns/pid").readlink()
-        pids = datapath_pids(self.host)
-        try:
-            return len(pids) == 2 and all(self.host.path(f"/proc/{pid}/ns/pid").readlink() == ours for pid in pids)
-        except FileNotFoundError:
-            # One has just ended.
-            return False
-
-    def stop(self) -> None:
-        """As the kubelet does: SIGTERM to the daemon; with it everything in the container ends."""
-        os.kill(self.daemon_pid, signal.SIGTERM)
-        assert self.process.wait(10) == 0
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
+@pytest.fixture(scope="module")
+def containers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containers]:
+    """Type udp, for tests that leave a container running on h2 and whatever they like on h1."""
+    with rollout_lab("to", tmp_path_factory.mktemp("bytecode"), DEFAULT_NET_CONF) as containers:
+        yield containers
 
 
 @pytest.fixture
-def lab() -> Iterator[Lab]:
-    """h1 has a pod and no daemon yet but what it was set up with."""
-    with Lab(f"to{os.getpid()}") as lab:
-        for host in lab.hosts:
-            host.start_daemon()
-        for host in lab.hosts:
-            host.wait_ready()
-            host.add_pod()
-        assert lab.host(1).stop_daemon() == 0
-        yield lab
+def lab(containers: Containers) -> Lab:
+    """Nothing runs on h1, but it has a pod."""
+    host = containers.lab.host(1)
+    containers.kill_all(host)
+    containers.configure(host, json.dumps(DEFAULT_NET_CONF))
+    return containers.lab
 
 
 @pytest.fixture
-def old(lab: Lab) -> Container:
+def old(lab: Lab, containers: Containers) -> Container:
     """The running container of h1, which has all of the datapath."""
-    old = Container(lab.host(1), "old", "--take-over")
+    old = containers.start(lab.host(1), "old")
     old.wait_ready()
-    wait_until("the datapath in the container", old.has_datapath, 10)
+    old.wait_for_datapath()
     return old
 
 
@@ -124,9 +91,9 @@ def is_ready(host: Host) -> bool:
 
 
 @contextmanager
-def nothing_lost(lab: Lab) -> Iterator[None]:
+def nothing_lost(lab: Lab, packets_per_s: float = 1000) -> Iterator[None]:
     one, two = lab.host(1).pod(1), lab.host(2).pod(1)
-    with udp_flow(two, one, 1000) as datagrams, tcp_flow(one, two) as stream:
+    with udp_flow(two, one, packets_per_s) as datagrams, tcp_flow(one, two) as stream:
         datagrams.wait_for_more(300)
         yield
         datagrams.wait_for_more(300)
@@ -134,45 +101,77 @@ def nothing_lost(lab: Lab) -> Iterator[None]:
     stream.report.assert_exact()
 
 
-def test_a_rollout_between_containers_loses_nothing(lab: Lab, old: Container, tmp_path: Path) -> None:
-    """The new one was refused, and waited for ever in a rollout that deletes the old one last."""
-    host = lab.host(1)
-    subnet = host.subnet
-    with nothing_in_clear_text(lab, tmp_path / "c.pcap"), nothing_lost(lab):
-        new = Container(host, "new", "--take-over")
+def roll_out(containers: Containers, name: str, *, kills: bool) -> None:
+    """Replace the running container of each host, one host after the other.  `kills`: the old one without a word."""
+    for host in containers.lab.hosts:
+        (old,) = containers.running(host)
+        subnet, has_datapath = host.subnet, bool(datapath_pids(host))
+        new = containers.start(host, name)
         new.wait_ready()
-        wait_until("the datapath in the new container", new.has_datapath, 10)
         assert old.process.poll() is None
-        old.stop()
-    assert host.subnet == subnet
-    assert is_ready(host)
-    assert "the other daemon has ended" not in old.log()
-    new.stop()
+        if kills:
+            # At once: the datapath may still be the old one's.
+            old.kill()
+        else:
+            if has_datapath:
+                new.wait_for_datapath()
+            old.stop()
+            assert "the other daemon has ended" not in old.log()
+        if has_datapath:
+            new.wait_for_datapath()
+        assert host.subnet == subnet
 
 
-def test_a_new_container_that_cannot_get_ready_leaves_the_old_one_serving(lab: Lab, old: Container) -> None:
+@pytest.mark.parametrize("kills", [False, True], ids=["stopped", "killed"])
+def test_a_rollout_of_all_hosts_loses_nothing(
+    containers: Containers, old: Container, tmp_path: Path, kills: bool
+) -> None:
+    """The new one was refused, and waited for ever in a rollout that deletes the old one last."""
+    lab = containers.lab
+    with nothing_in_clear_text(lab, tmp_path / "c.pcap", API_TRAFFIC), nothing_lost(lab, 2000):
+        roll_out(containers, f"after-{kills}", kills=kills)
+    assert all(is_ready(host) for host in lab.hosts)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", [{"Type": "vxlan"}, {"Type": "vxlan", "Userspace": True}], ids=["vxlan", "vtep"])
+def test_a_rollout_loses_nothing_with_other_backends(tmp_path: Path, backend: Mapping[str, object]) -> None:
+    """The manifest's own Type is vxlan."""
+    bytecode = tmp_path / "bytecode"
+    bytecode.mkdir()
+    with rollout_lab("tv", bytecode, {**DEFAULT_NET_CONF, "Backend": backend}) as containers:
+        lab = containers.lab
+        besides = f"{API_TRAFFIC} or udp dst port 8472"
+        with nothing_in_clear_text(lab, tmp_path / "c.pcap", besides), nothing_lost(lab, 2000):
+            for turn, kills in enumerate((False, True)):
+                roll_out(containers, f"turn-{turn}", kills=kills)
+
+
+def test_a_new_container_that_cannot_get_ready_leaves_the_old_one_serving(
+    lab: Lab, containers: Containers, old: Container
+) -> None:
+    """With a broken ConfigMap it became ready all the same, with the last run's config, on one host after another."""
     host = lab.host(1)
-    config = host.path(NET_CONF).read_text()
     with nothing_lost(lab):
-        host.path(NET_CONF).write_text("{}")
-        new = Container(host, "new", "--take-over")
+        containers.configure(host, "{}")
+        new = containers.start(host, "new")
         assert new.process.wait(15) == 2
         old.wait_for("the other daemon has ended before it was ready, serving again")
         # It goes on with the config that it had.
         old.wait_ready(2)
         assert old.has_datapath()
-        host.path(NET_CONF).write_text(json.dumps({**json.loads(config), "Backend": {"Type": "udp", "Port": "x"}}))
-        assert Container(host, "another", "--take-over").process.wait(15) == 2
+        containers.configure(host, json.dumps({**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Port": "x"}}))
+        assert containers.start(host, "another").process.wait(15) == 2
         old.wait_ready(3)
     assert is_ready(host)
     old.stop()
 
 
-def test_the_old_container_serves_again_when_the_new_one_dies(lab: Lab, old: Container) -> None:
+def test_the_old_container_serves_again_when_the_new_one_dies(lab: Lab, containers: Containers, old: Container) -> None:
     host = lab.host(1)
-    new = Container(host, "new", "--take-over")
+    new = containers.start(host, "new")
     new.wait_ready()
-    wait_until("the datapath in the new container", new.has_datapath, 10)
+    new.wait_for_datapath()
     # The old one sees that the new one is ready.
     time.sleep(1)
     new.kill()
@@ -183,63 +182,70 @@ def test_the_old_container_serves_again_when_the_new_one_dies(lab: Lab, old: Con
     old.stop()
 
 
-def test_a_container_that_was_killed_is_taken_over_at_once(lab: Lab, old: Container, tmp_path: Path) -> None:
-    """All its processes are dead, the datapath too.  0.5 s is promised; the machine may be busy."""
-    host = lab.host(1)
-    with nothing_in_clear_text(lab, tmp_path / "c.pcap"):
+def test_a_container_that_was_killed_is_taken_over_at_once(
+    lab: Lab, containers: Containers, old: Container, tmp_path: Path, slack: int
+) -> None:
+    """All its processes are dead, the datapath too."""
+    host, two = lab.host(1), lab.host(2).pod(1)
+    with (
+        nothing_in_clear_text(lab, tmp_path / "c.pcap", API_TRAFFIC),
+        udp_flow(two, host.pod(1), 500) as there,
+        udp_flow(host.pod(1), two, 500) as back,
+    ):
         old.kill()
-        began = time.monotonic()
-        new = Container(host, "new", "--take-over")
+        new = containers.start(host, "new")
         new.wait_ready()
-        ping(lab.host(2).pod(1), host.pod(1).address, count=1)
-        print(f"packets pass again {time.monotonic() - began:.2f} s after the start of the new container")
-        assert time.monotonic() - began < 5
+        for flow in (there, back):
+            flow.wait_for_more(100)
+    waits_s = [flow.report.first_after_s(new.began_ns) for flow in (there, back)]
+    print(f"packets pass again after the start of the new container: {waits_s[0]:.2f} s in, {waits_s[1]:.2f} s out")
+    assert max(waits_s) < PROMISED_S * slack
     new.stop()
 
 
-def test_a_daemon_of_another_container_is_named_as_such(lab: Lab, old: Container) -> None:
+def test_a_daemon_of_another_container_is_named_as_such(lab: Lab, containers: Containers, old: Container) -> None:
     """`pid 1` is the pid of both."""
     host = lab.host(1)
-    refused = Container(host, "new")
+    refused = containers.start(host, "new", without=["--take-over"])
     assert refused.process.wait(15) == 1
     assert "another udptun daemon (pid 1 of another pid namespace) uses /run/udptun; stop it" in refused.log()
-    refused = Container(host, "beside", "--run-dir=/run/udptun/beside")
+    refused = containers.start(host, "beside", "--run-dir=/run/udptun/beside", without=["--take-over"])
     assert refused.process.wait(15) == 1
     assert "another udptun daemon (in another pid namespace, as another container's is) uses" in refused.log()
     # Its pid as the host has it.
-    command = [sys.executable, "-m", "udptun", "daemon", *FLAGS]
-    seen = host.run(["sh", "-c", 'exec "$@" 2>&1', "sh", *command], check=False).stdout
+    seen = host.run(["sh", "-c", 'exec "$@" 2>&1', "sh", *lab.daemon_command], check=False).stdout
     assert "another udptun daemon (pid 1)" not in seen
     assert "of another pid namespace" not in seen
     old.stop()
 
 
-def test_two_daemons_of_one_machine_take_over_from_each_other(lab: Lab) -> None:
+def test_two_daemons_of_one_machine_take_over_from_each_other(lab: Lab, old: Container) -> None:
     """Without containers.  The datapath stays where it is."""
     host = lab.host(1)
-    before = datapath_pids(host)
-    flags = [*FLAGS, "--take-over"]
-    command = [sys.executable, "-m", "udptun", "daemon", *flags]
+    command = ["env", f"NODE_NAME={host.name}", *lab.daemon_command, HEALTHZ, "--take-over"]
     first, second = (host.path(LAB_DIR / name) for name in ("first", "second"))
     with nothing_lost(lab), first.open("w") as one, second.open("w") as two:
-        old = host.popen(command, stderr=one)
+        one_daemon = host.popen(command, stderr=one)
         wait_until("the first to be ready", lambda: " ready subnet=" in first.read_text(), 15)
-        new = host.popen(command, stderr=two)
+        old.stop()
+        wait_until("a new standby", lambda: len(datapath_pids(host)) == 2, 10)
+        before = datapath_pids(host)
+        other_daemon = host.popen(command, stderr=two)
         wait_until("the second to be ready", lambda: " ready subnet=" in second.read_text(), 15)
-        for process in (new, old):
+        for process in (other_daemon, one_daemon):
             process.terminate()
             assert process.wait(10) == 0
     assert datapath_pids(host) == before
     assert "Traceback" not in first.read_text() + second.read_text()
 
 
-def test_a_daemon_that_does_not_answer_is_named_and_asked_again(lab: Lab) -> None:
+def test_a_daemon_that_does_not_answer_is_named_and_asked_again(lab: Lab, containers: Containers) -> None:
     host = lab.host(1)
-    host.start_daemon(FLAGS)
+    host.start_daemon([HEALTHZ])
     host.wait_ready()
     assert host.daemon is not None
     host.daemon.send_signal(signal.SIGSTOP)
-    new = Container(host, "new", "--take-over")
+    new = containers.start(host, "new")
     new.wait_for("not taking over yet, no answer, asking again: another udptun daemon (pid ")
     host.daemon.send_signal(signal.SIGCONT)
     new.wait_ready()

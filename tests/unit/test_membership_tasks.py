@@ -656,7 +656,7 @@ async def test_start_waits_for_a_config_in_a_remote_store_that_is_broken(
     store.config = config
     with pytest.raises(ConfigError):
         await find_start(store, tmp_path, Clock(), parse_net_conf)
-    store.is_remote = True
+    store.is_config_remote = True
     starting = asyncio.create_task(find_start(store, tmp_path, Clock(), parse_net_conf))
     await until(lambda: told(caplog, logging.WARNING, "no network config, waiting for it"))
     await turns()
@@ -669,7 +669,7 @@ async def test_start_waits_for_a_config_in_a_remote_store_that_is_broken(
 async def test_start_uses_the_config_of_the_last_run_while_that_in_a_remote_store_is_broken(tmp_path: Path) -> None:
     save(tmp_path, PEER)
     store = FakeStore()
-    store.config, store.is_remote = "{", True
+    store.config, store.is_config_remote = "{", True
     start = await find_start(store, tmp_path, Clock(), parse_net_conf)
     assert start.config == CONFIG
     member = Member(store, tmp_path, start=start)

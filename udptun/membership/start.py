@@ -58,7 +58,7 @@ async def find_start(store: Store, state_dir: Path, clock: Clock, parse: ParseNe
             text = await store.network_config()
             parse(text, store.config_name)
         except ConfigError as exc:
-            if store.is_remote:
+            if store.is_config_remote:
                 raise StoreUnavailableError(str(exc)) from exc
             raise
         return text

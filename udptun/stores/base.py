@@ -94,9 +94,7 @@ class Store(Protocol):
     """Where the network config is, for messages: a path, or the key in etcd."""
 
     is_remote: bool
-    """Whether a server keeps the leases (etcd, Kubernetes).  Three things follow.
-
-    A daemon waits for a network config that is missing or broken, as flannel does, instead of ending.
+    """Whether a server keeps the leases (etcd, Kubernetes).  Two things follow.
 
     Only the store ends a lease.  Its server may keep time otherwise than this host: etcd's time stands still while it
     is down.  So a lease in use stays in use until the store reports its removal, also while the store is away.
@@ -104,6 +102,12 @@ class Store(Protocol):
     `expires_s` of another host's lease is the earliest end that is known.  It begins as the time of looking, which is
     past at once; later the watch has asked, and repeats the lease with a better one.  It decides whether a lease out of
     the state file may be used, and nothing else.  It is exact for a lease that this object claimed or renewed.
+    """
+
+    is_config_remote: bool
+    """Whether the server keeps the network config, too (etcd), where it is mended for all hosts at once.
+
+    A daemon waits for one that is missing or broken, as flannel does.  Otherwise it is a file, and the daemon ends.
     """
 
     keeps_backend_data: bool

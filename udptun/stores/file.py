@@ -175,7 +175,7 @@ class FileStore(HostsWithoutNames):
     def __init__(self, path: Path, net_config_path: Path, node: str | None = None) -> None:
         self.name = f"file:{path}"
         self.config_name = str(net_config_path)
-        self.is_remote = False
+        self.is_remote = self.is_config_remote = False
         self.keeps_backend_data = False
         self._path = path
         self._net_config_path = net_config_path

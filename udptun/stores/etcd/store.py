@@ -59,7 +59,7 @@ class EtcdStore(HostsWithoutNames):
     def __init__(self, settings: EtcdOptions, clock: Callable[[], float] = time.time) -> None:
         self.name = "etcd"
         self.config_name = f"{settings.prefix}/config"
-        self.is_remote = True
+        self.is_remote = self.is_config_remote = True
         self.keeps_backend_data = True
         self._client = Client(settings)
         self._etcd_leases = EtcdLeases(self._client, clock)

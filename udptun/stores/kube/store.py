@@ -29,6 +29,7 @@ class KubeStore:
         self.name = "kube"
         self.config_name = str(net_conf_path)
         self.is_remote = True
+        self.is_config_remote = False
         self.keeps_backend_data = True
         self._net_conf_path = net_conf_path
         self._annotations = Annotations(options.kube_annotation_prefix)

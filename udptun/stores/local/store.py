@@ -63,7 +63,7 @@ class LocalStore(HostsWithoutNames):
     def __init__(self, path: Path, net_config_path: Path, clock: Callable[[], float] = time.time) -> None:
         self.name = f"local:{path}"
         self.config_name = str(net_config_path)
-        self.is_remote = False
+        self.is_remote = self.is_config_remote = False
         self.keeps_backend_data = True
         self._net_config_path = net_config_path
         self._clock = clock
