@@ -333,6 +333,10 @@ def test_leases_of_other_backends_are_no_peers_of_vxlan() -> None:
         assert read_status(one)["skipped"] == [
             f"10.244.{200 + n}.0-24: its BackendType is {text}" for n, text in enumerate(skipped)
         ]
+        # The one without a type never expires: a reservation, whose host is still to come.
+        other = {"subnet": "10.244.200.0/24", "public_ip": "192.168.77.200", "backend_type": "host-gw"}
+        assert read_status(one)["other_types"] == [other]
+        assert one.daemon_log().count("lease skipped ") == 1
         assert {route["dst"]: route for route in own_routes(one)} == {prefix: guard(prefix) for prefix in LEASABLE}
 
 

@@ -817,6 +817,10 @@ def keys_of(document: Any, path: str = "") -> set[str]:
 def test_status_has_schema_1_and_exactly_the_documented_keys(two_hosts: Lab) -> None:
     one, two = two_hosts.hosts
     ping(one.pod(1), two.pod(1).address)
+    # For the keys of such a host.
+    value = json.dumps({"PublicIP": "192.168.77.200", "BackendType": "vxlan"})
+    sql(one, f"insert into leases (key, value) values ('10.244.200.0-24', '{value}')")
+    wait_until("the other host", lambda: len(read_status(one)["peers"]) == 2, 10)
     text = one.run([*UDPTUN, "status", "--json"]).stdout
     status = json.loads(text)
     assert status["schema"] == 1
@@ -827,7 +831,7 @@ def test_status_has_schema_1_and_exactly_the_documented_keys(two_hosts: Lab) -> 
     # Read a moment before the sums: a packet may have come in between.
     assert all(0 < n <= status["counters"][name] for name, n in worker.items())
     assert worker["encap_packets"] >= 2
-    (peer,) = status["peers"]
+    peer, _ = status["peers"]
     assert (peer["subnet"], peer["public_ip"], peer["port"], peer["udptun"]) == (
         str(two.subnet),
         str(two.underlay_address),

@@ -10,8 +10,10 @@ daemon lives.  When the cause is gone the lines are gone too, and the pods reach
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -27,7 +29,7 @@ from traffic import CLEANUP, cpu_s, peers, ping, read_status, socket_in
 from udptun.lab.errors import LabError
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import UNDERLAY, Lab
+from udptun.lab.topology import LEASES, UNDERLAY, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -116,6 +118,16 @@ NOTICE = shell("ip link set lo mtu 65535; ip link set lo mtu 65536")
 HELD_PORT = Background(
     f"exec {sys.executable} -c 'import signal, socket; s = socket.create_server((\"\", 9000)); signal.pause()'"
 )
+
+
+def lease_of_type(kind: str) -> Act:
+    """Write the lease of a host that is not there."""
+    value = json.dumps({"PublicIP": "192.168.77.200", "PublicIPv6": None, "BackendType": kind})
+    script = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); "
+        "db.execute('insert or replace into leases (key, value) values (?, ?)', sys.argv[2:]); db.commit()"
+    )
+    return lambda host: shell(shlex.join([sys.executable, "-c", script, str(LEASES), "10.244.200.0-24", value]))(host)
 
 
 def hold_port(host: Host) -> None:
@@ -314,6 +326,17 @@ FAULTS = [
         DHCP_CLIENT.stop,
         is_silent=True,
         gone_s=30,
+    ),
+    # Other hosts.
+    Fault(
+        "a host with another backend type",
+        (
+            r"peer 192\.168\.77\.200 leases 10\.244\.200\.0/24 for vxlan, this node carries udp: pods of the two do "
+            r"not reach each other until both hosts have one Backend\.Type",
+        ),
+        lease_of_type("vxlan"),
+        # As flanneld's udp.
+        lease_of_type(""),
     ),
     # The last one, as the host has another address afterwards.
     Fault(

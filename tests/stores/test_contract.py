@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv6Network
 from pathlib import Path
 
@@ -313,6 +314,21 @@ def test_the_store_says_where_its_network_config_is(make: Make, tmp_path: Path) 
     store = make(tmp_path).store()
     assert store.config_name.endswith(("/net-conf.json", "/config"))
     asyncio.run(store.aclose())
+
+
+@over(Can.SHARE)
+async def test_a_host_that_changes_its_backend_type_is_seen_to(make: Make, tmp_path: Path) -> None:
+    harness = make(tmp_path)
+    harness.write([(2, 2)])
+
+    store, other = harness.store(), harness.store(2)
+    async with watching(store) as watcher:
+        for kind in ("vxlan", "udp"):
+            await other.claim(replace(host(2), backend_type=kind), exactly(2))
+            await watcher.until(lambda kind=kind: [it.attrs.backend_type for it in watcher.leases.values()] == [kind])
+        assert watcher.numbers == {2}
+    await other.aclose()
+    await store.aclose()
 
 
 # What a store does that allocates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -557,3 +558,59 @@ def test_a_subnet_is_routed_once_the_host_in_it_has_moved_away() -> None:
         LeaseEvent(EventType.ADDED, away),
         LeaseEvent(EventType.ADDED, around),
     ]
+
+
+# --- leases for another backend type
+
+
+def typed(subnet: str, kind: str, number: int = 2) -> Lease:
+    return Lease(Subnets(IPv4Network(subnet)), LeaseAttrs(IPv4Address(f"192.0.2.{number}"), backend_type=kind), None, 0)
+
+
+def of_other_type(peers: LeaseTable) -> set[str]:
+    return {f"{one.subnet} {one.attrs.backend_type}" for one in peers.of_other_type.values()}
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_valid_leases_of_other_types_are_known_whether_they_are_refused_or_not(refuses: bool) -> None:
+    """udp takes them for peers, as flannel's does, and vxlan refuses them.  Neither reaches their hosts."""
+
+    def refusal(one: Lease) -> str | None:
+        return "of another type" if refuses and one.attrs.backend_type not in ("udp", "") else None
+
+    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, refusal, {"udp", ""})
+    peers.reset(
+        [
+            typed("10.244.1.0/24", "udp", 11),
+            typed("10.244.2.0/24", "vxlan", 12),
+            typed("10.244.3.0/24", "", 13),
+            typed("10.244.4.0/24", "host-gw", 14),
+            typed("10.9.0.0/24", "vxlan", 15),
+            typed("10.244.5.0/24", "vxlan", 1),
+        ]
+    )
+    assert of_other_type(peers) == {"10.244.2.0/24 vxlan", "10.244.4.0/24 host-gw"}
+    assert len(peers.peers) == (2 if refuses else 4), peers.refused
+    peers.update(added(typed("10.244.2.0/24", "udp", 12), typed("10.244.1.0/24", "vxlan", 11)))
+    assert of_other_type(peers) == {"10.244.1.0/24 vxlan", "10.244.4.0/24 host-gw"}
+    peers.update(removed(typed("10.244.1.0/24", "vxlan", 11)))
+    assert of_other_type(peers) == {"10.244.4.0/24 host-gw"}
+    peers.reset([typed("10.244.4.0/24", "udp", 14)])
+    assert of_other_type(peers) == set()
+
+
+def test_a_reservation_that_waits_for_its_host_is_of_no_type() -> None:
+    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, lambda one: None, {"vxlan"})
+    flannels, reserved = typed("10.244.1.0/24", "", 11), typed("10.244.2.0/24", "", 12)
+    named = replace(typed("10.244.3.0/24", "", 13), node_name="n3")
+    peers.reset([replace(flannels, expires_s=1e9), reserved, named])
+    assert of_other_type(peers) == {"10.244.1.0/24 ", "10.244.3.0/24 "}
+
+
+def test_a_lease_that_waits_for_its_addresses_is_of_another_type_once_it_has_them() -> None:
+    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, lambda one: None, {"udp"})
+    first, second = typed("10.244.0.0/20", "udp", 11), typed("10.244.2.0/24", "vxlan", 12)
+    peers.reset([first, second])
+    assert of_other_type(peers) == set()
+    peers.update(removed(first))
+    assert of_other_type(peers) == {"10.244.2.0/24 vxlan"}

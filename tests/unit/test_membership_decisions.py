@@ -16,6 +16,7 @@ from udptun.membership.doubles import PROOF_S, Clones, Doubles
 from udptun.membership.grace import GRACE_S, Grace
 from udptun.membership.identity import Identity, Node
 from udptun.membership.lease_clock import LeaseClock
+from udptun.membership.other_types import OtherTypes
 from udptun.membership.own import RENEW_RETRY_S, renewal_due_in_s, retry_in_s
 from udptun.membership.skipped import Skipped
 from udptun.stores.base import SubnetChoice
@@ -257,3 +258,58 @@ def test_skipped_lines_that_no_longer_hold_are_gone_from_status_and_said_to_be(
     skipped.say()
     assert len(caplog.records) == 201
     assert caplog.records[-1].message == "leases no longer skipped n_more=102"
+
+
+# --- hosts whose lease is for another backend type
+
+
+def typed(number: int, kind: str) -> Lease:
+    attrs = LeaseAttrs(IPv4Address(f"192.0.2.{number % 256}"), backend_type=kind)
+    return Lease(Subnets(IPv4Network(f"10.244.{number % 256}.0/24")), attrs, None, 0)
+
+
+def test_peers_of_another_backend_type_are_named_once_and_again_when_they_are_reached(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With udp they were peers that nothing was said of, and all that pods sent them was lost in silence."""
+    caplog.set_level(logging.INFO)
+    leases = {"b": typed(7, "vxlan"), "a": typed(3, "")}
+    others = OtherTypes(leases, "host-gw")
+    for _ in range(2):
+        others.say()
+    lines = [
+        "peer 192.0.2.3 leases 10.244.3.0/24 for udp or alloc, this node carries host-gw",
+        "peer 192.0.2.7 leases 10.244.7.0/24 for vxlan, this node carries host-gw",
+    ]
+    said = [f"{it}: pods of the two do not reach each other until both hosts have one Backend.Type" for it in lines]
+    assert others.problems == said
+    del leases["b"]
+    others.say()
+    leases.clear()
+    others.say()
+    others.say()
+    assert others.problems == []
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        *(("WARNING", line) for line in said),
+        *(("INFO", f"resolved: {line}") for line in reversed(lines)),
+    ]
+
+
+def test_many_peers_of_another_backend_type_are_a_few_lines_and_a_number(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    leases = {str(number): typed(number, "vxlan") for number in range(250)}
+    others = OtherTypes(leases, "udp")
+    assert len(others.problems) == 21
+    assert others.problems[-1] == "230 more peers have another Backend.Type than this host"
+    others.say()
+    assert len(caplog.records) == 201
+    leases.clear()
+    others.say()
+    assert caplog.records[-1].message == "resolved: peers with another Backend.Type n_more=50"
+
+
+def test_what_is_said_of_a_backend_type_is_not_said_of_the_lease_again(caplog: pytest.LogCaptureFixture) -> None:
+    skipped = Skipped({"a": "its BackendType is vxlan, not host-gw", "b": "outside"}, {"a": None})
+    skipped.say()
+    assert len(skipped.lines) == 2
+    assert [record.message for record in caplog.records] == ["lease skipped b: outside"]

@@ -28,6 +28,7 @@ class Alloc:
     overhead = 0
     encapsulation = None
     routes_network = False
+    peer_types = frozenset[str]()
     needs_backend_data = False
     asks_direct = False
 

@@ -188,6 +188,10 @@ class Backend(Protocol):
         """Whether all of Network leads into its device, as with flannel's udp; otherwise what can be leased does."""
 
     @property
+    def peer_types(self) -> frozenset[str]:
+        """The BackendTypes of leases whose hosts reach ours; empty: it carries no packets, whatever a lease says."""
+
+    @property
     def needs_backend_data(self) -> bool:
         """Whether a peer's lease has to say more of the peer than its PublicIP and port."""
 

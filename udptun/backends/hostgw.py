@@ -29,6 +29,7 @@ class HostGw:
     overhead = 0
     encapsulation = None
     routes_network = False
+    peer_types = frozenset((HostGwKeys.type,))
     needs_backend_data = False
     asks_direct = False
 

@@ -54,6 +54,7 @@ class Udp:
     summary = "userspace tunnel, flannel's udp wire format"
     overhead = UDP_OVERHEAD
     routes_network = True
+    peer_types = frozenset((UdpKeys.type, ""))
     needs_backend_data = False
     asks_direct = False
 
@@ -75,7 +76,10 @@ class Udp:
         return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
 
     def refusal(self, lease: Lease) -> None:
-        """Every lease is accepted, as by flannel: any host that listens on the port is a peer."""
+        """Every lease is accepted, as by flannel: any host that listens on the port is a peer.
+
+        One of another type, which most likely does not listen, is named (`peer_types`).
+        """
 
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
         """None behind a NAT, which may let in only what answers a datagram that has left from our port."""

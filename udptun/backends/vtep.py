@@ -27,6 +27,7 @@ class UserspaceVtep:
     summary = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
     overhead = vxlan.VXLAN_OVERHEAD
     routes_network = False
+    peer_types = frozenset((vxlan.VxlanKeys.type,))
     needs_backend_data = True
 
     def __init__(self, keys: vxlan.VxlanKeys, mac: str) -> None:

@@ -73,6 +73,7 @@ class KernelVxlan:
     overhead = VXLAN_OVERHEAD
     encapsulation = None
     routes_network = False
+    peer_types = frozenset((VxlanKeys.type,))
     needs_backend_data = True
 
     def __init__(self, keys: VxlanKeys, mac: str) -> None:

@@ -288,6 +288,7 @@ class Daemon:
             forwarding.peers_changed,
             parse_net_conf,
             clock,
+            backend.peer_types,
         )
         obstacles = Obstacles(lambda: forwarding.pod_path)
         firewall = FirewallReconciler(firewall_settings(options, conf), ownership, obstacles)

@@ -77,6 +77,14 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
         "underlay": {"interface": underlay.link_name, "address": str(underlay.address), "mtu": underlay.mtu},
         **running.forwarding.document(leases),
         "firewall": running.firewall.document(),
+        "other_types": [
+            {
+                "subnet": str(lease.subnet),
+                "public_ip": str(lease.attrs.public_ip),
+                "backend_type": lease.attrs.backend_type,
+            }
+            for lease in running.membership.of_other_type
+        ],
         "skipped": list(running.membership.skipped),
         "problems": running.problems,
     }

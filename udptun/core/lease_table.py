@@ -26,6 +26,9 @@ class LeaseTable:
     overlap, the first keeps the addresses until it goes; the same holds where one's subnet has the other's PublicIP.
     `own_subnet` is nobody else's.  In `claimed` prefixes there may be no PublicIP, see `validate`.
 
+    `of_other_type` has the valid leases whose BackendType is none of `peer_types`, whether the backend refuses them or
+    not.  Reservations that wait for their host are left out.  Without `peer_types` there are none.
+
     `is_own` says whether packets for a lease would come back to us, and `refusal` why the backend has no use for a
     valid lease.  Both must depend on nothing but the lease's subnets and attrs.  When their answers change, as those of
     `is_own` do when we move to another address, `reconsider` has to be called for every key.
@@ -38,12 +41,14 @@ class LeaseTable:
         own_subnet: IPv4Network,
         is_own: Callable[[Lease], bool],
         refusal: Callable[[Lease], str | None],
+        peer_types: Collection[str] = (),
     ) -> None:
         self._network = network
         self._claimed = claimed
         self._own_subnet = own_subnet
         self._is_own = is_own
         self._refusal = refusal
+        self._peer_types = peer_types
         self._known: dict[str, Lease] = {}
         self._used: dict[str, Lease] = {}
         self._space = _AddressSpace(network)
@@ -51,6 +56,7 @@ class LeaseTable:
         """Refused only because of another lease."""
         self._expiries = _Expiries()
         self.refused: dict[str, str] = {}
+        self.of_other_type: dict[str, Lease] = {}
 
     @property
     def peers(self) -> Mapping[str, Lease]:
@@ -120,13 +126,17 @@ class LeaseTable:
         self._expiries.rebuild(self._known.values())
 
     def _unusable(self, lease: Lease) -> str | None:
+        return self._fault(lease) or self._refusal(lease)
+
+    def _fault(self, lease: Lease) -> str | None:
+        """Why the lease would be of no use to any backend here."""
         if self._is_own(lease):
             return f"PublicIP {lease.attrs.public_ip} is our own"
         if overlap(lease.subnet, self._own_subnet):
             return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
         if lease.attrs.public_ip in self._own_subnet:
             return f"PublicIP {lease.attrs.public_ip} lies inside our own lease {self._own_subnet}"
-        return validate(lease, self._network, self._claimed) or self._refusal(lease)
+        return validate(lease, self._network, self._claimed)
 
     def _settle(self, touched: Iterable[str], *, anew: bool = False) -> list[LeaseEvent]:
         """Bring the usable set in line with what is known of the keys `touched`; return the difference.
@@ -144,13 +154,17 @@ class LeaseTable:
                 continue
             self.refused.pop(key, None)
             self._waiting.pop(key, None)
+            self.of_other_type.pop(key, None)
             if new is not None and new.subnet == self._own_subnet and self._is_own(new):
                 new = None
             if new is not None and (reason := self._unusable(new)) is not None:
                 self.refused[key] = reason
+                if self._fault(new) is None:
+                    self._note_type(new)
                 new = None
             if new is not None and old is not None and self._space.move(old, new):
                 self._used[key] = new  # the same key is the same subnet: it keeps its addresses
+                self._note_type(new)
                 added.append(new)
                 has_moved |= old.attrs.public_ip != new.attrs.public_ip
             elif new is not None:
@@ -171,6 +185,7 @@ class LeaseTable:
                 self._used[lease.key] = lease
                 self.refused.pop(lease.key, None)
                 self._waiting.pop(lease.key, None)
+                self._note_type(lease)
                 added.append(lease)
             else:
                 self.refused[lease.key] = reason
@@ -178,6 +193,13 @@ class LeaseTable:
         return [LeaseEvent(EventType.REMOVED, lease) for lease in removed] + [
             LeaseEvent(EventType.ADDED, lease) for lease in added
         ]
+
+    def _note_type(self, lease: Lease) -> None:
+        kind = lease.attrs.backend_type
+        # A reservation names no type before its host takes it, and never expires.  A node of Kubernetes has a name.
+        is_reservation = not kind and lease.expires_s is None and not lease.node_name
+        if self._peer_types and kind not in self._peer_types and not is_reservation:
+            self.of_other_type[lease.key] = lease
 
 
 def _same(old: Lease | None, new: Lease) -> bool:

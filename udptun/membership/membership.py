@@ -47,7 +47,7 @@ class Membership:
     `join`, `catch_up` and `run` are called in this order; the other members may be used from `join` on, and
     `leave_if_new` always.  `start` is what `conf` was made of.  `margin_s`: renew so long before the lease expires.
     No host's address may lie in what the backend has `claimed`.  `refusal` is the backend's: why a lease is no peer of
-    it.  The store stays the caller's.
+    it; `peer_types` as well.  The store stays the caller's.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Membership:
         on_change: PeersChanged,
         parse: ParseNetConf,
         clock: Clock,
+        peer_types: Collection[str] = (),
     ) -> None:
         self._store = store
         self._config = start.config
@@ -72,6 +73,7 @@ class Membership:
         self._margin_s = margin_s
         self._claimed = claimed
         self._refusal = refusal
+        self._peer_types = peer_types
         self._on_change = on_change
         self._parse = parse
         self._clock = clock
@@ -102,6 +104,11 @@ class Membership:
     def skipped(self) -> tuple[str, ...]:
         """One line for each lease in the store that is not used, naming it and the reason."""
         return self._peers.skipped.lines
+
+    @property
+    def of_other_type(self) -> list[Lease]:
+        """By subnet, of the hosts that are not reached because of their BackendType."""
+        return self._peers.other_types.leases
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -234,8 +241,9 @@ class Membership:
             lease.subnet,
             lambda other: self._doubles.is_own(other, lease.subnets),
             lambda other: self._doubles.refusal(other) or self._refusal(other),
+            self._peer_types,
         )
-        self._peers = Peers(table, self._on_change, self._clones, self._saved, self._lease_clock)
+        self._peers = Peers(table, asked.backend_type, self._on_change, self._clones, self._saved, self._lease_clock)
         self._follower = Follower(
             self._store,
             self._own,

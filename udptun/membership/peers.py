@@ -12,6 +12,7 @@ from udptun.core.lease_table import LeaseTable
 from udptun.membership.doubles import Clones
 from udptun.membership.grace import Grace
 from udptun.membership.lease_clock import LeaseClock
+from udptun.membership.other_types import OtherTypes
 from udptun.membership.saved import SavedTable
 from udptun.membership.skipped import Skipped
 from udptun.stores.base import Snapshot, WatchBatch
@@ -39,10 +40,18 @@ class Peers:
     """
 
     def __init__(
-        self, table: LeaseTable, on_change: PeersChanged, clones: Clones, saved: SavedTable, clock: LeaseClock
+        self,
+        table: LeaseTable,
+        backend: str,
+        on_change: PeersChanged,
+        clones: Clones,
+        saved: SavedTable,
+        clock: LeaseClock,
     ) -> None:
+        """`backend` is the type that this host carries."""
         self.table = table
-        self.skipped = Skipped(table.refused)
+        self.skipped = Skipped(table.refused, table.of_other_type)
+        self.other_types = OtherTypes(table.of_other_type, backend)
         self._on_change = on_change
         self._clones = clones
         self._saved = saved
@@ -100,7 +109,7 @@ class Peers:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """A line for each peer that is not as the table has it.  May be read on another thread."""
+        """A line for each peer that is not as the table has it, or not reached.  May be read on another thread."""
         failed = list(self._failed.copy().values())
         lines = [
             f"peer {event.lease.subnet} at {event.lease.attrs.public_ip} is not {event.type.value}: {why}; "
@@ -108,7 +117,8 @@ class Peers:
             for event, why in failed[:_LOGGED_EVENTS]
         ]
         more = len(failed) - len(lines)
-        return (*lines, f"{more} more peers are not as the store has them") if more else tuple(lines)
+        lines += [f"{more} more peers are not as the store has them"] * bool(more)
+        return (*lines, *self.other_types.problems)
 
     async def change_again(self) -> None:
         """Try once more what `on_change` has not taken, with growing pauses, until cancelled."""
@@ -142,6 +152,7 @@ class Peers:
     async def _apply(self, events: list[LeaseEvent]) -> None:
         """Tell what the table has answered to a change."""
         self.skipped.say()
+        self.other_types.say()
         self._saved.note_expiries()
         if not events:
             return

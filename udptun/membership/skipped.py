@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +18,14 @@ _KEPT = 1000
 
 
 class Skipped:
-    """`refused` is the table's view of the leases that it refuses: the reason by key."""
+    """`refused` is the table's view of the leases that it refuses: the reason by key.
 
-    def __init__(self, refused: Mapping[str, str]) -> None:
+    The log has nothing here about the keys that are `said_elsewhere`.
+    """
+
+    def __init__(self, refused: Mapping[str, str], said_elsewhere: Container[str] = ()) -> None:
         self._refused = refused
+        self._said_elsewhere = said_elsewhere
         self._unreadable: tuple[str, ...] = ()
         """The store's lines about items that are no leases."""
         self._said: frozenset[str] = frozenset()
@@ -46,7 +50,8 @@ class Skipped:
         """Log the lines that are new since the last time, and those that are gone."""
         if not self._unreadable and not self._refused and not self._said:
             return
-        now = frozenset(self.lines)
+        reasons = (f"{key}: {reason}" for key, reason in self._refused.items() if key not in self._said_elsewhere)
+        now = frozenset((*self._unreadable, *reasons))
         new, gone = sorted(now - self._said), sorted(self._said - now)
         for line in new[:LOGGED]:
             log.warning("lease skipped %s", line[:_LOGGED_CHARS])
