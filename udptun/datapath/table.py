@@ -47,8 +47,9 @@ class TableWriter:
         self._underlay_address = 0
         self._local: tuple[int, ...] = ()
         self._index: dict[IPv4Network, int] = {}
-        # Highest number first, so that the lowest is taken first and what is in use stays dense.
-        self._free = list(range(LAYOUT["max_peers"] - 1, 0, -1))
+        # Highest number first, so that the lowest is taken first and what is in use stays dense.  A list of so many
+        # numbers would be 2.5 MB.
+        self._free = array("I", range(LAYOUT["max_peers"] - 1, 0, -1))
         # Freed since the last flip: a worker may still count packets under them.
         self._resting: list[int] = []
         self._fresh: list[int] = []
@@ -236,7 +237,7 @@ class TableWriter:
         for index in indexes:
             subnet, mask = _PEER_SUBNET.unpack_from(slot.peers, index * _PEER.size)
             self._index[IPv4Network((subnet, mask.bit_count()))] = index
-        self._free = [index for index in self._free if index not in indexes]
+        self._free = array("I", (index for index in self._free if index not in indexes))
 
     def _point(self, subnet: IPv4Network, index: int) -> None:
         """Point every address of `subnet` at the peer `index`; at none, if that is 0."""
