@@ -183,7 +183,10 @@ def annotation_prefix(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KubeOptions:
-    """What flannel's flags for Kubernetes say, and which node this host is: NODE_NAME, or the pod that we run in."""
+    """What flannel's flags for Kubernetes say, and what the environment does.
+
+    Which node this host is: NODE_NAME, or the pod that we run in.  Which proxy leads to the API server.
+    """
 
     kube_subnet_mgr: bool = flag(KUBE_TOPIC, boolean, False, "", "leases are node annotations; as --store kube")
     kube_api_url: str = flag(KUBE_TOPIC, str, "", "URL", "the API server, over the kubeconfig's")
@@ -197,6 +200,9 @@ class KubeOptions:
     node_name: str = ""
     pod_namespace: str = ""
     pod_name: str = ""
+    https_proxy: str = ""
+    http_proxy: str = ""
+    no_proxy: str = ""
 
 
 KUBE_FLAGS = flags_of(KubeOptions)
@@ -205,6 +211,10 @@ KUBE_FLAGS = flags_of(KubeOptions)
 def kube_options(given: Given, environ: Mapping[str, str]) -> KubeOptions:
     values = given.fields_of(KUBE_FLAGS)
     values |= {name: environ.get(name.upper(), "") for name in ("node_name", "pod_namespace", "pod_name")}
+    # In capitals first, as Go reads them.
+    values |= {
+        name: environ.get(name.upper()) or environ.get(name, "") for name in ("https_proxy", "http_proxy", "no_proxy")
+    }
     return KubeOptions(**values)
 
 

@@ -1,56 +1,21 @@
-"""The HTTP client: lightkube's for configuration, TLS and tokens, and requests of our own on it.
-
-lightkube's models and its own watch are left out: a node is read by node.py, and a watch has to ask for bookmarks.
-"""
+"""Requests to the API server, and what its answers mean."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib
 import mmap
 import random
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
-from types import ModuleType
-from typing import TYPE_CHECKING
+from contextlib import AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
+from urllib.parse import urlencode
 
 from udptun import __version__
 from udptun.config.store_flags import KubeOptions
 from udptun.core.errors import ConfigError, StoreUnavailableError
-from udptun.kernel.lean_import import import_without_init
+from udptun.stores.kube.access import CredentialsError, find_access
+from udptun.stores.kube.http import Answer, Http, HttpError, HttpTimeoutError, Request
 from udptun.stores.kube.node import NodeEvent, NodeFormatError, lines_of, read_event, read_failure
-
-
-def _import_lean() -> None:
-    """lightkube's models of every Kubernetes object would be 2 MB and 80 ms, and HTTP/2, which we do not ask for, 2 MB.
-
-    A later import by others gets the real ones.
-    """
-    models = "lightkube.core.internal_models"
-    stand_in = ModuleType(models)
-    stand_in.__dict__["meta_v1"] = None
-    without: dict[str, ModuleType | None] = {models: stand_in, "h2": None}
-    ours = {name: module for name, module in without.items() if name not in sys.modules}
-    sys.modules.update(ours)  # type: ignore[arg-type]  # None makes the import fail
-    try:
-        import_without_init("lightkube", "config.client_adapter")
-        # httpx2 would do so with the first request.
-        importlib.import_module("httpcore2")
-    finally:
-        for name in ours:
-            del sys.modules[name]
-
-
-_import_lean()
-import httpx2  # noqa: E402
-from lightkube.config import client_adapter  # noqa: E402
-from lightkube.config.kubeconfig import KubeConfig, SingleConfig  # noqa: E402
-from lightkube.config.models import User  # noqa: E402
-from lightkube.core.exceptions import ConfigError as LightkubeError  # noqa: E402
-
-if TYPE_CHECKING:
-    from httpx2 import AsyncClient, Response
 
 ANSWER_S = 10.0
 """How long the server may take to begin with an answer, and to go on with it."""
@@ -61,6 +26,8 @@ SILENCE_S = 150.0
 WATCHES_S = (300, 600)
 """How long a watch lasts, by chance between these, seconds (client-go's minWatchTimeout).  All at once would be a
 burst."""
+
+_JSON = "application/json"
 
 _BODY = 1 << 20
 """So much room an answer gets at first, bytes; what is not used costs nothing."""
@@ -86,7 +53,7 @@ class Client:
 
     def __init__(self, options: KubeOptions) -> None:
         self._options = options
-        self._client: AsyncClient | None = None
+        self._http: Http | None = None
         self.url = ""
         """Of the server, once it is known."""
 
@@ -103,12 +70,15 @@ class Client:
 
         Raises NotFoundError, GoneError, StoreUnavailableError and, for flags that lead nowhere, ConfigError.
         """
-        client = self._connect()
-        headers = {} if body is None else {"Content-Type": "application/strategic-merge-patch+json"}
+        http = self._connect()
+        headers = {"Accept": _JSON, "Accept-Encoding": "gzip"}
+        if body is not None:
+            headers["Content-Type"] = "application/strategic-merge-patch+json"
+        target = f"{path}?{urlencode(params)}" if params else path
         with self._failures(operation):
-            async with client.stream(method, path, params=params, content=body, headers=headers) as response:
-                text = await _body_of(response)
-        await self._check(response, text, operation)
+            async with http.ask(Request(method, target, headers, body), ANSWER_S, ANSWER_S) as answer:
+                text = await _body_of(answer)
+        await self._check(answer, text, operation)
         return text
 
     @asynccontextmanager
@@ -119,7 +89,7 @@ class Client:
 
         They end when the server ends the watch in order, or with SilentError.  Raises as `ask`.
         """
-        client, operation = self._connect(), "watch the nodes"
+        http, operation = self._connect(), "watch the nodes"
         seconds = random.randint(*WATCHES_S)
         query = {
             "allowWatchBookmarks": "true",
@@ -129,69 +99,60 @@ class Client:
             "timeoutSeconds": str(seconds),
             "watch": "true",
         }
-        request = client.build_request(
-            "GET", "/api/v1/nodes", params=query, timeout=httpx2.Timeout(ANSWER_S, read=SILENCE_S)
-        )
-        with self._failures(operation):
-            async with asyncio.timeout(2 * ANSWER_S):
-                response = await client.send(request, stream=True)
-        try:
-            if response.status_code != httpx2.codes.OK:
-                with self._failures(operation):
-                    text = await _body_of(response)
-                await self._check(response, text, operation)
-            yield self._events(response, prefix)
-        finally:
-            with suppress(httpx2.HTTPError):
-                await response.aclose()
+        request = Request("GET", f"/api/v1/nodes?{urlencode(query)}", {"Accept": _JSON})
+        async with AsyncExitStack() as undo:
+            with self._failures(operation):
+                answer = await undo.enter_async_context(http.ask(request, ANSWER_S, SILENCE_S))
+                text = None if answer.status_code == HTTPStatus.OK else await _body_of(answer)
+            if text is not None:
+                await self._check(answer, text, operation)
+            yield self._events(answer, prefix)
 
     async def aclose(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
-            self._client = None
+        if self._http is not None:
+            self._http.close()
+            self._http = None
 
-    async def _events(self, response: Response, prefix: str) -> AsyncGenerator[list[NodeEvent], None]:
+    async def _events(self, answer: Answer, prefix: str) -> AsyncGenerator[list[NodeEvent], None]:
         buffer = bytearray()
         try:
-            async for chunk in response.aiter_bytes():
+            async for chunk in answer.chunks:
                 buffer += chunk
                 if events := [read_event(line, prefix) for line in lines_of(buffer)]:
                     yield events
-        except httpx2.ReadTimeout as exc:
+        except HttpTimeoutError as exc:
             raise SilentError(f"nothing has come for {SILENCE_S:g} s") from exc
-        except httpx2.TransportError as exc:
+        except (HttpError, OSError) as exc:
             raise SilentError(f"it ended in the middle: {_said(exc)}") from exc
         except NodeFormatError as exc:
             raise SilentError(f"it has a line that cannot be read: {exc}") from exc
 
-    def _connect(self) -> AsyncClient:
-        if self._client is None:
+    def _connect(self) -> Http:
+        if self._http is None:
             try:
-                config = _config(self._options)
-                self.url = config.cluster.server
-                parameters = client_adapter.ConnectionParams(timeout=httpx2.Timeout(ANSWER_S))
-                self._client = client_adapter.AsyncClient(config, parameters)
+                access = find_access(self._options)
+                self.url = access.url
+                self._http = Http(access.url, access.tls, access.auth, f"udptun/{__version__}", access.proxy)
             except Exception as exc:  # whatever YAML, msgspec, ssl and lightkube say of a file that somebody wrote
                 where = f" {self._options.kubeconfig_file}" if self._options.kubeconfig_file else ""
                 raise ConfigError(
                     f"cannot reach Kubernetes: the configuration{where} is no use: {_said(exc)}; run in a pod with a "
                     "service account, or name a file with --kubeconfig-file"
                 ) from exc
-            self._client.headers["User-Agent"] = f"udptun/{__version__}"
-        return self._client
+        return self._http
 
-    async def _check(self, response: Response, text: memoryview, operation: str) -> None:
+    async def _check(self, answer: Answer, text: memoryview, operation: str) -> None:
         """Raise what a refusal means."""
-        status = response.status_code
+        status = answer.status_code
         if status < 300:
             return
         reason, message = read_failure(text)
-        if status == httpx2.codes.GONE:
+        if status == HTTPStatus.GONE:
             raise GoneError(message or reason)
-        if status == httpx2.codes.NOT_FOUND:
+        if status == HTTPStatus.NOT_FOUND:
             raise NotFoundError(message or reason)
-        if status == httpx2.codes.TOO_MANY_REQUESTS or "Retry-After" in response.headers:
-            await asyncio.sleep(_pause_s(response.headers.get("Retry-After", "1")))
+        if status == HTTPStatus.TOO_MANY_REQUESTS or "retry-after" in answer.headers:
+            await asyncio.sleep(_pause_s(answer.headers.get("retry-after", "1")))
         raise StoreUnavailableError(
             f"cannot {operation}: the API server at {self.url} answers {status} {message or reason}".rstrip()
             + _REMEDIES.get(status, "")
@@ -218,39 +179,25 @@ class _Failures:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, (httpx2.HTTPError, LightkubeError, OSError)):
+        if isinstance(exc, (HttpError, CredentialsError, OSError)):
             raise StoreUnavailableError(
                 f"cannot {self._operation}: the API server at {self._url} does not answer: {_said(exc)}"
             ) from exc
 
 
-async def _body_of(response: Response) -> memoryview:
+async def _body_of(answer: Answer) -> memoryview:
     """All of the answer, in memory that goes back to the system with it.
 
     Of 10 MB on the heap, those of a thousand nodes, 7 MB would stay with us.
     """
     # Private: a shared mapping ends at its first size, whatever it is resized to (SIGBUS).
     text, n_bytes = mmap.mmap(-1, _BODY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
-    async for chunk in response.aiter_bytes():
+    async for chunk in answer.chunks:
         while n_bytes + len(chunk) > len(text):
             text.resize(2 * len(text))
         text[n_bytes : n_bytes + len(chunk)] = chunk
         n_bytes += len(chunk)
     return memoryview(text)[:n_bytes]
-
-
-def _config(options: KubeOptions) -> SingleConfig:
-    """As client-go finds it: the flags, else the pod's service account, else the user's own kubeconfig."""
-    if options.kubeconfig_file:
-        found = KubeConfig.from_file(options.kubeconfig_file).get()
-    elif options.kube_api_url:
-        found = KubeConfig.from_server(options.kube_api_url).get()
-    else:
-        found = KubeConfig.from_env().get()
-    assert found is not None
-    if options.kube_api_url:
-        found.cluster.server = options.kube_api_url
-    return found._replace(user=found.user or User())
 
 
 def _pause_s(retry_after: str) -> float:
