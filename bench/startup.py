@@ -11,6 +11,7 @@ import os
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from ipaddress import IPv4Network
 
 from bench import machine
 from bench.bulk_leases import FIRST_PUBLIC_IP
+from bench.compiler import SOURCES
 from bench.cpu import seconds_of
-from bench.measure import pss_bytes
+from bench.measure import bytes_alone, pss_bytes
 from bench.paths import daemon_and_datapath
 from bench.session import Screen, check_idle, run, uninterrupted_end, whole_number
-from udptun.lab.host import Host
+from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LAB_DIR, Lab
+from udptun.lab.topology import KUBE_PORT, LAB_DIR, Lab
 
 _NETWORK = IPv4Network("10.224.0.0/11")
 _ENDPOINT = "http://127.0.0.1:2379"
@@ -39,10 +41,10 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start: seconds from exec to READY=1, and what the processes weigh a moment later, PSS in bytes.
+    """One start: seconds from exec to READY=1, and what the processes weigh a moment later, bytes.
 
-    `cpu_s` is the CPU time of the daemon's process until then.  `total` is the weight of the daemon and both datapath
-    processes.
+    `cpu_s` is the CPU time of the daemon's process until then, and `daemon` its PSS.  `total` is the weight of the
+    daemon and both datapath processes with their memory files, if no other process shared a page with them.
     """
 
     ready_s: float
@@ -54,7 +56,7 @@ class Start:
 def main(arguments: Sequence[str]) -> int:
     """`python -m bench startup`.  Returns the exit status."""
     parser = argparse.ArgumentParser(prog="./dev bench startup", description="Measure starts of one daemon.")
-    parser.add_argument("--store", choices=("file", "etcd"), default="file")
+    parser.add_argument("--store", choices=("file", "etcd", "kube"), default="file")
     parser.add_argument("--leases", type=whole_number(0, 4096), default=2, metavar="N", help="of peers (default 2)")
     parser.add_argument("--runs", type=whole_number(1, 1000), default=10, metavar="N", help="starts (default 10)")
     options = parser.parse_args(arguments)
@@ -76,22 +78,22 @@ def _measure(screen: Screen, store: str, n_leases: int, n_runs: int) -> None:
             starts = [_start(host) for _ in range(1 + n_runs)][1:]
         for start in starts:
             screen.show(
-                f"ready {start.ready_s:.3f} s, {start.cpu_s:.2f} CPU s; PSS: daemon {_mb(start.daemon)}, "
-                f"with the datapath's two processes {_mb(start.total)}"
+                f"ready {start.ready_s:.3f} s, {start.cpu_s:.2f} CPU s; daemon {_mib(start.daemon)} PSS, "
+                f"with the datapath's two processes and all that they share {_mib(start.total)}"
             )
         screen.step(
             f"median: ready {statistics.median(start.ready_s for start in starts):.3f} s, "
-            f"daemon {_mb(statistics.median(start.daemon for start in starts))} PSS, "
-            f"all {_mb(statistics.median(start.total for start in starts))} PSS"
+            f"daemon {_mib(statistics.median(start.daemon for start in starts))} PSS, "
+            f"all {_mib(statistics.median(start.total for start in starts))}"
         )
 
 
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def _store(store: str) -> str:
-    return f"file:{LAB_DIR}/leases.json" if store == "file" else "etcd"
+    return f"file:{LAB_DIR}/leases.json" if store == "file" else store
 
 
 @contextmanager
@@ -103,6 +105,11 @@ def _leases(host: Host, store: str, n: int, conf: Mapping[str, object]) -> Itera
         own = (IPv4Network((base + 256, 24)), host.underlay_address)
         items = [{"Subnet": str(subnet), "PublicIP": str(ip), "Port": 8285} for subnet, ip in (own, *peers)]
         host.path(LAB_DIR / "leases.json").write_text(json.dumps(items))
+        yield
+    elif store == "kube":
+        # The lab's API server has the host's own node.
+        server = f"{UNDERLAY[1]}:{KUBE_PORT}"
+        host.run([sys.executable, str(SOURCES / "bulk_nodes.py"), server, str(_NETWORK), str(n)])
         yield
     else:
         with _etcd(host) as etcdctl:
@@ -143,7 +150,7 @@ def _start(host: Host) -> Start:
     time.sleep(_CALM_S)
     daemon, *datapath = [process.pid for process in daemon_and_datapath(host)]
     cpu_s = seconds_of([daemon])
-    weights = [pss_bytes(pid) for pid in (daemon, *datapath)]
+    weight, total = pss_bytes(daemon), bytes_alone([daemon, *datapath])
     host.stop_daemon(signal.SIGTERM)
     host.run([*host.lab.daemon_command[:3], "cleanup", *host.lab.daemon_command[4:]])
-    return Start(ready_s, cpu_s, weights[0], sum(weights))
+    return Start(ready_s, cpu_s, weight, total)

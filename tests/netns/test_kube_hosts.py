@@ -8,16 +8,24 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any
 
 import pytest
+from etcd_server import Authority
 from kube_server import MISSING
 from namespace import _CLONE_NEWNET, _libc
 from traffic import REAL_TIME, datapath_pids, kill, peers, ping, read_status, seconds_until, tcp_flow, udp_flow
 
+from bench import bulk_nodes
+from bench.measure import bytes_alone
+from bench.paths import daemon_and_datapath
 from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.topology import KUBE_PORT, NET_CONF, Lab
 
@@ -197,3 +205,48 @@ def test_lab_with_the_kube_store_brings_an_api_server_of_its_own() -> None:
         host.start_daemon()
         host.wait_ready(20)
         assert str(host.subnet) == "10.244.3.0/24"
+
+
+def test_a_daemon_in_a_pod_takes_its_service_account_and_weighs_little_with_a_thousand_nodes(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Over TLS, with nodes of 10 kB.  Each page that the three processes have counts, whoever else has it."""
+    from udptun.lab.kube_api.server import ApiServer
+
+    authority = Authority(tmp_path / "tls")
+    pair = authority.issue("apiserver", f"IP:{UNDERLAY[1]}")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(pair.certificate, pair.key)
+    network = IPv4Network("10.224.0.0/12")
+    command = [
+        *("env", f"KUBERNETES_SERVICE_HOST={UNDERLAY[1]}", f"KUBERNETES_SERVICE_PORT={KUBE_PORT}"),
+        *(sys.executable, "-m", "udptun", "daemon", "--kube-subnet-mgr", "--net-config-path", str(NET_CONF)),
+    ]
+    conf = {"Network": str(network), "Backend": {"Type": "udp"}}
+    with (
+        Lab("t-kube-pod", n_hosts=1, net_conf=conf, daemon_command=command) as lab,
+        ApiServer(listen=lambda: listener_at(lab), tls=tls, tokens={"the pod's": None}) as api,
+    ):
+        host = lab.host(1)
+        # What kubelet mounts under /var/run.
+        account = host.path("/run/secrets/kubernetes.io/serviceaccount")
+        account.mkdir(parents=True)
+        (account / "token").write_text("the pod's\n")
+        (account / "namespace").write_text("kube-flannel")
+        (account / "ca.crt").write_bytes(authority.certificate.read_bytes())
+
+        def register(cluster: Any) -> None:
+            cluster.add_node(host.name, "10.224.1.0/24")
+            for node in bulk_nodes.nodes(network, 1000):
+                cluster.nodes.create(node)
+
+        api.do(register)
+        host.start_daemon()
+        host.wait_ready(5 * SOON_S)
+        assert len(peers(host)) == 1000
+        # It keeps the connection to the API server for a while, and OpenSSL's buffers with it.
+        time.sleep(6)
+        mib = bytes_alone([process.pid for process in daemon_and_datapath(host)]) / 2**20
+        print(f"1,000 nodes: the daemon and both datapath processes weigh {mib:.1f} MiB")
+        assert mib <= (50 if request.config.getoption("--full") else 60)
+        assert " I httpx" not in host.daemon_log()
