@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from udptun.kernel.lean_import import import_without_init
+from udptun.kernel.lean_import import import_without_init, stand_ins
 
 PACKAGE = "udptun_test_package"
 
@@ -122,3 +123,13 @@ assert sys.modules["pyroute2.iproute"].IPRoute is IPRoute
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [str(bool(first))]
+
+
+def test_a_module_stands_in_for_one_that_is_not_loaded_and_only_in_the_block(package: Path) -> None:
+    small = ModuleType(f"{PACKAGE}.small")
+    small.__dict__["VALUE"] = 3
+    with stand_ins(small, ModuleType("sys")):
+        import_without_init(PACKAGE, "small")
+        assert sys.modules[f"{PACKAGE}.small"] is small
+    assert isinstance(sys.modules["sys"].path, list), "it was loaded before"
+    assert importlib.import_module(f"{PACKAGE}.small").VALUE is not small.VALUE

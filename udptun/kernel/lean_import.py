@@ -9,6 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 
 def import_without_init(package: str, *modules: str) -> None:
@@ -59,3 +62,18 @@ def _defer_init(package: str) -> bool:
     module.__dict__["__getattr__"] = look_up
     sys.modules[package] = module
     return True
+
+
+@contextmanager
+def stand_ins(*modules: ModuleType) -> Iterator[None]:
+    """Imports in the block find `modules` in the place of those that have their names and are not loaded yet.
+
+    For what a library imports and we do not use.  A later import by others gets the real ones.
+    """
+    ours = {module.__name__: module for module in modules if module.__name__ not in sys.modules}
+    sys.modules.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del sys.modules[name]
