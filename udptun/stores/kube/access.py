@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import importlib
 import ssl
-import sys
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from udptun.config.store_flags import KubeOptions
-from udptun.kernel.lean_import import import_without_init
+from udptun.kernel.lean_import import import_without_init, stand_ins
 from udptun.stores.kube.http import Answer, Auth, Request, needs_proxy
 
 if TYPE_CHECKING:
@@ -80,23 +79,10 @@ class _Yaml(ModuleType):
         return getattr(importlib.import_module("yaml"), name)
 
 
-def _import_lean() -> None:
-    """A later import by others gets the real modules."""
-    models = ModuleType("lightkube.core.internal_models")
-    models.__dict__["meta_v1"] = None
-    stand_ins = (models, _Httpx2("httpx2"), _Yaml("yaml"))
-    ours = {module.__name__: module for module in stand_ins}
-    theirs = {name: sys.modules[name] for name in ours if name in sys.modules}
-    sys.modules.update(ours)
-    try:
-        import_without_init("lightkube", "config.client_adapter")
-    finally:
-        for name in ours:
-            del sys.modules[name]
-        sys.modules.update(theirs)
-
-
-_import_lean()
+_models = ModuleType("lightkube.core.internal_models")
+_models.__dict__["meta_v1"] = None
+with stand_ins(_models, _Httpx2("httpx2"), _Yaml("yaml")):
+    import_without_init("lightkube", "config.client_adapter")
 from lightkube.config import client_adapter  # noqa: E402
 from lightkube.config.kubeconfig import KubeConfig  # noqa: E402
 from lightkube.config.models import User  # noqa: E402

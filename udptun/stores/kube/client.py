@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import mmap
+import os
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -208,4 +209,7 @@ def _pause_s(retry_after: str) -> float:
 
 def _said(exc: BaseException) -> str:
     """What went wrong, in one line."""
+    if isinstance(exc, ConnectionError) and exc.errno:
+        # asyncio says "Connect call failed" and the address.
+        return os.strerror(exc.errno)
     return " ".join(str(exc).split()) or type(exc).__name__
