@@ -1,0 +1,48 @@
+"""Echo requests as scapy reads them, and replies as it makes them."""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address
+
+import pytest
+from scapy.all import ICMP, IP, UDP
+
+from udptun.core.echo import MIN_LENGTH, EchoReply, echo_request, parse_echo_reply
+
+HERE, THERE = IPv4Address("10.244.1.0"), IPv4Address("10.244.2.0")
+NONCE = bytes(range(200, 208))
+REPLY = bytes(IP(src=str(THERE), dst=str(HERE)) / ICMP(type=0, id=0xFFFE, seq=9) / (NONCE + bytes(100)))
+
+
+@pytest.mark.parametrize("length", [MIN_LENGTH, MIN_LENGTH + 1, 1472, 65_507])
+def test_request_with_the_zeros_after_it_is_an_echo_with_right_checksums(length: int) -> None:
+    head = echo_request(HERE, THERE, 0xFFFE, 9, NONCE, length)
+    whole = IP(head + bytes(length - len(head)))
+    expected = IP(src=str(HERE), dst=str(THERE), id=0, flags="DF", ttl=64) / ICMP(id=0xFFFE, seq=9)
+    assert bytes(whole) == bytes(expected / (NONCE + bytes(length - MIN_LENGTH)))
+
+
+@pytest.mark.parametrize("kept", [MIN_LENGTH, 100, len(REPLY)])
+def test_reply_is_known_from_what_it_begins_with(kept: int) -> None:
+    assert parse_echo_reply(REPLY[:kept]) == EchoReply(THERE, HERE, 0xFFFE, 9, NONCE)
+
+
+def test_reply_may_have_options() -> None:
+    packet = bytes(IP(src=str(THERE), dst=str(HERE), options=b"\1" * 8) / ICMP(type=0, id=3, seq=4) / NONCE)
+    assert parse_echo_reply(packet) == EchoReply(THERE, HERE, 3, 4, NONCE)
+    assert parse_echo_reply(packet[:-1]) is None
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        pytest.param(REPLY[: MIN_LENGTH - 1], id="cut"),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\x65" + REPLY[1:], id="of version 6"),
+        pytest.param(echo_request(HERE, THERE, 1, 2, NONCE), id="a request"),
+        pytest.param(bytes(IP() / ICMP(type=3, code=1) / NONCE), id="an error"),
+        pytest.param(bytes(IP() / UDP() / NONCE), id="no ICMP"),
+    ],
+)
+def test_anything_else_is_no_reply(packet: bytes) -> None:
+    assert parse_echo_reply(packet) is None

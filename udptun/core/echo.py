@@ -1,0 +1,65 @@
+"""ICMP echoes (RFC 792) that carry a nonce, by which their replies are known."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+
+_IPV4 = struct.Struct(">BBHHHBBH4s4s")
+"""Version and ihl, TOS, total length, id, flags and offset, TTL, protocol, checksum, source, destination."""
+_ECHO = struct.Struct(">BBHHH8s")
+"""Type, code, checksum, id, sequence, and our nonce, with which the payload begins."""
+_PROTOCOL_ICMP = 1
+_ECHO_REQUEST, _ECHO_REPLY = 8, 0
+_DONT_FRAGMENT = 0x4000
+_TTL = 64
+
+NONCE_LEN = 8
+MIN_LENGTH = _IPV4.size + _ECHO.size
+"""Of a packet with a nonce, bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class EchoReply:
+    source: IPv4Address
+    destination: IPv4Address
+    id: int
+    sequence: int
+    nonce: bytes
+
+
+def echo_request(
+    source: IPv4Address, destination: IPv4Address, id: int, sequence: int, nonce: bytes, length: int = MIN_LENGTH
+) -> bytes:
+    """What an echo request of `length` bytes in all begins with.  The bytes that are missing are zero.
+
+    DF is set: whoever cannot forward it drops it.  `nonce` has NONCE_LEN bytes.
+    """
+    addresses = (source.packed, destination.packed)
+    header = _IPV4.pack(0x45, 0, length, 0, _DONT_FRAGMENT, _TTL, _PROTOCOL_ICMP, 0, *addresses)
+    # Zeros at the end change no checksum.
+    echo = _ECHO.pack(_ECHO_REQUEST, 0, 0, id, sequence, nonce)
+    return header[:10] + _checksum(header) + header[12:] + echo[:2] + _checksum(echo) + echo[4:]
+
+
+def parse_echo_reply(packet: bytes) -> EchoReply | None:
+    """From what a packet begins with, whose checksums have been looked at; None unless it has room for a nonce."""
+    if len(packet) < MIN_LENGTH:
+        return None
+    first, _, _, _, _, _, protocol, _, source, destination = _IPV4.unpack_from(packet)
+    header_len = (first & 0xF) * 4
+    if first >> 4 != 4 or protocol != _PROTOCOL_ICMP or len(packet) < header_len + _ECHO.size:
+        return None
+    kind, code, _, id, sequence, nonce = _ECHO.unpack_from(packet, header_len)
+    if (kind, code) != (_ECHO_REPLY, 0):
+        return None
+    return EchoReply(IPv4Address(source), IPv4Address(destination), id, sequence, nonce)
+
+
+def _checksum(data: bytes) -> bytes:
+    """The Internet checksum (RFC 1071) of an even number of bytes, in network byte order."""
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total > 0xFFFF:
+        total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack(">H", 0xFFFF ^ total)
