@@ -38,7 +38,8 @@ _ICMP_ANSWER_MAX = 576
 """Largest ICMP answer, bytes: what every IPv4 host must take (RFC 1812 4.3.2.3)."""
 
 _ICMP, _TCP, _UDP = 1, 6, 17
-_ICMP_QUERIES = (0, 8, 13, 14)
+_ECHO_REPLY = 0
+_ICMP_QUERIES = (_ECHO_REPLY, 8, 13, 14)
 """Echo reply, echo, timestamp, timestamp reply."""
 _NET_UNREACHABLE: Reason = (3, 0)
 _FRAGMENTATION_NEEDED: Reason = (3, 4)
@@ -100,6 +101,8 @@ class Table:
     source_check: Literal["off", "peer", "strict"]
     peers: tuple[Peer, ...]
     vtep: Vtep | None = None
+    punt_id: int = 0
+    """ICMP id of the echo replies that the control plane gets; 0: it gets none."""
 
     @property
     def prefix_len(self) -> int:
@@ -126,13 +129,15 @@ class Outcome:
     """What became of one packet, as it is on the wire: a super-packet has as many as it has segments.
 
     `sends` are UDP payloads and where they go.  `writes` go into the TUN, virtio header first.  `icmp` is the ICMP
-    counter that moved beside `counter`; None where the row of the table has no answer.
+    counter that moved beside `counter`; None where the row of the table has no answer.  `punts` are packets that the
+    control plane gets.
     """
 
     counter: str
     sends: tuple[tuple[Remote, bytes], ...] = ()
     writes: tuple[bytes, ...] = ()
     icmp: Literal["icmp_sent", "icmp_suppressed"] | None = None
+    punts: tuple[bytes, ...] = ()
 
 
 class VnetHdr(NamedTuple):
@@ -410,12 +415,46 @@ def decap(
             return Outcome("decap_drop_ttl", icmp="icmp_suppressed")
         answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED)
         return Outcome("decap_drop_ttl", sends=((sender.remote, table.wrapped(answer, sender)),), icmp="icmp_sent")
+    if _is_punted(table, packet):  # 21
+        return Outcome("decap_punted", punts=(packet,))
     vnet_hdr = _vnet_hdr_for(table, packet, inner_size)
     if vnet_hdr is None:  # 17
         return Outcome("decap_drop_oversize")
     if is_refused:  # 18
         return Outcome("decap_drop_tun")
     return Outcome("decap_delivered", writes=(vnet_hdr.pack() + step_ttl(packet),))  # 19
+
+
+def inject(table: Table, packet: bytes, *, into_tun: bool = False, is_refused: bool = False) -> Outcome:
+    """What becomes of `packet`, which the control plane hands to the datapath.
+
+    `is_refused`: the kernel refuses the datagram, or the write to the TUN device.
+    """
+    if len(packet) < _IPV4_HDR_MIN:
+        return Outcome("inject_drop_malformed")
+    ip = _Ipv4.read(packet)
+    if ip.version != 4 or ip.total_len != len(packet) or not _IPV4_HDR_MIN <= ip.header_len <= len(packet):
+        return Outcome("inject_drop_malformed")
+    peer = table.leasing(ip.destination)
+    if peer is None and not into_tun:
+        return Outcome("inject_drop_no_route")
+    if is_refused:
+        return Outcome("inject_drop_refused")
+    if peer is None or into_tun:
+        return Outcome("inject_delivered", writes=(VnetHdr().pack() + packet,))
+    return Outcome("inject_sent", sends=((peer.remote, table.wrapped(packet, peer)),))
+
+
+def _is_punted(table: Table, packet: bytes) -> bool:
+    """Whether `packet`, which has passed rows 1 to 16, is an echo reply that the control plane waits for."""
+    ip = _Ipv4.read(packet)
+    icmp = packet[ip.header_len :]
+    if not table.punt_id or ip.destination != table.tunnel_address or ip.protocol != _ICMP:
+        return False
+    if ip.fragment_offset > 0 or len(icmp) < _ICMP_HDR_LEN or icmp[0] != _ECHO_REPLY:
+        return False
+    (ident,) = struct.unpack_from(">H", icmp, 4)
+    return bool(ident == table.punt_id and (ip.more_fragments or fold_sum(icmp) == 0xFFFF))
 
 
 def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:

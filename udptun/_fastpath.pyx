@@ -18,13 +18,14 @@ stage is a file of fastpath/ that opens with its own words:
     vxlan.pxd         the prefix before each packet with VXLAN     shm.pxd     memory shared with the control plane
     flow.pxd          from which port a flow leaves                sys.pxd     the kernel's calls and structures
     wire.pxd          where the fields of a packet are             stray.pxd   datagrams that no lease explains
+    ring.pxd          packets that the control plane gets, and that it hands over
 
 On the wire there are always single packets.  A read of the TUN may be a super-packet, which is cut up; datagrams of one
 peer and size go to the kernel in groups, one message each.  A received message may be a train of datagrams; packets of
 one flow are put together again and written as one item.
 
-When a turn moves nothing the worker sleeps in poll() on both descriptors and on an eventfd that stop() writes to.
-Under load the worker sees stop() because every turn looks at a flag.
+When a turn moves nothing the worker sleeps in poll() on both descriptors and on an eventfd.  stop() writes to it, and
+so does the control plane when it has handed a packet over.  Under load the worker sees both because every turn looks.
 
 Nothing is allocated, locked or logged per packet, and nothing here raises.  Every packet ends in exactly one counter,
 so that the packets read are the sum of what was sent and the drops by reason (docs/wire-format.md lists the conditions
@@ -53,6 +54,7 @@ from udptun.fastpath.decap cimport decap_message
 from udptun.fastpath.encap cimport encap
 from udptun.fastpath.icmp cimport ICMP_BURST
 from udptun.fastpath.loop cimport *
+from udptun.fastpath.ring cimport announce_punts, drop_half_injected, take_injected
 from udptun.fastpath.send cimport allow_groups_again, send_groups
 from udptun.fastpath.wire cimport ip_total_len, ip_undo_ttl_step, ip_version
 from udptun.fastpath.write cimport write_items
@@ -132,6 +134,7 @@ cdef int decap_turn(Loop *w) noexcept nogil:
             longest = max(longest, <int>w.in_flight.message[i].msg_len)
             decap_message(w, i, False)
         write_items(w)
+        announce_punts(w)
         for i in range(n):
             clear_message(w, i)
         # Long trains fill the cache by themselves; take fewer of them before they are written out.
@@ -215,6 +218,10 @@ cdef void hand_on_inherited(Loop *w) noexcept nogil:
     w.worker.refused = 0
     use_table(w)
     hand_on(w)
+    drop_half_injected(w)
+    # The process may have been killed before it told of its punts.
+    w.has_punted = True
+    announce_punts(w)
     i = w.index + w.n_workers
     while i < <int>UT_MAX_WORKERS:
         # A worker that never ran has left nothing, and its memory costs nothing until it is looked at.
@@ -248,11 +255,20 @@ cdef bint wait_for_room(Loop *w, int fd) noexcept nogil:
         ut_table_leave(w.worker)
         poll(fds, 3, -1)
         use_table(w)
+        if fds[1].revents:
+            # What the control plane has handed over waits for the next turn.
+            drain(w.event_fd)
         if fds[2].revents and fds[2].fd >= 0:
             decap_turn(w)
         if fds[0].revents:
             return True
     return False
+
+
+cdef inline void drain(int event_fd) noexcept nogil:
+    """Have an eventfd wake nobody until it is written to again."""
+    cdef uint64_t drained
+    read(event_fd, &drained, sizeof(drained))
 
 
 cdef inline bint has_table(Loop *w) noexcept nogil:
@@ -261,7 +277,7 @@ cdef inline bint has_table(Loop *w) noexcept nogil:
 
 
 cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
-    """Move one batch each way, or only from where something is known to wait.  Returns how many reads gave any."""
+    """Move one batch each way, or only from where something is known to wait.  Returns how much there was."""
     cdef int seen = 0
     if not w.has_begun:
         w.has_begun = True
@@ -271,8 +287,9 @@ cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
     w.tun_lost = 0
     if w.n_single:
         allow_groups_again(w)
+    seen = take_injected(w)
     if tun:
-        seen = encap_turn(w)
+        seen += encap_turn(w)
     if udp and not w.tun_lost:
         seen += decap_turn(w)
     ut_table_leave(w.worker)
@@ -281,7 +298,6 @@ cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
 
 cdef void run_loop(Loop *w) noexcept nogil:
     cdef pollfd fds[3]
-    cdef uint64_t drained
     cdef bint tun = True, udp = True
     fds[0].fd = w.event_fd
     fds[1].fd = w.tun_fd
@@ -289,7 +305,8 @@ cdef void run_loop(Loop *w) noexcept nogil:
     fds[0].events = fds[1].events = fds[2].events = POLLIN
     ut_store_u64(&w.worker.pid, getpid())
     while not w.stop and not has_table(w):
-        poll(fds, 1, NO_TABLE_WAIT_MS)
+        if poll(fds, 1, NO_TABLE_WAIT_MS) > 0:
+            drain(w.event_fd)
     while not w.stop:
         if turn(w, tun, udp):
             tun = udp = True
@@ -306,7 +323,7 @@ cdef void run_loop(Loop *w) noexcept nogil:
             tun = fds[1].revents != 0 or fds[2].revents == 0
             udp = fds[2].revents != 0
         if fds[0].revents:
-            read(w.event_fd, &drained, sizeof(drained))
+            drain(w.event_fd)
     w.worker.state = UT_STATE_STOPPED
     ut_store_u64(&w.worker.pid, 0)
 
@@ -331,13 +348,15 @@ cdef class Worker:
     it has virtio headers), `udp_fd` the UDP socket that receives and sends.  `senders` are sockets that share the flows
     to peers that take any source port.  All are borrowed: the caller keeps them open while the worker runs.
     `n_workers`: how many there are; what workers beyond them had in flight is handed on by those that there are.
+    `events`: two eventfds that the control plane shares, or none.  It writes to the first one when it has handed a
+    packet to worker 0, and the workers write to the second one when they have handed packets to it.
     Raises OSError when the files cannot be mapped, ValueError when they are something else.
     """
 
     cdef Loop *_w
 
     def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd, senders=(),
-                  unsigned int n_workers=UT_MAX_WORKERS):
+                  unsigned int n_workers=UT_MAX_WORKERS, events=()):
         if index >= UT_MAX_WORKERS:
             raise ValueError(f"worker {index}: there are {UT_MAX_WORKERS} at most")
         if not index < n_workers <= UT_MAX_WORKERS:
@@ -347,7 +366,7 @@ cdef class Worker:
         self._w = <Loop *>calloc(1, sizeof(Loop))
         if self._w == NULL:
             raise MemoryError
-        self._w.event_fd = -1
+        self._w.event_fd = self._w.punt_fd = -1
         self._w.headers = <uint8_t *>calloc(SEGMENTS, HEADER_ROOM)
         self._w.merger = <Merger *>calloc(1, sizeof(Merger))
         if self._w.headers == NULL or self._w.merger == NULL:
@@ -367,15 +386,24 @@ cdef class Worker:
         self._w.peer_stats = self._w.stats.peer[index]
         self._w.in_flight = &self._w.stats.in_flight[index]
         self._w.strays = self._w.stats.stray[index]
+        self._w.punts = &self._w.stats.punt[index]
+        if index == 0:
+            self._w.injects = &self._w.stats.inject
         self._w.tun_fd = tun_fd
         self._w.udp_fd = udp_fd
         for fd in senders:
             self._w.senders[self._w.n_senders] = fd
             self._w.n_senders += 1
         self._w.icmp_tokens = ICMP_BURST
-        self._w.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if events:
+            wake_fd, self._w.punt_fd = events
+            if index == 0:
+                self._w.event_fd = wake_fd
         if self._w.event_fd < 0:
-            raise OSError(errno, "cannot create an eventfd")
+            self._w.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+            if self._w.event_fd < 0:
+                raise OSError(errno, "cannot create an eventfd")
+            self._w.is_event_fd_ours = True
 
     def __dealloc__(self):
         if self._w == NULL:
@@ -384,7 +412,7 @@ cdef class Worker:
             munmap(<void *>self._w.table, sizeof(ut_table))
         if self._w.stats != NULL:
             munmap(self._w.stats, sizeof(ut_stats))
-        if self._w.event_fd >= 0:
+        if self._w.is_event_fd_ours:
             close(self._w.event_fd)
         free(self._w.single_until_s)
         free(self._w.headers)
@@ -566,6 +594,8 @@ LAYOUT = {
     "worker": sizeof(ut_worker),
     "peer_stats": sizeof(ut_peer_stats),
     "stray": sizeof(ut_stray),
+    "ring": sizeof(ut_ring),
+    "ring_slot": sizeof(ut_ring_slot),
     "stats": sizeof(ut_stats),
     "in_flight": sizeof(ut_in_flight),
     "prefix": UT_PREFIX_BYTES,
@@ -579,6 +609,8 @@ LAYOUT = {
     "local_entries": UT_LOCAL_ENTRIES,
     "max_local": UT_MAX_LOCAL,
     "strays": UT_STRAYS,
+    "ring_slots": UT_RING_SLOTS,
+    "ring_bytes": UT_RING_BYTES,
     # Bits and values of fields.
     "hash": <uint32_t>UT_HASH,
     "l2_flag": <uint32_t>UT_L2_FLAG,
@@ -594,6 +626,14 @@ LAYOUT = {
     "state.stopped": UT_STATE_STOPPED,
     "state.running": UT_STATE_RUNNING,
     "state.tun_lost": UT_STATE_TUN_LOST,
+    "way.peer": UT_WAY_PEER,
+    "way.tun": UT_WAY_TUN,
+    "inject.waits": UT_INJECT_WAITS,
+    "inject.done": UT_INJECT_DONE,
+    "inject.malformed": UT_INJECT_MALFORMED,
+    "inject.no_route": UT_INJECT_NO_ROUTE,
+    "inject.refused": UT_INJECT_REFUSED,
+    "inject.in_flight": UT_INJECT_IN_FLIGHT,
 }
 """The numbers of shm.h."""
 

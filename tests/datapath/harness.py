@@ -130,6 +130,7 @@ class Batch:
     counts: dict[str, int] = field(default_factory=dict)
     sends: dict[Remote, list[bytes]] = field(default_factory=dict)
     writes: list[bytes] = field(default_factory=list)
+    punts: list[bytes] = field(default_factory=list)
 
     def add(self, other: Batch) -> None:
         for name, count in other.counts.items():
@@ -137,6 +138,7 @@ class Batch:
         for remote, payloads in other.sends.items():
             self.sends.setdefault(remote, []).extend(payloads)
         self.writes += other.writes
+        self.punts += other.punts
 
     def outcome(self) -> Outcome:
         """The outcome of the one packet in the batch.  Fails unless exactly one packet was counted, once."""
@@ -146,7 +148,8 @@ class Batch:
         assert len(beside) <= 1
         assert set(self.counts.values()) == {1}
         sends = tuple((remote, payload) for remote, payloads in self.sends.items() for payload in payloads)
-        return Outcome(ends[0], sends, tuple(self.writes), beside[0] if beside else None)  # type: ignore[arg-type]
+        icmp = beside[0] if beside else None
+        return Outcome(ends[0], sends, tuple(self.writes), icmp, tuple(self.punts))  # type: ignore[arg-type]
 
 
 class Datapath(Protocol):
@@ -173,6 +176,9 @@ class Datapath(Protocol):
     def encap(self, raw: bytes) -> Outcome: ...
 
     def decap(self, payload: bytes, source: str) -> Outcome: ...
+
+    def inject(self, packet: bytes, *, into_tun: bool = False) -> Outcome:
+        """As the control plane does."""
 
     def break_tun(self) -> None:
         """From now on the TUN refuses every write."""
@@ -233,6 +239,14 @@ class ReferenceDatapath:
     def decap(self, payload: bytes, source: str) -> Outcome:
         return self.decap_batch([(payload, source)]).outcome()
 
+    def inject(self, packet: bytes, *, into_tun: bool = False) -> Outcome:
+        def ask(*, is_refused: bool) -> Outcome:
+            return reference.inject(self.table, packet, into_tun=into_tun, is_refused=is_refused)
+
+        total, outcome = Batch(), ask(is_refused=into_tun and self._is_tun_broken)
+        self._count(total, "inject_packets", ask(is_refused=True) if _goes_to_the_deaf(outcome) else outcome)
+        return total.outcome()
+
     def break_tun(self) -> None:
         self._is_tun_broken = True
 
@@ -250,7 +264,7 @@ class ReferenceDatapath:
         return ask(is_refused=True) if _goes_to_the_deaf(outcome) else outcome
 
     def _count(self, total: Batch, packets: str, outcome: Outcome) -> None:
-        one = Batch({packets: 1, outcome.counter: 1}, writes=list(outcome.writes))
+        one = Batch({packets: 1, outcome.counter: 1}, writes=list(outcome.writes), punts=list(outcome.punts))
         if not self.has_vnet_hdr:
             one.writes = [NO_VNET_HDR + packet for write in outcome.writes for packet in reference.segments(write)]
         if outcome.icmp:
@@ -287,9 +301,11 @@ class FastDatapath:
         is_vxlan: bool = False,
     ) -> None:
         from udptun import _fastpath
+        from udptun.datapath.rings import Rings
         from udptun.datapath.stats import Stats
         from udptun.datapath.table import TableWriter
 
+        self._new_rings = Rings
         self._new_worker = _fastpath.Worker
         self._is_bucket_renewed = is_bucket_renewed
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
@@ -300,7 +316,8 @@ class FastDatapath:
             self._undo = self._undo.pop_all()
 
     def _set_up(self, writer: TableWriter, stats: Stats, *, is_vxlan: bool) -> None:
-        self._writer, self._stats = writer, stats
+        self._writer, self.stats = writer, stats
+        self.rings = self._new_rings(stats, ())
         self._undo.callback(writer.close)
         self._undo.callback(stats.close)
         # One processor for sender, loopback and receiver: its backlog keeps the order across sockets. It is the one we
@@ -329,7 +346,7 @@ class FastDatapath:
         self.table = overlay(ports, is_vxlan=is_vxlan)
 
         self._publish()
-        self._renew_worker()
+        self.renew_worker()
 
     def __enter__(self) -> Self:
         return self
@@ -337,7 +354,7 @@ class FastDatapath:
     def __exit__(self, kind: type[BaseException] | None, exc: object, trace: TracebackType | None) -> None:
         try:
             if kind is None:
-                left = self._collect(n_sends=0)
+                left = self.collect(n_sends=0)
                 assert (left.sends, left.writes) == ({}, []), "something came out that no counter announced"
         finally:
             del self._worker
@@ -345,12 +362,12 @@ class FastDatapath:
 
     @property
     def counters(self) -> dict[str, int]:
-        return self._stats.counters()
+        return self.stats.counters()
 
     @property
     def refused(self) -> Offload:
         """What the worker has found that the kernel does not do for it."""
-        return self._stats.refused(1)
+        return self.stats.refused(1)
 
     def configure(self, **changes: object) -> None:
         self.table = replace(self.table, **changes)  # type: ignore[arg-type]
@@ -359,7 +376,7 @@ class FastDatapath:
     def set_overlay(self, network: str, own_subnet: str, leases: Sequence[tuple[str, Peer]]) -> None:
         for peer in self.table.peers:
             self._writer.remove_peer(peer.subnet)
-        assert self._writer.publish(self._stats)
+        assert self._writer.publish(self.stats)
         self.table = _another_overlay(self.table, network, own_subnet, leases)
         self._publish()
 
@@ -407,6 +424,15 @@ class FastDatapath:
     def decap(self, payload: bytes, source: str) -> Outcome:
         return self.decap_batch([(payload, source)]).outcome()
 
+    def inject(self, packet: bytes, *, into_tun: bool = False) -> Outcome:
+        return self.inject_zeros(packet, 0, into_tun=into_tun)
+
+    def inject_zeros(self, packet: bytes, length: int, *, into_tun: bool = False) -> Outcome:
+        """Zeros follow `packet`, so that it is as long as that."""
+        before = self._begin(1)
+        assert self.rings.inject(packet, length, into_tun=into_tun)
+        return self._finish(before, "inject_packets", 1).outcome()
+
     def encap_trains(self, raws: Sequence[bytes]) -> list[tuple[int, int]]:
         """In which messages `raws` leave when the worker reads them at once: (packets, length of all but the last).
 
@@ -449,18 +475,26 @@ class FastDatapath:
         """PEER_COUNTERS of the peer that leases `pod`."""
         peer = self.table.leasing(IPv4Address(pod))
         assert peer is not None
-        (counts,) = self._stats.peers([self._writer.index_of(peer.subnet)], 1)
+        (counts,) = self.stats.peers([self._writer.index_of(peer.subnet)], 1)
         return counts
 
     def set_local_addresses(self, addresses: Collection[IPv4Address]) -> int:
         """Publish these as the host's.  Returns how many did not fit."""
         n_left = self._writer.set_local_addresses(addresses)
-        assert self._writer.publish(self._stats)
+        assert self._writer.publish(self.stats)
         return n_left
 
     def strays(self, since_s: float = 0) -> list[Stray]:
         """What the worker has noted of datagrams that no lease explains."""
-        return self._stats.strays(1, since_s)
+        return self.stats.strays(1, since_s)
+
+    def socket_of(self, ip: str) -> socket.socket:
+        """The peer's."""
+        return self._outer[ip]
+
+    def send_from(self, ip: str, payload: bytes) -> None:
+        """Send a datagram from the peer, and leave it to the test what becomes of it."""
+        self._outer[ip].sendto(payload, self.udp.getsockname())
 
     def socket_of_any_source(self) -> socket.socket:
         """A socket of the test's that may send from each address of 127/8."""
@@ -498,6 +532,7 @@ class FastDatapath:
                 source_check=SourceCheck(table.source_check),
                 offload=ALL if self.has_vnet_hdr else ALL & ~Offload.VNET_HDR,
                 vtep=None if table.vtep is None else shared.Vtep(table.vtep.vni, table.vtep.mac),
+                punt_id=table.punt_id,
             )
         )
         assert self._writer.set_local_addresses(table.local_addresses) == 0
@@ -509,19 +544,21 @@ class FastDatapath:
                 mac=peer.mac,
             )
             self._writer.set_peer(peer.subnet, remote, peer.mtu)
-        assert self._writer.publish(self._stats), "no worker runs, so none can hold the other slot"
+        assert self._writer.publish(self.stats), "no worker runs, so none can hold the other slot"
 
-    def _renew_worker(self) -> None:
+    def renew_worker(self, index: int = 0, *, events: tuple[int, ...] = ()) -> None:
+        """Have another worker go on, as a process does in the place of one that is gone."""
         self._worker = self._new_worker(
-            *(self._writer.fd, self._stats.fd, 0, self._worker_tun.fileno(), self.udp.fileno()),
+            *(self._writer.fd, self.stats.fd, index, self._worker_tun.fileno(), self.udp.fileno()),
             [sock.fileno() for sock in self.senders],
+            events=events,
         )
         self._n_answers = 0
 
     def _begin(self, n_packets: int) -> dict[str, int]:
         """Make sure that the bucket holds an answer for each packet; return the counters."""
         if self._is_bucket_renewed and self._n_answers + n_packets > ICMP_BURST:
-            self._renew_worker()
+            self.renew_worker()
         return self.counters
 
     def _finish(self, before: dict[str, int], packets: str, n: int) -> Batch:
@@ -533,11 +570,12 @@ class FastDatapath:
         counts = {name: after[name] - before[name] for name in after if after[name] != before[name]}
         answers = counts.get("icmp_sent", 0)
         self._n_answers += answers
-        batch = self._collect(counts.get("encap_sent", 0) + (answers if packets == "decap_packets" else 0))
+        n_sends = sum(counts.get(name, 0) for name in ("encap_sent", "inject_sent"))
+        batch = self.collect(n_sends + (answers if packets == "decap_packets" else 0))
         batch.counts = counts
         return batch
 
-    def _collect(self, n_sends: int) -> Batch:
+    def collect(self, n_sends: int) -> Batch:
         """Everything that has come out, once `n_sends` datagrams have."""
         batch = Batch()
         deadline = time.monotonic() + DEADLINE_S
@@ -554,6 +592,7 @@ class FastDatapath:
             batch.writes = list(_drain(self.tun))
             if not self.has_vnet_hdr:
                 batch.writes = [NO_VNET_HDR + write for write in batch.writes]
+        batch.punts = [punt.packet for punt in self.rings.take_punts()]
         return batch
 
 

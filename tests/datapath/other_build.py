@@ -1,12 +1,13 @@
 """A datapath process as an earlier or a later build would start it: it holds what it is given and moves no packet.
 
-    python other_build.py <kind> <listen> <table> <stats> <lock> <tun> <udp>
+    python other_build.py <kind> <listen> <table> <stats> <lock> <tun> <udp> <events> ...
 
 It hands out its descriptors, competes for the lock and ends when it is told to, as every build does.  What waits in
 the queues is for its successor.  Kinds:
 
     first       HELLO of the first builds, 60 bytes without length and version
-    later       HELLO with another layout version, fields that nobody here knows, and two descriptors more
+    later       HELLO with another layout version, fields that nobody here knows, and two descriptors more; one more
+                beside the eventfds, too
     unknown     something else that only begins in the same way
     silent      nothing at all
 """
@@ -37,9 +38,11 @@ def hello(kind: str, is_active: bool) -> bytes:
 
 
 def main(kind: str, listen_fd: int, *fds: int) -> None:
+    fds, events = fds[:5], fds[5:]
     listener, lock_fd = socket.socket(fileno=listen_fd), fds[2]
     if kind == "later":
         fds += os.pipe()
+        events += (os.eventfd(0),)
     active = threading.Event()
     woken, wake = os.pipe()
 
@@ -66,6 +69,8 @@ def main(kind: str, listen_fd: int, *fds: int) -> None:
             message = connection.recv(64)
             if message == b"stop":
                 os._exit(0)
+            if message == b"events" and kind == "later":
+                socket.send_fds(connection, [message], list(events))
             if not message:
                 connections.remove(connection)
 

@@ -21,6 +21,7 @@ from scapy.layers.inet import IP, UDP
 from udptun.core.offload import Offload
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath.protocol import Descriptors
+from udptun.datapath.rings import new_events
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.sockets import bind_sockets, new_sockets, open_sockets
 from udptun.datapath.stats import Stats
@@ -47,10 +48,11 @@ class Rig:
         for source in self._sources:
             source.bind((str(THERE), 0))
         self.table, self.stats = TableWriter.create(), Stats.create()
-        self.lock = new_lock()
+        self.lock, self.events = new_lock(), new_events()
         for close in (self.table.close, self.stats.close):
             undo.callback(close)
-        undo.callback(os.close, self.lock)
+        for fd in (self.lock, *self.events):
+            undo.callback(os.close, fd)
         network = IPv4Network("10.244.0.0/16")
         # One write a packet: what is put together has one header for all.
         self.table.configure(PacketSettings(network, OWN, HERE, 1472, SourceCheck.PEER, Offload.VNET_HDR))
@@ -64,7 +66,7 @@ class Rig:
         self.sockets += more
         udp = tuple(it.fileno() for it in self.sockets[:n])
         queues = tuple(self._undo.enter_context(self._worker_tun.dup()).fileno() for _ in range(n))
-        return Descriptors(self.table.fd, self.stats.fd, self.lock, queues, udp)
+        return Descriptors(self.table.fd, self.stats.fd, self.lock, queues, udp, events=self.events)
 
     def send(self, numbers: range) -> None:
         """A packet with each of these numbers in each flow."""

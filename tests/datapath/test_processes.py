@@ -33,6 +33,7 @@ from udptun.core.tunnel import SourceCheck
 from udptun.datapath import processes, supervision, worker
 from udptun.datapath.protocol import Descriptors
 from udptun.datapath.restarts import CALM_S, PAUSES_S, Death, Restarts
+from udptun.datapath.rings import new_events
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
 from udptun.datapath.supervision import Datapath
@@ -61,10 +62,9 @@ class Rig:
         )
         self.table.set_peer(PEER, Remote(IPv4Address("127.0.0.2"), self.peer.getsockname()[1], True), 1472)
         assert self.table.publish(self.stats)
-        self.lock = supervision.new_lock()
-        self.descriptors = Descriptors(
-            self.table.fd, self.stats.fd, self.lock, (self.tun.fileno(),), (self.udp.fileno(),)
-        )
+        self.lock, self.events = supervision.new_lock(), new_events()
+        fds = (self.table.fd, self.stats.fd, self.lock, (self.tun.fileno(),), (self.udp.fileno(),))
+        self.descriptors = Descriptors(*fds, events=self.events)
 
     def send(self, n: int = 1) -> None:
         for _ in range(n):
@@ -78,7 +78,8 @@ class Rig:
     def close(self) -> None:
         self.table.close()
         self.stats.close()
-        os.close(self.lock)
+        for fd in (self.lock, *self.events):
+            os.close(fd)
         for it in (self.kernel, self.tun, self.udp, self.peer):
             it.close()
 
@@ -165,6 +166,7 @@ def test_next_control_plane_finds_both_processes_and_their_descriptors(rig: Rig)
             assert process.descriptors is not None
             for theirs, ours in zip(process.descriptors.as_list(), rig.descriptors.as_list(), strict=True):
                 assert os.path.sameopenfile(theirs, ours)
+            assert len(process.descriptors.events) == 2
             process.close_descriptors()
             process.detach()
         rig.send()
@@ -337,8 +339,14 @@ def test_processes_of_any_build_hand_over_their_descriptors_and_stop(rig: Rig, k
             assert process.layout_version == layout_version
             assert (process.build_id, process.started_ns) == ("0123456789abcdef" * 2, 123_456_789)
             taken = process.take_descriptors()
-            for theirs, ours in zip(taken.as_list(), rig.descriptors.as_list(), strict=True):
+            # The first builds had no rings, and so no eventfds.
+            held = rig.descriptors if kind == "later" else dataclasses.replace(rig.descriptors, events=())
+            for theirs, ours in zip(taken.as_list(), held.as_list(), strict=True):
                 assert os.path.sameopenfile(theirs, ours)
+            for theirs, ours in zip(taken.events, held.events, strict=True):
+                os.eventfd_write(theirs, 7)
+                assert os.eventfd_read(ours) == 7
+            for theirs in taken.as_list():
                 os.close(theirs)
         # Nothing but our ends of the connections is left, whatever was handed over.
         assert open_fds() == n_before + 2

@@ -34,16 +34,16 @@ def test_hello_of_version_1_is_understood() -> None:
 def test_hello_of_this_build_says_what_its_process_has_given_up(number: int, confinement: Confinement | None) -> None:
     head = struct.pack("=4sII", b"udpt", HELLO.size + HELLO_CONFINEMENT.size, HELLO_VERSION)
     ours = head + OURS[12:] + HELLO_CONFINEMENT.pack(number)
-    assert (len(ours), HELLO_VERSION) == (76, 2)
-    assert Hello.parse(ours) == replace(UNDERSTOOD, confinement=confinement)
+    assert (len(ours), HELLO_VERSION) == (76, 3)
+    assert Hello.parse(ours) == replace(UNDERSTOOD, confinement=confinement, has_events=True)
     # Cut off, it says nothing of that.
-    assert Hello.parse(ours[:74]) == UNDERSTOOD
+    assert Hello.parse(ours[:74]) == replace(UNDERSTOOD, has_events=True)
 
 
 def test_hello_of_a_later_build_is_understood_as_far_as_it_is_known() -> None:
     more = b"fields of another year"
     later = struct.pack("=4sII", b"udpt", 72 + len(more), 12) + OURS[12:] + more
-    assert Hello.parse(later) == UNDERSTOOD
+    assert Hello.parse(later) == replace(UNDERSTOOD, has_events=True)
 
 
 def test_hello_of_the_first_builds_is_told_by_its_size() -> None:
@@ -72,6 +72,7 @@ def test_descriptors_are_told_apart_by_their_order() -> None:
     assert Descriptors.from_list(range(12), UNDERSTOOD) == known
     assert Descriptors.from_list(range(12), replace(UNDERSTOOD, n_senders=None)).senders == tuple(range(7, 12))
     assert known.as_list() == list(range(10))
+    assert replace(known, events=(10, 11)).as_list() == list(range(12))
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ class Tunnelled:
                 }
                 for remote, count in zip(map(self._encapsulation.remote, leases), counts, strict=True)
             ],
-            "counters": stats.counters(),
+            "counters": {**stats.counters(), "inject_drop_full": self.tunnel.rings.n_refused},
         }
 
     def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Remote]:

@@ -17,12 +17,13 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import Confinement
 from udptun.datapath import worker
-from udptun.datapath.protocol import MAX_DESCRIPTORS, MAX_HELLO_BYTES, Descriptors, Hello
+from udptun.datapath.protocol import MAX_DESCRIPTORS, MAX_HELLO_BYTES, N_EVENTS, Descriptors, Hello
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Process:
         self._child = child
         self._pid_here = self.pid
         """Its pid as the kernel tells it to us; 0 while unknown, and for a process that cannot be seen from here."""
+        self._are_events_due = False
         self._changed = asyncio.Event()
         self._not_understood = b""
         self._observers: list[Callable[[], None]] = []
@@ -73,7 +75,7 @@ class Process:
 
     async def wait_hello(self) -> None:
         """Until it has introduced itself.  Raises DatapathError when it ends first, stays silent or is no datapath."""
-        await self._wait(lambda: bool(self.build_id), "introduce itself")
+        await self._wait(lambda: bool(self.build_id) and not self._are_events_due, "introduce itself")
 
     async def stop(self) -> None:
         """End the process and wait until it is gone: it is told to, and killed when it does not obey.
@@ -214,7 +216,10 @@ class Process:
                 fds += [fd for (fd,) in struct.iter_unpack("=i", data[: len(data) // 4 * 4])]
             elif kind == socket.SCM_CREDENTIALS:
                 self._pid_here, _uid, _gid = _CREDENTIALS.unpack_from(data)
-        if message:
+        if message == worker.EVENTS:
+            self._take_events(fds)
+            self._tell()
+        elif message:
             self._take_hello(message, fds)
             self._tell()
         else:
@@ -232,6 +237,7 @@ class Process:
                 hello = None
             else:
                 kept = self.descriptors.as_list()
+                self._are_events_due = hello.has_events
         for fd in fds:
             if fd not in kept:
                 os.close(fd)
@@ -245,6 +251,17 @@ class Process:
         self.is_active, self.started_ns = hello.is_active, hello.started_ns
         self.layout_version, self.build_id = hello.layout_version, hello.build_id
         self.confinement = hello.confinement
+        if is_first and self._are_events_due:
+            with contextlib.suppress(OSError):
+                self._connection.send(worker.EVENTS)
+
+    def _take_events(self, fds: list[int]) -> None:
+        kept = fds[:N_EVENTS] if self._are_events_due and self.descriptors is not None else []
+        for fd in fds[len(kept) :]:
+            os.close(fd)
+        if kept and self.descriptors is not None:
+            self.descriptors = replace(self.descriptors, events=tuple(kept))
+        self._are_events_due = False
 
     def _reap(self, pause_s: float) -> None:
         """It has closed its end of the connection.  It is gone when it has closed everything else too."""

@@ -19,6 +19,9 @@ MAX_HELLO_BYTES = 4096
 
 CONFINEMENTS = (Confinement.OFF, Confinement.CAPABILITIES, Confinement.FULL)
 """In the order of the numbers that stand for them in HELLO and in csrc/confine.h."""
+N_EVENTS = 2
+_EVENTS_VERSION = 3
+"""Of HELLO, from which on processes answer EVENTS."""
 
 _OLD_HELLO = struct.Struct("=4sIIIIQ32s")
 """HELLO of the first builds, recognised by its size: magic, layout version, pid, 1 if active, number of workers, start
@@ -27,7 +30,10 @@ _OLD_HELLO = struct.Struct("=4sIIIIQ32s")
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """How a datapath process introduces itself.  `n_senders` None: all descriptors beyond the others are senders."""
+    """How a datapath process introduces itself.  `n_senders` None: all descriptors beyond the others are senders.
+
+    `has_events`: it answers EVENTS.
+    """
 
     pid: int
     is_active: bool
@@ -37,13 +43,14 @@ class Hello:
     started_ns: int
     build_id: str
     confinement: Confinement | None = None
+    has_events: bool = False
 
     @classmethod
     def parse(cls, message: bytes) -> Hello | None:
         """From a message of any build; None where the message is no HELLO."""
         if len(message) == _OLD_HELLO.size:
             magic, layout_version, pid, active, n_workers, started_ns, build = _OLD_HELLO.unpack(message)
-            n_senders = confinement = None
+            version, n_senders, confinement = 0, None, None
         elif len(message) >= HELLO.size:
             fields = HELLO.unpack_from(message)
             magic, length, version, active, n_workers, started_ns, build, pid, layout_version, n_senders = fields
@@ -55,7 +62,8 @@ class Hello:
         if magic != HELLO_MAGIC:
             return None
         build_id = build.decode("ascii", "replace")
-        return cls(pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id, confinement)
+        known = (pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id, confinement)
+        return cls(*known, has_events=version >= _EVENTS_VERSION)
 
 
 def _confinement(message: bytes) -> Confinement | None:
@@ -68,7 +76,10 @@ def _confinement(message: bytes) -> Confinement | None:
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What a datapath process works with: memory files, the lock, a TUN queue and a UDP socket a worker, senders."""
+    """What a datapath process works with: memory files, the lock, a TUN queue and a UDP socket a worker, senders.
+
+    `events`: the two eventfds of the rings (`rings.new_events`); none of a build that has no rings.
+    """
 
     table: int
     stats: int
@@ -76,6 +87,7 @@ class Descriptors:
     tun: tuple[int, ...]
     udp: tuple[int, ...]
     senders: tuple[int, ...] = ()
+    events: tuple[int, ...] = ()
 
     @classmethod
     def from_list(cls, fds: Sequence[int], hello: Hello) -> Descriptors:
@@ -92,5 +104,5 @@ class Descriptors:
         return cls(table, stats, lock, tuple(rest[:n]), tuple(rest[n : 2 * n]), tuple(rest[2 * n :]))
 
     def as_list(self) -> list[int]:
-        """In the order of HELLO."""
-        return [self.table, self.stats, self.lock, *self.tun, *self.udp, *self.senders]
+        """All of them: first those of HELLO, in its order."""
+        return [self.table, self.stats, self.lock, *self.tun, *self.udp, *self.senders, *self.events]

@@ -31,7 +31,8 @@ class Vtep:
 class PacketSettings:
     """What a worker must know besides its peers.
 
-    `mtu`: largest inner packet, bytes.  `vtep` None: inner packets travel bare, without VXLAN.
+    `mtu`: largest inner packet, bytes.  `vtep` None: inner packets travel bare, without VXLAN.  `punt_id`: ICMP id of
+    the echo replies to the tunnel address that the control plane gets in place of the TUN; 0: it gets none.
     """
 
     network: IPv4Network
@@ -41,6 +42,7 @@ class PacketSettings:
     source_check: SourceCheck
     offload: Offload = ALL
     vtep: Vtep | None = None
+    punt_id: int = 0
 
     @property
     def tunnel_address(self) -> IPv4Address:

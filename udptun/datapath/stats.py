@@ -35,7 +35,7 @@ _STATS, _WORKER, _STRAY = shm.Structure("stats"), shm.Structure("worker"), shm.S
 _STRAY_FIELDS = _STRAY.packer("outer", "peer", "inner", "last_s", "datagrams")
 _N_WORKERS = LAYOUT["max_workers"]
 _N_PEER_COUNTERS = len(PEER_COUNTERS)
-_COUNTED_ALIKE = (5,)
+_COUNTED_ALIKE = (5, 6)
 """Earlier layout versions whose workers' blocks are where ours are, with the same counters first."""
 
 
@@ -71,6 +71,9 @@ class Stats:
         n_words = _N_WORKERS * LAYOUT["max_peers"] * _N_PEER_COUNTERS
         self._peers = memory[_STATS.offset("peer") :][: 8 * n_words].cast("Q")
         self._strays = memory[_STATS.offset("stray") :][: _N_WORKERS * LAYOUT["strays"] * _STRAY.size]
+        self.inject_ring = memory[_STATS.offset("inject") :][: LAYOUT["ring"]]
+        punts = memory[_STATS.offset("punt") :]
+        self.punt_rings = [punts[i * LAYOUT["ring"] :][: LAYOUT["ring"]] for i in range(_N_WORKERS)]
 
     @classmethod
     def create(cls) -> Stats:

@@ -342,7 +342,8 @@ class Datapath:
                         # -I -S: neither the environment nor site-packages; half the start-up time.
                         *(sys.executable, "-I", "-S", worker.__file__, fastpath.__file__, self._build_id),
                         *(str(fd) for fd in (listener.fileno(), fds.table, fds.stats, fds.lock)),
-                        *(",".join(map(str, some)) for some in (fds.tun, fds.udp, fds.senders, old_tun, old_udp)),
+                        *(",".join(map(str, some)) for some in (fds.tun, fds.udp, fds.senders, fds.events)),
+                        *(",".join(map(str, some)) for some in (old_tun, old_udp)),
                         str(int(self.is_spread)),
                         str(CONFINEMENTS.index(confinement)),
                     ],

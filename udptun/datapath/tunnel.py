@@ -25,6 +25,7 @@ from udptun.datapath import processes
 from udptun.datapath.processes import Process
 from udptun.datapath.protocol import Descriptors
 from udptun.datapath.rebinding import Endpoints, Rebinding
+from udptun.datapath.rings import Rings, new_events
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.sockets import open_senders, open_sockets, set_offload, share_port
 from udptun.datapath.stats import Stats
@@ -47,6 +48,7 @@ class Tunnel:
         table: TableWriter,
         stats: Stats,
         lock_fd: int,
+        events: tuple[int, ...],
         tun: Tun,
         endpoints: Endpoints,
         processes: list[Process],
@@ -55,10 +57,11 @@ class Tunnel:
     ) -> None:
         self.table = table
         self.stats = stats
+        self.rings = Rings(stats, events)
         self.tun = tun
         self.is_adopted = bool(processes)
         """Whether a datapath was running already when we came."""
-        self._lock_fd = lock_fd
+        self._lock_fd, self._events = lock_fd, events
         self._endpoints = endpoints
         self._asked: tuple[IPv4Address, int, int, int] | None = None
         """Address, port, workers and senders that an adopted datapath gets with `start`."""
@@ -108,7 +111,7 @@ class Tunnel:
                     udp.close()
                 raise
             endpoints = Endpoints(tun.fds, tuple(sockets), tuple(senders))
-            memory = (TableWriter.create(), Stats.create(), new_lock())
+            memory = (TableWriter.create(), Stats.create(), new_lock(), new_events())
             return cls(run_dir, *memory, tun, endpoints, [], wanted, confinement)
         found = await _end_unfinished(found)
         held = _take_one_set(found)
@@ -124,7 +127,9 @@ class Tunnel:
             stats.continue_from(held.stats)
             os.close(held.table)
             os.close(held.stats)
-        tunnel = cls(run_dir, table, stats, held.lock, tun, endpoints, found, wanted, confinement)
+        # A build that had no rings has no events either.
+        events = held.events or new_events()
+        tunnel = cls(run_dir, table, stats, held.lock, events, tun, endpoints, found, wanted, confinement)
         if not tun.is_attached():
             tun.reattach()
         # An earlier build switched the option off, and one worker of its datapath receives everything.
@@ -266,11 +271,13 @@ class Tunnel:
         self.tun.close()
         self.table.close()
         self.stats.close()
-        os.close(self._lock_fd)
+        for fd in (self._lock_fd, *self._events):
+            os.close(fd)
 
     def _descriptors(self, endpoints: Endpoints) -> Descriptors:
         udp, senders = (tuple(it.fileno() for it in them) for them in (endpoints.sockets, endpoints.senders))
-        return Descriptors(self.table.fd, self.stats.fd, self._lock_fd, endpoints.queues, udp, senders)
+        fds = (self.table.fd, self.stats.fd, self._lock_fd)
+        return Descriptors(*fds, endpoints.queues, udp, senders, self._events)
 
 
 async def _to_its_end(change: Coroutine[None, None, None]) -> None:

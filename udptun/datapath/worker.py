@@ -1,7 +1,7 @@
 """The datapath process.
 
     python -I -S worker.py <_fastpath .so> <build id> <listen> <table> <stats> <lock> <tun,…> <udp,…> <senders,…>
-                           <old tun,…> <old udp,…> <spread> <confinement>
+                           <events,…> <old tun,…> <old udp,…> <spread> <confinement>
 
 It is started with its descriptors inherited, needs no file but these two and imports next to nothing, so that it
 is ready in some 20 ms.  Any number of these processes may hold the same descriptors: the one that holds the lock
@@ -55,6 +55,10 @@ all workers send from.  Numbers are in host order, because both ends are on one 
 All this is frozen for good, and so are STOP, SOCK_SEQPACKET, that unknown messages are ignored and that a connection
 ends with its process: any build must be able to stop any other and to go on with its descriptors.  A later build may
 append fields and descriptors, and then raises length and version.  A reader takes what it knows and leaves the rest.
+But the first builds take all descriptors at the end for sockets, so what is none must not be among them.
+
+Version 3: the message b"events" is answered with the same word and two eventfds.  The first one wakes worker 0 for a
+packet of the control plane's, the second one tells the control plane of packets for it (fastpath/ring.pxd).
 
 The first builds had no length and no version: their HELLO has 60 bytes, with the layout version at 4, the pid at 8 and
 the rest as here.  A control plane of such a build reads 60 bytes of ours.  It can adopt and stop us, too: it takes our
@@ -62,8 +66,9 @@ length for a layout version that it does not know, and makes new memory files.
 """
 HELLO_CONFINEMENT = struct.Struct("=I")
 HELLO_MAGIC = b"udpt"
-HELLO_VERSION = 2
+HELLO_VERSION = 3
 STOP = b"stop"
+EVENTS = b"events"
 
 MAX_OLD_TURNS = 128
 """So many turns of 64 datagrams empty a full buffer.  A socket that stays may go on receiving for ever."""
@@ -91,16 +96,16 @@ def load_fastpath(path: str) -> ModuleType:
 def main(argv: list[str]) -> None:
     fastpath_file, build_id, *numbers = argv
     listen_fd, table_fd, stats_fd, lock_fd = map(int, numbers[:4])
-    lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:9]]
-    tun_fds, udp_fds, sender_fds, old_tun_fds, old_udp_fds = lists
-    with_program, wanted_confinement = numbers[9] == "1", int(numbers[10])
+    lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:10]]
+    tun_fds, udp_fds, sender_fds, event_fds, old_tun_fds, old_udp_fds = lists
+    with_program, wanted_confinement = numbers[10] == "1", int(numbers[11])
     descriptors = [table_fd, stats_fd, lock_fd, *tun_fds, *udp_fds, *sender_fds]
     # A terminal's or an init system's signals are meant for the control plane.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     fastpath = load_fastpath(fastpath_file)
     workers = [
-        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds, len(tun_fds))
+        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds, len(tun_fds), event_fds)
         for i, (tun_fd, udp_fd) in enumerate(zip(tun_fds, udp_fds, strict=True))
     ]
     started_ns = time.monotonic_ns()
@@ -141,7 +146,7 @@ def main(argv: list[str]) -> None:
         head = (HELLO_MAGIC, HELLO.size + len(more), HELLO_VERSION)
         return HELLO.pack(*head, active, len(workers), started_ns, build, *counts) + more
 
-    serve(socket.socket(fileno=listen_fd), descriptors, woken, hello)
+    serve(socket.socket(fileno=listen_fd), descriptors, event_fds, woken, hello)
     for worker in workers:
         worker.stop()
     # Between two turns nothing is in flight, which our successor would hand on once more.  A turn takes microseconds.
@@ -217,14 +222,27 @@ def close_out(old_udp_fds: list[int], udp_fds: list[int]) -> None:
                 continue
 
 
-def serve(listener: socket.socket, descriptors: list[int], woken: int, hello: Callable[[bool], bytes]) -> None:
+def serve(
+    listener: socket.socket,
+    descriptors: list[int],
+    event_fds: list[int],
+    woken: int,
+    hello: Callable[[bool], bytes],
+) -> None:
     """Answer the control plane until it says stop.  A byte from `woken` says that we are the active one now."""
     active = False
     connections: dict[int, socket.socket] = {}
     poller = select.poll()
     poller.register(listener, select.POLLIN)
     poller.register(woken, select.POLLIN)
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
+
+    def send(connection: socket.socket, message: bytes, fds: list[int]) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))]
+        try:
+            connection.sendmsg([message], rights)
+        except OSError:
+            # It has gone already; its end of file comes with the next poll.
+            return
 
     while True:
         for fd, _ in poller.poll():
@@ -245,15 +263,13 @@ def serve(listener: socket.socket, descriptors: list[int], woken: int, hello: Ca
                     message = b""
                 if message == STOP:
                     return
+                if message == EVENTS:
+                    send(connections[fd], EVENTS, event_fds)
                 if not message:
                     poller.unregister(fd)
                     connections.pop(fd).close()
             for connection in greeted:
-                try:
-                    connection.sendmsg([hello(active)], rights)
-                except OSError:
-                    # It has gone already; its end of file comes with the next poll.
-                    continue
+                send(connection, hello(active), descriptors)
 
 
 if __name__ == "__main__":

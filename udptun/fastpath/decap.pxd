@@ -18,6 +18,7 @@ from udptun.fastpath.coalesce cimport add_packet, begin_item, close_flow, is_ful
 from udptun.fastpath.coalesce cimport VNET, Item
 from udptun.fastpath.icmp cimport answer_peer
 from udptun.fastpath.loop cimport *
+from udptun.fastpath.ring cimport is_asked_for, punt
 from udptun.fastpath.segment cimport complete_checksum
 from udptun.fastpath.vxlan cimport check_prefix
 from udptun.fastpath.wire cimport *
@@ -58,7 +59,7 @@ cdef inline int datagram_size(
 
 
 cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) noexcept nogil:
-    """Check one datagram of message i, step its TTL and give it to the merger; or drop it.
+    """Check one datagram of message i, step its TTL and give it to the merger; or drop it, or punt it.
 
     `inner_size`: payload of the segments of a super-packet of UDP, bytes; 0 where the kernel tells none.
     """
@@ -82,6 +83,9 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) n
     if drop == NULL and ip_ttl(d) <= 1:
         drop = &c.decap_drop_ttl
         answer_peer(w, &p, ICMP_TIME_EXCEEDED, 0)
+    if drop == NULL and ip_destination(d) == w.slot.tunnel_address and is_asked_for(w.slot, &p):
+        punt(w, &p, load_be32(<const uint8_t *>&w.in_flight.source[i].sin_addr.s_addr))
+        return
     if drop == NULL:
         drop = offload_header(w.slot, c, &p, inner_size, &vnet)
     if drop != NULL:

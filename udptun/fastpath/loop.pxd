@@ -22,6 +22,7 @@ cdef enum:
     GROUP_SEGMENTS = 64           # UDP_MAX_SEGMENTS before Linux 6.9
     ICMP_MAX = 576                # bytes of an ICMP answer, RFC 1812 4.3.2.3
     ICMP_ROOM = 32                # bytes before an ICMP answer, for a virtio header or a prefix
+    SINGLE_ROOM = 32              # bytes before a single datagram's packet, for a prefix or a virtio header
     IS_WRITTEN = 0                # in the first byte of a packet: no IP version begins so
 
 cdef struct Packet:
@@ -49,12 +50,16 @@ cdef struct Loop:
     ut_peer_stats *peer_stats     # our row of stats.peer
     ut_in_flight *in_flight       # ours of stats.in_flight
     ut_stray *strays              # our row of stats.stray
+    ut_ring *punts                # our ring of stats.punt
+    ut_ring *injects              # worker 0's: what the control plane hands over; NULL of the others
+    int punt_fd                   # an eventfd that tells the control plane of punts; -1: nobody is told
     int tun_fd, udp_fd
     int senders[16]               # sockets with ports of their own to send from (flow.pxd), the same for all workers
     int n_senders
     int index, n_workers          # which worker of how many
     # Owned by the Worker object.
-    int event_fd
+    int event_fd                  # wakes us; worker 0's is the control plane's too, and borrowed
+    bint is_event_fd_ours
     uint32_t *single_until_s      # by peer: until when its datagrams go one by one; 0: in groups.  CLOCK_MONOTONIC
     uint8_t *headers              # encap: SEGMENTS times HEADER_ROOM bytes, each for a prefix and a segment's header
     Merger *merger                # decap
@@ -68,7 +73,9 @@ cdef struct Loop:
     iovec train_iov[UT_MESSAGES]
     int n_messages
     uint8_t icmp[ICMP_ROOM + ICMP_MAX]    # an ICMP answer
-    uint8_t single[32 + PACKET_MAX]       # one datagram of a group, put together, with its prefix
+    uint8_t single[SINGLE_ROOM + PACKET_MAX]  # one datagram put together, behind its prefix
+    ut_ring_slot injected                 # a slot of `injects`, copied before it is looked at
+    bint has_punted                       # the control plane has not been told of the last punts
     # The table of this turn, and what follows from it.
     const ut_slot *slot
     int prefix_len                # bytes before each inner packet on the wire

@@ -5,6 +5,7 @@
     worker      a block of words that one worker writes: the generation it uses, its state, its counters
     in flight   what a worker has read from the kernel and not yet handed on: its successor goes on with it
     stray       a slot of a worker for datagrams from an address that no lease explains
+    ring        packets between a worker and the control plane (ring.pxd)
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -16,19 +17,21 @@ cdef extern from "shm.h" nogil:
     enum:
         UT_TABLE_MAGIC, UT_STATS_MAGIC, UT_LAYOUT_VERSION
         UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
-        UT_LOCAL_ENTRIES, UT_MAX_LOCAL, UT_HASH, UT_STRAYS, UT_STRAY_SETS, UT_STRAY_WAYS
+        UT_LOCAL_ENTRIES, UT_MAX_LOCAL, UT_HASH, UT_STRAYS, UT_STRAY_SETS, UT_STRAY_WAYS, UT_RING_SLOTS, UT_RING_BYTES
         UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM, UT_MAX_SENDERS
         UT_PEER_UDPTUN, UT_PEER_ANY_SOURCE_PORT
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
         UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP, UT_OFFLOAD_VNET_HDR
         UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
+        UT_WAY_PEER, UT_WAY_TUN
+        UT_INJECT_WAITS, UT_INJECT_DONE, UT_INJECT_MALFORMED, UT_INJECT_NO_ROUTE, UT_INJECT_REFUSED, UT_INJECT_IN_FLIGHT
     struct ut_peer:
         sockaddr_in remote
         uint32_t subnet, mask, mtu, flags
         uint8_t prefix[1]
     struct ut_slot:
         uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, local_mask
-        uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni
+        uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni, punt_id
         uint8_t own_mac[6]
         uint32_t l1[1]
         uint32_t remotes[1]
@@ -59,15 +62,26 @@ cdef extern from "shm.h" nogil:
         uint8_t control[1][1]
         uint8_t arena[1]
         uint8_t train[1][1]
+    struct ut_ring_slot:
+        uint32_t checksum, result, error
+        uint64_t time_ns, sequence
+        uint32_t way, length, kept, peer, outer
+        uint8_t packet[1]
+    struct ut_ring:
+        uint64_t written, refused, begun, taken
+        ut_ring_slot slot[1]
     struct ut_stats:
         uint32_t magic, layout_version
         ut_worker worker[1]
         ut_peer_stats peer[1][1]
         ut_in_flight in_flight[1]
         ut_stray stray[1][1]
+        ut_ring inject
+        ut_ring punt[1]
     const ut_slot *ut_table_enter(const ut_table *table, ut_worker *worker)
     void ut_table_leave(ut_worker *worker)
     uint32_t ut_hash(uint32_t word)
+    uint32_t ut_slot_checksum(const ut_ring_slot *slot, uint32_t kept)
     void ut_store_u64(uint64_t *word, uint64_t value)
     uint64_t ut_load_u64(const uint64_t *word)
 
@@ -115,6 +129,16 @@ cdef struct Counters:
     Counter decap_drop_in_flight
     Counter icmp_sent
     Counter icmp_suppressed
+    # What came later stands at the end, so that memory of earlier builds counts on.
+    Counter decap_punted
+    Counter decap_drop_punt_full
+    Counter inject_packets
+    Counter inject_sent
+    Counter inject_delivered
+    Counter inject_drop_malformed
+    Counter inject_drop_no_route
+    Counter inject_drop_refused
+    Counter inject_drop_in_flight
 
 
 cdef inline uint32_t lookup(const ut_slot *table, uint32_t address) noexcept nogil:

@@ -68,6 +68,7 @@ cdef enum:
     TCP_SYN_RST_URG = 0x26
     # ICMP: types, and codes of "unreachable"
     ICMP_HEADER = 8
+    ICMP_ID = 4                   # of an echo and its reply
     ICMP_ECHO_REPLY = 0
     ICMP_UNREACHABLE = 3
     ICMP_NET_UNREACHABLE = 0

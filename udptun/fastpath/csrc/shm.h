@@ -1,8 +1,8 @@
 /* Layout of the two memory files that the control plane and the datapath share, and the atomics that guard them.
  *
- * One writer each: the control plane writes the table, worker i writes block i of the statistics.  Both files are
- * sparse and sealed against resizing; a page that nobody touches costs nothing.  Integers are in host order, but for
- * the socket addresses.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the control
+ * One writer each: the control plane writes the table, worker i writes block i of the statistics.  The rings, which lie
+ * in the file of the statistics, have two, and ring.pxd says who writes what.  Both files are sparse and sealed against
+ * resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket addresses.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the control
  * plane takes sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
  */
 #ifndef UDPTUN_SHM_H
@@ -16,7 +16,7 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 6u
+#define UT_LAYOUT_VERSION 7u
 
 #define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
@@ -39,6 +39,8 @@
 #define UT_STRAY_SETS 16u         /* slots of a worker for datagrams that no lease explains, in sets; a power of two */
 #define UT_STRAY_WAYS 4u          /* slots of a set, any of which a pair may have; a power of two */
 #define UT_STRAYS (UT_STRAY_SETS * UT_STRAY_WAYS)
+#define UT_RING_SLOTS 64u         /* packets that wait in a ring at most; a power of two */
+#define UT_RING_BYTES 448u        /* of a packet, in its slot */
 #define UT_TABLE_HEADER_BYTES 4096u
 #define UT_STATS_HEADER_BYTES 4096u
 
@@ -67,8 +69,9 @@ struct ut_slot {
     uint32_t offloads;            /* UT_OFFLOAD_*: what workers may use */
     uint32_t prefix_len;          /* before each packet on the wire: 0, or UT_PREFIX_BYTES with VXLAN */
     uint32_t vni;                 /* VXLAN: of all that we send and take */
+    uint32_t punt_id;             /* ICMP id of the echo replies that the control plane gets; 0: it gets none */
     uint8_t own_mac[6];           /* VXLAN: inner destination of all that is meant for us */
-    uint8_t reserved[6];
+    uint8_t reserved[2];
     uint32_t l1[UT_L1_ENTRIES];
     uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
     uint32_t local[UT_LOCAL_ENTRIES]; /* addresses of this host, hashed (ut_hash); 0: a free entry */
@@ -142,6 +145,43 @@ struct ut_in_flight {
     uint8_t train[UT_MESSAGES][UT_MESSAGE_BYTES];
 };
 
+/* One packet on its way between a worker and the control plane; whole cache lines (ring.pxd). */
+struct ut_ring_slot {
+    uint32_t checksum;            /* Adler-32 (RFC 1950) of all from `sequence` to the last byte kept */
+    uint32_t result;              /* UT_INJECT_*: what became of an injected packet.  Its consumer writes it */
+    uint32_t error;               /* with UT_INJECT_REFUSED: errno.  Its consumer writes it */
+    uint32_t reserved;
+    uint64_t time_ns;             /* CLOCK_MONOTONIC of the worker: when it got the packet from the kernel, or gave it */
+    uint64_t sequence;            /* number of the packet in its ring; the first one has 1 */
+    uint32_t way;                 /* UT_WAY_*: where an injected packet goes */
+    uint32_t length;              /* of the packet, bytes */
+    uint32_t kept;                /* so many of them are in the slot.  Of an injected packet the others are zero */
+    uint32_t peer;                /* of a punted packet: index of who leases its inner source; 0: nobody */
+    uint32_t outer;               /* of a punted packet: where its datagram came from */
+    uint32_t unused;
+    uint8_t packet[UT_RING_BYTES];
+};
+enum { UT_WAY_PEER = 0, UT_WAY_TUN = 1 };
+enum {
+    UT_INJECT_WAITS = 0,
+    UT_INJECT_DONE = 1,           /* the kernel has taken it */
+    UT_INJECT_MALFORMED = 2,
+    UT_INJECT_NO_ROUTE = 3,       /* no peer leases its destination */
+    UT_INJECT_REFUSED = 4,        /* by the kernel */
+    UT_INJECT_IN_FLIGHT = 5,      /* a process was killed with it; perhaps it was sent */
+};
+
+/* Packets from one producer to one consumer.  Numbers only ever grow; packet n is in slot (n - 1) % UT_RING_SLOTS. */
+struct ut_ring {
+    uint64_t written;             /* the producer's: number of the last packet that is whole */
+    uint64_t refused;             /* the producer's: packets that found the ring full, of the control plane's ring */
+    uint64_t producer_line[6];
+    uint64_t begun;               /* the consumer's: number of the last packet that it has begun to handle */
+    uint64_t taken;               /* the consumer's: number of the last packet whose slot is free again */
+    uint64_t consumer_line[6];
+    struct ut_ring_slot slot[UT_RING_SLOTS];
+};
+
 struct ut_stats {
     uint32_t magic, layout_version;
     uint8_t pad[UT_STATS_HEADER_BYTES - 8];
@@ -149,6 +189,8 @@ struct ut_stats {
     struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
     struct ut_in_flight in_flight[UT_MAX_WORKERS];
     struct ut_stray stray[UT_MAX_WORKERS][UT_STRAYS];
+    struct ut_ring inject;        /* from the control plane to worker 0 */
+    struct ut_ring punt[UT_MAX_WORKERS]; /* from each worker to the control plane */
 };
 
 /* A reader announces the generation it is about to use and looks again: the writer may have flipped in between and,
@@ -177,6 +219,27 @@ static inline void ut_table_leave(struct ut_worker *worker)
 static inline uint32_t ut_hash(uint32_t word)
 {
     return (word * UT_HASH) >> 16;
+}
+
+/* Of fewer than 5,553 bytes: neither half overflows before the end (RFC 1950 9). */
+static inline uint32_t ut_adler32(const void *data, size_t n)
+{
+    const uint8_t *p = (const uint8_t *)data;
+    uint32_t low = 1, high = 0;
+
+    for (; n; p++, n--) {
+        low += *p;
+        high += low;
+    }
+    return high % 65521 << 16 | low % 65521;
+}
+
+/* What a slot's checksum must be; `kept` is at most UT_RING_BYTES. */
+static inline uint32_t ut_slot_checksum(const struct ut_ring_slot *slot, uint32_t kept)
+{
+    const size_t begin = offsetof(struct ut_ring_slot, sequence);
+
+    return ut_adler32((const uint8_t *)slot + begin, offsetof(struct ut_ring_slot, packet) - begin + kept);
 }
 
 /* The writer's half. */
