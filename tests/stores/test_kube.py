@@ -9,7 +9,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -479,12 +479,13 @@ IMAGES = [{"names": [f"registry.example/{number:064x}"], "sizeBytes": number} fo
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    ("n_nodes", "allowed_s", "beats_s"),
-    [(500, 5 * 1.5, 1.0), pytest.param(5000, 1.5, 10.0, marks=pytest.mark.full)],
+    ("n_nodes", "allowed_s", "beats_s", "gone_s"),
+    [(500, 5 * 1.5, 1.0, 5 * 1.0), pytest.param(5000, 1.5, 10.0, 1.0, marks=pytest.mark.full)],
 )
 async def test_nodes_of_real_size_are_listed_in_little_more_than_the_server_takes_and_heartbeats_cost_little(
-    cluster: Cluster, n_nodes: int, allowed_s: float, beats_s: float
+    cluster: Cluster, n_nodes: int, allowed_s: float, beats_s: float, gone_s: float
 ) -> None:
+    """And a list that is needed because the server has forgotten what was before waits for nothing."""
     def make(it: Any) -> None:
         for number in range(1, n_nodes + 1):
             it.add_node(f"n{number}", f"10.{number >> 8}.{number & 255}.0/24", annotations(number), images=IMAGES)
@@ -507,7 +508,7 @@ async def test_nodes_of_real_size_are_listed_in_little_more_than_the_server_take
     assert len(snapshot.leases) == n_nodes
     print(f"{n_nodes} nodes, {n_bytes / n_nodes / 1000:.1f} kB each: sent in {sends_s:.2f} s, listed in {took_s:.2f} s")
     assert took_s - sends_s <= allowed_s
-    async with watching(store, snapshot.revision) as watcher:
+    async with watching(store, snapshot.revision, snapshot.leases) as watcher:
         await holds(lambda: cluster.api.n_watches() == 1, "the watch")
         # A kubelet writes every 5 minutes, as long as nothing changes.
         n_beats = int(n_nodes / 300 * beats_s) + 1
@@ -520,6 +521,90 @@ async def test_nodes_of_real_size_are_listed_in_little_more_than_the_server_take
         # The test's own share is in it.
         assert cpu_s / took_s < (0.02 if n_nodes == 5000 else 0.1)
         assert not watcher.events(EventType.ADDED)
+
+        def forget(it: Any) -> None:
+            it.nodes.delete("n2")
+            it.nodes.compact()
+
+        cluster.put_right(forget)
+        await asyncio.to_thread(cluster.api.drop_watches)
+        await watcher.until(lambda: "10.0.2.0-24" not in watcher.leases)
+        right_s = time.monotonic() - cluster.api.gone_s[-1]
+        print(f"right {right_s:.2f} s after the server has said that it has forgotten what was before (410)")
+        assert right_s <= gone_s
+    await store.aclose()
+
+
+@pytest.mark.parametrize("ending", ["dropped", "in order"])
+async def test_hosts_that_lose_their_watches_together_do_not_list_together(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """A server that restarts or begins its cache anew ends all watches, and has forgotten what was before.
+
+    The wait is before they ask again.  With one before the list as well, tables were right a second and a half late.
+    """
+    from udptun.lab.kube_api import server
+    from udptun.stores.kube import watch
+
+    async def end_in_order(connection: Any, *_: object) -> None:
+        await changed.wait()
+        await connection.end()
+
+    monkeypatch.setattr(watch, "reconnect_spread_s", lambda n_hosts: 2.0)
+    monkeypatch.setattr(watch, "_SHORT_S", 0.1)
+    follow = server.ApiServer._follow
+    changed = await asyncio.to_thread(cluster.api.do, lambda it: asyncio.Event())
+    if ending == "in order":
+        monkeypatch.setattr(server.ApiServer, "_follow", lambda self, connection, *rest: end_in_order(connection))
+    n_hosts = 16
+    stores = [cluster.store(f"n{number}") for number in range(n_hosts)]
+    async with AsyncExitStack() as undo:
+        watchers = [await undo.enter_async_context(watching(store)) for store in stores]
+        await holds(lambda: cluster.api.n_watches() == n_hosts, "all watches")
+        await asyncio.sleep(0.2)
+        monkeypatch.setattr(server.ApiServer, "_follow", follow)
+        n_requests = len(cluster.api.requests)
+
+        def restart(it: Any) -> None:
+            changed.set()
+            if ending == "dropped":
+                for task in cluster.api._watches:
+                    task.cancel()
+            it.add_node("new", "10.0.99.0/24", annotations(99))
+            it.nodes.compact()
+
+        cluster.put_right(restart)
+        for watcher in watchers:
+            await watcher.until(lambda watcher=watcher: "10.0.99.0-24" in watcher.leases)  # type: ignore[misc]
+    lists = [it.came_s for it in list(cluster.api.requests)[n_requests:] if it.line == "GET /api/v1/nodes?limit=500"]
+    assert len(lists) == n_hosts
+    # Half a second of two for all of sixteen would be a chance of one in fifty million.
+    assert max(lists) - min(lists) > 0.5
+    for store in stores:
+        await store.aclose()
+
+
+async def test_a_server_that_ends_each_watch_at_once_is_not_asked_without_a_pause(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked again as fast as it answered, for ever."""
+    from udptun.lab.kube_api import server
+
+    async def end(self: object, connection: Any, *_: object) -> None:
+        await connection.end()
+
+    monkeypatch.setattr(server.ApiServer, "_follow", end)
+    store = cluster.store()
+    snapshot = await store.snapshot()
+
+    async def follow() -> None:
+        async with aclosing(store.watch(snapshot.revision)) as batches:
+            async for _ in batches:
+                pass
+
+    with pytest.raises(StoreUnavailableError, match=r"cannot watch the nodes at .*: the server has ended it before"):
+        await follow()
+    assert sum("watch=true" in line for line in cluster.api.lines()) == 1
     await store.aclose()
 
 

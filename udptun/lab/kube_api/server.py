@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http import HTTPStatus
@@ -55,6 +56,8 @@ class ApiServer:
         self.tokens = dict(tokens or {})
         self.faults = Faults()
         self.requests: list[Request] = []
+        self.gone_s: list[float] = []
+        """When a watch was told that its revision is forgotten (410), by the monotonic clock."""
         self._bookmark_s = bookmark_s
         self._tls = tls
         self._address = ("127.0.0.1", 0)
@@ -270,6 +273,7 @@ class ApiServer:
             try:
                 news = objects.since(after)
             except ApiError as exc:
+                self.gone_s.append(time.monotonic())
                 await connection.send(_event("ERROR", _text(exc.body)))
                 await connection.end()
                 return

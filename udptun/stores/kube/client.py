@@ -28,6 +28,9 @@ WATCHES_S = (300, 600)
 """How long a watch lasts, by chance between these, seconds (client-go's minWatchTimeout).  All at once would be a
 burst."""
 
+_EARLY_S = 1.0
+"""A watch may end so much before its time."""
+
 _JSON = "application/json"
 
 _BODY = 1 << 20
@@ -46,7 +49,7 @@ class NotFoundError(Exception):
 
 
 class SilentError(Exception):
-    """A watch has ended in the middle, or nothing came for too long; the text says which."""
+    """A watch has ended in the middle or before its time, or nothing came for too long; the text says which."""
 
 
 class Client:
@@ -88,7 +91,7 @@ class Client:
     ) -> AsyncIterator[AsyncGenerator[list[NodeEvent], None]]:
         """The events of a watch of nodes, as many at a time as come together.
 
-        They end when the server ends the watch in order, or with SilentError.  Raises as `ask`.
+        They end when the server ends the watch in order and in time, or with SilentError.  Raises as `ask`.
         """
         http, operation = self._connect(), "watch the nodes"
         seconds = random.randint(*WATCHES_S)
@@ -101,20 +104,21 @@ class Client:
             "watch": "true",
         }
         request = Request("GET", f"/api/v1/nodes?{urlencode(query)}", {"Accept": _JSON})
+        ends_s = asyncio.get_running_loop().time() + seconds - _EARLY_S
         async with AsyncExitStack() as undo:
             with self._failures(operation):
                 answer = await undo.enter_async_context(http.ask(request, ANSWER_S, SILENCE_S))
                 text = None if answer.status_code == HTTPStatus.OK else await _body_of(answer)
             if text is not None:
                 await self._check(answer, text, operation)
-            yield self._events(answer, prefix)
+            yield self._events(answer, prefix, ends_s)
 
     async def aclose(self) -> None:
         if self._http is not None:
             self._http.close()
             self._http = None
 
-    async def _events(self, answer: Answer, prefix: str) -> AsyncGenerator[list[NodeEvent], None]:
+    async def _events(self, answer: Answer, prefix: str, ends_s: float) -> AsyncGenerator[list[NodeEvent], None]:
         buffer = bytearray()
         try:
             async for chunk in answer.chunks:
@@ -127,6 +131,9 @@ class Client:
             raise SilentError(f"it ended in the middle: {_said(exc)}") from exc
         except NodeFormatError as exc:
             raise SilentError(f"it has a line that cannot be read: {exc}") from exc
+        if asyncio.get_running_loop().time() < ends_s:
+            # As a server does that shuts down, or that begins its cache anew: to all hosts at the same moment.
+            raise SilentError("the server has ended it before its time")
 
     def _connect(self) -> Http:
         if self._http is None:

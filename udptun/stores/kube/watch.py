@@ -2,6 +2,10 @@
 
 A list is asked for at the start and where the server has forgotten what was before (410), never by a clock.  A watch
 that ends, breaks off or is silent goes on from the last revision that it has told of.
+
+When a server restarts, all hosts lose their watches at the same moment, and it has forgotten what was before: thousands
+would list at once.  So whoever loses a watch before its time waits by chance before it asks again.  The wait is before
+the question and not before the list, so a table is right as soon after the server's answer as a list takes.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ _SHORT_S = 1.0
 """A watch that breaks off sooner than this is no watch: whoever follows waits and tries again."""
 
 _RELIST_S = 1.0
-"""Lists are at least so far apart, and a bit more by chance."""
+"""Lists are at least so far apart."""
 
 
 @dataclass(slots=True)
@@ -89,7 +93,8 @@ class Nodes:
                     if asyncio.get_running_loop().time() - began_s < _SHORT_S:
                         raise StoreUnavailableError(f"cannot watch the nodes at {self._client.url}: {exc}") from exc
                     log.debug("node watch is opened again reason=%r", str(exc))
-                    await asyncio.sleep(self._spread_s())
+                    # See the module's text.
+                    await asyncio.sleep(random.uniform(0, reconnect_spread_s(len(self._table))))
         finally:
             self._last = place
 
@@ -102,14 +107,10 @@ class Nodes:
 
     async def _list_again(self, reason: str) -> Snapshot:
         log.info("node watch starts over with a list reason=%r", reason)
-        since_s = asyncio.get_running_loop().time() - (self._listed_s or 0.0)
-        # The server has forgotten what was before for all hosts at once, and a list of thousands is megabytes.
-        await asyncio.sleep(max(0.0, _RELIST_S - since_s) + self._spread_s())
+        if self._listed_s is not None:
+            since_s = asyncio.get_running_loop().time() - self._listed_s
+            await asyncio.sleep(max(0.0, _RELIST_S - since_s))
         return await self.snapshot()
-
-    def _spread_s(self) -> float:
-        """How long to wait before what all hosts do at once."""
-        return random.uniform(0, reconnect_spread_s(len(self._table)))
 
     async def _follow_once(self, place: _Place) -> AsyncGenerator[WatchBatch, None]:
         """The batches of one watch; they end with it."""
