@@ -25,6 +25,8 @@ from hypothesis import settings
 settings.register_profile("udptun", deadline=None)
 settings.load_profile("udptun")
 
+MANY_CASES = 8
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked `full` too")
@@ -84,6 +86,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
     if hasattr(config, "workerinput"):
         _group_by_shared_fixture(items)
+        _group_quick_cases(items)
     _skip_what_needs_a_lab(items)
 
 
@@ -94,6 +97,20 @@ def _group_by_shared_fixture(items: list[pytest.Item]) -> None:
     for item, fixtures in used.items():
         if fixtures:
             item.add_marker(pytest.mark.xdist_group(max(fixtures, key=lambda fixture: (n_users[fixture], fixture))))
+
+
+def _group_quick_cases(items: list[pytest.Item]) -> None:
+    """Put the cases of a function that has many into one group.
+
+    They take a millisecond each.  Handed out one by one they cost the process that hands out as much again: for each
+    test it counts all groups that a worker has had.
+    """
+    others = [item for item in items if not any(map(item.get_closest_marker, ("netns", "alone", "xdist_group")))]
+    n_cases = Counter(item.nodeid.partition("[")[0] for item in others)
+    for item in others:
+        function = item.nodeid.partition("[")[0]
+        if n_cases[function] >= MANY_CASES:
+            item.add_marker(pytest.mark.xdist_group(function))
 
 
 def _shared_fixtures(item: pytest.Item) -> list[str]:
