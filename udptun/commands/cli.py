@@ -9,6 +9,7 @@ command imports what it needs when it runs, so that `udptun status` does not wai
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -113,6 +114,8 @@ def _daemon(argv: list[str], environ: Mapping[str, str]) -> int:
 def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int:
     for number in _NOT_FOR_US:
         signal.signal(number, signal.SIG_IGN)
+    # What modules make stays. To look for garbage among it would be a twentieth of the start.
+    gc.disable()
 
     from udptun.config import flags
     from udptun.config.store_flags import StoreKind
@@ -136,6 +139,8 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
         _import_asyncio_without_ssl()
     from udptun.control import daemon
 
+    gc.freeze()
+    gc.enable()
     return daemon.run(options)
 
 
