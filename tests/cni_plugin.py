@@ -177,11 +177,3 @@ class FakeDelegate:
 def python_at_its_barest() -> list[str]:
     """The interpreter as the installed file runs it."""
     return [sys.executable, "-I", "-S"]
-
-
-def plugin_directory() -> Path | None:
-    """Where this machine has bridge and host-local; None when it has not."""
-    for directory in map(Path, ("/usr/lib/cni", "/opt/cni/bin")):
-        if all((directory / name).exists() for name in ("bridge", "host-local", "portmap")):
-            return directory
-    return None

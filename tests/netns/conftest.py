@@ -137,6 +137,13 @@ def host() -> Iterator[Host]:
         yield lab.host(1)
 
 
+_FILES = [
+    *map(Path, ("/run/flannel", "/run/udptun", "/var/lib/udptun")),
+    # Of a lab's containers.
+    *map(Path, ("/run/busybox", "/run/cni", "/var/lib/cni", "/etc/cni/net.d/10-flannel.conflist")),
+]
+
+
 def _names_outside_the_labs() -> set[str]:
     """What a test could leave in the namespaces it was started in: names that udptun or flannel would give."""
     links = {f"link {path.name}" for path in Path("/sys/class/net").iterdir()}
@@ -144,12 +151,12 @@ def _names_outside_the_labs() -> set[str]:
     namespaces = {f"namespace {path.name}" for path in run_netns.iterdir()} if run_netns.exists() else set()
     nft = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False).stdout
     tables = {line.strip() for line in nft.splitlines()}
-    files = {f"file {path}" for path in map(Path, ("/run/flannel", "/run/udptun", "/var/lib/udptun")) if path.exists()}
+    ours = {"link h1", "link underlay", "namespace p1"}
     return {
         name
-        for name in links | namespaces | tables | files
-        if any(word in name for word in ("flannel", "udptun", "cni0", "link h1", "link underlay", "namespace p1"))
-    }
+        for name in links | namespaces | tables
+        if name in ours or any(word in name for word in ("flannel", "udptun", "cni0", "namespace netns-"))
+    } | {f"file {path}" for path in _FILES if path.exists()}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
-"""Container runtimes that nobody here wrote, in a host of a lab: podman with its CNI back end, and containerd's CRI.
+"""containerd's CRI in a host of a lab, a container runtime that nobody here wrote.  (podman is in the lab itself.)
 
-Everything of theirs lies in one directory and in the host's own /run and /var/lib/cni. Both need no image from a
-registry: a container's root is a directory with static busybox.
+Everything of it lies in one directory and in the host's own /run and /var/lib/cni. It needs no image from a registry: a
+container's root is a directory with static busybox.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
@@ -20,35 +19,9 @@ from pathlib import Path
 
 import grpc
 
-from tests.cni_plugin import plugin_directory
 from udptun.lab.host import Host
+from udptun.lab.podman import CONFLIST, missing_packages, plugin_directory
 
-CONFLIST = (
-    '{"name":"cbr0","cniVersion":"0.3.1","plugins":['
-    '{"type":"flannel","delegate":{"hairpinMode":true,"isDefaultGateway":true}},'
-    '{"type":"portmap","capabilities":{"portMappings":true}}]}'
-)
-"""flannel's, unchanged."""
-
-_CONTAINERS_CONF = """\
-[containers]
-cgroups = "disabled"
-default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
-log_driver = "k8s-file"
-[network]
-network_backend = "cni"
-cni_plugin_dirs = ["{programs}", "{plugins}"]
-network_config_dir = "{directory}/net.d"
-[engine]
-cgroup_manager = "cgroupfs"
-events_logger = "file"
-"""
-_STORAGE_CONF = """\
-[storage]
-driver = "vfs"
-graphroot = "{directory}/graph"
-runroot = "{directory}/run"
-"""
 _CONTAINERD_CONF = """\
 version = 2
 root = "{directory}/root"
@@ -69,38 +42,6 @@ state = "{directory}/state"
     bin_dir = "{programs}"
     conf_dir = "{directory}/net.d"
 """
-
-
-class Podman:
-    """podman of one host, with the plugin `flannel` in the directory `programs`."""
-
-    def __init__(self, host: Host, directory: Path, programs: Path) -> None:
-        self.host = host
-        self.root = _busybox_root(directory / "rootfs")
-        (directory / "net.d").mkdir()
-        (directory / "net.d" / "10-flannel.conflist").write_text(CONFLIST)
-        values = {"directory": directory, "programs": programs, "plugins": plugin_directory()}
-        (directory / "containers.conf").write_text(_CONTAINERS_CONF.format(**values))
-        (directory / "storage.conf").write_text(_STORAGE_CONF.format(**values))
-        self._environ = [
-            f"CONTAINERS_CONF={directory}/containers.conf",
-            f"CONTAINERS_STORAGE_CONF={directory}/storage.conf",
-        ]
-        # crun wants one version of cgroups, and a host may have both.
-        host.run(["mount", "-t", "cgroup2", "none", "/sys/fs/cgroup"])
-
-    def __call__(self, *words: str, check: bool = True) -> str:
-        """What the command prints."""
-        return self.host.run(["env", *self._environ, "podman", *words], check=check, timeout=60).stdout.strip()
-
-
-def _busybox_root(root: Path) -> Path:
-    for directory in ("bin", "etc", "proc", "sys", "dev", "tmp", "run"):
-        (root / directory).mkdir(parents=True)
-    shutil.copy("/bin/busybox", root / "bin")
-    for name in ("sh", "ip", "ping", "wget", "httpd", "sleep"):
-        (root / "bin" / name).symlink_to("busybox")
-    return root
 
 
 class Containerd:
@@ -253,8 +194,4 @@ def _tar(files: dict[str, bytes]) -> bytes:
 
 def missing(*programs: str) -> str:
     """What is not on this machine of what these tests need; empty when all is there."""
-    lacking = [name for name in programs if shutil.which(name) is None]
-    if plugin_directory() is None:
-        lacking.append("containernetworking-plugins")
-    is_static = "not a dynamic" in subprocess.run(["ldd", "/bin/busybox"], capture_output=True, text=True).stderr
-    return ", ".join(lacking if is_static else [*lacking, "busybox-static"])
+    return ", ".join([*(name for name in programs if shutil.which(name) is None), *missing_packages()])

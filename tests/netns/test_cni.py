@@ -23,10 +23,10 @@ from tests.cni_plugin import (
     Plugin,
     finish,
     installed,
-    plugin_directory,
 )
 from tests.namespace import seconds_until
 from udptun.lab.host import Host
+from udptun.lab.podman import plugin_directory
 
 pytestmark = [
     pytest.mark.netns,

@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from container_runtimes import Podman, cgroup_parent, containerd, missing
+from container_runtimes import cgroup_parent, containerd, missing
 
 from tests.cni_plugin import installed
 from tests.namespace import seconds_until
 from udptun.lab.host import Host
+from udptun.lab.podman import ROOT, Podman
 
 pytestmark = pytest.mark.netns
 
@@ -29,11 +30,11 @@ def cgroup() -> Iterator[str]:
 
 
 @pytest.fixture
-def programs(host: Host, tmp_path: Path) -> Path:
-    """The directory with our plugin; the host has a subnet."""
+def node(host: Host) -> Host:
+    """A host with a subnet."""
     host.path("/run/flannel").mkdir()
     host.path("/run/flannel/subnet.env").write_text(SUBNET_ENV)
-    return installed(tmp_path / "cni").parent
+    return host
 
 
 def left(host: Host) -> list[str]:
@@ -46,11 +47,11 @@ def left(host: Host) -> list[str]:
     return found + [rule for rule in rules if rule.startswith("-A CNI-DN-")]
 
 
-@pytest.mark.skipif(bool(missing("podman", "crun")), reason=f"needs {missing('podman', 'crun')}")
-def test_podman_runs_reloads_stops_starts_and_removes_containers(host: Host, tmp_path: Path, programs: Path) -> None:
-    podman = Podman(host, tmp_path, programs)
+@pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}")
+def test_podman_runs_reloads_stops_starts_and_removes_containers(node: Host) -> None:
+    podman, host = Podman(node.machine), node
     httpd = ("/bin/busybox", "httpd", "-f", "-p", "80", "-h", "/bin")
-    podman("run", "-d", "--name", "a", "-p", "8080:80", "--network", "cbr0", "--rootfs", str(podman.root), *httpd)
+    podman("run", "-d", "--name", "a", "-p", "8080:80", "--network", "cbr0", "--rootfs", str(ROOT), *httpd)
 
     def addresses() -> str:
         return podman("exec", "a", "ip", "-4", "-o", "addr", "show", "eth0")
@@ -77,7 +78,7 @@ def test_podman_runs_reloads_stops_starts_and_removes_containers(host: Host, tmp
     seconds_until(is_served, 30)
     podman("rm", "-f", "-t", "0", "a")
     assert left(host) == []
-    given = ("--name", "b", "--ip", "10.244.30.77", "--network", "cbr0", "--rootfs", str(podman.root))
+    given = ("--name", "b", "--ip", "10.244.30.77", "--network", "cbr0", "--rootfs", str(ROOT))
     podman("run", "-d", *given, *httpd)
     assert "10.244.30.77/24" in podman("exec", "b", "ip", "-4", "addr")
     podman("rm", "-f", "-t", "0", "b")
@@ -86,9 +87,8 @@ def test_podman_runs_reloads_stops_starts_and_removes_containers(host: Host, tmp
 
 @pytest.mark.skipif(bool(missing("containerd", "runc", "ctr")), reason=f"needs {missing('containerd', 'runc', 'ctr')}")
 @pytest.mark.parametrize("n", [4, pytest.param(20, marks=pytest.mark.full)])
-def test_containerd_makes_and_removes_pods_four_at_a_time(
-    cgroup: str, host: Host, tmp_path: Path, programs: Path, n: int
-) -> None:
+def test_containerd_makes_and_removes_pods_four_at_a_time(cgroup: str, node: Host, tmp_path: Path, n: int) -> None:
+    host, programs = node, installed(tmp_path / "cni").parent
     with containerd(host, tmp_path, programs, cgroup) as cri, ThreadPoolExecutor(4) as pool:
         started_s = time.monotonic()
         sandboxes = list(pool.map(cri.run_sandbox, [f"pod{i}" for i in range(n)]))

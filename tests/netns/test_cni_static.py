@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.cni_plugin import IPV4_ENV, NAME, Plugin, plugin_directory
+from tests.cni_plugin import IPV4_ENV, NAME, Plugin
 from udptun.cni import install
 from udptun.lab.host import Host
+from udptun.lab.podman import plugin_directory
 
 BUILD = Path(__file__).resolve().parents[2] / "deploy" / "cni" / "build.py"
 PYTHON = Path("/usr/bin/python3")

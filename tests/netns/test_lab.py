@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pty
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +21,7 @@ from typing import Any
 import pytest
 from traffic import processes
 
-from udptun.lab import cli
+from udptun.lab import cli, podman
 from udptun.lab.comparison import Way, kernel_vxlan, plain_routing
 from udptun.lab.errors import CommandError, LabError
 from udptun.lab.host import SUBNET_ENV, UNDERLAY
@@ -375,6 +378,73 @@ def test_nothing_is_left_when_up_is_interrupted(command: Command, how: signal.Si
         os.killpg(up.pid, how)
         assert up.wait(10) == (130 if how is signal.SIGINT else -how)
     command.wait_gone()
+
+
+needs_containers = pytest.mark.skipif(bool(podman.missing_packages()), reason=f"needs {podman.missing_packages()}")
+
+
+@needs_containers
+def test_pods_of_a_lab_with_cni_are_containers_that_exec_and_status_know(command: Command) -> None:
+    up = command.up("--cni", "--pods", "2", "--hosts", "1")
+    assert up.returncode == 0, up.stderr
+    assert "lab: pod h1/p2 has 10.99.1.3" in up.stdout
+    assert [pod["address"] for pod in command.status()["hosts"][0]["pods"]] == ["10.99.1.2", "10.99.1.3"]
+    assert command("exec", "h1/p1", "--", "ping", "-c", "1", "-W", "5", "10.99.1.3").returncode == 0
+    assert command("exec", "h1", "--", "podman", "exec", "p1", "hostname").stdout == "p1\n"
+    inside = command("exec", "h1", "--", "podman", "exec", "p2", "ip", "-4", "-o", "addr", "show", "eth0").stdout
+    assert "10.99.1.3/24" in inside
+
+
+@needs_containers
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_of_containers_when_up_is_interrupted(command: Command, how: signal.Signals) -> None:
+    """Container and conmon have an environment of their own, so they are told by their machine's namespaces."""
+    with command.popen("up", "--cni", "--pods", "20", "--hosts", "1", "--daemon", " ".join(FAKE_DAEMON)) as up:
+        assert up.stdout is not None
+        while "pod h1/p1 has" not in up.stdout.readline():
+            assert up.poll() is None
+        holders = [pid for pid, line in command.processes().items() if "udptun.lab.holder" in line]
+        namespaces = {Path(f"/proc/{pid}/ns/{kind}").readlink() for pid in holders for kind in ("net", "mnt", "pid")}
+        assert len(namespaces) == 6
+        assert any("conmon" in line for line in command_lines(namespaces))
+        os.killpg(up.pid, how)
+        assert up.wait(10) == (130 if how is signal.SIGINT else -how)
+    command.wait_gone()
+    # The orphans are for the init of this machine to reap, which may take its time (seconds where it polls).
+    wait_until("the namespaces to go", lambda: not namespaces & namespaces_in_use(), 60)
+    assert not re.search("/run/busybox|/run/containers/graph", Path("/proc/self/mountinfo").read_text())
+
+
+def command_lines(namespaces: set[Path]) -> list[str]:
+    """Of the processes in one of these pid namespaces."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "ns" / "pid").readlink() in namespaces:
+                found.append((entry / "cmdline").read_text())
+    return found
+
+
+def test_a_lab_with_cni_names_the_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(podman, "PLUGIN_DIRS", [Path("/nonexistent")])
+    # One that needs libraries, as that of Debian's package busybox.
+    monkeypatch.setattr(podman, "_BUSYBOX", Path("/bin/ls"))
+    found = shutil.which
+    monkeypatch.setattr(podman.shutil, "which", lambda name: None if name == "podman" else found(name) or f"/{name}")
+    packages = ["podman", "containernetworking-plugins", "busybox-static"]
+    said = f"a lab with --cni needs {', '.join(packages)}: apt-get install {' '.join(packages)}"
+    with pytest.raises(LabError, match=re.escape(said)), Lab(f"t{os.getpid()}", cni=True):
+        pass
+
+
+@needs_containers
+def test_podman_that_has_not_used_cni_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """podman 5 has no CNI back end."""
+    with Lab(f"t{os.getpid()}", n_hosts=1) as lab:
+        client = podman.Podman(lab.host(1).machine)
+        monkeypatch.setattr(podman.Podman, "__call__", lambda self, *words: "an-id")
+        with pytest.raises(LabError, match=r"podman of h1 has not used CNI for its container p1 .* needs podman 4"):
+            client.run_pod("p1")
 
 
 def test_up_in_the_background_of_a_script_can_be_interrupted(command: Command) -> None:

@@ -43,6 +43,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="local",
         help="the daemons' --store (default: %(default)s, shared by all hosts; kube: an API server runs in the lab)",
     )
+    up.add_argument(
+        "--cni",
+        action="store_true",
+        help="pods are containers of podman, made through CNI with flannel's configuration; daemons run with --ip-masq",
+    )
     up.add_argument("--underlay-mtu", type=int, default=1500, metavar="BYTES")
     up.add_argument(
         "--daemon",
@@ -135,6 +140,7 @@ def _build_and_serve(options: argparse.Namespace, starter: socket.socket) -> Non
             store=options.store,
             underlay_mtu=options.underlay_mtu,
             daemon_command=shlex.split(options.daemon) if options.daemon else None,
+            cni=options.cni,
         ) as lab,
     ):
         lab.start()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from udptun.lab.errors import LabError
 from udptun.lab.holder import LAB_DIR
 from udptun.lab.machine import SOURCE_ROOT, File, Machine
+from udptun.lab.podman import Podman
 
 if TYPE_CHECKING:
     from udptun.lab.topology import Lab
@@ -34,7 +35,7 @@ SUBNET_ENV = "/run/flannel/subnet.env"
 
 
 class Pod:
-    """A network namespace of a host, with eth0 behind the host's cni0."""
+    """A network namespace of a host, with eth0 behind the host's cni0; a container's, if the host has containers."""
 
     def __init__(self, host: Host, number: int, address: IPv4Address) -> None:
         self.host = host
@@ -71,6 +72,7 @@ class Host:
         self.machine = machine
         self.underlay_address = UNDERLAY[FIRST_HOST + index]
         self.pods: list[Pod] = []
+        self._podman: Podman | None = None
         self._daemon: subprocess.Popen[str] | None = None
         self._notify: socket.socket | None = None
 
@@ -228,22 +230,36 @@ class Host:
             raise LabError(f"{self.name} has {len(self.pods)} pods, no p{number}")
         return self.pods[number - 1]
 
+    def prepare_containers(self) -> None:
+        """Give the host podman; the pods that are added from now on are containers.  Raises LabError."""
+        self._podman = Podman(self.machine)
+
     def add_pod(self) -> Pod:
-        """One more pod, as a CNI plugin would wire it with the subnet.env of this moment."""
-        gateway, mtu = self.gateway, self.mtu
+        """One more pod, with the subnet.env of this moment."""
         number = len(self.pods) + 1
+        pod = self._wire_pod(number) if self._podman is None else self._run_container(self._podman, number)
+        self.pods.append(pod)
+        log.info("pod %s has %s", pod, pod.address)
+        return pod
+
+    def _wire_pod(self, number: int) -> Pod:
+        """As a CNI plugin would."""
+        gateway, mtu = self.gateway, self.mtu
         pod = Pod(self, number, gateway.network[1 + number])
         self.run(["ip", "netns", "add", pod.name])
         pod.ip("link set lo up")
         self.attach(pod, "cni0", "eth0", gateway, pod.address, mtu)
         pod.ip(f"route add default via {gateway.ip}")
-        self.pods.append(pod)
-        log.info("pod %s has %s", pod, pod.address)
         return pod
 
-    def attach(
-        self, pod: Pod, bridge: str, link: str, gateway: IPv4Interface, address: IPv4Address, mtu: int
-    ) -> None:
+    def _run_container(self, podman: Podman, number: int) -> Pod:
+        container = podman.run_pod(f"p{number}")
+        pod = Pod(self, number, container.address)
+        # Whoever enters a pod looks for its network namespace under the pod's name.
+        self.path(f"/run/netns/{pod.name}").symlink_to(container.net_ns)
+        return pod
+
+    def attach(self, pod: Pod, bridge: str, link: str, gateway: IPv4Interface, address: IPv4Address, mtu: int) -> None:
         """Give `pod` one more link: its end is `link` with `address`, the other end a port of the host's `bridge`.
 
         The bridge is made with the address `gateway` when it isn't there yet.

@@ -30,6 +30,7 @@ from udptun.lab.errors import CommandError, LabError
 from udptun.lab.holder import LAB_DIR as LAB_DIR
 from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, Host
 from udptun.lab.machine import SOURCE_ROOT, Machine, signals_deferred
+from udptun.lab.podman import missing_packages
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +96,15 @@ class Lab:
         store: str = "local",
         underlay_mtu: int = 1500,
         daemon_command: Sequence[str] | None = None,
+        cni: bool = False,
     ) -> None:
         if not 1 <= n_hosts <= _MAX_HOSTS:
             raise LabError(f"a lab has 1 to {_MAX_HOSTS} hosts, not {n_hosts}")
         self.name = name
         self.hosts: list[Host] = []
         self.underlay_mtu = underlay_mtu
-        self.daemon_command = list(daemon_command) if daemon_command else _udptun_daemon(store)
+        self.daemon_command = list(daemon_command) if daemon_command else _udptun_daemon(store, cni)
+        self._has_containers = cni
         self._is_kube = store == StoreKind.KUBE.value
         self._api: subprocess.Popen[str] | None = None
         self._n_hosts = n_hosts
@@ -116,6 +119,8 @@ class Lab:
     def __enter__(self) -> Lab:
         if missing := missing_requirements():
             raise LabError(f"a lab needs {' and '.join(missing)}")
+        if self._has_containers and (missing := missing_packages()):
+            raise LabError(f"a lab with --cni needs {', '.join(missing)}: apt-get install {' '.join(missing)}")
         with contextlib.ExitStack() as undo:
             with signals_deferred():
                 self.switch = Machine(self.name, SWITCH)
@@ -192,6 +197,8 @@ class Lab:
             if self._offload is not Offload.FULL:
                 self._set_offload(host)
             self._register(host)
+            if self._has_containers:
+                host.prepare_containers()
         log.info("underlay %s connects %s", UNDERLAY, ", ".join(host.name for host in new))
 
     def _start_api(self) -> None:
@@ -293,8 +300,9 @@ class Lab:
                 tcpdump.send_signal(signal.SIGINT)
 
 
-def _udptun_daemon(store: str) -> list[str]:
+def _udptun_daemon(store: str, cni: bool) -> list[str]:
     more = [f"--kube-api-url=http://{UNDERLAY[1]}:{KUBE_PORT}"] if store == StoreKind.KUBE.value else []
+    more += ["--ip-masq"] if cni else []
     return [
         *(sys.executable, "-m", "udptun", "daemon"),
         *("--store", f"local:{LEASES}" if store == "local" else store),
