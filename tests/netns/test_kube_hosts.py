@@ -110,6 +110,22 @@ def test_pods_of_three_nodes_reach_each_other_and_the_nodes_say_what_flannels_do
             assert (conditions["NetworkUnavailable"]["status"], conditions["Ready"]["status"]) == ("False", "True")
 
 
+def check_remedy_is_said(host: Host, api: Any) -> None:
+    """To whoever asks the daemon, a pod that cannot start, or Kubernetes; the daemon that waits for its podCIDR."""
+    remedy = (
+        f"node {host.name}: it has no podCIDR: the controller manager gives each node one when it runs with "
+        "--allocate-node-cidrs=true and --cluster-cidr (kubeadm: --pod-network-cidr=<Network>), or give one by hand: "
+        f'kubectl patch node {host.name} -p \'{{"spec":{{"podCIDR":"<subnet>"}}}}\''
+    )
+    asked = host.run([sys.executable, "-m", "udptun", "status"], check=False)
+    assert (asked.returncode, asked.stdout) == (1, "")
+    assert asked.stderr.startswith("udptun: error: the daemon is not ready yet: waits for its lease in kube: ")
+    assert remedy in asked.stderr.replace("\\'", "'")
+    assert remedy in json.loads(host.path("/run/flannel/subnet.env.status").read_text())["reason"].replace("\\'", "'")
+    condition = next(it for it in node(api, host)["status"]["conditions"] if it["type"] == "NetworkUnavailable")
+    assert (condition["status"], condition["reason"], condition["message"]) == ("True", "NoPodCIDR", remedy)
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[tuple[Lab, Any]]:
     """Three hosts with a pod each, Type udp; h3 gets its podCIDR late."""
@@ -124,6 +140,7 @@ def running() -> Iterator[tuple[Lab, Any]]:
         seconds_until(lambda: "it has no podCIDR" in late.daemon_log(), "the remedy in the log", SOON_S)
         assert late.daemon is not None
         assert late.daemon.poll() is None
+        check_remedy_is_said(late, api)
         spec = {"spec": {"podCIDR": SUBNETS[late.name], "podCIDRs": [SUBNETS[late.name]]}}
         kind = "application/merge-patch+json"
         api.do(lambda it: it.nodes.patch(late.name, kind, spec, is_status=False))

@@ -56,6 +56,9 @@ def test_status_says_each_stage_and_since_when(subnet_file: Path) -> None:
         assert quoted(subnet_file) == (
             "waits for its lease in etcd: lease store unavailable error='refused' (since N s)"
         )
+        assert re.fullmatch(
+            r"waits for its lease in etcd: lease store unavailable error='refused' \(for \d+ s\)", status.waiting
+        )
         status.is_ready()
         log.warning("a warning of a daemon that is ready")
         assert (said(subnet_file)["state"], said(subnet_file)["reason"]) == ("ready", "ready")

@@ -99,10 +99,10 @@ class Daemon:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._answers = Answers()
+        self._node_status = NodeStatus(options.subnet_file)
+        self._answers = Answers(lambda: self._node_status.waiting)
         self._health_port = HealthPort(self._answers.health, options.healthz_ip, options.healthz_port)
         self._claims = Claims()
-        self._node_status = NodeStatus(options.subnet_file)
         self._hand_over = HandOver(options.run_dir, self._step_back, take_over=options.take_over)
         self._is_stepping_back = False
         self._config = ""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 
 from udptun import __version__
@@ -17,9 +18,13 @@ SCHEMA = 1
 
 
 class Answers:
-    """The answers of one daemon, from its very start.  `running` None: it is not ready yet."""
+    """The answers of one daemon, from its very start.  `running` None: it is not ready yet.
 
-    def __init__(self) -> None:
+    `waiting` then says what it does and what is in its way.
+    """
+
+    def __init__(self, waiting: Callable[[], str]) -> None:
+        self._waiting = waiting
         self.running: Running | None = None
         self._started_s = time.time()
 
@@ -44,7 +49,7 @@ class Answers:
     async def _status(self) -> Response:
         running = self.running
         if running is None:
-            message = "the daemon is not ready yet; its log says what it waits for\n"
+            message = f"the daemon is not ready yet: {self._waiting()}\n"
             return Response(HTTPStatus.SERVICE_UNAVAILABLE, message)
         uptime_s = time.time() - self._started_s
         # In a thread: with 65,000 peers it takes more than a second, in which the event loop would do nothing else.

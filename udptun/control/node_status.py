@@ -38,7 +38,8 @@ class NodeStatus(logging.Handler):
         self._path = path_beside(subnet_file)
         self._state = "starting"
         self._stage = ""
-        self._since_s = 0.0
+        self._reason = ""
+        self._since_s = time.time()
         self._is_writable = True
 
     def __enter__(self) -> NodeStatus:
@@ -66,6 +67,11 @@ class NodeStatus(logging.Handler):
         """subnet.env is written."""
         self._change("ready", "ready")
 
+    @property
+    def waiting(self) -> str:
+        """What the daemon does, what is in its way, and for how long it has been at it; for people."""
+        return f"{self._reason} (for {max(0, int(time.time() - self._since_s))} s)"
+
     def emit(self, record: logging.LogRecord) -> None:
         """A warning of the log."""
         if self._state == "starting" and record.name != __name__:
@@ -76,6 +82,7 @@ class NodeStatus(logging.Handler):
         self._write(stage)
 
     def _write(self, reason: str) -> None:
+        self._reason = reason
         if not self._is_writable:
             return
         said = {
