@@ -13,7 +13,7 @@ from contextlib import closing
 from ipaddress import IPv4Address, IPv4Network
 
 import pytest
-from scapy.all import IP, UDP
+from scapy.layers.inet import IP, UDP
 
 from udptun._fastpath import FIELDS, LAYOUT, Worker
 from udptun.core.tunnel import SourceCheck

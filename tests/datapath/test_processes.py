@@ -24,7 +24,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 import pytest
-from scapy.all import IP, UDP
+from scapy.layers.inet import IP, UDP
 
 from udptun import _fastpath
 from udptun._kabi import lib

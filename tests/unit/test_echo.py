@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address
 
 import pytest
-from scapy.all import ICMP, IP, UDP
+from scapy.layers.inet import ICMP, IP, UDP
 
 from udptun.core.echo import MIN_LENGTH, EchoReply, echo_request, parse_echo_reply
 
