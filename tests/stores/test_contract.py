@@ -236,6 +236,7 @@ async def test_the_network_config_is_read_and_its_absence_names_the_path(make: M
 
     store = harness.store()
     assert await store.network_config() == NET_CONF
+    assert not store.is_config_remote
     path.unlink()
     with pytest.raises(ConfigError, match=r"no network config at .*net-conf\.json: write it") as missing:
         await store.network_config()
