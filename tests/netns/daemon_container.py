@@ -1,7 +1,7 @@
-"""The daemon in containers under crun, as the manifest asks for it (deploy/kube-flannel.yml).
+"""The daemon in containers under crun, as the manifest asks for it (deploy/kube-flannel.yml), and cleanup.yml's.
 
-Command, capabilities, read-only root and mounts are read from the manifest.  What its image would hold, this machine's
-programs and this package with its bytecode, is bound into an otherwise empty root.
+Command, capabilities, read-only root and mounts are read from the manifests.  What their image would hold, this
+machine's programs and this package with its bytecode, is bound into an otherwise empty root.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.machine import SOURCE_ROOT, wait_until
 from udptun.lab.topology import KUBE_PORT, Lab
 
-MISSING = "" if shutil.which("crun") else "crun"
+MISSING = [name for name in ("crun",) if shutil.which(name) is None]
+"""What these tests need and this machine lacks."""
 
-_MANIFEST = SOURCE_ROOT / "deploy" / "kube-flannel.yml"
+_DEPLOY = SOURCE_ROOT / "deploy"
 _CONFIG_MAP = LAB_DIR / "kube-flannel-cfg"
 """For each host a directory, as the kubelet makes one of a ConfigMap."""
 _API = f"--kube-api-url=http://{UNDERLAY[1]}:{KUBE_PORT}"
@@ -63,16 +64,30 @@ class Containers:
         """Give the host the manifest's ConfigMap, with this net-conf.json."""
         directory = host.path(_CONFIG_MAP) / host.name
         directory.mkdir(parents=True, exist_ok=True)
-        for name, text in _manifest("ConfigMap")["data"].items():
+        for name, text in _object("kube-flannel.yml", "ConfigMap")["data"].items():
             (directory / name).write_text(net_conf if name == "net-conf.json" else text)
 
     def start(self, host: Host, name: str, *flags: str, without: Sequence[str] = ()) -> Container:
         """Run the manifest's daemon with these flags besides, and `without` others."""
+        pod = _pod("kube-flannel.yml")
+        (container,) = pod["containers"]
+        program, *args = [*container["command"], *container["args"]]
+        args = [it for it in args if it not in without]
+        return self._run(host, name, pod, container, [program, *args, _API, *flags])
+
+    def clean_up(self, host: Host) -> None:
+        """Have cleanup.yml's container do its work."""
+        pod = _pod("cleanup.yml")
+        (container,) = pod["initContainers"]
+        cleanup = self._run(host, "cleanup", pod, container, container["command"])
+        assert cleanup.process.wait(30) == 0, cleanup.log()
+
+    def _run(self, host: Host, name: str, pod: Any, container: Any, command: Sequence[str]) -> Container:
         # All hosts of a lab share its directory.
         name = f"{host.name}-{name}"
-        container = Container(host, name, _bundle(host, name, self._bytecode, flags, without))
-        self._started.append(container)
-        return container
+        running = Container(host, name, _bundle(host, name, self._bytecode, pod, container, command))
+        self._started.append(running)
+        return running
 
     def running(self, host: Host) -> list[Container]:
         """The host's, in the order in which they were started."""
@@ -138,17 +153,18 @@ class Container:
         self.process.wait()
 
 
-def _manifest(kind: str) -> Any:
-    return next(it for it in yaml.safe_load_all(_MANIFEST.read_text()) if it["kind"] == kind)
+def _object(manifest: str, kind: str) -> Any:
+    return next(it for it in yaml.safe_load_all((_DEPLOY / manifest).read_text()) if it["kind"] == kind)
 
 
-def _bundle(host: Host, name: str, bytecode: Path, flags: Sequence[str], without: Sequence[str]) -> Path:
+def _pod(manifest: str) -> Any:
+    return _object(manifest, "DaemonSet")["spec"]["template"]["spec"]
+
+
+def _bundle(host: Host, name: str, bytecode: Path, pod: Any, container: Any, command: Sequence[str]) -> Path:
     """Write what crun needs to run it; the directory, as the host has it."""
-    pod = _manifest("DaemonSet")["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
     security = container["securityContext"]
-    program, *args = [*container["command"], *container["args"]]
-    assert (program, security["capabilities"]["drop"]) == ("udptun", ["ALL"])
+    assert (command[0], security["capabilities"]["drop"]) == ("udptun", ["ALL"])
     capabilities = [f"CAP_{it}" for it in security["capabilities"]["add"]]
     bundle = LAB_DIR / "containers" / name
     root = host.path(bundle) / "rootfs"
@@ -161,7 +177,7 @@ def _bundle(host: Host, name: str, bytecode: Path, flags: Sequence[str], without
         "ociVersion": "1.0.2",
         "process": {
             "user": {"uid": 0, "gid": 0},
-            "args": [sys.executable, "-m", program, *(it for it in args if it not in without), _API, *flags],
+            "args": [sys.executable, "-m", *command],
             "env": [
                 f"PATH={os.environ['PATH']}",
                 f"PYTHONPATH={SOURCE_ROOT}",

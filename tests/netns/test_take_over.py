@@ -30,7 +30,7 @@ from udptun.lab.topology import DEFAULT_NET_CONF, LAB_DIR, Lab
 
 pytestmark = [
     pytest.mark.netns,
-    pytest.mark.skipif(bool(MISSING or MISSING_LIBRARIES), reason=f"needs {[*MISSING_LIBRARIES, MISSING]}"),
+    pytest.mark.skipif(bool(MISSING or MISSING_LIBRARIES), reason=f"needs {', '.join([*MISSING_LIBRARIES, *MISSING])}"),
 ]
 
 PROMISED_S = 0.5
