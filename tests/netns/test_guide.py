@@ -299,3 +299,40 @@ def test_containers_of_all_hosts_reach_each_other_with_packets_of_the_whole_mtu(
             recorder.terminate()
     assert len(seen(f"{WIRE[guide.kind]} and greater 1400")) == 12
     assert seen(f"greater 1400 and not ({WIRE[guide.kind]})") == []
+
+
+@pytest.mark.parametrize("guide", ["udp"], indirect=True)
+def test_policies_of_others_hold_in_front_of_flannels_rules_and_not_behind_them(guide: GuideLab) -> None:
+    """kube-router has its rules at the front of FORWARD, kube-network-policies in a chain before the translation."""
+
+    def passes(source: str, address: str) -> bool:
+        with guide.place(source).popen(["ping", "-c", "1", "-W", "1", address], stdout=subprocess.DEVNULL) as ping:
+            return ping.wait(DEADLINE_S) == 0
+
+    def rule(verb: str, *where: str) -> None:
+        drop = ("-s", "10.244.2.2", "-d", "10.244.1.2", "-j", "DROP")
+        guide.run("h1", "iptables", "-w", verb, "FORWARD", *where, *drop)
+
+    def wait_for(source: str, address: str) -> None:
+        seconds_until(lambda: passes(source, address), f"an answer of {address} to {source}", DEADLINE_S)
+
+    rule("-I", "1")
+    assert not passes("h2/p1", "10.244.1.2")
+    wait_for("h3/p1", "10.244.1.2")
+    rule("-D")
+    wait_for("h2/p1", "10.244.1.2")
+    # Behind flannel's, which accepts, a rule of iptables is never reached: it has to be in front.
+    rule("-A")
+    wait_for("h2/p1", "10.244.1.2")
+    rule("-D")
+    chain = "add chain inet policies out { type filter hook postrouting priority 95; }"
+    dropped = [
+        f"ip saddr {source} ip daddr {to}"
+        for source, to in (("10.244.1.2", "192.168.77.1"), ("10.244.2.2", "10.244.1.2"))
+    ]
+    script = ["add table inet policies", chain, *(f"add rule inet policies out {it} drop" for it in dropped)]
+    guide.run("h1", "nft", "; ".join(script))
+    assert not passes("h1/p1", "192.168.77.1")
+    assert not passes("h2/p1", "10.244.1.2")
+    guide.run("h1", "nft", "delete table inet policies")
+    wait_for("h1/p1", "192.168.77.1")
