@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import ssl
 import sys
@@ -34,6 +35,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
 ]
 
+UDPTUN = (sys.executable, "-m", "udptun")
 PREFIX = "flannel.alpha.coreos.com/"
 SOON_S = 20.0
 
@@ -108,6 +110,44 @@ def test_pods_of_three_nodes_reach_each_other_and_the_nodes_say_what_flannels_do
             assert data["Port"] == 8285 if kind == "udp" else data["VNI"] == 1
             conditions = {it["type"]: it for it in value["status"]["conditions"]}
             assert (conditions["NetworkUnavailable"]["status"], conditions["Ready"]["status"]) == ("False", "True")
+            assert written_by(api, host) == captured(host, kind, texts[f"{PREFIX}backend-data"])
+        host = lab.host(1)
+        # Somebody takes an annotation away: it alone is written again.
+        gone = {"metadata": {"annotations": {f"{PREFIX}kube-subnet-manager": None}}}
+        api.do(lambda it: it.nodes.patch(host.name, "application/merge-patch+json", gone, is_status=False))
+        again = '{"metadata":{"annotations":{"flannel.alpha.coreos.com/kube-subnet-manager":"true"}}}'
+        seconds_until(lambda: written_by(api, host)[2:] == [again], "the annotation", SOON_S)
+        wait_for_equal_tables(lab, SUBNETS)
+        # A start writes nothing that is there, and an end, even for good, takes nothing away.
+        host.stop_daemon()
+        host.start_daemon()
+        host.wait_ready(20)
+        host.stop_daemon()
+        host.run([*UDPTUN, "cleanup", "--release", *host.lab.daemon_command[-4:]])
+        assert written_by(api, host)[3:] == []
+        kinds = {re.sub(r"=[^&]*", "", line) for line in api.lines() if line.startswith("GET")}
+        assert kinds == {
+            "GET /api/v1/nodes?fieldSelector",
+            "GET /api/v1/nodes?limit&resourceVersion",
+            "GET /api/v1/nodes?allowWatchBookmarks&resourceVersion&timeout&timeoutSeconds&watch",
+        }
+
+
+def written_by(api: Any, host: Host) -> list[str]:
+    """The bodies of the host's patches, with N in the place of times."""
+    bodies = [it.body.decode() for it in list(api.requests) if it.line == f"PATCH /api/v1/nodes/{host.name}/status"]
+    return [re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "N", body) for body in bodies]
+
+
+def captured(host: Host, kind: str, backend_data: str) -> list[str]:
+    """What real flanneld v0.20 sent, with our backend-type and backend-data."""
+    return [
+        f'{{"metadata":{{"annotations":{{"flannel.alpha.coreos.com/backend-data":{json.dumps(backend_data)},'
+        f'"flannel.alpha.coreos.com/backend-type":"{kind}","flannel.alpha.coreos.com/kube-subnet-manager":"true",'
+        f'"flannel.alpha.coreos.com/public-ip":"{host.underlay_address}"}}}}}}',
+        '{"status":{"conditions":[{"type":"NetworkUnavailable","status":"False","lastHeartbeatTime":"N",'
+        '"lastTransitionTime":"N","reason":"FlannelIsUp","message":"Flannel is running on this node"}]}}',
+    ]
 
 
 def check_remedy_is_said(host: Host, api: Any) -> None:
@@ -117,7 +157,7 @@ def check_remedy_is_said(host: Host, api: Any) -> None:
         "--allocate-node-cidrs=true and --cluster-cidr (kubeadm: --pod-network-cidr=<Network>), or give one by hand: "
         f'kubectl patch node {host.name} -p \'{{"spec":{{"podCIDR":"<subnet>"}}}}\''
     )
-    asked = host.run([sys.executable, "-m", "udptun", "status"], check=False)
+    asked = host.run([*UDPTUN, "status"], check=False)
     assert (asked.returncode, asked.stdout) == (1, "")
     assert asked.stderr.startswith("udptun: error: the daemon is not ready yet: waits for its lease in kube: ")
     assert remedy in asked.stderr.replace("\\'", "'")
