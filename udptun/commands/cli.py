@@ -12,18 +12,19 @@ from __future__ import annotations
 import gc
 import os
 import select
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
 
 from udptun import __version__
 from udptun.core.errors import UdptunError, UsageError
 
 TYPE_CHECKING = False
-"""As typing's, which `udptun health` need not load."""
+"""As typing's.  A probe runs every few seconds: what only annotations and other commands need is not loaded here."""
 if TYPE_CHECKING:
     from argparse import ArgumentParser
+    from collections.abc import Callable, Mapping, Sequence
     from typing import NoReturn
+
+    _Command = Callable[[list[str], Mapping[str, str]], int]
 
 _STDOUT_FD = 1
 
@@ -112,7 +113,16 @@ def _daemon(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int:
-    for number in _NOT_FOR_US:
+    import signal
+
+    # These do nothing to a Go program that does not ask for them, and so to flanneld (sigtab_linux_generic.go). Their
+    # default is the end of the process, and log rotation, for one, sends some of them.  The datapath inherits that they
+    # are ignored.
+    for number in (
+        *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF),
+        *(signal.SIGIO, signal.SIGPWR, signal.SIGXCPU, signal.SIGXFSZ),
+        *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+    ):
         signal.signal(number, signal.SIG_IGN)
     # What modules make stays. To look for garbage among it would be a twentieth of the start.
     gc.disable()
@@ -142,16 +152,6 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
     gc.freeze()
     gc.enable()
     return daemon.run(options)
-
-
-_NOT_FOR_US = (
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF),
-    *(signal.SIGIO, signal.SIGPWR, signal.SIGXCPU, signal.SIGXFSZ),
-    *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
-)
-"""Signals that do nothing to a Go program that does not ask for them, and so to flanneld (sigtab_linux_generic.go).
-Their default is the end of the process, and log rotation, for one, sends some of them.  The datapath inherits that they
-are ignored."""
 
 
 def _import_asyncio_without_ssl() -> None:
@@ -320,8 +320,6 @@ def _version(argv: list[str], environ: Mapping[str, str]) -> int:
     print(f"udptun {__version__}")
     return 0
 
-
-_Command = Callable[[list[str], Mapping[str, str]], int]
 
 _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "daemon": ("join this host to the overlay network; installed as flanneld too", _daemon),

@@ -5,13 +5,17 @@ It costs little more than the start of Python, so it reads its arguments by hand
 
 from __future__ import annotations
 
+import _socket  # see kernel/peer.py
 import os
-import socket
 import struct
-from collections.abc import Mapping, Sequence
 
 from udptun.core.errors import UdptunError, UsageError
 from udptun.kernel.peer import peer_of
+
+TYPE_CHECKING = False
+"""As typing's, see cli.py."""
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 USAGE = """\
 usage: udptun health [--live | --ready] [--run-dir DIR]
@@ -50,19 +54,21 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _ask(where: str, path: str) -> None:
     """Raises UdptunError unless the daemon that listens at `where` answers a GET of `path` with 200."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+    connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
         # connect() waits for room in a full queue of a Unix socket, as long as this says.
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _TIMEOUT_S, 0))
-        try:
-            connection.connect(where)
-            pid, uid = peer_of(connection)
-            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: udptun\r\n\r\n".encode())
-            answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode(errors="replace")
-        except BlockingIOError as exc:
-            raise UdptunError(f"the daemon does not answer at {where} within {_TIMEOUT_S} s: it hangs") from exc
-        except OSError as exc:
-            raise UdptunError(f"no daemon answers at {where}: {exc.strerror or exc}") from exc
+        for option in (_socket.SO_SNDTIMEO, _socket.SO_RCVTIMEO):
+            connection.setsockopt(_socket.SOL_SOCKET, option, struct.pack("ll", _TIMEOUT_S, 0))
+        connection.connect(where)
+        pid, uid = peer_of(connection)
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: udptun\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode(errors="replace")
+    except BlockingIOError as exc:
+        raise UdptunError(f"the daemon does not answer at {where} within {_TIMEOUT_S} s: it hangs") from exc
+    except OSError as exc:
+        raise UdptunError(f"no daemon answers at {where}: {exc.strerror or exc}") from exc
+    finally:
+        connection.close()
     if uid not in (0, os.geteuid()):
         raise UdptunError(f"{where} belongs to uid {uid}, who is no daemon of ours; delete it")
     head, _, body = answer.partition("\r\n\r\n")

@@ -6,7 +6,11 @@ A message says what was attempted, with what, what the system answered and what 
 from __future__ import annotations
 
 import errno as _errno
-from collections.abc import Iterable
+
+TYPE_CHECKING = False
+"""As typing's, see commands/cli.py."""
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class UdptunError(Exception):
