@@ -10,31 +10,35 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+
+# Only for type checkers; these would be half of what the program takes.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 
-def replace(path: Path, text: str, mode: int = 0o600) -> None:
+def replace(path: Path | str, text: str, mode: int = 0o600) -> None:
     """Make `text` the content of `path`, with `mode` whatever the umask.  For one writer at a time.
 
     Raises OSError; the old file is then untouched.
     """
+    directory, name = os.path.split(path)
     # A fixed name: a file that a crash has left is used again by the next write.
-    with _written(path.with_name(f".{path.name}.new"), text, mode) as temporary:
-        temporary.replace(path)
+    temporary = os.path.join(directory, f".{name}.new")
+    _write(temporary, text, mode, lambda: os.replace(temporary, path))
 
 
 def create(path: Path, text: str, mode: int = 0o600) -> None:
     """Make `path` with `text`.  Raises FileExistsError when it is there, so that of several writers one wins."""
+    directory, name = os.path.split(path)
     # The name is random.  A pid would not do: containers that share the directory may all be process 1.
-    with _written(path.with_name(f".{path.name}.{os.urandom(8).hex()}"), text, mode) as temporary:
-        path.hardlink_to(temporary)
+    temporary = os.path.join(directory, f".{name}.{os.urandom(8).hex()}")
+    _write(temporary, text, mode, lambda: os.link(temporary, path))
 
 
-@contextmanager
-def _written(temporary: Path, text: str, mode: int) -> Iterator[Path]:
-    """Write `text` to `temporary`; the block then renames or links it.  At the end both are on disk."""
+def _write(temporary: str, text: str, mode: int, publish: Callable[[], None]) -> None:
+    """Write `text` to `temporary` and have `publish` rename or link it.  At the end both are on disk."""
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
@@ -42,22 +46,29 @@ def _written(temporary: Path, text: str, mode: int) -> Iterator[Path]:
             file.write(text)
             file.flush()
             os.fsync(fd)
-        yield temporary
-        directory_fd = os.open(temporary.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        publish()
+        directory_fd = os.open(os.path.dirname(temporary) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory_fd)
         finally:
             os.close(directory_fd)
     finally:
-        temporary.unlink(missing_ok=True)
+        _unlink(temporary)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
 
 
 def _main(action: str, path: str) -> int:
     try:
         if action == "replace":
-            replace(Path(path), sys.stdin.buffer.read().decode())
+            replace(path, sys.stdin.buffer.read().decode())
         else:
-            Path(path).unlink(missing_ok=True)
+            _unlink(path)
     except OSError as exc:
         return exc.errno or 1
     return 0

@@ -21,7 +21,7 @@ LIMIT_S = 60.0
 
 
 class ChildWriter:
-    """One write at a time, each by a process of its own (20 ms of processor time).  For one event loop.
+    """One write at a time, each by a process of its own (10 ms of processor time).  For one event loop.
 
     No further one is started while one hangs.  Whoever is cancelled leaves its process behind, killed.
     """
