@@ -1,7 +1,7 @@
 """containerd's CRI in a host of a lab, a container runtime that nobody here wrote.  (podman is in the lab itself.)
 
-Everything of it lies in one directory and in the host's own /run and /var/lib/cni. It needs no image from a registry: a
-container's root is a directory with static busybox.
+Everything of it lies in one directory and in the host's own /run and /var/lib/cni. It needs no image from a registry:
+that of the containers which hold the pods' namespaces is made here, of static busybox.
 """
 
 from __future__ import annotations

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from container_runtimes import missing
 from kube_server import MISSING
 from traffic import seconds_until
 
 from udptun.commands import status
 from udptun.lab.machine import Place
 from udptun.lab.owner import RunningLab
+from udptun.lab.podman import missing_packages
 
-LACKING = [*filter(None, [missing()]), *MISSING]
+LACKING = [*missing_packages(), *MISSING]
 pytestmark = [
     pytest.mark.netns,
     pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}"),

@@ -151,9 +151,9 @@ class Podman:
         shutil.copy(_BUSYBOX, here.path(ROOT / "bin"))
         machine.run(["chroot", str(ROOT), "/bin/busybox", "--install", "-s", "/bin"])
 
-    def __call__(self, *words: str, check: bool = True) -> str:
+    def __call__(self, *words: str) -> str:
         """What `podman WORDS` prints.  See `Machine.run`."""
-        return self._machine.run(["podman", *words], check=check, timeout=60).stdout.strip()
+        return self._machine.run(["podman", *words], timeout=60).stdout.strip()
 
     def run_pod(self, name: str) -> Container:
         """Start a container that sleeps, with an address of the host's subnet."""
