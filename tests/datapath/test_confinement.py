@@ -223,7 +223,7 @@ def test_a_process_that_a_signal_ends_is_followed_by_one_under_the_filter(rig: R
         before = {process.pid for process in datapath.processes}
         for pid in before:
             os.kill(pid, signal.SIGKILL)
-        await until(lambda: len({it.pid for it in datapath.standbys} - before) == 1)
+        await until(lambda: datapath.active is not None and len({it.pid for it in datapath.processes} - before) == 2)
         assert [it.confinement for it in datapath.processes] == [Confinement.FULL] * 2
 
     with_datapath(rig, test)

@@ -30,7 +30,7 @@ from udptun import _fastpath
 from udptun._kabi import lib
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import SourceCheck
-from udptun.datapath import processes, supervision, worker
+from udptun.datapath import hang, processes, supervision, worker
 from udptun.datapath.protocol import Descriptors
 from udptun.datapath.restarts import CALM_S, PAUSES_S, Death, Restarts
 from udptun.datapath.rings import new_events
@@ -707,3 +707,68 @@ def test_every_process_that_is_not_understood_is_named(rig: Rig) -> None:
         asyncio.run(test([process.pid for process in running[:2]]))
         assert [process.poll() for process in running] == [None] * 3
         assert len(list(rig.run_dir.iterdir())) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ hanging
+
+HANGS = f"""
+import mmap, struct, sys, time
+names = {{"__name__": "worker"}}
+exec(open({worker.__file__!r}).read(), names)
+load = names["load_fastpath"]
+
+class Hanging:
+    def __init__(self, table_fd, stats_fd, *_rest):
+        self._stats = mmap.mmap(stats_fd, 0)
+    def run(self):
+        # As in the middle of a turn with the first table.
+        struct.pack_into("=Q", self._stats, AT, 1)
+        time.sleep(1000)
+    def stop(self):
+        pass
+
+class Fastpath:
+    def __init__(self, module):
+        self._module = module
+        self.Worker = Hanging
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+names["load_fastpath"] = lambda path: Fastpath(load(path))
+names["main"](sys.argv[1:])
+"""
+
+
+def test_the_standby_goes_on_when_a_worker_hangs(
+    rig: Rig, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, nothing passed, and nothing told of it: the process lives, and answers."""
+    script = tmp_path_factory.mktemp("hangs") / "worker.py"
+    at = _fastpath.FIELDS["stats"]["worker"][0] + _fastpath.FIELDS["worker"]["generation_seen"][0]
+    script.write_text(HANGS.replace("AT", str(at)))
+    # The looks are a second apart, and here they are not.
+    monkeypatch.setattr(hang, "LOOK_S", 0.05)
+    monkeypatch.setattr(supervision, "_LOOK_S", 0.05)
+
+    async def main() -> None:
+        datapath = Datapath(rig.run_dir, rig.descriptors, [])
+        datapath.signs_of_life = lambda: rig.stats.signs_of_life(1)
+        supervisor = asyncio.create_task(asyncio.sleep(0))
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(worker, "__file__", str(script))
+                await datapath.start()
+                assert datapath.active is not None
+            hanging = datapath.active
+            rig.send(5)
+            supervisor = asyncio.create_task(datapath.supervise())
+            await until(lambda: hanging.is_gone, 15)
+            # Its standby hangs too, and then comes one that does not.
+            await rig.received(5, within_s=30)
+            await until(lambda: datapath.active is not None and len(datapath.standbys) == 1, 15)
+        finally:
+            supervisor.cancel()
+            await asyncio.wait([supervisor])
+            await datapath.stop()
+
+    asyncio.run(main())

@@ -122,6 +122,11 @@ class Process:
         """Whether a signal (SIGSTOP) has stopped it: it does nothing until SIGCONT.  False when that cannot be seen."""
         return self._state() == "T"
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether a debugger holds it.  False when that cannot be seen."""
+        return self._state() == "t"
+
     def detach(self) -> None:
         """Let go of the connection; the process goes on."""
         if self._connection.fileno() >= 0:

@@ -102,6 +102,15 @@ class Stats:
         """What each worker works with right now; 0 for those asleep or gone."""
         return self._words("generation_seen", _N_WORKERS)
 
+    def signs_of_life(self, n_workers: int) -> list[tuple[int, ...] | None]:
+        """Of each of the first `n_workers` workers numbers of which some change with each turn; None while it sleeps.
+        """
+        words = zip(*(self._words(name, n_workers) for name in ("generation_seen", "pid", "turns")), strict=True)
+        return [
+            (generation, pid, turns, sum(row)) if generation else None
+            for (generation, pid, turns), row in zip(words, self._counter_rows(n_workers), strict=True)
+        ]
+
     def forget_workers(self) -> None:
         """Say that no worker runs.  Only when every datapath process is known to be dead."""
         for worker in self._workers:

@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import udptun._fastpath as fastpath
 from udptun.core.errors import DatapathError
 from udptun.core.tunnel import Confinement
 from udptun.datapath import worker
+from udptun.datapath.hang import HangWatch
 from udptun.datapath.processes import Process, ProcessEndedError, new_connection
 from udptun.datapath.protocol import CONFINEMENTS, Descriptors
 from udptun.datapath.restarts import Restarts
@@ -78,6 +79,9 @@ class Datapath:
         self._dying: tuple[str, ...] = ()
         self._stopped_since: dict[Process, float] = {}
         """The processes that a signal has stopped, with time.monotonic() of when that was seen."""
+        self._hang_watch = HangWatch()
+        self.signs_of_life: Callable[[], Sequence[Hashable | None]] = list
+        """What `HangWatch` looks at: of each worker."""
         self._confinement = confinement
         self._failed_confined = ""
         """How a process has failed under the filter; while this says something others are started without."""
@@ -150,6 +154,7 @@ class Datapath:
                 self._bury_the_dead()
                 try:
                     await self._look_for_stopped()
+                    await self._look_for_hung()
                     if time.monotonic() >= self._start_due_s:
                         await self._start_missing()
                 except ProcessEndedError:
@@ -246,6 +251,20 @@ class Datapath:
         await self._end(active)
         del self._stopped_since[active]
         log.warning("datapath process ended, as it was stopped, and another goes on pid=%d", active.pid)
+        await self._wait_active()
+
+    async def _look_for_hung(self) -> None:
+        """End the active process when a worker of it hangs: its standby goes on.  Raises DatapathError."""
+        active = self.active
+        is_hung = self._hang_watch.look(self.signs_of_life(), time.monotonic())
+        # A debugger holds a process up for as long as a person thinks.
+        if active is None or not is_hung or active.is_traced:
+            return
+        self._hang_watch = HangWatch()
+        if not self.standbys:
+            await self._start_one(self.descriptors)
+        await self._end(active)
+        self._note_death(f"pid={active.pid} was=active, a worker of it hung")
         await self._wait_active()
 
     async def _replace_all(self, descriptors: Descriptors, switch: Callable[[], None]) -> None:

@@ -74,6 +74,7 @@ class Tunnel:
         """Peers for which the table has no room."""
         self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement)
         self.datapath.is_spread = Offload.SPREAD in wanted
+        self.datapath.signs_of_life = lambda: stats.signs_of_life(len(tun.fds))
 
     @classmethod
     async def open(
