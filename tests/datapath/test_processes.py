@@ -766,6 +766,7 @@ def test_the_standby_goes_on_when_a_worker_hangs(
             # Its standby hangs too, and then comes one that does not.
             await rig.received(5, within_s=30)
             await until(lambda: datapath.active is not None and len(datapath.standbys) == 1, 15)
+            assert datapath.is_well
         finally:
             supervisor.cancel()
             await asyncio.wait([supervisor])

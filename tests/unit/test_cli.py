@@ -17,6 +17,7 @@ import udptun
 from udptun import __version__
 from udptun.commands import cli
 from udptun.config.flags import Options
+from udptun.config.service_manager import ServiceManager
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import ConfigError, KernelError
 
@@ -52,9 +53,12 @@ class FakeModule(ModuleType):
     pass
 
 
+_OF_THE_MANAGER = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "FDSTORE"]
+
+
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
-    for name in [name for name in os.environ if name.startswith("FLANNELD_")] + ["NOTIFY_SOCKET"]:
+    for name in [name for name in os.environ if name.startswith("FLANNELD_")] + _OF_THE_MANAGER:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["/usr/bin/udptun"])
     return Fakes(monkeypatch)
@@ -70,10 +74,12 @@ def status_of(*argv: str) -> int:
 
 def test_daemon_runs_with_its_options_and_gives_its_status(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLANNELD_NODE", "n1")
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     fakes.put("control.daemon", "run", 7)
     assert status_of("daemon", "-iface=eth0", "--store=file:/l") == 7
-    ((options,),) = fakes.calls
+    ((options, manager),) = fakes.calls
     assert isinstance(options, Options)
+    assert manager == ServiceManager(watchdog_s=30)
     assert (options.iface, str(options.store), options.node) == (("eth0",), "file:/l", "n1")
 
 
@@ -86,7 +92,7 @@ def test_flanneld_is_the_daemon_with_etcd_unless_a_store_is_named(
         cli.main()
     assert caught.value.code == 0
     assert status_of() == 0
-    assert [options.store.kind for (options,) in fakes.calls] == [StoreKind.LOCAL, StoreKind.ETCD]
+    assert [options.store.kind for options, _manager in fakes.calls] == [StoreKind.LOCAL, StoreKind.ETCD]
 
 
 @pytest.mark.parametrize("name", ["flanneld", "udptun"])

@@ -67,6 +67,26 @@ def test_datapath_and_its_sockets_outlive_the_daemon(service: configparser.Secti
     assert service["RuntimeDirectoryPreserve"] == "yes"
 
 
+def test_all_processes_may_be_killed_and_packets_wait(service: configparser.SectionProxy) -> None:
+    """A queue and a socket for each of 16 workers, 16 sockets to send from, five more; twice during a change."""
+    assert int(service["FileDescriptorStoreMax"]) >= 2 * (16 + 16 + 16 + 5)
+    assert service["Environment"] == f"FDSTORE={service['FileDescriptorStoreMax']}"
+    assert service["OOMPolicy"] == "continue"
+    assert float(service["RestartSec"]) <= 0.1
+    assert int(service["WatchdogSec"]) > 0
+
+
+@pytest.mark.parametrize(("status", "waits"), [("1", True), ("0", False), ("KILL", False), ("2", False)])
+def test_next_start_waits_only_for_a_daemon_that_has_failed(
+    service: configparser.SectionProxy, status: str, waits: bool
+) -> None:
+    program, *arguments = shlex.split(service["ExecStopPost"].replace("$$", "$").replace("sleep 2", "echo waits"))
+    done = subprocess.run(
+        [program, *arguments], env={"EXIT_STATUS": status}, check=True, capture_output=True, text=True, timeout=10
+    )
+    assert done.stdout == ("waits\n" if waits else "")
+
+
 def test_daemon_is_not_started_again_with_a_configuration_that_a_person_has_to_mend(
     service: configparser.SectionProxy,
 ) -> None:

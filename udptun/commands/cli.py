@@ -147,11 +147,12 @@ def _start_daemon(name: str, argv: list[str], environ: Mapping[str, str]) -> int
 
     if options.store.kind is not StoreKind.KUBE:
         _import_asyncio_without_ssl()
+    from udptun.config.service_manager import service_manager
     from udptun.control import daemon
 
     gc.freeze()
     gc.enable()
-    return daemon.run(options)
+    return daemon.run(options, service_manager(environ, os.getpid()))
 
 
 def _import_asyncio_without_ssl() -> None:

@@ -20,6 +20,7 @@ import signal
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address
 
 from udptun.backends import probe
@@ -28,6 +29,7 @@ from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config import subnet_env
 from udptun.config.flags import Options
+from udptun.config.service_manager import ServiceManager
 from udptun.control import notify
 from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
@@ -35,6 +37,7 @@ from udptun.control.hand_over import HandOver
 from udptun.control.health_port import HealthPort
 from udptun.control.http import serve
 from udptun.control.instance import claim_files, claim_network, remember, starting
+from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.node_status import NodeStatus
 from udptun.control.run_dir import SOCKET_NAME, fault_of_directory
 from udptun.control.running import Running, log_underlay
@@ -72,7 +75,7 @@ _ENDING = (signal.SIGTERM, signal.SIGINT)
 """Signals of which the first ends the daemon in order, and the second at once."""
 
 
-def run(options: Options) -> int:
+def run(options: Options, manager: ServiceManager) -> int:
     """Run the daemon until SIGTERM or SIGINT; return its exit status (0: stopped as asked)."""
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
@@ -86,7 +89,7 @@ def run(options: Options) -> int:
     if options.store_warning:
         log.warning("%s", options.store_warning)
     try:
-        asyncio.run(Daemon(options).run())
+        asyncio.run(Daemon(options, manager).run())
     except UdptunError as exc:
         for problem in exc.problems:
             log.error("%s", problem)
@@ -97,8 +100,10 @@ def run(options: Options) -> int:
 class Daemon:
     """One run of the control plane."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, manager: ServiceManager) -> None:
         self._options = options
+        self._watchdog_s = manager.watchdog_s
+        self._kept = KeptDescriptors(manager, partial(notify.notify, options.notify_socket))
         self._node_status = NodeStatus(options.subnet_file)
         self._answers = Answers(lambda: self._node_status.waiting)
         self._health_port = HealthPort(self._answers.health, options.healthz_ip, options.healthz_port)
@@ -127,8 +132,10 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         serving = self._serving = asyncio.create_task(self._serve_in_turns())
         stopping = asyncio.create_task(stop.wait())
+        watchdog = asyncio.create_task(self._feed_watchdog())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
+        watchdog.cancel()
         if not serving.done():
             self._notify(notify.STOPPING)
             serving.cancel()
@@ -140,6 +147,14 @@ class Daemon:
                 raise first_failure(group) from group
         if self._answers.running is not None:
             log.info("stopped; packets are carried on without the daemon, `udptun cleanup` ends and removes it all")
+
+    async def _feed_watchdog(self) -> None:
+        """Tell the service manager that we live, while this loop runs and the datapath works.  Else it kills us."""
+        while self._watchdog_s is not None:
+            running = self._answers.running
+            if running is None or running.forwarding.is_well:
+                self._notify(notify.ALIVE)
+            await asyncio.sleep(self._watchdog_s / 3)
 
     async def _serve_on(self) -> None:
         """Serve, and once more each time the store gives this host another subnet.  Packets are carried meanwhile."""
@@ -174,6 +189,7 @@ class Daemon:
         async with AsyncExitStack() as undo:
             self._make_directories()
             undo.callback(os.close, await self._hand_over.lock())
+            await self._kept.bring_back(options.run_dir, options.datapath_confinement)
             undo.callback(self._claims.close)
             claim_files(self._claims, options)
             undo.enter_context(self._node_status)
@@ -271,6 +287,7 @@ class Daemon:
                 live,
                 options.run_dir,
                 options.datapath_confinement,
+                self._kept,
                 with_blackhole=options.ip_blackhole_route,
             )
         undo.callback(forwarding.detach)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import BackendChoice
+from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.core.desired import DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
@@ -50,6 +51,7 @@ class Forwarding:
         live: LiveSettings,
         run_dir: Path,
         tunnel: Tunnelled | None,
+        kept: KeptDescriptors,
         was_clean: bool,
         with_blackhole: bool,
     ) -> None:
@@ -61,6 +63,7 @@ class Forwarding:
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
+        self._kept = kept
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""
         self._with_blackhole = with_blackhole
@@ -77,18 +80,23 @@ class Forwarding:
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
-        confinement: Confinement = Confinement.FULL,
+        confinement: Confinement,
+        kept: KeptDescriptors,
         *,
         with_blackhole: bool = False,
     ) -> Forwarding:
         """Make or adopt device and sockets: a host without them needs no lease.  Raises KernelError, DatapathError.
 
-        `leasable`: see `NetConf`.  `confinement` is what a datapath's processes shall give up.  `with_blackhole`: the
-        own subnet shall have a blackhole route behind all others (--ip-blackhole-route).
+        `leasable`: see `NetConf`.  `confinement` is what a datapath's processes shall give up.  `kept` gets their
+        descriptors.  `with_blackhole`: the own subnet shall have a blackhole route behind all others
+        (--ip-blackhole-route).
         """
         was_clean = not await is_anything_ours(ownership)
         tunnel = None
         backend = choice.backend
+        if kept.devices - {backend.device}:
+            # The kernel or we may need their port.
+            await kept.forget()
         if backend.encapsulation is not None:
             assert backend.device is not None
             # Here, because a run whose packets the kernel carries does not need the libraries.
@@ -99,7 +107,7 @@ class Forwarding:
             tunnel = await Tunnelled.open(*how)
             await mark_link(backend.device, ownership)
         await create_missing_vxlans(backend.links(underlay, live), ownership.alias)
-        return cls(choice, ownership, leasable, underlay, live, run_dir, tunnel, was_clean, with_blackhole)
+        return cls(choice, ownership, leasable, underlay, live, run_dir, tunnel, kept, was_clean, with_blackhole)
 
     @property
     def is_adopted(self) -> bool:
@@ -117,9 +125,11 @@ class Forwarding:
         self._peers = {lease.subnet: lease for lease in peers}
         if self._tunnel is not None:
             await self._tunnel.start(self._inputs())
+            await self._keep_descriptors()
         else:
             # A datapath may be left of a run with another backend, and the kernel may need its port.
             await processes.end_all(await processes.find_running(self._run_dir))
+            await self._kept.forget()
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
         self._reconciler = Reconciler(DesiredState(), device, self._ownership)
         self._update_desired(self._reconciler)
@@ -163,6 +173,7 @@ class Forwarding:
         inputs = replace(self._inputs(), underlay=underlay, live=live, peers=self._peers.values())
         if self._tunnel is not None:
             live = await self._tunnel.apply(self._inputs(), inputs)
+            await self._keep_descriptors()
         self._underlay, self.live = underlay, live
         self._update_desired(self._reconciler)
 
@@ -176,6 +187,7 @@ class Forwarding:
             return
         if self._tunnel is not None:
             await self._tunnel.tunnel.datapath.stop()
+            await self._kept.forget()
         if self._was_clean:
             await remove_ours(self._ownership)
 
@@ -183,6 +195,11 @@ class Forwarding:
         """Close what we hold of the datapath, which goes on."""
         if self._tunnel is not None:
             self._tunnel.tunnel.detach()
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the datapath, where there is one, works and is looked after; after `run` has begun."""
+        return self._tunnel is None or self._tunnel.tunnel.datapath.is_well
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -216,6 +233,11 @@ class Forwarding:
             "peers": [peer | more for peer, more in zip(peers, own["peers"], strict=True)],
             "counters": own["counters"],
         }
+
+    async def _keep_descriptors(self) -> None:
+        if self._tunnel is not None:
+            tunnel = self._tunnel.tunnel
+            await self._kept.keep(tunnel.tun.name, tunnel.datapath.descriptors)
 
     def _update_desired(self, reconciler: Reconciler) -> None:
         """Tell the reconciler what the backend desires now."""

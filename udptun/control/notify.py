@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
+ALIVE = "WATCHDOG=1"
+BARRIER = "BARRIER=1"
+"""With the writing end of a pipe: closed when all that was sent before has been read."""
 
 
 def reloading() -> str:
@@ -14,8 +18,18 @@ def reloading() -> str:
     return f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
 
 
-def notify(address: str, state: str) -> None:
-    """Send `state` to `address`, the value of NOTIFY_SOCKET.  Does nothing when it is empty.
+def store(name: str) -> str:
+    """The state to send with a descriptor that is to be kept under this name, whatever poll(2) says of it."""
+    return f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0"
+
+
+def forget(name: str) -> str:
+    """The state to send when the descriptors of this name are to be kept no longer."""
+    return f"FDSTOREREMOVE=1\nFDNAME={name}"
+
+
+def notify(address: str, state: str, fds: Sequence[int] = ()) -> None:
+    """Send `state`, and duplicates of `fds`, to `address`, the value of NOTIFY_SOCKET.  Nothing when it is empty.
 
     `address` is a path or, with a leading `@`, a name in the abstract namespace.  Raises OSError when the service
     manager does not listen there or does not read.  It never waits.
@@ -24,4 +38,4 @@ def notify(address: str, state: str) -> None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
-        sock.sendall(state.encode())
+        socket.send_fds(sock, [state.encode()], list(fds))

@@ -30,12 +30,14 @@ _LOOK_S = 1.0
 """How often the processes are looked at: a signal may have stopped one."""
 _STOPPED_PATIENCE_S = 1.0
 """An active process that is stopped for so long is replaced: nothing passes meanwhile."""
+_IDLE_S = 15.0
+"""After so long without a look that went well nobody takes care of the processes.  A look may take its 5 s twice."""
 
 
 def new_lock() -> int:
     """A memory file with the lock that the active datapath process holds.
 
-    The control plane never locks it.  The caller owns the descriptor.
+    The control plane locks it for no more than a moment, to see whether one lives.  The caller owns the descriptor.
     """
     return os.memfd_create("udptun-lock", os.MFD_CLOEXEC)
 
@@ -80,6 +82,8 @@ class Datapath:
         self._stopped_since: dict[Process, float] = {}
         """The processes that a signal has stopped, with time.monotonic() of when that was seen."""
         self._hang_watch = HangWatch()
+        self._well_s: float | None = None
+        """time.monotonic() of the last look that has found or made the active process work; None before `supervise`."""
         self.signs_of_life: Callable[[], Sequence[Hashable | None]] = list
         """What `HangWatch` looks at: of each worker."""
         self._confinement = confinement
@@ -113,6 +117,11 @@ class Datapath:
                     await self._replace_all(self.descriptors, lambda: None)
                     break
             await self._start_missing()
+
+    async def revive(self) -> None:
+        """Start one process and let go of it: it goes on where the last one has ended.  Raises DatapathError."""
+        await self._start_one(self.descriptors)
+        self.detach()
 
     async def bring_here(self) -> None:
         """Replace processes that live in another pid namespace: they would end with it.
@@ -155,6 +164,7 @@ class Datapath:
                 try:
                     await self._look_for_stopped()
                     await self._look_for_hung()
+                    self._well_s = time.monotonic()
                     if time.monotonic() >= self._start_due_s:
                         await self._start_missing()
                 except ProcessEndedError:
@@ -162,6 +172,11 @@ class Datapath:
                     self._wake.set()
                 except DatapathError as exc:
                     self._note_death(str(exc))
+
+    @property
+    def is_well(self) -> bool:
+        """Whether `supervise` has come round lately, and found or made the active process work."""
+        return self._well_s is None or time.monotonic() - self._well_s < _IDLE_S
 
     @property
     def problems(self) -> tuple[str, ...]:

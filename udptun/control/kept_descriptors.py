@@ -1,0 +1,182 @@
+"""The datapath's descriptors, kept by the service manager (the descriptor store of systemd).
+
+Daemon and datapath end together when all of a unit's processes are killed, as for lack of memory.  The store has the
+descriptors then: device and sockets stay, and what arrives waits in the kernel's queues.  The next daemon is passed
+them and starts a datapath process with them before all else, which goes on with the last table.  Then it adopts that
+process as it adopts any that it finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from udptun._fastpath import LAYOUT
+from udptun.config.service_manager import ServiceManager
+from udptun.control import notify
+from udptun.core.errors import DatapathError
+from udptun.core.tunnel import Confinement
+from udptun.datapath import shm
+from udptun.datapath.protocol import Descriptors
+from udptun.datapath.supervision import Datapath
+
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 1.0
+"""How long the manager may take to read what it is sent, seconds."""
+_RETRY_S = 0.01
+
+
+class KeptDescriptors:
+    """What the service manager keeps for the daemon after us.
+
+    `tell` sends a state and descriptors to it, and raises OSError (`notify.notify`).  Nothing here raises: a manager
+    that does not do its part costs a line in the log.
+    """
+
+    def __init__(self, manager: ServiceManager, tell: Callable[[str, Sequence[int]], None]) -> None:
+        self._is_on = manager.keeps_descriptors
+        self._tell = tell
+        self._passed: dict[str, int] = {}
+        for name, fd in manager.passed:
+            # One that is not there was named by mistake.
+            with contextlib.suppress(OSError):
+                os.set_inheritable(fd, False)
+                if name.startswith("udptun/"):
+                    self._passed[name] = fd
+        self._names = set(self._passed)
+        """Those under which it has something."""
+
+    @property
+    def devices(self) -> set[str]:
+        """The devices whose queues it has."""
+        return {name.split("/")[1] for name in self._names}
+
+    async def bring_back(self, run_dir: Path, confinement: Confinement) -> None:
+        """Start a datapath process with what was passed to us, unless one lives.  The caller has the run directory."""
+        if not self._passed:
+            return
+        try:
+            descriptors = _whole_set(self._passed)
+            if not _is_locked(descriptors.lock):
+                if shm.version_of(descriptors.table, LAYOUT["table_magic"]) != LAYOUT["version"]:
+                    raise ValueError("they are of another version")
+                await Datapath(run_dir, descriptors, [], confinement).revive()
+                log.info("datapath brought back with descriptors that the service manager has kept")
+        except (ValueError, DatapathError) as exc:
+            log.warning("descriptors that the service manager has kept are not used: %s", exc)
+            await self.forget()
+        finally:
+            for fd in self._passed.values():
+                os.close(fd)
+            self._passed = {}
+
+    async def keep(self, device: str, descriptors: Descriptors) -> None:
+        """Have it keep exactly these, the queues of `device` among them."""
+        if not self._is_on:
+            return
+        names = _names_of(device, descriptors)
+        try:
+            for name, fd in names.items():
+                if name not in self._names:
+                    await self._send(notify.store(name), [fd])
+                    self._names.add(name)
+        except OSError as exc:
+            log.warning("the service manager does not keep our descriptors: %s", exc)
+        await self._forget(self._names - names.keys())
+
+    async def forget(self) -> None:
+        """Have it keep nothing any more; returns when it has closed what it had, or does not answer."""
+        if not self._names:
+            return
+        await self._forget(set(self._names))
+        reader, writer = os.pipe()
+        try:
+            await self._send(notify.BARRIER, [writer])
+        except OSError as exc:
+            log.warning("the service manager does not say that it has let go of our descriptors: %s", exc)
+        finally:
+            os.close(writer)
+        closed = asyncio.Event()
+        asyncio.get_running_loop().add_reader(reader, closed.set)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE_S):
+                await closed.wait()
+        asyncio.get_running_loop().remove_reader(reader)
+        os.close(reader)
+
+    async def _forget(self, names: set[str]) -> None:
+        try:
+            for name in sorted(names):
+                await self._send(notify.forget(name), [])
+                self._names.discard(name)
+        except OSError as exc:
+            log.warning("the service manager goes on keeping descriptors that we have given up: %s", exc)
+
+    async def _send(self, state: str, fds: Sequence[int]) -> None:
+        """Raises OSError, also when the manager does not read for so long."""
+        until_s = asyncio.get_running_loop().time() + _PATIENCE_S
+        while True:
+            try:
+                return self._tell(state, fds)
+            except BlockingIOError:
+                if asyncio.get_running_loop().time() > until_s:
+                    raise
+            await asyncio.sleep(_RETRY_S)
+
+
+def _names_of(device: str, descriptors: Descriptors) -> dict[str, int]:
+    """`udptun/<device>/<inode of the lock>/<kind>/<index>/<inode>`: what has another name is another descriptor.
+
+    systemd keeps one that it has already under its first name.  Queues of a device and eventfds have no inodes of their
+    own, and are told apart by their index in a datapath with the same lock.
+    """
+    lineage = os.fstat(descriptors.lock).st_ino
+    names = {}
+    for kind, fds in (
+        ("table", (descriptors.table,)),
+        ("stats", (descriptors.stats,)),
+        ("lock", (descriptors.lock,)),
+        ("tun", descriptors.tun),
+        ("udp", descriptors.udp),
+        ("sender", descriptors.senders),
+        ("event", descriptors.events),
+    ):
+        for i, fd in enumerate(fds):
+            inode = 0 if kind in ("tun", "event") else os.fstat(fd).st_ino
+            names[f"udptun/{device}/{lineage}/{kind}/{i}/{inode}"] = fd
+    return names
+
+
+def _whole_set(passed: dict[str, int]) -> Descriptors:
+    """Raises ValueError when something is missing or does not belong to the rest: a change was not finished."""
+    kinds = ("table", "stats", "lock", "tun", "udp", "sender", "event")
+    found: dict[str, dict[int, int]] = {kind: {} for kind in kinds}
+    origins = set()
+    for name, fd in passed.items():
+        _, device, lineage, kind, index, _inode = name.split("/")
+        origins.add((device, lineage))
+        if kind not in found or found[kind].setdefault(int(index), fd) != fd:
+            raise ValueError(f"there are two of {kind} {index}")
+    lists = {kind: tuple(fds[i] for i in sorted(fds)) for kind, fds in found.items()}
+    are_complete = all(sorted(fds) == list(range(len(fds))) for fds in found.values())
+    counts = tuple(len(lists[kind]) for kind in ("table", "stats", "lock"))
+    if not are_complete or len(origins) != 1 or counts != (1, 1, 1) or not 0 < len(lists["tun"]) == len(lists["udp"]):
+        raise ValueError("they are not all there")
+    (table,), (stats,), (lock,) = lists["table"], lists["stats"], lists["lock"]
+    return Descriptors(table, stats, lock, lists["tun"], lists["udp"], lists["sender"], lists["event"])
+
+
+def _is_locked(lock_fd: int) -> bool:
+    """Whether a datapath process lives: the active one holds the lock."""
+    try:
+        fcntl.lockf(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    fcntl.lockf(lock_fd, fcntl.LOCK_UN)
+    return False
