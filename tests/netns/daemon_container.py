@@ -20,9 +20,8 @@ from typing import Any
 import yaml
 from traffic import REAL_TIME, datapath_pids
 
-from udptun.lab.holder import LAB_DIR
 from udptun.lab.host import UNDERLAY, Host
-from udptun.lab.machine import SOURCE_ROOT, wait_until
+from udptun.lab.machine import LAB_DIR, SOURCE_ROOT, wait_until
 from udptun.lab.topology import KUBE_PORT, Lab
 
 MISSING = [name for name in ("crun",) if shutil.which(name) is None]

@@ -9,37 +9,34 @@ the thread that started us for the end of the process.
 
 Writes one line to stdout when the machine is ready.  The `underlay` machine is made first, without MOUNTS_OF_PID; the
 hosts start from its mounts, which is how they share the lab's directory without a trace of it on the machine's disks.
+
+A lab starts one for each host.  So it imports neither pathlib nor socket, which take longer than all that it does.
 """
 
 from __future__ import annotations
 
-import contextlib
+import _signal  # type: ignore[import-not-found]  # typeshed does not have it
+import _socket
 import os
 import select
-import signal
-import socket
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 from udptun._kabi import ffi, lib
 
-LAB_DIR = Path("/run/udptun-lab")
-"""Where every machine of a lab sees the directory they share: net-conf.json, lease database, daemons' logs."""
-
-_STATE = Path("/var/lib")
+LAB_DIR = "/run/udptun-lab"
+_STATE = "/var/lib"
 _OWN_STATE = ("udptun", "cni")
 
 
 def main() -> None:
     machine, owner_fd = sys.argv[2], int(sys.argv[3])
     # A process in here that loses its parent becomes our child.  The kernel reaps children of whoever ignores SIGCHLD.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)
     if len(sys.argv) > 4:
-        with Path(f"/proc/{sys.argv[4]}/ns/mnt").open("rb") as mounts:
+        with open(f"/proc/{sys.argv[4]}/ns/mnt", "rb") as mounts:
             _check(lib.setns(mounts.fileno(), lib.CLONE_NEWNS), "enter the underlay's mount namespace")
     _check(lib.unshare(lib.CLONE_NEWNS | lib.CLONE_NEWNET | lib.CLONE_NEWUTS), "make namespaces")
-    socket.sethostname(machine)
+    _socket.sethostname(machine)
     _mount("none", "/", "", lib.MS_REC | lib.MS_PRIVATE)
     _mount("proc", "/proc", "proc", lib.MS_NOSUID | lib.MS_NODEV | lib.MS_NOEXEC)
     # A sysfs shows the links of the network namespace that mounted it.
@@ -52,7 +49,7 @@ def main() -> None:
         _sysctl("net/ipv4/conf/all/promote_secondaries", "1")
     else:
         _tmpfs("/run")
-        LAB_DIR.mkdir(mode=0o700)
+        os.mkdir(LAB_DIR, 0o700)
     # Neighbour discovery and multicast reports would be the only noise on an underlay that tests capture.
     _sysctl("net/ipv6/conf/all/disable_ipv6", "1")
     _sysctl("net/ipv6/conf/default/disable_ipv6", "1")
@@ -63,10 +60,11 @@ def main() -> None:
 
 
 def _isolate_run_keeping_the_lab_directory() -> None:
-    with _open_dir(LAB_DIR) as lab_fd:
-        _tmpfs("/run")
-        LAB_DIR.mkdir(mode=0o700)
-        _bind(f"/proc/self/fd/{lab_fd}", LAB_DIR)
+    lab_fd = _open_dir(LAB_DIR)
+    _tmpfs("/run")
+    os.mkdir(LAB_DIR, 0o700)
+    _bind(f"/proc/self/fd/{lab_fd}", LAB_DIR)
+    os.close(lab_fd)
 
 
 def _isolate_state() -> None:
@@ -74,43 +72,39 @@ def _isolate_state() -> None:
 
     A mount needs a directory to be mounted on, and making those two on the real disk would leave them behind.
     """
-    with _open_dir(_STATE) as real_fd:
-        # Before the mount hides them.
-        entries = [
-            (entry.name, entry.readlink() if entry.is_symlink() else None, entry.is_dir())
-            for entry in _STATE.iterdir()
-            if entry.name not in _OWN_STATE
-        ]
-        _tmpfs(str(_STATE))
-        for name, link, is_dir in entries:
-            here = _STATE / name
-            if link is not None:
-                here.symlink_to(link)
-                continue
-            if is_dir:
-                here.mkdir()
-            else:
-                here.touch()
-            _bind(f"/proc/self/fd/{real_fd}/{name}", here)
+    real_fd = _open_dir(_STATE)
+    # Before the mount hides them.
+    entries = [
+        (entry.name, os.readlink(entry) if entry.is_symlink() else None, entry.is_dir())
+        for entry in os.scandir(_STATE)
+        if entry.name not in _OWN_STATE
+    ]
+    _tmpfs(_STATE)
+    for name, link, is_dir in entries:
+        here = f"{_STATE}/{name}"
+        if link is not None:
+            os.symlink(link, here)
+            continue
+        if is_dir:
+            os.mkdir(here)
+        else:
+            os.close(os.open(here, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        _bind(f"/proc/self/fd/{real_fd}/{name}", here)
+    os.close(real_fd)
     for name in _OWN_STATE:
-        (_STATE / name).mkdir()
+        os.mkdir(f"{_STATE}/{name}")
 
 
-@contextlib.contextmanager
-def _open_dir(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+def _open_dir(path: str) -> int:
+    return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _tmpfs(target: str) -> None:
     _mount("tmpfs", target, "tmpfs", lib.MS_NOSUID | lib.MS_NODEV, "mode=755")
 
 
-def _bind(source: str, target: Path) -> None:
-    _mount(source, str(target), "", lib.MS_BIND | lib.MS_REC)
+def _bind(source: str, target: str) -> None:
+    _mount(source, target, "", lib.MS_BIND | lib.MS_REC)
 
 
 def _mount(source: str, target: str, fs_type: str, flags: int, options: str = "") -> None:
@@ -126,9 +120,12 @@ def _check(result: int, attempt: str) -> None:
 
 
 def _sysctl(name: str, value: str) -> None:
-    # Absent where the kernel has no IPv6.
-    with contextlib.suppress(FileNotFoundError):
-        Path("/proc/sys", name).write_text(value)
+    try:
+        with open(f"/proc/sys/{name}", "w") as file:
+            file.write(value)
+    except FileNotFoundError:
+        # The kernel has no IPv6.
+        return
 
 
 if __name__ == "__main__":

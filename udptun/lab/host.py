@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from udptun.lab.errors import LabError
-from udptun.lab.holder import LAB_DIR
-from udptun.lab.machine import SOURCE_ROOT, File, Machine
+from udptun.lab.machine import LAB_DIR, SOURCE_ROOT, File, Machine
 from udptun.lab.podman import Podman
 
 if TYPE_CHECKING:

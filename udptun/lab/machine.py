@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from udptun._kabi import ffi, lib
+from udptun.lab import holder
 from udptun.lab.errors import CommandError, LabError
 
 log = logging.getLogger(__name__)
 
 File = int | IO[Any] | None
 """What subprocess takes for a standard stream."""
+
+LAB_DIR = Path(holder.LAB_DIR)
+"""Where every machine of a lab sees the directory they share: net-conf.json, lease database, daemons' logs."""
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 """The directory `import udptun` found us in: commands in a lab must find the same package."""

@@ -27,8 +27,8 @@ from types import TracebackType
 from udptun.backends.choice import parse_net_conf
 from udptun.config.store_flags import StoreKind
 from udptun.lab.errors import CommandError, LabError
-from udptun.lab.holder import LAB_DIR as LAB_DIR
 from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, Host
+from udptun.lab.machine import LAB_DIR as LAB_DIR
 from udptun.lab.machine import SOURCE_ROOT, Machine, signals_deferred
 from udptun.lab.podman import missing_packages
 
