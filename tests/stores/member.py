@@ -38,7 +38,7 @@ class Member:
         )
         self._me = Identity(self._attrs.public_ip, 8285, node_id, node_name=store.node_name)
         state_dir = directory / str(number)
-        state_dir.mkdir()
+        state_dir.mkdir(exist_ok=True)
         self.membership = Membership(
             *(store, Start(CONFIG), CONF, self._me, state_dir, margin_s),
             *((CONF.network,), lambda lease: None, self._changed, parse_net_conf, clock),

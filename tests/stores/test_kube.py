@@ -760,6 +760,40 @@ async def test_members_find_each_other_survive_an_outage_and_a_deleted_node(
     assert not any("Traceback" in record.getMessage() or record.exc_info for record in caplog.records)
 
 
+@pytest.mark.parametrize("is_later", [False, True], ids=["at the start", "with the table of the last run"])
+async def test_a_daemon_that_knows_its_pod_alone_begins_again_when_its_node_gets_another_pod_cidr(
+    cluster: Cluster, is_later: bool
+) -> None:
+    """While the API server is away nobody knows the node's name.  It was never learnt then, and the move not seen."""
+    from udptun.config.flags import parse_daemon_flags
+    from udptun.stores.kube.store import KubeStore
+
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+    cluster.put_right(lambda it: it.add_pod("kube-flannel", "flannel-x", "n1"))
+    argv = ["--kube-subnet-mgr", f"--kubeconfig-file={cluster.kubeconfig}"]
+    options = parse_daemon_flags(argv, {"POD_NAME": "flannel-x", "POD_NAMESPACE": "kube-flannel"}).kube
+
+    def begin() -> Member:
+        return Member(KubeStore(options, cluster.net_conf), cluster.directory, 1, Clock())
+
+    if is_later:
+        before = begin()
+        await before.start()
+        await holds(lambda: (cluster.directory / "1/last-leases.json").exists(), "the saved table")
+        await before.die()
+        await asyncio.to_thread(cluster.api.stop)
+    one = begin()
+    await one.start()
+    if is_later:
+        await asyncio.to_thread(cluster.api.start)
+    await holds(lambda: cluster.api.n_watches() == 1, "the watch")
+    await asyncio.to_thread(cluster.admin.delete, "n1")
+    await asyncio.to_thread(cluster.admin.add_node, "n1", "10.0.33.0/24")
+    async with asyncio.timeout(20):
+        await one.membership.given_instead()
+    await one.die()
+
+
 async def test_a_node_with_our_own_address_is_no_peer_and_is_named(cluster: Cluster) -> None:
     cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
     other = {**annotations(2), f"{PREFIX}public-ip": "192.0.2.1"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class Identity:
     node_id: str
     default_port: int | None = None
     node_name: str = ""
+
+    def named(self, node_name: str) -> Identity:
+        """The same with the store's name for us, which a store that is away at the start tells later."""
+        return replace(self, node_name=self.node_name or node_name)
 
     def node_of(self, lease: Lease) -> Node:
         """Who wrote the lease."""

@@ -71,6 +71,7 @@ class OwnLease:
         self._store = store
         self._asked = asked
         self._doubles = doubles
+        doubles.me = doubles.me.named(lease.node_name)
         self._margin_s = margin_s
         self._asking = asking
         self._clock = clock
@@ -83,7 +84,7 @@ class OwnLease:
 
     def move(self, me: Identity, attrs: LeaseAttrs) -> None:
         """We are at another address.  `hold` tells the store at once, and again until the store has it."""
-        self._doubles.me = me
+        self._doubles.me = me.named(self._doubles.me.node_name)
         self._asked = attrs
         self.lease = replace(self.lease, attrs=attrs)
         self._has_moved = True
@@ -203,6 +204,7 @@ class OwnLease:
                 asked,
                 lambda leases: self._doubles.choose_again(self.lease, leases, self._clock.elapsed_s()),
             )
+        self._doubles.me = self._doubles.me.named(lease.node_name)
         if lease.subnets != self.lease.subnets:
             self._see_other(lease)
             raise LeaseLostError(
