@@ -92,6 +92,11 @@ SUBNETS = {f"h{number}": f"10.244.{number}.0/24" for number in (1, 2, 3)}
 @pytest.mark.parametrize("kind", ["udp", "vxlan"])
 def test_pods_of_three_nodes_reach_each_other_and_the_nodes_say_what_flannels_do(kind: str) -> None:
     with kube_lab(f"t-kube-{kind}", {"Type": kind}) as (lab, api):
+        # A person says at which of its addresses the third host is reached.
+        addresses = {host.name: str(host.underlay_address) for host in lab.hosts} | {"h3": "192.168.77.213"}
+        lab.host(3).run(["ip", "addr", "add", f"{addresses['h3']}/{UNDERLAY.prefixlen}", "dev", "eth0"])
+        wanted = {"metadata": {"annotations": {f"{PREFIX}node-public-ip": addresses["h3"]}}}
+        api.do(lambda it: it.nodes.patch("h3", "application/merge-patch+json", wanted, is_status=False))
         lab.start()
         wait_for_equal_tables(lab, SUBNETS)
         for source in lab.hosts:
@@ -104,13 +109,13 @@ def test_pods_of_three_nodes_reach_each_other_and_the_nodes_say_what_flannels_do
             value = node(api, host)
             texts = value["metadata"]["annotations"]
             assert (texts[f"{PREFIX}kube-subnet-manager"], texts[f"{PREFIX}backend-type"]) == ("true", kind)
-            assert texts[f"{PREFIX}public-ip"] == str(host.underlay_address)
+            assert texts[f"{PREFIX}public-ip"] == status["lease"]["public_ip"] == addresses[host.name]
             data = json.loads(texts[f"{PREFIX}backend-data"])
             assert data["NodeID"] == status["lease"]["node_id"]
             assert data["Port"] == 8285 if kind == "udp" else data["VNI"] == 1
             conditions = {it["type"]: it for it in value["status"]["conditions"]}
             assert (conditions["NetworkUnavailable"]["status"], conditions["Ready"]["status"]) == ("False", "True")
-            assert written_by(api, host) == captured(host, kind, texts[f"{PREFIX}backend-data"])
+            assert written_by(api, host) == captured(addresses[host.name], kind, texts[f"{PREFIX}backend-data"])
         host = lab.host(1)
         # Somebody takes an annotation away: it alone is written again.
         gone = {"metadata": {"annotations": {f"{PREFIX}kube-subnet-manager": None}}}
@@ -139,12 +144,12 @@ def written_by(api: Any, host: Host) -> list[str]:
     return [re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "N", body) for body in bodies]
 
 
-def captured(host: Host, kind: str, backend_data: str) -> list[str]:
+def captured(public_ip: str, kind: str, backend_data: str) -> list[str]:
     """What real flanneld v0.20 sent, with our backend-type and backend-data."""
     return [
         f'{{"metadata":{{"annotations":{{"flannel.alpha.coreos.com/backend-data":{json.dumps(backend_data)},'
         f'"flannel.alpha.coreos.com/backend-type":"{kind}","flannel.alpha.coreos.com/kube-subnet-manager":"true",'
-        f'"flannel.alpha.coreos.com/public-ip":"{host.underlay_address}"}}}}}}',
+        f'"flannel.alpha.coreos.com/public-ip":"{public_ip}"}}}}}}',
         '{"status":{"conditions":[{"type":"NetworkUnavailable","status":"False","lastHeartbeatTime":"N",'
         '"lastTransitionTime":"N","reason":"FlannelIsUp","message":"Flannel is running on this node"}]}}',
     ]
