@@ -103,6 +103,7 @@ class Container:
 
     def __init__(self, host: Host, name: str, bundle: Path) -> None:
         self.host = host
+        self.name = name
         self._log = host.path(LAB_DIR / f"{name}.log")
         crun = [*REAL_TIME, "crun", "--cgroup-manager=disabled", "--root=/run/crun", "run", f"--bundle={bundle}", name]
         with self._log.open("w") as output:

@@ -182,25 +182,43 @@ def test_the_old_container_serves_again_when_the_new_one_dies(lab: Lab, containe
     old.stop()
 
 
+@pytest.mark.parametrize(
+    "killed_s", [None, 0.15, *(pytest.param(it / 100, marks=pytest.mark.full) for it in (0, 5, 10, 20, 25, 30))]
+)
 def test_a_container_that_was_killed_is_taken_over_at_once(
-    lab: Lab, containers: Containers, old: Container, tmp_path: Path, slack: int
+    lab: Lab, containers: Containers, old: Container, tmp_path: Path, slack: int, killed_s: float | None
 ) -> None:
-    """All its processes are dead, the datapath too."""
+    """All its processes are dead, the datapath too.  `killed_s` after the start of the new one; None: before it.
+
+    A busy machine can only make it slower, so it counts when one of three times is as promised.
+    """
+    with nothing_in_clear_text(lab, tmp_path / "c.pcap", API_TRAFFIC):
+        for _ in range(3):
+            ends_s = standstill_ends_s(lab, containers, old, killed_s)
+            print(
+                f"packets pass again after the start of the new container: {ends_s[0]:.2f} s in, {ends_s[1]:.2f} s out"
+            )
+            if max(ends_s) < PROMISED_S * slack:
+                break
+            (old,) = containers.running(lab.host(1))
+            old.wait_for_datapath()
+    assert max(ends_s) < PROMISED_S * slack
+
+
+def standstill_ends_s(lab: Lab, containers: Containers, old: Container, killed_s: float | None) -> tuple[float, float]:
+    """Kill and start; when packets pass again, inward and outward, seconds after the start of the new container."""
     host, two = lab.host(1), lab.host(2).pod(1)
-    with (
-        nothing_in_clear_text(lab, tmp_path / "c.pcap", API_TRAFFIC),
-        udp_flow(two, host.pod(1), 500) as there,
-        udp_flow(host.pod(1), two, 500) as back,
-    ):
-        old.kill()
-        new = containers.start(host, "new")
+    with udp_flow(two, host.pod(1), 500) as there, udp_flow(host.pod(1), two, 500) as back:
+        if killed_s is None:
+            old.kill()
+        new = containers.start(host, "new" if old.name.endswith("old") else "old")
+        if killed_s is not None:
+            time.sleep(killed_s)
+            old.kill()
         new.wait_ready()
         for flow in (there, back):
             flow.wait_for_more(100)
-    waits_s = [flow.report.first_after_s(new.began_ns) for flow in (there, back)]
-    print(f"packets pass again after the start of the new container: {waits_s[0]:.2f} s in, {waits_s[1]:.2f} s out")
-    assert max(waits_s) < PROMISED_S * slack
-    new.stop()
+    return there.report.longest_gap_ends_s(new.began_ns), back.report.longest_gap_ends_s(new.began_ns)
 
 
 def test_a_daemon_of_another_container_is_named_as_such(lab: Lab, containers: Containers, old: Container) -> None:

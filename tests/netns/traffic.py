@@ -109,6 +109,11 @@ class UdpReport:
         times = [at for _, at in self.arrivals]
         return max((b - a for a, b in itertools.pairwise(times)), default=0) / 1e6
 
+    def longest_gap_ends_s(self, since_ns: int) -> float:
+        """How long after `since_ns` the packet arrived that ended the longest gap of lost packets; 0: none was lost."""
+        gaps = [(b - a, b) for (m, a), (n, b) in itertools.pairwise(self.arrivals) if n > m + 1]
+        return (max(gaps)[1] - since_ns) / 1e9 if gaps else 0.0
+
     def first_after_s(self, start_ns: int) -> float:
         """How long after `start_ns` the next packet arrived."""
         return next(at - start_ns for _, at in self.arrivals if at >= start_ns) / 1e9
