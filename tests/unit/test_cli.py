@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,6 +57,21 @@ class FakeModule(ModuleType):
 
 
 _OF_THE_MANAGER = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "FDSTORE"]
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Undo what the start of a daemon does to its process, which is this one here.
+
+    Programs that are started later inherit ignored signals.
+    """
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
+    gc.enable()
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -277,3 +295,11 @@ def test_lab_parses_and_runs_with_its_own_parser(
 def test_module_can_be_run_and_says_its_version() -> None:
     done = subprocess.run([*UDPTUN, "version"], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == f"udptun {udptun.__version__}\n"
+
+
+def test_what_the_daemon_ignores_does_not_outlast_its_test(fakes: Fakes) -> None:
+    """Before, daemons that later tests started ignored the same signals from their first moment on."""
+    fakes.put("control.daemon", "run")
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert status_of("daemon") == 0
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
