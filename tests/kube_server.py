@@ -9,7 +9,7 @@ import os
 import shutil
 import ssl
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,13 +19,14 @@ from urllib.parse import urlsplit
 
 from etcd_server import Authority, EtcdServer, free_ports, until
 
+from udptun.lab.host import UNDERLAY
 from udptun.lab.kube_api.patch import STRATEGIC
 
 MISSING = [f"the module {name}" for name in ("h11", "lightkube") if find_spec(name) is None]
 """What these tests need and this machine lacks."""
 
-TOKEN, POOR_TOKEN = "admins-token", "poor-token"
-"""Of one who may do everything, and of one who may only get nodes."""
+TOKEN, POOR_TOKEN, DAEMONS_TOKEN = "admins-token", "poor-token", "daemons-token"
+"""Of one who may do everything, of one who may only get nodes, and of one who may do what a real server is told."""
 
 DEADLINE_S = 30.0
 
@@ -163,11 +164,13 @@ class Real:
         port = free_ports(1)[0]
         self.url = f"https://127.0.0.1:{port}"
         authority = Authority(directory / "tls")
-        pair, self.ca = authority.issue("apiserver"), authority.certificate
+        # Labs reach it through a relay at the underlay's switch.
+        pair = authority.issue("apiserver", f"IP:127.0.0.1,IP:{UNDERLAY[1]}")
+        self.ca = authority.certificate
         key = directory / "sa.key"
         subprocess.run(["openssl", "genrsa", "-out", key, "2048"], check=True, capture_output=True)
         tokens = directory / "tokens.csv"
-        tokens.write_text(f'{TOKEN},admin,1,"system:masters"\n{POOR_TOKEN},poor,2\n')
+        tokens.write_text(f'{TOKEN},admin,1,"system:masters"\n{POOR_TOKEN},poor,2\n{DAEMONS_TOKEN},daemon,3\n')
         self._command = [
             program,
             f"--etcd-servers={self.etcd.endpoint}",
@@ -186,18 +189,20 @@ class Real:
             "--allow-privileged",
         ]
         undo.callback(self._kill)
-        admin = Client(self.url, ca=self.ca)
         self._start()
-        rules = [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}]
-        self._create(admin, "clusterroles", {"kind": "ClusterRole", "metadata": {"name": "poor"}, "rules": rules})
+        self.let("poor", [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get"]}])
+
+    def let(self, user: str, rules: Sequence[Mapping[str, Any]]) -> None:
+        """Give the user these rights."""
+        self._create("clusterroles", {"kind": "ClusterRole", "metadata": {"name": user}, "rules": rules})
         group = "rbac.authorization.k8s.io"
         binding = {
             "kind": "ClusterRoleBinding",
-            "metadata": {"name": "poor"},
-            "subjects": [{"kind": "User", "name": "poor", "apiGroup": group}],
-            "roleRef": {"kind": "ClusterRole", "name": "poor", "apiGroup": group},
+            "metadata": {"name": user},
+            "subjects": [{"kind": "User", "name": user, "apiGroup": group}],
+            "roleRef": {"kind": "ClusterRole", "name": user, "apiGroup": group},
         }
-        self._create(admin, "clusterrolebindings", binding)
+        self._create("clusterrolebindings", binding)
 
     def _start(self) -> None:
         with (self._directory / "apiserver.log").open("ab") as log:
@@ -209,7 +214,8 @@ class Real:
         self._process.kill()
         self._process.wait()
 
-    def _create(self, admin: Client, resource: str, value: dict[str, Any]) -> None:
+    def _create(self, resource: str, value: dict[str, Any]) -> None:
+        admin = Client(self.url, ca=self.ca)
         value["apiVersion"] = "rbac.authorization.k8s.io/v1"
         answer = admin.ask("POST", f"/apis/rbac.authorization.k8s.io/v1/{resource}", value)
         assert answer.status == 201, answer

@@ -5,6 +5,7 @@ API server 192.168.77.1:6443 (switch) -- underlay -- h1, h2, h3
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -13,14 +14,15 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from etcd_server import Authority
-from kube_server import MISSING
+from kube_server import DAEMONS_TOKEN, MISSING, Client, Real, write_kubeconfig
 from namespace import _CLONE_NEWNET, _libc
 from traffic import REAL_TIME, datapath_pids, kill, peers, ping, read_status, seconds_until, tcp_flow, udp_flow
 
@@ -81,7 +83,11 @@ def node(api: Any, host: Host) -> dict[str, Any]:
 
 def wait_for_equal_tables(lab: Lab, subnets: Mapping[str, str]) -> None:
     """Every host has the others' subnets, by the hosts' names."""
-    for host in lab.hosts:
+    wait_for_equal_tables_of(lab.hosts, subnets)
+
+
+def wait_for_equal_tables_of(hosts: Sequence[Host], subnets: Mapping[str, str]) -> None:
+    for host in hosts:
         wanted = {subnet for name, subnet in subnets.items() if name != host.name}
         seconds_until(lambda host=host, wanted=wanted: set(peers(host)) == wanted, f"{host}'s table", SOON_S)  # type: ignore[misc]
 
@@ -312,3 +318,99 @@ def test_a_daemon_in_a_pod_takes_its_service_account_and_weighs_little_with_a_th
         print(f"1,000 nodes: the daemon and both datapath processes weigh {mib:.1f} MiB")
         assert mib <= (50 if request.config.getoption("--full") else 60)
         assert " I httpx" not in host.daemon_log()
+
+
+@contextlib.contextmanager
+def relayed(lab: Lab, url: str) -> Iterator[None]:
+    """Have what connects to the switch's port for the API server reach the server at `url`, which is of our own."""
+    loop = asyncio.new_event_loop()
+    port = int(url.rpartition(":")[2])
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            theirs = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            writer.transport.abort()
+            return
+        await asyncio.gather(carry(reader, theirs[1]), carry(theirs[0], writer))
+
+    async def end() -> None:
+        server.close()
+        carrying = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in carrying:
+            task.cancel()
+        await asyncio.gather(*carrying, return_exceptions=True)
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(asyncio.start_server(connect, sock=listener_at(lab)), loop).result(10)
+    try:
+        yield
+    finally:
+        asyncio.run_coroutine_threadsafe(end(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["udp", "vxlan"])
+def test_pods_of_three_nodes_of_a_real_api_server_with_the_rights_of_our_manifest(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    program = request.config.getoption("--kube-apiserver")
+    if program is None:
+        pytest.skip("give kube-apiserver's program with --kube-apiserver PATH")
+    manifest = Path(__file__).parents[2] / "deploy/kube-flannel.yml"
+    role = next(it for it in yaml.safe_load_all(manifest.read_text()) if it["kind"] == "ClusterRole")
+    with contextlib.ExitStack() as undo:
+        server = Real(undo, tmp_path, program)
+        server.let("daemon", role["rules"])
+        admin = Client(server.url, ca=server.ca)
+        kubeconfig = write_kubeconfig(
+            tmp_path / "kubeconfig", f"https://{UNDERLAY[1]}:{KUBE_PORT}", token=DAEMONS_TOKEN, ca=server.ca
+        )
+        command = [*UDPTUN, "daemon", "--kube-subnet-mgr", f"--kubeconfig-file={kubeconfig}"]
+        command += ["--net-config-path", str(NET_CONF)]
+        conf = {"Network": "10.244.0.0/16", "Backend": {"Type": kind}}
+        lab = undo.enter_context(Lab(f"t-kube-real-{kind}", n_hosts=3, net_conf=conf, daemon_command=command))
+        undo.enter_context(relayed(lab, server.url))
+        for host in lab.hosts:
+            admin.add_node(host.name, SUBNETS[host.name])
+        lab.start()
+        one, two, three = lab.hosts
+        wait_for_equal_tables(lab, SUBNETS)
+        ping(one.pod(1), two.pod(1).address)
+        for host in lab.hosts:
+            condition = admin.condition(host.name, "NetworkUnavailable")
+            assert condition is not None
+            assert (condition["status"], condition["reason"]) == ("False", "FlannelIsUp")
+        # Others set it, take an annotation away, delete the node and make it again.
+        admin.set_condition(two.name, "NetworkUnavailable", "True")
+        seconds_until(lambda: admin.condition(two.name, "NetworkUnavailable")["status"] == "False", "it", SOON_S)  # type: ignore[index]
+        admin.annotate(two.name, {f"{PREFIX}kube-subnet-manager": None})
+        wait_for_equal_tables(lab, SUBNETS)
+        admin.delete(three.name)
+        wait_for_equal_tables_of(lab.hosts[:2], {name: SUBNETS[name] for name in ("h1", "h2")})
+        admin.add_node(three.name, SUBNETS[three.name])
+        wait_for_equal_tables(lab, SUBNETS)
+        # A new server knows nothing of what was before.
+        with udp_flow(one.pod(1), two.pod(1), 200) as flow:
+            server.lose_history()
+            texts = admin.get("/api/v1/nodes/h3")["metadata"]["annotations"]
+            data = json.loads(texts[f"{PREFIX}backend-data"]) | {"NodeID": "f" * 32}
+            data |= {"VtepMAC": "8e:a1:ea:52:d6:a3"} if kind == "vxlan" else {}
+            other = {f"{PREFIX}backend-data": json.dumps(data), f"{PREFIX}public-ip": "192.168.77.99"}
+            admin.add_node("h4", "10.244.4.0/24", {**texts, **other})
+            wait_for_equal_tables(lab, {**SUBNETS, "h4": "10.244.4.0/24"})
+        assert flow.report.lost == []
+        for host in lab.hosts:
+            seconds_until(lambda host=host: read_status(host)["problems"] == [], f"{host} to be well", SOON_S)  # type: ignore[misc]
+            assert "Traceback" not in host.daemon_log()
