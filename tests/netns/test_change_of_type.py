@@ -22,9 +22,10 @@ from pathlib import Path
 import pytest
 from daemon_container import MISSING, Container, Containers
 from kube_server import MISSING as MISSING_LIBRARIES
-from traffic import UdpFlow, nothing_in_clear_text, read_status, seconds_until, udp_flow
+from traffic import UdpFlow, is_answered, nothing_in_clear_text, read_status, seconds_until, udp_flow
 
 from udptun.lab.host import UNDERLAY, Host
+from udptun.lab.machine import wait_until
 from udptun.lab.topology import KUBE_PORT, Lab
 
 pytestmark = [
@@ -138,6 +139,9 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
         for host in lab.hosts:
             cluster.start_flannel(host)
             host.add_pod()
+        # A flannel that does not know the others yet sends their packets in clear text.
+        for one, two in permutations(lab.hosts, 2):
+            wait_until(f"{two} to answer {one}", lambda a=one, b=two: is_answered(a.pod(1), b.pod(1).address), 20)  # type: ignore[misc]
         yield cluster
         cluster.end()
 
