@@ -2,13 +2,16 @@
 """Link the CNI plugin and a CPython into one static executable: `python3 deploy/cni/build.py OUT`.
 
 Run it with the interpreter whose static library is to be linked: one with its extension modules built in, such as
-Debian's (packages gcc, libc6-dev, libpython3-dev). The executable is for the machine's architecture.
+Debian's (packages gcc, libc6-dev, libpython3-dev). The executable is for the machine's architecture. For another one's
+give `--machine` and `--sysroot`, a directory with libpython3-dev of the same version for that architecture; it needs
+that architecture's gcc and libc6-dev, and qemu-user to try what it has made.
 
 docs/decisions/0007-the-cni-plugin-on-hosts-without-python.md says why.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import marshal
 import os
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,11 +52,35 @@ INIT_FUNCTIONS = {"marshal": "PyMarshal_Init", "_warnings": "_PyWarnings_Init", 
 """Built-in modules that are not made by PyInit_<name>; those without a function are made by the interpreter itself."""
 
 
-def main(out: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the executable is made for and with; `runner` runs it on this machine."""
+
+    compiler: str
+    library: Path
+    includes: tuple[Path, ...]
+    runner: tuple[str, ...] = ()
+
+    @classmethod
+    def of_this_machine(cls) -> Target:
+        library = Path(sysconfig.get_config_var("LIBPL"), sysconfig.get_config_var("LIBRARY"))
+        paths = sysconfig.get_paths()
+        # Debian has the headers that depend on the architecture elsewhere.
+        return cls("gcc", library, (Path(paths["include"]), Path(paths["platinclude"])))
+
+    @classmethod
+    def of(cls, machine: str, sysroot: Path) -> Target:
+        triplet, python = f"{machine}-linux-gnu", f"python{sys.version_info.major}.{sys.version_info.minor}"
+        include = sysroot / "usr/include"
+        library = sysroot / "usr/lib" / triplet / f"lib{python}.a"
+        # One header includes that of the architecture by its path from `include`.
+        return cls(f"{triplet}-gcc", library, (include / python, include), (f"qemu-{machine}",))
+
+
+def main(out: Path, target: Target) -> None:
     """Build `out`, and ask it for its versions."""
-    library = Path(sysconfig.get_config_var("LIBPL"), sysconfig.get_config_var("LIBRARY"))
-    if not library.exists():
-        sys.exit(f"cannot build {out}: {library} is missing; install libpython3-dev, or use another interpreter")
+    if not target.library.exists():
+        sys.exit(f"cannot build {out}: {target.library} is missing; install libpython3-dev, or use another interpreter")
     # Sorted, so that the same sources make the same file.
     origins = dict(sorted(loaded_modules().items()))
     built_in = [name for name in origins if name in sys.builtin_module_names]
@@ -62,11 +90,9 @@ def main(out: Path) -> None:
         source.write_text(c_source(built_in, frozen))
         done = subprocess.run(
             [
-                *("gcc", "-O2", "-s", "-static", "-Wl,--gc-sections", "-o", str(out), str(source)),
-                f"-I{sysconfig.get_paths()['include']}",
-                # Debian has the headers that depend on the architecture elsewhere.
-                f"-I{sysconfig.get_paths()['platinclude']}",
-                *(str(library), "-lm"),
+                *(target.compiler, "-O2", "-s", "-static", "-Wl,--gc-sections", "-o", str(out), str(source)),
+                *(f"-I{it}" for it in target.includes),
+                *(str(target.library), "-lm"),
             ],
             # The linker warns of getaddrinfo and its like, which want glibc's shared libraries. The plugin has no use
             # for them.
@@ -74,8 +100,9 @@ def main(out: Path) -> None:
             text=True,
         )
     if done.returncode != 0:
-        sys.exit(f"{done.stderr}cannot build {out}: gcc ended with status {done.returncode}")
-    subprocess.run([out.resolve()], env={"CNI_COMMAND": "VERSION"}, check=True, stdout=subprocess.DEVNULL)
+        sys.exit(f"{done.stderr}cannot build {out}: {target.compiler} ended with status {done.returncode}")
+    environ = {"CNI_COMMAND": "VERSION", "PATH": os.environ.get("PATH", os.defpath)}
+    subprocess.run([*target.runner, out.resolve()], env=environ, check=True, stdout=subprocess.DEVNULL)
     print(f"{out}: {out.stat().st_size} bytes, Python {sys.version.split()[0]}, {len(frozen)} modules")
 
 
@@ -117,6 +144,11 @@ def source_of(name: str, origin: str | None) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} OUT")
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Link the CNI plugin into one static executable.")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--machine", help="another machine's architecture, as `uname -m` says it there")
+    parser.add_argument("--sysroot", type=Path, metavar="DIR", help="where its libpython3-dev is unpacked")
+    given = parser.parse_args()
+    if (given.machine is None) != (given.sysroot is None):
+        parser.error("--machine and --sysroot go together")
+    main(given.out, Target.of(given.machine, given.sysroot) if given.machine else Target.of_this_machine())
