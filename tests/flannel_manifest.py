@@ -1,11 +1,14 @@
 """What flannel's manifest asks Kubernetes for, as its chart of version 0.28.9 renders it with its own values.
 
-Facts, to compare ours with; in the nested form that `fields` makes flat.
+Facts, to compare ours with; in the nested form that `fields` makes flat.  `as_of_0_20` and `as_of_0_12` are what older
+manifests ask of an image.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 _NAMES = {"name": "kube-flannel-cfg", "namespace": "kube-flannel", "labels": {"tier": "node", "app": "flannel"}}
 _OF_ROLE = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "flannel"}
@@ -139,6 +142,41 @@ OBJECTS: tuple[Mapping[str, object], ...] = (
         },
     },
 )
+
+
+def _changed() -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]:
+    """A copy of all objects, and in it the spec of the pods and that of the daemon's container."""
+    objects: list[dict[str, Any]] = copy.deepcopy(list(OBJECTS))  # type: ignore[arg-type]
+    pod = objects[-1]["spec"]["template"]["spec"]
+    (daemon,) = pod["containers"]
+    install = pod["initContainers"][-1]
+    install["command"], install["args"] = ["cp"], ["-f", *install["args"]]
+    for name in ("ports", "livenessProbe", "readinessProbe"):
+        del daemon[name]
+    daemon["command"], daemon["args"] = ["/opt/bin/flanneld"], ["--ip-masq", "--kube-subnet-mgr"]
+    return objects, pod, daemon
+
+
+def as_of_0_20() -> list[dict[str, Any]]:
+    """`cp` instead of install-conf, and no probes."""
+    objects, _, daemon = _changed()
+    daemon["env"] = [it for it in daemon["env"] if it["name"] != "CONT_WHEN_CACHE_NOT_READY"]
+    return objects
+
+
+def as_of_0_12() -> list[dict[str, Any]]:
+    """In kube-system, without a plugin, a lock of iptables and NET_RAW, and with limits."""
+    objects, pod, daemon = _changed()
+    del pod["initContainers"][0]
+    daemon["env"] = daemon["env"][:2]
+    daemon["securityContext"]["capabilities"]["add"] = ["NET_ADMIN"]
+    daemon["resources"]["limits"] = {"cpu": "100m", "memory": "50Mi"}
+    for volumes in (pod["volumes"], daemon["volumeMounts"]):
+        volumes[:] = [it for it in volumes if it["name"] in ("run", "cni", "flannel-cfg")]
+    for found in objects:
+        if "namespace" in found["metadata"]:
+            found["metadata"]["namespace"] = "kube-system"
+    return objects
 
 
 def fields(kind: str, content: object, at: str = "") -> Iterator[tuple[str, object]]:

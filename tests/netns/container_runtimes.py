@@ -114,7 +114,7 @@ def containerd(host: Host, directory: Path, programs: Path, cgroup: str) -> Iter
     socket = "/run/containerd.sock"
     config = _CONTAINERD_CONF.format(directory=directory, programs=programs, socket=socket)
     (directory / "config.toml").write_text(config)
-    _mount_cgroups(host)
+    mount_cgroups(host)
     with (directory / "log").open("w") as log:
         daemon = host.popen(["containerd", "-c", str(directory / "config.toml")], stdout=log, stderr=log)
     client = Containerd(host.path(socket), directory, cgroup)
@@ -130,7 +130,7 @@ def containerd(host: Host, directory: Path, programs: Path, cgroup: str) -> Iter
         daemon.wait(20)
 
 
-def _mount_cgroups(host: Host) -> None:
+def mount_cgroups(host: Host) -> None:
     """As this machine has them: the host has a /sys of its own."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     for _, target, kind, options, *_ in sorted(

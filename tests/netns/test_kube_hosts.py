@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 import ssl
 import sys
 import threading
@@ -23,8 +22,18 @@ import pytest
 import yaml
 from etcd_server import Authority
 from kube_server import DAEMONS_TOKEN, MISSING, Client, Real, write_kubeconfig
-from namespace import _CLONE_NEWNET, _libc
-from traffic import REAL_TIME, datapath_pids, kill, peers, ping, read_status, seconds_until, tcp_flow, udp_flow
+from traffic import (
+    REAL_TIME,
+    datapath_pids,
+    kill,
+    listener_at,
+    peers,
+    ping,
+    read_status,
+    seconds_until,
+    tcp_flow,
+    udp_flow,
+)
 
 from bench import bulk_nodes
 from bench.measure import bytes_alone
@@ -40,21 +49,6 @@ pytestmark = [
 UDPTUN = (sys.executable, "-m", "udptun")
 PREFIX = "flannel.alpha.coreos.com/"
 SOON_S = 20.0
-
-
-def listener_at(lab: Lab) -> socket.socket:
-    """A listening socket of the switch's: it belongs to the namespace that it was made in."""
-    made: list[socket.socket] = []
-
-    def make() -> None:
-        with lab.switch.at().net_ns.open() as file:
-            assert _libc.setns(file.fileno(), _CLONE_NEWNET) == 0
-        made.append(socket.create_server((str(UNDERLAY[1]), KUBE_PORT)))
-
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    return made[0]
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 from udptun.commands import status
 from udptun.lab.host import UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, NET_CONF, Lab
+from udptun.lab.topology import KUBE_PORT, LEASES, NET_CONF, Lab
 
 _END = Path(__file__).with_name("traffic_end.py")
 _DEADLINE_S = 30.0
@@ -307,6 +307,21 @@ def socket_in(place: Host | Pod, kind: int, protocol: int = 0) -> Iterator[socke
     assert made, f"cannot make a socket in {net_ns}"
     with made[0]:
         yield made[0]
+
+
+def listener_at(lab: Lab) -> socket.socket:
+    """A listening socket of the switch's: it belongs to the namespace that it was made in."""
+    made: list[socket.socket] = []
+
+    def make() -> None:
+        with lab.switch.at().net_ns.open() as file:
+            assert _libc.setns(file.fileno(), _CLONE_NEWNET) == 0
+        made.append(socket.create_server((str(UNDERLAY[1]), KUBE_PORT)))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def processes(host: Host) -> dict[int, str]:

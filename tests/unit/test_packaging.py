@@ -65,7 +65,7 @@ def test_sdist_has_every_source_test_and_document_and_nothing_built(sdist: Path)
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
     wanted |= sources("tests", "*.py") | sources("docs", "*.md") | sources("bench", "*.py")
-    wanted |= sources("deploy", "*.py", "*.in", "*.yml", "*.yaml", "*.service", "*.conf")
+    wanted |= sources("deploy", "*.py", "*.in", "*.txt", "*.yml", "*.yaml", "*.service", "*.conf", "Containerfile")
     wanted |= {"pyproject.toml", "setup.py", "dev", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert "udptun/_fastpath.pyx" in wanted
     assert wanted - names == set()
