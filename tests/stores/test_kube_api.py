@@ -282,6 +282,11 @@ def test_kubectl_gets_annotates_and_watches_nodes(server: Running, client: Clien
     config = write_kubeconfig(tmp_path / "config", server.url, ca=server.ca)
     assert kubectl(config, "get", "nodes", "-o", "name") == "node/n1\n"
     assert kubectl(config, "get", "node", "n1", "-o", "jsonpath={.spec.podCIDR}") == "10.244.1.0/24"
+    # As the daemon says to those whose nodes have no podCIDR.
+    client.add_node("n2")
+    kubectl(config, "patch", "node", "n2", "-p", "spec: {podCIDR: 10.244.2.0/24}")
+    assert client.get("/api/v1/nodes/n2")["spec"]["podCIDR"] == "10.244.2.0/24"
+    client.delete("n2")
     command = ["kubectl", f"--kubeconfig={config}", "get", "nodes", "-o", "name", "--watch"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
         assert watching.stdout is not None

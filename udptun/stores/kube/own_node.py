@@ -144,7 +144,8 @@ class OwnNode:
             return (
                 f"node {node.name}: {exc}: the controller manager gives each node one when it runs with "
                 "--allocate-node-cidrs=true and --cluster-cidr (kubeadm: --pod-network-cidr=<Network>), or give one "
-                f'by hand: kubectl patch node {node.name} -p \'{{"spec":{{"podCIDR":"<subnet>"}}}}\''
+                # Without a quotation mark that the log would put a backslash before.
+                f'by hand: kubectl patch node {node.name} -p "spec: {{podCIDR: <subnet>}}"'
             )
         return ""
 
