@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -33,7 +34,7 @@ from udptun.cni.delegates import Delegates
 from udptun.cni.errors import CniError
 from udptun.cni.leftovers import Freed, ValidAttachments, free_dead
 from udptun.cni.reservations import Reservations
-from udptun.cni.state import StateDir, boot_id, identity_of
+from udptun.cni.state import Extras, StateDir, boot_id, identity_of
 
 ROUTE = '{"dst":"10.1.0.0/16"}'
 ROUTES6 = '{"dst":"fc00::/48"}'
@@ -275,6 +276,27 @@ def test_answer_longer_than_a_pipe_holds(plugin: Plugin, delegate: FakeDelegate)
     big = {"delegate": {"note": "y" * 200_000}}
     assert len(plugin.run("ADD", conf=big).stdout) == 300_000
     assert json.loads(delegate.stdin(0))["note"] == "y" * 200_000
+
+
+def test_state_is_whole_or_refused_on_a_disk_that_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The half of it that there was room for was taken for all, and the container could never be deleted."""
+    state, text = StateDir(str(tmp_path)), '{"name":"cbr0","type":"bridge"}'
+    write, room = os.write, [7] * 200
+
+    def write_a_part(fd: int, data: bytes) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(fd, data[: room.pop()])
+
+    monkeypatch.setattr(os, "write", write_a_part)
+    state.save("c1", text, Extras.now("eth0", "/proc/self/ns/net"))
+    assert (tmp_path / "c1").read_text() == text
+    room[:] = [7]
+    with pytest.raises(CniError, match="No space left on device"):
+        state.save("c2", text, Extras.now("eth0", "/proc/self/ns/net"))
+    assert sorted(it.name for it in tmp_path.rglob("*") if it.is_file()) == ["c1", "c1"]
 
 
 def test_add_that_fails_is_followed_by_a_del_and_leaves_no_state(plugin: Plugin, delegate: FakeDelegate) -> None:

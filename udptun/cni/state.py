@@ -123,7 +123,10 @@ class StateDir:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             try:
-                os.write(fd, text.encode())
+                # On a disk that is nearly full a part is written, and only the rest is refused.
+                rest = text.encode()
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
                 os.fsync(fd)
             finally:
                 os.close(fd)
