@@ -584,6 +584,34 @@ async def test_hosts_that_lose_their_watches_together_do_not_list_together(
         await store.aclose()
 
 
+async def test_a_refusal_in_one_piece_with_events_is_not_lost(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The events were taken and the refusal was not: the list came only after another watch, and its pause."""
+    from udptun.lab.kube_api import server
+
+    follow = server.ApiServer._follow
+    cluster.put_right(lambda it: it.add_node("n2", "10.0.2.0/24"))
+    text = cluster.api.do(lambda it: it.add_node("n3", "10.0.3.0/24", annotations(3)).text)
+    gone = {"kind": "Status", "status": "Failure", "message": "too old", "reason": "Expired", "code": 410}
+
+    async def send_both(self: server.ApiServer, connection: Any, *rest: Any) -> None:
+        monkeypatch.setattr(server.ApiServer, "_follow", follow)
+        await connection.send(server._event("MODIFIED", text) + server._event("ERROR", json.dumps(gone).encode()))
+        await connection.end()
+
+    monkeypatch.setattr(server.ApiServer, "_follow", send_both)
+    store = cluster.store()
+    snapshot = await store.snapshot()
+    async with watching(store, snapshot.revision) as watcher:
+        await watcher.until(lambda: "10.0.3.0-24" in watcher.leases)
+        await holds(lambda: cluster.api.n_watches() == 1, "the second watch")
+    lines = [line.partition("&")[0] for line in cluster.api.lines()]
+    watch = "GET /api/v1/nodes?allowWatchBookmarks=true"
+    assert lines == ["GET /api/v1/nodes?limit=500", watch, "GET /api/v1/nodes?limit=500", watch]
+    await store.aclose()
+
+
 async def test_a_server_that_ends_each_watch_at_once_is_not_asked_without_a_pause(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

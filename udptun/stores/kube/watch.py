@@ -16,6 +16,7 @@ import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from udptun.core.errors import StoreUnavailableError
 from udptun.stores.base import Snapshot, WatchBatch, reconnect_spread_s
@@ -119,18 +120,19 @@ class Nodes:
             # Empty.  It tells the caller that the server answers, before anything changes.
             yield WatchBatch(place.told)
             async for events in stream:
-                if (batch := self._take(place, events)) is not None:
+                n_good = next((i for i, event in enumerate(events) if event.kind == "ERROR"), len(events))
+                if (batch := self._take(place, events[:n_good])) is not None:
                     yield batch
+                for failure in events[n_good:]:
+                    if failure.code == HTTPStatus.GONE:
+                        raise GoneError(failure.message)
+                    raise SilentError(f"the server says {failure.code} {failure.message}")
 
     def _take(self, place: _Place, events: list[NodeEvent]) -> WatchBatch | None:
-        """What the events mean; None: nothing.  Raises GoneError and SilentError."""
+        """What the events mean; None: nothing.  Raises GoneError."""
         # Of each node the last event counts.
         nodes: dict[str, Node | None] = {}
-        failure: NodeEvent | None = None
         for event in events:
-            if event.kind == "ERROR":
-                failure = event
-                break
             if event.revision < place.revision:
                 raise GoneError(f"the server is at revision {event.revision}, before our {place.revision}")
             place.revision = event.revision
@@ -142,10 +144,6 @@ class Nodes:
         difference = place.table.apply(present, [name for name, node in nodes.items() if node is None])
         if difference:
             return WatchBatch(place.revision, difference.events, skipped=difference.skipped, mended=difference.mended)
-        if failure is not None and failure.code == 410:
-            raise GoneError(failure.message)
-        if failure is not None:
-            raise SilentError(f"the server says {failure.code} {failure.message}")
         return None
 
     async def _list(self) -> tuple[NodeTable, int, list[str]]:
