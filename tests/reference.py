@@ -42,6 +42,7 @@ _ECHO_REPLY = 0
 _ICMP_QUERIES = (_ECHO_REPLY, 8, 13, 14)
 """Echo reply, echo, timestamp, timestamp reply."""
 _NET_UNREACHABLE: Reason = (3, 0)
+_HOST_UNREACHABLE: Reason = (3, 1)
 _FRAGMENTATION_NEEDED: Reason = (3, 4)
 _TIME_EXCEEDED: Reason = (11, 0)
 
@@ -75,6 +76,8 @@ class Peer:
     remote: Remote
     mtu: int
     mac: bytes = b""
+    is_dead: bool = False
+    """It was found dead, and nothing has come from it since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +234,8 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
     peer = table.leasing(ip.destination)
     if peer is None:  # 4
         return refuse_all("encap_drop_no_route", _NET_UNREACHABLE)
+    if peer.is_dead:
+        return refuse_all("encap_drop_dead", _HOST_UNREACHABLE)
     if ip.ttl <= 1:  # 5
         return refuse_all("encap_drop_ttl", _TIME_EXCEEDED)
     if ip.dont_fragment and len(packets[0]) > peer.mtu:  # 6

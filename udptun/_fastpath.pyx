@@ -616,6 +616,7 @@ LAYOUT = {
     "l2_flag": <uint32_t>UT_L2_FLAG,
     "flags.udptun": UT_PEER_UDPTUN,
     "flags.any_source_port": UT_PEER_ANY_SOURCE_PORT,
+    "flags.dead": UT_PEER_DEAD,
     "source_check.off": UT_SOURCE_OFF,
     "source_check.peer": UT_SOURCE_PEER,
     "source_check.strict": UT_SOURCE_STRICT,

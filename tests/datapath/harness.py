@@ -543,7 +543,10 @@ class FastDatapath:
                 takes_any_source_port=table.vtep is not None,
                 mac=peer.mac,
             )
-            self._writer.set_peer(peer.subnet, remote, peer.mtu)
+            index = self._writer.set_peer(peer.subnet, remote, peer.mtu)
+            if peer.is_dead:
+                received = self.stats.received(index)
+                self._writer.set_peer(peer.subnet, remote, peer.mtu, is_dead=True, received=received)
         assert self._writer.publish(self.stats), "no worker runs, so none can hold the other slot"
 
     def renew_worker(self, index: int = 0, *, events: tuple[int, ...] = ()) -> None:

@@ -518,8 +518,7 @@ def test_a_worker_that_sleeps_wakes_for_a_packet_and_the_control_plane_for_its_a
             assert injected is not None
             assert injected.result is Result.DONE
             round_trip_s = (taken[-1].time_ns - injected.time_ns) / 1e9
-            # The worker notes the time after the send, and the answer may have come by then.
-            assert abs(round_trip_s) < 5
+            assert 0 < round_trip_s < 5
             assert (nonce_of(taken[-1]), taken[-1].length) == (nonce, length)
         rings.close()
 

@@ -128,6 +128,17 @@ def test_config_takes_a_number_of_source_ports_or_auto(text: str, ports: int) ->
     assert conf.backend == UdpKeys(source_ports=ports)
 
 
+def test_peers_are_probed_unless_the_flag_or_the_config_says_no() -> None:
+    def is_on(flags: list[str], keys: UdpKeys) -> bool:
+        return live_settings(parse_daemon_flags(flags, {}), keys, 1500, 28).probe
+
+    assert parse('{"Network":"10.3.0.0/16","Backend":{"Type":"udp","Probe":false}}').backend == UdpKeys(probe=False)
+    assert is_on([], UdpKeys())
+    assert not is_on([], UdpKeys(probe=False))
+    assert is_on(["--probe"], UdpKeys(probe=False))
+    assert not is_on(["--probe=false"], UdpKeys())
+
+
 @pytest.mark.parametrize(
     ("argv", "keys", "ports"),
     [

@@ -38,6 +38,7 @@ PURE_MODULES = [
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
     *("backends.udp", "backends.vtep", "backends.vxlan"),
     *("kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
+    *("datapath.liveness", "datapath.path_mtu"),
     *("datapath.restarts", "datapath.settings", "firewall.iptables_form", "firewall.nft_form", "firewall.rules"),
     *(f"firewall.obstacles.{name}" for name in ("judge", "nft_messages", "nft_rules", "ruleset", "xtables")),
     *("membership.allocate", "membership.former", "membership.grace", "membership.identity"),

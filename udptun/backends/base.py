@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
-from udptun.config.go_json import choice, integer, key
+from udptun.config.go_json import boolean, choice, integer, key
 from udptun.config.net_conf import BackendKeys, NetConf
 from udptun.core.desired import DesiredLink, DesiredState, Pods
 from udptun.core.errors import ConfigError
@@ -40,13 +40,15 @@ class TunnelKeys(BackendKeys):
         "SourceCheck", choice({it.value: it for it in SourceCheck}), SourceCheck.PEER, is_live=True
     )
     offload: Offload = key("OffloadDisabled", _all_offloads_but, ALL, is_live=True)
+    probe: bool = key("Probe", boolean, True, is_live=True)
 
 
 @dataclass(frozen=True, slots=True)
 class LiveSettings:
     """What SIGHUP can change.  `mtu` is the largest packet of a pod, bytes.  The rest concerns the userspace tunnel.
 
-    `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.
+    `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.  `probe`:
+    whether the peers are probed.
     """
 
     mtu: int
@@ -54,6 +56,7 @@ class LiveSettings:
     source_check: SourceCheck
     offload: Offload
     source_ports: int = 1
+    probe: bool = True
 
 
 @dataclass(frozen=True, slots=True)

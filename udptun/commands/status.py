@@ -90,13 +90,19 @@ def render(document: Document, now_s: float) -> str:
         "",
     ]
     lines += table(
-        ["PEER SUBNET", "PUBLIC IP", "PORT", "UDPTUN", "SENT PACKETS", "BYTES", "RECEIVED PACKETS", "BYTES"],
+        [
+            *("PEER SUBNET", "PUBLIC IP", "PORT", "UDPTUN", "HOST", "RTT MS", "MTU"),
+            *("SENT PACKETS", "BYTES", "RECEIVED PACKETS", "BYTES"),
+        ],
         [
             [
                 peer["subnet"],
                 peer["public_ip"],
                 str(peer["port"] or "-"),
                 "yes" if peer["udptun"] else "no",
+                peer.get("liveness", "-"),
+                _number(peer.get("rtt_ms"), ".1f"),
+                _number(peer.get("path_mtu"), "d"),
                 *(str(peer.get(key, "-")) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
             ]
             for peer in document["peers"]
@@ -108,6 +114,10 @@ def render(document: Document, now_s: float) -> str:
     lines += _skipped(document["skipped"])
     lines += [f"problem    {line}" for line in document["problems"]]
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _skipped(lines: list[str]) -> list[str]:

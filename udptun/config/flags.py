@@ -197,6 +197,9 @@ class Options:
         "NAMES",
         "offloads to do without, as tso,uso, or none; over Backend.OffloadDisabled",
     )
+    probe: bool | None = flag(
+        _TUNNEL, boolean, None, "", "probe the peers, so that dead ones are known; over Backend.Probe, default true"
+    )
     datapath_confinement: Confinement = flag(
         _TUNNEL,
         _confinement,

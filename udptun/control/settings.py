@@ -53,6 +53,7 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
         options.source_check or tunnel.source_check,
         offload & ~corrupted_by(os.uname().release),
         workers if source_ports == AS_MANY_AS_WORKERS else source_ports,
+        tunnel.probe if options.probe is None else options.probe,
     )
 
 

@@ -16,7 +16,8 @@ from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.offload import names as offload_names
 from udptun.core.tunnel import Confinement
-from udptun.datapath.settings import Remote
+from udptun.datapath.prober import Prober
+from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.strays import StrayWatch
 from udptun.datapath.tunnel import Tunnel
@@ -33,6 +34,7 @@ class Tunnelled:
         self.tunnel = tunnel
         self._encapsulation = encapsulation
         self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds))
+        self._prober = Prober(tunnel)
         self._local_watch: LocalAddressWatch | None = None
         self._not_refused = ""
         """Names addresses of this host that the table has no room for."""
@@ -55,10 +57,13 @@ class Tunnelled:
         )
 
     async def start(self, inputs: BackendInput) -> None:
-        settings = self._encapsulation.packet_settings(inputs)
+        settings = self._settings(inputs)
         self._tunnel_address = settings.tunnel_address
         self.tunnel.configure(settings)
-        self.tunnel.set_peers(self._remotes(inputs.peers))
+        remotes = self._remotes(inputs.peers)
+        self.tunnel.set_peers(remotes)
+        self._prober.switch(is_on=inputs.live.probe, own_address=settings.tunnel_address, mtu=settings.mtu)
+        self._prober.set_peers(remotes)
         local = await find_local_addresses()
         self._set_local_addresses(local)
         await self.tunnel.publish()
@@ -73,16 +78,22 @@ class Tunnelled:
             tasks.create_task(self.tunnel.datapath.supervise(), name="supervise datapath")
             tasks.create_task(self._local_watch.run(), name="local addresses")
             tasks.create_task(self._strays.run(), name="strays")
+            tasks.create_task(self._prober.run(), name="probes")
 
     @property
     def problems(self) -> tuple[str, ...]:
         """One line for each thing that is wrong right now.  May be read on another thread."""
         local = () if self._local_watch is None else self._local_watch.problems
-        return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local, *self._strays.problems)
+        others = (*self._strays.problems, *self._prober.problems)
+        return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local, *others)
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        self.tunnel.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
-        self.tunnel.add_peers(self._remotes(event.lease for event in events if event.type is EventType.ADDED))
+        removed = [event.lease.subnet for event in events if event.type is EventType.REMOVED]
+        added = self._remotes(event.lease for event in events if event.type is EventType.ADDED)
+        self._prober.remove_peers(removed)
+        self.tunnel.remove_peers(removed)
+        self.tunnel.add_peers(added)
+        self._prober.add_peers(added)
         await self.tunnel.publish()
 
     async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
@@ -103,12 +114,19 @@ class Tunnelled:
                 live = replace(live, offload=before.live.offload)
                 log.error("not reloaded, the offloads stay: %s", exc)
         now = replace(now, live=live)
-        settings = self._encapsulation.packet_settings(now)
-        if settings != self._encapsulation.packet_settings(before):
+        settings = self._settings(now)
+        if settings != self._settings(before):
             self.tunnel.configure(settings)
-            self.tunnel.add_peers(self._remotes(now.peers))
+            remotes = self._remotes(now.peers)
+            self.tunnel.add_peers(remotes)
+            self._prober.switch(is_on=live.probe, own_address=settings.tunnel_address, mtu=settings.mtu)
+            self._prober.add_peers(remotes)
             await self.tunnel.publish()
         return live
+
+    def _settings(self, inputs: BackendInput) -> PacketSettings:
+        settings = self._encapsulation.packet_settings(inputs)
+        return replace(settings, punt_id=self._prober.echo_id if inputs.live.probe else 0)
 
     async def _use_local_addresses(self, local: LocalAddresses) -> None:
         self._set_local_addresses(local)
@@ -153,8 +171,9 @@ class Tunnelled:
                     "port": remote.port,
                     "any_source_port": remote.takes_any_source_port,
                     **dict(zip(PEER_COUNTERS, count, strict=True)),
+                    **self._prober.document(lease.subnet),
                 }
-                for remote, count in zip(map(self._encapsulation.remote, leases), counts, strict=True)
+                for lease, remote, count in zip(leases, map(self._encapsulation.remote, leases), counts, strict=True)
             ],
             "counters": {**stats.counters(), "inject_drop_full": self.tunnel.rings.n_refused},
         }

@@ -7,7 +7,8 @@ workers.  The counters live as long as the memory file: a process that takes ove
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address
@@ -170,10 +171,26 @@ class Stats:
             return PeerStats(self._peers).sums(indexes, n_workers)
         return [[0] * _N_PEER_COUNTERS if index is None else self._sums(index, n_workers) for index in indexes]
 
+    def received(self, index: int) -> int:
+        """Packets from a peer that all workers have counted, as a worker sums them up."""
+        column = PEER_COUNTERS.index("decap_packets")
+        return sum(self._row(worker, index)[column] for worker in self._workers_that_ran())
+
+    def peer_rows(self, top: int) -> list[tuple[int, memoryview]]:
+        """Of each worker that has run the PEER_COUNTERS of all peers up to index `top`."""
+        n, row_words = LAYOUT["max_peers"], _N_PEER_COUNTERS
+        return [
+            (worker, self._peers[worker * n * row_words : (worker * n + top + 1) * row_words])
+            for worker in self._workers_that_ran()
+        ]
+
+    def _workers_that_ran(self) -> list[int]:
+        """A worker that has never run has counted nothing; its rows stay untouched, and cost no memory."""
+        return [worker for worker, turns in enumerate(self._words("turns", _N_WORKERS)) if turns]
+
     def clear_peers(self, indexes: Sequence[int]) -> None:
         """Start the peers' counters at zero; only while no worker can count under their indexes."""
-        # A worker that has never run has counted nothing; its rows stay untouched, and cost no memory.
-        workers = [i for i, turns in enumerate(self._words("turns", _N_WORKERS)) if turns]
+        workers = self._workers_that_ran()
         if len(indexes) >= MANY_PEERS:
             from udptun.datapath.bulk import PeerStats
 
@@ -195,6 +212,53 @@ class Stats:
     def _words(self, field: str, n_workers: int) -> list[int]:
         i = _word(field)
         return [worker[i] for worker in self._workers[:n_workers]]
+
+
+class PeerTraffic:
+    """Which peers have exchanged packets since the last look.
+
+    A look copies the counters and compares blocks of them.  So peers without traffic cost next to nothing.
+    """
+
+    def __init__(self, stats: Stats) -> None:
+        self._stats = stats
+        self._before: dict[int, bytes] = {}
+
+    def look(self, top: int) -> dict[int, tuple[int, int]]:
+        """By index in the peer table, `top` at most: packets sent and received since the last look.
+
+        The first look finds nothing: what was counted before is no traffic of now.
+        """
+        found: dict[int, tuple[int, int]] = {}
+        for worker, rows in self._stats.peer_rows(top):
+            now = bytes(rows)
+            kept = self._before.get(worker, now).ljust(len(now), b"\0")
+            before, beyond = kept[: len(now)], kept[len(now) :]
+            self._before[worker] = now + beyond
+            if now != before:
+                for index, n_sent, n_received in _differences(before, now):
+                    sent, received = found.get(index, (0, 0))
+                    found[index] = sent + n_sent, received + n_received
+        return found
+
+
+_PEER_ROW = struct.Struct(f"={_N_PEER_COUNTERS}Q")
+_BLOCK_BYTES = 64 * _PEER_ROW.size
+
+
+def _differences(before: bytes, now: bytes) -> Iterator[tuple[int, int, int]]:
+    """Index of each row whose counters have grown, and by how many packets: sent, received."""
+    sent, received = PEER_COUNTERS.index("encap_packets"), PEER_COUNTERS.index("decap_packets")
+    for at in range(0, len(now), _BLOCK_BYTES):
+        old, new = before[at : at + _BLOCK_BYTES], now[at : at + _BLOCK_BYTES]
+        if old == new:
+            continue
+        rows = zip(_PEER_ROW.iter_unpack(old), _PEER_ROW.iter_unpack(new), strict=True)
+        for index, (was, is_now) in enumerate(rows, at // _PEER_ROW.size):
+            if was != is_now:
+                # They begin at zero when another peer gets the row.
+                base = was if all(map(int.__le__, was, is_now)) else (0,) * _N_PEER_COUNTERS
+                yield index, is_now[sent] - base[sent], is_now[received] - base[received]
 
 
 def _word(field: str) -> int:

@@ -21,12 +21,13 @@ from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.datapath.stats import MANY_PEERS, OFFLOAD_BITS, Stats
 
 _TABLE, _SLOT, _PEER = shm.Structure("table"), shm.Structure("slot"), shm.Structure("peer")
-_PEER_FIELDS = _PEER.packer("family", "port_be", "address_be", "subnet", "mask", "mtu", "flags", "prefix")
+_PEER_FIELDS = _PEER.packer("family", "port_be", "address_be", "subnet", "mask", "mtu", "flags", "prefix", "received")
 _PEER_REMOTE = _PEER.packer("family", "address_be")
 _PEER_SUBNET = _PEER.packer("subnet", "mask")
 _PEER_LEASE = _PEER.packer("address_be", "subnet", "mask")
 _NO_PEER = bytes(_PEER.size)
 _FLAG_UDPTUN, _FLAG_ANY_SOURCE_PORT = LAYOUT["flags.udptun"], LAYOUT["flags.any_source_port"]
+_FLAG_DEAD = LAYOUT["flags.dead"]
 _SOURCE_CHECKS = {check: LAYOUT[f"source_check.{check.value}"] for check in SourceCheck}
 
 
@@ -115,11 +116,14 @@ class TableWriter:
         slot = self._next
         return Vtep(slot["vni"], bytes(slot.own_mac)) if slot["prefix_len"] else None
 
-    def set_peer(self, subnet: IPv4Network, remote: Remote, mtu: int) -> int:
+    def set_peer(
+        self, subnet: IPv4Network, remote: Remote, mtu: int, *, is_dead: bool = False, received: int = 0
+    ) -> int:
         """Add the peer that leases `subnet`, or change where it is; return its index, which it keeps while it stays.
 
         `subnet` lies in Network, has a prefix length of 16 to 30 and overlaps no other peer's: LeaseTable sees to
-        it.  `mtu`: largest inner packet, bytes.  Raises DatapathError when the table is full.
+        it.  `mtu`: largest inner packet, bytes.  Nothing is sent to a peer that `is_dead` as long as the workers have
+        counted `received` packets from it.  Raises DatapathError when the table is full.
         """
         vtep = self.vtep
         index = self._index.get(subnet)
@@ -140,8 +144,11 @@ class TableWriter:
             int(subnet.network_address),
             int(subnet.netmask),
             mtu,
-            _FLAG_UDPTUN * remote.is_udptun | _FLAG_ANY_SOURCE_PORT * remote.takes_any_source_port,
+            _FLAG_UDPTUN * remote.is_udptun
+            | _FLAG_ANY_SOURCE_PORT * remote.takes_any_source_port
+            | _FLAG_DEAD * is_dead,
             b"" if vtep is None else vtep.prefix(remote.mac),
+            received,
         )
         return index
 

@@ -72,6 +72,11 @@ class Tunnel:
         self._publishing = asyncio.Lock()
         self._waiting: dict[IPv4Network, Remote] = {}
         """Peers for which the table has no room."""
+        self._remotes: dict[IPv4Network, Remote] = {}
+        """Of the peers in the table."""
+        self._dead: set[IPv4Network] = set()
+        self._path_mtus: dict[IPv4Network, int] = {}
+        """Of peers to which packets may not be as long as the device allows, bytes."""
         self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement)
         self.datapath.is_spread = Offload.SPREAD in wanted
         self.datapath.signs_of_life = lambda: stats.signs_of_life(len(tun.fds))
@@ -219,7 +224,7 @@ class Tunnel:
         """Add peers, or change where they are, from the next `publish` on."""
         for subnet, remote in peers.items():
             if self.table.has_room or self.table.index_of(subnet) is not None:
-                self.table.set_peer(subnet, remote, self._mtu)
+                self._set_peer(subnet, remote)
                 self._waiting.pop(subnet, None)
             else:
                 if not self._waiting:
@@ -230,7 +235,41 @@ class Tunnel:
         """Forget peers, from the next `publish` on."""
         for subnet in subnets:
             self._waiting.pop(subnet, None)
+            self._remotes.pop(subnet, None)
+            self._dead.discard(subnet)
+            self._path_mtus.pop(subnet, None)
             self.table.remove_peer(subnet)
+
+    def set_dead(self, subnet: IPv4Network, *, is_dead: bool) -> None:
+        """Refuse packets to a peer until something comes from it, or send them again, from the next `publish` on."""
+        remote = self._remotes.get(subnet)
+        if remote is None:
+            return
+        self._dead.discard(subnet)
+        if is_dead:
+            self._dead.add(subnet)
+        self._set_peer(subnet, remote)
+
+    def set_path_mtu(self, subnet: IPv4Network, mtu: int | None) -> None:
+        """Let packets to a peer be so long, or as long as the device allows, from the next `publish` on."""
+        remote = self._remotes.get(subnet)
+        if remote is None:
+            return
+        self._path_mtus.pop(subnet, None)
+        if mtu is not None:
+            self._path_mtus[subnet] = mtu
+        self._set_peer(subnet, remote)
+
+    def is_dead(self, subnet: IPv4Network) -> bool:
+        return subnet in self._dead
+
+    def _set_peer(self, subnet: IPv4Network, remote: Remote) -> None:
+        self._remotes[subnet] = remote
+        index = self.table.index_of(subnet)
+        is_dead = index is not None and subnet in self._dead
+        received = self.stats.received(index) if is_dead and index is not None else 0
+        mtu = min(self._mtu, self._path_mtus.get(subnet, self._mtu))
+        self.table.set_peer(subnet, remote, mtu, is_dead=is_dead, received=received)
 
     async def publish(self) -> None:
         """Show the workers what was set since the last time; returns when they can see it."""

@@ -60,6 +60,10 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
         drop_encap(w, &c.encap_drop_no_route, n)
         answer_local(w, p, ICMP_UNREACHABLE, ICMP_NET_UNREACHABLE, 0)
         return
+    if w.slot.peers[p.peer].flags & UT_PEER_DEAD and not is_back(w, p.peer):
+        drop_encap(w, &c.encap_drop_dead, n)
+        answer_local(w, p, ICMP_UNREACHABLE, ICMP_HOST_UNREACHABLE, 0)
+        return
     if ip_ttl(d) <= 1:
         drop_encap(w, &c.encap_drop_ttl, n)
         answer_local(w, p, ICMP_TIME_EXCEEDED, 0, 0)
@@ -75,6 +79,20 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
         queue_packet(w, p)
     else:
         queue_segments(w, p.peer, &s)
+
+
+cdef inline bint is_back(const Loop *w, uint32_t peer) noexcept nogil:
+    """Whether any worker has received something from the peer since it was found dead.
+
+    The control plane learns of it later.  Until then what is sent to the peer costs a look at the counters.
+    """
+    cdef uint64_t received = 0
+    cdef int i
+    for i in range(<int>UT_MAX_WORKERS):
+        # A worker that never ran has counted nothing, and its memory costs nothing until it is looked at.
+        if w.stats.worker[i].turns:
+            received += w.stats.peer[i][peer].decap_packets
+    return received != w.slot.peers[peer].received
 
 
 cdef inline void drop_encap(Loop *w, Counter *reason, int n) noexcept nogil:

@@ -125,9 +125,10 @@ cdef inline int inject_all(Loop *w, ut_ring *ring) noexcept nogil:
         taken += 1
         ut_store_u64(&ring.begun, taken)
         memcpy(&w.injected, slot, sizeof(ut_ring_slot))
+        # The answer may be here before the send is over.
+        slot.time_ns = monotonic_ns()
         slot.result = inject(w, &w.injected, taken)
         slot.error = w.injected.error
-        slot.time_ns = monotonic_ns()
         count_injected(w, slot.result, w.injected.way == UT_WAY_TUN)
         ut_store_u64(&ring.taken, taken)
         n += 1

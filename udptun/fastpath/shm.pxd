@@ -19,7 +19,7 @@ cdef extern from "shm.h" nogil:
         UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
         UT_LOCAL_ENTRIES, UT_MAX_LOCAL, UT_HASH, UT_STRAYS, UT_STRAY_SETS, UT_STRAY_WAYS, UT_RING_SLOTS, UT_RING_BYTES
         UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM, UT_MAX_SENDERS
-        UT_PEER_UDPTUN, UT_PEER_ANY_SOURCE_PORT
+        UT_PEER_UDPTUN, UT_PEER_ANY_SOURCE_PORT, UT_PEER_DEAD
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
         UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP, UT_OFFLOAD_VNET_HDR
         UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
@@ -29,6 +29,7 @@ cdef extern from "shm.h" nogil:
         sockaddr_in remote
         uint32_t subnet, mask, mtu, flags
         uint8_t prefix[1]
+        uint64_t received
     struct ut_slot:
         uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, local_mask
         uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni, punt_id
@@ -139,6 +140,7 @@ cdef struct Counters:
     Counter inject_drop_no_route
     Counter inject_drop_refused
     Counter inject_drop_in_flight
+    Counter encap_drop_dead
 
 
 cdef inline uint32_t lookup(const ut_slot *table, uint32_t address) noexcept nogil:

@@ -25,6 +25,7 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(peer, mtu),
     UT_FIELD(peer, flags),
     UT_FIELD(peer, prefix),
+    UT_FIELD(peer, received),
 
     UT_FIELD(slot, network),
     UT_FIELD(slot, network_mask),

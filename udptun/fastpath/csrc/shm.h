@@ -51,10 +51,12 @@ struct ut_peer {
     uint32_t mtu;                 /* largest inner packet the path carries, bytes */
     uint32_t flags;               /* UT_PEER_* */
     uint8_t prefix[UT_PREFIX_BYTES]; /* ready to stand before each packet, the first prefix_len bytes of it */
-    uint8_t reserved[10];
+    uint8_t reserved[2];
+    uint64_t received;            /* with UT_PEER_DEAD: packets from it that all workers had counted by then */
 };
 #define UT_PEER_UDPTUN 1u         /* the lease says that udptun wrote it */
 #define UT_PEER_ANY_SOURCE_PORT 2u /* its datagrams may leave from any of our sockets */
+#define UT_PEER_DEAD 4u           /* it answers no probe; nothing is sent to it until something comes from it */
 
 /* One complete, immutable-while-published picture of the overlay. */
 struct ut_slot {
@@ -151,7 +153,7 @@ struct ut_ring_slot {
     uint32_t result;              /* UT_INJECT_*: what became of an injected packet.  Its consumer writes it */
     uint32_t error;               /* with UT_INJECT_REFUSED: errno.  Its consumer writes it */
     uint32_t reserved;
-    uint64_t time_ns;             /* CLOCK_MONOTONIC of the worker: when it got the packet from the kernel, or gave it */
+    uint64_t time_ns;             /* CLOCK_MONOTONIC of the worker: when it had the packet, and began to hand it on */
     uint64_t sequence;            /* number of the packet in its ring; the first one has 1 */
     uint32_t way;                 /* UT_WAY_*: where an injected packet goes */
     uint32_t length;              /* of the packet, bytes */

@@ -1,0 +1,205 @@
+"""How long a packet to each peer may be.  Pure: answers and the time come from the caller.
+
+    full        what the device allows: the underlay's MTU less what is around a packet
+    size        of a probe, an echo request with DF that the peer's kernel answers; bytes of inner packet
+    round       probes of one or several sizes that are on the way at the same time
+    check       a round of one probe, of the size that packets may have now
+    search      rounds of several sizes between one that passes and one that does not, until the two follow each other
+
+A path narrower than the device swallows full-size packets, in silence where a firewall eats the ICMP errors: small ones
+pass, a TCP connection begins, and then nothing comes.  A peer with traffic is checked every CHECK_S.  When a probe of
+the size is lost twice while something else is heard of the peer, the size is searched for.  From then on senders are
+told (fragmentation needed).  Whether the path takes more again is tried after GROW_S, and then less and less often.
+
+The peer's answer is as long as the probe, so what is found is the smaller one of the two directions.  Where no size
+above LEAST passes nothing is concluded: then it is no path that drops large packets, but somebody who drops echoes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+CHECK_S = 1.0
+"""Between two checks of a peer that is watched closely."""
+IDLE_CHECK_S = 1000.0
+"""And of any other one, with an answer that it gives anyway."""
+IDLE_PER_S = 8
+"""Of these checks at most.  Those that are too many wait for the next answer of their peer."""
+MOST_LOST = 2
+N_SIZES = 12
+"""Of one round: three rounds find one of 1,472 sizes."""
+LEAST = 576
+"""What every IPv4 host must take (RFC 791)."""
+GROW_S = 60.0, 600.0
+"""First and longest time until more is tried; each is twice the one before."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(slots=True)
+class _Path:
+    """Times are in seconds, of the caller's clock."""
+
+    size: int
+    """Packets may be so long."""
+    is_measured: bool = False
+    check_due_s: float = 0.0
+    checked_s: float = float("-inf")
+    n_lost: int = 0
+    grow_due_s: float = 0.0
+    grow_pause_s: float = GROW_S[0]
+    passing: int = 0
+    """In a search: a size that passes, and one that does not.  0: there is no search."""
+    failing: int = 0
+    waiting: set[int] = field(default_factory=set)
+    answered: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
+
+
+class PathMtus(Generic[K]):
+    """All peers, by whatever the caller calls them.  `full`: see above."""
+
+    def __init__(self, full: int) -> None:
+        self._full = full
+        self._paths: dict[K, _Path] = {}
+        self._busy: set[K] = set()
+        """Those that have a round before them or on the way, whether they are watched or not."""
+        self._changed: dict[K, int] = {}
+        self._next_idle_s = float("-inf")
+
+    def add(self, keys: Iterable[K]) -> None:
+        """Begin with peers of which nothing is known, or begin with them anew."""
+        for key in keys:
+            self._paths[key] = _Path(self._full)
+            self._busy.discard(key)
+            self._changed.pop(key, None)
+
+    def remove(self, keys: Iterable[K]) -> None:
+        for key in keys:
+            self._paths.pop(key, None)
+            self._busy.discard(key)
+            self._changed.pop(key, None)
+
+    def give_up(self, key: K, now_s: float) -> None:
+        """Forget the round that is on the way: a probe of it was not sent, or the peer is dead."""
+        path = self._paths.get(key)
+        if path is not None:
+            self._end_round(path)
+            path.passing = path.n_lost = 0
+            path.check_due_s = now_s + CHECK_S
+            self._busy.discard(key)
+
+    def due(self, watched: Iterable[K], now_s: float) -> list[tuple[K, int]]:
+        """Of the peers that are watched closely and answer: whom to probe now, with which size.
+
+        Each probe is waited for: it ends with `note_answer`, `note_lost` or `give_up`.
+        """
+        found: list[tuple[K, int]] = []
+        for key in {*watched, *self._busy}:
+            path = self._paths.get(key)
+            if path is not None and not path.waiting and now_s >= path.check_due_s:
+                found += [(key, size) for size in self._begin_round(path, now_s)]
+                self._busy.add(key)
+        return found
+
+    def due_with_answer(self, key: K, now_s: float) -> list[tuple[K, int]]:
+        """Likewise, of a peer that has just answered a small probe."""
+        path = self._paths.get(key)
+        if path is None or now_s - path.checked_s < IDLE_CHECK_S or now_s < self._next_idle_s:
+            return []
+        self._next_idle_s = now_s + 1 / IDLE_PER_S
+        return self.due([key], now_s)
+
+    def note_answer(self, key: K, size: int, now_s: float) -> None:
+        """A probe of this size has come back."""
+        path = self._paths.get(key)
+        if path is not None and size in path.waiting:
+            path.waiting.discard(size)
+            path.answered.add(size)
+            self._end_round_if_over(key, path, now_s, is_heard=True)
+
+    def note_lost(self, key: K, size: int, now_s: float, *, is_heard: bool) -> None:
+        """It has not come back in time.  `is_heard`: something else of the peer has come, just now."""
+        path = self._paths.get(key)
+        if path is not None and size in path.waiting:
+            path.waiting.discard(size)
+            path.lost.add(size)
+            self._end_round_if_over(key, path, now_s, is_heard=is_heard)
+
+    def take_changes(self) -> dict[K, int]:
+        """Peers whose packets may have another length than before: how long they may be, bytes."""
+        changed, self._changed = self._changed, {}
+        return changed
+
+    def measured(self, key: K) -> int | None:
+        """How long packets to the peer may be, bytes; None while that is not known."""
+        path = self._paths.get(key)
+        return path.size if path is not None and path.is_measured else None
+
+    def narrow(self) -> dict[K, int]:
+        """The peers to which packets may not be as long as the device allows, with the length."""
+        return {key: path.size for key, path in list(self._paths.items()) if path.size < self._full}
+
+    def _begin_round(self, path: _Path, now_s: float) -> list[int]:
+        if not path.passing and path.size < self._full and now_s >= path.grow_due_s and path.n_lost == 0:
+            path.passing, path.failing = path.size, self._full + 1
+        sizes = _between(path.passing, path.failing) if path.passing else [path.size]
+        path.checked_s = now_s
+        path.waiting = set(sizes)
+        return sizes
+
+    def _end_round_if_over(self, key: K, path: _Path, now_s: float, *, is_heard: bool) -> None:
+        if path.waiting:
+            return
+        answered, lost = path.answered, path.lost
+        self._end_round(path)
+        if path.passing and not answered and not is_heard:
+            self.give_up(key, now_s)
+        elif path.passing:
+            self._go_on_searching(key, path, answered, lost, now_s)
+        elif answered:
+            path.is_measured, path.n_lost = True, 0
+            path.check_due_s = now_s + CHECK_S
+        elif not is_heard:
+            # Nothing at all comes from the peer, small or large.
+            path.check_due_s = now_s + CHECK_S / 2
+        else:
+            path.n_lost += 1
+            path.check_due_s = now_s
+            if path.n_lost >= MOST_LOST:
+                path.n_lost = 0
+                # The size itself once more: both probes may have been lost by chance.
+                path.passing, path.failing = LEAST - 1, path.size + 1
+        if not path.passing and not path.n_lost:
+            self._busy.discard(key)
+
+    def _go_on_searching(self, key: K, path: _Path, answered: set[int], lost: set[int], now_s: float) -> None:
+        path.passing = max(answered | {path.passing})
+        path.failing = min({size for size in lost if size > path.passing} | {path.failing})
+        path.check_due_s = now_s
+        if path.failing - path.passing > 1:
+            return
+        found, path.passing = path.passing, 0
+        path.check_due_s = now_s + CHECK_S
+        if found < LEAST:
+            # Not even that passes.
+            path.is_measured = False
+            path.check_due_s = now_s + IDLE_CHECK_S
+            return
+        path.is_measured = True
+        path.grow_pause_s = GROW_S[0] if found != path.size else min(2 * path.grow_pause_s, GROW_S[1])
+        path.grow_due_s = now_s + path.grow_pause_s
+        if found != path.size:
+            path.size = found
+            self._changed[key] = found
+
+    def _end_round(self, path: _Path) -> None:
+        path.waiting, path.answered, path.lost = set(), set(), set()
+
+
+def _between(passing: int, failing: int) -> list[int]:
+    """Up to N_SIZES sizes between the two, evenly spread, the longest one included: it may pass again."""
+    n = min(N_SIZES, failing - passing - 1)
+    return [passing + (failing - 1 - passing) * (i + 1) // n for i in range(n)]
