@@ -40,3 +40,11 @@ def test_one_worker_is_not_taken_for_another_when_their_number_changes() -> None
     assert not any(looks(watch, (7, 1), (8, 1), n=N_LOOKS - 1))
     assert not watch.look([(7, 2)], 200.0)
     assert not watch.look([(7, 2), (8, 1)], 201.0)
+
+
+def test_a_process_does_not_hang_because_the_one_before_it_did() -> None:
+    """One that hung and was killed by somebody else took its successor along, when that began between two looks."""
+    watch = HangWatch()
+    assert looks(watch, (7, 1))[-1]
+    assert not watch.look([(8, 1)], 100.0 + (N_LOOKS - 1) * LOOK_S + LOOK_S / 100)
+    assert not watch.look([(8, 1)], 100.0 + N_LOOKS * LOOK_S)

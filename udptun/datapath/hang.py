@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import chain, repeat
 
 LOOK_S = 1.0
 """Looks are at least so far apart, seconds."""
@@ -23,9 +24,11 @@ class HangWatch:
         """Whether one of them hangs.  `signs`: what changes of each while it works; None: it sleeps."""
         if now_s - self._looked_s >= LOOK_S:
             self._looked_s = now_s
-            before = [*self._seen, *[(None, 0)] * len(signs)]
+            before = chain(self._seen, repeat((None, 0)))
             self._seen = [
-                (sign, before[i][1] + 1 if sign is not None and sign == before[i][0] else 1)
-                for i, sign in enumerate(signs)
+                (sign, n + 1 if sign is not None and sign == seen else 1)
+                for sign, (seen, n) in zip(signs, before, strict=False)
             ]
-        return any(sign is not None and n >= N_LOOKS for sign, n in self._seen)
+        # Between two looks a process may have taken the place of the one that was seen.
+        known = zip(signs, self._seen, strict=False)
+        return any(sign is not None and sign == seen and n >= N_LOOKS for sign, (seen, n) in known)
