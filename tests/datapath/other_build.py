@@ -8,6 +8,7 @@ the queues is for its successor.  Kinds:
     first       HELLO of the first builds, 60 bytes without length and version
     later       HELLO with another layout version, fields that nobody here knows, and two descriptors more; one more
                 beside the eventfds, too
+    poor        as the later one, and it has only one eventfd left
     unknown     something else that only begins in the same way
     silent      nothing at all
 """
@@ -30,7 +31,7 @@ LAYOUT_VERSION = 99
 def hello(kind: str, is_active: bool) -> bytes:
     if kind == "first":
         return struct.pack("=4sIIIIQ32s", b"udpt", 5, os.getpid(), is_active, 1, STARTED_NS, BUILD_ID)
-    if kind == "later":
+    if kind in ("later", "poor"):
         more = bytes(range(200))
         known = struct.pack("=IIQ32sIII", is_active, 1, STARTED_NS, BUILD_ID, os.getpid(), LAYOUT_VERSION, 0)
         return struct.pack("=4sII", b"udpt", 12 + len(known) + len(more), 7) + known + more
@@ -43,6 +44,8 @@ def main(kind: str, listen_fd: int, *fds: int) -> None:
     if kind == "later":
         fds += os.pipe()
         events += (os.eventfd(0),)
+    if kind == "poor":
+        events = events[:1]
     active = threading.Event()
     woken, wake = os.pipe()
 
@@ -69,7 +72,7 @@ def main(kind: str, listen_fd: int, *fds: int) -> None:
             message = connection.recv(64)
             if message == b"stop":
                 os._exit(0)
-            if message == b"events" and kind == "later":
+            if message == b"events" and kind in ("later", "poor"):
                 socket.send_fds(connection, [message], list(events))
             if not message:
                 connections.remove(connection)

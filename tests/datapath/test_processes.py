@@ -364,6 +364,22 @@ def test_processes_of_any_build_hand_over_their_descriptors_and_stop(rig: Rig, k
         asyncio.run(test(running))
 
 
+def test_a_process_that_has_one_eventfd_left_is_adopted_without_it(rig: Rig) -> None:
+    """It was kept in the place of two, and the start of the daemon ended with a traceback."""
+
+    async def test() -> None:
+        n_before = open_fds()
+        (process,) = await processes.find_running(rig.run_dir)
+        assert process.descriptors is not None
+        assert process.descriptors.events == ()
+        process.close_descriptors()
+        assert open_fds() == n_before + 1
+        process.detach()
+
+    with other_builds(rig, "poor"):
+        asyncio.run(test())
+
+
 def test_process_of_an_unknown_build_is_named_and_left_as_it_is(rig: Rig) -> None:
     """Before, its socket was removed, so that the next start of either build did not find it and served the device
     beside it."""

@@ -261,11 +261,13 @@ class Process:
                 self._connection.send(worker.EVENTS)
 
     def _take_events(self, fds: list[int]) -> None:
-        kept = fds[:N_EVENTS] if self._are_events_due and self.descriptors is not None else []
-        for fd in fds[len(kept) :]:
+        n_kept = 0
+        # One alone is of no use, as where we had room for no more descriptors.
+        if self._are_events_due and self.descriptors is not None and len(fds) >= N_EVENTS:
+            n_kept = N_EVENTS
+            self.descriptors = replace(self.descriptors, events=tuple(fds[:N_EVENTS]))
+        for fd in fds[n_kept:]:
             os.close(fd)
-        if kept and self.descriptors is not None:
-            self.descriptors = replace(self.descriptors, events=tuple(kept))
         self._are_events_due = False
 
     def _reap(self, pause_s: float) -> None:
