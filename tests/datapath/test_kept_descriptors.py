@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def next_daemon(manager: Manager) -> KeptDescriptors:
 
 def kinds(manager: Manager) -> list[str]:
     return sorted("/".join(name.split("/")[3:5]) for name in manager.kept)
+
+
+def open_pipes() -> set[str]:
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        # One is that of the directory itself.
+        with suppress(FileNotFoundError):
+            found.add(str(entry.readlink()))
+    return {it for it in found if it.startswith("pipe:")}
 
 
 async def serve(manager: Manager) -> None:
@@ -168,3 +178,31 @@ async def test_nothing_is_sent_to_a_manager_that_keeps_nothing(rig: Rig, manager
     await kept.keep("flannel0", rig.descriptors)
     await kept.forget()
     assert manager.read() == []
+
+
+async def test_giving_up_while_the_manager_is_asked_leaves_no_descriptor(rig: Rig, manager: Manager) -> None:
+    """The pipe on which its answer is awaited stayed open when the daemon was told to end meanwhile."""
+    kept = next_daemon(manager)
+    await kept.keep("flannel0", rig.descriptors)
+    manager.read()
+    before = open_pipes()
+    forgetting = asyncio.create_task(kept.forget())
+    await until(lambda: not before >= open_pipes())
+    forgetting.cancel()
+    await asyncio.wait([forgetting])
+    # The manager still has the other end.
+    manager.read()
+    assert open_pipes() - before == set()
+
+
+async def test_a_manager_that_does_not_say_that_it_has_let_go_costs_a_line(
+    rig: Rig, manager: Manager, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The wait for it ended without a word."""
+    kept = next_daemon(manager)
+    await kept.keep("flannel0", rig.descriptors)
+    manager.read()
+    async with asyncio.timeout(10):
+        await kept.forget()
+    assert "does not say that it has let go of our descriptors: no answer for 1 s" in caplog.text
+    manager.read()

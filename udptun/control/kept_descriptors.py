@@ -97,18 +97,15 @@ class KeptDescriptors:
         await self._forget(set(self._names))
         reader, writer = os.pipe()
         try:
-            await self._send(notify.BARRIER, [writer])
+            try:
+                await self._send(notify.BARRIER, [writer])
+            finally:
+                os.close(writer)
+            await _wait_for_end(reader)
         except OSError as exc:
             log.warning("the service manager does not say that it has let go of our descriptors: %s", exc)
         finally:
-            os.close(writer)
-        closed = asyncio.Event()
-        asyncio.get_running_loop().add_reader(reader, closed.set)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_PATIENCE_S):
-                await closed.wait()
-        asyncio.get_running_loop().remove_reader(reader)
-        os.close(reader)
+            os.close(reader)
 
     async def _forget(self, names: set[str]) -> None:
         try:
@@ -128,6 +125,19 @@ class KeptDescriptors:
                 if asyncio.get_running_loop().time() > until_s:
                     raise
             await asyncio.sleep(_RETRY_S)
+
+
+async def _wait_for_end(pipe: int) -> None:
+    """Until nobody has the writing end any more.  Raises TimeoutError."""
+    closed = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pipe, closed.set)
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            await closed.wait()
+    except TimeoutError:
+        raise TimeoutError(f"no answer for {_PATIENCE_S:g} s") from None
+    finally:
+        asyncio.get_running_loop().remove_reader(pipe)
 
 
 def _names_of(device: str, descriptors: Descriptors) -> dict[str, int]:
