@@ -29,6 +29,7 @@ from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config import subnet_env
 from udptun.config.flags import Options
+from udptun.config.net_conf import NetConf
 from udptun.config.service_manager import ServiceManager
 from udptun.control import notify
 from udptun.control.document import Answers
@@ -293,20 +294,7 @@ class Daemon:
         undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
         me = Identity(underlay.public_ip, attrs.port(0) or None, node_id, default_port, store.node_name)
-        membership = Membership(
-            store,
-            start,
-            conf,
-            me,
-            options.state_dir,
-            60.0 * options.subnet_lease_renew_margin,
-            claimed(backend, conf),
-            forwarding.refusal,
-            forwarding.peers_changed,
-            parse_net_conf,
-            clock,
-            backend.peer_types,
-        )
+        membership = self._membership(store, start, conf, me, forwarding, clock)
         obstacles = Obstacles(lambda: forwarding.pod_path)
         firewall = FirewallReconciler(firewall_settings(options, conf), ownership, obstacles)
         running = Running(options, conf, underlay, me, membership, forwarding, firewall, self._problems)
@@ -320,6 +308,24 @@ class Daemon:
         running.write_subnet_env()
         remember(options.state_dir, (conf.network,))
         return running
+
+    def _membership(
+        self, store: Store, start: Start, conf: NetConf, me: Identity, forwarding: Forwarding, clock: Clock
+    ) -> Membership:
+        return Membership(
+            store,
+            start,
+            conf,
+            me,
+            self._options.state_dir,
+            60.0 * self._options.subnet_lease_renew_margin,
+            claimed(forwarding.backend, conf),
+            forwarding.refusal,
+            forwarding.peers_changed,
+            parse_net_conf,
+            clock,
+            forwarding.backend.peer_types,
+        )
 
     async def _join(self, running: Running, attrs: LeaseAttrs) -> None:
         """Get our lease, now that device and socket are sure, and know the peers."""

@@ -40,6 +40,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
+    from typing import Any
 
 HELLO = struct.Struct("=4sIIIIQ32sIII")
 """How a process introduces itself to a control plane.  All its descriptors are attached.
@@ -150,14 +151,21 @@ def main(argv: list[str]) -> None:
         return HELLO.pack(*head, active, len(workers), started_ns, build, *counts) + more
 
     serve(_socket.socket(fileno=listen_fd), descriptors, event_fds, woken, hello)
+    stop_workers(workers, running)
+    # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
+    os._exit(0)
+
+
+def stop_workers(workers: list[Any], running: list[int]) -> None:
+    """Have the workers end their turn, which takes microseconds; those that still do are in `running`.
+
+    Between two turns nothing is in flight, which our successor would hand on once more.
+    """
     for worker in workers:
         worker.stop()
-    # Between two turns nothing is in flight, which our successor would hand on once more.  A turn takes microseconds.
     give_up_ns = time.monotonic_ns() + MAX_TURN_NS
     while running and time.monotonic_ns() < give_up_ns:
         time.sleep(0.0001)
-    # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
-    os._exit(0)
 
 
 def empty_old(
