@@ -165,7 +165,7 @@ class Podman:
             result = json.loads(path.read_text())["result"]
             (inside,) = (it for it in result["interfaces"] if it["name"] == _LINK)
             return Container(IPv4Interface(result["ips"][0]["address"]).ip, Path(inside["sandbox"]).name)
-        except (OSError, ValueError, KeyError) as exc:
+        except (OSError, ValueError, LookupError) as exc:
             raise LabError(
                 f"podman of {self._machine.name} has not used CNI for its container {name} ({exc}): "
                 "that needs podman 4; later ones have no CNI back end"
