@@ -187,6 +187,7 @@ def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
     if options.version:
         return _version([], environ)
 
+    # As in `_start_daemon`; and it ends before there is garbage worth looking for.
     gc.disable()
     if options.store.kind is not StoreKind.KUBE:
         _import_asyncio_without_ssl()

@@ -183,9 +183,9 @@ def annotation_prefix(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KubeOptions:
-    """What flannel's flags for Kubernetes say, and what the environment does.
+    """What flannel's flags for Kubernetes say, and what the environment says.
 
-    Which node this host is: NODE_NAME, or the pod that we run in.  Which proxy leads to the API server.
+    The environment names the node that this host is, or the pod that we run in, and the proxy to the API server.
     """
 
     kube_subnet_mgr: bool = flag(KUBE_TOPIC, boolean, False, "", "leases are node annotations; as --store kube")

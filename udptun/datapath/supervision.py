@@ -181,13 +181,11 @@ class Datapath:
     @property
     def problems(self) -> tuple[str, ...]:
         """A line for each thing that is wrong.  May be read on another thread."""
+        lines = [*self._dying, *map(_stopped_line, list(self._stopped_since))]
         failed = self._failed_confined
-        is_unfiltered = failed and any(it.confinement is Confinement.CAPABILITIES for it in list(self.processes))
-        return (
-            *self._dying,
-            *map(_stopped_line, list(self._stopped_since)),
-            *[_unfiltered_line(failed)] * bool(is_unfiltered),
-        )
+        if failed and any(it.confinement is Confinement.CAPABILITIES for it in list(self.processes)):
+            lines.append(_unfiltered_line(failed))
+        return tuple(lines)
 
     async def stop(self) -> None:
         """End all processes, standbys first, so that none of them takes over."""

@@ -44,7 +44,7 @@ async def _is_legacy_in_use(nft: Program, legacy: Program) -> bool:
         # The kernel has no nf_tables.
         return True
     except FirewallError:
-        # `_list` says what that means.
+        # The kernel has nf_tables, and in them a rule that iptables-nft cannot express.
         pass
     for program in (nft, legacy):
         if _has_hint(await _list(program, "mangle")):

@@ -117,7 +117,8 @@ class Peers:
             for event, why in failed[:_LOGGED_EVENTS]
         ]
         more = len(failed) - len(lines)
-        lines += [f"{more} more peers are not as the store has them"] * bool(more)
+        if more:
+            lines.append(f"{more} more peers are not as the store has them")
         return (*lines, *self.other_types.problems)
 
     async def change_again(self) -> None:

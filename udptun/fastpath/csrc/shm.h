@@ -2,8 +2,9 @@
  *
  * One writer each: the control plane writes the table, worker i writes block i of the statistics.  The rings, which lie
  * in the file of the statistics, have two, and ring.pxd says who writes what.  Both files are sparse and sealed against
- * resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket addresses.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the control
- * plane takes sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
+ * resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket addresses.  This
+ * is the only description: fastpath/shm.pxd declares the names to Cython, and the control plane takes sizes, offsets and
+ * bits from LAYOUT and FIELDS of _fastpath.pyx.
  */
 #ifndef UDPTUN_SHM_H
 #define UDPTUN_SHM_H
