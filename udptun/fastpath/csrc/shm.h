@@ -3,8 +3,8 @@
  * One writer each: the control plane writes the table, worker i writes block i of the statistics.  The rings, which lie
  * in the file of the statistics, have two, and ring.pxd says who writes what.  Both files are sparse and sealed against
  * resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket addresses.  This
- * is the only description: fastpath/shm.pxd declares the names to Cython, and the control plane takes sizes, offsets and
- * bits from LAYOUT and FIELDS of _fastpath.pyx.
+ * is the only description: fastpath/shm.pxd declares the names to Cython, and the control plane takes sizes, offsets
+ * and bits from LAYOUT and FIELDS of _fastpath.pyx.
  */
 #ifndef UDPTUN_SHM_H
 #define UDPTUN_SHM_H
@@ -97,8 +97,8 @@ struct ut_table {
     struct ut_slot slot[2];
 };
 
-/* One worker's words; nobody else writes them, but for the heirs of a process that had more workers.  Whole cache lines.
- */
+/* One worker's words; nobody else writes them, but for the heirs of a process that had more workers.
+ * Whole cache lines. */
 struct ut_worker {
     uint64_t generation_seen;     /* what it works with now; 0 while it sleeps and after it ended */
     uint64_t pid;                 /* of the process that runs it; 0: nobody does */
@@ -115,8 +115,8 @@ struct ut_peer_stats {
     uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes;
 };
 
-/* Datagrams that were dropped because their outer source is not that of the peer that leases the inner source.  One slot
- * a pair of outer source and peer.  It is for people: a reader may see a slot half changed. */
+/* Datagrams that were dropped because their outer source is not that of the peer that leases the inner source.  One
+ * slot a pair of outer source and peer.  It is for people: a reader may see a slot half changed. */
 struct ut_stray {
     uint32_t outer;               /* their outer source; 0: the slot is free */
     uint32_t peer;                /* index of the peer that leases their inner source */
