@@ -109,7 +109,7 @@ def render(document: Document, now_s: float) -> str:
         ],
     )
     counters = document["counters"]
-    drops = [(name, n) for name, n in counters.items() if "_drop_" in name and n]
+    drops = [(name, n) for name, n in counters.items() if "drop_" in name and n]
     lines += ["", "drops      " + (", ".join(f"{name} {n}" for name, n in drops) or "none")]
     lines += _skipped(document["skipped"])
     lines += [f"problem    {line}" for line in document["problems"]]

@@ -79,6 +79,7 @@ class Tunnelled:
             tasks.create_task(self._local_watch.run(), name="local addresses")
             tasks.create_task(self._strays.run(), name="strays")
             tasks.create_task(self._prober.run(), name="probes")
+            tasks.create_task(self.tunnel.strangers.run(), name="strangers")
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -162,6 +163,7 @@ class Tunnelled:
                 "pid": active.pid if active else None,
                 "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
                 "standby_pids": [process.pid for process in datapath.standbys],
+                "stranger_filter": self.tunnel.strangers.state,
                 "confinement": active.confinement.value if active and active.confinement else None,
                 "workers": [worker.name.lower() for worker in stats.states(live.workers)],
                 "worker_counters": stats.worker_counters(live.workers),
@@ -175,7 +177,11 @@ class Tunnelled:
                 }
                 for lease, remote, count in zip(leases, map(self._encapsulation.remote, leases), counts, strict=True)
             ],
-            "counters": {**stats.counters(), "inject_drop_full": self.tunnel.rings.n_refused},
+            "counters": {
+                **stats.counters(),
+                "inject_drop_full": self.tunnel.rings.n_refused,
+                "drop_stranger": self.tunnel.strangers.n_dropped,
+            },
         }
 
     def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Remote]:

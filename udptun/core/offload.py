@@ -28,6 +28,8 @@ class Offload(Flag):
     """The same for UDP (since 6.2)."""
     SPREAD = auto()
     """A program of ours chooses the worker that a datagram goes to (since 4.5), not the kernel's own hash."""
+    STRANGER_FILTER = auto()
+    """That program drops what a flood of strangers sends (since 4.12)."""
 
 
 ALL = ~Offload(0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address
@@ -18,8 +21,12 @@ _RECEIVE_BUFFER_BYTES = 8 << 20
 kernel counts as some 1.3 KiB."""
 
 
-_SO_DETACH_REUSEPORT_BPF = 68
-"""asm-generic/socket.h, since Linux 5.3."""
+_SO_ATTACH_REUSEPORT_CBPF, _SO_MEMINFO, _SO_DETACH_REUSEPORT_BPF = 51, 55, 68
+"""asm-generic/socket.h, since Linux 4.5, 4.12 and 5.3."""
+_MEMINFO_DROPS = 8
+"""SK_MEMINFO_DROPS of linux/sock_diag.h."""
+_DROP_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0)
+"""A program of classic BPF: return 0, which for a filter means no byte of the datagram."""
 
 
 def open_sockets(address: IPv4Address, port: int, n: int, wanted: Offload = ALL) -> list[socket.socket]:
@@ -128,7 +135,7 @@ def open_senders(address: IPv4Address, n: int, beside: Sequence[socket.socket] =
 def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
     """Have the kernel put received datagrams together if `wanted` says so; return what it grants.
 
-    Only UDP_GRO, UDP_SEGMENT and SPREAD concern sockets; the rest of `wanted` is not looked at.
+    Only UDP_GRO, UDP_SEGMENT, SPREAD and STRANGER_FILTER concern sockets; the rest of `wanted` is not looked at.
     """
     granted = Offload(0)
     for udp in sockets:
@@ -144,7 +151,55 @@ def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
             sockets[0].setsockopt(socket.SOL_SOCKET, _SO_DETACH_REUSEPORT_BPF, 0)
     elif len(sockets) == 1 or spread_over(sockets):
         granted |= Offload.SPREAD
+        if Offload.STRANGER_FILTER in wanted and _takes_programs():
+            granted |= Offload.STRANGER_FILTER
     return granted
+
+
+def choose_socket(udp: socket.socket, program: bytes) -> None:
+    """Have a program choose among the sockets on the port of `udp`, from now on.  Raises OSError."""
+    _attach(udp, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+
+def open_sink(beside: socket.socket) -> socket.socket:
+    """A socket that joins those on the port of `beside`, behind them, and drops what it gets; the caller owns it.
+
+    Raises OSError.
+    """
+    sink = _new_socket(0)
+    try:
+        _attach(sink, lib.SO_ATTACH_FILTER, _DROP_ALL)
+        share_port([sink], among_several=True)
+        sink.bind(beside.getsockname())
+    except BaseException:
+        sink.close()
+        raise
+    return sink
+
+
+def n_drops(udp: socket.socket) -> int:
+    """How many datagrams the socket has dropped, modulo 2**32.  With a filter these are what the filter dropped, too.
+    """
+    info = udp.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * (_MEMINFO_DROPS + 1))
+    return int.from_bytes(info[4 * _MEMINFO_DROPS :], sys.byteorder)
+
+
+def _takes_programs() -> bool:
+    """Whether the kernel lets a program choose a socket, and tells what a socket has dropped."""
+    with _new_socket(0) as udp:
+        share_port([udp], among_several=True)
+        try:
+            choose_socket(udp, _DROP_ALL)
+            n_drops(udp)
+        except OSError:
+            return False
+    return True
+
+
+def _attach(udp: socket.socket, option: int, program: bytes) -> None:
+    code = array("B", program)
+    # struct sock_fprog.
+    udp.setsockopt(socket.SOL_SOCKET, option, struct.pack("@HP", len(program) // 8, code.buffer_info()[0]))
 
 
 def _new_socket(buffer_bytes: int) -> socket.socket:

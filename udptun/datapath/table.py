@@ -200,6 +200,16 @@ class TableWriter:
         """Whether it matters from which address a peer's packets come."""
         return self._next["source_check"] != _SOURCE_CHECKS[SourceCheck.OFF]
 
+    def next_remotes(self) -> memoryview:
+        """The public IPs of all peers of the next table, ascending, each once."""
+        used = self._next.peers[: (self._top + 1) * _PEER.size]
+        if self._top >= MANY_PEERS:
+            from udptun.datapath import bulk
+
+            return bulk.remotes(used)
+        addresses = {address for family, address in _PEER_REMOTE.iter_unpack(used) if family}
+        return memoryview(array("I", [int.from_bytes(address) for address in sorted(addresses)]))
+
     def publish(self, stats: Stats, n_workers: int = LAYOUT["max_workers"]) -> bool:
         """Make the changes visible to all of the first `n_workers` workers at once.
 
@@ -210,7 +220,7 @@ class TableWriter:
             return False
         stats.clear_peers(self._fresh)
         self._fresh.clear()
-        remotes = self._remotes()
+        remotes = self.next_remotes()
         self._next["n_remotes"] = len(remotes)
         self._next.remotes[: len(remotes)] = remotes
         self._slots[(generation + 1) & 1].copy(self._next, self._top + 1, self._n_pages)
@@ -218,16 +228,6 @@ class TableWriter:
         self._free.extend(reversed(self._resting))
         self._resting.clear()
         return True
-
-    def _remotes(self) -> memoryview:
-        """The public IPs of all peers, ascending, each once."""
-        used = self._next.peers[: (self._top + 1) * _PEER.size]
-        if self._top >= MANY_PEERS:
-            from udptun.datapath import bulk
-
-            return bulk.remotes(used)
-        addresses = {address for family, address in _PEER_REMOTE.iter_unpack(used) if family}
-        return memoryview(array("I", [int.from_bytes(address) for address in sorted(addresses)]))
 
     def _load(self, slot: _Slot) -> None:
         """Continue from what an earlier control plane published: peers keep their indexes, and so their counters."""

@@ -29,6 +29,7 @@ from udptun.datapath.rings import Rings, new_events
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.sockets import open_senders, open_sockets, set_offload, share_port
 from udptun.datapath.stats import Stats
+from udptun.datapath.strangers import StrangerFilter
 from udptun.datapath.supervision import Datapath, new_lock
 from udptun.datapath.table import TableWriter
 from udptun.kernel.tun import Tun, device_of, open_queues
@@ -58,6 +59,7 @@ class Tunnel:
         self.table = table
         self.stats = stats
         self.rings = Rings(stats, events)
+        self.strangers = StrangerFilter(table, stats, lambda: self._endpoints.sockets)
         self.tun = tun
         self.is_adopted = bool(processes)
         """Whether a datapath was running already when we came."""
@@ -179,15 +181,16 @@ class Tunnel:
 
     async def _carry_out(self, rebinding: Rebinding) -> None:
         """Exchange the processes, then what we hold, then close what is left over.  When it fails, all is undone."""
-        try:
-            await self.datapath.replace(self._descriptors(rebinding.new), rebinding.switch)
-        except BaseException:
-            rebinding.undo()
-            raise
-        self._endpoints = rebinding.new
-        rebinding.retire()
-        # New sockets have no offloads yet.
-        set_offload(self._endpoints.sockets, self._wanted_offload)
+        with self.strangers.paused():
+            try:
+                await self.datapath.replace(self._descriptors(rebinding.new), rebinding.switch)
+            except BaseException:
+                rebinding.undo()
+                raise
+            self._endpoints = rebinding.new
+            rebinding.retire()
+            # New sockets have no offloads yet.
+            set_offload(self._endpoints.sockets, self._wanted_offload)
 
     def set_offload(self, wanted: Offload) -> None:
         """Have device and sockets do what `wanted` asks for and the kernel grants (`granted_offload`).
@@ -195,8 +198,10 @@ class Tunnel:
         Only once processes of this build run: another build may not understand a super-packet.  Raises KernelError:
         nothing has changed.
         """
+        self.strangers.end()
         granted = self.tun.set_offload(wanted) | set_offload(self._endpoints.sockets, wanted)
         self._wanted_offload = wanted
+        self.strangers.allow(Offload.STRANGER_FILTER in granted)
         self.datapath.is_spread = Offload.SPREAD in wanted
         if (Offload.VNET_HDR in granted) != (Offload.VNET_HDR in wanted):
             log.warning("%s keeps its virtio headers or lack of them until `udptun cleanup` and a start", self.tun.name)
@@ -293,7 +298,7 @@ class Tunnel:
     async def _publish(self) -> None:
         async with self._publishing:
             impatient_at = time.monotonic() + _PUBLISH_PATIENCE_S
-            while not self.table.publish(self.stats):
+            while not self._publish_once():
                 if all(process.is_gone for process in self.datapath.processes):
                     self.stats.forget_workers()
                 if time.monotonic() > impatient_at:
@@ -301,9 +306,15 @@ class Tunnel:
                     log.error("a datapath worker has not moved on to the last peer table; changes wait for it")
                 await asyncio.sleep(_PUBLISH_RETRY_S)
 
+    def _publish_once(self) -> bool:
+        # Each time: peers may have been added while a worker kept us waiting.
+        self.strangers.follow()
+        return self.table.publish(self.stats)
+
     def detach(self) -> None:
         """Let go of processes and descriptors; the datapath forwards on."""
         self.datapath.detach()
+        self.strangers.end()
         if self._rebinding is not None:
             self._rebinding.undo()
         for udp in (*self._endpoints.sockets, *self._endpoints.senders):

@@ -1,0 +1,91 @@
+"""The program that keeps strangers from the workers' sockets, run by an interpreter of classic BPF."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from udptun.datapath import stranger_program as bpf
+from udptun.datapath.stranger_program import LET_THROUGH, MAX_ADDRESSES, Instruction, packed, stranger_program
+
+BPF_MAXINSNS = 4096
+
+
+def run(program: Sequence[Instruction], source: int, port: int, chance: int) -> int:
+    """What the program returns for a datagram, as the kernel's documentation defines the instructions."""
+    accumulator = index = at = 0
+    loads = {bpf.SOURCE_ADDRESS: source, bpf.SOURCE_PORT: port, bpf.RANDOM: chance}
+    while True:
+        code, if_true, if_false, k = program[at]
+        at += 1
+        if code in (bpf.LOAD_WORD, bpf.LOAD_HALF):
+            accumulator = loads[k]
+        elif code == bpf.TO_INDEX:
+            index = accumulator
+        elif code == bpf.MULTIPLY:
+            accumulator = accumulator * k & 0xFFFFFFFF
+        elif code == bpf.SHIFT_RIGHT:
+            accumulator >>= k
+        elif code == bpf.AND:
+            accumulator &= k
+        elif code == bpf.MODULO:
+            accumulator %= k
+        elif code == bpf.ADD_INDEX:
+            accumulator = accumulator + index & 0xFFFFFFFF
+        elif code == bpf.JUMP:
+            at += k
+        elif code == bpf.IF_EQUAL:
+            at += if_true if accumulator == k else if_false
+        elif code == bpf.IF_GREATER_OR_EQUAL:
+            at += if_true if accumulator >= k else if_false
+        elif code == bpf.RETURN:
+            return k
+        else:
+            assert code == bpf.RETURN_ACCUMULATOR
+            return accumulator
+
+
+def worker_of(source: int, port: int, n_workers: int) -> int:
+    """csrc/spread.h."""
+    return (((source * 0x9E3779B1 & 0xFFFFFFFF) >> 16) + port) % n_workers
+
+
+def addresses(n: int, seed: int) -> list[int]:
+    """`n` of them: a run, as hosts of one network have, or by chance over all that there are."""
+    chance = random.Random(seed)
+    if seed % 2:
+        first = chance.randrange(1 << 31)
+        return list(range(first, first + n))
+    return sorted(chance.sample(range(1 << 32), n))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 8, 9, 16, 17, 31, 100, 255, 256, 257, 700, 1999, MAX_ADDRESSES])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_each_address_reaches_its_worker_and_a_stranger_the_sink(n: int, seed: int) -> None:
+    known = addresses(n, seed)
+    chance = random.Random(n)
+    n_workers = chance.choice([1, 2, 4, 16])
+    program = stranger_program(known, n_workers)
+    for source in known:
+        port = chance.randrange(1 << 16)
+        assert run(program, source, port, chance.randrange(1 << 32)) == worker_of(source, port, n_workers)
+    near = {it + step & 0xFFFFFFFF for it in known for step in (-1, 1)} | {0, 1 << 31, (1 << 32) - 1}
+    for source in near - set(known):
+        assert run(program, source, 8285, 1) == n_workers
+
+
+def test_one_of_so_many_datagrams_of_a_stranger_reaches_a_worker() -> None:
+    program = stranger_program([10, 20, 30], 4)
+    passed = [chance for chance in range(2 * LET_THROUGH) if run(program, 15, 8285, chance) != 4]
+    assert passed == [0, LET_THROUGH]
+    assert run(program, 15, 8285, 0) == worker_of(15, 8285, 4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_kernel_takes_a_program_of_as_many_addresses_as_we_promise(seed: int) -> None:
+    program = stranger_program(addresses(MAX_ADDRESSES, seed), 16)
+    assert len(program) <= BPF_MAXINSNS
+    assert all(it.if_true < 256 and it.if_false < 256 and it.k < 1 << 32 for it in program)
+    assert len(packed(program)) == 8 * len(program)

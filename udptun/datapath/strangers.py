@@ -1,0 +1,169 @@
+"""The kernel keeps the datagrams of strangers from the workers, while many of them arrive.
+
+    stranger    an outer source that is no peer's PublicIP; SourceCheck refuses it
+    sink        a socket on the workers' port that drops all it gets, and counts it
+
+A program on the port sends strangers to the sink (stranger_program.py).  The control plane alone holds the sink, so it
+goes with the control plane, however that ends.  The program is then left with a number that no socket has, and the
+kernel gives a worker what was for the sink.  So the next control plane, of whatever version, finds a port that takes in
+everything.
+
+Each datagram of a stranger counts as long as they are few: a host behind a NAT is named at its first packet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from udptun.datapath.sockets import choose_socket, n_drops, open_sink, share_port, spread_over
+from udptun.datapath.stats import Stats
+from udptun.datapath.stranger_program import MAX_ADDRESSES, packed, stranger_program
+from udptun.datapath.table import TableWriter
+
+log = logging.getLogger(__name__)
+
+FLOOD_PER_S = 1000
+"""Datagrams that are dropped.  So many cost a worker less than 1 % of a processor."""
+_LOOK_S, _CALM_S = 1.0, 10.0
+"""Seconds between two looks, and without a flood until the filter is taken away."""
+
+
+class StrangerFilter:
+    """Begins with a flood and ends after it.  For one event loop; `state` and `n_dropped` may be read on any thread."""
+
+    def __init__(self, table: TableWriter, stats: Stats, sockets: Callable[[], Sequence[socket.socket]]) -> None:
+        self._table = table
+        self._stats = stats
+        self._sockets = sockets
+        self._is_allowed = False
+        self._is_paused = False
+        self._sink: socket.socket | None = None
+        self._n_counted = 0
+        """Drops of the present sink that are in `n_dropped`."""
+        self._addresses: bytes | None = None
+        """What the program knows."""
+        self._refusal = self._logged = ""
+        self._n_before, self._looked_s, self._flood_s = self._n_refused_by_workers(), time.monotonic(), 0.0
+        self.n_dropped = 0
+        """What the sinks have dropped, as of the last look."""
+
+    @property
+    def state(self) -> str:
+        """For `udptun status`: `on`, `ready`, `off`, or why there is none."""
+        if not self._is_allowed or not self._table.checks_sources:
+            return "off"
+        if len(self._table.subnets) > MAX_ADDRESSES:
+            return f"off: more than {MAX_ADDRESSES} peers"
+        return self._refusal or ("ready" if self._sink is None else "on")
+
+    def allow(self, is_allowed: bool) -> None:
+        """Whether there may be a filter at all."""
+        self._is_allowed = is_allowed
+        self._refusal = ""
+
+    async def run(self) -> None:
+        """Begin and end as strangers come and go, until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            self.look()
+
+    def look(self) -> None:
+        """Count what was dropped since the last look, and begin or end if that says so."""
+        now_s, n_dropped = time.monotonic(), self.n_dropped
+        self._count()
+        n = self._n_refused_by_workers()
+        limit = FLOOD_PER_S * (now_s - self._looked_s)
+        by_workers = n - self._n_before
+        is_flood = by_workers + self.n_dropped - n_dropped > limit
+        self._n_before, self._looked_s = n, now_s
+        if is_flood:
+            self._flood_s = now_s
+            if self._sink is not None and by_workers > limit:
+                # A datapath process that took over from another has set its own program.
+                self._addresses = None
+                self.follow()
+            elif self._sink is None and not self._is_paused and self.state == "ready":
+                self._begin()
+        elif now_s - self._flood_s > _CALM_S:
+            self.end()
+
+    def follow(self) -> None:
+        """Let in the peers of the table that is about to be published; call this first, so that none is lost."""
+        if self._sink is None:
+            self._refusal = ""
+        elif self.state != "on":
+            self.end()
+        elif (addresses := self._table.next_remotes()).tobytes() != self._addresses:
+            try:
+                self._attach(addresses)
+            except OSError as exc:
+                self._refuse(exc)
+
+    def end(self) -> None:
+        """Let everything in."""
+        if self._sink is None:
+            return
+        sockets = self._sockets()
+        # First, so that nothing is left to the kernel's own choice, which may be the sink.
+        spread_over(sockets)
+        self._count()
+        self._sink.close()
+        self._sink = None
+        share_port(sockets, among_several=len(sockets) > 1)
+        log.info("strangers reach the workers again dropped=%d", self.n_dropped)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No filter meanwhile, for a change of the sockets: those that join have to stand where the sink does."""
+        self.end()
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            self._refusal = ""
+
+    def _begin(self) -> None:
+        sockets = self._sockets()
+        share_port(sockets, among_several=True)
+        try:
+            # A program before there is a sink: the kernel's own choice may be the sink.
+            self._attach(self._table.next_remotes())
+            self._sink = open_sink(sockets[0])
+            self._n_counted = 0
+        except OSError as exc:
+            self._refuse(exc)
+            return
+        log.info("strangers are kept from the workers, because more than %d packets/s are dropped", FLOOD_PER_S)
+
+    def _attach(self, addresses: memoryview) -> None:
+        sockets = self._sockets()
+        choose_socket(sockets[0], packed(stranger_program(addresses, len(sockets))))
+        self._addresses = addresses.tobytes()
+
+    def _refuse(self, exc: OSError) -> None:
+        """Do without, until peers or sockets change."""
+        self._refusal = f"off: the kernel refuses it: {errno.errorcode.get(exc.errno or 0, exc.errno)}"
+        if self._sink is None:
+            sockets = self._sockets()
+            share_port(sockets, among_several=len(sockets) > 1)
+        self.end()
+        if self._refusal != self._logged:
+            log.warning("cannot keep a flood of strangers from the workers, who drop it themselves: %s", exc)
+            self._logged = self._refusal
+
+    def _count(self) -> None:
+        if self._sink is not None:
+            # The kernel counts in 32 bits.
+            n = n_drops(self._sink)
+            self.n_dropped += (n - self._n_counted) & 0xFFFFFFFF
+            self._n_counted = n
+
+    def _n_refused_by_workers(self) -> int:
+        return sum(n for name, n in self._stats.counters().items() if name.startswith("decap_drop_"))
