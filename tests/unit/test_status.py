@@ -75,7 +75,7 @@ def test_document_is_shown_for_people() -> None:
         "daemon     pid 10, up 59s, version 0.1.0\n"
         "\n"
         "PEER SUBNET    PUBLIC IP  PORT  UDPTUN   HOST  RTT MS  MTU  SENT PACKETS  BYTES  RECEIVED PACKETS  BYTES\n"
-        "10.244.2.0/24  192.0.2.2  9000      no  alive     0.2    -       1234567      2                 3      4\n"
+        "10.244.2.0/24  192.0.2.2  9000      no  alive    0.25    -       1234567      2                 3      4\n"
         "\n"
         "drops      decap_drop_unknown_peer 7\n"
         "skipped    1 of the leases in the store\n"

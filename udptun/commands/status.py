@@ -101,7 +101,7 @@ def render(document: Document, now_s: float) -> str:
                 str(peer["port"] or "-"),
                 "yes" if peer["udptun"] else "no",
                 peer.get("liveness", "-"),
-                _number(peer.get("rtt_ms"), ".1f"),
+                _number(peer.get("rtt_ms"), ".2f"),
                 _number(peer.get("path_mtu"), "d"),
                 *(str(peer.get(key, "-")) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
             ]
