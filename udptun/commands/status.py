@@ -92,7 +92,7 @@ def render(document: Document, now_s: float) -> str:
     lines += table(
         [
             *("PEER SUBNET", "PUBLIC IP", "PORT", "UDPTUN", "HOST", "RTT MS", "MTU"),
-            *("SENT PACKETS", "BYTES", "RECEIVED PACKETS", "BYTES"),
+            *("SENT", "BYTES", "RECEIVED", "BYTES"),
         ],
         [
             [
