@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -263,6 +264,44 @@ def test_kube_without_its_extra_is_one_line_that_names_it(monkeypatch: pytest.Mo
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ConfigError, match=r"cannot use Kubernetes: .*msgspec.*: pip install 'udptun\[kube\]'"):
         open_store(parse_daemon_flags(["--store=kube"], {"NODE_NAME": "n1"}))
+
+
+@pytest.mark.skipif(not find_spec("lightkube"), reason="needs lightkube")
+def test_lightkube_asks_httpx2_for_nothing_but_what_stands_in_for_it() -> None:
+    """Nor in functions.  When it fails with a new release of lightkube, `_Httpx2` has to have more."""
+    from udptun.stores.kube import access
+
+    there = access._Httpx2().__dict__.keys() | vars(access._Httpx2).keys()
+    asked = set()
+    for module in ("config.client_adapter", "config.kubeconfig", "config.models", "core.exceptions"):
+        found = sys.modules[f"lightkube.{module}"]
+        assert found.__file__ is not None
+        for node in ast.walk(ast.parse(Path(found.__file__).read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and "httpx" in node.value.id:
+                asked.add(node.attr)
+    assert {"Auth", "BasicAuth", "create_ssl_context"} <= asked <= there
+
+
+@pytest.mark.skipif(not find_spec("lightkube"), reason="needs lightkube")
+def test_a_lightkube_that_needs_more_of_httpx2_gets_the_real_one(tmp_path: Path) -> None:
+    """Before, it got an empty exception for every name, and what it did with that was anybody's guess."""
+    spec = find_spec("lightkube")
+    assert spec is not None
+    assert spec.origin is not None
+    shutil.copytree(Path(spec.origin).parent, tmp_path / "lightkube", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "lightkube/config/client_adapter.py").open("a") as adapter:
+        adapter.write("\nLIMITS = httpx.Limits(max_connections=7)\n")
+    script = """if True:
+        import asyncio, sys
+        sys.path.insert(0, sys.argv[1])
+        from udptun.stores.kube import access
+        from udptun.stores.kube.http import Request
+        auth = access.client_adapter.user_auth(access.User(token="t"))
+        request = asyncio.run(anext(auth.async_auth_flow(Request("GET", "/", {}))))
+        print(access.client_adapter.LIMITS.max_connections, "httpx2" in sys.modules, request.headers["Authorization"])
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "7 True Bearer t\n"
 
 
 @pytest.mark.skipif(not find_spec("lightkube"), reason="needs lightkube")

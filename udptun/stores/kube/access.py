@@ -1,7 +1,8 @@
 """Where the API server is and who we are, as lightkube reads it: a pod's service account, or a kubeconfig.
 
 Of lightkube the configuration, TLS and credentials are used, without the models of every Kubernetes object and without
-the HTTP client (httpx2) that it has them for: 8 MB and a quarter second at each start.
+the HTTP client (httpx2) that it has them for: 8 MB and a quarter second at each start.  How that goes on to work with
+other releases of lightkube: docs/decisions/0008-how-the-kube-store-speaks-http.md.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import base64
 import importlib
 import ssl
+import sys
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass
 from types import ModuleType
@@ -57,17 +59,20 @@ def _tls_context(*, verify: bool = True, trust_env: bool = True) -> ssl.SSLConte
     return context
 
 
+_MENTIONED = ("AsyncClient", "BaseTransport", "Client", "HTTPStatusError", "Request", "Response", "Timeout")
+"""Names of httpx2 that lightkube only mentions, in annotations and as a base of exceptions."""
+
+
 class _Httpx2(ModuleType):
-    """In the place of httpx2.  The names that lightkube only mentions are classes without anything."""
+    """In the place of httpx2.  Other names than these are no attributes, so what needs them cannot be imported."""
 
     Auth = _Auth
     BasicAuth = _BasicAuth
     create_ssl_context = staticmethod(_tls_context)
 
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (Exception,), {})
+    def __init__(self) -> None:
+        super().__init__("httpx2")
+        self.__dict__.update({name: type(name, (Exception,), {}) for name in _MENTIONED})
 
 
 class _Yaml(ModuleType):
@@ -79,10 +84,20 @@ class _Yaml(ModuleType):
         return getattr(importlib.import_module("yaml"), name)
 
 
-_models = ModuleType("lightkube.core.internal_models")
-_models.__dict__["meta_v1"] = None
-with stand_ins(_models, _Httpx2("httpx2"), _Yaml("yaml")):
-    import_without_init("lightkube", "config.client_adapter")
+def _import_lightkube() -> None:
+    models = ModuleType("lightkube.core.internal_models")
+    models.__dict__["meta_v1"] = None
+    try:
+        with stand_ins(models, _Httpx2(), _Yaml("yaml")):
+            import_without_init("lightkube", "config.client_adapter")
+    except Exception:
+        # A release of lightkube that needs more than that.  With the real ones all works and is larger.
+        for name in [name for name in sys.modules if f"{name}.".startswith("lightkube.")]:
+            del sys.modules[name]
+        import_without_init("lightkube", "config.client_adapter")
+
+
+_import_lightkube()
 from lightkube.config import client_adapter  # noqa: E402
 from lightkube.config.kubeconfig import KubeConfig  # noqa: E402
 from lightkube.config.models import User  # noqa: E402
