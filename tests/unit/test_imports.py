@@ -70,7 +70,7 @@ OWNERS = {
     "numpy": {"datapath/bulk.py"},
     "lightkube": {"stores/kube/access.py"},
     "msgspec": {"stores/kube/node.py"},
-    "h11": {"lab/kube_api/connection.py", "lab/kube_api/server.py"},
+    "h11": {"lab/kube_api/connection.py", "lab/kube_api/server.py", "stores/kube/http.py"},
     "sqlite3": {f"stores/local/{name}.py" for name in ("database", "rows", "store")},
 }
 
@@ -232,7 +232,7 @@ def test_ssl_is_there_for_whoever_asks_after_asyncio_was_imported_without() -> N
         pytest.param("etcd", {"grpc", "google"}, marks=pytest.mark.skipif(not find_spec("grpc"), reason="needs grpc")),
         pytest.param(
             "kube",
-            {"lightkube", "msgspec"},
+            {"h11", "lightkube", "msgspec"},
             marks=pytest.mark.skipif(not find_spec("lightkube"), reason="needs lightkube"),
         ),
     ],
@@ -244,7 +244,7 @@ def test_each_store_loads_its_own_library_and_only_when_it_is_opened(store: str,
         f"open_store(parse_daemon_flags(['--store={store}'], {{'NODE_NAME': 'n1'}})); print(*sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    known = {"sqlite3", "grpc", "google", "lightkube", "httpx2", "yaml", "msgspec"}
+    known = {"sqlite3", "grpc", "google", "h11", "lightkube", "httpx2", "yaml", "msgspec"}
     before, after = (set(line.split()) & known for line in printed.splitlines())
     assert before == set()
     assert after == libraries

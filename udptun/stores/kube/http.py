@@ -1,6 +1,7 @@
 """HTTP/1.1 to one server: requests on connections that are kept, and answers as streams.
 
-The libraries for this cost 6 MB and 0.15 s of processor at each start, for what a GET and a PATCH of one server need.
+The protocol is h11's, which opens nothing and waits for nothing.  Here are the connections, with TLS, proxies, timeouts
+and gzip (docs/decisions/0008-how-the-kube-store-speaks-http.md).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import base64
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from ssl import SSLContext
 from typing import Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
-_CHUNK = 1 << 16
-"""At most so much of a body at once, bytes; also the longest head of an answer."""
+import h11
+
+_CHUNK = 1 << 15
+"""At most so much is read at once, bytes.  The head of an answer may not be longer than twice that."""
 
 _GZIP_WBITS = 31
 """Tells zlib that what comes is gzip."""
@@ -64,6 +67,7 @@ class Auth(Protocol):
 class _Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    protocol: h11.Connection = field(default_factory=lambda: h11.Connection(h11.CLIENT, _CHUNK))
     is_used: bool = False
     """Whether it has carried an answer."""
     ending: asyncio.TimerHandle | None = None
@@ -73,68 +77,58 @@ class _Connection:
     def is_usable(self) -> bool:
         return not (self.reader.at_eof() or self.reader.exception() or self.writer.is_closing())
 
+    async def send(self, request: h11.Request, body: bytes) -> None:
+        data = self.protocol.send(request)
+        if body:
+            data += self.protocol.send(h11.Data(data=body))
+        self.writer.write(data + self.protocol.send(h11.EndOfMessage()))
+        await self.writer.drain()
+
+    async def read_head(self) -> h11.Response:
+        """The head of an answer, after those that only say that one will come (1xx)."""
+        while not isinstance(event := await self._next_event(), h11.Response):
+            pass
+        return event
+
+    async def read_body(self, seconds: float, *, is_gzip: bool) -> AsyncGenerator[bytes, None]:
+        """The body, of which each piece may take `seconds`."""
+        unzip = zlib.decompressobj(_GZIP_WBITS) if is_gzip else None
+        while True:
+            async with _answers_within(seconds):
+                event = await self._next_event()
+            if not isinstance(event, h11.Data):
+                break
+            try:
+                yield event.data if unzip is None else unzip.decompress(event.data)
+            except zlib.error as exc:
+                raise HttpError(f"the answer is no gzip: {exc}") from exc
+        if unzip is not None and not unzip.eof:
+            raise HttpError("the answer's gzip ends in the middle")
+
+    def begin_anew(self) -> bool:
+        """Make it ready for the next request; False when it cannot carry one."""
+        is_done = self.protocol.our_state is self.protocol.their_state is h11.DONE
+        if not is_done or self.protocol.trailing_data[0] or not self.is_usable:
+            return False
+        self.protocol.start_next_cycle()
+        return True
+
     def close(self) -> None:
         if self.ending is not None:
             self.ending.cancel()
         # In order would be to wait for the server.
         self.writer.transport.abort()
 
-
-@dataclass(slots=True)
-class _Body:
-    """How much of an answer's body is still to come."""
-
-    connection: _Connection
-    read_s: float
-    length: int | None
-    """None: until the connection ends."""
-    is_chunked: bool
-    is_complete: bool = False
-
-    async def chunks(self, *, is_gzip: bool) -> AsyncGenerator[bytes, None]:
-        unzip = zlib.decompressobj(_GZIP_WBITS) if is_gzip else None
-        pieces = self._chunked() if self.is_chunked else self._plain()
-        async for piece in pieces:
-            try:
-                yield piece if unzip is None else unzip.decompress(piece)
-            except zlib.error as exc:
-                raise HttpError(f"the answer is no gzip: {exc}") from exc
-        if unzip is not None and not unzip.eof:
-            raise HttpError("the answer's gzip ends in the middle")
-        self.is_complete = self.length is not None or self.is_chunked
-
-    async def _plain(self) -> AsyncIterator[bytes]:
-        left = self.length
-        while left is None or left > 0:
-            async with _answers_within(self.read_s):
-                piece = await self.connection.reader.read(_CHUNK if left is None else min(left, _CHUNK))
-            if not piece:
-                if left is None:
-                    return
-                raise HttpError("the connection has ended in the middle of the answer")
-            left = None if left is None else left - len(piece)
-            yield piece
-
-    async def _chunked(self) -> AsyncIterator[bytes]:
-        reader = self.connection.reader
-        while True:
-            async with _answers_within(self.read_s):
-                size = _hexadecimal(await reader.readuntil(b"\n"))
-            left = size
-            while left > 0:
-                async with _answers_within(self.read_s):
-                    piece = await reader.read(min(left, _CHUNK))
-                if not piece:
-                    raise HttpError("the connection has ended in the middle of the answer")
-                left -= len(piece)
-                yield piece
-            async with _answers_within(self.read_s):
-                # After the last chunk there may be headers before the empty line.
-                while (await reader.readuntil(b"\n")).strip():
-                    if size:
-                        raise HttpError("the answer has a chunk of another length than it says")
-            if not size:
-                return
+    async def _next_event(self) -> object:
+        """What h11 makes of what comes.  Raises HttpError."""
+        try:
+            while (event := self.protocol.next_event()) is h11.NEED_DATA:
+                self.protocol.receive_data(await self.reader.read(_CHUNK))
+        except h11.RemoteProtocolError as exc:
+            if self.protocol.trailing_data[1]:
+                raise HttpError("the connection has ended in the middle of the answer") from exc
+            raise HttpError(f"what answers does not speak HTTP: {exc!s:.200}") from exc
+        return event
 
 
 class Http:
@@ -161,7 +155,7 @@ class Http:
         try:
             sent = sent if flow is None else await anext(flow)
             while True:
-                connection, answer, body = await self._send(sent, answer_s, read_s)
+                connection, answer = await self._send(sent, answer_s, read_s)
                 try:
                     if flow is not None:
                         try:
@@ -174,8 +168,7 @@ class Http:
                     return
                 finally:
                     await answer.chunks.aclose()
-                    is_kept = body.is_complete and answer.headers.get("connection", "").lower() != "close"
-                    if is_kept and connection.is_usable:
+                    if connection.begin_anew():
                         self._keep(connection)
                     else:
                         connection.close()
@@ -188,7 +181,8 @@ class Http:
             connection.close()
         self._idle.clear()
 
-    async def _send(self, request: Request, answer_s: float, read_s: float) -> tuple[_Connection, Answer, _Body]:
+    async def _send(self, request: Request, answer_s: float, read_s: float) -> tuple[_Connection, Answer]:
+        head = _head_of(request, self._headers, is_for_proxy=bool(self._proxy and not self._tls))
         while True:
             connection = self._kept()
             if connection is None:
@@ -196,11 +190,8 @@ class Http:
                     connection = await self._connect()
             try:
                 async with _answers_within(answer_s):
-                    head = _head_of(request, self._headers, is_for_proxy=bool(self._proxy and not self._tls))
-                    connection.writer.write(head + (request.body or b""))
-                    await connection.writer.drain()
-                    status, headers = await _read_head(connection.reader)
-                body = _body_of(connection, request, status, headers, read_s)
+                    await connection.send(head, request.body or b"")
+                    response = await connection.read_head()
             except HttpTimeoutError:
                 connection.close()
                 raise
@@ -214,8 +205,9 @@ class Http:
                 connection.close()
                 raise
             connection.is_used = True
-            chunks = body.chunks(is_gzip=headers.get("content-encoding") == "gzip")
-            return connection, Answer(status, headers, chunks), body
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers}
+            chunks = connection.read_body(read_s, is_gzip=headers.get("content-encoding") == "gzip")
+            return connection, Answer(response.status_code, headers, chunks)
 
     def _keep(self, connection: _Connection) -> None:
         def end() -> None:
@@ -239,13 +231,13 @@ class Http:
         to = self._proxy or self._url
         host, port = to.hostname or "", to.port or (443 if to.scheme == "https" else 80)
         if self._proxy is None:
-            reader, writer = await asyncio.open_connection(host, port, ssl=self._tls, limit=_CHUNK)
+            reader, writer = await asyncio.open_connection(host, port, ssl=self._tls)
             return _Connection(reader, writer)
-        reader, writer = await asyncio.open_connection(host, port, limit=_CHUNK)
+        reader, writer = await asyncio.open_connection(host, port)
         if self._tls is not None:
             try:
                 server = self._headers["Host"] if self._url.port else f"{self._headers['Host']}:443"
-                await _ask_proxy(reader, writer, self._proxy, server)
+                await _ask_proxy(_Connection(reader, writer), self._proxy, server)
                 await writer.start_tls(self._tls, server_hostname=self._url.hostname)
             except BaseException:
                 writer.transport.abort()
@@ -255,57 +247,27 @@ class Http:
 
 @asynccontextmanager
 async def _answers_within(seconds: float) -> AsyncIterator[None]:
-    """What goes wrong with the stream in the block becomes HttpError."""
     try:
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError as exc:
         raise HttpTimeoutError(f"nothing has come for {seconds:g} s") from exc
-    except asyncio.IncompleteReadError as exc:
-        raise HttpError("the connection has ended in the middle of the answer") from exc
-    except asyncio.LimitOverrunError as exc:
-        raise HttpError(f"the answer has a line of more than {_CHUNK} bytes") from exc
 
 
-def _head_of(request: Request, more: Mapping[str, str], *, is_for_proxy: bool) -> bytes:
+def _head_of(request: Request, more: Mapping[str, str], *, is_for_proxy: bool) -> h11.Request:
     headers = {**more, **request.headers}
     if request.body is not None:
         headers["Content-Length"] = str(len(request.body))
     target = f"http://{more['Host']}{request.target}" if is_for_proxy else request.target
-    lines = [f"{request.method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-    if any("\r" in line or "\n" in line for line in lines):
-        raise HttpError("a line break in the request's head: does the token's file have several lines?")
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Status and headers of an answer, after those that only say that one will come (1xx)."""
-    while True:
-        status_line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        version, _, rest = status_line.partition(" ")
-        if not version.startswith("HTTP/1.") or not rest[:3].isdecimal():
-            raise HttpError(f"what answers does not speak HTTP: {status_line[:80]!r}")
-        if (status := int(rest[:3])) >= 200:
-            pairs = (line.partition(":") for line in lines if line)
-            return status, {name.strip().lower(): value.strip() for name, _, value in pairs}
-
-
-def _body_of(
-    connection: _Connection, request: Request, status: int, headers: Mapping[str, str], read_s: float
-) -> _Body:
-    is_chunked = headers.get("transfer-encoding", "").lower().endswith("chunked")
-    length = "0" if status in (204, 304) else headers.get("content-length")
-    if length is not None and not length.isdecimal():
-        raise HttpError(f"the answer has the length {length[:40]!r}")
-    return _Body(connection, read_s, None if length is None else int(length), is_chunked)
-
-
-def _hexadecimal(line: bytes) -> int:
-    """The length that begins a chunk."""
     try:
-        return int(line.partition(b";")[0], 16)
-    except ValueError as exc:
-        raise HttpError(f"the answer has a chunk of length {line[:40]!r}") from exc
+        return h11.Request(
+            method=request.method,
+            target=target.encode(),
+            headers=[(name.encode(), value.strip().encode()) for name, value in headers.items()],
+        )
+    except h11.LocalProtocolError:
+        # h11's text has the value, which may be a token.
+        raise HttpError("a character that cannot be in a request: does the token's file have several lines?") from None
 
 
 def _split(url: str) -> SplitResult:
@@ -348,17 +310,13 @@ def _split_proxy(text: str) -> SplitResult:
     return proxy
 
 
-async def _ask_proxy(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, proxy: SplitResult, server: str
-) -> None:
+async def _ask_proxy(connection: _Connection, proxy: SplitResult, server: str) -> None:
     """Have the proxy connect us to `server`.  Raises HttpError."""
     headers = {"Host": server}
     if proxy.username:
         secret = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}".encode()
         headers["Proxy-Authorization"] = f"Basic {base64.b64encode(secret).decode()}"
-    lines = [f"CONNECT {server} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-    writer.write("\r\n".join([*lines, "", ""]).encode())
-    await writer.drain()
-    status, _ = await _read_head(reader)
-    if status != 200:
-        raise HttpError(f"the proxy {proxy.hostname} answers {status}")
+    await connection.send(_head_of(Request("CONNECT", server, {}), headers, is_for_proxy=False), b"")
+    response = await connection.read_head()
+    if response.status_code != 200:
+        raise HttpError(f"the proxy {proxy.hostname} answers {response.status_code}")
