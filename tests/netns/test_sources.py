@@ -85,8 +85,10 @@ def test_datagrams_leave_from_a_public_ip_that_is_another_address_of_the_host(ba
         one.machine.at().ip("address add 10.1.1.1/32 dev lo")
         wait_until("the way back", lambda: bound_to(one, PORTS[backend]) == {"10.1.1.1"}, FOLLOWS_S)
         wait_until("an answer", lambda: answers(one, two), FOLLOWS_S)
-        for host in lab.hosts:
-            assert read_status(host)["problems"] == []
+        assert read_status(one)["problems"] == []
+        # Its own probes left from there meanwhile, and a line about them stays for half a minute.
+        said = f"packets of {read_status(one)['lease']['subnet']} came from {address}, no host's PublicIP"
+        assert [line for line in read_status(two)["problems"] if said not in line] == []
 
 
 def test_a_nat_that_translates_only_destinations_is_named_at_the_receiver_with_the_remedy() -> None:
