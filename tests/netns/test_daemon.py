@@ -175,17 +175,21 @@ def test_daemon_ends_with_0_and_leaves_nothing_when_signalled_at_any_moment_of_i
     start_s = time.monotonic() - began
     end(whole, signal.SIGTERM)
     host.run([*CLEANUP, "--release"])
-    n_unready = 0
-    for i in range(n_moments):
+    n_unready = i = 0
+    while i < n_moments or n_unready < n_moments / 2:
+        assert i < 4 * n_moments, f"only {n_unready} starts were interrupted before they were ready"
         process = start()
-        time.sleep(start_s * i / n_moments)
+        wait_s = start_s * (i % n_moments) / n_moments
+        time.sleep(wait_s)
         end(process, signal.SIGINT if i % 2 else signal.SIGTERM)
         n_unready += not is_ready()
         if is_ready():
+            # The first one took longer, because the machine was busy, for example.
+            start_s = min(start_s, wait_s)
             host.run([*CLEANUP, "--release"])
         assert left_behind(host) == [], f"at moment {i} of {n_moments}: {said.read_text()}"
-    print(f"{n_unready} of {n_moments} starts of {start_s:.2f} s were interrupted before they were ready")
-    assert n_unready >= n_moments / 2
+        i += 1
+    print(f"{n_unready} of {i} starts of at least {start_s:.2f} s were interrupted before they were ready")
 
 
 def handles_sigterm(pid: int) -> bool:
