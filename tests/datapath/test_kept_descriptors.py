@@ -162,7 +162,7 @@ async def test_a_manager_that_does_not_read_costs_a_line_and_a_second(
     kept = next_daemon(manager)
     n_senders = 1 + int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text())
     if n_senders > 600:
-        pytest.skip("the manager's socket takes all of it")
+        pytest.skip("needs net.unix.max_dgram_qlen below 600: the manager's socket takes all of it")
     sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(n_senders)]
     many = dataclasses.replace(rig.descriptors, senders=tuple(it.fileno() for it in sockets))
     async with asyncio.timeout(10):

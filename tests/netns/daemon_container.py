@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import oci_config
 import yaml
+from oci_config import bound
 from traffic import REAL_TIME, datapath_pids
 
 from udptun.lab.host import UNDERLAY, Host
@@ -33,12 +35,6 @@ _CONFIG_MAP = LAB_DIR / "kube-flannel-cfg"
 _API = f"--kube-api-url=http://{UNDERLAY[1]}:{KUBE_PORT}"
 _IMAGE = dict.fromkeys(("/usr", "/etc", str(SOURCE_ROOT), sys.prefix, sys.base_prefix))
 """What is bound into the root, read-only."""
-_MADE_BY_THE_RUNTIME = [
-    {"destination": "/proc", "type": "proc", "source": "proc"},
-    {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
-    {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
-    {"destination": "/sys", "type": "none", "source": "/sys", "options": ["rbind", "ro"]},
-]
 
 
 class Containers:
@@ -163,39 +159,23 @@ def _pod(manifest: str) -> Any:
 
 def _bundle(host: Host, name: str, bytecode: Path, pod: Any, container: Any, command: Sequence[str]) -> Path:
     """Write what crun needs to run it; the directory, as the host has it."""
-    security = container["securityContext"]
-    assert (command[0], security["capabilities"]["drop"]) == ("udptun", ["ALL"])
-    capabilities = [f"CAP_{it}" for it in security["capabilities"]["add"]]
+    assert (command[0], container["securityContext"]["capabilities"]["drop"]) == ("udptun", ["ALL"])
     bundle = LAB_DIR / "containers" / name
-    root = host.path(bundle) / "rootfs"
+    root = host.path(bundle) / "root"
     root.mkdir(parents=True, exist_ok=True)
     for link in ("bin", "sbin", "lib", "lib64"):
         if Path(f"/{link}").is_symlink() and not (root / link).is_symlink():
             (root / link).symlink_to(Path(f"/{link}").readlink())
-    image = [_bind(path, path, is_readonly=True) for path in (*_IMAGE, str(bytecode))]
-    config = {
-        "ociVersion": "1.0.2",
-        "process": {
-            "user": {"uid": 0, "gid": 0},
-            "args": [sys.executable, "-m", *command],
-            "env": [
-                f"PATH={os.environ['PATH']}",
-                f"PYTHONPATH={SOURCE_ROOT}",
-                f"PYTHONPYCACHEPREFIX={bytecode}",
-                f"NODE_NAME={host.name}",
-            ],
-            "cwd": "/",
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
-            "noNewPrivileges": not security["allowPrivilegeEscalation"],
-        },
-        "root": {"path": "rootfs", "readonly": security["readOnlyRootFilesystem"]},
-        "hostname": host.name,
-        "mounts": [*_MADE_BY_THE_RUNTIME, *image, *_volumes(host, pod, container)],
-        "linux": {
-            "namespaces": [{"type": it} for it in ("pid", "mount", "ipc", "uts", "cgroup")],
-            "readonlyPaths": ["/proc/sys", "/proc/bus", "/proc/fs", "/proc/irq"],
-        },
-    }
+    image = [bound(path, path, is_read_only=True) for path in (*_IMAGE, str(bytecode))]
+    environment = [
+        f"PATH={os.environ['PATH']}",
+        f"PYTHONPATH={SOURCE_ROOT}",
+        f"PYTHONPYCACHEPREFIX={bytecode}",
+        f"NODE_NAME={host.name}",
+    ]
+    args, mounts = [sys.executable, "-m", *command], [*image, *_volumes(host, pod, container)]
+    namespaces = {"namespaces": [{"type": it} for it in ("pid", "mount", "ipc", "uts", "cgroup")]}
+    config = oci_config.config(container, args, environment, mounts, namespaces) | {"hostname": host.name}
     (host.path(bundle) / "config.json").write_text(json.dumps(config))
     return bundle
 
@@ -210,9 +190,4 @@ def _volumes(host: Host, pod: Any, container: Any) -> Iterator[dict[str, object]
             path.mkdir(parents=True, exist_ok=True)
         elif volume["type"] == "FileOrCreate":
             path.touch()
-        yield _bind(volume["path"], mount["mountPath"], is_readonly=mount.get("readOnly", False))
-
-
-def _bind(source: str, destination: str, *, is_readonly: bool) -> dict[str, object]:
-    options = ["rbind", "rprivate", "ro" if is_readonly else "rw"]
-    return {"destination": destination, "type": "bind", "source": source, "options": options}
+        yield bound(volume["path"], mount["mountPath"], is_read_only=mount.get("readOnly", False))

@@ -1,7 +1,7 @@
 """Pods of a DaemonSet in a host of a lab, as kubelet and a container runtime run them: runc or crun, no engine.
 
 What a container gets is made from the manifest and nothing else: its security context, environment and volumes, and
-around them what every runtime adds (docker's and containerd's capabilities, read-only /proc/sys, the seccomp profile).
+around them what every runtime adds (oci_config.py, and the seccomp profile).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import oci_config
 from container_runtimes import mount_cgroups
+from oci_config import bound
 
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
@@ -26,17 +28,6 @@ SECCOMP = Path("/usr/share/containers/seccomp.json")
 """The profile that runtimes use by default, in docker's form."""
 
 SERVICE_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
-
-_DEFAULT_CAPABILITIES = (
-    *("CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP"),
-    *("NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
-)
-_MASKED = (
-    *("/proc/asound", "/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list"),
-    *("/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware"),
-)
-_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-"""containerd's and docker's."""
 
 _COMMANDS: Mapping[str, tuple[str, ...]] = {
     "runc": ("runc", "--root=/run/runc"),
@@ -224,36 +215,18 @@ class OciPod:
         return bundle
 
     def _config(self, container: Mapping[str, Any]) -> dict[str, Any]:
-        context = container.get("securityContext", {})
-        assert context.get("privileged") is not True
-        capabilities = _capabilities(context.get("capabilities", {}))
-        named = dict.fromkeys(("bounding", "effective", "permitted"), capabilities)
         kind = self._spec.get("securityContext", {}).get("seccompProfile", {}).get("type")
         linux: dict[str, Any] = {
             # Those of net and uts are the host's, under hostNetwork.
             "namespaces": [{"type": it} for it in ("pid", "ipc", "mount")],
-            "maskedPaths": list(_MASKED),
-            "readonlyPaths": list(_READ_ONLY),
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
             "cgroupsPath": f"{self._cgroup}/{self._id(container)}",
         }
         if kind == "RuntimeDefault":
-            linux["seccomp"] = seccomp(json.loads(SECCOMP.read_text()), capabilities)
+            linux["seccomp"] = seccomp(json.loads(SECCOMP.read_text()), oci_config.capabilities(container))
         assert self._spec["hostNetwork"] is True
-        return {
-            "ociVersion": "1.0.2",
-            "process": {
-                "user": {"uid": 0, "gid": 0},
-                "args": [*container["command"], *container.get("args", ())],
-                "env": self._environment(container),
-                "cwd": "/",
-                "capabilities": named,
-                "noNewPrivileges": context.get("allowPrivilegeEscalation") is False,
-            },
-            "root": {"path": "root", "readonly": bool(context.get("readOnlyRootFilesystem"))},
-            "mounts": [*_MOUNTS, *self._mounts(container)],
-            "linux": linux,
-        }
+        args = [*container["command"], *container.get("args", ())]
+        return oci_config.config(container, args, self._environment(container), self._mounts(container), linux)
 
     def _environment(self, container: Mapping[str, Any]) -> list[str]:
         fields = {"spec.nodeName": self.host.name, "metadata.name": self.name, "metadata.namespace": self.namespace}
@@ -264,34 +237,11 @@ class OciPod:
         return [*self._image.settings()["Env"], *(f"{k}={v}" for k, v in {**self._environ, **given}.items())]
 
     def _mounts(self, container: Mapping[str, Any]) -> list[dict[str, Any]]:
-        mounts = [_bound(self._directory / "serviceaccount", SERVICE_ACCOUNT, is_read_only=True)]
+        mounts = [bound(self._directory / "serviceaccount", SERVICE_ACCOUNT, is_read_only=True)]
         for mount in container.get("volumeMounts", ()):
             is_read_only = bool(mount.get("readOnly"))
-            mounts.append(_bound(self._volumes[mount["name"]], mount["mountPath"], is_read_only=is_read_only))
+            mounts.append(bound(self._volumes[mount["name"]], mount["mountPath"], is_read_only=is_read_only))
         return mounts
-
-
-def _bound(source: Path, target: str, *, is_read_only: bool) -> dict[str, Any]:
-    options = ["rbind", "rprivate", "ro" if is_read_only else "rw"]
-    return {"type": "bind", "source": str(source), "destination": target, "options": options}
-
-
-def _mount(kind: str, target: str, *options: str) -> dict[str, Any]:
-    return {"type": kind, "source": kind, "destination": target, "options": ["nosuid", *options]}
-
-
-_MOUNTS = (
-    _mount("proc", "/proc", "noexec", "nodev"),
-    _mount("tmpfs", "/dev", "strictatime", "mode=755", "size=65536k"),
-    _mount("devpts", "/dev/pts", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"),
-    _mount("tmpfs", "/dev/shm", "noexec", "nodev", "mode=1777", "size=65536k"),
-    _mount("sysfs", "/sys", "noexec", "nodev", "ro"),
-)
-
-
-def _capabilities(given: Mapping[str, Sequence[str]]) -> list[str]:
-    names = [] if "ALL" in given.get("drop", ()) else list(_DEFAULT_CAPABILITIES)
-    return sorted(f"CAP_{it}" for it in {*names, *given.get("add", ())})
 
 
 def seccomp(profile: Mapping[str, Any], capabilities: Sequence[str]) -> dict[str, Any]:
