@@ -182,6 +182,8 @@ def test_bench_of_all_that_we_ship_writes_every_run_and_a_report(
     words += ["--workloads", "tcp_1,udp_64,rtt,memory"]
     numbers = ["--repeats", "1", "--seconds", "1", "--json", str(file)]
     bench = run("bench", *words, *numbers, UDPTUN_TEST_DEMO=mark)
+    # Names the runs that failed.
+    print(bench.stdout)
     assert (bench.returncode, bench.stderr) == (0, "")
     assert NOTHING_IS_LEFT in bench.stdout
     document: dict[str, Any] = json.loads(file.read_text())
