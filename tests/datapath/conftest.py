@@ -1,11 +1,14 @@
 """The fixture `datapath` runs a test over both implementations, `fast` over the fast path alone.
 
-Both fixtures run it over both encapsulations.
+Both fixtures run it over both encapsulations.  `old_kernel` is a library that makes a kernel of an earlier one.
 """
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +44,13 @@ def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
     is_in_trains = implementation == "trains"
     with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains, is_vxlan=is_vxlan) as fast:
         yield fast
+
+
+@pytest.fixture(scope="session")
+def old_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """old_kernel.c, to be preloaded; the variable OLD_KERNEL says what is refused."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    library, source = tmp_path_factory.mktemp("old") / "old_kernel.so", Path(__file__).with_name("old_kernel.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-o", library, source, "-ldl"], check=True)
+    return library

@@ -1,16 +1,19 @@
 /* A kernel as some were: preloaded, it refuses what they refuse.
  *
- * gcc -shared -fPIC -o old_kernel.so old_kernel.c; OLD_KERNEL=gso_write,narrow_einval LD_PRELOAD=./old_kernel.so ...
+ * gcc -shared -fPIC -o old_kernel.so old_kernel.c; OLD_KERNEL=gso_write,no_seccomp LD_PRELOAD=./old_kernel.so ...
  *
  *   gso_write       super-packets written to a TUN are EINVAL (6.6.44 and others with e269d79c7d35)
  *   narrow_einval   datagrams of a group that the path is too narrow for are EINVAL, not EMSGSIZE
+ *   no_seccomp      seccomp() is ENOSYS (without CONFIG_SECCOMP_FILTER)
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 
 static int is_on(const char *fault)
@@ -39,4 +42,22 @@ int sendmmsg(int fd, struct mmsghdr *message, unsigned int n, int flags)
     if (sent < 0 && errno == EMSGSIZE && is_on("narrow_einval") && message[0].msg_hdr.msg_controllen)
         errno = EINVAL;
     return sent;
+}
+
+long syscall(long number, ...)
+{
+    long (*real)(long, ...) = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+    long a[6];
+    va_list arguments;
+
+    if (number == SYS_seccomp && is_on("no_seccomp")) {
+        errno = ENOSYS;
+        return -1;
+    }
+    /* As many as there can be; the kernel looks at no more than the call has. */
+    va_start(arguments, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(arguments, long);
+    va_end(arguments);
+    return real(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }

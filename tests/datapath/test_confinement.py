@@ -177,6 +177,28 @@ async def test_processes_with_another_confinement_are_replaced_without_losing_wh
     await successor.stop()
 
 
+@pytest.mark.parametrize("wanted", [Confinement.FULL, Confinement.OFF])
+async def test_processes_without_a_filter_are_adopted_where_the_kernel_has_none(
+    rig: Rig, wanted: Confinement, old_kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, and where no filter is written for the architecture, each start of the daemon replaced the datapath."""
+    monkeypatch.setenv("LD_PRELOAD", str(old_kernel))
+    monkeypatch.setenv("OLD_KERNEL", "no_seccomp")
+    earlier = Datapath(rig.run_dir, rig.descriptors, [], Confinement.FULL)
+    await earlier.start()
+    assert {it.confinement for it in earlier.processes} == {Confinement.CAPABILITIES}
+    earlier.detach()
+    found = await processes.find_running(rig.run_dir)
+    for process in found:
+        process.close_descriptors()
+    later = Datapath(rig.run_dir, rig.descriptors, found, wanted)
+    before = [it.pid for it in found]
+    await later.start()
+    is_adopted = [it.pid for it in later.processes] == before
+    assert is_adopted == (wanted is Confinement.FULL)
+    await later.stop()
+
+
 FAILS_UNDER_THE_FILTER = f"""
 import _thread, sys
 names = {{"__name__": "worker"}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,18 +17,14 @@ from udptun.core.offload import Offload
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-@pytest.fixture(scope="module")
-def run_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+
+@pytest.fixture
+def run_on(old_kernel: Path) -> Callable[..., str]:
     """Run Python with these arguments on a kernel that refuses `faults`; its output."""
     skip_unless_built()
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
-    library = tmp_path_factory.mktemp("old") / "old_kernel.so"
-    source = HERE / "old_kernel.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wall", "-o", str(library), str(source), "-ldl"], check=True)
 
     def run(faults: str, *arguments: str) -> str:
-        environment = {**os.environ, "LD_PRELOAD": str(library), "OLD_KERNEL": faults}
+        environment = {**os.environ, "LD_PRELOAD": str(old_kernel), "OLD_KERNEL": faults}
         command = [sys.executable, *arguments]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -33,10 +33,12 @@ def test_hello_of_version_1_is_understood() -> None:
 )
 def test_hello_of_this_build_says_what_its_process_has_given_up(number: int, confinement: Confinement | None) -> None:
     head = struct.pack("=4sII", b"udpt", HELLO.size + HELLO_CONFINEMENT.size, HELLO_VERSION)
-    ours = head + OURS[12:] + HELLO_CONFINEMENT.pack(number)
-    assert (len(ours), HELLO_VERSION) == (76, 3)
-    assert Hello.parse(ours) == replace(UNDERSTOOD, confinement=confinement, has_events=True)
-    # Cut off, it says nothing of that.
+    ours = head + OURS[12:] + HELLO_CONFINEMENT.pack(number, 2)
+    assert (len(ours), HELLO_VERSION) == (80, 4)
+    understood = replace(UNDERSTOOD, confinement=confinement, has_events=True)
+    assert Hello.parse(ours) == replace(understood, wanted_confinement=Confinement.FULL)
+    # Cut off, it says nothing of that; 76 bytes are all that versions 2 and 3 had.
+    assert Hello.parse(ours[:76]) == Hello.parse(ours[:78]) == understood
     assert Hello.parse(ours[:74]) == replace(UNDERSTOOD, has_events=True)
 
 

@@ -57,6 +57,8 @@ class Process:
         self.build_id = ""
         self.confinement: Confinement | None = None
         """What it has given up, or shall give up before it says so; None when nobody knows."""
+        self.wanted_confinement: Confinement | None = None
+        """What it was told to give up: more, where the kernel cannot do all of it.  None when nobody knows."""
         self.descriptors: Descriptors | None = None
         """Ours to close: what came with the first HELLO of a process that we did not start."""
         self._connection = connection
@@ -255,7 +257,7 @@ class Process:
         self.pid = self._pid_here or hello.pid
         self.is_active, self.started_ns = hello.is_active, hello.started_ns
         self.layout_version, self.build_id = hello.layout_version, hello.build_id
-        self.confinement = hello.confinement
+        self.confinement, self.wanted_confinement = hello.confinement, hello.wanted_confinement
         if is_first and self._are_events_due:
             with contextlib.suppress(OSError):
                 self._connection.send(worker.EVENTS)

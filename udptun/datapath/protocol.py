@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from udptun.core.tunnel import Confinement
-from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_MAGIC
+from udptun.datapath.worker import HELLO, HELLO_MAGIC
 
 MAX_DESCRIPTORS = 253
 """In one message (SCM_MAX_FD of linux/net/scm.h).  A later build may hand over more than we know what to do with."""
@@ -19,6 +19,10 @@ MAX_HELLO_BYTES = 4096
 
 CONFINEMENTS = (Confinement.OFF, Confinement.CAPABILITIES, Confinement.FULL)
 """In the order of the numbers that stand for them in HELLO and in csrc/confine.h."""
+_CONFINEMENT = struct.Struct("=I")
+_CONFINEMENTS_AT = (HELLO.size, HELLO.size + 4)
+"""Where HELLO has what its process has given up, and what that was told to give up; a version before 2 or 4 is shorter.
+"""
 N_EVENTS = 2
 _EVENTS_VERSION = 3
 """Of HELLO, from which on processes answer EVENTS."""
@@ -32,6 +36,7 @@ _OLD_HELLO = struct.Struct("=4sIIIIQ32s")
 class Hello:
     """How a datapath process introduces itself.  `n_senders` None: all descriptors beyond the others are senders.
 
+    `confinement` is what it has given up, `wanted_confinement` what it was told to; None when nobody knows.
     `has_events`: it answers EVENTS.
     """
 
@@ -43,6 +48,7 @@ class Hello:
     started_ns: int
     build_id: str
     confinement: Confinement | None = None
+    wanted_confinement: Confinement | None = None
     has_events: bool = False
 
     @classmethod
@@ -50,27 +56,27 @@ class Hello:
         """From a message of any build; None where the message is no HELLO."""
         if len(message) == _OLD_HELLO.size:
             magic, layout_version, pid, active, n_workers, started_ns, build = _OLD_HELLO.unpack(message)
-            version, n_senders, confinement = 0, None, None
+            version, n_senders = 0, None
         elif len(message) >= HELLO.size:
             fields = HELLO.unpack_from(message)
             magic, length, version, active, n_workers, started_ns, build, pid, layout_version, n_senders = fields
             if length < HELLO.size:
                 return None
-            confinement = _confinement(message) if version >= 2 else None
         else:
             return None
         if magic != HELLO_MAGIC:
             return None
         build_id = build.decode("ascii", "replace")
-        known = (pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id, confinement)
-        return cls(*known, has_events=version >= _EVENTS_VERSION)
+        known = (pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id)
+        given_up, wanted = (_confinement(message, at) for at in _CONFINEMENTS_AT)
+        return cls(*known, given_up, wanted, has_events=version >= _EVENTS_VERSION)
 
 
-def _confinement(message: bytes) -> Confinement | None:
-    """What a HELLO of version 2 says that its process has given up; None for a number that nobody knows yet."""
-    if len(message) < HELLO.size + HELLO_CONFINEMENT.size:
+def _confinement(message: bytes, at: int) -> Confinement | None:
+    """The one that stands there; None when the message is shorter, and for a number that nobody knows yet."""
+    if len(message) < at + _CONFINEMENT.size:
         return None
-    (number,) = HELLO_CONFINEMENT.unpack_from(message, HELLO.size)
+    (number,) = _CONFINEMENT.unpack_from(message, at)
     return CONFINEMENTS[number] if number < len(CONFINEMENTS) else None
 
 

@@ -108,9 +108,11 @@ class Datapath:
     async def start(self) -> None:
         """Have one active process and one standby of this build, with the present descriptors."""
         async with self._changing:
+            wanted = self._confinement
             for reason, old in (
                 ("another build", [it for it in self.processes if it.build_id != self._build_id]),
-                ("another confinement", [it for it in self.processes if it.confinement is not self._confinement]),
+                # Not what they have given up: where the kernel cannot do all of it, others would give up no more.
+                ("another confinement", [it for it in self.processes if it.wanted_confinement is not wanted]),
             ):
                 if old:
                     log.info("datapath replaced pid=%s reason=%s", ",".join(str(it.pid) for it in old), reason)

@@ -52,6 +52,8 @@ HELLO = struct.Struct("=4sIIIIQ32sIII")
     16  number of workers                   68  number of sockets that all workers send from
     Since version 2:
     72  what it has given up (`CONFINEMENTS` of protocol.py)
+    Since version 4:
+    76  what it was told to give up; not every kernel can do all of it
 
 The descriptors: table, statistics, lock, a TUN queue for each worker, a UDP socket for each worker, the sockets that
 all workers send from.  Numbers are in host order, because both ends are on one machine.
@@ -68,9 +70,9 @@ The first builds had no length and no version: their HELLO has 60 bytes, with th
 the rest as here.  A control plane of such a build reads 60 bytes of ours.  It can adopt and stop us, too: it takes our
 length for a layout version that it does not know, and makes new memory files.
 """
-HELLO_CONFINEMENT = struct.Struct("=I")
+HELLO_CONFINEMENT = struct.Struct("=II")
 HELLO_MAGIC = b"udpt"
-HELLO_VERSION = 3
+HELLO_VERSION = 4
 STOP = b"stop"
 EVENTS = b"events"
 
@@ -146,7 +148,7 @@ def main(argv: list[str]) -> None:
     def hello(active: bool) -> bytes:
         build, layout_version = build_id.encode(), fastpath.LAYOUT["version"]
         counts = (os.getpid(), layout_version, len(sender_fds))
-        more = HELLO_CONFINEMENT.pack(confinement)
+        more = HELLO_CONFINEMENT.pack(confinement, wanted_confinement)
         head = (HELLO_MAGIC, HELLO.size + len(more), HELLO_VERSION)
         return HELLO.pack(*head, active, len(workers), started_ns, build, *counts) + more
 
