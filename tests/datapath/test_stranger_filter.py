@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Network
@@ -97,7 +98,7 @@ def rig(undo: ExitStack, request: pytest.FixtureRequest) -> Rig:
 
 def sum_of(rig: Rig) -> int:
     rig.filter.look()
-    return rig.filter.n_dropped
+    return rig.stats.n_strangers
 
 
 def test_peers_get_in_and_all_that_strangers_send_is_dropped_or_received(
@@ -189,6 +190,55 @@ def test_a_control_plane_that_is_killed_leaves_a_port_that_takes_in_everything(
     rig.begin(monkeypatch)
     assert rig.filter.state == "on"
     assert rig.received_of(PEERS) == len(PEERS) * N_EACH
+
+
+def test_the_sum_of_what_was_dropped_goes_on_when_the_control_plane_is_killed(
+    undo: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began at 0 with each daemon, and every rate and sum of it went wrong."""
+    rig = Rig(undo, opened(undo, 1))
+    ready, wake = os.pipe()
+    asked, ask = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            rig.begin(monkeypatch)
+            for _ in range(2):
+                os.write(wake, b"y")
+                os.read(asked, 1)
+                rig.filter.look()
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.read(ready, 1)
+    n_received = rig.received_of(STRANGERS)
+    os.write(ask, b"y")
+    os.read(ready, 1)
+    n_dropped = rig.stats.n_strangers
+    assert n_dropped + n_received == len(STRANGERS) * N_EACH
+    os.write(ask, b"y")
+    os.waitpid(child, 0)
+    for fd in (ready, wake, asked, ask):
+        os.close(fd)
+    assert sum_of(rig) == n_dropped
+    rig.begin(monkeypatch)
+    n_received = rig.received_of(STRANGERS)
+    rig.filter.end()
+    assert rig.stats.n_strangers == n_dropped + len(STRANGERS) * N_EACH - n_received
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [(5, 5 << 32), (6, 5 << 32), pytest.param(99, 0, id="not understood")]
+)
+def test_the_sum_of_what_was_dropped_goes_on_with_the_datapath_of_another_build(
+    undo: ExitStack, version: int, expected: int
+) -> None:
+    theirs, ours = Stats.create(), Stats.create()
+    for stats in (theirs, ours):
+        undo.callback(stats.close)
+    theirs.n_strangers = 5 << 32
+    os.pwrite(theirs.fd, struct.pack("=I", version), 4)
+    ours.continue_from(theirs.fd)
+    assert ours.n_strangers == expected
 
 
 def test_sockets_join_while_the_filter_pauses(undo: ExitStack, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

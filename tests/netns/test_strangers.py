@@ -91,16 +91,22 @@ def test_a_flood_of_strangers_is_dropped_by_the_kernel_and_peers_notice_nothing(
                 three.add_pod()
                 wait_until("an answer", lambda: is_answered(three.pod(1), one.pod(1).address), FOLLOWS_S)
                 assert state(one) == "on"
+                counted = n_dropped(one)
                 kill(one, read_status(one)["pid"])
                 wait_until("the end", lambda: one.daemon is not None and one.daemon.poll() is not None, FOLLOWS_S)
                 flow.wait_for_more()
                 one.start_daemon()
                 one.wait_ready(20)
+                # The sum goes on from where it was.
+                assert n_dropped(one) >= counted > 1000
                 wait_until("the filter again", lambda: state(one) == "on", FOLLOWS_S)
+                wait_until("drops", lambda: n_dropped(one) > counted + 1000, FOLLOWS_S)
+                counted = n_dropped(one)
                 # A stop takes it away as well, and leaves the socket of the workers alone.
                 assert one.stop_daemon(signal.SIGTERM) == 0
                 assert len(one.run(["ss", "-uanH", "sport = :8285"]).stdout.splitlines()) == workers
                 one.start_daemon()
                 one.wait_ready(20)
+                assert n_dropped(one) >= counted
             flow.wait_for_more()
         assert flow.report.lost == []

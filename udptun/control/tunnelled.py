@@ -180,7 +180,7 @@ class Tunnelled:
             "counters": {
                 **stats.counters(),
                 "inject_drop_full": self.tunnel.rings.n_refused,
-                "drop_stranger": self.tunnel.strangers.n_dropped,
+                "drop_stranger": stats.n_strangers,
             },
         }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -64,7 +65,7 @@ class Stats:
 
     def __init__(self, fd: int) -> None:
         """Take over an existing file.  Raises ValueError when it is of another layout."""
-        memory = shm.map_whole(fd, _STATS.size, LAYOUT["stats_magic"], "statistics")
+        memory = self._memory = shm.map_whole(fd, _STATS.size, LAYOUT["stats_magic"], "statistics")
         workers = memory[_STATS.offset("worker") :]
         self.fd = fd
         # All numbers in both are u64.
@@ -92,12 +93,23 @@ class Stats:
         """
         if shm.version_of(fd, LAYOUT["stats_magic"]) not in _COUNTED_ALIKE:
             return
+        # Builds that do not know this word have zeros in its place.
+        self.n_strangers = int.from_bytes(os.pread(fd, 8, _STATS.offset("n_strangers")), sys.byteorder)
         at, first = _STATS.offset("worker"), _word("counter")
         for worker in self._workers:
             worker[first : first + len(COUNTERS)] = memoryview(
                 os.pread(fd, 8 * len(COUNTERS), at + 8 * first)
             ).cast("Q")
             at += _WORKER.size
+
+    @property
+    def n_strangers(self) -> int:
+        """Datagrams that the kernel has kept from the workers, while any control plane counted them."""
+        return _STATS.load(self._memory, "n_strangers")
+
+    @n_strangers.setter
+    def n_strangers(self, n: int) -> None:
+        _STATS.store(self._memory, "n_strangers", n)
 
     def generations_seen(self) -> list[int]:
         """What each worker works with right now; 0 for those asleep or gone."""

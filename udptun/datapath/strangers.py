@@ -9,6 +9,9 @@ kernel gives a worker what was for the sink.  So the next control plane, of what
 everything.
 
 Each datagram of a stranger counts as long as they are few: a host behind a NAT is named at its first packet.
+
+The sum of what all sinks have dropped is in the statistics' memory file, as the counters of the workers.  A control
+plane that is killed takes along what its sink has dropped since the last look.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ _LOOK_S, _CALM_S = 1.0, 10.0
 
 
 class StrangerFilter:
-    """Begins with a flood and ends after it.  For one event loop; `state` and `n_dropped` may be read on any thread."""
+    """Begins with a flood and ends after it.  For one event loop; `state` may be read on any thread."""
 
     def __init__(self, table: TableWriter, stats: Stats, sockets: Callable[[], Sequence[socket.socket]]) -> None:
         self._table = table
@@ -45,13 +48,11 @@ class StrangerFilter:
         self._is_paused = False
         self._sink: socket.socket | None = None
         self._n_counted = 0
-        """Drops of the present sink that are in `n_dropped`."""
+        """Drops of the present sink that are in the sum."""
         self._addresses: bytes | None = None
         """What the program knows."""
         self._refusal = self._logged = ""
         self._n_before, self._looked_s, self._flood_s = self._n_refused_by_workers(), time.monotonic(), 0.0
-        self.n_dropped = 0
-        """What the sinks have dropped, as of the last look."""
 
     @property
     def state(self) -> str:
@@ -75,12 +76,11 @@ class StrangerFilter:
 
     def look(self) -> None:
         """Count what was dropped since the last look, and begin or end if that says so."""
-        now_s, n_dropped = time.monotonic(), self.n_dropped
-        self._count()
+        now_s, by_sink = time.monotonic(), self._count()
         n = self._n_refused_by_workers()
         limit = FLOOD_PER_S * (now_s - self._looked_s)
         by_workers = n - self._n_before
-        is_flood = by_workers + self.n_dropped - n_dropped > limit
+        is_flood = by_workers + by_sink > limit
         self._n_before, self._looked_s = n, now_s
         if is_flood:
             self._flood_s = now_s
@@ -116,7 +116,7 @@ class StrangerFilter:
         self._sink.close()
         self._sink = None
         share_port(sockets, among_several=len(sockets) > 1)
-        log.info("strangers reach the workers again dropped=%d", self.n_dropped)
+        log.info("strangers reach the workers again dropped=%d", self._stats.n_strangers)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -158,12 +158,15 @@ class StrangerFilter:
             log.warning("cannot keep a flood of strangers from the workers, who drop it themselves: %s", exc)
             self._logged = self._refusal
 
-    def _count(self) -> None:
-        if self._sink is not None:
-            # The kernel counts in 32 bits.
-            n = n_drops(self._sink)
-            self.n_dropped += (n - self._n_counted) & 0xFFFFFFFF
-            self._n_counted = n
+    def _count(self) -> int:
+        """Add to the sum what the sink has dropped since the last time, and return it."""
+        if self._sink is None:
+            return 0
+        before, self._n_counted = self._n_counted, n_drops(self._sink)
+        # The kernel counts in 32 bits.
+        n = (self._n_counted - before) & 0xFFFFFFFF
+        self._stats.n_strangers += n
+        return n
 
     def _n_refused_by_workers(self) -> int:
         return sum(n for name, n in self._stats.counters().items() if name.startswith("decap_drop_"))

@@ -69,6 +69,7 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(stray, last_s),
     UT_FIELD(stray, datagrams),
 
+    UT_FIELD(stats, n_strangers),
     UT_FIELD(stats, worker),
     UT_FIELD(stats, peer),
     UT_FIELD(stats, in_flight),

@@ -1,7 +1,7 @@
 /* Layout of the two memory files that the control plane and the datapath share, and the atomics that guard them.
  *
- * One writer each: the control plane writes the table, worker i writes block i of the statistics.  The rings, which lie
- * in the file of the statistics, have two, and ring.pxd says who writes what.  Both files are sparse and sealed against
+ * One writer each: the control plane writes the table and the head of the statistics, worker i writes block i of them.
+ * The rings, which lie in the same file, have two, and ring.pxd says who writes what.  Both files are sparse and sealed against
  * resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket addresses.  This
  * is the only description: fastpath/shm.pxd declares the names to Cython, and the control plane takes sizes, offsets
  * and bits from LAYOUT and FIELDS of _fastpath.pyx.
@@ -187,7 +187,9 @@ struct ut_ring {
 
 struct ut_stats {
     uint32_t magic, layout_version;
-    uint8_t pad[UT_STATS_HEADER_BYTES - 8];
+    uint64_t n_strangers;         /* datagrams that the kernel has kept from the workers.  The control plane's.  Files of
+                                   * builds that do not know it have 0 here */
+    uint8_t pad[UT_STATS_HEADER_BYTES - 16];
     struct ut_worker worker[UT_MAX_WORKERS];
     struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
     struct ut_in_flight in_flight[UT_MAX_WORKERS];
