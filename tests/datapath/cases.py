@@ -13,6 +13,7 @@ from tests.packets import (
     NARROW_POD,
     NEAR,
     NEAR_POD,
+    OUR_MAC,
     OUTSIDE,
     OWN,
     PARTIAL,
@@ -26,13 +27,17 @@ from tests.packets import (
     TWIN_POD,
     UNDERLAY,
     UNLEASED,
+    VNI,
     icmp_message,
     ipv4,
+    peer_mac,
     tcp,
     udp,
     udp_segment,
+    vxlan,
     with_header_checksum,
 )
+from tests.reference import PREFIX_LEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,9 @@ TIME_EXCEEDED = (11, 0, 0)
 _OUT = udp(POD, NEAR_POD, b"from a pod of ours")
 _IN = udp(NEAR_POD, POD, b"from a pod of a peer")
 _IPV6 = bytes.fromhex("6000000000083a40") + bytes(15) + b"\1" + bytes(15) + b"\2" + bytes(8)
+_BROADCAST = b"\xff" * 6
+_ARP = bytes.fromhex("0001080006040001") + peer_mac(1) + bytes([10, 244, 2, 0]) + bytes(6) + bytes([10, 244, 1, 0])
+_IPV6_FRAME = bytes.fromhex("6000000000083a40") + bytes(40)
 _ESP = 50
 
 
@@ -316,6 +324,100 @@ DECAP = _slugged(
             ipv4(NEAR_POD, POD, tcp(NEAR_POD, POD, bytes(3000), check=PARTIAL)[20:], protocol=_ESP)),
     ]
 )  # fmt: skip
+
+def _flipped(mac: bytes, bit: int) -> bytes:
+    return (int.from_bytes(mac) ^ 1 << bit).to_bytes(6)
+
+
+DECAP_VXLAN = _slugged(
+    [
+        *(Bad(f"{n}-bytes", "decap_drop_vxlan_short", vxlan(_IN)[:n]) for n in range(PREFIX_LEN)),
+        Bad("short-and-zero", "decap_drop_vxlan_short", bytes(PREFIX_LEN - 1)),
+        Bad("short-from-a-stranger", "decap_drop_vxlan_short", vxlan(_IN)[:8], source=STRANGER),
+        Bad("nothing-behind-the-prefix", "decap_drop_empty", vxlan(b"")),
+        *(Bad(f"{n}-bytes-behind-the-prefix", "decap_drop_short", vxlan(_IN[:n])) for n in range(1, 20)),
+        *(
+            Bad(f"{n}-bytes-behind-the-prefix", "decap_drop_length", vxlan(_IN[:n]))
+            for n in range(20, len(_IN))
+        ),
+        *(Bad(f"flags-{n:02x}", "decap_drop_vxlan_flags", vxlan(_IN, flags=n)) for n in (0, 1, 4, 0x10, 0x80, 0xF7)),
+        Bad("zeros", "decap_drop_vxlan_flags", bytes(100)),
+        Bad("a-bare-packet", "decap_drop_vxlan_flags", _IN),
+        *(
+            Bad(f"vni-{n}", "decap_drop_vxlan_vni", vxlan(_IN, vni=n))
+            for n in (0, 2, 3, 0x100, 0x10000, 0x800001, 0x101, 0xFFFFFF)
+        ),
+        Bad("vni-in-the-last-byte", "decap_drop_vxlan_vni", vxlan(_IN, vni=0, reserved=(0, VNI))),
+        Bad("vni-in-the-reserved-bytes", "decap_drop_vxlan_vni", vxlan(_IN, vni=0, reserved=(VNI, 0))),
+        Bad("vni-and-flags", "decap_drop_vxlan_flags", vxlan(_IN, vni=2, flags=0)),
+        *(
+            Bad(f"ethertype-{n:04x}", "decap_drop_vxlan_ethertype", vxlan(_IN, ethertype=n))
+            for n in (0, 8, 0x0801, 0x0900, 0x0806, 0x86DD, 0x8100, 0x88A8, 0x8847, 0xFFFF)
+        ),
+        Bad("arp-to-all", "decap_drop_vxlan_ethertype", vxlan(_ARP, ethertype=0x0806, destination=_BROADCAST)),
+        Bad("arp-to-us", "decap_drop_vxlan_ethertype", vxlan(_ARP, ethertype=0x0806)),
+        Bad("ipv6", "decap_drop_vxlan_ethertype", vxlan(_IPV6_FRAME, ethertype=0x86DD)),
+        Bad(
+            "ipv6-neighbour-solicitation",
+            "decap_drop_vxlan_ethertype",
+            vxlan(_IPV6_FRAME, ethertype=0x86DD, destination=bytes.fromhex("3333ff000001")),
+        ),
+        Bad("vlan", "decap_drop_vxlan_ethertype", vxlan(b"\0\1\x08\0" + _IN, ethertype=0x8100)),
+        Bad("ethertype-and-vni", "decap_drop_vxlan_vni", vxlan(_IN, vni=2, ethertype=0x0806)),
+        *(
+            Bad(f"mac-bit-{bit}", "decap_drop_vxlan_mac", vxlan(_IN, destination=_flipped(OUR_MAC, bit)))
+            for bit in (0, 7, 8, 23, 40, 47)
+        ),
+        Bad("mac-of-all", "decap_drop_vxlan_mac", vxlan(_IN, destination=_BROADCAST)),
+        Bad("mac-of-a-group", "decap_drop_vxlan_mac", vxlan(_IN, destination=bytes.fromhex("01005e000001"))),
+        Bad("mac-zero", "decap_drop_vxlan_mac", vxlan(_IN, destination=bytes(6))),
+        Bad("mac-of-the-sender", "decap_drop_vxlan_mac", vxlan(_IN, destination=peer_mac(1))),
+        Bad("mac-before-the-packet", "decap_drop_vxlan_mac", vxlan(b"", destination=_BROADCAST)),
+        Bad("mac-from-a-stranger", "decap_drop_vxlan_mac", vxlan(_IN, destination=_BROADCAST), source=STRANGER),
+        Bad("ipv6-under-a-wrong-ethertype", "decap_drop_ipv6", vxlan(_IPV6_FRAME)),
+    ]
+)
+"""Datagrams as they are on the wire of a VTEP, whose prefix is wrong or has no good packet behind it."""
+
+_LET_IN_BY_OFF = (
+    "stranger",
+    "stranger-strict",
+    "stranger-with-an-outside-source",
+    "ourselves-as-outer-source",
+    "pod-of-another-peer",
+    "pod-of-another-peer-strict",
+    "pod-of-a-peer-with-two-leases",
+    "unleased-source",
+    "source-just-outside-the-long-lease",
+    "source-network-address",
+    "source-last-of-network",
+)
+_LET_IN_UNLESS_STRICT = (
+    "source-outside-network-strict",
+    "source-just-below-network-strict",
+    "source-just-above-network-strict",
+)
+_OF_A_STRANGER_WITH_THE_CHECK_OFF = (
+    "martian-source-with-the-check-off",
+    "source-another-address-of-ours-with-the-check-off",
+    "own-source-with-the-check-off",
+    "underlay-source-with-the-check-off",
+    "open-relay-with-the-check-off",
+    "ttl-1-from-an-unleased-source-is-not-answered",
+)
+ELSEWHERE: dict[tuple[str, str], str] = {
+    **{(slug, "off"): "decap_delivered" for slug in _LET_IN_BY_OFF},
+    **{(slug, check): "decap_delivered" for slug in _LET_IN_UNLESS_STRICT for check in ("off", "peer")},
+    **{
+        (slug, check): "decap_drop_unknown_peer"
+        for slug in _OF_A_STRANGER_WITH_THE_CHECK_OFF
+        for check in ("peer", "strict")
+    },
+    ("stranger-with-a-martian-source", "off"): "decap_drop_source_martian",
+    ("ttl-1-from-outside-is-not-answered", "strict"): "decap_drop_source_outside",
+}
+"""By slug in DECAP and SourceCheck: the counter, where that is not the case's own."""
+
 
 GOOD_ENCAP = {
     "udp": _OUT,

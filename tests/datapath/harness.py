@@ -410,12 +410,7 @@ class FastDatapath:
         n = sum(len(message.received(has_gro=self._has_gro, prefix_len=prefix_len)) for message in messages)
         before = self._begin(n)
         for message in messages:
-            if message.source not in self._outer:
-                self._outer[message.source] = self._bound(message.source)
-            control = []
-            if 0 < message.size < len(message.payload):
-                control = [(_SOL_UDP, _UDP_SEGMENT, struct.pack("H", message.size))]
-            self._outer[message.source].sendmsg([message.payload], control, 0, self.udp.getsockname())
+            self.send(message)
         return self._finish(before, "decap_packets", n)
 
     def encap(self, raw: bytes) -> Outcome:
@@ -492,9 +487,18 @@ class FastDatapath:
         """The peer's."""
         return self._outer[ip]
 
+    def send(self, message: Message) -> None:
+        """Send it as it is, and leave it to the test what becomes of it."""
+        if message.source not in self._outer:
+            self._outer[message.source] = self._bound(message.source)
+        control = []
+        if 0 < message.size < len(message.payload):
+            control = [(_SOL_UDP, _UDP_SEGMENT, struct.pack("H", message.size))]
+        self._outer[message.source].sendmsg([message.payload], control, 0, self.udp.getsockname())
+
     def send_from(self, ip: str, payload: bytes) -> None:
-        """Send a datagram from the peer, and leave it to the test what becomes of it."""
-        self._outer[ip].sendto(payload, self.udp.getsockname())
+        """Send a datagram, and leave it to the test what becomes of it."""
+        self.send(Message(payload, ip))
 
     def socket_of_any_source(self) -> socket.socket:
         """A socket of the test's that may send from each address of 127/8."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
+from tests.datapath.cases import DECAP_VXLAN, Bad
 from tests.datapath.harness import Datapath, FastDatapath, Message, ReferenceDatapath, skip_unless_built
 from tests.packets import (
     GSO_TCPV4,
@@ -23,9 +23,7 @@ from tests.packets import (
     OUR_MAC,
     PARTIAL,
     POD,
-    STRANGER,
     TWIN_POD,
-    VNI,
     ipv4,
     pattern,
     peer_mac,
@@ -40,8 +38,6 @@ from tests.reference import PREFIX_LEN, Outcome
 
 IN = udp(NEAR_POD, POD, b"a good packet")
 BROADCAST = b"\xff" * 6
-ARP = bytes.fromhex("0001080006040001") + peer_mac(1) + bytes([10, 244, 2, 0]) + bytes(6) + bytes([10, 244, 1, 0])
-IPV6 = bytes.fromhex("6000000000083a40") + bytes(40)
 
 
 @pytest.fixture
@@ -64,71 +60,11 @@ def decap_wire(datapath: Datapath, payload: bytes, source: str = NEAR) -> Outcom
     return datapath.decap_wire([Message(payload, source)]).outcome()
 
 
-@dataclass(frozen=True, slots=True)
-class Bad:
-    slug: str
-    counter: str
-    payload: bytes
-    source: str = NEAR
-
-
-def _flipped(mac: bytes, bit: int) -> bytes:
-    return (int.from_bytes(mac) ^ 1 << bit).to_bytes(6)
-
-
-BAD = [
-    *(Bad(f"{n}-bytes", "decap_drop_vxlan_short", vxlan(IN)[:n]) for n in range(PREFIX_LEN)),
-    Bad("short-and-zero", "decap_drop_vxlan_short", bytes(PREFIX_LEN - 1)),
-    Bad("short-from-a-stranger", "decap_drop_vxlan_short", vxlan(IN)[:8], STRANGER),
-    Bad("nothing-behind-the-prefix", "decap_drop_empty", vxlan(b"")),
-    *(Bad(f"{n}-bytes-behind-the-prefix", "decap_drop_short", vxlan(IN[:n])) for n in range(1, 20)),
-    *(
-        Bad(f"{n}-bytes-behind-the-prefix", "decap_drop_length", vxlan(IN[:n]))
-        for n in range(20, len(IN))
-    ),
-    *(Bad(f"flags-{n:02x}", "decap_drop_vxlan_flags", vxlan(IN, flags=n)) for n in (0, 1, 4, 0x10, 0x80, 0xF7)),
-    Bad("zeros", "decap_drop_vxlan_flags", bytes(100)),
-    Bad("a-bare-packet", "decap_drop_vxlan_flags", IN),
-    *(
-        Bad(f"vni-{n}", "decap_drop_vxlan_vni", vxlan(IN, vni=n))
-        for n in (0, 2, 3, 0x100, 0x10000, 0x800001, 0x101, 0xFFFFFF)
-    ),
-    Bad("vni-in-the-last-byte", "decap_drop_vxlan_vni", vxlan(IN, vni=0, reserved=(0, VNI))),
-    Bad("vni-in-the-reserved-bytes", "decap_drop_vxlan_vni", vxlan(IN, vni=0, reserved=(VNI, 0))),
-    Bad("vni-and-flags", "decap_drop_vxlan_flags", vxlan(IN, vni=2, flags=0)),
-    *(
-        Bad(f"ethertype-{n:04x}", "decap_drop_vxlan_ethertype", vxlan(IN, ethertype=n))
-        for n in (0, 8, 0x0801, 0x0900, 0x0806, 0x86DD, 0x8100, 0x88A8, 0x8847, 0xFFFF)
-    ),
-    Bad("arp-to-all", "decap_drop_vxlan_ethertype", vxlan(ARP, ethertype=0x0806, destination=BROADCAST)),
-    Bad("arp-to-us", "decap_drop_vxlan_ethertype", vxlan(ARP, ethertype=0x0806)),
-    Bad("ipv6", "decap_drop_vxlan_ethertype", vxlan(IPV6, ethertype=0x86DD)),
-    Bad(
-        "ipv6-neighbour-solicitation",
-        "decap_drop_vxlan_ethertype",
-        vxlan(IPV6, ethertype=0x86DD, destination=bytes.fromhex("3333ff000001")),
-    ),
-    Bad("vlan", "decap_drop_vxlan_ethertype", vxlan(b"\0\1\x08\0" + IN, ethertype=0x8100)),
-    Bad("ethertype-and-vni", "decap_drop_vxlan_vni", vxlan(IN, vni=2, ethertype=0x0806)),
-    *(
-        Bad(f"mac-bit-{bit}", "decap_drop_vxlan_mac", vxlan(IN, destination=_flipped(OUR_MAC, bit)))
-        for bit in (0, 7, 8, 23, 40, 47)
-    ),
-    Bad("mac-of-all", "decap_drop_vxlan_mac", vxlan(IN, destination=BROADCAST)),
-    Bad("mac-of-a-group", "decap_drop_vxlan_mac", vxlan(IN, destination=bytes.fromhex("01005e000001"))),
-    Bad("mac-zero", "decap_drop_vxlan_mac", vxlan(IN, destination=bytes(6))),
-    Bad("mac-of-the-sender", "decap_drop_vxlan_mac", vxlan(IN, destination=peer_mac(1))),
-    Bad("mac-before-the-packet", "decap_drop_vxlan_mac", vxlan(b"", destination=BROADCAST)),
-    Bad("mac-from-a-stranger", "decap_drop_vxlan_mac", vxlan(IN, destination=BROADCAST), STRANGER),
-    Bad("ipv6-under-a-wrong-ethertype", "decap_drop_ipv6", vxlan(IPV6)),
-]
-
-
-@pytest.mark.parametrize("case", BAD, ids=lambda case: case.slug)
+@pytest.mark.parametrize("case", DECAP_VXLAN, ids=lambda case: case.slug)
 def test_a_bad_prefix_is_dropped_under_its_own_counter_and_the_next_is_looked_at(
     datapath: Datapath, case: Bad
 ) -> None:
-    assert decap_wire(datapath, case.payload, case.source) == Outcome(case.counter)
+    assert decap_wire(datapath, case.packet, case.source) == Outcome(case.counter)
     assert decap_wire(datapath, vxlan(IN)) == Outcome("decap_delivered", writes=(NO_VNET_HDR + stepped(IN),))
 
 
