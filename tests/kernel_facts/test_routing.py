@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.netns, requires_netns]
 
 WORST = 4_294_967_295
 """The worst metric there is."""
+_IP_MTU_DISCOVER, _IP_MTU = 10, 14
+_IP_PMTUDISC_DONT, _IP_PMTUDISC_PROBE = 0, 3
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE = 0x1, 0x10, 0x40
 RTM_NEWLINK, RTM_NEWROUTE, RTM_DELROUTE = 16, 24, 25
 
@@ -229,3 +232,70 @@ def test_nothing_is_told_of_legacy_iptables(ns: Namespace, monitor: Monitor) -> 
         pytest.skip("needs a kernel with legacy iptables")
     monitor.told_of("true")
     assert "T" not in monitor.told_of("iptables-legacy", "-N", "T")
+
+
+# --- the MTU of a route
+
+MTU = 1272
+
+
+@pytest.fixture
+def pod_and_far(undo: ExitStack) -> tuple[Namespace, Namespace]:
+    """pod 10.1.0.2 -- 10.1.0.1 host 10.2.0.1 -- 10.2.0.2 far
+
+    The host's route to `far` has an mtu, its links take 1500 bytes.
+    """
+    host, pod, far = (undo.enter_context(namespace()) for _ in range(3))
+    for n, near in ((1, pod), (2, far)):
+        near.ip(f"link add e0 type veth peer name h{n} netns {host.name}")
+        near.ip(f"address add 10.{n}.0.2/24 dev e0")
+        near.ip("link set e0 up")
+        host.ip(f"address add 10.{n}.0.1/24 dev h{n}")
+        host.ip(f"link set h{n} up")
+        near.ip(f"route add default via 10.{n}.0.1")
+    host.ip(f"route add 10.2.0.2/32 dev h2 mtu {MTU}")
+    host.call(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
+    return pod, far
+
+
+@pytest.mark.parametrize("segment_size", [0, 1400], ids=["datagrams", "super-packet"])
+def test_the_mtu_of_a_route_is_that_of_forwarded_packets_which_are_fragmented_without_df(
+    pod_and_far: tuple[Namespace, Namespace], undo: ExitStack, segment_size: int
+) -> None:
+    """ip_dst_mtu_maybe_forward honours it when it forwards since Linux 5.10, and its stable versions of October 2020.
+
+    So a route to a peer whose path is narrow does what RFC 791 asks of a router, also for super-packets.
+    """
+    pod, far = pod_and_far
+    eth_p_ip, udp_segment = 0x0800, 103
+    wire = undo.enter_context(
+        far.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(eth_p_ip)))
+    )
+    udp = undo.enter_context(far.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+    udp.bind(("10.2.0.2", 9))
+    source = undo.enter_context(pod.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+    how = [(socket.SOL_UDP, udp_segment, segment_size.to_bytes(2, "little"))] if segment_size else []
+    source.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
+    for _ in range(1 if segment_size else 3):
+        source.sendmsg([bytes(1400 * (3 if segment_size else 1))], how, 0, ("10.2.0.2", 9))
+    for got in (udp, wire):
+        got.settimeout(10)
+    assert [len(udp.recv(2000)) for _ in range(3)] == [1400] * 3
+    lengths = [len(wire.recv(2000)) for _ in range(6)]
+    assert lengths == [MTU - (MTU - 20) % 8, 20 + 1408 - (MTU - 20) // 8 * 8] * 3
+
+
+def test_senders_of_forwarded_packets_with_df_are_told_the_mtu_of_the_route(
+    pod_and_far: tuple[Namespace, Namespace],
+) -> None:
+    pod, _ = pod_and_far
+
+    def told() -> int:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            udp.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
+            udp.connect(("10.2.0.2", 9))
+            with contextlib.suppress(ConnectionRefusedError):
+                udp.send(bytes(1400))
+            return udp.getsockopt(socket.IPPROTO_IP, _IP_MTU)
+
+    seconds_until(lambda: pod.call(told) == MTU, 10)

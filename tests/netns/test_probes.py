@@ -6,6 +6,7 @@ pod h1/p1 -- flannel0 -- eth0 of h1 -- switch -- eth0 of h2; nft drops what come
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,13 +19,14 @@ from tests.netns.traffic import (
     is_answered,
     read_status,
     seconds_until,
+    socket_in,
     tcp_flow,
     tunnel_address,
     udp_flow,
     wait_for_peers,
 )
-from udptun.lab.host import Host
-from udptun.lab.topology import Lab
+from udptun.lab.host import Host, Pod
+from udptun.lab.topology import Lab, Offload
 
 pytestmark = pytest.mark.netns
 
@@ -150,12 +152,15 @@ def udp_flow_into_nothing(one: Host, two: Host) -> Iterator[None]:
 
 NARROW_BYTES = 1300
 """Of an outer packet."""
+IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0
 
 
 def test_full_size_tcp_goes_on_soon_after_a_path_has_become_narrow_in_silence(pair: Lab, slack: int) -> None:
     """Before, small packets passed and connections began, and then not a byte came."""
     one, two = pair.hosts
     here, there = one.pod(1), two.pod(1)
+    # nft sees a train of datagrams as one packet.
+    pair.set_offload(Offload.NONE)
     seconds_until(lambda: known(one)["path_mtu"] == one.mtu, "the first measure", 5 * slack)
     mtu = NARROW_BYTES - (1500 - one.mtu)
     with tcp_flow(here, there) as flow:
@@ -164,11 +169,13 @@ def test_full_size_tcp_goes_on_soon_after_a_path_has_become_narrow_in_silence(pa
             took_s = seconds_until(lambda: known(one)["path_mtu"] == mtu, "the measure", 5 * slack)
             time.sleep(3)
             problems = read_status(one)["problems"]
-            too_big = read_status(one)["counters"]["encap_drop_too_big"]
+            told = here.run(["ip", "route", "get", str(there.address)]).stdout
+            assert f"mtu {mtu}" in one.run(["ip", "route", "show", str(two.subnet)]).stdout
+            assert_arrives_without_df(here, there, one.mtu)
     print(f"{mtu} bytes after {took_s:.2f} s")
     flow.report.assert_exact()
     assert flow.report.longest_silence_ms < 5000 * slack
-    assert too_big > 0, "the sender is told"
+    assert f"mtu {mtu}" in told, "the sender is told"
     (line,) = [line for line in problems if "takes packets of" in line]
     assert line.startswith(f"the path to the host of {two.subnet} at ")
     assert f"takes packets of {mtu} bytes, {one.mtu - mtu} fewer than flannel" in line
@@ -176,6 +183,16 @@ def test_full_size_tcp_goes_on_soon_after_a_path_has_become_narrow_in_silence(pa
     # The next packet that is too long is answered without a loss on the way.
     said = here.run(["ping", "-c1", "-W2", "-Mdo", f"-s{mtu - 27}", str(there.address)], check=False)
     assert "Frag needed" in said.stdout + said.stderr or "too long" in said.stdout + said.stderr
+
+
+def assert_arrives_without_df(here: Pod, there: Pod, n_bytes: int) -> None:
+    """A packet of this length, which any router may fragment.  Before, it was lost on the narrow path."""
+    with socket_in(there, socket.SOCK_DGRAM) as receiver, socket_in(here, socket.SOCK_DGRAM) as sender:
+        receiver.bind((str(there.address), 5009))
+        receiver.settimeout(10)
+        sender.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)
+        sender.sendto(bytes(n_bytes - 28), (str(there.address), 5009))
+        assert len(receiver.recv(2000)) == n_bytes - 28
 
 
 ID_OF_A_PROBE = """

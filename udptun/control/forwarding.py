@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import BackendChoice
 from udptun.control.kept_descriptors import KeptDescriptors
-from udptun.core.desired import DesiredState, blackhole
+from udptun.core.desired import DesiredRoute, DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.ownership import Ownership
@@ -131,8 +131,10 @@ class Forwarding:
             await processes.end_all(await processes.find_running(self._run_dir))
             await self._kept.forget()
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
-        self._reconciler = Reconciler(DesiredState(), device, self._ownership)
-        self._update_desired(self._reconciler)
+        reconciler = self._reconciler = Reconciler(DesiredState(), device, self._ownership)
+        if self._tunnel is not None:
+            self._tunnel.tunnel.narrow_changed = lambda: self._update_desired(reconciler)
+        self._update_desired(reconciler)
         outcome = await self._reconciler.converge()
         if outcome.is_broken:
             what = self.backend.device or f"the {self.backend.type} backend"
@@ -252,9 +254,23 @@ class Forwarding:
 
     def _desired(self, inputs: BackendInput) -> DesiredState:
         desired = self.backend.desired(inputs)
-        if not self._with_blackhole:
-            return desired
-        return replace(desired, routes=(*desired.routes, blackhole(inputs.own_subnet)))
+        routes = [*desired.routes, *self._narrow_routes(desired)]
+        if self._with_blackhole:
+            routes.append(blackhole(inputs.own_subnet))
+        return replace(desired, routes=tuple(routes))
+
+    def _narrow_routes(self, desired: DesiredState) -> list[DesiredRoute]:
+        """A route to each peer whose path takes less than the device, so that the kernel keeps packets to it short.
+
+        It tells senders of packets with DF, fragments those without (RFC 791), and has this host's own connections send
+        shorter segments.  The datapath could do only the first of these.
+        """
+        if self._tunnel is None:
+            return []
+        # With DirectRouting some peers are not reached through the device.
+        routed = {route.dst for route in desired.routes}
+        narrow = self._tunnel.tunnel.narrow.items()
+        return [DesiredRoute(to, self.backend.device, mtu=mtu) for to, mtu in narrow if to not in routed]
 
     def _inputs(self) -> BackendInput:
         network, peers = self._ownership.network, tuple(self._peers.values())

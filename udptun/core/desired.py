@@ -59,7 +59,7 @@ class DesiredRoute:
     """A route of the main table.
 
     It leads through the desired link `link`, through any link by its index `oif`, or nowhere (`type`).
-    `onlink`: see `Route`.
+    `onlink`: see `Route`.  `mtu` is that of the path in bytes, where it is smaller than the link's.
     """
 
     dst: IPNetwork
@@ -69,10 +69,11 @@ class DesiredRoute:
     gateway: IPAddress | None = None
     onlink: bool = False
     oif: int | None = None
+    mtu: int | None = None
 
     def on(self, oif: int | None) -> Route:
         """The route itself, now that the link's index is known."""
-        return Route(self.dst, self.gateway, oif, type=self.type, metric=self.metric, onlink=self.onlink)
+        return Route(self.dst, self.gateway, oif, type=self.type, metric=self.metric, mtu=self.mtu, onlink=self.onlink)
 
 
 def guard(prefix: IPv4Network) -> DesiredRoute:

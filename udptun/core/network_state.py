@@ -197,6 +197,8 @@ def describe_route(route: Route, link_names: Mapping[int, str] | None = None) ->
         words.append("onlink")
     if route.metric:
         words.append(f"metric {route.metric}")
+    if route.mtu is not None:
+        words.append(f"mtu {route.mtu}")
     words.append(f"proto {route.protocol}")
     return " ".join(words)
 

@@ -165,8 +165,8 @@ class Prober:
         where = "" if remote is None else f" at {remote.address}"
         return (
             f"the path to the host of {subnet}{where} takes packets of {mtu} bytes, {self._mtu - mtu} fewer than "
-            f"{self._tunnel.tun.name}; senders of longer ones are told (fragmentation needed), those without DF lose "
-            f"them; have all hosts use a Backend.MTU that is {self._mtu - mtu} lower, or mend the path"
+            f"{self._tunnel.tun.name}; longer ones are fragmented, or their senders told (fragmentation needed); "
+            f"have all hosts use a Backend.MTU that is {self._mtu - mtu} lower, or mend the path"
         )
 
     def _line(self, subnet: IPv4Network, heard_s: float) -> str:
@@ -273,9 +273,9 @@ class Prober:
     async def _act(self) -> None:
         """Tell the workers and the log who was found alive or dead."""
         n_told = 0
-        must_publish = False
-        for subnet, mtu in self._paths.take_changes().items():
-            must_publish = True
+        mtus = self._paths.take_changes()
+        must_publish = bool(mtus)
+        for subnet, mtu in mtus.items():
             self._tunnel.set_path_mtu(subnet, mtu)
             log.warning("path mtu=%d peer=%s public_ip=%s", mtu, subnet, self._remotes[subnet].address)
         for subnet, liveness in self._probing.take_changes().items():
@@ -292,6 +292,8 @@ class Prober:
             log.warning("%d more hosts are dead, or alive again", n_told - _MAX_LINES)
         if must_publish:
             await self._tunnel.publish()
+        if mtus:
+            self._tunnel.narrow_changed()
 
     def _tell(self, subnet: IPv4Network, *, is_dead: bool) -> None:
         if is_dead:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -79,6 +79,8 @@ class Tunnel:
         self._dead: set[IPv4Network] = set()
         self._path_mtus: dict[IPv4Network, int] = {}
         """Of peers to which packets may not be as long as the device allows, bytes."""
+        self.narrow_changed: Callable[[], None] = lambda: None
+        """Called when `narrow` says something else of a peer that stays."""
         self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement)
         self.datapath.is_spread = Offload.SPREAD in wanted
         self.datapath.signs_of_life = lambda: stats.signs_of_life(len(tun.fds))
@@ -264,6 +266,11 @@ class Tunnel:
         if mtu is not None:
             self._path_mtus[subnet] = mtu
         self._set_peer(subnet, remote)
+
+    @property
+    def narrow(self) -> dict[IPv4Network, int]:
+        """The peers to which packets may not be as long as the device allows, with the length in bytes."""
+        return {subnet: mtu for subnet, mtu in self._path_mtus.items() if mtu < self._mtu}
 
     def is_dead(self, subnet: IPv4Network) -> bool:
         return subnet in self._dead
