@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from udptun.datapath.liveness import (
+from udptun.probing.liveness import (
     ACTIVE_PACKETS,
     ACTIVE_S,
     IDLE_PER_S,
@@ -19,8 +19,8 @@ from udptun.datapath.liveness import (
     Liveness,
     Probing,
 )
-from udptun.datapath.path_mtu import CHECK_S
-from udptun.datapath.prober import LOOK_S
+from udptun.probing.path_mtu import CHECK_S
+from udptun.probing.prober import LOOK_S
 
 UNKNOWN, ALIVE, DEAD = Liveness.UNKNOWN, Liveness.ALIVE, Liveness.DEAD
 RTT_S = 0.01

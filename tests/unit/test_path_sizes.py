@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from udptun.datapath.path_mtu import CHECK_S, GROW_S, IDLE_CHECK_S, IDLE_PER_S, LEAST, N_SIZES, PathMtus
-from udptun.datapath.prober import LOOK_S
+from udptun.probing.path_mtu import CHECK_S, GROW_S, IDLE_CHECK_S, IDLE_PER_S, LEAST, N_SIZES, PathMtus
+from udptun.probing.prober import LOOK_S
 
 FULL = 1472
 TIMEOUT_S = 2 * LOOK_S

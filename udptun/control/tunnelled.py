@@ -16,13 +16,15 @@ from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.offload import names as offload_names
 from udptun.core.tunnel import Confinement
-from udptun.datapath.prober import Prober
+from udptun.datapath.carrier import TunnelCarrier
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.strays import StrayWatch
 from udptun.datapath.tunnel import Tunnel
 from udptun.kernel.local_addresses import LocalAddresses, LocalAddressWatch, find_local_addresses
 from udptun.kernel.underlay import Underlay
+from udptun.probing.carrier import Target
+from udptun.probing.prober import Prober
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class Tunnelled:
         self.tunnel = tunnel
         self._encapsulation = encapsulation
         self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds))
-        self._prober = Prober(tunnel)
+        self._carrier = TunnelCarrier(tunnel)
+        self._prober = Prober(self._carrier)
         self._local_watch: LocalAddressWatch | None = None
         self._not_refused = ""
         """Names addresses of this host that the table has no room for."""
@@ -62,8 +65,9 @@ class Tunnelled:
         self.tunnel.configure(settings)
         remotes = self._remotes(inputs.peers)
         self.tunnel.set_peers(remotes)
-        self._prober.switch(is_on=inputs.live.probe, own_address=settings.tunnel_address, mtu=settings.mtu)
-        self._prober.set_peers(remotes)
+        self._carrier.own_address = settings.tunnel_address
+        self._prober.switch(is_on=inputs.live.probe, mtu=settings.mtu)
+        self._prober.set_peers(_targets(remotes))
         local = await find_local_addresses()
         self._set_local_addresses(local)
         await self.tunnel.publish()
@@ -94,7 +98,7 @@ class Tunnelled:
         self._prober.remove_peers(removed)
         self.tunnel.remove_peers(removed)
         self.tunnel.add_peers(added)
-        self._prober.add_peers(added)
+        self._prober.add_peers(_targets(added))
         await self.tunnel.publish()
 
     async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
@@ -120,14 +124,15 @@ class Tunnelled:
             self.tunnel.configure(settings)
             remotes = self._remotes(now.peers)
             self.tunnel.add_peers(remotes)
-            self._prober.switch(is_on=live.probe, own_address=settings.tunnel_address, mtu=settings.mtu)
-            self._prober.add_peers(remotes)
+            self._carrier.own_address = settings.tunnel_address
+            self._prober.switch(is_on=live.probe, mtu=settings.mtu)
+            self._prober.add_peers(_targets(remotes))
             await self.tunnel.publish()
         return live
 
     def _settings(self, inputs: BackendInput) -> PacketSettings:
         settings = self._encapsulation.packet_settings(inputs)
-        return replace(settings, punt_id=self._prober.echo_id if inputs.live.probe else 0)
+        return replace(settings, punt_id=self._carrier.echo_id if inputs.live.probe else 0)
 
     async def _use_local_addresses(self, local: LocalAddresses) -> None:
         self._set_local_addresses(local)
@@ -186,3 +191,11 @@ class Tunnelled:
 
     def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Remote]:
         return {lease.subnet: self._encapsulation.remote(lease) for lease in leases}
+
+
+def _targets(remotes: Mapping[IPv4Network, Remote]) -> Mapping[IPv4Network, Target]:
+    """A peer is asked at its tunnel address, which any kernel answers."""
+    return {
+        subnet: Target(subnet.network_address, remote.address, f"{remote.address} UDP port {remote.port}", remote)
+        for subnet, remote in remotes.items()
+    }

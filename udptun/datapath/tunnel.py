@@ -272,9 +272,6 @@ class Tunnel:
         """The peers to which packets may not be as long as the device allows, with the length in bytes."""
         return {subnet: mtu for subnet, mtu in self._path_mtus.items() if mtu < self._mtu}
 
-    def is_dead(self, subnet: IPv4Network) -> bool:
-        return subnet in self._dead
-
     def _set_peer(self, subnet: IPv4Network, remote: Remote) -> None:
         self._remotes[subnet] = remote
         index = self.table.index_of(subnet)

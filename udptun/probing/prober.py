@@ -1,14 +1,13 @@
-"""Probes the peers through the tunnel, has packets to dead ones refused, and those that are too long for a path.
+"""Probes the peers, and says who is dead and which paths are narrow.
 
-`liveness.py` decides whom to probe and who is dead, `path_mtu.py` how long packets may be.  Here are the echoes, the
-clock and the table.
+`liveness.py` decides whom to probe and who is dead, `path_mtu.py` how long packets may be, and a `Carrier` has the
+echoes.  Here are the nonces, the clock and the words.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import random
@@ -18,13 +17,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from udptun.core.echo import MIN_LENGTH, NONCE_LEN, echo_request, parse_echo_reply
-from udptun.datapath.liveness import Liveness, Probing
-from udptun.datapath.path_mtu import PathMtus
-from udptun.datapath.rings import Punt, Result
-from udptun.datapath.settings import Remote
-from udptun.datapath.stats import PeerTraffic
-from udptun.datapath.tunnel import Tunnel
+from udptun.core.echo import MIN_LENGTH, NONCE_LEN
+from udptun.probing.carrier import Carrier, Sent, Target
+from udptun.probing.liveness import Liveness, Probing
+from udptun.probing.path_mtu import PathMtus
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +40,23 @@ _MAX_LINES = 4
 @dataclass(frozen=True, slots=True)
 class _Asked:
     subnet: IPv4Network
-    number: int
-    """Of the packet in the ring."""
+    sent: Sent
     at_s: float
     size: int | None
     """Of a probe of the path, bytes; None: it asks whether the peer is alive."""
 
 
 class Prober:
-    """The probes of one tunnel; it serves one event loop, but for `document` and `problems`."""
+    """The probes of one carrier; it serves one event loop, but for `document` and `problems`."""
 
-    def __init__(self, tunnel: Tunnel) -> None:
-        self.echo_id = random.SystemRandom().randrange(1, 1 << 16)
-        """Of our echoes.  Two daemons that serve one after the other have different ones."""
-        self._tunnel = tunnel
-        self._own_address, self._mtu = IPv4Address(0), 0
+    def __init__(self, carrier: Carrier) -> None:
+        self._carrier = carrier
+        self._mtu = 0
         self._probing: Probing[IPv4Network] = Probing(random.Random())
         self._paths: PathMtus[IPv4Network] = PathMtus(0)
-        self._traffic = PeerTraffic(tunnel.stats)
-        self._remotes: dict[IPv4Network, Remote] = {}
-        self._subnets: dict[int, IPv4Network] = {}
-        self._indexes: dict[IPv4Network, int] = {}
-        """In the table."""
+        self._targets: dict[IPv4Network, Target] = {}
+        self._refused: set[IPv4Network] = set()
+        """The dead peers of which the carrier was told."""
         self._asked: dict[IPv4Network, _Asked] = {}
         """The probe of each peer that is waited for."""
         self._measuring: dict[tuple[IPv4Network, int], _Asked] = {}
@@ -76,52 +67,44 @@ class Prober:
         self._woken = asyncio.Event()
         self._is_on = False
 
-    def set_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
+    def set_peers(self, peers: Mapping[IPv4Network, Target]) -> None:
         """Have exactly these peers.  One that is somewhere else than before is another one."""
-        self.remove_peers([subnet for subnet in self._remotes if subnet not in peers])
+        self.remove_peers([subnet for subnet in self._targets if subnet not in peers])
         self.add_peers(peers)
 
-    def add_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
-        """After they were added to the tunnel."""
-        changed = [subnet for subnet, remote in peers.items() if self._remotes.get(subnet) != remote]
+    def add_peers(self, peers: Mapping[IPv4Network, Target]) -> None:
+        """Once packets to them are carried."""
+        changed = [subnet for subnet, target in peers.items() if self._targets.get(subnet) != target]
         self.remove_peers(changed)
-        for subnet in changed:
-            index = self._tunnel.table.index_of(subnet)
-            # The table may be full.
-            if index is not None:
-                self._remotes[subnet] = peers[subnet]
-                self._subnets[index], self._indexes[subnet] = subnet, index
-        added = [subnet for subnet in changed if subnet in self._remotes]
+        added = [subnet for subnet in changed if self._carrier.add(subnet)]
+        self._targets.update((subnet, peers[subnet]) for subnet in added)
         self._probing.add(added, self._now_s())
         self._paths.add(added)
 
     def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
         for subnet in subnets:
-            self._remotes.pop(subnet, None)
+            self._targets.pop(subnet, None)
+            self._refused.discard(subnet)
             self._asked.pop(subnet, None)
-            self._tunnel.set_dead(subnet, is_dead=False)
-            self._tunnel.set_path_mtu(subnet, None)
+            self._carrier.remove(subnet)
             self._probing.remove([subnet])
             self._paths.remove([subnet])
-            if subnet in self._indexes:
-                del self._subnets[self._indexes.pop(subnet)]
 
-    def switch(self, *, is_on: bool, own_address: IPv4Address, mtu: int) -> None:
-        """Probe from this tunnel address, or do not; `mtu` is the device's, bytes.
+    def switch(self, *, is_on: bool, mtu: int) -> None:
+        """Probe, or do not; `mtu` is the largest packet of a pod, bytes.
 
         Without probes no peer is dead and no path narrow.
         """
-        self._own_address = own_address
         if (is_on, mtu) != (self._is_on, self._mtu):
             self._is_on, self._mtu = is_on, mtu
-            peers = dict(self._remotes)
+            peers = dict(self._targets)
             self.remove_peers(peers)
             self._paths = PathMtus(mtu)
             self.add_peers(peers)
 
     async def run(self) -> None:
         """Until cancelled."""
-        self._tunnel.rings.listen(self._take)
+        self._carrier.listen(self._take)
         try:
             looked_s = self._now_s()
             while True:
@@ -139,7 +122,7 @@ class Prober:
                         self._look(was_away=passed_s > _AWAY_S)
                 await self._act()
         finally:
-            self._tunnel.rings.close()
+            self._carrier.close()
 
     def document(self, subnet: IPv4Network) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
@@ -151,7 +134,7 @@ class Prober:
     def problems(self) -> tuple[str, ...]:
         """A line for each dead peer, and for each narrow path.  May be read on another thread."""
         dead = sorted(self._probing.dead_since().items(), key=lambda item: item[1])
-        lines = [self._line(subnet, heard_s) for subnet, heard_s in dead[:_MAX_LINES]]
+        lines = [self._dead_line(subnet, heard_s) for subnet, heard_s in dead[:_MAX_LINES]]
         if len(dead) > _MAX_LINES:
             lines.append(f"{len(dead) - _MAX_LINES} more hosts do not answer any more")
         narrow = self._paths.narrow()
@@ -161,34 +144,22 @@ class Prober:
         return tuple(lines)
 
     def _narrow_line(self, subnet: IPv4Network, mtu: int) -> str:
-        remote = self._remotes.get(subnet)
-        where = "" if remote is None else f" at {remote.address}"
-        return (
-            f"the path to the host of {subnet}{where} takes packets of {mtu} bytes, {self._mtu - mtu} fewer than "
-            f"{self._tunnel.tun.name}; longer ones are fragmented, or their senders told (fragmentation needed); "
-            f"have all hosts use a Backend.MTU that is {self._mtu - mtu} lower, or mend the path"
-        )
+        target = self._targets.get(subnet)
+        return self._carrier.narrow_line(_host(subnet, target and target.host), mtu, self._mtu)
 
-    def _line(self, subnet: IPv4Network, heard_s: float) -> str:
-        remote = self._remotes.get(subnet)
-        where = "" if remote is None else f" at {remote.address} UDP port {remote.port}"
+    def _dead_line(self, subnet: IPv4Network, heard_s: float) -> str:
         since = time.strftime("%H:%M:%S", time.localtime(time.time() - (self._now_s() - heard_s)))
-        return (
-            f"the host of {subnet}{where} has answered and does not any more, nothing has come from it since {since}; "
-            "packets to its pods are refused (host unreachable) until something does; is it up, and does the network "
-            "between the two hosts carry the tunnel's datagrams?"
-        )
+        target = self._targets.get(subnet)
+        return self._carrier.dead_line(_host(subnet, target and target.place), since)
 
     def _look(self, *, was_away: bool) -> None:
         """Take what has come, give up what has not, and ask whom it is time to ask."""
-        now_s, rings, probing = self._now_s(), self._tunnel.rings, self._probing
-        for punt in rings.take_punts():
-            self._take(punt)
-        counts = self._traffic.look(max(self._subnets, default=0))
-        probing.note_traffic({self._subnets[i]: count for i, count in counts.items() if i in self._subnets}, now_s)
+        now_s, probing = self._now_s(), self._probing
+        self._carrier.poll()
+        probing.note_traffic(self._carrier.traffic(), now_s)
         for subnet in probing.waits_too_long(now_s):
             asked = self._asked.pop(subnet, None)
-            if asked is None or was_away or not self._has_left(asked):
+            if asked is None or was_away or not asked.sent.fate().has_left:
                 probing.note_not_sent(subnet)
             else:
                 probing.note_lost(subnet)
@@ -199,24 +170,18 @@ class Prober:
         while self._nonces and now_s - self._by_nonce[self._nonces[0]].at_s > _LATE_S:
             del self._by_nonce[self._nonces.popleft()]
 
-    def _has_left(self, asked: _Asked) -> bool:
-        injected = self._tunnel.rings.injected(asked.number)
-        # None: others have followed it, so the worker has handled it.
-        return injected is None or injected.result is Result.DONE
-
     def _go_on_measuring(self, now_s: float) -> None:
         self._give_up_measuring(now_s, was_away=False)
         self._measure(self._paths.due((), now_s), now_s)
 
     def _give_up_measuring(self, now_s: float, *, was_away: bool) -> None:
         for (subnet, size), asked in list(self._measuring.items()):
-            injected = self._tunnel.rings.injected(asked.number)
-            is_too_long = injected is not None and injected.error == errno.EMSGSIZE
+            fate = asked.sent.fate()
             rtt_s = self._probing.liveness(subnet)[1] or 0.0
-            if now_s - asked.at_s < max(_MEASURE_TIMEOUT_S, 3 * rtt_s) and not is_too_long:
+            if now_s - asked.at_s < max(_MEASURE_TIMEOUT_S, 3 * rtt_s) and not fate.is_too_long:
                 continue
             del self._measuring[subnet, size]
-            if is_too_long or (self._has_left(asked) and not was_away):
+            if fate.is_too_long or (fate.has_left and not was_away):
                 is_heard = now_s - self._probing.heard_s(subnet) < _JUST_NOW_S + 2 * rtt_s
                 self._paths.note_lost(subnet, size, now_s, is_heard=is_heard)
             else:
@@ -238,29 +203,25 @@ class Prober:
                 self._measuring[subnet, size] = asked
 
     def _send(self, subnet: IPv4Network, now_s: float, size: int | None) -> _Asked | None:
-        """None when the ring is full."""
-        nonce, length = os.urandom(NONCE_LEN), size or MIN_LENGTH
-        request = echo_request(self._own_address, subnet.network_address, self.echo_id, 0, nonce, length)
-        number = self._tunnel.rings.inject(request, length)
-        if number is None:
+        """None when there is no room for it."""
+        nonce = os.urandom(NONCE_LEN)
+        sent = self._carrier.send(self._targets[subnet].address, nonce, size or MIN_LENGTH)
+        if sent is None:
             return None
-        asked = self._by_nonce[nonce] = _Asked(subnet, number, now_s, size)
+        asked = self._by_nonce[nonce] = _Asked(subnet, sent, now_s, size)
         self._nonces.append(nonce)
         return asked
 
-    def _take(self, punt: Punt) -> None:
-        """An echo reply with our id.  One that is not ours goes to whom it is for: somebody may ping with that id."""
-        echo = parse_echo_reply(punt.packet)
-        asked = None if echo is None else self._by_nonce.get(echo.nonce)
-        if echo is None or asked is None:
-            if punt.length == len(punt.packet):
-                self._tunnel.rings.inject(punt.packet, into_tun=True)
-            return
-        if echo.source != asked.subnet.network_address or asked.subnet not in self._remotes:
-            return
-        injected = self._tunnel.rings.injected(asked.number)
-        now_s = self._now_s()
-        rtt_s = now_s - asked.at_s if injected is None else (punt.time_ns - injected.time_ns) / 1e9
+    def _take(self, nonce: bytes, source: IPv4Address, time_ns: int) -> bool:
+        """See `Take`."""
+        asked = self._by_nonce.get(nonce)
+        if asked is None:
+            return False
+        target = self._targets.get(asked.subnet)
+        if target is None or source != target.address:
+            return True
+        sent_ns, now_s = asked.sent.fate().at_ns, self._now_s()
+        rtt_s = now_s - asked.at_s if sent_ns is None else (time_ns - sent_ns) / 1e9
         if asked.size is not None:
             if self._measuring.pop((asked.subnet, asked.size), None) is not None:
                 self._paths.note_answer(asked.subnet, asked.size, now_s)
@@ -269,37 +230,42 @@ class Prober:
         self._probing.note_answer(asked.subnet, rtt_s, now_s)
         self._measure(self._paths.due_with_answer(asked.subnet, now_s), now_s)
         self._woken.set()
+        return True
 
     async def _act(self) -> None:
-        """Tell the workers and the log who was found alive or dead."""
+        """Tell the carrier and the log who was found alive or dead, and which paths are narrow."""
         n_told = 0
         mtus = self._paths.take_changes()
         must_publish = bool(mtus)
         for subnet, mtu in mtus.items():
-            self._tunnel.set_path_mtu(subnet, mtu)
-            log.warning("path mtu=%d peer=%s public_ip=%s", mtu, subnet, self._remotes[subnet].address)
+            self._carrier.set_path_mtu(subnet, mtu)
+            log.warning("path mtu=%d peer=%s public_ip=%s", mtu, subnet, self._targets[subnet].host)
         for subnet, liveness in self._probing.take_changes().items():
             if liveness is Liveness.DEAD:
                 self._paths.give_up(subnet, self._now_s())
             is_dead = liveness is Liveness.DEAD
-            if is_dead or self._tunnel.is_dead(subnet):
+            if is_dead or subnet in self._refused:
                 must_publish = True
-                self._tunnel.set_dead(subnet, is_dead=is_dead)
+                self._carrier.set_dead(subnet, is_dead=is_dead)
+                (self._refused.add if is_dead else self._refused.discard)(subnet)
                 n_told += 1
                 if n_told <= _MAX_LINES:
                     self._tell(subnet, is_dead=is_dead)
         if n_told > _MAX_LINES:
             log.warning("%d more hosts are dead, or alive again", n_told - _MAX_LINES)
         if must_publish:
-            await self._tunnel.publish()
-        if mtus:
-            self._tunnel.narrow_changed()
+            await self._carrier.publish()
 
     def _tell(self, subnet: IPv4Network, *, is_dead: bool) -> None:
         if is_dead:
-            log.warning("%s", self._line(subnet, self._probing.dead_since().get(subnet, self._now_s())))
+            log.warning("%s", self._dead_line(subnet, self._probing.dead_since().get(subnet, self._now_s())))
         else:
-            log.info("peer alive again subnet=%s public_ip=%s", subnet, self._remotes[subnet].address)
+            log.info("peer alive again subnet=%s public_ip=%s", subnet, self._targets[subnet].host)
 
     def _now_s(self) -> float:
         return time.monotonic()
+
+
+def _host(subnet: IPv4Network, place: object) -> str:
+    """`place` None: the peer has gone since."""
+    return f"the host of {subnet}" + ("" if place is None else f" at {place}")

@@ -1,0 +1,114 @@
+"""Probes travel through the tunnel: the workers send them and hand the answers back."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+
+from udptun.core.echo import MIN_LENGTH, echo_request, parse_echo_reply
+from udptun.datapath.rings import Punt, Result, Rings
+from udptun.datapath.stats import PeerTraffic
+from udptun.datapath.tunnel import Tunnel
+from udptun.probing.carrier import Fate, Take
+
+
+@dataclass(frozen=True, slots=True)
+class _Injected:
+    rings: Rings
+    number: int
+
+    def fate(self) -> Fate:
+        injected = self.rings.injected(self.number)
+        if injected is None:
+            # Others have followed it, so the worker has handled it.
+            return Fate(has_left=True)
+        return Fate(injected.result is Result.DONE, injected.error == errno.EMSGSIZE, injected.time_ns)
+
+
+class TunnelCarrier:
+    """See `Carrier`.  Packets to dead peers are refused, and those that are too long for a path."""
+
+    def __init__(self, tunnel: Tunnel) -> None:
+        self.echo_id = random.SystemRandom().randrange(1, 1 << 16)
+        """Of our echoes.  Two daemons that serve one after the other have different ones."""
+        self.own_address = IPv4Address(0)
+        """The tunnel address that probes leave from."""
+        self._tunnel = tunnel
+        self._traffic = PeerTraffic(tunnel.stats)
+        self._is_narrow_changed = False
+        self._peers: dict[int, IPv4Network] = {}
+        self._indexes: dict[IPv4Network, int] = {}
+        """In the table."""
+
+    def listen(self, take: Take) -> None:
+        self._take_answer = take
+        self._tunnel.rings.listen(self._take)
+
+    def close(self) -> None:
+        self._tunnel.rings.close()
+
+    def poll(self) -> None:
+        for punt in self._tunnel.rings.take_punts():
+            self._take(punt)
+
+    def _take(self, punt: Punt) -> None:
+        """An echo reply with our id.  One that is not ours goes to whom it is for: somebody may ping with that id."""
+        echo = parse_echo_reply(punt.packet)
+        is_ours = echo is not None and self._take_answer(echo.nonce, echo.source, punt.time_ns)
+        if not is_ours and punt.length == len(punt.packet):
+            self._tunnel.rings.inject(punt.packet, into_tun=True)
+
+    def add(self, peer: IPv4Network) -> bool:
+        """After it was added to the tunnel, whose table may be full."""
+        index = self._tunnel.table.index_of(peer)
+        if index is None:
+            return False
+        self._peers[index], self._indexes[peer] = peer, index
+        return True
+
+    def remove(self, peer: IPv4Network) -> None:
+        self._tunnel.set_dead(peer, is_dead=False)
+        self._tunnel.set_path_mtu(peer, None)
+        if peer in self._indexes:
+            del self._peers[self._indexes.pop(peer)]
+
+    def traffic(self) -> Mapping[IPv4Network, tuple[int, int]]:
+        counts = self._traffic.look(max(self._peers, default=0))
+        return {self._peers[i]: count for i, count in counts.items() if i in self._peers}
+
+    def send(self, address: IPv4Address, nonce: bytes, length: int) -> _Injected | None:
+        length = max(length, MIN_LENGTH)
+        number = self._tunnel.rings.inject(
+            echo_request(self.own_address, address, self.echo_id, 0, nonce, length), length
+        )
+        return None if number is None else _Injected(self._tunnel.rings, number)
+
+    def set_dead(self, peer: IPv4Network, *, is_dead: bool) -> None:
+        self._tunnel.set_dead(peer, is_dead=is_dead)
+
+    def set_path_mtu(self, peer: IPv4Network, mtu: int) -> None:
+        self._tunnel.set_path_mtu(peer, mtu)
+        self._is_narrow_changed = True
+
+    async def publish(self) -> None:
+        await self._tunnel.publish()
+        if self._is_narrow_changed:
+            self._is_narrow_changed = False
+            self._tunnel.narrow_changed()
+
+    def dead_line(self, host: str, since: str) -> str:
+        return (
+            f"{host} has answered and does not any more, nothing has come from it since {since}; packets to its pods "
+            "are refused (host unreachable) until something does; is it up, and does the network between the two hosts "
+            "carry the tunnel's datagrams?"
+        )
+
+    def narrow_line(self, host: str, mtu: int, full: int) -> str:
+        return (
+            f"the path to {host} takes packets of {mtu} bytes, {full - mtu} fewer than {self._tunnel.tun.name}; "
+            "longer ones are fragmented, or their senders told (fragmentation needed); "
+            f"have all hosts use a Backend.MTU that is {full - mtu} lower, or mend the path"
+        )

@@ -1,0 +1,1 @@
+"""Which peers are alive and how long packets to them may be, whatever carries the packets."""

@@ -1,0 +1,82 @@
+"""What the prober needs of whatever carries the packets to the peers.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network
+from typing import Protocol
+
+Take = Callable[[bytes, IPv4Address, int], bool]
+"""Is given the nonce of an answer, its source, and when it came (ns, CLOCK_MONOTONIC).  False: it is none of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A peer to probe.
+
+    `address` is asked, and answers.  `host`: the PublicIP of its host.  `place`: where that is, for people.  `remote`:
+    what else makes it another peer when it changes.
+    """
+
+    address: IPv4Address
+    host: IPv4Address
+    place: str
+    remote: Hashable = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a probe on this host.
+
+    `is_too_long`: it was refused for its length.  `at_ns`: when it left (CLOCK_MONOTONIC); None: that is not known.
+    """
+
+    has_left: bool
+    is_too_long: bool = False
+    at_ns: int | None = None
+
+
+class Sent(Protocol):
+    """A probe that was handed over."""
+
+    def fate(self) -> Fate: ...
+
+
+class Carrier(Protocol):
+    """Sends echo requests the way that packets to the peers take, and obeys what comes of them."""
+
+    def listen(self, take: Take) -> None:
+        """Call `take` in this event loop for each answer, until `close`."""
+
+    def close(self) -> None:
+        """Listen no more."""
+
+    def poll(self) -> None:
+        """Hand over what has come by now, as `listen` does."""
+
+    def add(self, peer: IPv4Network) -> bool:
+        """Whether packets to the peer are carried, so that it can be probed."""
+
+    def remove(self, peer: IPv4Network) -> None:
+        """Forget the peer, and all that was set for it."""
+
+    def traffic(self) -> Mapping[IPv4Network, tuple[int, int]]:
+        """Packets sent to peers and received from them since the last time, without our probes and their answers."""
+
+    def send(self, address: IPv4Address, nonce: bytes, length: int) -> Sent | None:
+        """Send an echo request with DF, `length` bytes with its IPv4 header; None: there is no room for it now."""
+
+    def set_dead(self, peer: IPv4Network, *, is_dead: bool) -> None:
+        """A peer was found dead, or alive again; it takes effect with `publish`."""
+
+    def set_path_mtu(self, peer: IPv4Network, mtu: int) -> None:
+        """Packets to the peer may be `mtu` bytes long; it takes effect with `publish`."""
+
+    async def publish(self) -> None: ...
+
+    def dead_line(self, host: str, since: str) -> str:
+        """The problem of a dead host; `host` names it, `since` is when it was last heard."""
+
+    def narrow_line(self, host: str, mtu: int, full: int) -> str:
+        """The problem of a path that takes packets of `mtu` bytes and not of `full`, which pods may send."""
