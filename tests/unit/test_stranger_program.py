@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from udptun.datapath import stranger_program as bpf
-from udptun.datapath.stranger_program import LET_THROUGH, MAX_ADDRESSES, Instruction, packed, stranger_program
+from udptun.datapath.stranger_program import MAX_ADDRESSES, Instruction, packed, stranger_program
 
 BPF_MAXINSNS = 4096
 
@@ -67,7 +67,7 @@ def test_each_address_reaches_its_worker_and_a_stranger_the_sink(n: int, seed: i
     known = addresses(n, seed)
     chance = random.Random(n)
     n_workers = chance.choice([1, 2, 4, 16])
-    program = stranger_program(known, n_workers)
+    program = stranger_program(known, n_workers, 256)
     for source in known:
         port = chance.randrange(1 << 16)
         assert run(program, source, port, chance.randrange(1 << 32)) == worker_of(source, port, n_workers)
@@ -76,16 +76,18 @@ def test_each_address_reaches_its_worker_and_a_stranger_the_sink(n: int, seed: i
         assert run(program, source, 8285, 1) == n_workers
 
 
-def test_one_of_so_many_datagrams_of_a_stranger_reaches_a_worker() -> None:
-    program = stranger_program([10, 20, 30], 4)
-    passed = [chance for chance in range(2 * LET_THROUGH) if run(program, 15, 8285, chance) != 4]
-    assert passed == [0, LET_THROUGH]
+@pytest.mark.parametrize("one_in", [1, 8, 256, 1 << 20])
+def test_one_of_so_many_datagrams_of_a_stranger_reaches_a_worker(one_in: int) -> None:
+    program = stranger_program([10, 20, 30], 4, one_in)
+    chances = {0, 1, 2, 3, *range(one_in - 2, one_in + 3), 2 * one_in - 1, 2 * one_in, 3 * one_in, 3 * one_in + 1}
+    passed = {chance for chance in chances if run(program, 15, 8285, chance) != 4}
+    assert passed == {chance for chance in chances if chance % one_in == 0}
     assert run(program, 15, 8285, 0) == worker_of(15, 8285, 4)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_kernel_takes_a_program_of_as_many_addresses_as_we_promise(seed: int) -> None:
-    program = stranger_program(addresses(MAX_ADDRESSES, seed), 16)
+    program = stranger_program(addresses(MAX_ADDRESSES, seed), 16, 256)
     assert len(program) <= BPF_MAXINSNS
     assert all(it.if_true < 256 and it.if_false < 256 and it.k < 1 << 32 for it in program)
     assert len(packed(program)) == 8 * len(program)

@@ -4,7 +4,7 @@ It chooses among the sockets of one port (SO_ATTACH_REUSEPORT_CBPF): those of th
 stands the sink, a socket that drops all it gets.  Addresses are numbers in host order, as the program loads them.
 
     tree        a binary search for the source address, with a few addresses in each leaf
-    stranger    no address of the tree: the sink, or by chance, once in LET_THROUGH, a worker
+    stranger    no address of the tree: the sink, or by chance, once in `one_in`, a worker
     worker      the socket that csrc/spread.h would choose
 """
 
@@ -16,8 +16,6 @@ from typing import NamedTuple
 
 MAX_ADDRESSES = 2000
 """Some 3,000 instructions; the kernel takes 4,096 (BPF_MAXINSNS)."""
-LET_THROUGH = 256
-"""A power of two.  One stranger's datagram in so many reaches a worker, which counts it and remembers its source."""
 
 # linux/filter.h and linux/bpf_common.h
 LOAD_WORD, LOAD_HALF, TO_INDEX = 0x20, 0x28, 0x07
@@ -47,15 +45,16 @@ class Instruction(NamedTuple):
 _TO_STRANGER, _TO_WORKER = Instruction(JUMP, 0, 0, 1 << 32), Instruction(JUMP, 0, 0, 2 << 32)
 
 
-def stranger_program(addresses: Sequence[int], n_workers: int) -> list[Instruction]:
+def stranger_program(addresses: Sequence[int], n_workers: int, one_in: int) -> list[Instruction]:
     """What sends strangers to socket `n_workers` of the port, and the rest to those before it.
 
-    `addresses`: those that are no strangers', ascending, each once, MAX_ADDRESSES at most.
+    `addresses`: those that are no strangers', ascending, each once, MAX_ADDRESSES at most.  One stranger's datagram in
+    `one_in`, a power of two, goes where the rest does.
     """
     tree = [_statement(LOAD_WORD, SOURCE_ADDRESS), *_tree(addresses)]
     stranger = [
         _statement(LOAD_WORD, RANDOM),
-        _statement(AND, LET_THROUGH - 1),
+        _statement(AND, one_in - 1),
         Instruction(IF_EQUAL, 1, 0, 0),
         _statement(RETURN, n_workers),
     ]

@@ -8,7 +8,8 @@ goes with the control plane, however that ends.  The program is then left with a
 kernel gives a worker what was for the sink.  So the next control plane, of whatever version, finds a port that takes in
 everything.
 
-Each datagram of a stranger counts as long as they are few: a host behind a NAT is named at its first packet.
+Each datagram of a stranger counts as long as they are few: a host behind a NAT is named at its first packet.  During a
+flood the workers get some of it, as few a second as cost next to nothing.
 
 The sum of what all sinks have dropped is in the statistics' memory file, as the counters of the workers.  A control
 plane that is killed takes along what its sink has dropped since the last look.
@@ -32,7 +33,13 @@ from udptun.datapath.table import TableWriter
 log = logging.getLogger(__name__)
 
 FLOOD_PER_S = 1000
-"""Datagrams that are dropped.  So many cost a worker less than 1 % of a processor."""
+"""Datagrams that are dropped.  So many cost a worker some 1 % of a processor."""
+_ONE_IN = 256
+"""One stranger's datagram in so many reaches a worker while it is not known yet how large the flood is."""
+_LET_THROUGH_PER_S = 100
+"""About so many should.  Each may wake a worker."""
+_LEAST_ONE_IN = 8
+"""What fits a flood that is only just one."""
 _LOOK_S, _CALM_S = 1.0, 10.0
 """Seconds between two looks, and without a flood until the filter is taken away."""
 
@@ -49,6 +56,7 @@ class StrangerFilter:
         self._sink: socket.socket | None = None
         self._n_counted = 0
         """Drops of the present sink that are in the sum."""
+        self._one_in = _ONE_IN
         self._addresses: bytes | None = None
         """What the program knows."""
         self._refusal = self._logged = ""
@@ -78,17 +86,20 @@ class StrangerFilter:
         """Count what was dropped since the last look, and begin or end if that says so."""
         now_s, by_sink = time.monotonic(), self._count()
         n = self._n_refused_by_workers()
-        limit = FLOOD_PER_S * (now_s - self._looked_s)
+        elapsed_s = now_s - self._looked_s
+        limit = FLOOD_PER_S * elapsed_s
         by_workers = n - self._n_before
         is_flood = by_workers + by_sink > limit
         self._n_before, self._looked_s = n, now_s
         if is_flood:
             self._flood_s = now_s
-            if self._sink is not None and by_workers > limit:
-                # A datapath process that took over from another has set its own program.
-                self._addresses = None
-                self.follow()
-            elif self._sink is None and not self._is_paused and self.state == "ready":
+            if self._sink is not None:
+                one_in = _fitting(self._one_in, by_sink / elapsed_s) if by_sink else self._one_in
+                # Or a datapath process that took over from another has set its own program.
+                if one_in != self._one_in or by_workers > limit:
+                    self._one_in, self._addresses = one_in, None
+                    self.follow()
+            elif not self._is_paused and self.state == "ready":
                 self._begin()
         elif now_s - self._flood_s > _CALM_S:
             self.end()
@@ -132,6 +143,7 @@ class StrangerFilter:
     def _begin(self) -> None:
         sockets = self._sockets()
         share_port(sockets, among_several=True)
+        self._one_in = _ONE_IN
         try:
             # A program before there is a sink: the kernel's own choice may be the sink.
             self._attach(self._table.next_remotes())
@@ -144,7 +156,7 @@ class StrangerFilter:
 
     def _attach(self, addresses: memoryview) -> None:
         sockets = self._sockets()
-        choose_socket(sockets[0], packed(stranger_program(addresses, len(sockets))))
+        choose_socket(sockets[0], packed(stranger_program(addresses, len(sockets), self._one_in)))
         self._addresses = addresses.tobytes()
 
     def _refuse(self, exc: OSError) -> None:
@@ -170,3 +182,9 @@ class StrangerFilter:
 
     def _n_refused_by_workers(self) -> int:
         return sum(n for name, n in self._stats.counters().items() if name.startswith("decap_drop_"))
+
+
+def _fitting(one_in: int, per_s: float) -> int:
+    """A power of two: of `per_s` datagrams one in so many is some _LET_THROUGH_PER_S.  `one_in`, if that is near it."""
+    wanted = max(_LEAST_ONE_IN, per_s / _LET_THROUGH_PER_S)
+    return one_in if wanted / 2 <= one_in <= wanted * 2 else 1 << int(wanted).bit_length()
