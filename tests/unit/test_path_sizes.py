@@ -139,6 +139,21 @@ def test_a_peer_that_is_gone_is_no_narrow_path() -> None:
     assert world.changes == []
 
 
+def test_an_outage_that_ends_while_it_is_searched_for_a_size_makes_no_narrow_path() -> None:
+    """Before, a host that was away for a second got packets of 646 bytes at most for a minute.
+
+    The first round of the search was lost whole, the second one, of sizes below that, arrived whole.
+    """
+    world = World()
+    world.run(10)
+    world.path, n_before = 0, len(world.probes)
+    while len(world.probes) - n_before < 2 + N_SIZES:
+        world.look()
+    world.path = FULL
+    world.run(30)
+    assert (world.size, world.changes, world.paths.narrow()) == (FULL, [], {})
+
+
 @pytest.mark.parametrize("loses", [0.01, 0.1, 0.3])
 def test_probes_lost_by_chance_make_no_lasting_harm(loses: float) -> None:
     world = World(loses=loses)

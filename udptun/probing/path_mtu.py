@@ -147,6 +147,9 @@ class PathMtus(Generic[K]):
         if not path.passing and path.size < self._full and now_s >= path.grow_due_s and path.n_lost == 0:
             path.passing, path.failing = path.size, self._full + 1
         sizes = _between(path.passing, path.failing) if path.passing else [path.size]
+        if path.passing < path.size:
+            # In each round, also after it was lost: it tells a narrow path from an outage that is over.
+            sizes = sorted({*sizes, path.size})
         path.checked_s = now_s
         path.waiting = frozenset(sizes)
         return sizes
@@ -180,7 +183,8 @@ class PathMtus(Generic[K]):
         self, key: K, path: _Path, answered: frozenset[int], lost: frozenset[int], now_s: float
     ) -> None:
         path.passing = max(answered | {path.passing})
-        path.failing = min({size for size in lost if size > path.passing} | {path.failing})
+        failing = path.failing if path.failing > path.passing else path.size + 1
+        path.failing = min({size for size in lost if size > path.passing} | {failing})
         path.check_due_s = now_s
         if path.failing - path.passing > 1:
             return
