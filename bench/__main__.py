@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench import compare, report, run, spread, startup
 from bench.errors import BenchError
+from bench.soak import run as soak
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
                 return startup.main(rest)
             case ["spread", *rest]:
                 return spread.main(rest)
+            case ["soak", *rest]:
+                return soak.main(rest)
             case ["report", *rest]:
                 _report(rest)
             case _:

@@ -138,6 +138,13 @@ class Host:
                 new_session=True,
             )
 
+    def leave_daemon(self) -> subprocess.Popen[str]:
+        """Hand the running daemon over to the caller: the next `start_daemon` starts another one beside it."""
+        if self._daemon is None:
+            raise LabError(f"the daemon of {self.name} has not been started")
+        daemon, self._daemon = self._daemon, None
+        return daemon
+
     def wait_ready(self, timeout: float = 10) -> None:
         """Wait until the daemon says READY=1, which it does when its subnet.env is written.
 
