@@ -335,7 +335,7 @@ class FastDatapath:
         self.senders = [self._bound("127.0.0.1") for _ in range(N_SENDERS * is_vxlan)]
         for sock in (self.udp, *self.senders):
             # The kernel answers EMSGSIZE only to a socket that never lets it fragment.
-            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DO)
+            sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
         self.udp.setsockopt(_SOL_UDP, _UDP_GRO, self._has_gro)
         self._outer = {ip: self._bound(ip) for ip in (NEAR, NARROW, TWIN, WIDE)}
         self._by_remote: dict[Remote, socket.socket] = {}
@@ -604,7 +604,7 @@ class FastDatapath:
 
 
 # The numbers of linux/in.h; the socket module has no names for them.
-_IP_MTU_DISCOVER, _IP_PMTUDISC_DO = 10, 2
+_IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3
 _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 _SO_RCVBUFFORCE = 33
 

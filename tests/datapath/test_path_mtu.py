@@ -1,6 +1,6 @@
-"""What the fast path does where the MTU of the path is smaller than ours: rows 7 and 9 of the encap table.
+"""What the fast path does where the MTU of the underlay's device is smaller than ours: rows 7 and 9 of the encap table.
 
-    127.0.0.1 (worker) --lo, MTU 65,536--> 127.0.0.2 (peer)     route mtu 1000
+    127.0.0.1 (worker) --lo, MTU 1000--> 127.0.0.2 (peer)
 
 In a network namespace without a name that lives only as long as the test's sockets.
 """
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.netns
 
 @pytest.fixture
 def narrow_path(fast_in_namespace: FastDatapath) -> FastDatapath:
-    run_ip("route", "replace", "local", NEAR, "dev", "lo", "mtu", str(PATH_MTU), "table", "local")
+    run_ip("link", "set", "lo", "mtu", str(PATH_MTU))
     return fast_in_namespace
 
 

@@ -10,13 +10,14 @@ import subprocess
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
-from namespace import Namespace, namespace, requires_netns
+from namespace import Namespace, namespace, requires_netns, seconds_until
 from udp_sockets import n_waiting
 
 IP_MTU_DISCOVER, IP_MTU = 10, 14
-IP_PMTUDISC_WANT, IP_PMTUDISC_DO = 1, 2
+IP_PMTUDISC_WANT, IP_PMTUDISC_DO, IP_PMTUDISC_PROBE = 1, 2, 3
 UDP_SEGMENT, UDP_GRO = 103, 104
 SO_ATTACH_FILTER, SO_MEMINFO, SK_MEMINFO_DROPS = 26, 55, 8
 MAX_UDP_PAYLOAD = 65_507
@@ -222,6 +223,48 @@ def test_a_datagram_that_the_path_is_too_narrow_for_is_refused_only_with_pmtudis
     lax = sending_socket(narrow, undo, IP_PMTUDISC_WANT)
     lax.sendto(bytes(2000), target.getsockname())
     assert [len(target.recv(4000)) for _ in range(2)] == [1000 - 28, 2000]
+
+
+@requires_netns
+@pytest.mark.netns
+def test_with_pmtudisc_probe_the_device_alone_says_how_long_a_datagram_may_be(undo: ExitStack) -> None:
+    """ip_sk_use_pmtu: neither the `mtu` of a route counts nor an ICMP error, which the kernel still learns from.
+
+    With IP_PMTUDISC_DO nothing longer leaves for 10 minutes, long after the path has been mended.
+    """
+    near, router, far = (undo.enter_context(namespace()) for _ in range(3))
+    for n, host in ((1, near), (2, far)):
+        host.ip(f"link add e0 type veth peer name r{n} netns {router.name}")
+        host.ip(f"address add 10.{n}.0.2/24 dev e0")
+        host.ip("link set e0 up")
+        router.ip(f"address add 10.{n}.0.1/24 dev r{n}")
+        router.ip(f"link set r{n} up")
+        host.ip(f"route add default via 10.{n}.0.1")
+    router.call(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
+    router.ip("link set r2 mtu 1300")
+    target = far.call(lambda: bound(undo, ("10.2.0.2", 0)))
+    ours, asking = sending_socket(near, undo, IP_PMTUDISC_PROBE), sending_socket(near, undo)
+
+    def believed() -> int:
+        # A connected socket goes on to say what it said first.
+        asking.connect(target.getsockname())
+        return asking.getsockopt(socket.IPPROTO_IP, IP_MTU)
+
+    assert believed() == 1500
+    ours.sendto(bytes(1472), target.getsockname())
+    seconds_until(lambda: believed() == 1300, 10)
+    router.ip("link set r2 mtu 1500")
+    target.settimeout(10)
+    with pytest.raises(OSError) as refused:
+        asking.send(bytes(1472))
+    assert refused.value.errno == errno.EMSGSIZE
+    near.ip("route change default via 10.1.0.1 mtu 1200")
+    ours.sendto(bytes(1472), target.getsockname())
+    send_train(ours, target.getsockname(), 2 * 1400, 1400)
+    assert [len(target.recv(4000)) for _ in range(3)] == [1472, 1400, 1400]
+    with pytest.raises(OSError) as refused:
+        ours.sendto(bytes(1473), target.getsockname())
+    assert refused.value.errno == errno.EMSGSIZE
 
 
 @requires_netns

@@ -39,7 +39,7 @@ PURE_MODULES = [
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
     *("backends.udp", "backends.vtep", "backends.vxlan"),
     *("kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
-    *("probing.carrier", "probing.liveness", "probing.path_mtu"),
+    *("probing.beliefs", "probing.carrier", "probing.liveness", "probing.path_mtu"),
     *("datapath.restarts", "datapath.settings", "datapath.stranger_program"),
     *("firewall.iptables_form", "firewall.nft_form", "firewall.rules"),
     *(f"firewall.obstacles.{name}" for name in ("judge", "nft_messages", "nft_rules", "ruleset", "xtables")),

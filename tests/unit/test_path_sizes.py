@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from udptun.probing.path_mtu import CHECK_S, GROW_S, IDLE_CHECK_S, IDLE_PER_S, LEAST, N_SIZES, PathMtus
+from udptun.probing.path_mtu import CHECK_S, DISTRUST_S, GROW_S, IDLE_CHECK_S, IDLE_PER_S, LEAST, N_SIZES, PathMtus
 from udptun.probing.prober import LOOK_S
 
 FULL = 1472
@@ -208,3 +208,43 @@ def test_a_probe_that_was_not_sent_ends_the_round_and_says_nothing() -> None:
     assert paths.due(["a"], world.now_s + 30) == []
     assert paths.due_with_answer("a", world.now_s + 30) == []
     assert (paths.measured("a"), paths.take_changes()) == (None, {})
+
+
+@pytest.mark.parametrize("told", [1272, 1271, LEAST])
+def test_what_an_icmp_error_says_is_found_with_one_round_of_probes(told: int) -> None:
+    world = World()
+    world.run(10.3)
+    world.path, told_s = told, world.now_s
+    world.paths.note_told("a", told, world.now_s)
+    world.run(3 * LOOK_S + TIMEOUT_S)
+    assert world.changes == [(world.changes[0][0], told)]
+    assert world.changes[0][0] - told_s <= TIMEOUT_S + 2 * LOOK_S
+    assert len([at for at, _ in world.probes if at >= told_s]) <= N_SIZES + 4
+
+
+def test_what_an_icmp_error_says_is_tried_also_while_another_probe_is_on_the_way() -> None:
+    world = World()
+    world.path = 1272
+    world.run(CHECK_S + 1.5 * LOOK_S)
+    assert world.size == FULL
+    world.paths.note_told("a", 1272, world.now_s)
+    world.run(2 * TIMEOUT_S + 3 * LOOK_S)
+    assert world.size == 1272
+
+
+def test_a_forged_icmp_error_changes_nothing_and_costs_a_round_of_probes_in_a_while() -> None:
+    """Anybody can send one that quotes a datagram from our port."""
+    world = World()
+    world.run(10.3)
+    world.probes.clear()
+    n_s = 60
+    for told in range(FULL - n_s, FULL):
+        world.paths.note_told("a", told, world.now_s)
+        world.run(1)
+    assert (world.size, world.changes) == (FULL, [])
+    assert len(world.probes) <= n_s / CHECK_S + (N_SIZES + 2) * (n_s / DISTRUST_S + 1)
+    for told in (0, 68, LEAST - 1, FULL, 1500):
+        world.paths.note_told("a", told, world.now_s + 2 * DISTRUST_S)
+    world.probes.clear()
+    world.run(2)
+    assert {size for _, size in world.probes} == {FULL}

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import errno
+import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
+from udptun._fastpath import LAYOUT
 from udptun.core.echo import MIN_LENGTH, echo_request, parse_echo_reply
+from udptun.core.errors import KernelError
 from udptun.datapath.rings import Punt, Result, Rings
+from udptun.datapath.sockets import believed_mtus
 from udptun.datapath.stats import PeerTraffic
 from udptun.datapath.tunnel import Tunnel
+from udptun.kernel.netlink import Netlink
 from udptun.probing.carrier import Fate, Take
+
+log = logging.getLogger(__name__)
+
+_OUTER_HEADERS = 28
+"""Bytes: IPv4 20 and UDP 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,24 @@ class TunnelCarrier:
     def set_path_mtu(self, peer: IPv4Network, mtu: int) -> None:
         self._tunnel.set_path_mtu(peer, mtu)
         self._is_narrow_changed = True
+
+    def believed_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+        around = self._around
+        return {host: mtu - around for host, mtu in believed_mtus(self._tunnel.underlay_address, hosts).items()}
+
+    async def route_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+        try:
+            async with Netlink() as kernel:
+                routes = await kernel.routes_to(hosts, as_configured=True)
+        except KernelError as exc:
+            log.warning("%s", exc)
+            return {}
+        return {host: route.mtu - self._around for host, route in routes.items() if route.mtu is not None}
+
+    @property
+    def _around(self) -> int:
+        """How many bytes there are around an inner packet."""
+        return _OUTER_HEADERS + (LAYOUT["prefix"] if self._tunnel.table.vtep else 0)
 
     async def publish(self) -> None:
         await self._tunnel.publish()

@@ -177,6 +177,33 @@ def open_sink(beside: socket.socket) -> socket.socket:
     return sink
 
 
+def leave_paths_to_us(sockets: Iterable[socket.socket]) -> None:
+    """Have every datagram get DF, as flannel's do by default, and one that its device cannot take get EMSGSIZE.
+
+    With IP_PMTUDISC_WANT the kernel would fragment it in silence.  With IP_PMTUDISC_DO it would refuse for 10 minutes
+    what one ICMP error has said to be too long, whether that was true or not, or is any more.  `believed_mtus` says it.
+    """
+    for udp in sockets:
+        udp.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_PROBE)
+
+
+def believed_mtus(source: IPv4Address, addresses: Iterable[IPv4Address]) -> dict[IPv4Address, int]:
+    """How long outer packets to each address may be, in bytes, as the kernel believes.
+
+    By the device, by the route where it has an `mtu`, and by ICMP errors about datagrams of this host's sockets.
+    Addresses without a route are left out.
+    """
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as udp, suppress(OSError):
+        udp.bind((str(source), 0))
+        for address in addresses:
+            with suppress(OSError):
+                # Only a connected socket can ask.  The port does not matter.
+                udp.connect((str(address), 9))
+                found[address] = udp.getsockopt(socket.IPPROTO_IP, lib.IP_MTU)
+    return found
+
+
 def n_drops(udp: socket.socket) -> int:
     """How many datagrams the socket has dropped, modulo 2**32.  With a filter these are what the filter dropped, too.
     """
@@ -204,9 +231,7 @@ def _attach(udp: socket.socket, option: int, program: bytes) -> None:
 
 def _new_socket(buffer_bytes: int) -> socket.socket:
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    # Every datagram gets DF, as flannel's do by default, and one that is too large for its path gets EMSGSIZE.  With
-    # IP_PMTUDISC_WANT the kernel would fragment it in silence.
-    udp.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_DO)
+    leave_paths_to_us([udp])
     try:
         udp.setsockopt(socket.SOL_SOCKET, lib.SO_RCVBUFFORCE, buffer_bytes)
     except PermissionError:

@@ -27,7 +27,7 @@ from udptun.datapath.protocol import Descriptors
 from udptun.datapath.rebinding import Endpoints, Rebinding
 from udptun.datapath.rings import Rings, new_events
 from udptun.datapath.settings import PacketSettings, Remote
-from udptun.datapath.sockets import open_senders, open_sockets, set_offload, share_port
+from udptun.datapath.sockets import leave_paths_to_us, open_senders, open_sockets, set_offload, share_port
 from udptun.datapath.stats import Stats
 from udptun.datapath.strangers import StrangerFilter
 from udptun.datapath.supervision import Datapath, new_lock
@@ -173,6 +173,8 @@ class Tunnel:
             if rebinding is not None:
                 await _to_its_end(self._carry_out(rebinding))
         await self.datapath.start()
+        # An earlier build has left this to the kernel.
+        leave_paths_to_us((*self._endpoints.sockets, *self._endpoints.senders))
 
     def _build(self, address: IPv4Address, port: int, n_workers: int, n_senders: int) -> Rebinding | None:
         """What a change to this needs, opened; None when it is so already.  Raises KernelError."""
@@ -263,14 +265,19 @@ class Tunnel:
         if remote is None:
             return
         self._path_mtus.pop(subnet, None)
-        if mtu is not None:
+        if mtu is not None and mtu < self._mtu:
             self._path_mtus[subnet] = mtu
         self._set_peer(subnet, remote)
 
     @property
+    def underlay_address(self) -> IPv4Address:
+        """Of the sockets."""
+        return self._endpoints.address[0]
+
+    @property
     def narrow(self) -> dict[IPv4Network, int]:
         """The peers to which packets may not be as long as the device allows, with the length in bytes."""
-        return {subnet: mtu for subnet, mtu in self._path_mtus.items() if mtu < self._mtu}
+        return dict(self._path_mtus)
 
     def _set_peer(self, subnet: IPv4Network, remote: Remote) -> None:
         self._remotes[subnet] = remote

@@ -248,7 +248,7 @@ cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message) noexcept
     cdef int mode = IP_PMTUDISC_DONT
     setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
     sent = sendmsg(w.udp_fd, message, MSG_DONTWAIT)
-    mode = IP_PMTUDISC_DO
+    mode = IP_PMTUDISC_PROBE
     setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
     if sent < 0:
         w.counters.encap_drop_send += 1

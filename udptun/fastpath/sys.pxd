@@ -25,7 +25,7 @@ cdef extern from "<netinet/ip.h>" nogil:
     int IP_MTU
     int IP_MTU_DISCOVER
     int IP_PMTUDISC_DONT
-    int IP_PMTUDISC_DO
+    int IP_PMTUDISC_PROBE
 
 # _GNU_SOURCE, which these need, is defined by Python.h.
 cdef extern from "<sys/socket.h>" nogil:

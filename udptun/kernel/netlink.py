@@ -92,10 +92,15 @@ class Netlink(Conversation):
             raise error
         return rtnetlink.decode_route(bodies[0])
 
-    async def routes_to(self, ips: Iterable[IPv4Address]) -> dict[IPv4Address, Route]:
-        """`route_get` for each; those that the kernel has no route to are left out."""
+    async def routes_to(
+        self, ips: Iterable[IPv4Address], *, as_configured: bool = False
+    ) -> dict[IPv4Address, Route]:
+        """`route_get` for each; those that the kernel has no route to are left out.
+
+        `as_configured`: the routes themselves, without what ICMP has changed.
+        """
         asked = list(ips)
-        answers = await self.ask([rtnetlink.get_route(ip) for ip in asked])
+        answers = await self.ask([rtnetlink.get_route(ip, as_configured=as_configured) for ip in asked])
         return {
             ip: rtnetlink.decode_route(bodies[0])
             for ip, (error, bodies) in zip(asked, answers, strict=True)

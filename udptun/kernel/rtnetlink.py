@@ -41,6 +41,7 @@ RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTAX_MTU = 8, 9, 15, 2
 _RTA_VIA, _RTA_ENCAP_TYPE = 18, 21
 _RTNH_F_ONLINK = 4
+_RTM_F_FIB_MATCH = 0x2000
 _RTPROT_KERNEL = 2
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _NTF_SELF = 2
@@ -83,9 +84,10 @@ def dump_routes(family: int, table: int, protocol: int) -> Request:
     return Request("cannot list routes", GETROUTE, F_DUMP, body)
 
 
-def get_route(ip: IPAddress) -> Request:
-    """How the kernel would send to `ip`."""
-    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, ip.packed)
+def get_route(ip: IPAddress, *, as_configured: bool = False) -> Request:
+    """How the kernel would send to `ip`.  `as_configured`: the route itself, without what ICMP has changed."""
+    flags = _RTM_F_FIB_MATCH if as_configured else 0
+    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, flags) + attribute(RTA_DST, ip.packed)
     return Request(f"no route to {ip}", GETROUTE, 0, body)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
@@ -72,6 +72,15 @@ class Carrier(Protocol):
 
     def set_path_mtu(self, peer: IPv4Network, mtu: int) -> None:
         """Packets to the peer may be `mtu` bytes long; it takes effect with `publish`."""
+
+    def believed_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+        """How long packets to peers on these hosts may be, as the kernel believes; those without a path are left out.
+
+        Nothing, when the kernel itself keeps packets so short.
+        """
+
+    async def route_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+        """Likewise by the `mtu` of the route to each host; those without one are left out."""
 
     async def publish(self) -> None: ...
 

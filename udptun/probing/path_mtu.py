@@ -10,6 +10,7 @@ A path narrower than the device swallows full-size packets, in silence where a f
 pass, a TCP connection begins, and then nothing comes.  A peer with traffic is checked every CHECK_S.  When a probe of
 the size is lost twice while something else is heard of the peer, the size is searched for.  From then on senders are
 told (fragmentation needed).  Whether the path takes more again is tried after GROW_S, and then less and less often.
+Where an ICMP error tells of a narrow path, the search begins at once, with what it said: it is believed when it is so.
 
 The peer's answer is as long as the probe, so what is found is the smaller one of the two directions.  Where no size
 above LEAST passes nothing is concluded: then it is no path that drops large packets, but somebody who drops echoes.
@@ -32,6 +33,8 @@ N_SIZES = 12
 """Of one round: three rounds find one of 1,472 sizes."""
 LEAST = 576
 """What every IPv4 host must take (RFC 791)."""
+DISTRUST_S = 10.0
+"""After somebody has told of a narrow path that is none.  Anybody can forge an ICMP error."""
 GROW_S = 60.0, 600.0
 """First and longest time until more is tried; each is twice the one before."""
 
@@ -50,6 +53,10 @@ class _Path:
     n_lost: int = 0
     grow_due_s: float = 0.0
     grow_pause_s: float = GROW_S[0]
+    told: int = 0
+    """What an ICMP error said, to be tried in the search; 0: nothing that is not known."""
+    distrust_until_s: float = float("-inf")
+    """What is told until then is not looked at: the last time it was not so."""
     passing: int = 0
     """In a search: a size that passes, and one that does not.  0: there is no search."""
     failing: int = 0
@@ -88,7 +95,7 @@ class PathMtus(Generic[K]):
         path = self._paths.get(key)
         if path is not None:
             self._end_round(path)
-            path.passing = path.n_lost = 0
+            path.passing = path.n_lost = path.told = 0
             path.check_due_s = now_s + CHECK_S
             self._busy.discard(key)
 
@@ -129,6 +136,16 @@ class PathMtus(Generic[K]):
             path.lost |= {size}
             self._end_round_if_over(key, path, now_s, is_heard=is_heard)
 
+    def note_told(self, key: K, size: int, now_s: float) -> None:
+        """Somebody says that packets to the peer, which answers, may be so long.  Probes will show whether it is so."""
+        path = self._paths.get(key)
+        if path is None or not LEAST <= size < path.size or now_s < path.distrust_until_s:
+            return
+        path.told = size
+        if not path.waiting and not path.passing:
+            self._begin_search(path, now_s)
+        self._busy.add(key)
+
     def take_changes(self) -> dict[K, int]:
         """Peers whose packets may have another length than before: how long they may be, bytes."""
         changed, self._changed = self._changed, {}
@@ -150,16 +167,26 @@ class PathMtus(Generic[K]):
         if path.passing < path.size:
             # In each round, also after it was lost: it tells a narrow path from an outage that is over.
             sizes = sorted({*sizes, path.size})
+        if 0 < path.passing < path.told < path.failing:
+            sizes = sorted({*sizes, path.told, min(path.told + 1, path.failing - 1)})
         path.checked_s = now_s
         path.waiting = frozenset(sizes)
         return sizes
+
+    def _begin_search(self, path: _Path, now_s: float) -> None:
+        path.n_lost = 0
+        # The size itself once more: probes of it may have been lost by chance.
+        path.passing, path.failing = LEAST - 1, path.size + 1
+        path.check_due_s = now_s
 
     def _end_round_if_over(self, key: K, path: _Path, now_s: float, *, is_heard: bool) -> None:
         if path.waiting:
             return
         answered, lost = path.answered, path.lost
         self._end_round(path)
-        if path.passing and not answered and not is_heard:
+        if path.told and not path.passing:
+            self._begin_search(path, now_s)
+        elif path.passing and not answered and not is_heard:
             self.give_up(key, now_s)
         elif path.passing:
             self._go_on_searching(key, path, answered, lost, now_s)
@@ -173,9 +200,7 @@ class PathMtus(Generic[K]):
             path.n_lost += 1
             path.check_due_s = now_s
             if path.n_lost >= MOST_LOST:
-                path.n_lost = 0
-                # The size itself once more: both probes may have been lost by chance.
-                path.passing, path.failing = LEAST - 1, path.size + 1
+                self._begin_search(path, now_s)
         if not path.passing and not path.n_lost:
             self._busy.discard(key)
 
@@ -189,6 +214,9 @@ class PathMtus(Generic[K]):
         if path.failing - path.passing > 1:
             return
         found, path.passing = path.passing, 0
+        if path.told and found > path.told:
+            path.distrust_until_s = now_s + DISTRUST_S
+        path.told = 0
         path.check_due_s = now_s + CHECK_S
         if found < LEAST:
             # Not even that passes.

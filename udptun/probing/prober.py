@@ -1,7 +1,7 @@
 """Probes the peers, and says who is dead and which paths are narrow.
 
-`liveness.py` decides whom to probe and who is dead, `path_mtu.py` how long packets may be, and a `Carrier` has the
-echoes.  Here are the nonces, the clock and the words.
+`liveness.py` decides whom to probe and who is dead, `path_mtu.py` and `beliefs.py` how long packets may be, and a
+`Carrier` has the echoes.  Here are the nonces, the clock and the words.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
 from udptun.core.echo import MIN_LENGTH, NONCE_LEN
+from udptun.probing.beliefs import Beliefs
 from udptun.probing.carrier import Carrier, Sent, Target
 from udptun.probing.liveness import Liveness, Probing
 from udptun.probing.path_mtu import PathMtus
@@ -33,6 +34,8 @@ _LATE_S = 5.0
 """An answer is known for so long after its probe."""
 _JUST_NOW_S = 1.2
 """A peer that was heard so long ago is there, and what is lost is lost for its length."""
+_BELIEFS_S = 5.0
+"""Between two looks at what the kernel believes of narrow paths that nothing is sent on."""
 _MAX_LINES = 4
 """Of problems of one kind, and of the log at once."""
 
@@ -54,6 +57,13 @@ class Prober:
         self._mtu = 0
         self._probing: Probing[IPv4Network] = Probing(random.Random())
         self._paths: PathMtus[IPv4Network] = PathMtus(0)
+        self._beliefs: Beliefs[IPv4Network] = Beliefs(0)
+        self._beliefs_due_s = float("-inf")
+        self._undecided: set[IPv4Network] = set()
+        """Peers of which something was learnt that may change how long packets to them may be."""
+        self._narrow: dict[IPv4Network, int] = {}
+        """The peers to which packets may not be as long as the device allows, with the length of which the carrier was
+        told."""
         self._targets: dict[IPv4Network, Target] = {}
         self._refused: set[IPv4Network] = set()
         """The dead peers of which the carrier was told."""
@@ -86,6 +96,8 @@ class Prober:
             self._targets.pop(subnet, None)
             self._refused.discard(subnet)
             self._asked.pop(subnet, None)
+            self._narrow.pop(subnet, None)
+            self._beliefs.remove(subnet)
             self._carrier.remove(subnet)
             self._probing.remove([subnet])
             self._paths.remove([subnet])
@@ -93,13 +105,13 @@ class Prober:
     def switch(self, *, is_on: bool, mtu: int) -> None:
         """Probe, or do not; `mtu` is the largest packet of a pod, bytes.
 
-        Without probes no peer is dead and no path narrow.
+        Without probes no peer is dead, and no path narrow but for what the kernel believes.
         """
         if (is_on, mtu) != (self._is_on, self._mtu):
             self._is_on, self._mtu = is_on, mtu
             peers = dict(self._targets)
             self.remove_peers(peers)
-            self._paths = PathMtus(mtu)
+            self._paths, self._beliefs = PathMtus(mtu), Beliefs(mtu)
             self.add_peers(peers)
 
     async def run(self) -> None:
@@ -118,8 +130,7 @@ class Prober:
                     self._go_on_measuring(self._now_s())
                 else:
                     looked_s += passed_s
-                    if self._is_on:
-                        self._look(was_away=passed_s > _AWAY_S)
+                    self._look(was_away=passed_s > _AWAY_S)
                 await self._act()
         finally:
             self._carrier.close()
@@ -137,7 +148,7 @@ class Prober:
         lines = [self._dead_line(subnet, heard_s) for subnet, heard_s in dead[:_MAX_LINES]]
         if len(dead) > _MAX_LINES:
             lines.append(f"{len(dead) - _MAX_LINES} more hosts do not answer any more")
-        narrow = self._paths.narrow()
+        narrow = self._narrow.copy()
         lines += [self._narrow_line(subnet, mtu) for subnet, mtu in list(narrow.items())[:_MAX_LINES]]
         if len(narrow) > _MAX_LINES:
             lines.append(f"{len(narrow) - _MAX_LINES} more paths take less than the device allows")
@@ -156,7 +167,11 @@ class Prober:
         """Take what has come, give up what has not, and ask whom it is time to ask."""
         now_s, probing = self._now_s(), self._probing
         self._carrier.poll()
-        probing.note_traffic(self._carrier.traffic(), now_s)
+        traffic = self._carrier.traffic()
+        self._look_at_beliefs((subnet for subnet, (n_sent, _) in traffic.items() if n_sent), now_s)
+        if not self._is_on:
+            return
+        probing.note_traffic(traffic, now_s)
         for subnet in probing.waits_too_long(now_s):
             asked = self._asked.pop(subnet, None)
             if asked is None or was_away or not asked.sent.fate().has_left:
@@ -169,6 +184,34 @@ class Prober:
         self._measure(self._paths.due(probing.watched(), now_s), now_s)
         while self._nonces and now_s - self._by_nonce[self._nonces[0]].at_s > _LATE_S:
             del self._by_nonce[self._nonces.popleft()]
+
+    def _look_at_beliefs(self, sent_to: Iterable[IPv4Network], now_s: float) -> None:
+        """Note what the kernel believes of the paths to peers that packets were sent to, and at times of other paths.
+        """
+        subnets = set(sent_to) & self._targets.keys()
+        if now_s >= self._beliefs_due_s:
+            self._beliefs_due_s = now_s + _BELIEFS_S
+            subnets.update(self._beliefs.peers)
+        hosts = {subnet: self._targets[subnet].host for subnet in subnets}
+        believed = self._carrier.believed_mtus(set(hosts.values()))
+        self._beliefs.note({subnet: believed.get(host, self._mtu) for subnet, host in hosts.items()})
+
+    async def _check_beliefs(self) -> None:
+        """Have probes show whether it is so what ICMP has newly said of the paths to peers that answer."""
+        hosts = {subnet: self._targets[subnet].host for subnet in self._beliefs.take_new() if subnet in self._targets}
+        if not hosts:
+            return
+        mtus = await self._carrier.route_mtus(set(hosts.values()))
+        routes = {subnet: mtus[host] for subnet, host in hosts.items() if host in mtus}
+        now_s = self._now_s()
+        for subnet, mtu in self._beliefs.note_routes(hosts.keys() & self._targets.keys(), routes).items():
+            if self._has_answered(subnet):
+                self._paths.note_told(subnet, mtu, now_s)
+        self._undecided |= hosts.keys()
+        self._measure(self._paths.due((), now_s), now_s)
+
+    def _has_answered(self, subnet: IPv4Network) -> bool:
+        return self._probing.liveness(subnet)[0] is not Liveness.UNKNOWN
 
     def _go_on_measuring(self, now_s: float) -> None:
         self._give_up_measuring(now_s, was_away=False)
@@ -225,6 +268,8 @@ class Prober:
         if asked.size is not None:
             if self._measuring.pop((asked.subnet, asked.size), None) is not None:
                 self._paths.note_answer(asked.subnet, asked.size, now_s)
+                if asked.subnet in self._beliefs:
+                    self._undecided.add(asked.subnet)
         elif self._asked.get(asked.subnet) is asked:
             del self._asked[asked.subnet]
         self._probing.note_answer(asked.subnet, rtt_s, now_s)
@@ -234,13 +279,10 @@ class Prober:
 
     async def _act(self) -> None:
         """Tell the carrier and the log who was found alive or dead, and which paths are narrow."""
-        n_told = 0
-        mtus = self._paths.take_changes()
-        must_publish = bool(mtus)
-        for subnet, mtu in mtus.items():
-            self._carrier.set_path_mtu(subnet, mtu)
-            log.warning("path mtu=%d peer=%s public_ip=%s", mtu, subnet, self._targets[subnet].host)
-        for subnet, liveness in self._probing.take_changes().items():
+        await self._check_beliefs()
+        changes, n_told = self._probing.take_changes(), 0
+        must_publish = self._decide_path_mtus(changes)
+        for subnet, liveness in changes.items():
             if liveness is Liveness.DEAD:
                 self._paths.give_up(subnet, self._now_s())
             is_dead = liveness is Liveness.DEAD
@@ -255,6 +297,24 @@ class Prober:
             log.warning("%d more hosts are dead, or alive again", n_told - _MAX_LINES)
         if must_publish:
             await self._carrier.publish()
+
+    def _decide_path_mtus(self, changed: Iterable[IPv4Network]) -> bool:
+        """Tell the carrier and the log of peers to which packets may have another length than before.
+
+        `changed`: peers that have become alive or dead.  Returns whether there are any.
+        """
+        undecided, self._undecided = {*self._paths.take_changes(), *changed, *self._undecided}, set()
+        is_any = False
+        for subnet in undecided & self._targets.keys():
+            measured = self._paths.measured(subnet) if self._has_answered(subnet) else None
+            mtu = self._beliefs.path_mtu(subnet, measured)
+            if mtu != self._narrow.pop(subnet, self._mtu):
+                is_any = True
+                self._carrier.set_path_mtu(subnet, mtu)
+                log.warning("path mtu=%d peer=%s public_ip=%s", mtu, subnet, self._targets[subnet].host)
+            if mtu < self._mtu:
+                self._narrow[subnet] = mtu
+        return is_any
 
     def _tell(self, subnet: IPv4Network, *, is_dead: bool) -> None:
         if is_dead:
