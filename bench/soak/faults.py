@@ -385,7 +385,7 @@ FAULTS: dict[str, Fault] = {
         Fault("daemon taken over", taken_over, ends_processes=True),
         Fault("daemon suspended", daemon_suspended),
         Fault("active suspended", active_suspended, START_S, ends_processes=True, may_double=BATCH),
-        Fault("cleanup", cleaned_up, START_S, ends_processes=True, counters_begin_anew=True),
+        Fault("cleanup", cleaned_up, START_S, ends_processes=True, counters_begin_anew=True, may_leak=True),
         Fault("config read again", config_read_again),
         Fault("config rolled out", config_rolled_out),
         Fault("config broken", config_broken),

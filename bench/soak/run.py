@@ -6,6 +6,7 @@ import argparse
 import itertools
 import random
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab, Offload, missing_requirements
 
 N_HOSTS = 3
-SETTLE_S = 60.0
+SETTLE_S = 90.0
 """Until everything is as it was, after a fault has gone.  The longest pause of ours, that before the start of a
 datapath process after many deaths, is 30 s."""
 QUIET_S = 1.2
@@ -41,6 +42,8 @@ NARROW_FOR_S = 150.0
 PROGRESS_S = 60.0
 """Until each flow goes on.  TCP waits up to twice as long as the outage was."""
 _LOG_LINES = 40
+_FAILURES = (LabError, BenchError, subprocess.TimeoutExpired)
+"""Of what is done to hosts, and of looks at them."""
 _NEEDED = ("ip", "bridge", "nsenter", "ping", "ethtool", "nft", "iptables", "chrt", "nstat", "ps", "sysctl")
 
 
@@ -288,7 +291,7 @@ class Soak:
             with fault.act(self._ground, host, random.Random(step.draw)):
                 time.sleep(step.hold_s)
                 healing_ns = time.monotonic_ns()
-        except (LabError, AssertionError, OSError) as exc:
+        except (*_FAILURES, AssertionError, OSError) as exc:
             problems.append(f"the fault could not be made or undone: {exc}")
             healing_ns = time.monotonic_ns()
         went_ns = time.monotonic_ns()
@@ -330,10 +333,7 @@ class Soak:
 
     def _host_problems(self) -> list[str]:
         """By the status documents and the store, and what does not add up in the counters."""
-        try:
-            leases = self._ground.store.leases()
-        except BenchError as exc:
-            return [str(exc)]
+        leases = self._ground.store.leases()
         wrong = []
         for host, subnet in zip(self._ground.hosts, self._subnets, strict=True):
             try:
@@ -346,15 +346,22 @@ class Soak:
             wrong += [f"{host}: {line}" for line in found + checks.sum_problems(facts["counters"])]
         return wrong
 
+    def _state_problems(self) -> list[str]:
+        """By the kernel's state, processes and files."""
+        return [
+            f"{host}: {line}"
+            for host, before in zip(self._ground.hosts, self._states, strict=True)
+            for line in checks.state_problems(before, kernel_state(self._ground, host), self._narrow_for(host))
+        ]
+
     def _settle(self, fault: Fault) -> list[str]:
-        """Wait until everything is as it was; what is not, at the end of the time."""
+        """Wait until everything is as it was; what is not, after SETTLE_S."""
         deadline = time.monotonic() + SETTLE_S
         while True:
-            wrong = self._host_problems()
-            if not wrong:
-                for host, before in zip(self._ground.hosts, self._states, strict=True):
-                    now = kernel_state(self._ground, host)
-                    wrong += [f"{host}: {line}" for line in checks.state_problems(before, now, self._narrow_for(host))]
+            try:
+                wrong = self._host_problems() or self._state_problems()
+            except _FAILURES as exc:
+                wrong = [str(exc)]
             if not wrong or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
