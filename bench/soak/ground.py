@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -23,9 +24,6 @@ BACKENDS: Mapping[str, Mapping[str, object]] = {
     "vtep": {"Type": "vxlan", "Userspace": True},
 }
 NETWORK = "10.244.0.0/16"
-REAL_TIME = ("chrt", "--rr", "1")
-"""Goes before the command of a daemon.  The queues of the tunnel hold some tenths of a second; on a busy machine an
-ordinary process may wait longer for a processor, and then packets are lost whatever the datapath does."""
 
 FIRST_STRANGER = 104
 """Third byte of the subnets that nobody but a fault leases: hosts draw theirs from the first hundred."""
@@ -84,12 +82,14 @@ def datapath_pids(host: Host) -> set[int]:
 
 
 def processes(host: Host) -> dict[int, str]:
-    """The living processes of the host: command line by the host's own number, without those that look."""
+    """The living processes of the host: command line by the host's own number."""
     found = {}
-    for line in host.run(["ps", "-wweo", "pid=,stat=,args="]).stdout.splitlines():
-        pid, state, command = line.split(None, 2)
-        if not state.startswith("Z") and not command.startswith("ps -wweo"):
-            found[int(pid)] = command
+    for entry in host.path("/proc").iterdir():
+        if entry.name.isdecimal():
+            # A zombie has no command line, and others may end while they are looked at.
+            with contextlib.suppress(OSError):
+                if command := (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip():
+                    found[int(entry.name)] = command
     return found
 
 

@@ -21,11 +21,11 @@ from bench.results import save
 from bench.session import Screen, run, uninterrupted_end, whole_number
 from bench.soak import checks, report
 from bench.soak.faults import FAULTS, SLACK, Fault, faults_of
-from bench.soak.ground import BACKENDS, REAL_TIME, Ground, leaked, read_status, watch_for_leaks
+from bench.soak.ground import BACKENDS, Ground, leaked, read_status, watch_for_leaks
 from bench.soak.load import Flow, Pulse, Seen, load, wait_for_progress
 from bench.soak.schedule import Step, schedule
 from bench.soak.state import Footprint, footprints, kernel_losses, kernel_state
-from bench.soak.store import STORES
+from bench.soak.store import REAL_TIME, STORES
 from udptun.lab.errors import LabError
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
@@ -44,7 +44,7 @@ PROGRESS_S = 60.0
 _LOG_LINES = 40
 _FAILURES = (LabError, BenchError, subprocess.TimeoutExpired)
 """Of what is done to hosts, and of looks at them."""
-_NEEDED = ("ip", "bridge", "nsenter", "ping", "ethtool", "nft", "iptables", "chrt", "nstat", "ps", "sysctl")
+_NEEDED = ("ip", "bridge", "nsenter", "ping", "ethtool", "nft", "iptables", "chrt", "nstat", "sysctl")
 
 
 @dataclass(frozen=True, slots=True)

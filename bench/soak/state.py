@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.soak.ground import Ground, processes, read_status
-from udptun.lab.host import Host
+from bench.soak.store import REAL_TIME
+from udptun.lab.host import SUBNET_ENV, Host
 
 _SEPARATOR = "=== soak ==="
+SAVED = "last-leases.json"
+"""It is written some time after the table has changed."""
 _COMMANDS = {
     "links": "ip -j -d link",
     "addresses": "ip -j address",
@@ -22,10 +25,7 @@ _COMMANDS = {
     "forwarding entries": "bridge fdb",
     "iptables": "iptables-save",
     "nft": "nft list tables",
-    "settings": "sysctl -a -r '^net.ipv4.(ip_forward$|conf.(flannel|cni0).*.(forwarding|accept_local|rp_filter)$)'",
-    "run directory": "ls /run/udptun",
-    "state directory": "ls -A -I last-leases.json /var/lib/udptun",
-    "subnet.env": "cat /run/flannel/subnet.env",
+    "settings": "cd /proc/sys/net/ipv4; grep -H . ip_forward conf/flannel*/accept_local conf/*/forwarding",
 }
 
 
@@ -47,7 +47,7 @@ def kernel_state(ground: Ground, host: Host) -> dict[str, list[str]]:
     Underlay addresses stand in it as the hosts' names, because hosts move.
     """
     script = f"; echo '{_SEPARATOR}'; ".join(_COMMANDS.values())
-    parts = host.run(["sh", "-c", script]).stdout.split(f"{_SEPARATOR}\n")
+    parts = host.run([*REAL_TIME, "sh", "-c", script]).stdout.split(f"{_SEPARATOR}\n")
     found = dict(zip(_COMMANDS, parts, strict=True))
     state = {
         "links": [_link(link) for link in json.loads(found.pop("links"))],
@@ -58,6 +58,9 @@ def kernel_state(ground: Ground, host: Host) -> dict[str, list[str]]:
             if address["family"] == "inet"
         ],
         "routes": [_route(route) for route in json.loads(found.pop("routes"))],
+        "run directory": [path.name for path in host.path("/run/udptun").iterdir()],
+        "state directory": [path.name for path in host.path("/var/lib/udptun").iterdir() if path.name != SAVED],
+        "subnet.env": host.path(SUBNET_ENV).read_text().splitlines(),
         "processes": [_program(command) for command in processes(host).values()],
         **{name: text.splitlines() for name, text in found.items()},
     }
