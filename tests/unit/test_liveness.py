@@ -37,11 +37,12 @@ class World:
     sending: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Packets to a peer and from it in each look."""
     can_send: bool = True
+    idle_s: float = IDLE_S
     probes: list[tuple[float, str]] = field(default_factory=list)
     changes: list[tuple[float, str, Liveness]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.probing: Probing[str] = Probing(random.Random(1))
+        self.probing: Probing[str] = Probing(random.Random(1), self.idle_s)
         self.probing.add(self.peers, self.now_s)
 
     def look(self) -> None:
@@ -51,7 +52,7 @@ class World:
             if self.can_send:
                 self.probing.note_lost(key)
             else:
-                self.probing.note_not_sent(key)
+                self.probing.note_not_sent(key, self.now_s)
         for key in self.probing.due(self.now_s):
             self.probes.append((self.now_s, key))
             if key in self.answering and self.can_send:
@@ -301,3 +302,23 @@ def test_peers_that_are_removed_or_begun_anew_leave_nothing() -> None:
     world.run(5)
     assert world.liveness("a") is UNKNOWN
     assert [it for _, key, it in world.changes if key == "a"] == [ALIVE, DEAD]
+
+
+def test_a_probe_that_was_not_sent_is_soon_sent_again_to_an_idle_peer() -> None:
+    """Before, it was when the next one was due, 5 minutes later: the route to a new peer may come after its probe."""
+    world = World(answering={"a"}, can_send=False)
+    world.run(2)
+    world.can_send = True
+    world.run(UNKNOWN_S + 1)
+    assert world.liveness() is ALIVE
+    assert len(world.probes) == 2
+
+
+def test_thousands_of_idle_peers_that_shall_be_asked_each_minute_are_asked_less_often() -> None:
+    peers = [str(i) for i in range(10_000)]
+    world = World(peers, answering=set(peers), idle_s=60.0)
+    world.run(600)
+    assert len(world.probes) / 600 < 50
+    few = World(["a"], answering={"a"}, idle_s=60.0)
+    few.run(600)
+    assert 9 <= len(few.probes) <= 12

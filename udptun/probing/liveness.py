@@ -34,7 +34,7 @@ IDLE_S = 300.0
 IDLE_PER_S = 40
 """Of these probes at most, when many peers come at once."""
 UNKNOWN_S = 5.0
-"""Between two probes of a peer that is watched closely and has never answered."""
+"""Between two probes of a peer that is watched closely and has never answered, or after one that was not sent."""
 DEAD_S = 1.0
 """Between two probes of a dead peer; more where there are many, so that these are IDLE_PER_S at most."""
 
@@ -74,10 +74,15 @@ class _Peer:
 
 
 class Probing(Generic[K]):
-    """All peers, by whatever the caller calls them.  `chance` spreads the probes of idle ones."""
+    """All peers, by whatever the caller calls them.
 
-    def __init__(self, chance: random.Random) -> None:
+    `chance` spreads the probes of idle ones, which come every `idle_s`; less often where there are many, so that these
+    are IDLE_PER_S.
+    """
+
+    def __init__(self, chance: random.Random, idle_s: float = IDLE_S) -> None:
         self._chance = chance
+        self._idle_s = idle_s
         self._peers: dict[K, _Peer] = {}
         self._watched: set[K] = set()
         """Those that are looked at each time: watched closely, dead, or with a probe on the way."""
@@ -130,11 +135,15 @@ class Probing(Generic[K]):
         if peer.liveness is Liveness.UNKNOWN:
             self._become(key, peer, Liveness.ALIVE)
 
-    def note_not_sent(self, key: K) -> None:
-        """The probe that is on the way never left this host, which says nothing about the peer."""
+    def note_not_sent(self, key: K, now_s: float) -> None:
+        """The probe that is on the way never left this host, which says nothing about the peer: it is asked again."""
         peer = self._peers.get(key)
         if peer is not None:
             peer.asked_s = None
+            again_s = now_s + max(UNKNOWN_S, len(self._peers) / IDLE_PER_S)
+            if again_s < peer.idle_due_s:
+                peer.idle_due_s = again_s
+                self._push(key, again_s)
 
     def note_no_room(self, key: K) -> None:
         """The probe could not be sent now: it is due with the next look."""
@@ -166,7 +175,8 @@ class Probing(Generic[K]):
             # Otherwise it has gone, or another entry is its own.
             if peer is None or peer.idle_due_s != due_s:
                 continue
-            peer.idle_due_s = now_s + IDLE_S * self._chance.uniform(0.9, 1.1)
+            idle_s = max(self._idle_s, len(self._peers) / IDLE_PER_S)
+            peer.idle_due_s = now_s + idle_s * self._chance.uniform(0.9, 1.1)
             self._push(key, peer.idle_due_s)
             if peer.asked_s is None and not 0 < peer.n_lost < MOST_LOST and now_s - peer.probed_s >= TIMEOUT_S:
                 due.append(key)

@@ -175,7 +175,7 @@ class Prober:
         for subnet in probing.waits_too_long(now_s):
             asked = self._asked.pop(subnet, None)
             if asked is None or was_away or not asked.sent.fate().has_left:
-                probing.note_not_sent(subnet)
+                probing.note_not_sent(subnet, now_s)
             else:
                 probing.note_lost(subnet)
         self._give_up_measuring(now_s, was_away=was_away)
