@@ -128,15 +128,19 @@ def test_config_takes_a_number_of_source_ports_or_auto(text: str, ports: int) ->
     assert conf.backend == UdpKeys(source_ports=ports)
 
 
-def test_peers_are_probed_unless_the_flag_or_the_config_says_no() -> None:
-    def is_on(flags: list[str], keys: UdpKeys) -> bool:
+@pytest.mark.parametrize("keys", [UdpKeys, VxlanKeys, HostGwKeys])
+def test_peers_are_probed_unless_the_flag_or_the_config_says_no(
+    keys: type[UdpKeys] | type[VxlanKeys] | type[HostGwKeys],
+) -> None:
+    def is_on(flags: list[str], keys: BackendKeys) -> bool:
         return live_settings(parse_daemon_flags(flags, {}), keys, 1500, 28).probe
 
-    assert parse('{"Network":"10.3.0.0/16","Backend":{"Type":"udp","Probe":false}}').backend == UdpKeys(probe=False)
-    assert is_on([], UdpKeys())
-    assert not is_on([], UdpKeys(probe=False))
-    assert is_on(["--probe"], UdpKeys(probe=False))
-    assert not is_on(["--probe=false"], UdpKeys())
+    conf = '{"Network":"10.3.0.0/16","Backend":{"Type":"' + keys.type + '","Probe":false}}'
+    assert parse(conf).backend == keys(probe=False)
+    assert is_on([], keys())
+    assert not is_on([], keys(probe=False))
+    assert is_on(["--probe"], keys(probe=False))
+    assert not is_on(["--probe=false"], keys())
 
 
 @pytest.mark.parametrize(

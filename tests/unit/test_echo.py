@@ -7,7 +7,14 @@ from ipaddress import IPv4Address
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
 
-from udptun.core.echo import MIN_LENGTH, EchoReply, echo_request, parse_echo_reply
+from udptun.core.echo import (
+    MIN_LENGTH,
+    EchoReply,
+    echo_message,
+    echo_request,
+    parse_echo_reply,
+    parse_echo_reply_message,
+)
 
 HERE, THERE = IPv4Address("10.244.1.0"), IPv4Address("10.244.2.0")
 NONCE = bytes(range(200, 208))
@@ -46,3 +53,16 @@ def test_reply_may_have_options() -> None:
 )
 def test_anything_else_is_no_reply(packet: bytes) -> None:
     assert parse_echo_reply(packet) is None
+
+
+@pytest.mark.parametrize("length", [MIN_LENGTH, 1472])
+def test_message_is_what_the_request_has_after_its_header_but_for_checksum_and_id(length: int) -> None:
+    expected = bytes(ICMP(id=0, seq=0, chksum=0) / (NONCE + bytes(length - MIN_LENGTH)))
+    assert echo_message(NONCE, length) == expected
+
+
+def test_reply_message_is_known_from_what_it_begins_with() -> None:
+    message = REPLY[20:]
+    assert parse_echo_reply_message(message[:16]) == parse_echo_reply_message(message) == NONCE
+    assert parse_echo_reply_message(message[:15]) is None
+    assert parse_echo_reply_message(echo_message(NONCE)) is None

@@ -140,8 +140,7 @@ def test_datapath_can_give_its_rights_up_under_the_units_filter() -> None:
 
 def test_settings_of_the_host_exist() -> None:
     lines = [it for it in (SYSTEMD / "90-udptun.conf").read_text().splitlines() if it and not it.startswith("#")]
-    assert lines
-    for line in lines:
-        name, _, value = map(str.strip, line.partition("="))
+    values = {name.strip(): value.strip() for name, value in (line.split("=") for line in lines)}
+    assert values == {"net.ipv4.ip_forward": "1", "net.ipv4.ping_group_range": "0 2147483647"}
+    for name in values:
         assert Path("/proc/sys", *name.split(".")).exists()
-        assert value == "1"

@@ -27,7 +27,14 @@ def _all_offloads_but(value: object) -> Offload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TunnelKeys(BackendKeys):
+class ProbedKeys(BackendKeys):
+    """The keys of a backend whose peers are probed."""
+
+    probe: bool = key("Probe", boolean, True, is_live=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunnelKeys(ProbedKeys):
     """The keys of a backend that puts packets into UDP datagrams.
 
     `mtu` is the underlay's in bytes, None: the interface's.  `workers` None: `default_workers`.  `offload` is what may
@@ -40,15 +47,14 @@ class TunnelKeys(BackendKeys):
         "SourceCheck", choice({it.value: it for it in SourceCheck}), SourceCheck.PEER, is_live=True
     )
     offload: Offload = key("OffloadDisabled", _all_offloads_but, ALL, is_live=True)
-    probe: bool = key("Probe", boolean, True, is_live=True)
 
 
 @dataclass(frozen=True, slots=True)
 class LiveSettings:
-    """What SIGHUP can change.  `mtu` is the largest packet of a pod, bytes.  The rest concerns the userspace tunnel.
+    """What SIGHUP can change.  All but `mtu` and `probe` concerns the userspace tunnel.
 
-    `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.  `probe`:
-    whether the peers are probed.
+    `mtu` is the largest packet of a pod, bytes.  `probe`: whether the peers are probed.
+    `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.
     """
 
     mtu: int

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from udptun.backends.base import BackendInput, LiveSettings
-from udptun.config.net_conf import BackendKeys
+from udptun.backends.base import BackendInput, LiveSettings, ProbedKeys
 from udptun.core.desired import DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError
 from udptun.core.lease import Lease, LeaseAttrs
@@ -14,7 +13,7 @@ from udptun.kernel.underlay import Underlay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostGwKeys(BackendKeys):
+class HostGwKeys(ProbedKeys):
     """`Backend` of Type host-gw."""
 
     type: ClassVar[str] = "host-gw"

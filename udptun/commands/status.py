@@ -73,6 +73,9 @@ def render(document: Document, now_s: float) -> str:
         f"backend    {backend['type']} {backend['device'] or 'no device'} mtu {backend['mtu']}{source_check} "
         f"({backend['reason']})",
     ]
+    # A daemon of an earlier version does not say it.
+    if (probes := backend.get("probes", "on")) != "on":
+        lines.append(f"probes     {probes}")
     if datapath is not None:
         # A daemon of an earlier version does not say it.
         given_up = datapath.get("confinement")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import BackendChoice
+from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.core.desired import DesiredRoute, DesiredState, blackhole
 from udptun.core.errors import UdptunError
@@ -63,6 +64,8 @@ class Forwarding:
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
+        carries = bool(choice.backend.peer_types)
+        self._probes = HostProbes(choice.backend.device) if tunnel is None and carries else None
         self._kept = kept
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""
@@ -130,6 +133,8 @@ class Forwarding:
             # A datapath may be left of a run with another backend, and the kernel may need its port.
             await processes.end_all(await processes.find_running(self._run_dir))
             await self._kept.forget()
+        if self._probes is not None:
+            self._probes.use(self._inputs())
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
         reconciler = self._reconciler = Reconciler(DesiredState(), device, self._ownership)
         if self._tunnel is not None:
@@ -150,6 +155,8 @@ class Forwarding:
             tasks.create_task(self._reconciler.run(), name="reconcile")
             if self._tunnel is not None:
                 tasks.create_task(self._tunnel.run(), name="datapath")
+            if self._probes is not None:
+                tasks.create_task(self._probes.run(), name="probes")
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
         """Follow a change of the peers, as LeaseTable reports it.  Ignored before `start`, which is given all peers."""
@@ -162,6 +169,8 @@ class Forwarding:
                 self._peers[event.lease.subnet] = event.lease
         if self._tunnel is not None:
             await self._tunnel.peers_changed(events)
+        if self._probes is not None:
+            self._probes.peers_changed(events)
         self._update_desired(self._reconciler)
 
     async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
@@ -177,6 +186,8 @@ class Forwarding:
             live = await self._tunnel.apply(self._inputs(), inputs)
             await self._keep_descriptors()
         self._underlay, self.live = underlay, live
+        if self._probes is not None:
+            self._probes.use(self._inputs())
         self._update_desired(self._reconciler)
 
     async def undo_failed_start(self) -> None:
@@ -205,8 +216,8 @@ class Forwarding:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        tunnel = () if self._tunnel is None else self._tunnel.problems
-        return tunnel if self._reconciler is None else (*tunnel, *self._reconciler.problems)
+        parts = (self._tunnel, self._probes, self._reconciler)
+        return tuple(line for part in parts if part is not None for line in part.problems)
 
     @property
     def pod_path(self) -> PodPath | None:
@@ -226,6 +237,9 @@ class Forwarding:
             "mtu": self.live.mtu,
         }
         peers = [_peer(lease) for lease in leases]
+        if self._probes is not None:
+            backend |= {"probes": self._probes.state}
+            peers = [peer | self._probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
         if self._tunnel is None:
             return {"backend": backend, "datapath": None, "peers": peers, "counters": {}}
         own = self._tunnel.document(leases, self.live)

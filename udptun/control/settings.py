@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import replace
 
-from udptun.backends.base import Backend, LiveSettings, TunnelKeys, mtu_for
+from udptun.backends.base import Backend, LiveSettings, ProbedKeys, TunnelKeys, mtu_for
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config.flags import Options
@@ -42,6 +42,7 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
     `underlay_mtu` is the interface's, `overhead` the backend's, bytes.  Raises ConfigError when the MTU is too small.
     """
     tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
+    probed = keys if isinstance(keys, ProbedKeys) else tunnel
     workers = options.workers or tunnel.workers or default_workers(len(os.sched_getaffinity(0)))
     source_ports = 1
     if isinstance(keys, UdpKeys):
@@ -53,7 +54,7 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
         options.source_check or tunnel.source_check,
         offload & ~corrupted_by(os.uname().release),
         workers if source_ports == AS_MANY_AS_WORKERS else source_ports,
-        tunnel.probe if options.probe is None else options.probe,
+        probed.probe if options.probe is None else options.probe,
     )
 
 

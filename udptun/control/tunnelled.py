@@ -160,6 +160,7 @@ class Tunnelled:
         active = datapath.active
         return {
             "backend": {
+                "probes": self._prober.state,
                 "source_check": live.source_check.value,
                 "source_ports": self.tunnel.n_senders or 1,
                 "offloads": offload_names(self.tunnel.granted_offload & ~stats.refused(live.workers)),

@@ -43,6 +43,11 @@ def echo_request(
     return header[:10] + _checksum(header) + header[12:] + echo[:2] + _checksum(echo) + echo[4:]
 
 
+def echo_message(nonce: bytes, length: int = MIN_LENGTH) -> bytes:
+    """The ICMP message of a packet of `length` bytes.  Whoever sends it fills in the checksum and the id."""
+    return _ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0, nonce).ljust(length - _IPV4.size, b"\0")
+
+
 def parse_echo_reply(packet: bytes) -> EchoReply | None:
     """From what a packet begins with, whose checksums have been looked at; None unless it has room for a nonce."""
     if len(packet) < MIN_LENGTH:
@@ -55,6 +60,14 @@ def parse_echo_reply(packet: bytes) -> EchoReply | None:
     if (kind, code) != (_ECHO_REPLY, 0):
         return None
     return EchoReply(IPv4Address(source), IPv4Address(destination), id, sequence, nonce)
+
+
+def parse_echo_reply_message(message: bytes) -> bytes | None:
+    """The nonce in what an ICMP message begins with; None unless it is an echo reply that has room for one."""
+    if len(message) < _ECHO.size:
+        return None
+    kind, code, _, _, _, nonce = _ECHO.unpack_from(message)
+    return nonce if (kind, code) == (_ECHO_REPLY, 0) else None
 
 
 def _checksum(data: bytes) -> bytes:

@@ -60,6 +60,9 @@ class TunnelCarrier:
     def close(self) -> None:
         self._tunnel.rings.close()
 
+    def obstacle(self) -> None:
+        """There is none: what is injected waits for a worker."""
+
     def poll(self) -> None:
         for punt in self._tunnel.rings.take_punts():
             self._take(punt)

@@ -52,6 +52,9 @@ class Carrier(Protocol):
     def close(self) -> None:
         """Listen no more."""
 
+    def obstacle(self) -> str | None:
+        """Why no probes can be sent now, with a remedy; None: they can.  Asked before each look."""
+
     def poll(self) -> None:
         """Hand over what has come by now, as `listen` does."""
 

@@ -67,10 +67,11 @@ class _Path:
 
 
 class PathMtus(Generic[K]):
-    """All peers, by whatever the caller calls them.  `full`: see above."""
+    """All peers, by whatever the caller calls them.  `full`: see above.  `idle_check_s`: see IDLE_CHECK_S."""
 
-    def __init__(self, full: int) -> None:
+    def __init__(self, full: int, idle_check_s: float = IDLE_CHECK_S) -> None:
         self._full = full
+        self._idle_check_s = idle_check_s
         self._paths: dict[K, _Path] = {}
         self._busy: set[K] = set()
         """Those that have a round before them or on the way, whether they are watched or not."""
@@ -115,7 +116,7 @@ class PathMtus(Generic[K]):
     def due_with_answer(self, key: K, now_s: float) -> list[tuple[K, int]]:
         """Likewise, of a peer that has just answered a small probe."""
         path = self._paths.get(key)
-        if path is None or now_s - path.checked_s < IDLE_CHECK_S or now_s < self._next_idle_s:
+        if path is None or now_s - path.checked_s < self._idle_check_s or now_s < self._next_idle_s:
             return []
         self._next_idle_s = now_s + 1 / IDLE_PER_S
         return self.due([key], now_s)

@@ -20,8 +20,8 @@ from ipaddress import IPv4Address, IPv4Network
 from udptun.core.echo import MIN_LENGTH, NONCE_LEN
 from udptun.probing.beliefs import Beliefs
 from udptun.probing.carrier import Carrier, Sent, Target
-from udptun.probing.liveness import Liveness, Probing
-from udptun.probing.path_mtu import PathMtus
+from udptun.probing.liveness import IDLE_S, Liveness, Probing
+from udptun.probing.path_mtu import IDLE_CHECK_S, PathMtus
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ _JUST_NOW_S = 1.2
 """A peer that was heard so long ago is there, and what is lost is lost for its length."""
 _BELIEFS_S = 5.0
 """Between two looks at what the kernel believes of narrow paths that nothing is sent on."""
+_NOT_YET = "they have not begun"
 _MAX_LINES = 4
 """Of problems of one kind, and of the log at once."""
 
@@ -52,11 +53,13 @@ class _Asked:
 class Prober:
     """The probes of one carrier; it serves one event loop, but for `document` and `problems`."""
 
-    def __init__(self, carrier: Carrier) -> None:
+    def __init__(self, carrier: Carrier, idle_s: float = IDLE_S, idle_check_s: float = IDLE_CHECK_S) -> None:
+        """`idle_s` is between two probes of a peer without traffic, `idle_check_s` between two checks of its path."""
         self._carrier = carrier
-        self._mtu = 0
-        self._probing: Probing[IPv4Network] = Probing(random.Random())
-        self._paths: PathMtus[IPv4Network] = PathMtus(0)
+        self._obstacle: str | None = _NOT_YET
+        self._mtu, self._idle_check_s = 0, idle_check_s
+        self._probing: Probing[IPv4Network] = Probing(random.Random(), idle_s)
+        self._paths: PathMtus[IPv4Network] = PathMtus(0, idle_check_s)
         self._beliefs: Beliefs[IPv4Network] = Beliefs(0)
         self._beliefs_due_s = float("-inf")
         self._undecided: set[IPv4Network] = set()
@@ -111,7 +114,7 @@ class Prober:
             self._is_on, self._mtu = is_on, mtu
             peers = dict(self._targets)
             self.remove_peers(peers)
-            self._paths, self._beliefs = PathMtus(mtu), Beliefs(mtu)
+            self._paths, self._beliefs = PathMtus(mtu, self._idle_check_s), Beliefs(mtu)
             self.add_peers(peers)
 
     async def run(self) -> None:
@@ -134,6 +137,11 @@ class Prober:
                 await self._act()
         finally:
             self._carrier.close()
+
+    @property
+    def state(self) -> str:
+        """`on`, `off`, or `off: ` and why nobody is probed."""
+        return "off" if not self._is_on else "on" if self._obstacle is None else f"off: {self._obstacle}"
 
     def document(self, subnet: IPv4Network) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
@@ -163,13 +171,19 @@ class Prober:
         target = self._targets.get(subnet)
         return self._carrier.dead_line(_host(subnet, target and target.place), since)
 
+    def _can_probe(self) -> bool:
+        before, self._obstacle = self._obstacle, self._carrier.obstacle()
+        if self._obstacle != before and (before, self._obstacle) != (_NOT_YET, None):
+            log.info("probes are %s", self.state)
+        return self._obstacle is None
+
     def _look(self, *, was_away: bool) -> None:
         """Take what has come, give up what has not, and ask whom it is time to ask."""
         now_s, probing = self._now_s(), self._probing
         self._carrier.poll()
         traffic = self._carrier.traffic()
         self._look_at_beliefs((subnet for subnet, (n_sent, _) in traffic.items() if n_sent), now_s)
-        if not self._is_on:
+        if not self._is_on or not self._can_probe():
             return
         probing.note_traffic(traffic, now_s)
         for subnet in probing.waits_too_long(now_s):

@@ -1,0 +1,67 @@
+"""What is known of the peers of a backend whose packets the kernel carries; it is shown, and nothing else is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Network
+
+from udptun.backends.base import BackendInput
+from udptun.core.lease import EventType, Lease, LeaseEvent
+from udptun.probing.carrier import Target
+from udptun.probing.host import HostCarrier
+from udptun.probing.prober import Prober
+
+_IDLE_S = 60.0
+"""Between two probes of a peer, and between two measures of its path.
+
+The kernel does not say which peers have traffic, so each is taken for idle.  Where there are so many that this would be
+too many probes, they come less often.
+"""
+
+
+class HostProbes:
+    """Probes the peers from this host.  `device` is the one that packets to them go through, None: there is none."""
+
+    def __init__(self, device: str | None) -> None:
+        self._device = device
+        self._prober = Prober(HostCarrier(device), _IDLE_S, _IDLE_S)
+
+    def use(self, inputs: BackendInput) -> None:
+        """Have these settings, and exactly these peers."""
+        self._prober.switch(is_on=inputs.live.probe, mtu=inputs.live.mtu)
+        self._prober.set_peers(self._targets(inputs.peers))
+
+    def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
+        self._prober.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
+        self._prober.add_peers(self._targets(event.lease for event in events if event.type is EventType.ADDED))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await self._prober.run()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """May be read on another thread."""
+        return self._prober.problems
+
+    @property
+    def state(self) -> str:
+        """See `Prober.state`."""
+        return self._prober.state
+
+    def document(self, lease: Lease) -> dict[str, object]:
+        """The keys of docs/status.md about a peer."""
+        return self._prober.document(lease.subnet)
+
+    def _targets(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Target]:
+        """Whom to ask, so that echoes go the way of packets to the pods.
+
+        A peer has the first address of its subnet on the device.  Without one nothing of its subnet has to be there
+        before its first pod; its PublicIP is what packets to its pods go through.
+        """
+        found = {}
+        for lease in leases:
+            host = lease.attrs.public_ip
+            address = host if self._device is None else lease.subnet.network_address
+            found[lease.subnet] = Target(address, host, str(host))
+        return found
