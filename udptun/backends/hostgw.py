@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from udptun.backends.base import BackendInput, LiveSettings, ProbedKeys
 from udptun.core.desired import DesiredRoute, DesiredState
-from udptun.core.errors import UdptunError
+from udptun.core.errors import UdptunError, one_line
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
 
@@ -45,7 +45,7 @@ class HostGw:
 
     def refusal(self, lease: Lease) -> str | None:
         if lease.attrs.backend_type != self.type:
-            return f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {self.type}"
+            return one_line(f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {self.type}")
         return None
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[()]:

@@ -24,6 +24,7 @@ from udptun.core.desired import (
     DesiredState,
     Sysctl,
 )
+from udptun.core.errors import one_line
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.network_state import Vxlan
 from udptun.core.tunnel import PORTS
@@ -131,7 +132,7 @@ def lease_attrs(vni: int, mac: str, underlay: Underlay, node_id: str) -> LeaseAt
 def refusal(lease: Lease) -> str | None:
     """Why a lease is not a peer of a VTEP.  Its VNI is not looked at, as in flannel."""
     if lease.attrs.backend_type != VxlanKeys.type:
-        return f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {VxlanKeys.type}"
+        return one_line(f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {VxlanKeys.type}")
     if _mac(lease) is None:
         return "its BackendData has no VtepMAC that is a unicast MAC address"
     return None

@@ -41,7 +41,7 @@ from udptun.config.store_flags import (
     kube_options,
     parse_store,
 )
-from udptun.core.errors import UsageError
+from udptun.core.errors import UsageError, one_line
 from udptun.core.offload import Offload
 from udptun.core.offload import parse as parse_offloads
 from udptun.core.tunnel import (
@@ -369,7 +369,7 @@ def _options(
         store_is_named=is_named,
         pretend_no_vxlan=bool(environ.get("UDPTUN_PRETEND_NO_VXLAN")),
         notify_socket=environ.get("NOTIFY_SOCKET", ""),
-        warnings=tuple(given.warnings),
+        warnings=tuple(map(one_line, given.warnings)),
         help=given.is_help,
     )
 

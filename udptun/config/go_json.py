@@ -15,7 +15,7 @@ from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from udptun.core.errors import ConfigError, did_you_mean
+from udptun.core.errors import ConfigError, did_you_mean, one_line
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Enum)
@@ -27,6 +27,10 @@ Raises ValueError when the JSON value is of the wrong kind.  The text says what 
 """
 
 
+_MANY = 50
+"""So many lines of a kind a text gets; a hint for each of a million wrong keys would take minutes."""
+
+
 class Report:
     """What is wrong with one text, and what is merely odd.  `source` names the text in each line."""
 
@@ -36,10 +40,16 @@ class Report:
         self.notes: list[str] = []
 
     def problem(self, key: str, reason: str) -> None:
-        self._problems.append(f"{self._source}: {key}: {reason}")
+        self._add(self._problems, f"{key}: {reason}")
 
     def note(self, text: str) -> None:
-        self.notes.append(f"{self._source}: {text}")
+        self._add(self.notes, text)
+
+    def _add(self, lines: list[str], text: str) -> None:
+        if len(lines) < _MANY:
+            lines.append(one_line(f"{self._source}: {text}"))
+        elif len(lines) == _MANY:
+            lines.append(f"{self._source}: and more of the kind")
 
     def raise_problems(self) -> None:
         """Raise ConfigError with a line for each problem, if there is one."""
@@ -87,16 +97,15 @@ class JsonFields:
         else:
             if isinstance(value, JsonObject):
                 return cls(value, known, "", report)
-            report.problem("not a configuration", f"a JSON object is needed, not {_shown(value)}")
+            report.problem("not a configuration", f"a JSON object is needed, not {shown(value)}")
         report.raise_problems()
         raise AssertionError("unreachable: a problem was reported")
 
     def note_unknown(self, known: Sequence[str]) -> None:
         """Leave a note for each key that is none of `known`."""
-        for name in self._values:
-            if name not in known:
-                hint = did_you_mean(name, known, self._path)
-                self._report.note(f"{self._path}{name}: unknown key, ignored{hint}")
+        for name in [name for name in self._values if name not in known][: _MANY + 1]:
+            hint = did_you_mean(name, known, self._path)
+            self._report.note(f"{self._path}{name}: unknown key, ignored{hint}")
 
     def has(self, key: str) -> bool:
         """Whether the key is there at all, null included."""
@@ -120,7 +129,7 @@ class JsonFields:
 
     def wrong(self, key: str, what_it_must_be: str) -> None:
         """Report a value; the text is as that of a Reader's ValueError."""
-        self._report.problem(self._path + key, f"{what_it_must_be}, not {_shown(self.raw(key))}")
+        self._report.problem(self._path + key, f"{what_it_must_be}, not {shown(self.raw(key))}")
 
     def names(self) -> list[str]:
         """The keys in the order of the text."""
@@ -132,7 +141,7 @@ def _refuse_constant(name: str) -> object:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as the file's author would recognise it, on one short line."""
     if isinstance(value, JsonObject):
         return "an object"

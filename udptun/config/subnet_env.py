@@ -13,7 +13,7 @@ from typing import TypeVar
 from udptun.config import env_file
 from udptun.config.net_conf import NetConf
 from udptun.core import atomic_file
-from udptun.core.errors import KernelError
+from udptun.core.errors import KernelError, one_line
 from udptun.core.lease import Subnets
 
 _READ_LIMIT = 64 * 1024
@@ -48,8 +48,8 @@ def parse(text: str) -> tuple[Subnets | None, str]:
     ipv4 = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
     ipv6 = _subnet(values, "FLANNEL_IPV6_SUBNET", _ipv6_network, wrong)
     if ipv4 is None:
-        return None, "; ".join(wrong) or "no FLANNEL_SUBNET in it"
-    return Subnets(ipv4, ipv6), "; ".join(wrong)
+        return None, one_line("; ".join(wrong)) or "no FLANNEL_SUBNET in it"
+    return Subnets(ipv4, ipv6), one_line("; ".join(wrong))
 
 
 def parse_networks(text: str) -> tuple[IPv4Network, IPv4Network] | None:

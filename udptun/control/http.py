@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from udptun.core.errors import KernelError
+from udptun.core.errors import KernelError, one_line
 from udptun.kernel.supervisor import Supervisor
 
 REQUEST_BYTES = 8192
@@ -218,7 +218,7 @@ async def _respond(routes: Routes, head: bytes) -> Response:
         response = route()
         return response if isinstance(response, Response) else await response
     except Exception:
-        log.exception("no answer for a request path=%s", target)
+        log.exception("no answer for a request path=%s", one_line(target))
         return _error(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 

@@ -13,10 +13,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+_LONGEST_LINE = 2000
+"""Characters.  What is quoted in a message may be a megabyte long."""
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that cannot command a terminal: what is not printable is escaped, and the middle of
+    what is too long is left out.
+
+    Others write leases and configurations, and what is wrong with them is quoted in the log and by `udptun status`.
+    """
+    if len(text) > _LONGEST_LINE:
+        # What was attempted stands at the beginning, and why it failed at the end.
+        text = f"{text[: _LONGEST_LINE - 700]} ... {text[-600:]} ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return one_line("".join(char if char.isprintable() else repr(char)[1:-1] for char in text))
+
+
 class UdptunError(Exception):
     """Base of all; `exit_status` is what the command ends with when nobody handles it."""
 
     exit_status = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -39,8 +60,8 @@ class ConfigError(UdptunError):
     exit_status = 2
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("; ".join(problems))
-        self._problems = problems
+        self._problems = tuple(map(one_line, problems))
+        Exception.__init__(self, "; ".join(self._problems))
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ flannel's: the key of a lease (`10.244.3.0-24`, with `&<v6>-<len>` appended in d
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
+from udptun.core.errors import one_line
 from udptun.core.text_cache import TextCache
 
 Json = Any
@@ -28,8 +30,52 @@ object equals itself without a look inside.
 """
 
 
+_DEEPEST = 100
+"""Arrays and objects within one another in what others have written.  What can be read must be good to write, to
+compare and to copy, and each of these ends at some depth, which nobody else's lease may choose."""
+
+
 class LeaseFormatError(ValueError):
-    """A lease key or value that is not flannel's form; the text says what is wrong with it."""
+    """A lease key or value that is not flannel's form; the text says in one line what is wrong with it."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(one_line(problem))
+
+
+def load_json(text: str) -> Json:
+    """The JSON value that another host has written.  Raises ValueError for what Go's encoding/json would not read.
+
+    Python alone takes NaN and Infinity, and makes Infinity of a number that is too large.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST:
+        raise ValueError(_TOO_DEEP)
+    return value
+
+
+_TOO_DEEP = f"more than {_DEEPEST} arrays and objects within one another"
+
+
+def _refuse_constant(name: str) -> Json:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _depth(value: Json) -> int:
+    depth, level = 0, [value]
+    while level := [it for it in level if isinstance(it, (dict, list))]:
+        depth += 1
+        level = [inner for it in level for inner in (it.values() if isinstance(it, dict) else it)]
+    return depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +98,7 @@ class Subnets:
 
     @classmethod
     def from_key(cls, key: str) -> Subnets:
-        """The inverse of `key`.  Raises LeaseFormatError; host bits are an error, not masked away."""
+        """The inverse of `key`.  Raises LeaseFormatError for all else, as host bits or another form of an address."""
         return _SUBNETS.get(key, cls._parse)
 
     @classmethod
@@ -62,12 +108,16 @@ class Subnets:
             raise LeaseFormatError(f"{key!r} is not of the form <IPv4>-<length> or <IPv4>-<length>&<IPv6>-<length>")
         v4, v4_len, v6, v6_len = match.groups()
         try:
-            return cls(
+            subnets = cls(
                 IPv4Network((v4, int(v4_len))),
                 None if v6 is None else IPv6Network((v6, int(v6_len))),
             )
         except ValueError as exc:
             raise LeaseFormatError(f"{key!r}: {exc}") from exc
+        if subnets.key != key:
+            # Under two keys it would be two leases to the store, and one to everybody else.
+            raise LeaseFormatError(f"{key!r} is written {subnets.key!r}")
+        return subnets
 
 
 _SUBNETS = TextCache[Subnets](_REMEMBERED_BYTES)
@@ -129,8 +179,8 @@ class LeaseAttrs:
     @classmethod
     def _parse(cls, text: str) -> LeaseAttrs:
         try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as exc:
+            value = load_json(text)
+        except ValueError as exc:
             raise LeaseFormatError(f"not JSON: {exc}") from exc
         if not isinstance(value, dict):
             raise LeaseFormatError(f"a lease is a JSON object, not {type(value).__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from udptun.core.errors import one_line
 from udptun.core.lease import Lease
 
 log = logging.getLogger(__name__)
@@ -58,4 +59,5 @@ class OtherTypes:
     def _fact(self, lease: Lease) -> str:
         # flannel's udp and alloc name no type.
         kind = lease.attrs.backend_type or "udp or alloc"
-        return f"peer {lease.attrs.public_ip} leases {lease.subnet} for {kind}, this node carries {self._backend}"
+        fact = f"peer {lease.attrs.public_ip} leases {lease.subnet} for {kind}, this node carries {self._backend}"
+        return one_line(fact)

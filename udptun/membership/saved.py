@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from udptun.core.clock import Clock
-from udptun.core.errors import KernelError
+from udptun.core.errors import KernelError, one_line
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership.child_writer import ChildWriter
 
@@ -86,16 +87,16 @@ def parse(text: str, network: IPv4Network | None, now_s: float) -> Remembered:
     try:
         content = json.loads(text)
         if content["schema"] != SCHEMA:
-            return Remembered(None, f"it has schema {content['schema']!r}, not {SCHEMA}")
+            return Remembered(None, one_line(f"it has schema {content['schema']!r}, not {SCHEMA}"))
         saved_at_s = float(content["saved_at"])
         config = content["config"]
         if not isinstance(config, str):
-            return Remembered(None, f"it is damaged: config is {config!r}")
+            return Remembered(None, one_line(f"it is damaged: config is {config!r}"))
         saved_network = IPv4Network(content["network"])
         own = _from_json(content["own"])
         peers = tuple(_from_json(item) for item in content["peers"])
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as exc:
-        return Remembered(None, f"it is damaged: {type(exc).__name__}: {exc}")
+        return Remembered(None, one_line(f"it is damaged: {type(exc).__name__}: {exc}"))
     if network not in (None, saved_network):
         return Remembered(None, f"it is about Network {saved_network}, not {network}")
     if not now_s >= saved_at_s - CLOCK_SLACK_S:
@@ -113,7 +114,7 @@ def _to_json(lease: Lease) -> dict[str, Any]:
 def _from_json(item: Any) -> Lease:
     """The inverse of `_to_json`.  Anything else raises one of the errors that `parse` catches."""
     expires = item["expires"]
-    if expires is not None and type(expires) not in (int, float):
+    if expires is not None and (type(expires) not in (int, float) or not math.isfinite(expires)):
         raise LeaseFormatError(f"expires is {expires!r}")
     return Lease(Subnets.from_key(item["key"]), LeaseAttrs.from_json(item["value"]), expires)
 

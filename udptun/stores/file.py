@@ -32,7 +32,8 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
-from udptun.core.errors import ConfigError, LeaseLostError
+from udptun.config.go_json import JsonObject, shown
+from udptun.core.errors import ConfigError, LeaseLostError, one_line
 from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
 from udptun.stores.base import (
     LEASE_TTL_S,
@@ -89,7 +90,7 @@ def parse(text: str) -> Leases:
     agree.
     """
     try:
-        items = json.loads(text, object_pairs_hook=_Object)
+        items = json.loads(text, object_pairs_hook=JsonObject)
     except json.JSONDecodeError as exc:
         raise ConfigError(f"line {exc.lineno} column {exc.colno}: {exc.msg}") from exc
     except (ValueError, RecursionError) as exc:  # a number of thousands of digits, thousands of brackets
@@ -104,22 +105,18 @@ def parse(text: str) -> Leases:
             entry = _entry(number, item)
             _take(taken, entry)
         except ValueError as exc:
-            skipped.append(f"entry {number}: {exc}")
+            skipped.append(one_line(f"entry {number}: {exc}"))
         else:
             entries.append(entry)
     return Leases(tuple(entries), tuple(skipped))
 
 
-class _Object(tuple[tuple[str, Json], ...]):
-    """A JSON object as its pairs: a dict would hide a key that is there twice."""
-
-
 def _entry(number: int, item: Json) -> Entry:
     """Raises ValueError with the reason why the item cannot be used."""
-    if not isinstance(item, _Object):
+    if not isinstance(item, JsonObject):
         raise ValueError('not a JSON object; write {"Subnet": ..., "PublicIP": ...}')
     fields: dict[str, Json] = {}
-    for written, value in item:
+    for written, value in item.pairs:
         key = _KEYS.get(written.lower())
         if key is None:
             raise ValueError(f"unknown key {written!r}; known are {', '.join(_KEYS.values())}")
@@ -134,7 +131,7 @@ def _entry(number: int, item: Json) -> Entry:
     port = fields.get("Port")
     if port is not None:
         if type(port) is not int or not 0 < port < 65536:
-            raise ValueError(f"Port {json.dumps(port)} is not a whole number from 1 to 65535")
+            raise ValueError(f"Port {shown(port)} is not a whole number from 1 to 65535")
         backend_data["Port"] = port
     node = None if fields.get("Node") is None else _text(fields, "Node")
     attrs = LeaseAttrs(public_ip, backend_type="udp", backend_data=backend_data)
@@ -144,7 +141,7 @@ def _entry(number: int, item: Json) -> Entry:
 def _text(fields: dict[str, Json], key: str) -> str:
     value = fields.get(key)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{key} is missing" if value is None else f"{key} {json.dumps(value)} is not a text")
+        raise ValueError(f"{key} is missing" if value is None else f"{key} {shown(value)} is not a text")
     return value
 
 
