@@ -18,13 +18,15 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 from etcd_harness import LARGE_TXN, NEEDS, EtcdHarness, etcd_store
 from etcd_server import DEADLINE_S, Authority, EtcdServer, cluster, free_ports, running, until
 from follower import Follower, following
 from store_harness import SUBNETS, exactly, host
 
-from udptun.core.errors import StoreUnavailableError
+from udptun.core.errors import LeaseError, StoreUnavailableError
 from udptun.core.lease import EventType
 from udptun.stores.etcd import client
 from udptun.stores.etcd import etcd_pb2 as pb
@@ -447,3 +449,30 @@ async def test_a_thousand_leases_of_one_transaction_are_one_batch(tmp_path: Path
         await asyncio.to_thread(harness.write, [(number, number) for number in range(1000)])
         await follower.until(lambda: len(follower.leases) == 1000)
         assert len({lease.revision for lease in follower.leases.values()}) == 1
+
+
+async def test_a_server_whose_answers_are_none_is_a_store_that_does_not_answer() -> None:
+    """Each call ended with an AttributeError, and the daemon with it: grpc makes None of bytes that are no message."""
+
+    async def answer(request: object, context: object) -> bytes:
+        return b"\xff\xff\xff"
+
+    async def answers(requests: object, context: object) -> AsyncIterator[bytes]:
+        yield b"\xff\xff\xff"
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            if details.method.endswith("/Watch"):
+                return grpc.stream_stream_rpc_method_handler(answers)
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((Handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    store = etcd_store(f"--etcd-endpoints=http://127.0.0.1:{port}")
+    for ask in (store.snapshot, store.network_config, lambda: anext(store.watch(5))):
+        with pytest.raises(LeaseError, match=r"cannot .* in etcd: http://127\.0\.0\.1:\d+: its answer is none"):
+            await ask()
+    await store.aclose()
+    await server.stop(None)

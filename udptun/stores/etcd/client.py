@@ -376,7 +376,12 @@ async def _send(connection: _Connection, method: Method[_Request, _Response], re
         request_serializer=method.request.SerializeToString,
         response_deserializer=method.response.FromString,
     )
-    return await call(request, timeout=CALL_S, metadata=connection.metadata)
+    response = await call(request, timeout=CALL_S, metadata=connection.metadata)
+    if not isinstance(response, method.response):
+        # grpc's None, for bytes that are no such message.
+        nothing = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, "its answer is none that etcd gives")
+    return response
 
 
 def _failure(exc: grpc.aio.AioRpcError) -> Failure:

@@ -65,6 +65,8 @@ class LeaseKeys:
         name = kv.key.removeprefix(self.first)
         lease, problem = None, ""
         try:
+            if name == kv.key:
+                raise LeaseFormatError(f"it is not under {self.first.decode()}")
             subnets = Subnets.from_key(name.decode())
             attrs = LeaseAttrs.from_json(kv.value.decode())
             lease = Lease(subnets, attrs, self._etcd_leases.expiry(kv.lease), kv.mod_revision)

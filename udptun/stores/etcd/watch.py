@@ -37,6 +37,9 @@ _LOOKUPS_AT_ONCE = 100
 
 _LOOKUP_RETRY_S = 60.0
 
+_LAST_REVISION = 2**63 - 1
+"""Nothing can be asked for after it."""
+
 _MIN_RESET_S = 0.5
 """A watch takes a snapshot no sooner than this after the one before."""
 
@@ -108,6 +111,8 @@ class LeaseWatch:
         return WatchBatch(snapshot.revision, snapshot=snapshot)
 
     async def _open(self) -> None:
+        if not 0 <= self._after < _LAST_REVISION:
+            raise _DoubtError(f"{self._after} is a revision that no etcd comes to")
         request = pb.WatchCreateRequest(
             key=self._keys.first,
             range_end=self._keys.end,
