@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from udptun.stores.kube import client as kube_client
 from udptun.stores.kube import http
 from udptun.stores.kube.http import Answer, Auth, Http, HttpError, HttpTimeoutError, Request, needs_proxy
 
@@ -103,6 +104,23 @@ async def test_what_is_zipped_is_unzipped_and_half_of_it_is_an_error() -> None:
             await get(asking)
         with pytest.raises(HttpError, match="no gzip"):
             await get(asking)
+        asking.close()
+
+
+async def test_what_is_zipped_comes_in_pieces_however_much_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of 32 KiB became 32 MiB at once, and a body had no end."""
+    zipped = gzip.compress(bytes(50 << 20))
+    head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(zipped)
+    async with serving([head + zipped], [head + zipped]) as script:
+        asking = client(script)
+        async with asking.ask(Request("GET", "/a", {}), 10, 10) as answer:
+            sizes = [len(chunk) async for chunk in answer.chunks]
+        assert sum(sizes) == 50 << 20
+        assert max(sizes) <= http._UNZIPPED
+        monkeypatch.setattr(kube_client, "_LARGEST_BODY", 20 << 20)
+        with pytest.raises(HttpError, match="the answer has more than 20 MiB"):
+            async with asking.ask(Request("GET", "/a", {}), 10, 10) as answer:
+                await kube_client._body_of(answer)
         asking.close()
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets
+from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, load_json
 from udptun.stores.kube.node import NETWORK_UNAVAILABLE, Node
 
 
@@ -58,8 +58,8 @@ class Annotations:
     def _json(self, node: Node, key: str) -> Json:
         text = node.annotations.get(key, "null")
         try:
-            return json.loads(text or "null")
-        except (ValueError, RecursionError) as exc:
+            return load_json(text or "null")
+        except ValueError as exc:
             raise LeaseFormatError(f"its annotation {key} is not JSON: {exc}") from exc
 
     # ---------------------------------------------------------------------------------------------------- writing

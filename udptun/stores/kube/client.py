@@ -36,6 +36,12 @@ _JSON = "application/json"
 _BODY = 1 << 20
 """So much room an answer gets at first, bytes; what is not used costs nothing."""
 
+_LARGEST_BODY = 1 << 30
+"""Of an answer, bytes.  A list of 10,000 nodes at once has 200 MB."""
+
+_LONGEST_LINE = 64 << 20
+"""Of a watch, bytes.  etcd keeps no object that is larger than a few."""
+
 _LONGEST_PAUSE_S = 60.0
 """A server that asks for a longer pause (Retry-After) is asked again after so long."""
 
@@ -123,6 +129,8 @@ class Client:
         try:
             async for chunk in answer.chunks:
                 buffer += chunk
+                if len(buffer) > _LONGEST_LINE:
+                    raise SilentError(f"it has a line of more than {_LONGEST_LINE >> 20} MiB")
                 if events := [read_event(line, prefix) for line in lines_of(buffer)]:
                     yield events
         except HttpTimeoutError as exc:
@@ -201,6 +209,8 @@ async def _body_of(answer: Answer) -> memoryview:
     # Private: a shared mapping ends at its first size, whatever it is resized to (SIGBUS).
     text, n_bytes = mmap.mmap(-1, _BODY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0
     async for chunk in answer.chunks:
+        if n_bytes + len(chunk) > _LARGEST_BODY:
+            raise HttpError(f"the answer has more than {_LARGEST_BODY >> 20} MiB")
         while n_bytes + len(chunk) > len(text):
             text.resize(2 * len(text))
         text[n_bytes : n_bytes + len(chunk)] = chunk

@@ -25,6 +25,9 @@ _CHUNK = 1 << 15
 _GZIP_WBITS = 31
 """Tells zlib that what comes is gzip."""
 
+_UNZIPPED = 1 << 20
+"""So much is unzipped at once, bytes."""
+
 _IDLE_S = 5.0
 """A connection is kept for so long.  Requests come close together, or hours apart, and each connection costs a server
 of thousands of hosts memory."""
@@ -98,10 +101,18 @@ class _Connection:
                 event = await self._next_event()
             if not isinstance(event, h11.Data):
                 break
-            try:
-                yield event.data if unzip is None else unzip.decompress(event.data)
-            except zlib.error as exc:
-                raise HttpError(f"the answer is no gzip: {exc}") from exc
+            if unzip is None:
+                yield event.data
+                continue
+            rest = event.data
+            while rest:
+                try:
+                    # In pieces: a chunk of zeros stands for a thousand times as many.
+                    piece = unzip.decompress(rest, _UNZIPPED)
+                except zlib.error as exc:
+                    raise HttpError(f"the answer is no gzip: {exc}") from exc
+                rest = unzip.unconsumed_tail
+                yield piece
         if unzip is not None and not unzip.eof:
             raise HttpError("the answer's gzip ends in the middle")
 

@@ -64,6 +64,9 @@ class _Failure(msgspec.Struct):
     message: str = ""
 
 
+_REVISION_DIGITS = 20
+"""Of 2^64; int() refuses a number that is much longer."""
+
 _OBJECT = msgspec.json.Decoder(_Object)
 _LIST = msgspec.json.Decoder(_List)
 _EVENT = msgspec.json.Decoder(_Event)
@@ -170,12 +173,12 @@ def lines_of(buffer: bytearray) -> Iterator[bytes]:
 def _decoded(decoder: msgspec.json.Decoder[Any], text: Text) -> Any:
     try:
         return decoder.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise NodeFormatError(str(exc)) from exc
 
 
 def _revision(text: str) -> int:
     """A resourceVersion as a number: etcd's revision in every Kubernetes, and comparable by its own word since 1.35."""
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and len(text) <= _REVISION_DIGITS):
         raise NodeFormatError(f"its resourceVersion is {text[:40]!r}, not a number")
     return int(text)

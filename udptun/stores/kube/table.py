@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from typing import TypeVar
 
+from udptun.core.errors import one_line
 from udptun.core.lease import EventType, Lease, LeaseEvent, LeaseFormatError
 from udptun.stores.kube.annotations import Annotations
 from udptun.stores.kube.node import Node
@@ -79,10 +80,10 @@ class NodeTable:
                     by_port.setdefault(known.lease.attrs.port(0), []).append(name)
             for same in by_port.values():
                 if len(same) > 1:
+                    fact = f"the nodes {' and '.join(same[:5])} publish one PublicIP {public_ip}"
                     lines.append(
-                        f"the nodes {' and '.join(same[:5])} publish one PublicIP {public_ip}, so packets for their "
-                        "pods go to one of them: give each --iface or the annotation "
-                        f"{self._annotations.public_ip_overwrite}"
+                        f"{one_line(fact)}, so packets for their pods go to one of them: give each --iface or the "
+                        f"annotation {self._annotations.public_ip_overwrite}"
                     )
         more = len(lines) - _NAMED
         return (*lines[:_NAMED], f"{more} more addresses are shared by nodes") if more > 0 else tuple(lines)
@@ -119,7 +120,7 @@ class NodeTable:
         try:
             return _Known(self._annotations.lease(node))
         except LeaseFormatError as exc:
-            return _Known(None, f"node {node.name}: {exc}"[:_PROBLEM_CHARS])
+            return _Known(None, one_line(f"node {node.name}: {exc}"[:_PROBLEM_CHARS]))
 
     def _change(self, name: str, new: _Known | None, before: dict[str, Lease | None], lines: dict[str, bool]) -> None:
         old = self._known.get(name)
@@ -149,7 +150,7 @@ class NodeTable:
     def _hidden(self, key: str) -> list[str]:
         """A line for each node whose podCIDR is another one's, too."""
         first, *others = sorted(self._holders.get(key, ()), key=self._order) or [""]
-        return [f"node {name}: its podCIDR {key} is that of node {first}, too" for name in others]
+        return [one_line(f"node {name}: its podCIDR {key} is that of node {first}, too") for name in others]
 
     def _order(self, name: str) -> tuple[bool, str]:
         return name != self._own_name, name
