@@ -33,6 +33,7 @@ from udptun.cni import go_json, netconf, subnet_env
 from udptun.cni.delegates import Delegates
 from udptun.cni.errors import CniError
 from udptun.cni.leftovers import Freed, ValidAttachments, free_dead
+from udptun.cni.plugin import main
 from udptun.cni.reservations import Reservations
 from udptun.cni.state import Extras, StateDir, boot_id, identity_of
 
@@ -515,9 +516,27 @@ def test_bad_line_in_subnet_env_is_one_error(plugin: Plugin, line: str, message:
     assert (error["code"], message in error["msg"]) == (100, True), error
 
 
-def test_fault_of_the_plugin_is_one_error_too(plugin: Plugin, delegate: FakeDelegate) -> None:
-    error = plugin.run("ADD", conf={"ipam": {"routes": [{"x": "\ud800"}]}})
-    assert error.document["msg"].startswith("ADD failed, a fault of udptun-cni: UnicodeEncodeError")
+def test_fault_of_the_plugin_is_one_error_too(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(request: object) -> bytes:
+        raise TypeError("no luck")
+
+    monkeypatch.setattr("udptun.cni.plugin._Request.answer", fail)
+    monkeypatch.setenv("CNI_COMMAND", "ADD")
+    with pytest.raises(SystemExit):
+        main()
+    said = capfd.readouterr()
+    assert json.loads(said.out)["msg"] == "ADD failed, a fault of udptun-cni: TypeError('no luck')"
+    assert 'raise TypeError("no luck")' in said.err
+
+
+def test_half_a_surrogate_pair_reaches_the_delegate_as_go_reads_it(plugin: Plugin, delegate: FakeDelegate) -> None:
+    """It was a fault of ours (UnicodeEncodeError): JSON can say it, and UTF-8 cannot."""
+    assert plugin.run("ADD", conf={"ipam": {"routes": [{"x": "\ud800"}]}}).status == 0
+    stored = plugin.stored()
+    assert stored is not None
+    assert json.loads(stored)["ipam"]["routes"][0] == {"x": "\ufffd"}
 
 
 def test_delegate_that_dies_or_says_nonsense_is_one_error(plugin: Plugin, delegate: FakeDelegate) -> None:

@@ -75,7 +75,7 @@ def _failure(kind: str, command: str, status: int, printed: bytes) -> CniError:
     what = f"failed to delegate {command.lower()}"
     try:
         said = go_json.loads(printed)
-    except (ValueError, RecursionError):
+    except ValueError:
         said = None
     if isinstance(said, dict) and isinstance(said.get("msg"), str):
         code = said.get("code")

@@ -54,7 +54,7 @@ def as_object(text: bytes, what: str) -> dict[str, object]:
     """The JSON object that `text` is.  Raises CniError, which calls it `what`."""
     try:
         value = go_json.loads(text)
-    except (ValueError, RecursionError) as exc:
+    except ValueError as exc:
         raise CniError(BAD_JSON, f"cannot read {what}: {exc}") from exc
     if not isinstance(value, dict):
         raise CniError(BAD_JSON, f"cannot read {what}: a JSON object is expected, not {_kind(value)}")
@@ -127,6 +127,8 @@ def _string(members: dict[str, object], key: str, default: str) -> str:
         return default
     if not isinstance(value, str):
         raise CniError(BAD_CONFIG, f"{key} of the network configuration is {_kind(value)}; a string is expected")
+    if not go_json.is_name(value):
+        raise CniError(BAD_CONFIG, f"{key} of the network configuration has characters in it that no name can have")
     return value
 
 

@@ -10,6 +10,7 @@ import ipaddress
 import os
 from collections.abc import Callable
 
+from udptun.cni import go_json
 from udptun.cni.errors import IO_FAILURE, CniError
 from udptun.cni.netconf import members_of
 from udptun.cni.state import is_older_than_boot
@@ -38,7 +39,9 @@ class Reservations:
     def __init__(self, conf: dict[str, object]) -> None:
         ipam = members_of(conf.get("ipam"))
         base = str(ipam.get("dataDir") or _DEFAULT_DIR)
-        self._directory = os.path.join(base, str(conf.get("name", ""))) if ipam.get("type") == "host-local" else ""
+        directory = os.path.join(base, str(conf.get("name", "")))
+        is_there = ipam.get("type") == "host-local" and go_json.is_name(directory)
+        self._directory = directory if is_there else ""
 
     def all(self) -> list[Reservation]:
         """In the order of their addresses' text.  Raises CniError."""

@@ -23,13 +23,13 @@ class Extras:
     """What we know of an attachment beyond flannel's file.  Every field is empty where that is not known."""
 
     def __init__(self, values: dict[str, object]) -> None:
-        self.ifname = str(values.get("ifname", ""))
-        self.netns = str(values.get("netns", ""))
-        self.netns_identity = str(values.get("netnsIdentity", ""))
+        self.ifname = _name(values, "ifname")
+        self.netns = _name(values, "netns")
+        self.netns_identity = _name(values, "netnsIdentity")
         """Device and inode: a path such as /proc/PID/ns/net may be another namespace's by now."""
-        self.mount_ns = str(values.get("mountNs", ""))
+        self.mount_ns = _name(values, "mountNs")
         """In which the path of `netns` meant something."""
-        self.boot_id = str(values.get("bootId", ""))
+        self.boot_id = _name(values, "bootId")
 
     @classmethod
     def now(cls, ifname: str, netns: str) -> Extras:
@@ -70,6 +70,12 @@ class Extras:
             return True
         can_see = self.mount_ns == identity_of("/proc/self/ns/mnt") and self.netns_identity
         return bool(can_see and not self.netns_if_alive)
+
+
+def _name(values: dict[str, object], key: str) -> str:
+    """The text; empty where a damaged file has what is none, or what the system would not take."""
+    value = values.get(key)
+    return value if isinstance(value, str) and go_json.is_name(value) else ""
 
 
 class Attachment:
@@ -146,7 +152,7 @@ class StateDir:
             raise self._refused("read the state of a container in", exc) from exc
         try:
             conf = go_json.loads(text)
-        except (ValueError, RecursionError) as exc:
+        except ValueError as exc:
             raise UnreadableStateError(f"{self._file(container_id)}: {exc}") from exc
         if not isinstance(conf, dict):
             raise UnreadableStateError(f"{self._file(container_id)}: not a JSON object")
@@ -157,7 +163,7 @@ class StateDir:
         try:
             with open(os.path.join(self._ours, container_id), "rb") as file:
                 return Extras(members_of(go_json.loads(file.read())))
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             return Extras({})
 
     def has(self, container_id: str) -> bool:

@@ -19,6 +19,7 @@ and a runtime tries again by itself."""
 _LOOK_AGAIN_S = 0.05
 _READ_LIMIT = 64 * 1024
 """Bytes."""
+_MTU_DIGITS = 5
 
 
 class SubnetEnv:
@@ -56,7 +57,7 @@ def parse(text: str, path: str) -> SubnetEnv:
     subnets = [
         _network(values, key, values[key], path) for key in ("FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET") if key in values
     ]
-    if not values["FLANNEL_MTU"].isdecimal():
+    if not values["FLANNEL_MTU"].isdecimal() or len(values["FLANNEL_MTU"]) > _MTU_DIGITS:
         raise _unusable("FLANNEL_MTU", values["FLANNEL_MTU"], path)
     return SubnetEnv(
         list(dict.fromkeys(networks)), subnets, int(values["FLANNEL_MTU"]), values["FLANNEL_IPMASQ"] == "true"
@@ -120,6 +121,6 @@ def _daemons_words(path: str) -> str:
     if said.get("state") == "ready":
         return "its daemon is ready, but somebody has deleted the file; restart the daemon"
     since_s = said.get("since")
-    if not isinstance(since_s, int | float):
+    if not isinstance(since_s, int | float) or not abs(since_s) < 1e12:
         return str(said["reason"])
     return f"{said['reason']} (since {max(time.time() - since_s, 0):.0f} s)"
