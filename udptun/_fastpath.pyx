@@ -162,10 +162,14 @@ cdef void clear_message(Loop *w, int i) noexcept nogil:
 cdef void decap_inherited(Loop *w) noexcept nogil:
     """Write what an earlier process had received and not yet written when it was killed."""
     cdef int i, n = <int>min(w.in_flight.n_messages, <uint32_t>UT_MESSAGES)
+    cdef msghdr *header
     start_batch(w.merger)
     for i in range(n):
         if w.in_flight.message[i].msg_len:
-            w.in_flight.message[i].msg_hdr.msg_control = w.in_flight.control[i]
+            header = &w.in_flight.message[i].msg_hdr
+            header.msg_control = w.in_flight.control[i]
+            # The memory may have been overwritten: nothing behind the room is looked at.
+            header.msg_controllen = min(header.msg_controllen, <size_t>UT_CMSG_BYTES)
             decap_message(w, i, True)
     write_items(w)
     w.in_flight.n_messages = 0

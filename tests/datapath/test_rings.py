@@ -294,6 +294,48 @@ def test_a_slot_that_is_not_what_its_producer_meant_is_never_sent(fast: FastData
     assert nothing_more(fast, n) == [packet] * n
 
 
+@pytest.mark.parametrize(
+    ("word", "value"), [("taken", 9), ("taken", (1 << 64) - 5), ("written", 9999), ("written", (1 << 64) - 1)]
+)
+def test_the_control_plane_goes_on_with_a_ring_that_something_has_overwritten(
+    fast: FastDatapath, word: str, value: int
+) -> None:
+    """It took nothing from the ring any more, and the worker found no room in it, until the datapath was replaced."""
+    fast.configure(punt_id=ID)
+    fast.rings.punt_rings[0].store(word, value)
+    assert list(fast.rings.take_punts()) == []
+    leave_punts(fast, reply(b"the next"))
+    assert [punt.packet for punt in fast.rings.take_punts()] == [reply(b"the next")]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("taken", 9), ("written", (1 << 64) - 1), ("written", 9999), ("refused", (1 << 64) - 1)]
+)
+def test_packets_can_be_injected_once_the_worker_has_seen_an_overwritten_ring(
+    fast: FastDatapath, word: str, value: int
+) -> None:
+    """At the end of the numbers it raised, which ended the prober."""
+    fast.turn()
+    fast.rings.inject_ring.store(word, value)
+    fast.rings.inject(numbered(0))
+    assert fast.rings.n_refused < 1 << 64
+    fast.turn()
+    number = fast.rings.inject(numbered(1))
+    assert number is not None
+    fast.turn()
+    injected = fast.rings.injected(number)
+    assert injected is not None
+    assert injected.result is Result.DONE
+    # The number of no result was a ValueError.
+    slot = fast.rings.inject_ring.slot(number)
+    slot[FIELDS["ring_slot"]["result"][0]] = 77
+    injected = fast.rings.injected(number)
+    assert injected is not None
+    assert injected.result is Result.MALFORMED
+    while fast.collect(0).sends:
+        pass
+
+
 def test_numbers_that_no_producer_has_left_are_not_followed(fast: FastDatapath) -> None:
     for written in (SLOTS + 1, 1 << 63, 5):
         fast.rings.inject_ring.store("written", written)

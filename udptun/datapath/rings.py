@@ -21,6 +21,8 @@ from udptun.datapath.stats import Stats
 
 _RING, _SLOT = shm.Structure("ring"), shm.Structure("ring_slot")
 _SLOTS, _BYTES = LAYOUT["ring_slots"], LAYOUT["ring_bytes"]
+_NUMBERS = 2**64
+"""Numbers of packets begin anew after so many: never, unless somebody else writes to a ring."""
 _HEAD = ("checksum", "result", "error", "time_ns", "sequence", "way", "length", "kept", "peer", "outer")
 _FIELDS = _SLOT.packer(*_HEAD, "packet")
 _SUMMED, _PACKET = _SLOT.offset("sequence"), _SLOT.offset("packet")
@@ -40,6 +42,9 @@ class Result(Enum):
     """By the kernel."""
     IN_FLIGHT = LAYOUT["inject.in_flight"]
     """A datapath process was killed with it.  Perhaps it was sent."""
+
+
+_RESULTS = {result.value: result for result in Result}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +93,13 @@ class Rings:
         if len(packet) > _BYTES:
             raise ValueError(f"a packet of {len(packet)} bytes: a slot has room for {_BYTES}")
         ring = self.inject_ring
-        number = ring.load("written") + 1
-        if number - ring.load("taken") > _SLOTS:
-            ring.store("refused", ring.load("refused") + 1)
+        written = ring.load("written")
+        number, n_waiting = (written + 1) % _NUMBERS, (written - ring.load("taken")) % _NUMBERS
+        if n_waiting >= _SLOTS:
+            ring.store("refused", (ring.load("refused") + 1) % _NUMBERS)
+            if n_waiting > _SLOTS:
+                # Somebody else has written to the ring, and the worker puts that right.
+                self._wake()
             return None
         slot = ring.slot(number)
         way = LAYOUT["way.tun"] if into_tun else LAYOUT["way.peer"]
@@ -98,9 +107,13 @@ class Rings:
         _FIELDS.pack_into(slot, 0, *head, packet)
         _SLOT.store(slot, "checksum", _checksum(slot, len(packet)))
         ring.store("written", number)
+        self._wake()
+        return number
+
+    def _wake(self) -> None:
+        """Have worker 0 look."""
         if self._wake_fd >= 0:
             os.eventfd_write(self._wake_fd, 1)
-        return number
 
     def injected(self, number: int) -> Injected | None:
         """What became of the packet that `inject` gave this number; None when its slot has another one by now."""
@@ -109,7 +122,8 @@ class Rings:
             return None
         if self.inject_ring.load("taken") < number:
             return Injected(Result.WAITS, 0, 0)
-        result = Result(_SLOT.load(slot, "result"))
+        # Any other number is not a worker's.
+        result = _RESULTS.get(_SLOT.load(slot, "result"), Result.MALFORMED)
         return Injected(result, _SLOT.load(slot, "time_ns"), _SLOT.load(slot, "error"))
 
     @property
@@ -121,7 +135,14 @@ class Rings:
         """What the workers have handed over, oldest first of each.  What was taken is never handed to the next one."""
         for ring in self.punt_rings:
             # A worker may go on writing; the others shall have their turn.
-            for number in range(ring.load("taken") + 1, ring.load("written") + 1)[:_SLOTS]:
+            taken, written = ring.load("taken"), ring.load("written")
+            n_waiting = (written - taken) % _NUMBERS
+            if n_waiting > _SLOTS:
+                # No worker has left it so, and it would find no room for ever; there is nothing to believe.
+                ring.store("taken", written)
+                continue
+            for i in range(n_waiting):
+                number = (taken + 1 + i) % _NUMBERS
                 punt = _read_punt(ring.slot(number), number)
                 ring.store("taken", number)
                 if punt is not None:
@@ -171,8 +192,10 @@ class Ring:
 
 def _read_punt(slot: memoryview, number: int) -> Punt | None:
     """The packet in a slot; None unless it is what a worker has written there."""
-    checksum, _, _, time_ns, sequence, _, length, kept, peer, outer, packet = _FIELDS.unpack_from(slot)
-    if sequence != number or kept > _BYTES or checksum != _checksum(slot, kept):
+    # A copy: what is not a worker's may change while we look at it.
+    copy = memoryview(bytes(slot))
+    checksum, _, _, time_ns, sequence, _, length, kept, peer, outer, packet = _FIELDS.unpack(copy)
+    if sequence != number or not kept <= min(_BYTES, length) or checksum != _checksum(copy, kept):
         return None
     return Punt(time_ns, peer, IPv4Address(outer), length, packet[:kept])
 

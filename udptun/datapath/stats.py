@@ -47,6 +47,9 @@ class WorkerState(Enum):
     TUN_LOST = LAYOUT["state.tun_lost"]
 
 
+_STATES = {state.value: state for state in WorkerState}
+
+
 @dataclass(frozen=True, slots=True)
 class Stray:
     """Datagrams that came from `outer` and were dropped, because not it but a peer leases their inner source.
@@ -132,7 +135,8 @@ class Stats:
             worker[_word("pid")] = 0
 
     def states(self, n_workers: int) -> list[WorkerState]:
-        return [WorkerState(value) for value in self._words("state", n_workers)]
+        """Of each; a worker whose word is none of these states has not written it, and counts as stopped."""
+        return [_STATES.get(value, WorkerState.STOPPED) for value in self._words("state", n_workers)]
 
     def refused(self, n_workers: int) -> Offload:
         """What the kernel has refused to at least one of the workers."""

@@ -28,7 +28,7 @@ from udptun.fastpath.write cimport write_items, write_segments
 
 cdef inline void decap_message(Loop *w, int i, bint is_inherited) noexcept nogil:
     """Decap every datagram of message i; of an inherited one those that its first owner had not yet written."""
-    cdef int length = min(<int>w.in_flight.message[i].msg_len, PACKET_MAX)
+    cdef int length = <int>min(w.in_flight.message[i].msg_len, <uint32_t>PACKET_MAX)
     cdef uint8_t *train = w.in_flight.train[i]
     cdef int gro_size = ut_segment_size(&w.in_flight.message[i].msg_hdr)
     cdef int size = datagram_size(train, length, gro_size, w.prefix_len, is_inherited), at = 0
