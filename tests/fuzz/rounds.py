@@ -2,10 +2,10 @@
 
     python -m tests.fuzz.rounds --cpu-seconds 600
 
-There are five kinds of rounds, over both encapsulations.  Three compare the fast path with the reference: on all that
-the TUN may give, on all that peers may send, and on all that anybody may send.  One has flows to merge, also against
-the reference.  In the last one worker cuts super-packets up and another puts them together again; some are corrupted on
-the way.
+There are five kinds of rounds, over both encapsulations or the one that is named.  Three compare the fast path with the
+reference: on all that the TUN may give, on all that peers may send, and on all that anybody may send.  One has flows to
+merge, also against the reference.  In the last one worker cuts super-packets up and another puts them together again;
+some are corrupted on the way.
 
 `python -m tests.fuzz` runs it with AddressSanitizer and UndefinedBehaviorSanitizer in the fast path.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import product
@@ -28,6 +29,7 @@ from tests.packets import MTU, NEAR, NO_VNET_HDR, stepped
 
 CHUNK = settings(QUICK, max_examples=25, derandomize=False, phases=(Phase.generate,))
 PROGRESS_S = 15.0
+ENCAPSULATIONS = ("udp", "vxlan")
 KINDS = ("encap", "decap", "wire", "flows", "round trips")
 
 
@@ -35,20 +37,22 @@ KINDS = ("encap", "decap", "wire", "flows", "round trips")
 class Rounds:
     """Workers, their references, and how much they have done."""
 
+    encapsulations: Sequence[str] = ENCAPSULATIONS
     n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     n_merged: int = 0
 
     def __post_init__(self) -> None:
         self._undo = ExitStack()
         self._pairs = []
-        for is_vxlan, has_gro, has_vnet_hdr in product((False, True), (True, False), (True, False)):
+        kinds = [encapsulation == "vxlan" for encapsulation in self.encapsulations]
+        for is_vxlan, has_gro, has_vnet_hdr in product(kinds, (True, False), (True, False)):
             how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr, "is_vxlan": is_vxlan}
             fast, model = self._undo.enter_context(FastDatapath(**how)), ReferenceDatapath(**how)
             model.table = fast.table
             self._pairs.append((fast, model))
         # Near and far: the subnet that packets go to is the far end's, and they come from the near end's.
         self._ends = []
-        for is_vxlan in (False, True):
+        for is_vxlan in kinds:
             far = self._undo.enter_context(FastDatapath(is_vxlan=is_vxlan))
             near = next(peer for peer in far.table.peers if str(peer.remote[0]) == NEAR)
             far.set_overlay("10.244.0.0/16", "10.244.2.0/24", [("10.244.1.0/24", near)])
@@ -91,7 +95,7 @@ class Rounds:
         @CHUNK
         @given(supers=st.lists(super_packets(), min_size=1, max_size=4), data=st.data())
         def round_trip(supers: list[Super], data: st.DataObject) -> None:
-            self._there_and_back(*self._ends[number % 2], supers, data)
+            self._there_and_back(*self._ends[number % len(self._ends)], supers, data)
 
         for kind in (encap, decap, wire, flows, round_trip):
             kind()
@@ -102,9 +106,7 @@ class Rounds:
         self.n_merged += assert_same_packets(got.writes, expected.writes)
         self.n[kind] += 1
 
-    def _there_and_back(
-        self, near: FastDatapath, far: FastDatapath, supers: list[Super], data: st.DataObject
-    ) -> None:
+    def _there_and_back(self, near: FastDatapath, far: FastDatapath, supers: list[Super], data: st.DataObject) -> None:
         packets = [stepped(packet) for one in supers for packet in one.packets]
         (sent,) = near.encap_batch([one.raw for one in supers]).sends.values()
         assert sent == packets
@@ -155,10 +157,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.rounds", description=__doc__)
     parser.add_argument("--cpu-seconds", type=float, default=60.0, metavar="S", help="default: %(default)g")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000, metavar="N", help="of the first round")
+    parser.add_argument("--encapsulation", choices=ENCAPSULATIONS, help="default: both, in turn")
     given_arguments = parser.parse_args()
-    rounds = Rounds()
+    one = given_arguments.encapsulation
+    rounds = Rounds((one,) if one else ENCAPSULATIONS)
     number, said_s = given_arguments.seed, 0.0
-    print(f"first seed {number}", flush=True)
+    print(f"{' and '.join(rounds.encapsulations)}, first seed {number}", flush=True)
     try:
         while (used_s := time.process_time()) < given_arguments.cpu_seconds:
             rounds.chunk(number)
