@@ -20,12 +20,15 @@ from udptun.stores.kube import http
 from udptun.stores.kube.client import Client, GoneError, NotFoundError, SilentError
 from udptun.stores.kube.http import Http
 
+_KINDS = ("ADDED", "MODIFIED", "DELETED", "BOOKMARK", "ERROR")
 SPLIT = b"\x00\xffSPLIT"
 _OK = b"HTTP/1.1 200 OK\r\n"
 _BODY = json.dumps({"metadata": {"resourceVersion": "8"}, "items": []}).encode()
 _EVENT = b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"9"}}}\n'
 _ZIPPED = gzip.compress(_BODY, mtime=0)
-FOUND: dict[str, bytes] = {}
+FOUND = {
+    "an event of no type is a change": _OK + b'\r\n{"type": "", "object": {"metadata": {"resourceVersion": "9"}}}\n',
+}
 SEEDS = (
     _OK + b"Content-Length: %d\r\n\r\n" % len(_BODY) + _BODY,
     _OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(_ZIPPED) + _ZIPPED,
@@ -89,7 +92,7 @@ async def _watch(client: Client) -> None:
         n = 0
         async for some in events:
             n += len(some)
-            assert all(event.kind for event in some if event.node is not None)
+            assert all(event.kind in _KINDS for event in some)
 
 
 class _Scripted(Http):

@@ -72,6 +72,8 @@ _LIST = msgspec.json.Decoder(_List)
 _EVENT = msgspec.json.Decoder(_Event)
 _FAILURE = msgspec.json.Decoder(_Failure)
 
+_CHANGES = ("ADDED", "MODIFIED", "DELETED")
+
 NETWORK_UNAVAILABLE = "NetworkUnavailable"
 """The condition that keeps pods away from a node (core/v1 NodeNetworkUnavailable)."""
 
@@ -145,6 +147,8 @@ def read_event(line: bytes, prefix: str) -> NodeEvent:
         return NodeEvent(event.type, 0, code=failure.code, message=failure.message or failure.reason)
     if event.type == "BOOKMARK":
         return NodeEvent(event.type, _revision(_decoded(_OBJECT, event.object).metadata.resource_version))
+    if event.type not in _CHANGES:
+        raise NodeFormatError(f"an event of type {event.type[:40]!r}")
     node = read_node(event.object, prefix)
     return NodeEvent(event.type, node.revision, node)
 
