@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import udptun
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -219,7 +221,8 @@ def test_every_fault_has_its_tests_and_says_what_the_table_says(fault: Fault, te
 @pytest.fixture(scope="module")
 def texts() -> set[str]:
     """Every text in the package, with … for the values in it."""
-    return {text for path in (ROOT / "udptun").rglob("*.py") for text in texts_of(ast.parse(path.read_text()))}
+    sources = Path(udptun.__file__).parent.rglob("*.py")
+    return {text for source in sources for text in texts_of(ast.parse(source.read_text()))}
 
 
 def texts_of(tree: ast.AST) -> Iterator[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import udptun
 from udptun.commands import health
 from udptun.control import run_dir
 from udptun.core.errors import UdptunError, UsageError
@@ -122,7 +123,7 @@ def test_a_probe_takes_less_than_30_ms_of_cpu(tmp_path: Path, request: pytest.Fi
     """Without what this machine's Python does at each start (-S), which a container's has not."""
     is_full = request.config.getoption("--full")
     call = f"sys.argv = ['udptun', 'health', '--live', '--run-dir={tmp_path}']; cli.main()"
-    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})"
+    path = f"import sys; sys.path.insert(0, {str(Path(udptun.__file__).parents[1])!r})"
     command = [sys.executable, "-S", "-c", f"{path}; from udptun.commands import cli; {call}"]
     environ = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     took_ms = []
@@ -140,7 +141,7 @@ def test_a_probe_takes_less_than_30_ms_of_cpu(tmp_path: Path, request: pytest.Fi
 def test_health_loads_none_of_the_slow_modules() -> None:
     """It shall cost less than 30 ms of CPU, most of which is the start of Python."""
     script = "import sys; from udptun.commands import cli, health; print(*sys.modules)"
-    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})"
+    path = f"import sys; sys.path.insert(0, {str(Path(udptun.__file__).parents[1])!r})"
     command = [sys.executable, "-S", "-c", f"{path}; {script}"]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     slow = {"asyncio", "argparse", "pathlib", "typing", "re", "json", "subprocess", "ipaddress", "logging"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import udptun
 from udptun.config import flags
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import ConfigError, UsageError
@@ -97,7 +98,7 @@ def test_daemon_is_not_started_again_with_a_configuration_that_a_person_has_to_m
 def test_address_families_are_those_that_the_package_opens(service: configparser.SectionProxy) -> None:
     """`socket.socket(FAMILY, ...)` and its like in all that the daemon runs; iptables and nft need no others."""
     opened = set()
-    for path in (ROOT / "udptun").rglob("*.py"):
+    for path in Path(udptun.__file__).parent.rglob("*.py"):
         if "lab" in path.parts:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
