@@ -500,6 +500,10 @@ def test_super_packets_in_hand_are_handed_on_whole_when_the_datapath_is_killed(l
     source, destination = far_pairs(lab)[0]
     gone = n_kills = 0
     for _ in range(20):
+        # It waits longer and longer with the next start when processes die again and again.
+        assert host.stop_daemon() == 0
+        start_without_vxlan(host)
+        host.wait_ready()
         with every_packet_explained(host):
             words = [str(destination.address), "1000"]
             with destination.popen([*PYTHON, TRAIN_RECEIVER, *words], stdout=subprocess.PIPE) as receiver:
