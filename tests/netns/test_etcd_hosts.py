@@ -391,6 +391,8 @@ def fresh(lab: Lab, etcd: Etcd) -> None:
             facts = read_status(host)["datapath"]
             assert host.stop_daemon() == 0
             kill(host, *facts["standby_pids"], facts["pid"])
+            # It has the address of the old subnet, from which the kernel may answer others until it has the new one.
+            host.machine.at().ip("link del flannel0")
         for path in (SUBNET_ENV, "/var/lib/udptun/node-id", "/var/lib/udptun/last-leases.json"):
             host.path(path).unlink(missing_ok=True)
     etcd.etcdctl("del", "--prefix", f"{PREFIX}/subnets/")
