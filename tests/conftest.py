@@ -5,6 +5,8 @@ ports of its own, so most tests do not notice. Two rules cover the rest:
 
     tests that share a lab or another fixture   run in one process, so that it is made once
     a test that is marked `alone`               runs while no other test does
+
+Tests of what is promised hand their figures to `figure`; `--full` prints them all at the end of the run.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import contextlib
 import fcntl
 import inspect
 import os
+import statistics
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked `full` too")
     parser.addoption("--flanneld", metavar="PATH", help="flanneld's program, for the tests beside the real one")
     parser.addoption("--kube-apiserver", metavar="PATH", help="kube-apiserver's program, to test beside ours")
+
+
+Figure = Callable[..., None]
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Figure:
+    """`figure("forwarding again", [0.21, 0.3], "s")`: print what was measured, and once more at the end of the run.
+
+    Of several values the median and the greatest are shown.
+    """
+
+    def note(what: str, values: float | Sequence[float], unit: str = "") -> None:
+        shown = [values] if isinstance(values, int | float) else list(values)
+        text = f"{what}: {statistics.median(shown):.4g} {unit}".rstrip()
+        if len(shown) > 1:
+            text = f"{what}: median {statistics.median(shown):.4g}, worst {max(shown):.4g} {unit}".rstrip()
+            text += f", of {len(shown)}"
+        print(text)
+        # These reach the process that reports, whichever process runs the test.
+        request.node.user_properties.append(("figure", text))
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("--full"):
+        return
+    terminalreporter.section("figures")
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for kind, text in report.user_properties:
+                if kind == "figure" and report.when == "call":
+                    terminalreporter.write_line(f"{report.nodeid}: {text}")
 
 
 @pytest.hookimpl(tryfirst=True)

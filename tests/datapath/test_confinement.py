@@ -62,7 +62,9 @@ SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, whose capabilities there are to give up")
 @pytest.mark.parametrize("confinement", list(Confinement))
-def test_every_thread_is_without_capabilities_and_under_a_filter(rig: Rig, confinement: Confinement) -> None:
+def test_every_thread_is_without_capabilities_and_under_a_filter(
+    rig: Rig, figure: Callable[..., None], confinement: Confinement
+) -> None:
     ours = dict(zip(("Seccomp", *SETS), of_each_thread(os.getpid(), "Seccomp", *SETS)[0], strict=True))
 
     async def test(datapath: Datapath) -> None:
@@ -70,7 +72,10 @@ def test_every_thread_is_without_capabilities_and_under_a_filter(rig: Rig, confi
         await rig.received(5)
         for process in datapath.processes:
             assert process.confinement is confinement
-            for found in of_each_thread(process.pid, "NoNewPrivs", "Seccomp", *SETS):
+            threads = of_each_thread(process.pid, "NoNewPrivs", "Seccomp", *SETS)
+            n_privileged = sum(any(capabilities) for _, _, *capabilities in threads)
+            figure(f"{confinement.value}: threads with a capability, of {len(threads)}", n_privileged)
+            for found in threads:
                 if confinement is Confinement.OFF:
                     assert found[2:] == tuple(ours[name] for name in SETS)
                 else:

@@ -756,16 +756,22 @@ names["main"](sys.argv[1:])
 """
 
 
+@pytest.mark.parametrize("look_s", [0.05, pytest.param(None, marks=pytest.mark.full)])
 def test_the_standby_goes_on_when_a_worker_hangs(
-    rig: Rig, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    rig: Rig,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    figure: Callable[..., None],
+    look_s: float | None,
 ) -> None:
     """Before, nothing passed, and nothing told of it: the process lives, and answers."""
     script = tmp_path_factory.mktemp("hangs") / "worker.py"
     at = _fastpath.FIELDS["stats"]["worker"][0] + _fastpath.FIELDS["worker"]["generation_seen"][0]
     script.write_text(HANGS.replace("AT", str(at)))
-    # The looks are a second apart, and here they are not.
-    monkeypatch.setattr(hang, "LOOK_S", 0.05)
-    monkeypatch.setattr(supervision, "_LOOK_S", 0.05)
+    if look_s is not None:
+        # The looks are a second apart, and here they are not.
+        monkeypatch.setattr(hang, "LOOK_S", look_s)
+        monkeypatch.setattr(supervision, "_LOOK_S", look_s)
 
     async def main() -> None:
         datapath = Datapath(rig.run_dir, rig.descriptors, [])
@@ -778,8 +784,10 @@ def test_the_standby_goes_on_when_a_worker_hangs(
                 assert datapath.active is not None
             hanging = datapath.active
             rig.send(5)
+            began_s = time.monotonic()
             supervisor = asyncio.create_task(datapath.supervise())
             await until(lambda: hanging.is_gone, 15)
+            figure("a worker that hangs is replaced after", time.monotonic() - began_s, "s")
             # Its standby hangs too, and then comes one that does not.
             await rig.received(5, within_s=30)
             await until(lambda: datapath.active is not None and len(datapath.standbys) == 1, 15)

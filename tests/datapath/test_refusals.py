@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
+from collections.abc import Callable
 from ipaddress import IPv4Address
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -203,7 +204,8 @@ def _answer(case: Bad) -> bytes:
     return icmp_answer(kind, code, case.quoted or case.packet, source=OWN, next_hop_mtu=mtu)
 
 
-def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns how many kinds of packets were refused, each under its counter, over all settings of SourceCheck."""
     skip_unless_built()
     from udptun.datapath import strangers
 
@@ -220,6 +222,7 @@ def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
                 except BaseException as exc:
                     exc.add_note(f"{case.slug} with SourceCheck {check}")
                     raise
+    return len(CHECKS) * (len(DECAP) + len(of_wire))
 
 
 @pytest.mark.parametrize("mode", QUICK_MODES, ids=str)
@@ -230,6 +233,6 @@ def test_every_kind_of_bad_packet_is_refused_under_its_counter(mode: Mode, monke
 @pytest.mark.full
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_every_kind_of_bad_packet_is_refused_under_its_counter_in_every_mode(
-    mode: Mode, monkeypatch: pytest.MonkeyPatch
+    mode: Mode, monkeypatch: pytest.MonkeyPatch, figure: Callable[..., None]
 ) -> None:
-    refuse_all(mode, monkeypatch)
+    figure("kinds of packets refused, none delivered and each counted", refuse_all(mode, monkeypatch))

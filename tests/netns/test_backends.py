@@ -515,9 +515,12 @@ DAMAGES: Mapping[str, Damage] = {
 }
 
 
-def test_whatever_is_damaged_is_repaired_and_tcp_survives(named_lab: tuple[str, Lab], slack: int) -> None:
+def test_whatever_is_damaged_is_repaired_and_tcp_survives(
+    named_lab: tuple[str, Lab], slack: int, figure: Callable[..., None]
+) -> None:
     """One mechanism for all backends: after each damage everything is as before, with one line in the log."""
     name, lab = named_lab
+    repaired_ms: list[float] = []
     one, two = lab.host(1), lab.host(2)
     device = DEVICES.get(name, "")
     before = kernel_state(one, name)
@@ -530,6 +533,7 @@ def test_whatever_is_damaged_is_repaired_and_tcp_survives(named_lab: tuple[str, 
             one.run(["sh", "-c", damage.command(device, one, two)])
             took_s = seconds_until(lambda: kernel_state(one, name) == before, f"{what}: repaired", slack * 1.0)
             print(f"{name}: {what}: repaired after {took_s * 1000:.0f} ms")
+            repaired_ms.append(took_s * 1000)
 
             def changes(log_len: int = log_len) -> list[str]:
                 log = one.daemon_log()[log_len:].splitlines()
@@ -545,17 +549,21 @@ def test_whatever_is_damaged_is_repaired_and_tcp_survives(named_lab: tuple[str, 
         used_s = cpu_s(one, pid)
         ping(one.pod(1), two.pod(1).address, "-i", "0.25", count=4)
         assert cpu_s(one, pid) - used_s <= 0.1, "of one second in which nothing happens"
+    figure("repaired", repaired_ms, "ms")
     stream.report.assert_exact()
     assert not [line for line in one.daemon_log().splitlines() if " E " in line]
 
 
-def test_a_changed_underlay_mtu_is_followed(named_lab: tuple[str, Lab], slack: int) -> None:
+def test_a_changed_underlay_mtu_is_followed(
+    named_lab: tuple[str, Lab], slack: int, figure: Callable[..., None]
+) -> None:
     name, lab = named_lab
     one = lab.host(1)
     for underlay_mtu in (1400, 1500):
         one.machine.at().ip(f"link set eth0 mtu {underlay_mtu}")
         mtu = underlay_mtu - OVERHEADS[name]
-        wait_until("subnet.env to follow", lambda mtu=mtu: one.mtu == mtu, slack * 1.0)  # type: ignore[misc]
+        took_s = seconds_until(lambda mtu=mtu: one.mtu == mtu, "subnet.env to follow", slack * 1.0)  # type: ignore[misc]
+        figure(f"subnet.env has the MTU for {underlay_mtu} bytes", took_s, "s")
         if device := DEVICES.get(name):
             wait_until(
                 "the device to follow",
@@ -567,9 +575,9 @@ def test_a_changed_underlay_mtu_is_followed(named_lab: tuple[str, Lab], slack: i
 
 
 def test_a_changed_underlay_address_is_followed_by_lease_and_peers_and_tcp_survives(
-    named_lab: tuple[str, Lab], slack: int
+    named_lab: tuple[str, Lab], slack: int, figure: Callable[..., None]
 ) -> None:
-    name, lab = named_lab
+    _, lab = named_lab
     one, two = lab.host(1), lab.host(2)
     subnet, old = one.subnet, one.underlay_address
     try:
@@ -578,7 +586,7 @@ def test_a_changed_underlay_address_is_followed_by_lease_and_peers_and_tcp_survi
             took_s = seconds_until(
                 lambda: peers(two)[str(subnet)] == str(UNDERLAY[77]), "lease and peers to follow", slack * 2.0
             )
-            print(f"{name}: address followed after {took_s * 1000:.0f} ms")
+            figure("lease and peers have the new address", took_s, "s")
             wait_for_answer(one.pod(1), two.pod(1))
         stream.report.assert_exact()
         log = one.daemon_log().splitlines()

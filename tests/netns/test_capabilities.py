@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,13 +133,19 @@ def sets_of(pid: int) -> dict[str, int]:
     ids=["udp", "vxlan", "vtep", "host-gw", "without-net_raw"],
 )
 def test_daemon_gets_ready_and_cleans_up_with_no_more_capabilities(
-    backend: dict[str, object], nftables: bool, capabilities: list[str], linked: Namespace, tmp_path: Path
+    backend: dict[str, object],
+    nftables: bool,
+    capabilities: list[str],
+    linked: Namespace,
+    tmp_path: Path,
+    figure: Callable[..., None],
 ) -> None:
     conf = network(backend, nftables=nftables)
     subprocess.run(["ip", "netns", "exec", linked.name, "sysctl", "-qp", str(SYSCTLS)], check=True)
     with started(linked, tmp_path, conf, with_capabilities(capabilities)) as daemon:
         mask = sum(1 << _NUMBERS[it] for it in capabilities)
         assert sets_of(daemon.process.pid)["Eff"] == mask
+        figure(f"capabilities of the daemon ({', '.join(capabilities)})", len(capabilities))
         status = daemon.status()
         assert status["problems"] == []
         datapath = status["datapath"]

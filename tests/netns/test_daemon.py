@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +331,9 @@ def test_start_that_fails_keeps_what_holds_packets_back_when_an_earlier_run_left
 # --- reload
 
 
-def test_reload_changes_the_number_of_workers_under_traffic_without_loss(pair: Lab) -> None:
+def test_reload_changes_the_number_of_workers_under_traffic_without_loss(
+    pair: Lab, figure: Callable[..., None]
+) -> None:
     one, two = pair.hosts
     with udp_flow(two.pod(1), one.pod(1), 1000) as inwards, udp_flow(one.pod(1), two.pod(1), 1000) as outwards:  # noqa: SIM117
         with tcp_flow(one.pod(1), two.pod(1)) as tcp:
@@ -340,7 +342,9 @@ def test_reload_changes_the_number_of_workers_under_traffic_without_loss(pair: L
                 inwards.wait_for_more()
                 outwards.wait_for_more()
                 assert read_status(one)["datapath"]["workers"] == ["running"] * n
-    assert inwards.report.lost == outwards.report.lost == []
+    n_lost = len(inwards.report.lost) + len(outwards.report.lost)
+    figure(f"of {inwards.report.sent + outwards.report.sent} packets over 3 reloads, lost", n_lost)
+    assert n_lost == 0
     tcp.report.assert_exact()
 
 

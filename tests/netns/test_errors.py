@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -525,10 +526,14 @@ CASES = [
 
 @pytest.mark.netns
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
-def test_a_start_that_fails_has_one_line_its_status_and_leaves_nothing_behind(host: Host, case: Case) -> None:
+def test_a_start_that_fails_has_one_line_its_status_and_leaves_nothing_behind(
+    host: Host, figure: Callable[..., None], case: Case
+) -> None:
     prepared = case.prepare(host)
+    began_s = time.monotonic()
     try:
         status, lines = start(host, case.argv, case.conf or CONF)
+        figure("the start has failed after", time.monotonic() - began_s, "s")
     finally:
         if isinstance(prepared, subprocess.Popen):
             prepared.kill()

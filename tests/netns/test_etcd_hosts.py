@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -215,7 +215,9 @@ def test_a_peer_is_forgotten_everywhere_when_its_lease_expires(cluster: tuple[La
 
 
 @pytest.mark.parametrize("how", ["deleted", "revoked", "wiped"])
-def test_own_lease_that_etcd_loses_is_made_again_on_the_same_subnet(cluster: tuple[Lab, Etcd], how: str) -> None:
+def test_own_lease_that_etcd_loses_is_made_again_on_the_same_subnet(
+    cluster: tuple[Lab, Etcd], figure: Callable[..., None], how: str
+) -> None:
     lab, etcd = cluster
     host, before = lab.host(1), etcd.leases()
     key = f"{host.subnet.network_address}-24"
@@ -230,7 +232,7 @@ def test_own_lease_that_etcd_loses_is_made_again_on_the_same_subnet(cluster: tup
             etcd.wipe()
             etcd.start()
             etcd.config(CONF)
-        wait_until("the leases to be back", lambda: etcd.leases() == before, FOLLOWS_S)
+        figure("lease back", seconds_until(lambda: etcd.leases() == before, "the leases to be back", FOLLOWS_S), "s")
         wait_for_equal_tables(lab, etcd)
     assert etcd.ttl_s(key) > 86_000
     ping(host.pod(1), lab.host(2).pod(1).address)
@@ -278,7 +280,7 @@ def cut_off(lab: Lab) -> Iterator[None]:
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_nothing_is_lost_while_etcd_is_down_and_the_tables_are_right_soon_after(
-    cluster: tuple[Lab, Etcd], how: str
+    cluster: tuple[Lab, Etcd], figure: Callable[..., None], how: str
 ) -> None:
     lab, etcd = cluster
     host = lab.host(1)
@@ -289,8 +291,7 @@ def test_nothing_is_lost_while_etcd_is_down_and_the_tables_are_right_soon_after(
         assert len(peers(host)) == 2
         etcd.start()
         etcd.put("10.244.243.0-24", {"PublicIP": "192.168.77.243"})
-        seconds = wait_for_equal_tables(lab, etcd)
-        print(f"every table right {seconds * 1000:.0f} ms after etcd has it")
+        figure("every table right after etcd's return", wait_for_equal_tables(lab, etcd), "s")
         etcd.delete("10.244.243.0-24")
         wait_for_equal_tables(lab, etcd)
     said = [line for line in host.daemon_log().splitlines()[before:] if "unavailable" in line]
@@ -300,7 +301,9 @@ def test_nothing_is_lost_while_etcd_is_down_and_the_tables_are_right_soon_after(
 
 
 @pytest.mark.parametrize("away_s", [5, pytest.param(60, marks=pytest.mark.full)])
-def test_nothing_is_lost_while_etcd_is_cut_off_and_changes_meanwhile(cluster: tuple[Lab, Etcd], away_s: int) -> None:
+def test_nothing_is_lost_while_etcd_is_cut_off_and_changes_meanwhile(
+    cluster: tuple[Lab, Etcd], figure: Callable[..., None], away_s: int
+) -> None:
     lab, etcd = cluster
     etcd.put("10.244.244.0-24", {"PublicIP": "192.168.77.244"})
     wait_for_equal_tables(lab, etcd)
@@ -318,13 +321,15 @@ def test_nothing_is_lost_while_etcd_is_cut_off_and_changes_meanwhile(cluster: tu
         # TCP tries again after a time that grows with that of the silence, where the connection is still the old one.
         truth = {host.name: expected(etcd, host) for host in lab.hosts}
         seconds_until(lambda: all(peers(host) == truth[host.name] for host in lab.hosts), "the tables", 15 + away_s)
-        print(f"cut off for {away_s} s: every table right {time.monotonic() - start:.2f} s after it ended")
+        figure(f"every table right after etcd was cut off for {away_s} s", time.monotonic() - start, "s")
         for number in range(245, 250):
             etcd.delete(f"10.244.{number}.0-24")
         wait_for_equal_tables(lab, etcd)
 
 
-def test_a_host_begins_without_etcd_and_joins_when_it_is_back(cluster: tuple[Lab, Etcd]) -> None:
+def test_a_host_begins_without_etcd_and_joins_when_it_is_back(
+    cluster: tuple[Lab, Etcd], figure: Callable[..., None]
+) -> None:
     lab, etcd = cluster
     host, others = lab.host(1), lab.hosts[1:]
     key, table = f"{host.subnet.network_address}-24", peers(host)
@@ -341,7 +346,7 @@ def test_a_host_begins_without_etcd_and_joins_when_it_is_back(cluster: tuple[Lab
     start = time.monotonic()
     host.start_daemon()
     host.wait_ready()
-    print(f"ready {time.monotonic() - start:.2f} s after its start, without etcd")
+    figure("ready without etcd after the start", time.monotonic() - start, "s")
     assert peers(host) == table
     assert host.gateway.network == lab.host(1).subnet
     for other in others:
@@ -355,7 +360,7 @@ def test_a_host_begins_without_etcd_and_joins_when_it_is_back(cluster: tuple[Lab
         start = time.monotonic()
         etcd.put("10.244.251.0-24", {"PublicIP": "192.168.77.251"})
         wait_for_equal_tables(lab, etcd)
-        print(f"every table right {time.monotonic() - start:.2f} s after etcd is back")
+        figure("every table right after etcd is back", time.monotonic() - start, "s")
         seconds_until(lambda: read_status(host)["problems"] == [], "all to be well", FOLLOWS_S)
     assert json.loads(etcd.leases()[key])["PublicIP"] == str(host.underlay_address)
     etcd.delete("10.244.251.0-24")
@@ -407,7 +412,9 @@ def fresh(lab: Lab, etcd: Etcd) -> None:
         pytest.param(8, 20, marks=[pytest.mark.full, pytest.mark.timeout(900)]),
     ],
 )
-def test_hosts_that_start_at_once_all_get_a_subnet_and_all_peers(tmp_path: Path, n_hosts: int, n_rounds: int) -> None:
+def test_hosts_that_start_at_once_all_get_a_subnet_and_all_peers(
+    tmp_path: Path, figure: Callable[..., None], n_hosts: int, n_rounds: int
+) -> None:
     """In every other round etcd answers nobody until all have asked, so that they meet in one moment.
 
     There are as many subnets as hosts.
@@ -418,7 +425,7 @@ def test_hosts_that_start_at_once_all_get_a_subnet_and_all_peers(tmp_path: Path,
         "SubnetMax": f"10.244.{n_hosts}.0",
         "Backend": {"Type": "udp"},
     }
-    slowest = 0.0
+    took_s: list[float] = []
     with etcd_lab("t-race", tmp_path, n_hosts, conf) as (lab, etcd):
         for number in range(n_rounds):
             fresh(lab, etcd)
@@ -436,12 +443,13 @@ def test_hosts_that_start_at_once_all_get_a_subnet_and_all_peers(tmp_path: Path,
             subnets = {host.subnet for host in lab.hosts}
             assert len(subnets) == n_hosts, f"round {number}: {subnets}"
             assert len(etcd.leases()) == n_hosts
-            slowest = max(slowest, wait_for_equal_tables(lab, etcd))
+            took_s.append(wait_for_equal_tables(lab, etcd))
             for host in lab.hosts:
                 assert host.daemon is not None
                 assert host.daemon.poll() is None
                 assert read_status(host)["problems"] == []
-    print(f"{n_rounds} rounds of {n_hosts}: no peer missing, no subnet twice; slowest table {slowest * 1000:.0f} ms")
+    figure(f"{n_hosts} hosts at once: peers missing and subnets twice", 0)
+    figure("every table is right when all are ready, after", took_s, "s")
 
 
 def is_waiting(host: Host) -> bool:
@@ -464,7 +472,9 @@ def put_all(etcd: Etcd, numbers: range) -> None:
     etcd.transaction(*lines)
 
 
-def test_thousands_of_leases_at_once_are_all_learned_and_a_start_with_them_is_quick(tmp_path: Path) -> None:
+def test_thousands_of_leases_at_once_are_all_learned_and_a_start_with_them_is_quick(
+    tmp_path: Path, figure: Callable[..., None]
+) -> None:
     """Of 100 leases in one transaction flanneld 0.20 learned one."""
     with etcd_lab("t-many", tmp_path, 2, WIDE) as (lab, etcd):
         lab.start()
@@ -475,19 +485,21 @@ def test_thousands_of_leases_at_once_are_all_learned_and_a_start_with_them_is_qu
                 put_all(etcd, range(first, first + 1000))
             seconds = wait_for_equal_tables(lab, etcd)
             grown = rss_mib(host, read_status(host)["pid"]) - base
-            print(f"10,000 leases in both tables {seconds:.2f} s after the last transaction; {grown:.1f} MiB more")
+            figure("10,000 leases in both tables after the last transaction", seconds, "s")
+            figure("more memory of the daemon", grown, "MiB")
             assert grown < 100
             start = time.monotonic()
             assert host.stop_daemon() == 0
             host.start_daemon()
             host.wait_ready(20)
-            print(f"stopped, started and ready with 10,002 leases in {time.monotonic() - start:.2f} s")
+            figure("stopped, started and ready with 10,002 leases", time.monotonic() - start, "s")
             assert len(peers(host)) == 10_001
             etcd.etcdctl("del", "--prefix", f"{PREFIX}/subnets/10.6")
             etcd.etcdctl("del", f"{PREFIX}/subnets/10.64", f"{PREFIX}/subnets/10.99999")
             seconds = wait_for_equal_tables(lab, etcd)
             print(f"gone again {seconds:.2f} s after the deletion")
             flow.wait_for_more(20)
+        figure(f"of {flow.report.sent} packets, lost", len(flow.report.lost))
         assert flow.report.lost == []
 
 

@@ -7,13 +7,15 @@ sends and receives.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from traffic import (
@@ -33,7 +35,7 @@ from traffic import (
     wait_for_peers,
 )
 
-from udptun.lab.host import Host, Pod
+from udptun.lab.host import UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, Lab
 
@@ -69,16 +71,17 @@ def assert_no_traceback(lab: Lab) -> None:
 
 
 @contextlib.contextmanager
-def traffic(lab: Lab, path: Path, n_kills: int = 0) -> Iterator[tuple[UdpFlow, TcpFlow]]:
+def traffic(lab: Lab, path: Path, n_kills: int = 0, tcp_bytes_per_s: float = 2e6) -> Iterator[tuple[UdpFlow, TcpFlow]]:
     """The flows of the module's text; TCP must be exact, UDP neither spoilt nor doubled, and nothing leak.
 
     `n_kills` of a datapath process may each double one batch.
     """
     one, two = lab.host(1).pod(1), lab.host(2).pod(1)
-    with nothing_in_clear_text(lab, path), udp_flow(one, two, RATE) as datagrams, tcp_flow(two, one) as stream:
-        datagrams.wait_for_more()
-        yield datagrams, stream
-        datagrams.wait_for_more()
+    with nothing_in_clear_text(lab, path), udp_flow(one, two, RATE) as datagrams:  # noqa: SIM117
+        with tcp_flow(two, one, tcp_bytes_per_s) as stream:
+            datagrams.wait_for_more()
+            yield datagrams, stream
+            datagrams.wait_for_more()
     stream.report.assert_exact()
     assert datagrams.report.n_spoilt == 0
     assert datagrams.report.n_duplicates <= n_kills * BATCH
@@ -93,6 +96,12 @@ def pids(host: Host) -> tuple[int, int]:
 def start_daemon(host: Host) -> None:
     host.start_daemon()
     host.wait_ready()
+
+
+def kill_daemon(host: Host, *others: int) -> None:
+    """And the `others`; returns when the daemon is gone, so that it can be started again."""
+    kill(host, read_status(host)["pid"], *others)
+    wait_until(f"the daemon of {host.name} to be gone", lambda: host.daemon and host.daemon.poll() is not None, 10)
 
 
 def wait_full_datapath(host: Host, gone: int = 0) -> None:
@@ -114,17 +123,89 @@ def is_steady(flow: UdpFlow) -> bool:
 # --- killed
 
 
-def test_nothing_is_lost_when_the_daemon_is_killed_and_started_again(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dead_s", [0.5, pytest.param(5, marks=pytest.mark.full)])
+def test_nothing_is_lost_when_the_daemon_is_killed_and_started_again(
+    lab: Lab, tmp_path: Path, figure: Callable[..., None], dead_s: float
+) -> None:
     host = lab.host(1)
     daemon, datapath = pids(host)
     with traffic(lab, tmp_path / "c.pcap") as (datagrams, _):
         kill(host, daemon)
-        datagrams.wait_for_more(1000)
+        datagrams.wait_for_more(int(dead_s * RATE))
         start_daemon(host)
         datagrams.wait_for_more(500)
     assert pids(host)[1] == datapath
+    figure(f"of {datagrams.report.sent} packets with the daemon dead for {dead_s} s, lost", len(datagrams.report.lost))
     assert datagrams.report.lost == []
     assert datagrams.report.n_out_of_order == 0
+
+
+class Killer:
+    """Kills one of the host's three processes after the other, drawn by `seed`, each at a moment drawn anew.
+
+    One at a time: a process that was killed has been replaced when the next one dies.
+    """
+
+    def __init__(self, host: Host, seed: int) -> None:
+        self._host = host
+        self._random = random.Random(seed)
+        self.n_killed = dict.fromkeys(("daemon", "active", "standby"), 0)
+        self._since_start = 0
+
+    def kill_one(self) -> None:
+        datapath = self.wait_whole()
+        time.sleep(self._random.uniform(0, 0.1))
+        # It waits longer and longer with the next start when processes die again and again.
+        which = "daemon" if self._since_start == 6 else self._random.choice(list(self.n_killed))
+        self.n_killed[which] += 1
+        self._since_start = 0 if which == "daemon" else self._since_start + 1
+        if which == "daemon":
+            kill_daemon(self._host)
+            # Where a service manager starts it again that takes a moment.
+            time.sleep(self._random.uniform(0, 0.3))
+            start_daemon(self._host)
+        else:
+            kill(self._host, datapath["pid"] if which == "active" else datapath["standby_pids"][0])
+
+    def wait_whole(self) -> dict[str, Any]:
+        """What the status says of the datapath once all its processes live."""
+        found: dict[str, Any] = {}
+
+        def is_whole() -> bool:
+            found.update(read_status(self._host)["datapath"])
+            alive = datapath_pids(self._host)
+            return {found["pid"], *found["standby_pids"]} == alive and len(alive) == 2
+
+        wait_until("all processes to live", is_whole, 20)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("n_kills", "mbit_per_s", "seed"),
+    [
+        (6, 16, 0),
+        pytest.param(20, 200, 0, marks=pytest.mark.full),
+        *(pytest.param(100, 16, seed, marks=[pytest.mark.full, pytest.mark.timeout(300)]) for seed in range(1, 11)),
+    ],
+)
+def test_nothing_is_lost_when_random_processes_are_killed_at_random_moments(
+    lab: Lab, tmp_path: Path, figure: Callable[..., None], n_kills: int, mbit_per_s: float, seed: int
+) -> None:
+    """Of the daemon, the active datapath process and its standby; the ten hundreds of `--full` are the thousand."""
+    killer = Killer(lab.host(1), seed)
+    with traffic(lab, tmp_path / "c.pcap", n_kills, mbit_per_s * 1e6 / 8) as (datagrams, stream):
+        for _ in range(n_kills):
+            killer.kill_one()
+        killer.wait_whole()
+    assert sum(killer.n_killed.values()) == n_kills
+    report = datagrams.report
+    kills = ", ".join(f"{n} of the {which}" for which, n in killer.n_killed.items())
+    figure(f"{n_kills} kills ({kills}); of {report.sent} packets, lost", len(report.lost))
+    figure("packets that came twice", report.n_duplicates)
+    figure("longest time without a packet", report.longest_gap_ms, "ms")
+    figure(f"longest silence of a stream of {mbit_per_s} Mbit/s", stream.report.longest_silence_ms, "ms")
+    assert report.lost == []
+    assert report.n_out_of_order == 0
 
 
 @pytest.mark.parametrize("n_kills", [10, pytest.param(200, marks=pytest.mark.full)])
@@ -164,9 +245,49 @@ def test_the_standby_goes_on_by_itself_when_daemon_and_then_datapath_are_killed(
     assert datagrams.report.lost == []
 
 
-@pytest.mark.parametrize("how", ["one_by_one", "at_once"])
-def test_forwarding_resumes_with_the_daemon_when_all_were_killed(lab: Lab, tmp_path: Path, how: str) -> None:
+def kernel_state(host: Host) -> list[str]:
+    """Device, address, routes and rules, as the kernel has them for packets of pods.
+
+    A route is marked while nobody has the device open; packets that take it are dropped.
+    """
+    commands = ("ip -o address show flannel0", "ip route show proto 158", "iptables-save | grep FLANNEL")
+    return [host.run(["sh", "-c", command]).stdout.replace(" linkdown", "") for command in commands]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("n_times", [20])
+def test_forwarding_resumes_when_all_were_killed_and_the_daemon_is_started_at_once(
+    lab: Lab, tmp_path: Path, figure: Callable[..., None], n_times: int
+) -> None:
+    """Without a service manager that keeps descriptors: what comes before the start is lost.  It never leaks."""
     host = lab.host(1)
+    killed_ns: list[int] = []
+    ready_s: list[float] = []
+    before = kernel_state(host)
+    with traffic(lab, tmp_path / "c.pcap", 2 * n_times) as (datagrams, _):
+        for _ in range(n_times):
+            wait_full_datapath(host)
+            datapath = datapath_pids(host)
+            killed_ns.append(time.monotonic_ns())
+            kill_daemon(host, *datapath)
+            host.start_daemon()
+            host.wait_ready()
+            ready_s.append((time.monotonic_ns() - killed_ns[-1]) / 1e9)
+            datagrams.wait_for_more(500)
+            assert kernel_state(host) == before
+    # What was under way in the underlay when they were killed still arrives, within milliseconds.
+    outages = [datagrams.report.longest_gap_ms_within(start, start + 2_000_000_000) / 1e3 for start in killed_ns]
+    figure("from the kill to packets again", outages, "s")
+    figure("from the kill to a daemon that is ready", ready_s, "s")
+    assert max(outages) < 0.5 * SLACK
+
+
+@pytest.mark.parametrize("how", ["one_by_one", "at_once"])
+def test_forwarding_resumes_with_the_daemon_when_all_were_killed(
+    lab: Lab, tmp_path: Path, figure: Callable[..., None], how: str
+) -> None:
+    host = lab.host(1)
+    before = kernel_state(host)
     with traffic(lab, tmp_path / "c.pcap", n_kills=2) as (datagrams, _):
         if how == "at_once":
             kill(host, read_status(host)["pid"], *datapath_pids(host))
@@ -175,6 +296,7 @@ def test_forwarding_resumes_with_the_daemon_when_all_were_killed(lab: Lab, tmp_p
             for pid in sorted(datapath_pids(host)):
                 kill(host, pid)
         wait_until("all to be dead", lambda: not datapath_pids(host), 5)
+        assert kernel_state(host) == before
         # On a busy machine the receiver is behind, and has yet to read what had arrived before.
         wait_until("the receiver to have read all", lambda: is_steady(datagrams), 5)
         dead_at = datagrams.received()
@@ -189,26 +311,31 @@ def test_forwarding_resumes_with_the_daemon_when_all_were_killed(lab: Lab, tmp_p
         ready_s = (time.monotonic_ns() - start_ns) / 1e9
         datagrams.wait_for_more(500)
     resumed_s = datagrams.report.first_after_s(start_ns)
-    print(f"forwarding {resumed_s:.3f} s after the start of the daemon, which was ready after {ready_s:.3f} s")
+    figure("packets again after the start of the daemon", resumed_s, "s")
+    figure("the daemon is ready after its start", ready_s, "s")
     assert resumed_s < 0.5 * SLACK
 
 
 # --- stopped and started
 
 
-def test_nothing_is_lost_when_the_daemon_is_stopped_and_started_again(lab: Lab, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_times", [1, pytest.param(20, marks=pytest.mark.full)])
+def test_nothing_is_lost_when_the_daemon_is_stopped_and_started_again(
+    lab: Lab, tmp_path: Path, figure: Callable[..., None], n_times: int
+) -> None:
     host = lab.host(1)
     _, datapath = pids(host)
     took = []
     with traffic(lab, tmp_path / "c.pcap") as (datagrams, _):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) * n_times:
             start = time.monotonic()
             assert host.stop_daemon(number) == 0
             took.append(time.monotonic() - start)
             datagrams.wait_for_more(500)
             start_daemon(host)
             datagrams.wait_for_more(200)
-    print("SIGTERM and SIGINT end the daemon within " + " and ".join(f"{s * 1000:.0f} ms" for s in took))
+    figure("SIGTERM or SIGINT to the end of the daemon", [1000 * s for s in took], "ms")
+    figure(f"of {datagrams.report.sent} packets, lost", len(datagrams.report.lost))
     assert max(took) < 1 * SLACK
     assert pids(host)[1] == datapath
     assert datagrams.report.lost == []
@@ -246,18 +373,25 @@ def test_the_standby_goes_on_when_the_active_process_is_stopped_and_the_daemon_g
 # --- the device
 
 
-def test_a_deleted_device_comes_back_under_traffic(lab: Lab, tmp_path: Path) -> None:
-    host, n = lab.host(1), 3
+@pytest.mark.parametrize("n", [3, pytest.param(20, marks=pytest.mark.full)])
+def test_a_deleted_device_comes_back_under_traffic(
+    lab: Lab, tmp_path: Path, figure: Callable[..., None], n: int
+) -> None:
+    host = lab.host(1)
+    deleted_ns = []
     _, datapath = pids(host)
     before = len(host.daemon_log())
     with traffic(lab, tmp_path / "c.pcap") as (datagrams, _):
         cpu, start = cpu_s(host, datapath), time.monotonic()
         for _ in range(n):
+            deleted_ns.append(time.monotonic_ns())
             host.machine.at().ip("link del flannel0")
             # More than can have been under way when it was deleted.
             datagrams.wait_for_more(1000, 1 * SLACK)
         used, elapsed = cpu_s(host, datapath) - cpu, time.monotonic() - start
-    print(f"longest gap of {n} deletions: see above; datapath used {100 * used / elapsed:.0f} % of a processor")
+    gaps = [datagrams.report.longest_gap_ms_within(start, start + 400_000_000) for start in deleted_ns]
+    figure("longest time without a packet after the device was deleted", gaps, "ms")
+    figure("the datapath used, of a processor", 100 * used / elapsed, "%")
     lines = [line for line in host.daemon_log()[before:].splitlines() if "udptun.kernel.reconcile.reconciler" in line]
     print("\n".join(lines))
     assert sum("revive device flannel0" in line for line in lines) == n
@@ -277,7 +411,7 @@ def n_unreachable(pod: Pod) -> int:
 
 
 def test_packets_are_refused_and_nothing_spins_when_the_device_is_deleted_without_a_daemon(
-    lab: Lab, tmp_path: Path
+    lab: Lab, tmp_path: Path, figure: Callable[..., None]
 ) -> None:
     host, there = lab.host(1), lab.host(2).pod(1)
     with traffic(lab, tmp_path / "c.pcap") as (datagrams, _):
@@ -292,14 +426,34 @@ def test_packets_are_refused_and_nothing_spins_when_the_device_is_deleted_withou
         # The kernel tells a pod that goes on like this a few times only, and a ping beside it never.
         wait_until("the pod to be told", lambda: n_unreachable(host.pod(1)) > refusals, 10)
         share = (sum(cpu_s(host, pid) for pid in workers) - cpu) / (time.monotonic() - start)
-        print(f"without device: datapath uses {100 * share:.1f} % of a processor")
         assert share < 0.1
         assert datagrams.received() - before < 50
         start_ns = time.monotonic_ns()
         start_daemon(host)
         datagrams.wait_for_more(500)
-    print(f"forwarding {datagrams.report.first_after_s(start_ns):.3f} s after the start of the daemon")
+    figure("packets again after the start of the daemon", datagrams.report.first_after_s(start_ns), "s")
+    figure("the datapath used without a device, of a processor", 100 * share, "%")
     assert datapath_pids(host) == workers
+
+
+# --- the underlay
+
+
+@pytest.mark.full
+def test_packets_pass_again_when_the_underlay_is_up_again(lab: Lab, figure: Callable[..., None]) -> None:
+    host = lab.host(1)
+    up_ns = []
+    with udp_flow(host.pod(1), lab.host(2).pod(1), RATE) as datagrams:
+        for _ in range(10):
+            host.machine.at().ip("link set eth0 down")
+            time.sleep(1)
+            up_ns.append(time.monotonic_ns())
+            host.machine.at().ip("link set eth0 up", f"route replace default via {UNDERLAY[1]}")
+            datagrams.wait_for_more(500)
+    figure(
+        "packets again after the link of the underlay is up", [datagrams.report.first_after_s(it) for it in up_ns], "s"
+    )
+    wait_until("no problem", lambda: read_status(host)["problems"] == [], 10)
 
 
 # --- cleanup

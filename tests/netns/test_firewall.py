@@ -17,12 +17,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from traffic import CLEANUP, REAL_TIME, cpu_s, ping, read_status, socket_in, udp_flow
+from traffic import CLEANUP, REAL_TIME, cpu_s, ping, read_status, seconds_until, socket_in, udp_flow
 
 from udptun.lab.host import Host, Pod
 from udptun.lab.machine import wait_until
@@ -325,14 +325,17 @@ def damages(flavour: Flavour) -> Iterator[tuple[str, list[str], str]]:
             yield what, [f"{flavour.iptables}-restore", "--noflush"], "".join(f"{line}\n" for line in lines)
 
 
-def test_each_damage_is_repaired_with_one_line(world: Lab, flavour: Flavour) -> None:
+def test_each_damage_is_repaired_with_one_line(world: Lab, flavour: Flavour, figure: Callable[..., None]) -> None:
     host = world.host(1)
+    took_s: list[float] = []
     for what, program, text in damages(flavour):
         before = len(repairs(host))
         host.run(program, input=text)
-        wait_until(f"the repair of: {what}", lambda n=before: len(repairs(host)) > n, 5 if flavour.resync_s > 5 else 10)
+        limit_s = 5 if flavour.resync_s > 5 else 10
+        took_s.append(seconds_until(lambda n=before: len(repairs(host)) > n, f"the repair of: {what}", limit_s))
         assert flannels(host, flavour) == expected(host, flavour), what
         assert len(repairs(host)) == before + 1, what
+    figure("rules repaired", took_s, "s")
     ping(host.pod(1), OUTSIDE)
     ping(host.pod(1), world.host(2).pod(1).address)
 

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -80,7 +80,9 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Lab]:
             yield lab
 
 
-def test_a_dead_host_is_known_within_seconds_and_used_again_at_once(pair: Lab, slack: int) -> None:
+def test_a_dead_host_is_known_within_seconds_and_used_again_at_once(
+    pair: Lab, slack: int, figure: Callable[..., None]
+) -> None:
     """Before, its lease was all that was known of it: senders got no answer at all for 24 hours."""
     one, two = pair.hosts
     here, there = one.pod(1), two.pod(1)
@@ -93,7 +95,8 @@ def test_a_dead_host_is_known_within_seconds_and_used_again_at_once(pair: Lab, s
             problems = read_status(one)["problems"]
             counters = read_status(one)["counters"]
         back_s = seconds_until(lambda: is_answered(here, there.address), "the way back", 3 * slack)
-        print(f"dead after {took_s:.2f} s, back after {back_s:.2f} s")
+        figure("the host is known to be dead after", took_s, "s")
+        figure("it is used again after", back_s, "s")
         seconds_until(lambda: is_(one, "alive"), "alive again", 3 * slack)
         flow.wait_for_more(100)
     assert "Destination Host Unreachable" in said
@@ -155,7 +158,9 @@ NARROW_BYTES = 1300
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT = 10, 0
 
 
-def test_full_size_tcp_goes_on_soon_after_a_path_has_become_narrow_in_silence(pair: Lab, slack: int) -> None:
+def test_full_size_tcp_goes_on_soon_after_a_path_has_become_narrow_in_silence(
+    pair: Lab, slack: int, figure: Callable[..., None]
+) -> None:
     """Before, small packets passed and connections began, and then not a byte came."""
     one, two = pair.hosts
     here, there = one.pod(1), two.pod(1)
@@ -172,7 +177,8 @@ def test_full_size_tcp_goes_on_soon_after_a_path_has_become_narrow_in_silence(pa
             told = here.run(["ip", "route", "get", str(there.address)]).stdout
             assert f"mtu {mtu}" in one.run(["ip", "route", "show", str(two.subnet)]).stdout
             assert_arrives_without_df(here, there, one.mtu)
-    print(f"{mtu} bytes after {took_s:.2f} s")
+    figure("the path is measured after", took_s, "s")
+    figure("longest silence of the stream", flow.report.longest_silence_ms / 1000, "s")
     flow.report.assert_exact()
     assert flow.report.longest_silence_ms < 5000 * slack
     assert f"mtu {mtu}" in told, "the sender is told"

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,7 +88,7 @@ def change_build(host: Host, package: Path, command: list[str], how: str) -> Non
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_nothing_is_lost_when_daemons_are_upgraded_and_on_the_way_back(
-    lab: Lab, earlier: Path, tmp_path: Path, how: str
+    lab: Lab, earlier: Path, tmp_path: Path, figure: Callable[..., None], how: str
 ) -> None:
     """What a datapath process had in flight when it was told to stop may arrive twice, a batch at most."""
     old_command = lab.daemon_command
@@ -106,7 +106,9 @@ def test_nothing_is_lost_when_daemons_are_upgraded_and_on_the_way_back(
                 change_build(host, package, command, how)
                 n_changes += 1
         datagrams.wait_for_more(500)
-    print(f"{EARLIER[:7]}, {how}, {n_changes} changes of build: {datagrams.report}; TCP: {stream.report}")
+    figure(f"of {datagrams.report.sent} packets over {n_changes} changes of build, lost", len(datagrams.report.lost))
+    figure("packets that came twice", datagrams.report.n_duplicates)
+    figure("longest silence of the stream", stream.report.longest_silence_ms, "ms")
     stream.report.assert_exact()
     assert datagrams.report.lost == []
     assert datagrams.report.n_spoilt == 0

@@ -109,6 +109,11 @@ class UdpReport:
         times = [at for _, at in self.arrivals]
         return max((b - a for a, b in itertools.pairwise(times)), default=0) / 1e6
 
+    def longest_gap_ms_within(self, start_ns: int, end_ns: int) -> float:
+        """The longest time between two arrivals of which the second one is in that span."""
+        pairs = itertools.pairwise(at for _, at in self.arrivals)
+        return max((b - a for a, b in pairs if start_ns <= b < end_ns), default=0) / 1e6
+
     def longest_gap_ends_s(self, since_ns: int) -> float:
         """How long after `since_ns` the packet arrived that ended the longest gap of lost packets; 0: none was lost."""
         gaps = [(b - a, b) for (m, a), (n, b) in itertools.pairwise(self.arrivals) if n > m + 1]

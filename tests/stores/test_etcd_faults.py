@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def told(path: Path) -> list[dict[str, Any]]:
 )
 @pytest.mark.timeout(180)
 def test_etcd_that_is_cut_off_is_noticed_and_its_changes_are_caught_up(
-    tmp_path: Path, namespace: str, within_s: float, cut_s: float, compact: bool
+    tmp_path: Path, namespace: str, within_s: float, figure: Callable[..., None], cut_s: float, compact: bool
 ) -> None:
     """The packets of one port are dropped in both directions; etcdctl comes in by another."""
     inside = ["ip", "netns", "exec", namespace]
@@ -160,7 +160,9 @@ def test_etcd_that_is_cut_off_is_noticed_and_its_changes_are_caught_up(
         until(lambda: told(path)[-1]["keys"] == NAMES[2:4], "the table is right", path.read_text)
         took_s = told(path)[-1]["at_s"] - back_at_s
         errors = told(path)[-1]["errors"]
-        print(f"cut off for {cut_s:.0f} s: noticed in {noticed_s:.1f} s, right after {took_s:.2f} s; lines: {errors}")
+        print(f"lines: {errors}")
+        figure(f"etcd cut off for {cut_s:.0f} s, noticed after", noticed_s, "s")
+        figure("the table is right after its return", took_s, "s")
         assert noticed_s < 15
         assert took_s < within_s
         assert 1 <= len(errors) <= 2, errors
@@ -389,7 +391,7 @@ def seen(follower: Follower) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("n_changes", [400, pytest.param(2000, marks=pytest.mark.full)])
 async def test_every_table_equals_etcds_history_through_a_thousand_at_once_and_a_storm(
-    tmp_path: Path, n_changes: int
+    tmp_path: Path, figure: Callable[..., None], n_changes: int
 ) -> None:
     harness = EtcdHarness(tmp_path)
     assert "--max-txn-ops=20000" in LARGE_TXN
@@ -430,7 +432,7 @@ async def test_every_table_equals_etcds_history_through_a_thousand_at_once_and_a
         took_s = time.monotonic() - began_s
         for follower in (a, b, c):
             await follower.until(lambda follower=follower: follower.revision >= last)
-        print(f"{n_changes} changes in {took_s:.2f} s, known everywhere after {time.monotonic() - began_s:.2f} s")
+        figure(f"{n_changes} changes in {took_s:.2f} s, known everywhere after", time.monotonic() - began_s, "s")
         truth = await asyncio.to_thread(history, harness, first, last)
         assert len(truth) >= 1000 + n_changes * 2 // 3
         now = {lease.key: lease.attrs for lease in (await writer.snapshot()).leases}
@@ -438,6 +440,7 @@ async def test_every_table_equals_etcds_history_through_a_thousand_at_once_and_a
             assert seen(follower) == truth
             assert {key: lease.attrs for key, lease in follower.leases.items()} == now
             assert (follower.n_snapshots, follower.errors) == (0, [])
+        figure(f"of {len(truth)} events of etcd's history, missing in three tables", 0)
     await writer.aclose()
 
 

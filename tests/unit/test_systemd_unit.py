@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,11 +128,12 @@ def test_legacy_iptables_has_its_lock_though_all_is_read_only() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_systemd_rates_the_units_exposure_at_2_or_better() -> None:
+def test_systemd_rates_the_units_exposure_at_2_or_better(figure: Callable[..., None]) -> None:
     argv = ["systemd-analyze", "security", "--offline=true", "--threshold=20", "--no-pager", UNIT]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"Overall exposure level for udptun.service: [012]\.\d", done.stdout)
+    (rating,) = re.findall(r"Overall exposure level for udptun.service: ([012]\.\d)", done.stdout)
+    figure("exposure of the unit, of 10", float(rating))
 
 
 def test_datapath_can_give_its_rights_up_under_the_units_filter() -> None:
