@@ -1,6 +1,6 @@
 """A path that takes less than both hosts' devices, with a router that says so or in silence: what flows get through.
 
-    pod h1/p1 -- flannel0 -- eth0 of h1 -- router, which forwards to -- eth0 of h2 -- flannel0 -- pod h2/p1
+pod h1/p1 -- flannel0 -- eth0 of h1 -- router, which forwards to -- eth0 of h2 -- flannel0 -- pod h2/p1
 """
 
 from __future__ import annotations
@@ -8,16 +8,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
+from statistics import mean
 
 import pytest
 
 from tests.netns.traffic import REAL_TIME, read_status, seconds_until, socket_in, tcp_flow, wait_for_peers
-from udptun.lab.host import DISTANT, UNDERLAY, Host
-from udptun.lab.topology import SWITCH, Lab
+from udptun.lab.host import DISTANT, UNDERLAY, Host, Pod
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import SWITCH, Lab, Offload
 from udptun.probing.path_mtu import GROW_S
 
 pytestmark = pytest.mark.netns
@@ -93,6 +97,17 @@ def forge_fragmentation_needed(to: Host, about: Host, mtu: int) -> None:
         raw.sendto(message, (str(to.underlay_address), 0))
 
 
+def drop_long_packets(lab: Lab) -> None:
+    """The router forwards nothing that is too long, as a firewall may.  Frames must cross one by one."""
+    rule = f"type filter hook forward priority 0; }}; add rule ip narrow f ip length > {NARROW_BYTES} counter drop"
+    lab.switch.run(["nft", f"add table ip narrow; add chain ip narrow f {{ {rule}"])
+
+
+def narrow_in_silence(lab: Lab) -> None:
+    silence(lab)
+    set_narrow(lab, NARROW_BYTES)
+
+
 def test_what_icmp_says_of_the_underlay_is_believed_when_probes_show_it(routed: Lab, slack: int) -> None:
     """Before, the kernel believed it for 10 minutes: a forged error cost everybody his full-size packets, and a path
     that was mended stayed narrow.
@@ -103,10 +118,10 @@ def test_what_icmp_says_of_the_underlay_is_believed_when_probes_show_it(routed: 
     with tcp_flow(one.pod(1), two.pod(1)) as flow:
         time.sleep(0.5)
         set_narrow(routed, NARROW_BYTES)
-        took_s = seconds_until(lambda: route_mtu(one, two) == narrow, "the measure", 1.5 * slack)
+        took_s = seconds_until(lambda: route_mtu(one, two) == narrow, "the measure", 3 * slack)
         time.sleep(0.5)
         forge_fragmentation_needed(one, two, 700)
-        seconds_until(lambda: believed_mtu(one, two) == 700, "the kernel to believe it", slack)
+        seconds_until(lambda: believed_mtu(one, two) == 700, "the kernel to believe it", 3 * slack)
         time.sleep(1.5)
         assert (path_mtu(one), route_mtu(one, two)) == (narrow, narrow)
     print(f"{narrow} bytes after {took_s:.2f} s")
@@ -142,10 +157,116 @@ def test_what_icmp_and_routes_say_counts_where_nothing_is_probed(routed: Lab, sl
     with tcp_flow(one.pod(1), two.pod(1)) as flow:
         time.sleep(0.5)
         set_narrow(routed, NARROW_BYTES)
-        took_s = seconds_until(lambda: route_mtu(one, two) == NARROW_BYTES - around, "the limit", slack)
+        took_s = seconds_until(lambda: route_mtu(one, two) == NARROW_BYTES - around, "the limit", 3 * slack)
         one.run(["ip", "route", "change", "default", "via", str(UNDERLAY[1]), "mtu", "1200"])
-        seconds_until(lambda: route_mtu(one, two) == 1200 - around, "the route's limit", slack)
+        seconds_until(lambda: route_mtu(one, two) == 1200 - around, "the route's limit", 3 * slack)
     print(f"{NARROW_BYTES - around} bytes after {took_s:.2f} s")
     flow.report.assert_exact()
     assert flow.report.longest_silence_ms < 1500 * slack
     assert path_mtu(one) is None
+
+
+def n_too_long(lab: Lab) -> int:
+    """How many packets `drop_long_packets` has dropped."""
+    table = json.loads(lab.switch.run(["nft", "-j", "list", "table", "ip", "narrow"]).stdout)
+    (rule,) = (it["rule"] for it in table["nftables"] if "rule" in it)
+    return next(int(it["counter"]["packets"]) for it in rule["expr"] if "counter" in it)
+
+
+@pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGTERM])
+def test_a_daemon_that_is_started_again_still_knows_a_narrow_path_and_who_is_alive(
+    routed: Lab, slack: int, ends: signal.Signals
+) -> None:
+    """Before, packets were of full size again for some 3 s, and all of those were lost."""
+    one, two = routed.hosts
+    narrow = NARROW_BYTES - (1500 - one.mtu)
+    routed.set_offload(Offload.NONE)
+    with tcp_flow(one.pod(1), two.pod(1)) as flow:
+        drop_long_packets(routed)
+        for host, peer in ((one, two), (two, one)):
+            seconds_until(lambda host=host, peer=peer: route_mtu(host, peer) == narrow, "the measure", 5 * slack)
+        time.sleep(1)
+        before = n_too_long(routed)
+        one.stop_daemon(ends)
+        time.sleep(0.3)
+        one.start_daemon()
+        one.wait_ready()
+        (peer,) = read_status(one)["peers"]
+        assert (peer["liveness"], peer["path_mtu"]) == ("alive", narrow)
+        time.sleep(2)
+        assert n_too_long(routed) - before == 0
+    flow.report.assert_exact()
+    assert flow.report.longest_silence_ms < 5000 * slack
+
+
+RATE = "100mbit"
+"""Of the first host's uplink, so that no processor is the limit."""
+GOAL = 0.9
+"""Of the goodput on the clean path."""
+
+
+NARROWINGS = {
+    "router-tells": lambda lab: set_narrow(lab, NARROW_BYTES),
+    "router-is-silent": narrow_in_silence,
+    "firewall-drops": drop_long_packets,
+}
+
+
+@contextlib.contextmanager
+def shaped_lab(peer: str) -> Iterator[Lab]:
+    is_vtep = peer == "kernel-vxlan"
+    with routed_lab({"Type": "vxlan" if is_vtep else "udp"}, is_vxlan_missing=is_vtep) as lab:
+        one, two = lab.hosts
+        lab.set_offload(Offload.NONE)
+        one.run(["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", RATE, "burst", "32kb", "limit", "400kb"])
+        if peer == "only-answers":
+            two.stop_daemon()
+            two.start_daemon(["--probe=false"])
+            two.wait_ready()
+        seconds_until(lambda: path_mtu(one) == one.mtu, "the first measure", 15)
+        yield lab
+
+
+@contextlib.contextmanager
+def full_speed_flow(source: Pod, destination: Pod, seconds: int) -> Iterator[list[float]]:
+    """One TCP connection; the list gets, at the end of the block, the received Mbit/s of each of these seconds."""
+    server = destination.popen(["iperf3", "-s", "-1", "-J", "-i", "1"], stdout=subprocess.PIPE)
+    wait_until("the server", lambda: ":5201" in destination.run(["ss", "-ltn"]).stdout, 10)
+    client = source.popen(["iperf3", "-c", str(destination.address), "-t", str(seconds)], stdout=subprocess.DEVNULL)
+    received: list[float] = []
+    try:
+        yield received
+        client.wait(timeout=seconds + 20)
+        report, _ = server.communicate(timeout=20)
+        received += [interval["sum"]["bits_per_second"] / 1e6 for interval in json.loads(report)["intervals"]]
+    finally:
+        for process in (client, server):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", NARROWINGS)
+@pytest.mark.parametrize("peer", ["udptun", "only-answers", "kernel-vxlan"])
+def test_full_size_tcp_has_nine_tenths_of_the_clean_goodput_from_five_seconds_on(peer: str, how: str) -> None:
+    """One connection that was there when the path became narrow, and one that begins later."""
+    with shaped_lab(peer) as lab:
+        here, there = (host.pod(1) for host in lab.hosts)
+        with full_speed_flow(here, there, 8) as clean:
+            pass
+        with full_speed_flow(here, there, 18) as before:
+            time.sleep(2)
+            NARROWINGS[how](lab)
+            narrowed_s = time.monotonic()
+            seconds_until(lambda: route_mtu(*lab.hosts) is not None, "the measure", 5)
+            took_s = time.monotonic() - narrowed_s
+        with full_speed_flow(here, there, 8) as later:
+            pass
+    goodput = mean(clean[2:8])
+    shares = [mean(before[8:18]) / goodput, mean(later[2:8]) / goodput]
+    print(
+        f"{peer} {how}: clean {goodput:.1f} Mbit/s; measured after {took_s:.2f} s; of the clean goodput: "
+        f"{shares[0]:.3f} in the seconds 6 to 16 after, {shares[1]:.3f} of a new connection; by the second: "
+        f"{' '.join(f'{mbit:.0f}' for mbit in before)}"
+    )
+    assert min(shares) >= GOAL

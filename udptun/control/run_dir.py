@@ -24,7 +24,12 @@ SOCKET_NAME = "udptun.sock"
 LOCK_FILE = "daemon.lock"
 """flock()ed by the daemon, whose pid it holds."""
 
-_OWN_FILE = re.compile(rf"{re.escape(SOCKET_NAME)}|{re.escape(LOCK_FILE)}|datapath-\w+\.sock")
+PROBES_FILE = "probes.json"
+"""What the daemon knows of the peers by its probes, for the next one."""
+
+_OWN_FILE = re.compile(
+    rf"{re.escape(SOCKET_NAME)}|{re.escape(LOCK_FILE)}|\.?{re.escape(PROBES_FILE)}(\.new)?|datapath-\w+\.sock"
+)
 
 
 class RunDirInUseError(UdptunError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
+from udptun.control.run_dir import PROBES_FILE
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.offload import names as offload_names
@@ -24,6 +25,7 @@ from udptun.datapath.tunnel import Tunnel
 from udptun.kernel.local_addresses import LocalAddresses, LocalAddressWatch, find_local_addresses
 from udptun.kernel.underlay import Underlay
 from udptun.probing.carrier import Target
+from udptun.probing.memory import Memory
 from udptun.probing.prober import Prober
 
 log = logging.getLogger(__name__)
@@ -32,12 +34,12 @@ log = logging.getLogger(__name__)
 class Tunnelled:
     """The datapath of a run, and the `Encapsulation` that says what it is told."""
 
-    def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel) -> None:
+    def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel, run_dir: Path) -> None:
         self.tunnel = tunnel
         self._encapsulation = encapsulation
         self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds))
         self._carrier = TunnelCarrier(tunnel)
-        self._prober = Prober(self._carrier)
+        self._prober = Prober(self._carrier, memory=Memory(run_dir / PROBES_FILE))
         self._local_watch: LocalAddressWatch | None = None
         self._not_refused = ""
         """Names addresses of this host that the table has no room for."""
@@ -55,9 +57,8 @@ class Tunnelled:
         """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
         where = (run_dir, device, underlay.address, encapsulation.port)
         n_senders = encapsulation.n_senders(underlay, live)
-        return cls(
-            encapsulation, await Tunnel.open(*where, live.workers, live.offload, n_senders, confinement=confinement)
-        )
+        tunnel = await Tunnel.open(*where, live.workers, live.offload, n_senders, confinement=confinement)
+        return cls(encapsulation, tunnel, run_dir)
 
     async def start(self, inputs: BackendInput) -> None:
         settings = self._settings(inputs)

@@ -101,6 +101,14 @@ class Probing(Generic[K]):
             self._peers[key] = _Peer(due_s, now_s)
             self._push(key, due_s)
 
+    def restore(self, key: K, liveness: Liveness, heard_s: float) -> None:
+        """It was found out before, by somebody else.  A dead peer is probed at once."""
+        peer = self._peers[key]
+        peer.liveness = liveness
+        if liveness is Liveness.DEAD:
+            peer.heard_s = heard_s
+            self._watched.add(key)
+
     def remove(self, keys: Iterable[K]) -> None:
         for key in keys:
             self._peers.pop(key, None)

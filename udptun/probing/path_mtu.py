@@ -85,6 +85,12 @@ class PathMtus(Generic[K]):
             self._busy.discard(key)
             self._changed.pop(key, None)
 
+    def restore(self, key: K, size: int, now_s: float) -> None:
+        """It was measured before, by somebody else.  Whether the path takes more is tried as after a measure."""
+        path = self._paths[key]
+        path.size, path.is_measured = size, True
+        path.grow_due_s = now_s + path.grow_pause_s
+
     def remove(self, keys: Iterable[K]) -> None:
         for key in keys:
             self._paths.pop(key, None)

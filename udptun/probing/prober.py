@@ -21,7 +21,8 @@ from udptun.core.echo import MIN_LENGTH, NONCE_LEN
 from udptun.probing.beliefs import Beliefs
 from udptun.probing.carrier import Carrier, Sent, Target
 from udptun.probing.liveness import IDLE_S, Liveness, Probing
-from udptun.probing.path_mtu import IDLE_CHECK_S, PathMtus
+from udptun.probing.memory import Known, Memory
+from udptun.probing.path_mtu import IDLE_CHECK_S, LEAST, PathMtus
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ _JUST_NOW_S = 1.2
 """A peer that was heard so long ago is there, and what is lost is lost for its length."""
 _BELIEFS_S = 5.0
 """Between two looks at what the kernel believes of narrow paths that nothing is sent on."""
+_SAVE_S = 10.0
+"""What is known of peers is saved so late at most.  What keeps packets from them, or makes them short, is at once."""
 _NOT_YET = "they have not begun"
 _MAX_LINES = 4
 """Of problems of one kind, and of the log at once."""
@@ -53,9 +56,24 @@ class _Asked:
 class Prober:
     """The probes of one carrier; it serves one event loop, but for `document` and `problems`."""
 
-    def __init__(self, carrier: Carrier, idle_s: float = IDLE_S, idle_check_s: float = IDLE_CHECK_S) -> None:
-        """`idle_s` is between two probes of a peer without traffic, `idle_check_s` between two checks of its path."""
+    def __init__(
+        self,
+        carrier: Carrier,
+        idle_s: float = IDLE_S,
+        idle_check_s: float = IDLE_CHECK_S,
+        *,
+        memory: Memory | None = None,
+    ) -> None:
+        """`idle_s` is between two probes of a peer without traffic, `idle_check_s` between two checks of its path.
+
+        With `memory` it goes on with what the daemon before has found out.
+        """
         self._carrier = carrier
+        self._memory = memory
+        self._known: dict[IPv4Network, Known] = {}
+        """By the daemon before us, of peers that have not been added yet."""
+        self._known_full = 0
+        self._save_due_s = float("inf")
         self._obstacle: str | None = _NOT_YET
         self._mtu, self._idle_check_s = 0, idle_check_s
         self._probing: Probing[IPv4Network] = Probing(random.Random(), idle_s)
@@ -93,6 +111,40 @@ class Prober:
         self._targets.update((subnet, peers[subnet]) for subnet in added)
         self._probing.add(added, self._now_s())
         self._paths.add(added)
+        if self._known:
+            self._restore(added)
+
+    def _restore(self, added: Iterable[IPv4Network]) -> None:
+        """Go on with what the daemon before us knew of these peers."""
+        now_s = self._now_s()
+        for subnet in added:
+            known = self._known.pop(subnet, None)
+            if known is None or known.place != _identity(self._targets[subnet]):
+                continue
+            self._probing.restore(subnet, known.liveness, min(known.heard_s, now_s))
+            if known.liveness is Liveness.DEAD:
+                self._carrier.set_dead(subnet, is_dead=True)
+                self._refused.add(subnet)
+            if known.path_mtu is not None and self._known_full == self._mtu and LEAST <= known.path_mtu <= self._mtu:
+                self._paths.restore(subnet, known.path_mtu, now_s)
+                if known.path_mtu < self._mtu:
+                    self._carrier.set_path_mtu(subnet, known.path_mtu)
+                    self._narrow[subnet] = known.path_mtu
+
+    def _save(self) -> None:
+        """Leave what we know for the next daemon, in place of what the last one has left."""
+        self._save_due_s = float("inf")
+        if self._memory is None:
+            return
+        self._known.clear()
+        known = {}
+        heard_s = self._probing.dead_since()
+        for subnet, target in self._targets.items():
+            liveness, _ = self._probing.liveness(subnet)
+            if liveness is not Liveness.UNKNOWN:
+                path_mtu = self._paths.measured(subnet)
+                known[subnet] = Known(_identity(target), liveness, path_mtu, heard_s.get(subnet, 0.0))
+        self._memory.save(self._mtu, known)
 
     def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
         for subnet in subnets:
@@ -111,6 +163,8 @@ class Prober:
         Without probes no peer is dead, and no path narrow but for what the kernel believes.
         """
         if (is_on, mtu) != (self._is_on, self._mtu):
+            if is_on and not self._mtu and self._memory is not None:
+                self._known_full, self._known = self._memory.load()
             self._is_on, self._mtu = is_on, mtu
             peers = dict(self._targets)
             self.remove_peers(peers)
@@ -137,6 +191,7 @@ class Prober:
                 await self._act()
         finally:
             self._carrier.close()
+            self._save()
 
     @property
     def state(self) -> str:
@@ -196,6 +251,8 @@ class Prober:
         for subnet in probing.due(now_s):
             self._ask(subnet, now_s)
         self._measure(self._paths.due(probing.watched(), now_s), now_s)
+        if now_s >= self._save_due_s:
+            self._save()
         while self._nonces and now_s - self._by_nonce[self._nonces[0]].at_s > _LATE_S:
             del self._by_nonce[self._nonces.popleft()]
 
@@ -311,6 +368,9 @@ class Prober:
             log.warning("%d more hosts are dead, or alive again", n_told - _MAX_LINES)
         if must_publish:
             await self._carrier.publish()
+            self._save()
+        elif changes:
+            self._save_due_s = min(self._save_due_s, self._now_s() + _SAVE_S)
 
     def _decide_path_mtus(self, changed: Iterable[IPv4Network]) -> bool:
         """Tell the carrier and the log of peers to which packets may have another length than before.
@@ -343,3 +403,8 @@ class Prober:
 def _host(subnet: IPv4Network, place: object) -> str:
     """`place` None: the peer has gone since."""
     return f"the host of {subnet}" + ("" if place is None else f" at {place}")
+
+
+def _identity(target: Target) -> str:
+    """Tells a peer from another one that has its subnet later."""
+    return f"{target.address} at {target.place}"
