@@ -1,4 +1,4 @@
-"""What a flood of 200,000 strangers' packets/s costs, beside the same flood at a port that drops everything.
+"""What a flood of 200,000 strangers' packets/s costs, beside none and beside one at a port that drops everything.
 
 pod h1/p1 -- cni0 - flannel0 [h1] eth0 -- underlay -- eth0 [h2] flannel0 - cni0 -- pod h2/p1
                                                        ^ a second address: the stranger
@@ -16,12 +16,12 @@ import subprocess
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from traffic import cpu_s, read_status, socket_in
+from traffic import read_status, socket_in
 
 from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.machine import wait_until
@@ -32,26 +32,79 @@ pytestmark = [pytest.mark.netns, pytest.mark.alone, pytest.mark.full]
 STRANGER = UNDERLAY[99]
 DROPPING_PORT = 9285
 FLOOD_PER_S = 200_000
-ROUNDS, SECONDS = 3, 3
-CELLS = {"no flood": None, "port that drops all": DROPPING_PORT, "with the filter": 8285, "without it": 8285}
+ROUNDS, SECONDS = 5, 1.5
+SETTLED_S = 1.6
+"""After so long the filter knows how large the flood is."""
 SO_ATTACH_FILTER, SO_MEMINFO = 26, 55
+NONE, DROPPED, FILTERED, READ = "no flood", "port that drops all", "with the filter", "without it"
+
+Results = dict[str, dict[str, list[float]]]
+"""By cell and quantity: what each round has measured."""
 
 
-@contextmanager
-def flood(program: Path, lab: Lab, port: int | None) -> Iterator[None]:
-    one, two = lab.hosts
-    if port is None:
-        yield
-        return
-    command = [str(program), str(STRANGER), str(one.underlay_address), str(port), str(FLOOD_PER_S)]
-    with two.popen(command) as running:
-        try:
+class Besieged:
+    """h1, and what is measured of it."""
+
+    def __init__(self, lab: Lab, program: Path, dropping: socket.socket) -> None:
+        self._lab, self._program, self._dropping = lab, program, dropping
+        self._one = lab.hosts[0]
+
+    def measure(self, cells: Sequence[str]) -> Results:
+        """ROUNDS times each cell for SECONDS; each round begins with the next one."""
+        results: Results = defaultdict(lambda: defaultdict(list))
+        for i in range(ROUNDS):
+            first = i % len(cells)
+            for cell in (*cells[first:], *cells[:first]):
+                with self._cell(cell):
+                    for name, value in self._window().items():
+                        results[cell][name].append(value)
+        return results
+
+    @contextmanager
+    def _cell(self, cell: str) -> Iterator[None]:
+        allow_filter(self._one, cell == FILTERED)
+        if cell == NONE:
             yield
-        finally:
-            running.send_signal(signal.SIGKILL)
+            return
+        port = DROPPING_PORT if cell == DROPPED else 8285
+        numbers = (STRANGER, self._one.underlay_address, port, FLOOD_PER_S)
+        with self._lab.hosts[1].popen([str(self._program), *map(str, numbers)]) as flood:
+            try:
+                if cell == FILTERED:
+                    wait_until("the filter", lambda: state(self._one) == "on", 10)
+                    time.sleep(SETTLED_S)
+                yield
+            finally:
+                flood.send_signal(signal.SIGKILL)
+
+    def _window(self) -> dict[str, float]:
+        before, ns_before, began = self._counts(), self._cpu_ns(), time.monotonic()
+        time.sleep(SECONDS)
+        ns, elapsed_s, after = self._cpu_ns() - ns_before, time.monotonic() - began, self._counts()
+        return {
+            "cpu_s_per_s": ns * 1e-9 / elapsed_s,
+            "gbit_per_s": (after[0] - before[0]) * 8e-9 / elapsed_s,
+            "flood_per_s": (after[1] - before[1]) / elapsed_s,
+        }
+
+    def _counts(self) -> tuple[int, int]:
+        """Bytes received from the peer, and the flood's datagrams; the filter counts once a second."""
+        status = read_status(self._one)
+        counters = status["counters"]
+        self._pids = status["pid"], status["datapath"]["pid"]
+        n = counters["drop_stranger"] + counters["decap_drop_unknown_peer"] + counters["decap_drop_version"]
+        dropped = struct.unpack("9I", self._dropping.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))[8]
+        return int(status["peers"][0]["decap_bytes"]), int(n) + dropped
+
+    def _cpu_ns(self) -> int:
+        """Of all threads of daemon and datapath, to the nanosecond; /proc/PID/stat has hundredths of a second."""
+        threads = [it for pid in self._pids for it in self._one.path(f"/proc/{pid}/task").iterdir()]
+        return sum(int((it / "schedstat").read_text().split()[0]) for it in threads)
 
 
 def allow_filter(host: Host, is_allowed: bool) -> None:
+    if (state(host) != "off") == is_allowed:
+        return
     assert host.daemon is not None
     backend = {"Type": "udp", "OffloadDisabled": [] if is_allowed else ["stranger_filter"]}
     host.path(NET_CONF).write_text(json.dumps({"Network": "10.244.0.0/16", "Backend": backend}))
@@ -63,67 +116,78 @@ def state(host: Host) -> str:
     return str(read_status(host)["datapath"]["stranger_filter"])
 
 
-def tcp_mbit_per_s(lab: Lab, *limit: str) -> float:
-    """From h2's pod to h1's."""
+@contextmanager
+def tcp_stream(lab: Lab, *limit: str) -> Iterator[None]:
+    """From h2's pod to h1's, while the block runs."""
     one, two = (host.pod(1) for host in lab.hosts)
     with one.popen(["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE) as server:
         try:
             assert server.stdout is not None
             next(line for line in server.stdout if "listening" in line)
-            said = two.run(["iperf3", "-c", str(one.address), "-t", str(SECONDS), "-J", *limit]).stdout
+            command = ["iperf3", "-c", str(one.address), "-t", "3600", *limit]
+            with two.popen(command, stdout=subprocess.DEVNULL) as client:
+                try:
+                    time.sleep(1)
+                    yield
+                finally:
+                    client.kill()
         finally:
             server.kill()
-    return float(json.loads(said)["end"]["sum_received"]["bits_per_second"]) / 1e6
 
 
-def test_a_flood_of_strangers_costs_what_it_costs_at_a_port_that_drops_everything(tmp_path: Path) -> None:
-    """Goodput of a TCP stream, and CPU seconds of daemon and datapath with it and with one of 500 Mbit/s, of 3 s each.
+def median(results: Results, cell: str, name: str) -> float:
+    return statistics.median(results[cell][name])
 
-    The goals are 15 % and a tenth; the printed medians say how far they are met.  What is asserted leaves room for a
-    busy machine.
+
+def ratio(results: Results, name: str, cell: str, beside: str) -> float:
+    """The median over the rounds of what `cell` measured, as a multiple of what `beside` did in the same round."""
+    ratios = sorted(a / b for a, b in zip(results[cell][name], results[beside][name], strict=True))
+    print(f"{name}, {cell} / {beside}: median {statistics.median(ratios):.2f} of", *(f"{it:.2f}" for it in ratios))
+    return statistics.median(ratios)
+
+
+def show(title: str, results: Results) -> None:
+    print(title)
+    for cell, it in results.items():
+        for name, runs in it.items():
+            each = " ".join(f"{n:.4f}" for n in runs)
+            print(f"  {cell:20} {name:12} median {statistics.median(runs):11.4f}   {each}")
+
+
+@pytest.mark.timeout(600)
+def test_a_flood_of_strangers_costs_neither_goodput_nor_processor_time(tmp_path: Path) -> None:
+    """A TCP stream at full speed has lost less than 15 % to one beside the same flood at a port that drops everything.
+
+    What the flood makes daemon and datapath do is less than a tenth of what they do for 500 Mbit/s.  That is measured
+    on a host without other traffic, where each datagram that is let through wakes a worker: beside a stream the two
+    processors are so busy, with or without a filter, that windows of one kind differ by more.
     """
     program = tmp_path / "flood"
     subprocess.run(["gcc", "-O2", "-o", program, Path(__file__).with_name("flood.c")], check=True)
-    results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with Lab(f"fc{os.getpid()}", n_hosts=2) as lab, socket_in(lab.hosts[0], socket.SOCK_DGRAM) as dropping:
         lab.start()
-        one, two = lab.hosts
         for host in lab.hosts:
             host.add_pod()
-        two.machine.at().ip(f"address add {STRANGER}/32 dev eth0")
+        lab.hosts[1].machine.at().ip(f"address add {STRANGER}/32 dev eth0")
         drop_all = array("B", struct.pack("=HBBI", 6, 0, 0, 0))
         dropping.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("@HP", 1, drop_all.buffer_info()[0]))
-        dropping.bind((str(one.underlay_address), DROPPING_PORT))
-
-        def n_arrived() -> int:
-            counters = read_status(one)["counters"]
-            n = counters["drop_stranger"] + counters["decap_drop_unknown_peer"] + counters["decap_drop_version"]
-            return int(n) + struct.unpack("9I", dropping.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36))[8]
-
-        def our_cpu_s() -> float:
-            status = read_status(one)
-            return sum(cpu_s(one, pid) for pid in (status["pid"], status["datapath"]["pid"]))
-
-        for _ in range(ROUNDS):
-            for cell, port in CELLS.items():
-                allow_filter(one, cell != "without it")
-                with flood(program, lab, port):
-                    if cell == "with the filter":
-                        wait_until("the filter", lambda: state(one) == "on", 10)
-                    result, began, arrived = results[cell], time.monotonic(), n_arrived()
-                    before = our_cpu_s()
-                    result["tcp_mbit_per_s"].append(tcp_mbit_per_s(lab))
-                    between = our_cpu_s()
-                    tcp_mbit_per_s(lab, "-b", "500M")
-                    result["cpu_s_full_speed"].append(between - before)
-                    result["cpu_s_500_mbit"].append(our_cpu_s() - between)
-                    # What was dropped is counted once a second.
-                    time.sleep(1.1)
-                    result["flood_per_s"].append((n_arrived() - arrived) / (time.monotonic() - began))
-    medians = {cell: {name: statistics.median(runs) for name, runs in it.items()} for cell, it in results.items()}
-    for cell, it in results.items():
-        for name, runs in it.items():
-            print(f"{cell:20} {name:16} median {medians[cell][name]:10.2f}   " + " ".join(f"{n:.2f}" for n in runs))
-    port, ours, without = (medians[cell] for cell in ("port that drops all", "with the filter", "without it"))
-    assert ours["tcp_mbit_per_s"] > 0.5 * port["tcp_mbit_per_s"]
-    assert ours["cpu_s_500_mbit"] < 0.7 * without["cpu_s_500_mbit"]
+        dropping.bind((str(lab.hosts[0].underlay_address), DROPPING_PORT))
+        besieged = Besieged(lab, program, dropping)
+        idle = besieged.measure((NONE, FILTERED))
+        with tcp_stream(lab, "-b", "500M"):
+            slow = besieged.measure((NONE, FILTERED, READ))
+        with tcp_stream(lab):
+            fast = besieged.measure((DROPPED, FILTERED, READ))
+    for title, results in (("no stream", idle), ("500 Mbit/s", slow), ("full speed", fast)):
+        show(title, results)
+    more = median(idle, FILTERED, "cpu_s_per_s") - median(idle, NONE, "cpu_s_per_s")
+    share = more / median(slow, NONE, "cpu_s_per_s")
+    print(f"the flood alone makes them work {1000 * more:.2f} ms a second, {share:.3f} of what 500 Mbit/s do")
+    filtered, unfiltered = (ratio(slow, "cpu_s_per_s", it, NONE) for it in (FILTERED, READ))
+    goodput = ratio(fast, "gbit_per_s", FILTERED, DROPPED)
+    ratio(fast, "gbit_per_s", READ, DROPPED)
+    if median(slow, FILTERED, "flood_per_s") < 0.8 * FLOOD_PER_S:
+        pytest.skip(f"this machine is too busy to send {FLOOD_PER_S} datagrams a second")
+    assert share < 0.1
+    assert goodput > 0.85
+    assert filtered < 0.7 * unfiltered
