@@ -192,7 +192,7 @@ LOCAL, LOCAL_IN_A_LEASE = LOCALS = ("198.51.100.9", "10.244.2.200")
 
 NEAR, NEAR_POD = "127.0.0.2", "10.244.2.10"
 NARROW, NARROW_POD, NARROW_MTU = "127.0.0.3", "10.244.3.10", 1200
-"""A peer whose path takes less than our device."""
+"""A peer whose path takes less than our device, and that carries no marks of congestion on, as flanneld."""
 TWIN, TWIN_POD, TWIN_OTHER_POD = "127.0.0.4", "10.244.4.10", "10.244.5.70"
 """Two leases of one host; the second is a /26."""
 WIDE, WIDE_POD = "127.0.0.5", "10.244.31.254"
@@ -259,6 +259,7 @@ def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False) -> T
                 (IPv4Address(ip), ports.get(ip, PORT)),
                 mtu,
                 peer_mac(index) if is_vxlan else b"",
+                carries_ecn=is_vxlan or ip != NARROW,
             )
             for index, (subnet, ip, mtu) in enumerate(leases, start=1)
         ),

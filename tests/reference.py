@@ -51,6 +51,10 @@ _CSUM_OFFSET = {_TCP: 16, _UDP: 6}
 """Where the check field lies in the transport header."""
 _TCP_FIN, _TCP_SYN, _TCP_RST, _TCP_PSH, _TCP_URG, _TCP_CWR = 0x01, 0x02, 0x04, 0x08, 0x20, 0x80
 
+ECN_MASK = 3
+"""Of the TOS."""
+NOT_ECT, ECT_1, ECT_0, CE = range(4)
+
 _OPTION_END, _OPTION_NOP, _OPTION_LSRR, _OPTION_SSRR = 0, 1, 131, 137
 
 _VNET_NEEDS_CSUM = 1
@@ -59,6 +63,15 @@ _GSO_PROTOCOL = {_VNET_GSO_TCPV4: _TCP, _VNET_GSO_UDP_L4: _UDP}
 
 _SEGMENTS_MAX = 2048
 """Packets that one super-packet may stand for."""
+
+_INNER_ECN: dict[int, tuple[int, int, int, int | None]] = {
+    # Outer:    Not-ECT  ECT(1)   ECT(0)   CE
+    NOT_ECT: (NOT_ECT, NOT_ECT, NOT_ECT, None),
+    ECT_1: (ECT_1, ECT_1, ECT_1, CE),
+    ECT_0: (ECT_0, ECT_1, ECT_0, CE),
+    CE: (CE, CE, CE, CE),
+}
+"""Inner ECN field as it came, by the outer one -> as it is delivered; None: the packet is dropped (RFC 6040 4.2)."""
 
 _MARTIAN_SOURCES = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"), IPv4Network("224.0.0.0/3"))
 _MULTICAST_OR_BROADCAST = IPv4Network("224.0.0.0/3")
@@ -76,6 +89,8 @@ class Peer:
     remote: Remote
     mtu: int
     mac: bytes = b""
+    carries_ecn: bool = False
+    """It carries marks of congestion on, so datagrams to it may be marked."""
     is_dead: bool = False
     """It was found dead, and nothing has come from it since."""
 
@@ -254,6 +269,11 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
     return outcomes
 
 
+def outer_tos(peer: Peer, packet: bytes) -> int:
+    """The TOS of the datagram that carries `packet` to `peer` (RFC 6040 4.1): normal or compatibility mode."""
+    return packet[1] & ECN_MASK if peer.carries_ecn else NOT_ECT
+
+
 def segments(raw: bytes) -> list[bytes]:
     """The IP packets that `raw` stands for: a virtio header, then a packet that has passed rows 1 to 3 of encap.
 
@@ -363,9 +383,15 @@ def datagrams(message: bytes, gro_size: int = 0, prefix_len: int = 0) -> list[tu
 
 
 def decap(
-    table: Table, payload: bytes, source: IPv4Address, *, inner_size: int = 0, is_refused: bool = False
+    table: Table,
+    payload: bytes,
+    source: IPv4Address,
+    *,
+    inner_size: int = 0,
+    outer_ecn: int = NOT_ECT,
+    is_refused: bool = False,
 ) -> Outcome:
-    """What becomes of `payload`, one datagram from the outer address `source`.
+    """What becomes of `payload`, one datagram from the outer address `source`, whose ECN field is `outer_ecn`.
 
     With VXLAN the prefix comes first, and the other rows are about what is behind it.
 
@@ -420,6 +446,10 @@ def decap(
             return Outcome("decap_drop_ttl", icmp="icmp_suppressed")
         answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED)
         return Outcome("decap_drop_ttl", sends=((sender.remote, table.wrapped(answer, sender)),), icmp="icmp_sent")
+    inner_ecn = _INNER_ECN[packet[1] & ECN_MASK][outer_ecn]
+    if inner_ecn is None:
+        return Outcome("decap_drop_ce")
+    packet = with_ecn(packet, inner_ecn)
     if _is_punted(table, packet):  # 21
         return Outcome("decap_punted", punts=(packet,))
     vnet_hdr = _vnet_hdr_for(table, packet, inner_size)
@@ -490,6 +520,16 @@ def step_ttl(packet: bytes) -> bytes:
     new_word = word - 0x0100
     new_check = 0xFFFF ^ _fold((0xFFFF ^ check) + (0xFFFF ^ word) + new_word)
     return packet[:8] + struct.pack(">HH", new_word, new_check) + packet[12:]
+
+
+def with_ecn(packet: bytes, ecn: int) -> bytes:
+    """`packet` with this ECN field and its header checksum updated (RFC 1624 equation 3)."""
+    word, check = struct.unpack_from(">H8xH", packet)
+    new_word = word & ~ECN_MASK | ecn
+    if new_word == word:
+        return packet
+    new_check = 0xFFFF ^ _fold((0xFFFF ^ check) + (0xFFFF ^ word) + new_word)
+    return struct.pack(">H", new_word) + packet[2:10] + struct.pack(">H", new_check) + packet[12:]
 
 
 def icmp_error(tunnel_address: IPv4Address, offender: bytes, reason: Reason, mtu: int = 0) -> bytes:
@@ -581,7 +621,8 @@ def _vnet_hdr_for(table: Table, packet: bytes, inner_size: int) -> VnetHdr | Non
     hdr_len = ip.header_len + _tcp_header_len(tcp)
     if hdr_len == ip.total_len or hdr_len >= table.mtu or tcp[13] & (_TCP_SYN | _TCP_RST | _TCP_URG):
         return None
-    return csum._replace(gso_type=_VNET_GSO_TCPV4, hdr_len=hdr_len, gso_size=table.mtu - hdr_len)
+    gso_type = _VNET_GSO_TCPV4 | (_VNET_GSO_ECN if tcp[13] & _TCP_CWR else 0)
+    return csum._replace(gso_type=gso_type, hdr_len=hdr_len, gso_size=table.mtu - hdr_len)
 
 
 def _has_partial_checksum(packet: bytes) -> bool:

@@ -17,12 +17,13 @@ stage is a file of fastpath/ that opens with its own words:
     icmp.pxd          answers about packets that are dropped       loop.pxd    a worker's buffers and limits
     vxlan.pxd         the prefix before each packet with VXLAN     shm.pxd     memory shared with the control plane
     flow.pxd          from which port a flow leaves                sys.pxd     the kernel's calls and structures
+    ecn.pxd           marks of congestion, in and out
     wire.pxd          where the fields of a packet are             stray.pxd   datagrams that no lease explains
     ring.pxd          packets that the control plane gets, and that it hands over
 
 On the wire there are always single packets.  A read of the TUN may be a super-packet, which is cut up; datagrams of one
-peer and size go to the kernel in groups, one message each.  A received message may be a train of datagrams; packets of
-one flow are put together again and written as one item.
+peer, size and outer TOS go to the kernel in groups, one message each.  A received message may be a train of datagrams;
+packets of one flow are put together again and written as one item.
 
 When a turn moves nothing the worker sleeps in poll() on both descriptors and on an eventfd.  stop() writes to it, and
 so does the control plane when it has handed a packet over.  Under load the worker sees both because every turn looks.
@@ -621,6 +622,7 @@ LAYOUT = {
     "flags.udptun": UT_PEER_UDPTUN,
     "flags.any_source_port": UT_PEER_ANY_SOURCE_PORT,
     "flags.dead": UT_PEER_DEAD,
+    "flags.ecn": UT_PEER_ECN,
     "source_check.off": UT_SOURCE_OFF,
     "source_check.peer": UT_SOURCE_PEER,
     "source_check.strict": UT_SOURCE_STRICT,
@@ -628,6 +630,7 @@ LAYOUT = {
     "offloads.write_tcp": UT_OFFLOAD_WRITE_TCP,
     "offloads.write_udp": UT_OFFLOAD_WRITE_UDP,
     "offloads.vnet_hdr": UT_OFFLOAD_VNET_HDR,
+    "offloads.ecn": UT_OFFLOAD_ECN,
     "state.stopped": UT_STATE_STOPPED,
     "state.running": UT_STATE_RUNNING,
     "state.tun_lost": UT_STATE_TUN_LOST,

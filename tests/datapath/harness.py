@@ -72,6 +72,9 @@ TRAIN_BYTES = 65_507 - TRAIN_DATAGRAMS * reference.PREFIX_LEN
 N_SENDERS = 3
 """Sockets that the fast path sends VXLAN from."""
 
+CONTROL_BYTES = 100
+"""Room for what the kernel says beside a datagram: the size of those in a train, and the outer TOS."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -81,6 +84,8 @@ class Message:
     source: str
     size: int = 0
     """0: one datagram."""
+    ecn: int = reference.NOT_ECT
+    """Of the outer packets."""
 
     @property
     def cut(self) -> list[bytes]:
@@ -165,8 +170,8 @@ class Datapath(Protocol):
 
     def encap_batch(self, raws: Sequence[bytes]) -> Batch: ...
 
-    def decap_batch(self, datagrams: Sequence[tuple[bytes, str]]) -> Batch:
-        """Payloads and the outer addresses they come from."""
+    def decap_batch(self, datagrams: Sequence[tuple[bytes, str]], ecn: int = reference.NOT_ECT) -> Batch:
+        """Payloads and the outer addresses they come from; `ecn` is that of their outer packets."""
 
     def decap_messages(self, messages: Sequence[Message]) -> Batch: ...
 
@@ -220,8 +225,8 @@ class ReferenceDatapath:
                 self._count(total, "encap_packets", outcome)
         return total
 
-    def decap_batch(self, datagrams: Sequence[tuple[bytes, str]]) -> Batch:
-        return self.decap_messages(_messages(datagrams, is_in_trains=self._is_in_trains))
+    def decap_batch(self, datagrams: Sequence[tuple[bytes, str]], ecn: int = reference.NOT_ECT) -> Batch:
+        return self.decap_messages(_messages(datagrams, ecn, is_in_trains=self._is_in_trains))
 
     def decap_messages(self, messages: Sequence[Message]) -> Batch:
         return self.decap_wire(_on_the_wire(self.table, messages))
@@ -230,7 +235,8 @@ class ReferenceDatapath:
         total = Batch()
         for message in messages:
             for payload, inner_size in message.received(has_gro=self._has_gro, prefix_len=self.table.prefix_len):
-                self._count(total, "decap_packets", self._decap(payload, IPv4Address(message.source), inner_size))
+                outcome = self._decap(payload, IPv4Address(message.source), inner_size, message.ecn)
+                self._count(total, "decap_packets", outcome)
         return total
 
     def encap(self, raw: bytes) -> Outcome:
@@ -256,9 +262,10 @@ class ReferenceDatapath:
             return reference.encap(self.table, raw, is_refused=True)
         return outcomes
 
-    def _decap(self, payload: bytes, source: IPv4Address, inner_size: int) -> Outcome:
+    def _decap(self, payload: bytes, source: IPv4Address, inner_size: int, ecn: int) -> Outcome:
         def ask(*, is_refused: bool) -> Outcome:
-            return reference.decap(self.table, payload, source, inner_size=inner_size, is_refused=is_refused)
+            how = {"inner_size": inner_size, "outer_ecn": ecn}
+            return reference.decap(self.table, payload, source, **how, is_refused=is_refused)
 
         outcome = ask(is_refused=self._is_tun_broken)
         return ask(is_refused=True) if _goes_to_the_deaf(outcome) else outcome
@@ -337,10 +344,12 @@ class FastDatapath:
             # The kernel answers EMSGSIZE only to a socket that never lets it fragment.
             sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
         self.udp.setsockopt(_SOL_UDP, _UDP_GRO, self._has_gro)
+        self.udp.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
         self._outer = {ip: self._bound(ip) for ip in (NEAR, NARROW, TWIN, WIDE)}
         self._by_remote: dict[Remote, socket.socket] = {}
         ports = {}
         for ip, sock in self._outer.items():
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
             ports[ip] = sock.getsockname()[1]
             self._by_remote[IPv4Address(ip), ports[ip]] = sock
         self.table = overlay(ports, is_vxlan=is_vxlan)
@@ -389,8 +398,8 @@ class FastDatapath:
             total.add(self._finish(before, "encap_packets", len(chunk)))
         return total
 
-    def decap_batch(self, datagrams: Sequence[tuple[bytes, str]]) -> Batch:
-        return self.decap_messages(_messages(datagrams, is_in_trains=self._is_in_trains))
+    def decap_batch(self, datagrams: Sequence[tuple[bytes, str]], ecn: int = reference.NOT_ECT) -> Batch:
+        return self.decap_messages(_messages(datagrams, ecn, is_in_trains=self._is_in_trains))
 
     def decap_messages(self, messages: Sequence[Message]) -> Batch:
         return self.decap_wire(_on_the_wire(self.table, messages))
@@ -428,27 +437,40 @@ class FastDatapath:
         assert self.rings.inject(packet, length, into_tun=into_tun)
         return self._finish(before, "inject_packets", 1).outcome()
 
-    def encap_trains(self, raws: Sequence[bytes]) -> list[tuple[int, int]]:
+    def encap_trains(self, raws: Sequence[bytes], ip: str = NEAR) -> list[tuple[int, int]]:
         """In which messages `raws` leave when the worker reads them at once: (packets, length of all but the last).
 
-        Towards NEAR only; the packets themselves are not kept.
+        Towards one peer only; the packets themselves are not kept.
         """
-        near = self._outer[NEAR]
-        near.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+        peer = self._outer[ip]
+        peer.setsockopt(_SOL_UDP, _UDP_GRO, 1)
         before = self.counters
         for raw in raws:
             self.tun.send(raw)
         assert self._worker.turn()
         n_sent = self.counters["encap_sent"] - before["encap_sent"]
         messages: list[tuple[int, int]] = []
-        near.settimeout(DEADLINE_S)
+        peer.settimeout(DEADLINE_S)
         while sum(n for n, _size in messages) < n_sent:
-            payload, control, _flags, _source = near.recvmsg(1 << 16, socket.CMSG_SPACE(4))
-            size = struct.unpack("i", control[0][2])[0] if control else len(payload)
+            payload, control, _flags, _source = peer.recvmsg(1 << 16, CONTROL_BYTES)
+            sizes = [struct.unpack("i", value)[0] for level, _kind, value in control if level == _SOL_UDP]
+            (size,) = sizes or [len(payload)]
             messages.append((-(-len(payload) // size), size - self.table.prefix_len))
-        near.setblocking(False)
-        near.setsockopt(_SOL_UDP, _UDP_GRO, 0)
+        peer.setblocking(False)
+        peer.setsockopt(_SOL_UDP, _UDP_GRO, 0)
         return messages
+
+    def encap_tos(self, raws: Sequence[bytes], ip: str = NEAR) -> list[int]:
+        """The TOS of each outer packet to one peer when the worker reads `raws` at once."""
+        before = self.counters["encap_sent"]
+        for raw in raws:
+            self.tun.send(raw)
+        assert self._worker.turn()
+        n = self.counters["encap_sent"] - before
+        assert select.select([self._outer[ip]], [], [], DEADLINE_S)[0]
+        found = [tos for _payload, tos in _drain_udp(self._outer[ip])]
+        assert len(found) == n, "loopback has delivered all that was sent"
+        return found
 
     def encap_with_ports(self, raws: Sequence[bytes]) -> list[tuple[bytes, int]]:
         """The packets to NEAR when the worker reads `raws` at once, and the source ports of their datagrams."""
@@ -494,6 +516,8 @@ class FastDatapath:
         control = []
         if 0 < message.size < len(message.payload):
             control = [(_SOL_UDP, _UDP_SEGMENT, struct.pack("H", message.size))]
+        if message.ecn:
+            control.append((socket.IPPROTO_IP, socket.IP_TOS, struct.pack("i", message.ecn)))
         self._outer[message.source].sendmsg([message.payload], control, 0, self.udp.getsockname())
 
     def send_from(self, ip: str, payload: bytes) -> None:
@@ -546,6 +570,7 @@ class FastDatapath:
                 is_udptun=self._are_peers_udptun,
                 takes_any_source_port=table.vtep is not None,
                 mac=peer.mac,
+                carries_ecn=peer.carries_ecn,
             )
             index = self._writer.set_peer(peer.subnet, remote, peer.mtu)
             if peer.is_dead:
@@ -588,7 +613,7 @@ class FastDatapath:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             for remote, sock in self._by_remote.items():
-                if payloads := [inner_packet(self.table, remote, payload) for payload in _drain(sock)]:
+                if payloads := [self._taken_out(remote, payload, tos) for payload, tos in _drain_udp(sock)]:
                     batch.sends.setdefault(remote, []).extend(payloads)
             got = sum(len(payloads) for payloads in batch.sends.values())
             if got >= n_sends:
@@ -601,6 +626,13 @@ class FastDatapath:
                 batch.writes = [NO_VNET_HDR + write for write in batch.writes]
         batch.punts = [punt.packet for punt in self.rings.take_punts()]
         return batch
+
+    def _taken_out(self, remote: Remote, payload: bytes, tos: int) -> bytes:
+        """The packet in a datagram to a peer; fails unless the outer TOS is right, too."""
+        packet = inner_packet(self.table, remote, payload)
+        peer = next(peer for peer in self.table.peers if peer.remote == remote)
+        assert tos == reference.outer_tos(peer, packet)
+        return packet
 
 
 # The numbers of linux/in.h; the socket module has no names for them.
@@ -631,10 +663,9 @@ def inner_packet(table: Table, remote: Remote, payload: bytes) -> bytes:
     return packet
 
 
-def _messages(datagrams: Sequence[tuple[bytes, str]], *, is_in_trains: bool) -> list[Message]:
-    if is_in_trains:
-        return trains(datagrams)
-    return [Message(payload, source) for payload, source in datagrams]
+def _messages(datagrams: Sequence[tuple[bytes, str]], ecn: int, *, is_in_trains: bool) -> list[Message]:
+    messages = trains(datagrams) if is_in_trains else [Message(payload, source) for payload, source in datagrams]
+    return [replace(message, ecn=ecn) for message in messages] if ecn else messages
 
 
 def _another_overlay(table: Table, network: str, own_subnet: str, leases: Sequence[tuple[str, Peer]]) -> Table:
@@ -674,6 +705,16 @@ def _chunks(items: Sequence[T], costs: Sequence[tuple[int, int]]) -> Iterator[Se
         total += cost
     if start < len(items):
         yield items[start:]
+
+
+def _drain_udp(sock: socket.socket) -> Iterator[tuple[bytes, int]]:
+    """Datagrams, each with the TOS of its outer packet."""
+    while True:
+        try:
+            payload, ((_level, _kind, tos),), _flags, _source = sock.recvmsg(1 << 17, CONTROL_BYTES)
+        except BlockingIOError:
+            return
+        yield payload, tos[0]
 
 
 # ------------------------------------------------------------------------------------------ merged writes

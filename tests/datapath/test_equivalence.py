@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 from typing import Any
 
@@ -75,6 +75,8 @@ OFFSET = st.sampled_from((0, 0, 0, 8, 1480, 65528))
 TTL = st.sampled_from((64, 64, 64, 255, 2, 1, 0))
 CHECK: st.SearchStrategy[str | int] = st.sampled_from((FULL, PARTIAL, 0))
 DATA_LEN = st.sampled_from((0, 1, 7, 8, 64, MTU - 40, MTU - 39, NARROW_MTU - 40, 3000)) | st.integers(0, 200)
+ECN = st.sampled_from((0, 1, 2, 3))
+MOSTLY_UNMARKED = st.sampled_from((0,) * 20 + (1, 2, 3))
 WRONG = st.none() | st.none() | st.none() | st.integers(0, 15)
 
 
@@ -166,11 +168,12 @@ class Sender:
     options: bytes
     sequence: int
     ident: int
+    tos: int
     sent: int = 0
 
     def packet(self, n_bytes: int, how: str) -> bytes:
         """The next packet, perturbed in the way that `how` names."""
-        ip: dict[str, Any] = {"flags": self.ip_flags, "ident": self.ident}
+        ip: dict[str, Any] = {"flags": self.ip_flags, "ident": self.ident, "tos": self.tos}
         tcp: dict[str, Any] = {"flags": 0x10, "options": self.options, "sequence": self.sequence}
         udp: dict[str, Any] = {}
         self.ident = (self.ident + 1) & 0xFFFF
@@ -242,6 +245,7 @@ def streams(draw: st.DrawFn) -> list[Message]:
             options=draw(st.sampled_from((b"", bytes.fromhex("0101080a0000000100000002")))),
             sequence=draw(st.sampled_from((1, 0x7FFFFFFF, 0xFFFFFF00))),
             ident=draw(st.sampled_from((0, 0x1234, 0xFFFC))),
+            tos=draw(st.sampled_from((0, 2))),
         )
         for _ in range(draw(st.sampled_from((1, 1, 2, 3, 18, 24))))
     ]
@@ -251,7 +255,8 @@ def streams(draw: st.DrawFn) -> list[Message]:
         for _ in range(draw(AT_A_TIME)):
             packet = flow.packet(draw(SIZE_OF[flow.size]), draw(HOW))
             datagrams.append((packet, TWIN if flow.source == TWIN_POD else NEAR))
-    return trains(datagrams, longest=draw(st.sampled_from((1, 2, 3, 10, 50))))
+    messages = trains(datagrams, longest=draw(st.sampled_from((1, 2, 3, 10, 50))))
+    return [replace(message, ecn=draw(MOSTLY_UNMARKED)) for message in messages]
 
 
 @st.composite
@@ -271,7 +276,7 @@ def wire_messages(draw: st.DrawFn) -> list[Message]:
         payload = payload[:60_000]
         smallest = -(-len(payload) // ICMP_BURST) or 1
         size = draw(st.just(0) | st.integers(smallest, max(smallest, len(payload))))
-        messages.append(Message(payload, draw(OUTER), size if size < len(payload) else 0))
+        messages.append(Message(payload, draw(OUTER), size if size < len(payload) else 0, draw(ECN)))
     return messages
 
 
@@ -360,13 +365,13 @@ def check_encap(pairs: dict[str, Pair], how: settings) -> None:
 
 def check_decap(pairs: dict[str, Pair], how: settings) -> None:
     @how
-    @given(datagrams=DECAP_BATCHES, source_check=SOURCE_CHECKS)
-    def equal(datagrams: list[tuple[bytes, str]], source_check: str) -> None:
+    @given(datagrams=DECAP_BATCHES, source_check=SOURCE_CHECKS, ecn=ECN)
+    def equal(datagrams: list[tuple[bytes, str]], source_check: str, ecn: int) -> None:
         for _, fast, model in each(pairs):
             if source_check != fast.table.source_check:
                 fast.configure(source_check=source_check)
                 model.table = fast.table
-            assert_equal(fast.decap_batch(datagrams), model.decap_batch(datagrams))
+            assert_equal(fast.decap_batch(datagrams, ecn), model.decap_batch(datagrams, ecn))
 
     equal()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.datapath.harness import FastDatapath, Message, ReferenceDatapath, assert_same_packets, skip_unless_built
-from tests.packets import NEAR, NEAR_POD, POD, ipv4, pattern, tcp_segment, udp_segment
+from tests.packets import NEAR, NEAR_POD, NO_VNET_HDR, POD, ipv4, pattern, tcp_segment, udp_segment
 from udptun.core.offload import Offload
 
 HERE = Path(__file__).parent
@@ -38,6 +38,11 @@ def test_packets_go_one_by_one_where_the_kernel_takes_no_super_packets(run_on: C
     run_on("gso_write", "-c", f"from tests.datapath.test_old_kernels import {function}; {function}()")
 
 
+def test_packets_go_unmarked_where_the_kernel_takes_no_tos_with_a_message(run_on: Callable[..., str]) -> None:
+    function = lose_nothing_when_a_tos_is_refused.__name__
+    run_on("no_tos", "-c", f"from tests.datapath.test_old_kernels import {function}; {function}()")
+
+
 @pytest.mark.netns
 def test_a_path_too_narrow_is_told_from_a_kernel_that_cannot_segment(run_on: Callable[..., str]) -> None:
     tests = str(HERE / "test_path_mtu.py")
@@ -59,3 +64,12 @@ def lose_nothing_when_merged_writes_are_refused() -> None:
             assert got.counts == expected.counts == {"decap_packets": 16, "decap_delivered": 16}
             assert assert_same_packets(got.writes, expected.writes) == 0
             assert fast.refused & refused
+
+
+def lose_nothing_when_a_tos_is_refused() -> None:
+    with FastDatapath() as fast:
+        packets = [NO_VNET_HDR + ipv4(POD, NEAR_POD, udp_segment(POD, NEAR_POD), tos=n % 4 // 2 * 2) for n in range(40)]
+        assert fast.encap_tos(packets) == [0] * 40
+        # Messages of many datagrams were refused too, but not for being so long.
+        assert fast.refused == Offload.ECN
+        assert fast.encap_trains(packets) == [(40, 28)]

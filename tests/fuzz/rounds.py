@@ -23,7 +23,7 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.datapath.harness import Batch, FastDatapath, Message, ReferenceDatapath, assert_same_packets, trains
-from tests.datapath.test_equivalence import DECAP_BATCHES, ENCAP_BATCHES, QUICK, streams, wire_messages
+from tests.datapath.test_equivalence import DECAP_BATCHES, ECN, ENCAP_BATCHES, QUICK, streams, wire_messages
 from tests.datapath.test_super_packets import Super
 from tests.packets import MTU, NEAR, NO_VNET_HDR, stepped
 
@@ -75,9 +75,9 @@ class Rounds:
 
         @seed(number)
         @CHUNK
-        @given(datagrams=DECAP_BATCHES)
-        def decap(datagrams: list[tuple[bytes, str]]) -> None:
-            self._compare("decap", fast.decap_batch(datagrams), model.decap_batch(datagrams))
+        @given(datagrams=DECAP_BATCHES, ecn=ECN)
+        def decap(datagrams: list[tuple[bytes, str]], ecn: int) -> None:
+            self._compare("decap", fast.decap_batch(datagrams, ecn), model.decap_batch(datagrams, ecn))
 
         @seed(number)
         @CHUNK

@@ -167,7 +167,7 @@ def test_keys_and_values_in_etcd_are_flannels_and_pods_reach_each_other(cluster:
         node_id = read_status(host)["lease"]["node_id"]
         assert leases[key] == (
             f'{{"PublicIP":"{host.underlay_address}","PublicIPv6":null,"BackendType":"udp",'
-            f'"BackendData":{{"Port":8285,"NodeID":"{node_id}","Udptun":1,"AnySourcePort":true}}}}'
+            f'"BackendData":{{"Port":8285,"NodeID":"{node_id}","Udptun":1,"AnySourcePort":true,"ECN":true}}}}'
         )
         assert 86_000 < etcd.ttl_s(key) <= 86_400
         assert read_status(host)["store"] == "etcd"

@@ -30,6 +30,7 @@ from scapy.layers.l2 import Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet
 from scapy.utils import rdpcap
+from test_ecn import carried, marking
 from traffic import (
     REAL_TIME,
     datapath_pids,
@@ -377,6 +378,14 @@ def test_traceroute_from_a_kernel_node_shows_the_vtep(lab: Lab) -> None:
     hops = [line.split()[1] for line in source.run(command).stdout.splitlines()[1:]]
     assert hops[-1] == str(ours.pod(1).address)
     assert str(ours.subnet.network_address) in hops
+
+
+def test_marks_of_congestion_reach_the_pods_both_ways(lab: Lab) -> None:
+    """The kernel's VXLAN has the inner packet's ECN field outside, and marks inside what is marked on the way."""
+    for one, two in far_pairs(lab):
+        assert [carried(one, two, field) for field in range(4)] == [0, 1, 2, 3]
+        with marking(lab):
+            assert [carried(one, two, field) for field in range(4)] == [0, 3, 3, 3]
 
 
 # --- the kernel's offloads

@@ -86,20 +86,29 @@ def test_a_peer_that_is_reached_directly_gets_a_plain_route_alone() -> None:
 
 def test_vxlan_leases_have_flannels_two_keys_first() -> None:
     for backend in (KernelVxlan(VxlanKeys(vni=7), MAC), UserspaceVtep(VxlanKeys(vni=7), MAC)):
-        attrs = backend.attrs(BEHIND_NAT, "n" * 32)
+        attrs = backend.attrs(BEHIND_NAT, LIVE, "n" * 32)
         assert (attrs.public_ip, attrs.backend_type) == (BEHIND_NAT.public_ip, "vxlan")
         assert list(attrs.backend_data.items())[:2] == [("VNI", 7), ("VtepMAC", MAC)]
         assert attrs.node_id == "n" * 32
 
 
 def test_a_udp_lease_takes_any_source_port_unless_a_nat_is_before_the_host() -> None:
-    here, behind_nat = (Udp(8285).attrs(it, "n" * 32) for it in (UNDERLAY, BEHIND_NAT))
+    here, behind_nat = (Udp(8285).attrs(it, LIVE, "n" * 32) for it in (UNDERLAY, BEHIND_NAT))
     assert list(here.backend_data) == ["Port", "NodeID", "Udptun", "AnySourcePort"]
     assert here.takes_any_source_port
     assert list(behind_nat.backend_data) == ["Port", "NodeID", "Udptun"]
     peers = [Lease(Subnets(IPv4Network("10.244.7.0/24")), attrs) for attrs in (here, behind_nat)]
     assert [Udp(8285).remote(peer).takes_any_source_port for peer in peers] == [True, False]
     assert not Udp(8285).remote(lease(2, "", {"x": 1})).takes_any_source_port
+
+
+def test_a_udp_lease_says_that_marks_of_congestion_are_carried_on_where_all_of_them_are() -> None:
+    here, deaf = (Udp(8285).attrs(UNDERLAY, replace(LIVE, carries_ecn=it), "n" * 32) for it in (True, False))
+    assert list(here.backend_data) == ["Port", "NodeID", "Udptun", "AnySourcePort", "ECN"]
+    assert (here.carries_ecn, deaf.carries_ecn) == (True, False)
+    peers = [Lease(Subnets(IPv4Network("10.244.7.0/24")), attrs) for attrs in (here, deaf)]
+    assert [Udp(8285).remote(peer).carries_ecn for peer in peers] == [True, False]
+    assert UserspaceVtep(VxlanKeys(), MAC).remote(lease(2)).carries_ecn, "as the kernel does with VXLAN"
 
 
 @pytest.mark.parametrize(("source_ports", "n_senders"), [(1, 0), (2, 2), (16, 16)])
@@ -146,15 +155,15 @@ def test_host_gw_desires_a_route_through_each_peer_and_nothing_else() -> None:
         )
     )
     assert HostGw().refusal(lease(2)) == "its BackendType is vxlan, not host-gw"
-    assert HostGw().attrs(UNDERLAY, "n").backend_type == "host-gw"
+    assert HostGw().attrs(UNDERLAY, LIVE, "n").backend_type == "host-gw"
     with pytest.raises(UdptunError, match="your PublicIP differs from interface IP") as caught:
-        HostGw().attrs(BEHIND_NAT, "n")
+        HostGw().attrs(BEHIND_NAT, LIVE, "n")
     assert caught.value.exit_status == 1
 
 
 def test_alloc_desires_nothing_and_its_lease_has_no_type() -> None:
     assert Alloc().desired(inputs(lease(2))) == DesiredState()
-    assert Alloc().attrs(UNDERLAY, "n").backend_type == ""
+    assert Alloc().attrs(UNDERLAY, LIVE, "n").backend_type == ""
 
 
 # --- the choice

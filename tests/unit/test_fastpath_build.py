@@ -178,24 +178,34 @@ OFFLOADS_TEST = r"""
 
 int main(void)
 {
-    char room[UT_CMSG_BYTES];
+    char room[UT_SEND_CMSG_BYTES];
     struct msghdr message = {0};
 
+    _Static_assert(sizeof(room) >= UT_CMSG_BYTES, "the same room does for what the kernel writes");
     ut_put_segment_size(&message, room, 1234);
+    ut_put_tos(&message, room, 3);
     struct cmsghdr *cmsg = CMSG_FIRSTHDR(&message);
     uint16_t size;
     memcpy(&size, CMSG_DATA(cmsg), sizeof(size));
     printf("%d %d %d", cmsg->cmsg_level, cmsg->cmsg_type, size);
+    cmsg = CMSG_NXTHDR(&message, cmsg);
+    printf(" %d %d %d", cmsg->cmsg_level, cmsg->cmsg_type, *(int *)CMSG_DATA(cmsg));
+    printf(" %d", CMSG_NXTHDR(&message, cmsg) == NULL);
 
-    /* What the kernel writes: an int. */
-    int told = 4321;
+    /* What the kernel writes: an int, and a byte. */
+    int told = 4321, tos;
+    cmsg = CMSG_FIRSTHDR(&message);
     cmsg->cmsg_type = UDP_GRO;
     cmsg->cmsg_len = CMSG_LEN(sizeof(told));
     memcpy(CMSG_DATA(cmsg), &told, sizeof(told));
-    message.msg_controllen = sizeof(room);
-    printf(" %d", ut_segment_size(&message));
+    cmsg = CMSG_NXTHDR(&message, cmsg);
+    cmsg->cmsg_len = CMSG_LEN(1);
+    *CMSG_DATA(cmsg) = 0x81;
+    ut_read_control(&message, &told, &tos);
+    printf(" %d %d", told, tos);
     message.msg_controllen = 0;
-    printf(" %d\n", ut_segment_size(&message));
+    ut_read_control(&message, &told, &tos);
+    printf(" %d %d\n", told, tos);
     return 0;
 }
 """
@@ -206,4 +216,5 @@ def test_control_messages_are_those_of_the_kernel_headers(tmp_path: Path) -> Non
     program = tmp_path / "cmsg"
     compiler = ("gcc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}")
     subprocess.run([*compiler, tmp_path / "cmsg.c", "-o", program], check=True)
-    assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == "17 103 1234 4321 0\n"
+    said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    assert said == "17 103 1234 0 1 3 1 4321 129 0 0\n"

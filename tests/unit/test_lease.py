@@ -191,6 +191,14 @@ def test_a_host_takes_any_source_port_when_its_lease_says_so(data: Json, takes_a
     assert LeaseAttrs(OWN_IP, backend_data=data).takes_any_source_port is takes_any
 
 
+@pytest.mark.parametrize(
+    ("data", "carries"), [(None, False), ({"Udptun": 1}, False), ({"ECN": 1}, False), ({"ECN": True}, True)]
+)
+def test_a_host_carries_marks_of_congestion_on_when_its_lease_says_so(data: Json, carries: bool) -> None:
+    """Leases of flannel and of earlier udptuns do not."""
+    assert LeaseAttrs(OWN_IP, backend_data=data).carries_ecn is carries
+
+
 def test_attrs_say_who_wrote_them() -> None:
     ours = LeaseAttrs(OWN_IP, backend_data={"Udptun": 1, "NodeID": "n"})
     flannels = LeaseAttrs(OWN_IP, backend_data={"VtepMAC": "x"})

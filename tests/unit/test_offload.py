@@ -7,7 +7,7 @@ import pytest
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.core.errors import ConfigError
-from udptun.core.offload import ALL, Offload, corrupted_by, names, parse
+from udptun.core.offload import ALL, Offload, corrupted_by, names, parse, tells_marks
 
 
 def test_every_offload_is_found_by_the_name_it_is_shown_with() -> None:
@@ -34,6 +34,29 @@ def test_unknown_name_is_refused_with_those_that_there_are() -> None:
 )
 def test_kernel_that_corrupts_segmented_sends_is_not_asked_for_them(release: str, bad: Offload) -> None:
     assert corrupted_by(release) == bad
+
+
+@pytest.mark.parametrize(
+    ("release", "told"),
+    [
+        ("5.10.217", False),
+        ("5.15.158-generic", False),
+        ("5.15.159", True),
+        ("6.1.90", False),
+        ("6.1.91-1-amd64", True),
+        ("6.2.0", False),
+        ("6.6.30", False),
+        ("6.8.10", True),
+        ("6.9.0-rc7", True),
+        ("6.18.44", True),
+        ("some kernel", False),
+    ],
+)
+def test_marks_are_told_where_datagrams_that_differ_in_them_are_not_merged(release: str, told: bool) -> None:
+    """Elsewhere they are without UDP_GRO."""
+    assert tells_marks(ALL, release) is told
+    assert tells_marks(ALL & ~Offload.UDP_GRO, release) is (release != "some kernel")
+    assert not tells_marks(ALL & ~Offload.ECN, release)
 
 
 def test_configuration_switches_offloads_off_one_by_one() -> None:

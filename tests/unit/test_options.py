@@ -253,7 +253,7 @@ REFUSED = [
     (
         ["--offload-disabled=tso,gso"],
         "--offload-disabled=tso,gso: 'gso' is not one of "
-        "vnet_hdr, tso, uso, udp_segment, udp_gro, write_tcp, write_udp, spread, stranger_filter",
+        "vnet_hdr, tso, uso, udp_segment, udp_gro, write_tcp, write_udp, spread, stranger_filter, ecn",
     ),
     (["--version=yes"], "--version=yes: must be true or false"),
     (["--version="], "--version=: must be true or false"),

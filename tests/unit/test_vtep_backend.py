@@ -51,7 +51,7 @@ def test_vtep_stands_in_where_the_kernel_has_no_vxlan() -> None:
 
 
 def test_lease_says_what_flannels_says_and_then_what_flannel_ignores() -> None:
-    value = json.loads(backend(vni=7).attrs(UNDERLAY, "f" * 32).to_json())
+    value = json.loads(backend(vni=7).attrs(UNDERLAY, INPUT.live, "f" * 32).to_json())
     assert (value["PublicIP"], value["BackendType"]) == ("198.51.100.3", "vxlan")
     assert list(value["BackendData"].items()) == [
         ("VNI", 7),
@@ -92,7 +92,8 @@ def test_datapath_is_told_vni_addresses_and_port() -> None:
     assert (settings.mtu, settings.underlay_address) == (1450, UNDERLAY.address)
     # Whatever port the lease names: with VXLAN all nodes have one.
     peer = lease({"VNI": 1, "VtepMAC": "02:00:00:00:00:07", "Port": 9999, "Udptun": 1})
-    assert it.remote(peer) == Remote(IPv4Address("192.0.2.7"), 4789, True, True, bytes.fromhex("020000000007"))
+    mac = bytes.fromhex("020000000007")
+    assert it.remote(peer) == Remote(IPv4Address("192.0.2.7"), 4789, True, True, mac, carries_ecn=True)
     assert it.n_senders(UNDERLAY, INPUT.live) > 1
 
 

@@ -32,7 +32,7 @@ class Alloc:
     needs_backend_data = False
     asks_direct = False
 
-    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+    def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """It names no type, as flannel's does not."""
         return LeaseAttrs(underlay.public_ip, backend_data={"NodeID": node_id, "Udptun": 1})
 

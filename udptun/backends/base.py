@@ -55,6 +55,7 @@ class LiveSettings:
 
     `mtu` is the largest packet of a pod, bytes.  `probe`: whether the peers are probed.
     `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.
+    `carries_ecn`: whether every mark of congestion on what peers send can be carried on.
     """
 
     mtu: int
@@ -63,6 +64,7 @@ class LiveSettings:
     offload: Offload
     source_ports: int = 1
     probe: bool = True
+    carries_ecn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +210,7 @@ class Backend(Protocol):
     def asks_direct(self) -> bool:
         """Whether `desired` depends on `BackendInput.direct`."""
 
-    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+    def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """What our lease says.  Raises UdptunError when this host cannot be a peer of this kind."""
 
     def refusal(self, lease: Lease) -> str | None:

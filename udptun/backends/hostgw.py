@@ -32,7 +32,7 @@ class HostGw:
     needs_backend_data = False
     asks_direct = False
 
-    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+    def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         if underlay.public_ip != underlay.address:
             raise UdptunError(
                 "your PublicIP differs from interface IP, meaning that probably you're on a NAT, which is not "

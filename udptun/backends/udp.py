@@ -68,11 +68,13 @@ class Udp:
     def encapsulation(self) -> Udp:
         return self
 
-    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+    def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """flannel's own udp leases have neither type nor data, and flannel ignores both in others."""
         data = {"Port": self.port, "NodeID": node_id, "Udptun": 1}
         if not underlay.is_behind_nat:
             data["AnySourcePort"] = True
+        if live.carries_ecn:
+            data["ECN"] = True
         return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
 
     def refusal(self, lease: Lease) -> None:
@@ -90,7 +92,13 @@ class Udp:
 
     def remote(self, lease: Lease) -> Remote:
         attrs = lease.attrs
-        return Remote(attrs.public_ip, attrs.port(self._default_port), attrs.is_udptun, attrs.takes_any_source_port)
+        return Remote(
+            attrs.public_ip,
+            attrs.port(self._default_port),
+            attrs.is_udptun,
+            attrs.takes_any_source_port,
+            carries_ecn=attrs.carries_ecn,
+        )
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)

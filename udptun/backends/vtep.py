@@ -42,7 +42,7 @@ class UserspaceVtep:
     def encapsulation(self) -> UserspaceVtep:
         return self
 
-    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+    def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         return vxlan.lease_attrs(self._vni, self._mac, underlay, node_id)
 
     def refusal(self, lease: Lease) -> str | None:
@@ -55,8 +55,12 @@ class UserspaceVtep:
         return inputs.packet_settings(Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
-        """All peers have the same port, as with flannel, and with VXLAN all of them take any source port."""
-        return Remote(lease.attrs.public_ip, self.port, lease.attrs.is_udptun, True, _packed(vxlan.mac_of(lease)))
+        """All peers have the same port, as with flannel.
+
+        With VXLAN all of them take any source port, and carry marks of congestion on, as the kernel does.
+        """
+        attrs = lease.attrs
+        return Remote(attrs.public_ip, self.port, attrs.is_udptun, True, _packed(vxlan.mac_of(lease)), carries_ecn=True)
 
     def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)

@@ -84,7 +84,7 @@ class KernelVxlan:
         self._keys = keys
         self._mac = mac
 
-    def attrs(self, underlay: Underlay, node_id: str) -> LeaseAttrs:
+    def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         return lease_attrs(self._keys.vni, self._mac, underlay, node_id)
 
     def refusal(self, lease: Lease) -> str | None:

@@ -278,7 +278,7 @@ class Daemon:
             log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
             live = live_settings(options, conf.backend, underlay.mtu, backend.overhead)
             node_id = identity.node_id(options.state_dir)
-            attrs = backend.attrs(underlay, node_id)
+            attrs = backend.attrs(underlay, live, node_id)
             remember(options.state_dir, ownership.networks)
             forwarding = await Forwarding.open(
                 choice,

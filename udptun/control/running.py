@@ -17,6 +17,7 @@ from udptun.config.net_conf import NetConf, keys_that_need_a_restart, replace_li
 from udptun.control.forwarding import Forwarding
 from udptun.control.settings import live_settings, set_log_level, underlay_options
 from udptun.core.errors import UdptunError
+from udptun.core.lease import LeaseAttrs
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel.ip_forward import IpForwardWatch
 from udptun.kernel.supervisor import Supervisor
@@ -79,6 +80,7 @@ class Running:
         async with self._changing:
             backend = self.forwarding.backend
             check_underlay(backend, conf, self.underlay.address)
+            was = self._attrs()
             live = live_settings(self.options, conf.backend, self.underlay.mtu, backend.overhead)
             for key in keys_that_need_a_restart(self.conf, conf):
                 log.warning("config changed, takes effect with the next start key=%s", key)
@@ -87,6 +89,8 @@ class Running:
             # A later change of the underlay starts from these keys.
             self.conf = replace(self.conf, backend=replace_live_keys(self.conf.backend, conf.backend))
             live = self.forwarding.live
+            if self._attrs() != was:
+                self.membership.move(self.me, self._attrs())
             log.info(
                 "config reloaded mtu=%d workers=%d source_check=%s", live.mtu, live.workers, live.source_check.value
             )
@@ -96,9 +100,12 @@ class Running:
         async with self._changing:
             backend = self.forwarding.backend
             check_underlay(backend, self.conf, present.address)
-            was, attrs = (backend.attrs(it, self.me.node_id) for it in (self.underlay, present))
+            was = self._attrs()
+            # Raises when this host cannot be a peer from there.
+            backend.attrs(present, self.forwarding.live, self.me.node_id)
             live = live_settings(self.options, self.conf.backend, present.mtu, backend.overhead)
             await self._apply(present, live)
+            attrs = self._attrs()
         if attrs != was:
             self.me = replace(self.me, public_ip=present.public_ip)
             self.membership.move(self.me, attrs)
@@ -106,6 +113,10 @@ class Running:
             # A lease whose subnet has our own address in it is no peer's.
             self.membership.reconsider()
         log_underlay("changed", present)
+
+    def _attrs(self) -> LeaseAttrs:
+        """What our lease has to say by the settings that are in force."""
+        return self.forwarding.backend.attrs(self.underlay, self.forwarding.live, self.me.node_id)
 
     async def _apply(self, present: Underlay, live: LiveSettings) -> None:
         """Carry packets over this underlay and with these settings from now on.  Raises UdptunError: unchanged."""

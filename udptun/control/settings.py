@@ -12,7 +12,7 @@ from udptun.backends.udp import UdpKeys
 from udptun.config.flags import Options
 from udptun.config.net_conf import BackendKeys, LogLevel, NetConf
 from udptun.core.errors import ConfigError
-from udptun.core.offload import ALL, corrupted_by
+from udptun.core.offload import ALL, corrupted_by, tells_marks
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, default_workers
 from udptun.firewall.reconciler import FirewallSettings
 from udptun.kernel.underlay import UnderlayOptions
@@ -47,14 +47,17 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
     source_ports = 1
     if isinstance(keys, UdpKeys):
         source_ports = keys.source_ports if options.source_ports is None else options.source_ports
+    release = os.uname().release
     offload = tunnel.offload if options.offload_disabled is None else ALL & ~options.offload_disabled
+    offload &= ~corrupted_by(release)
     return LiveSettings(
         mtu_for(options.mtu or tunnel.mtu or underlay_mtu, overhead),
         workers,
         options.source_check or tunnel.source_check,
-        offload & ~corrupted_by(os.uname().release),
+        offload,
         workers if source_ports == AS_MANY_AS_WORKERS else source_ports,
         probed.probe if options.probe is None else options.probe,
+        tells_marks(offload, release),
     )
 
 

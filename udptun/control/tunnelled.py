@@ -179,6 +179,7 @@ class Tunnelled:
                 {
                     "port": remote.port,
                     "any_source_port": remote.takes_any_source_port,
+                    "ecn": remote.carries_ecn,
                     **dict(zip(PEER_COUNTERS, count, strict=True)),
                     **self._prober.document(lease.subnet),
                 }

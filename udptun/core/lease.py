@@ -151,6 +151,11 @@ class LeaseAttrs:
         """Whether datagrams reach the host whatever port they come from; flannel and NATs may want the usual one."""
         return isinstance(self.backend_data, Mapping) and self.backend_data.get("AnySourcePort") is True
 
+    @property
+    def carries_ecn(self) -> bool:
+        """Whether the host carries on the marks of congestion that datagrams to it get on the way (RFC 6040)."""
+        return isinstance(self.backend_data, Mapping) and self.backend_data.get("ECN") is True
+
     def port(self, default: int) -> int:
         """The UDP port the host listens on; `default` where the lease names none, as flannel's never do."""
         value = self.backend_data.get("Port") if isinstance(self.backend_data, Mapping) else None

@@ -30,6 +30,8 @@ class Offload(Flag):
     """A program of ours chooses the worker that a datagram goes to (since 4.5), not the kernel's own hash."""
     STRANGER_FILTER = auto()
     """That program drops what a flood of strangers sends (since 4.12)."""
+    ECN = auto()
+    """The TOS of the outer packet goes and comes with each message, for marks of congestion (since 3.13)."""
 
 
 ALL = ~Offload(0)
@@ -42,6 +44,10 @@ _CORRUPTING = (
     # (Linux b10b446, mended by 78effd8 and 5f17ae0).
     ((7, 0, 0), (7, 1, 5), Offload.UDP_SEGMENT),
 )
+
+_MARKS_ARE_TOLD_SINCE = {(5, 15): 159, (6, 1): 91, (6, 6): 31, (6, 8): 10}
+"""Release -> the first of its stable releases whose UDP_GRO merges no datagrams of different TOS, as 6.9 and later do
+(Linux 5babae7).  The TOS of the first datagram would stand for the others'."""
 
 
 def names(offload: Offload) -> list[str]:
@@ -61,12 +67,24 @@ def parse(given: Iterable[str]) -> Offload:
 
 def corrupted_by(release: str) -> Offload:
     """What kernels of this release (`uname -r`) are known to get wrong.  It must not be used there."""
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
-    if match is None:
-        return Offload(0)
-    version = tuple(int(part or 0) for part in match.groups())
+    version = _version(release)
     bad = Offload(0)
     for first, mended, offload in _CORRUPTING:
-        if first <= version < mended:
+        if version is not None and first <= version < mended:
             bad |= offload
     return bad
+
+
+def tells_marks(offload: Offload, release: str) -> bool:
+    """Whether with `offload` kernels of this release tell us of every mark of congestion on what peers send."""
+    version = _version(release)
+    if Offload.ECN not in offload or version is None:
+        return False
+    if Offload.UDP_GRO not in offload or version >= (6, 9):
+        return True
+    return version[:2] in _MARKS_ARE_TOLD_SINCE and version[2] >= _MARKS_ARE_TOLD_SINCE[version[:2]]
+
+
+def _version(release: str) -> tuple[int, int, int] | None:
+    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    return None if match is None else (int(match[1]), int(match[2]), int(match[3] or 0))

@@ -55,7 +55,7 @@ class Remote:
     """Where a peer's datagrams go.
 
     `takes_any_source_port`: they reach it from whatever port; otherwise they must leave from ours.  `mac` is its
-    VtepMAC, 6 bytes; empty where packets travel bare.
+    VtepMAC, 6 bytes; empty where packets travel bare.  `carries_ecn`: it carries on marks of congestion.
     """
 
     address: IPv4Address
@@ -63,3 +63,4 @@ class Remote:
     is_udptun: bool
     takes_any_source_port: bool = False
     mac: bytes = b""
+    carries_ecn: bool = False

@@ -133,15 +133,18 @@ def open_senders(address: IPv4Address, n: int, beside: Sequence[socket.socket] =
 
 
 def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
-    """Have the kernel put received datagrams together if `wanted` says so; return what it grants.
+    """Have the kernel put received datagrams together and tell their TOS if `wanted` says so; return what it grants.
 
-    Only UDP_GRO, UDP_SEGMENT, SPREAD and STRANGER_FILTER concern sockets; the rest of `wanted` is not looked at.
+    Only UDP_GRO, UDP_SEGMENT, SPREAD, STRANGER_FILTER and ECN concern sockets; the rest of `wanted` is not looked at.
     """
     granted = Offload(0)
     for udp in sockets:
         with suppress(OSError):
             udp.setsockopt(lib.SOL_UDP, lib.UDP_GRO, Offload.UDP_GRO in wanted)
             granted |= wanted & Offload.UDP_GRO
+        with suppress(OSError):
+            udp.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, Offload.ECN in wanted)
+            granted |= wanted & Offload.ECN
         with suppress(OSError):
             # This only asks whether the kernel knows it: the size goes with each message.
             udp.getsockopt(lib.SOL_UDP, lib.UDP_SEGMENT)

@@ -23,6 +23,7 @@ OFFLOAD_BITS = {
     Offload.WRITE_TCP: LAYOUT["offloads.write_tcp"],
     Offload.WRITE_UDP: LAYOUT["offloads.write_udp"],
     Offload.VNET_HDR: LAYOUT["offloads.vnet_hdr"],
+    Offload.ECN: LAYOUT["offloads.ecn"],
 }
 """The other offloads concern only the device and the sockets."""
 PEER_COUNTERS = tuple(FIELDS["peer_stats"])
@@ -37,7 +38,7 @@ _STATS, _WORKER, _STRAY = shm.Structure("stats"), shm.Structure("worker"), shm.S
 _STRAY_FIELDS = _STRAY.packer("outer", "peer", "inner", "last_s", "datagrams")
 _N_WORKERS = LAYOUT["max_workers"]
 _N_PEER_COUNTERS = len(PEER_COUNTERS)
-_COUNTED_ALIKE = (5, 6)
+_COUNTED_ALIKE = (5, 6, 7)
 """Earlier layout versions whose workers' blocks are where ours are, with the same counters first."""
 
 

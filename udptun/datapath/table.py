@@ -27,7 +27,7 @@ _PEER_SUBNET = _PEER.packer("subnet", "mask")
 _PEER_LEASE = _PEER.packer("address_be", "subnet", "mask")
 _NO_PEER = bytes(_PEER.size)
 _FLAG_UDPTUN, _FLAG_ANY_SOURCE_PORT = LAYOUT["flags.udptun"], LAYOUT["flags.any_source_port"]
-_FLAG_DEAD = LAYOUT["flags.dead"]
+_FLAG_DEAD, _FLAG_ECN = LAYOUT["flags.dead"], LAYOUT["flags.ecn"]
 _SOURCE_CHECKS = {check: LAYOUT[f"source_check.{check.value}"] for check in SourceCheck}
 
 
@@ -146,7 +146,8 @@ class TableWriter:
             mtu,
             _FLAG_UDPTUN * remote.is_udptun
             | _FLAG_ANY_SOURCE_PORT * remote.takes_any_source_port
-            | _FLAG_DEAD * is_dead,
+            | _FLAG_DEAD * is_dead
+            | _FLAG_ECN * remote.carries_ecn,
             b"" if vtep is None else vtep.prefix(remote.mac),
             received,
         )

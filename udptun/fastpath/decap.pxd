@@ -16,6 +16,7 @@ from libc.string cimport memcpy, memset
 
 from udptun.fastpath.coalesce cimport add_packet, begin_item, close_flow, is_full, start_batch
 from udptun.fastpath.coalesce cimport VNET, Item
+from udptun.fastpath.ecn cimport take_mark
 from udptun.fastpath.icmp cimport answer_peer
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.ring cimport is_asked_for, punt
@@ -30,11 +31,12 @@ cdef inline void decap_message(Loop *w, int i, bint is_inherited) noexcept nogil
     """Decap every datagram of message i; of an inherited one those that its first owner had not yet written."""
     cdef int length = <int>min(w.in_flight.message[i].msg_len, <uint32_t>PACKET_MAX)
     cdef uint8_t *train = w.in_flight.train[i]
-    cdef int gro_size = ut_segment_size(&w.in_flight.message[i].msg_hdr)
-    cdef int size = datagram_size(train, length, gro_size, w.prefix_len, is_inherited), at = 0
+    cdef int gro_size, tos, size, at = 0
+    ut_read_control(&w.in_flight.message[i].msg_hdr, &gro_size, &tos)
+    size = datagram_size(train, length, gro_size, w.prefix_len, is_inherited)
     while True:
         if not is_inherited or at + w.prefix_len >= length or train[at + w.prefix_len] != IS_WRITTEN:
-            decap(w, i, train + at, min(size, length - at), gro_size if gro_size < size else 0)
+            decap(w, i, train + at, min(size, length - at), gro_size if gro_size < size else 0, tos & ECN_MASK)
         at += size
         if at >= length:
             break
@@ -58,10 +60,11 @@ cdef inline int datagram_size(
     return gro_size
 
 
-cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) noexcept nogil:
+cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, int outer_ecn) noexcept nogil:
     """Check one datagram of message i, step its TTL and give it to the merger; or drop it, or punt it.
 
-    `inner_size`: payload of the segments of a super-packet of UDP, bytes; 0 where the kernel tells none.
+    `inner_size`: payload of the segments of a super-packet of UDP, bytes; 0 where the kernel tells none.  `outer_ecn`:
+    the ECN field of the outer packet.
     """
     cdef Counters *c = w.counters
     cdef Counter *drop = NULL
@@ -83,6 +86,8 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size) n
     if drop == NULL and ip_ttl(d) <= 1:
         drop = &c.decap_drop_ttl
         answer_peer(w, &p, ICMP_TIME_EXCEEDED, 0)
+    if drop == NULL:
+        drop = take_mark(c, d, outer_ecn)
     if drop == NULL and ip_destination(d) == w.slot.tunnel_address and is_asked_for(w.slot, &p):
         punt(w, &p, load_be32(<const uint8_t *>&w.in_flight.source[i].sin_addr.s_addr))
         return
@@ -215,6 +220,9 @@ cdef inline Counter *offload_header(
         if transport == tcp_header or flags & TCP_SYN_RST_URG or header + tcp_header >= <int>table.mtu:
             return &c.decap_drop_oversize
         vnet.gso_type = VIRTIO_NET_HDR_GSO_TCPV4
+        if flags & TCP_CWR:
+            # A device that cannot keep the flag to the first segment leaves the cutting to the kernel.
+            vnet.gso_type |= VIRTIO_NET_HDR_GSO_ECN
         vnet.hdr_len = <uint16_t>(header + tcp_header)
         vnet.gso_size = <uint16_t>(table.mtu - header - tcp_header)
     return NULL

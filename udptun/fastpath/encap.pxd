@@ -10,6 +10,7 @@ The conditions stand in the order of the table "Encap" in docs/wire-format.md; t
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memset
 
+from udptun.fastpath.ecn cimport outer_tos
 from udptun.fastpath.flow cimport sender_for
 from udptun.fastpath.icmp cimport answer_local
 from udptun.fastpath.loop cimport *
@@ -105,13 +106,14 @@ cdef inline void queue_packet(Loop *w, Packet *p) noexcept nogil:
     cdef uint8_t *datagram = p.data - w.prefix_len
     put_prefix(w, p.peer, datagram)
     queue_datagram(
-        w, sender_for(w, p.peer, p.data, p.len), p.peer, NULL, 0, datagram, w.prefix_len + p.len,
-        group_limit(w, p.peer))
+        w, sender_for(w, p.peer, p.data, p.len), p.peer, outer_tos(w, p.peer, p.data), NULL, 0, datagram,
+        w.prefix_len + p.len, group_limit(w, p.peer))
 
 
 cdef inline void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept nogil:
     """Queue a super-packet's segments, spread evenly over as few messages as hold them."""
     cdef int i, payload, most, n_messages, fd = sender_for(w, peer, s.data, s.header + s.payload)
+    cdef int tos = outer_tos(w, peer, s.data)
     cdef uint8_t *out
     most = max(1, min(group_limit(w, peer), GROUP_BYTES // (w.prefix_len + s.header + s.size)))
     n_messages = (s.n + most - 1) // most
@@ -123,4 +125,4 @@ cdef inline void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept
         put_prefix(w, peer, out)
         payload = write_segment_header(s, i, out + w.prefix_len)
         queue_datagram(
-            w, fd, peer, out, w.prefix_len + s.header, <uint8_t *>s.data + s.header + i * s.size, payload, most)
+            w, fd, peer, tos, out, w.prefix_len + s.header, <uint8_t *>s.data + s.header + i * s.size, payload, most)

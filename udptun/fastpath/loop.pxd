@@ -1,7 +1,7 @@
 """What one worker holds while it moves packets: `Loop`, its buffers and their limits, and which offloads it may use.
 
     packet      one inner IPv4 packet, or a super-packet that stands for several
-    group       datagrams of one size to one peer that the kernel takes as one message (send.pxd)
+    group       datagrams of one size and outer TOS to one peer that the kernel takes as one message (send.pxd)
     item        packets of one flow that the TUN takes as one write (coalesce.pxd)
     prefix      bytes between the UDP header and the inner packet: none, or 22 with VXLAN (vxlan.pxd)
 
@@ -35,6 +35,7 @@ cdef struct Group:
     sockaddr_in remote            # of the peer, when the group was begun; the table may change before it is sent
     int fd                        # the socket that it leaves from
     int size                      # of every datagram but the last, bytes, with its prefix
+    int tos                       # of the outer packets
     int n                         # datagrams
     int bytes                     # of all, with their prefixes
     iovec *iov                    # into Loop.iov
@@ -68,7 +69,8 @@ cdef struct Loop:
     iovec iov[2 * SEGMENTS]
     int n_groups, n_iov, n_headers
     mmsghdr message[GROUPS]
-    uint8_t control[GROUPS][UT_CMSG_BYTES]
+    uint8_t control[GROUPS][UT_SEND_CMSG_BYTES]
+    uint8_t single_control[UT_SEND_CMSG_BYTES]
     # Decap: where each message is received to, and how many to ask recvmmsg for.
     iovec train_iov[UT_MESSAGES]
     int n_messages
@@ -81,6 +83,7 @@ cdef struct Loop:
     int prefix_len                # bytes before each inner packet on the wire
     int group_segments            # datagrams a message; 1: the kernel does not cut messages up for us
     bint has_grouped              # whether the kernel has ever cut a message up
+    bint has_ecn                  # whether each send has a TOS of its own
     int n_single                  # peers that get their datagrams one by one, for a while
     uint32_t now_s                # of this turn, while there are such peers
     uint32_t n_unplaced           # stray datagrams that found no slot
@@ -99,6 +102,7 @@ cdef inline void allow_offloads(Loop *w) noexcept nogil:
     """Use what the control plane allows and the kernel has not refused."""
     cdef uint64_t allowed = w.slot.offloads & ~w.worker.refused
     w.group_segments = GROUP_SEGMENTS if allowed & UT_OFFLOAD_SEGMENT else 1
+    w.has_ecn = allowed & UT_OFFLOAD_ECN != 0
     w.vnet_len = VNET if allowed & UT_OFFLOAD_VNET_HDR else 0
     w.merger.tcp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_TCP
     w.merger.udp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_UDP

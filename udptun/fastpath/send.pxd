@@ -2,8 +2,8 @@
 """Gather datagrams into groups and send them: the last stage on the way from the TUN to UDP.
 
     datagram    what is one packet on the wire: prefix and inner packet, in one or two pieces of memory
-    group       datagrams of one size (the last may be shorter) to one peer from one socket: one message, which the
-                kernel cuts up (UDP_SEGMENT)
+    group       datagrams of one size (the last may be shorter) and outer TOS to one peer from one socket: one message,
+                which the kernel cuts up (UDP_SEGMENT)
     most        how many datagrams a group may have: fewer to a peer that may read one datagram at a time
 
 A datagram joins the last group or begins another one, so nothing overtakes.  `send_groups` gives all groups to the
@@ -52,7 +52,7 @@ cdef inline void append_piece(Loop *w, Group *g, uint8_t *data, int length) noex
 
 
 cdef inline void queue_datagram(
-        Loop *w, int fd, uint32_t peer, uint8_t *header, int header_len, uint8_t *data, int data_len,
+        Loop *w, int fd, uint32_t peer, int tos, uint8_t *header, int header_len, uint8_t *data, int data_len,
         int most) noexcept nogil:
     """Append one datagram, in one or two pieces, to the last group, or begin another group.
 
@@ -60,14 +60,15 @@ cdef inline void queue_datagram(
     """
     cdef int length = header_len + data_len
     cdef Group *g = &w.group[max(w.n_groups, 1) - 1]
-    if (w.n_groups == 0 or g.peer != peer or g.fd != fd or g.is_closed or length > g.size or g.n >= most
-            or g.bytes + length > GROUP_BYTES):
+    if (w.n_groups == 0 or g.peer != peer or g.fd != fd or g.tos != tos or g.is_closed or length > g.size
+            or g.n >= most or g.bytes + length > GROUP_BYTES):
         g = &w.group[w.n_groups]
         w.n_groups += 1
         memset(g, 0, sizeof(Group))
         g.peer = peer
         g.remote = w.slot.peers[peer].remote
         g.fd = fd
+        g.tos = tos
         g.size = length
         g.iov = &w.iov[w.n_iov]
     if header_len:
@@ -160,6 +161,8 @@ cdef inline void address_message(Loop *w, int i) noexcept nogil:
     # A single datagram goes without: some network cards refuse what looks like an offload.
     if g.n > 1:
         ut_put_segment_size(message, w.control[i], <uint16_t>g.size)
+    if g.tos:
+        ut_put_tos(message, w.control[i], g.tos)
 
 
 cdef inline void count_sent(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
@@ -202,6 +205,7 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
     """
     cdef msghdr message
     cdef iovec iov
+    cdef bint is_tos_refused = False
     iov.iov_base = p.data - w.prefix_len
     iov.iov_len = w.prefix_len + p.len
     memset(&message, 0, sizeof(msghdr))
@@ -209,8 +213,15 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
     message.msg_namelen = sizeof(sockaddr_in)
     message.msg_iov = &iov
     message.msg_iovlen = 1
+    if g.tos:
+        ut_put_tos(&message, w.single_control, g.tos)
     while sendmsg(g.fd, &message, MSG_DONTWAIT) < 0:
         if errno == EAGAIN and w.wait_for_room(w, g.fd) or errno == EINTR:
+            continue
+        if errno == EINVAL and message.msg_controllen:
+            # A kernel that takes no TOS with a message, or a route that refuses: then it refuses once more.
+            message.msg_controllen = 0
+            is_tos_refused = True
             continue
         if errno != EMSGSIZE:
             w.counters.encap_drop_send += 1
@@ -221,7 +232,10 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
             send_in_fragments(w, p, &message)
         return False
     count_sent(w, p.peer, 1, p.len)
-    return True
+    if is_tos_refused:
+        g.tos = 0
+        refuse(w, UT_OFFLOAD_ECN)
+    return not is_tos_refused
 
 
 cdef inline void drop_too_big(Loop *w, Packet *p, const sockaddr_in *remote) noexcept nogil:

@@ -112,6 +112,7 @@ cdef extern from "cmsg.h" nogil:
     """
     int VIRTIO_NET_HDR_GSO_UDP_L4
     enum:
-        UT_CMSG_BYTES
+        UT_CMSG_BYTES, UT_SEND_CMSG_BYTES
     void ut_put_segment_size(msghdr *message, void *room, uint16_t size)
-    int ut_segment_size(msghdr *message)
+    void ut_put_tos(msghdr *message, void *room, int tos)
+    void ut_read_control(msghdr *message, int *segment_size, int *tos)

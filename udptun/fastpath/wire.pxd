@@ -39,6 +39,11 @@ cdef enum:
     IP_SOURCE = 12
     IP_DESTINATION = 16
     IPV4_HEADER_MIN = 20
+    ECN_MASK = 3                  # of the TOS
+    ECN_NOT_ECT = 0
+    ECN_ECT_1 = 1
+    ECN_ECT_0 = 2
+    ECN_CE = 3
     FLAG_DF = 0x4000
     FLAG_MF = 0x2000
     FRAGMENT_MASK = 0x1fff
@@ -151,6 +156,15 @@ cdef inline void ip_undo_ttl_step(uint8_t *p) noexcept nogil:
     cdef uint32_t total = (~<uint32_t>load_be16(p + IP_CHECKSUM) & 0xffff) + 0x0100
     total = (total & 0xffff) + (total >> 16)
     p[IP_TTL] += 1
+    store_be16(p + IP_CHECKSUM, ~total & 0xffff)
+
+cdef inline void ip_set_ecn(uint8_t *p, int ecn) noexcept nogil:
+    """Another ECN field, the header checksum updated by RFC 1624 equation 3, with m the header's first word."""
+    cdef uint32_t total = (~<uint32_t>load_be16(p + IP_CHECKSUM) & 0xffff) + (~<uint32_t>load_be16(p) & 0xffff)
+    p[IP_TOS] = <uint8_t>(p[IP_TOS] & ~ECN_MASK | ecn)
+    total += load_be16(p)
+    total = (total & 0xffff) + (total >> 16)
+    total = (total & 0xffff) + (total >> 16)
     store_be16(p + IP_CHECKSUM, ~total & 0xffff)
 
 cdef inline bint is_martian(uint32_t address) noexcept nogil:

@@ -163,7 +163,10 @@ class Membership:
             self._last = None
 
     def move(self, me: Identity, attrs: LeaseAttrs) -> None:
-        """Be at another address from now on, with the same subnet; `run` tells the store at once, until it knows."""
+        """Be at another address from now on, or say something else of us, with the same subnet.
+
+        `run` tells the store at once, until it knows.
+        """
         self._own.move(me, attrs)
         self.reconsider()
 

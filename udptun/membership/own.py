@@ -77,13 +77,16 @@ class OwnLease:
         self._clock = clock
         self._on_change = on_change
         self._has_moved = False
-        """Whether the store still has it with an address that is no longer ours."""
+        """Whether the store still has it with an address, or other words, that are no longer ours."""
         self._taker: Node | None = None
         """Who wrote it last, when it was not us."""
         self._news = asyncio.Event()
 
     def move(self, me: Identity, attrs: LeaseAttrs) -> None:
-        """We are at another address.  `hold` tells the store at once, and again until the store has it."""
+        """We are at another address, or our lease has to say something else.
+
+        `hold` tells the store at once, and again until the store has it.
+        """
         self._doubles.me = me.named(self._doubles.me.node_name)
         self._asked = attrs
         self.lease = replace(self.lease, attrs=attrs)

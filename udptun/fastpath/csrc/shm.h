@@ -15,9 +15,11 @@
 #include <stdint.h>
 #include <sys/socket.h>
 
+#include "cmsg.h"
+
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 7u
+#define UT_LAYOUT_VERSION 8u
 
 #define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
@@ -58,6 +60,7 @@ struct ut_peer {
 #define UT_PEER_UDPTUN 1u         /* the lease says that udptun wrote it */
 #define UT_PEER_ANY_SOURCE_PORT 2u /* its datagrams may leave from any of our sockets */
 #define UT_PEER_DEAD 4u           /* it answers no probe; nothing is sent to it until something comes from it */
+#define UT_PEER_ECN 8u            /* it carries on the marks of congestion that its datagrams get on the way */
 
 /* One complete, immutable-while-published picture of the overlay. */
 struct ut_slot {
@@ -87,6 +90,7 @@ enum {
     UT_OFFLOAD_WRITE_TCP = 2,     /* one TUN write for many packets of a TCP flow */
     UT_OFFLOAD_WRITE_UDP = 4,     /* of a UDP flow */
     UT_OFFLOAD_VNET_HDR = 8,      /* packets of the TUN have a virtio header before them */
+    UT_OFFLOAD_ECN = 16,          /* each send has a TOS of its own, for marks of congestion */
 };
 
 struct ut_table {
@@ -143,7 +147,7 @@ struct ut_in_flight {
     struct ut_read read[UT_READS];
     struct mmsghdr message[UT_MESSAGES]; /* the pointers in it are the writer's own */
     struct sockaddr_in source[UT_MESSAGES];
-    uint8_t control[UT_MESSAGES][CMSG_SPACE(sizeof(int))];
+    uint8_t control[UT_MESSAGES][UT_CMSG_BYTES];
     uint8_t arena[UT_PREFIX_ROOM + UT_READ_BYTES + 65536u]; /* packets as they were read, each behind its prefix */
     uint8_t train[UT_MESSAGES][UT_MESSAGE_BYTES];
 };
