@@ -188,6 +188,96 @@ def test_a_receiver_with_udp_gro_gets_a_train_whole_and_is_told_its_segment_size
     assert (len(data), control) == (300, [])
 
 
+# --- the TOS of the outer packet
+
+
+def received_tos(udp: socket.socket) -> list[int]:
+    _data, control, _flags, _source = udp.recvmsg(65_536, 100)
+    return [value[0] for level, kind, value in control if (level, kind, len(value)) == (0, socket.IP_TOS, 1)]
+
+
+def test_a_message_carries_a_tos_of_its_own_beside_a_segment_size(undo: ExitStack) -> None:
+    """ip_cmsg_send; all its datagrams have it, and the socket's stays as it is.  The receiver is told one byte."""
+    source, target = bound(undo), bound(undo)
+    target.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+    control = [(socket.SOL_UDP, UDP_SEGMENT, struct.pack("H", 100)), (0, socket.IP_TOS, struct.pack("i", 3))]
+    source.sendmsg([bytes(300)], control, 0, target.getsockname())
+    source.sendto(bytes(100), target.getsockname())
+    assert [received_tos(target) for _ in range(4)] == [[3], [3], [3], [0]]
+
+
+def test_the_segment_size_is_told_before_the_tos(undo: ExitStack) -> None:
+    """udp_recvmsg: udp_cmsg_recv, then ip_cmsg_recv.
+
+    So a build that has room for the first alone cuts trains up rightly with sockets that tell the second too.
+    """
+    source, target = bound(undo), bound(undo)
+    target.setsockopt(socket.SOL_UDP, UDP_GRO, 1)
+    target.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+    send_train(source, target.getsockname(), 2500, 1000)
+    _data, control, flags, _source = target.recvmsg(65_536, socket.CMSG_SPACE(4))
+    assert [(level, kind, struct.unpack("i", value)) for level, kind, value in control] == [
+        (socket.SOL_UDP, UDP_GRO, (1000,))
+    ]
+    assert flags & socket.MSG_CTRUNC
+
+
+MARK_SOME = """
+table netdev marks {
+    chain some { type filter hook ingress device v1 priority 0; numgen inc mod 8 < 4 ip ecn set ce; }
+}
+"""
+
+
+@requires_netns
+@pytest.mark.netns
+@pytest.mark.parametrize("is_marked", [False, True], ids=["alike", "marked"])
+def test_datagrams_that_differ_in_their_tos_are_not_merged_on_receipt(undo: ExitStack, is_marked: bool) -> None:
+    """udp_gro_receive_segment, since Linux 6.9 and some stable releases (5babae7).
+
+    v0 == train ==> v1 [cut up, and four of eight marked] b0 [w0] -- datagrams --> w1 [merged again] socket
+    """
+    ns, switch, far = (undo.enter_context(namespace()) for _ in range(3))
+    ns.ip(f"link add v0 type veth peer name v1 netns {switch.name}")
+    switch.ip(f"link add w0 type veth peer name w1 netns {far.name}")
+    switch.ip("link add b0 type bridge")
+    for link in ("v1", "w0"):
+        switch.ip(f"link set {link} master b0 up")
+    switch.ip("link set b0 up")
+    for end, link, address in ((ns, "v0", "192.0.2.1/24"), (far, "w1", "192.0.2.2/24")):
+        end.ip(f"address add {address} dev {link}")
+        end.ip(f"link set {link} up")
+    # A veth merges what comes from a link that cuts nothing up itself (veth_skb_is_eligible_for_gro).
+    none = ["tso", "off", "gso", "off", "tx-udp-segmentation", "off"]
+    for space, link, features in ((ns, "v0", none), (switch, "w0", none), (far, "w1", ["gro", "on"])):
+        subprocess.run(["ip", "netns", "exec", space.name, "ethtool", "-K", link, *features], check=True)
+    if is_marked:
+        nft = ["ip", "netns", "exec", switch.name, "nft", "-f", "-"]
+        subprocess.run(nft, input=MARK_SOME, text=True, check=True)
+    source = ns.call(lambda: bound(undo, ("192.0.2.1", 0)))
+    target = far.call(lambda: bound(undo, ("192.0.2.2", 0)))
+    target.setsockopt(socket.SOL_UDP, UDP_GRO, 1)
+    target.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
+    source.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 2)
+    # Resolves the address.
+    source.sendto(bytes(100), target.getsockname())
+    target.settimeout(10)
+    target.recv(200)
+    found: dict[int, list[int]] = {}
+    while sum(map(sum, found.values())) < 64:
+        if not found:
+            send_train(source, target.getsockname(), 64 * 100, 100)
+        data, control, _flags, _source = target.recvmsg(65_536, 100)
+        (tos,) = (value[0] for level, _kind, value in control if level == 0)
+        found.setdefault(tos, []).append(len(data) // 100)
+    assert max(map(max, found.values())) > 1, "nothing was merged at all"
+    if is_marked:
+        assert {tos: sum(sizes) for tos, sizes in found.items()} == {2: 32, 3: 32}
+        assert max(map(max, found.values())) <= 4
+    else:
+        assert set(found) == {2}
+
+
 # --- paths that are too narrow, and routes that refuse
 
 
