@@ -35,6 +35,9 @@ _MSS = _MTU - 40
 _SEGMENTS = 45
 """Of a super-packet: as many as fit 64 KiB."""
 
+_ECT = 2
+"""In the TOS of an inner packet: its sender understands marks of congestion (RFC 3168)."""
+
 _PLAIN = bytes(10)
 _SUPER = struct.pack("=BBHHHH", 1, 1, 40, _MSS, 20, 16)
 """virtio headers (linux/virtio_net.h): nothing special; NEEDS_CSUM and GSO_TCPV4."""
@@ -63,10 +66,18 @@ def cases() -> list[Case]:
                 Case(f"{way} UDP {size}, {n} at once", is_encap, (header + _udp(source, to, size),) * n, n)
                 for size in (64, _MTU - 28)
             ]
-        segments = tuple(header + _tcp(source, to, _MSS, seq=i * _MSS, is_whole=True) for i in range(_SEGMENTS))
-        found.append(Case(f"{way} TCP, {_SEGMENTS} segments at once", is_encap, segments, _SEGMENTS))
-    large = _SUPER + _tcp(_OURS[2], _PEER[2], _SEGMENTS * _MSS, seq=0, is_whole=False)
-    return [*found, Case(f"encap TCP, one super-packet of {_SEGMENTS} segments", True, (large,), _SEGMENTS)]
+        for tos in (0, _ECT):
+            segments = tuple(header + _tcp(source, to, _MSS, i * _MSS, tos, is_whole=True) for i in range(_SEGMENTS))
+            found.append(Case(f"{way} TCP{_named(tos)}, {_SEGMENTS} segments at once", is_encap, segments, _SEGMENTS))
+    for tos in (0, _ECT):
+        large = _SUPER + _tcp(_OURS[2], _PEER[2], _SEGMENTS * _MSS, 0, tos, is_whole=False)
+        title = f"encap TCP{_named(tos)}, one super-packet of {_SEGMENTS} segments"
+        found.append(Case(title, True, (large,), _SEGMENTS))
+    return found
+
+
+def _named(tos: int) -> str:
+    return " with ECN" if tos else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,13 +117,15 @@ class _Bench:
                 end.setblocking(False)
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             udp, self._peer = undo.enter_context(_bound(_HERE)), undo.enter_context(_bound(_THERE))
+            udp.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
             self._udp_address = udp.getsockname()
             writer, self._stats = TableWriter.create(), Stats.create()
             undo.callback(writer.close)
             undo.callback(self._stats.close)
             settings = PacketSettings(IPv4Network("10.1.0.0/16"), _OURS, IPv4Address(_HERE), _MTU, SourceCheck.PEER)
             writer.configure(settings)
-            writer.set_peer(_PEER, Remote(IPv4Address(_THERE), self._peer.getsockname()[1], True), _MTU)
+            remote = Remote(IPv4Address(_THERE), self._peer.getsockname()[1], is_udptun=True, carries_ecn=True)
+            writer.set_peer(_PEER, remote, _MTU)
             if not writer.publish(self._stats):
                 raise BenchError("a new table could not be published")
             self._worker = Worker(writer.fd, self._stats.fd, 0, worker_tun.fileno(), udp.fileno())
@@ -158,6 +171,8 @@ class _Bench:
             if case.is_encap:
                 self._tun.send(packet)
             else:
+                # As a peer does in normal mode.
+                self._peer.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, packet[1])
                 self._peer.sendto(packet, self._udp_address)
 
     def _take(self, case: Case) -> int:
@@ -181,22 +196,22 @@ def _payload_of(case: Case) -> int:
 def _udp(source: IPv4Address, to: IPv4Address, n_bytes: int) -> bytes:
     """A datagram with `n_bytes` of payload."""
     header = struct.pack("!HHHH", 9, 9, 8 + n_bytes, 0)
-    return _ipv4(source, to, socket.IPPROTO_UDP, header + bytes(n_bytes), checksum_at=6, is_whole=True)
+    return _ipv4(source, to, socket.IPPROTO_UDP, header + bytes(n_bytes), tos=0, checksum_at=6, is_whole=True)
 
 
-def _tcp(source: IPv4Address, to: IPv4Address, n_bytes: int, seq: int, is_whole: bool) -> bytes:
+def _tcp(source: IPv4Address, to: IPv4Address, n_bytes: int, seq: int, tos: int, *, is_whole: bool) -> bytes:
     """A segment of an established connection; not `is_whole`: with the pseudo-header's sum for a checksum."""
     header = struct.pack("!HHIIBBHHH", 9, 9, seq, 1, 5 << 4, 0x10, 1000, 0, 0)
-    return _ipv4(source, to, socket.IPPROTO_TCP, header + bytes(n_bytes), checksum_at=16, is_whole=is_whole)
+    return _ipv4(source, to, socket.IPPROTO_TCP, header + bytes(n_bytes), tos, checksum_at=16, is_whole=is_whole)
 
 
 def _ipv4(
-    source: IPv4Address, to: IPv4Address, protocol: int, content: bytes, checksum_at: int, is_whole: bool
+    source: IPv4Address, to: IPv4Address, protocol: int, content: bytes, tos: int, *, checksum_at: int, is_whole: bool
 ) -> bytes:
     pseudo = source.packed + to.packed + struct.pack("!HH", protocol, len(content))
     total = _sum(pseudo + content) ^ 0xFFFF if is_whole else _sum(pseudo)
     content = content[:checksum_at] + struct.pack("!H", total) + content[checksum_at + 2 :]
-    head = struct.pack("!BBHHHBB", 0x45, 0, 20 + len(content), 1, 0x4000, 64, protocol)
+    head = struct.pack("!BBHHHBB", 0x45, tos, 20 + len(content), 1, 0x4000, 64, protocol)
     addresses = source.packed + to.packed
     return head + struct.pack("!H", _sum(head + addresses) ^ 0xFFFF) + addresses + content
 
