@@ -415,6 +415,7 @@ def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_th
     with lab_of(3, {**BACKENDS[name], "DirectRouting": True}) as lab:
         one, two, three = lab.hosts
         lab.relocate(three, DISTANT)
+        one.run(["sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647"])
         lab.start()
         wait_for_peers(lab)
 
@@ -439,6 +440,8 @@ def test_direct_routing_goes_straight_to_peers_on_the_link_and_follows_a_host_th
             assert list(neighbours(one, "flannel.1")) == [str(three.subnet.network_address)]
         for host in (two, three):
             wait_for_answer(one.pod(1), host.pod(1))
+        # By the tunnel and past it.
+        seconds_until(lambda: [it["liveness"] for it in read_status(one)["peers"]] == ["alive"] * 2, "answers", 30)
 
         lab.relocate(two, DISTANT)
         wait_for_ways(one, two=tunnelled(two), three=tunnelled(three))
