@@ -13,7 +13,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import mean
 
 import pytest
@@ -183,8 +183,7 @@ def test_a_daemon_that_is_started_again_still_knows_a_narrow_path_and_who_is_ali
     routed.set_offload(Offload.NONE)
     with tcp_flow(one.pod(1), two.pod(1)) as flow:
         drop_long_packets(routed)
-        for host, peer in ((one, two), (two, one)):
-            seconds_until(lambda host=host, peer=peer: route_mtu(host, peer) == narrow, "the measure", 5 * slack)
+        seconds_until(lambda: route_mtu(one, two) == narrow == route_mtu(two, one), "both measures", 5 * slack)
         time.sleep(1)
         before = n_too_long(routed)
         one.stop_daemon(ends)
@@ -248,7 +247,9 @@ def full_speed_flow(source: Pod, destination: Pod, seconds: int) -> Iterator[lis
 @pytest.mark.full
 @pytest.mark.parametrize("how", NARROWINGS)
 @pytest.mark.parametrize("peer", ["udptun", "only-answers", "kernel-vxlan"])
-def test_full_size_tcp_has_nine_tenths_of_the_clean_goodput_from_five_seconds_on(peer: str, how: str) -> None:
+def test_full_size_tcp_has_nine_tenths_of_the_clean_goodput_from_five_seconds_on(
+    peer: str, how: str, figure: Callable[..., None]
+) -> None:
     """One connection that was there when the path became narrow, and one that begins later."""
     with shaped_lab(peer) as lab:
         here, there = (host.pod(1) for host in lab.hosts)
@@ -263,10 +264,9 @@ def test_full_size_tcp_has_nine_tenths_of_the_clean_goodput_from_five_seconds_on
         with full_speed_flow(here, there, 8) as later:
             pass
     goodput = mean(clean[2:8])
-    shares = [mean(before[8:18]) / goodput, mean(later[2:8]) / goodput]
-    print(
-        f"{peer} {how}: clean {goodput:.1f} Mbit/s; measured after {took_s:.2f} s; of the clean goodput: "
-        f"{shares[0]:.3f} in the seconds 6 to 16 after, {shares[1]:.3f} of a new connection; by the second: "
-        f"{' '.join(f'{mbit:.0f}' for mbit in before)}"
-    )
+    shares = [mean(before[7:17]) / goodput, mean(later[2:8]) / goodput]
+    print(f"clean {goodput:.1f} Mbit/s; by the second, narrow after 2: {' '.join(f'{mbit:.0f}' for mbit in before)}")
+    figure("the path is measured after", took_s, "s")
+    figure("of the clean goodput in the seconds 5 to 15 after", shares[0])
+    figure("of the clean goodput, a new connection", shares[1])
     assert min(shares) >= GOAL
