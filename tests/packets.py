@@ -171,14 +171,22 @@ def stepped(packet: bytes) -> bytes:
     return with_header_checksum(packet[:8] + bytes([packet[8] - 1]) + packet[9:])
 
 
-def icmp_answer(type_: int, code: int, offender: bytes, *, source: str, next_hop_mtu: int = 0) -> bytes:
-    """The whole ICMP error that must come back for `offender`, as scapy builds it."""
+def icmp_answer(
+    type_: int, code: int, offender: bytes, *, source: str, next_hop_mtu: int = 0, most: int = 576
+) -> bytes:
+    """The whole ICMP error of `most` bytes at most that must come back for `offender`, as scapy builds it."""
     message = ICMP(type=type_, code=code)
     if next_hop_mtu:
         message.nexthopmtu = next_hop_mtu
     destination = str(IPv4Address(offender[12:16]))
     header = IP(src=source, dst=destination, tos=0xC0, id=0, flags=0, ttl=64, proto=1)
-    return bytes(header / message / Raw(offender[: 576 - 28]))
+    return bytes(header / message / Raw(offender[: most - 28]))
+
+
+def icmp_answer_to_peer(type_: int, code: int, offender: bytes, *, source: str) -> bytes:
+    """One that goes over the underlay: no longer than its cause, but it quotes 8 bytes behind the IP header."""
+    least = 28 + (offender[0] & 15) * 4 + 8
+    return icmp_answer(type_, code, offender, source=source, most=min(576, max(least, len(offender))))
 
 
 # The overlay of the datapath tests.  Outer addresses are loopback's, so that real sockets can stand for the peers.

@@ -121,6 +121,8 @@ class Table:
     vtep: Vtep | None = None
     punt_id: int = 0
     """ICMP id of the echo replies that the control plane gets; 0: it gets none."""
+    port: int = 8285
+    """Of our UDP socket."""
 
     @property
     def prefix_len(self) -> int:
@@ -136,6 +138,10 @@ class Table:
     def leasing(self, address: IPv4Address) -> Peer | None:
         """The peer whose subnet holds the inner `address`."""
         return next((peer for peer in self.peers if address in peer.subnet), None)
+
+    def is_endpoint(self, address: IPv4Address) -> bool:
+        """Whether a tunnel's socket may be at `address`: a peer's or ours."""
+        return self.has_public_ip(address) or address in self.local_addresses
 
     def has_public_ip(self, address: IPv4Address) -> bool:
         """Whether any peer is at the outer `address`; its port does not matter."""
@@ -247,6 +253,8 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
         return [refuse(counter, whole, reason, mtu)] + [Outcome(counter)] * (len(packets) - 1)
 
     peer = table.leasing(ip.destination)
+    if _is_of_the_tunnel(table, packets[0], peer):
+        return [Outcome("encap_drop_loop")] * len(packets)
     if peer is None:  # 4
         return refuse_all("encap_drop_no_route", _NET_UNREACHABLE)
     if peer.is_dead:
@@ -440,11 +448,15 @@ def decap(
         return Outcome("decap_drop_source_outside")
     if ip.destination not in table.own_subnet:  # 15
         return Outcome("decap_drop_foreign_destination")
+    if ip.destination in table.local_addresses and _udp_port(packet) == table.port:
+        return Outcome("decap_drop_loop")
 
     if ip.ttl <= 1:  # 16
         if is_refused or sender is None or not _may_be_answered(packet):
             return Outcome("decap_drop_ttl", icmp="icmp_suppressed")
-        answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED)
+        # No longer than its cause, but with 8 bytes behind the header that it quotes.
+        most = max(len(packet), _IPV4_HDR_MIN + _ICMP_HDR_LEN + ip.header_len + 8)
+        answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED, most=most)
         return Outcome("decap_drop_ttl", sends=((sender.remote, table.wrapped(answer, sender)),), icmp="icmp_sent")
     inner_ecn = _INNER_ECN[packet[1] & ECN_MASK][outer_ecn]
     if inner_ecn is None:
@@ -478,6 +490,24 @@ def inject(table: Table, packet: bytes, *, into_tun: bool = False, is_refused: b
     if peer is None or into_tun:
         return Outcome("inject_delivered", writes=(VnetHdr().pack() + packet,))
     return Outcome("inject_sent", sends=((peer.remote, table.wrapped(packet, peer)),))
+
+
+def _udp_port(packet: bytes) -> int | None:
+    """The UDP port that `packet` goes to, where it shows one."""
+    ip = _Ipv4.read(packet)
+    if ip.protocol != _UDP or ip.fragment_offset > 0 or len(packet) < ip.header_len + 4:
+        return None
+    (port,) = struct.unpack_from(">H", packet, ip.header_len + 2)
+    return int(port)
+
+
+def _is_of_the_tunnel(table: Table, packet: bytes, peer: Peer | None) -> bool:
+    """Whether `packet`, whose destination `peer` leases, is a datagram of the tunnel itself (RFC 2473 4.1)."""
+    ip, port = _Ipv4.read(packet), _udp_port(packet)
+    if port is None or not table.is_endpoint(ip.destination):
+        return False
+    ports = (table.port,) if peer is None else (table.port, peer.remote[1])
+    return port in ports or ip.source in table.local_addresses
 
 
 def _is_punted(table: Table, packet: bytes) -> bool:
@@ -532,13 +562,15 @@ def with_ecn(packet: bytes, ecn: int) -> bytes:
     return struct.pack(">H", new_word) + packet[2:10] + struct.pack(">H", new_check) + packet[12:]
 
 
-def icmp_error(tunnel_address: IPv4Address, offender: bytes, reason: Reason, mtu: int = 0) -> bytes:
+def icmp_error(
+    tunnel_address: IPv4Address, offender: bytes, reason: Reason, mtu: int = 0, most: int = _ICMP_ANSWER_MAX
+) -> bytes:
     """The IPv4 packet that tells the sender of `offender` why it was dropped (RFC 792).
 
     `offender` is a whole packet, TTL as received; the answer quotes as much of it as fits.  `mtu` is that of the next
     hop, bytes; 0 where the reason has none (RFC 1191).
     """
-    quote = offender[: _ICMP_ANSWER_MAX - _IPV4_HDR_MIN - _ICMP_HDR_LEN]
+    quote = offender[: min(most, _ICMP_ANSWER_MAX) - _IPV4_HDR_MIN - _ICMP_HDR_LEN]
     icmp = struct.pack(">BBHHH", *reason, 0, 0, mtu) + quote
     icmp = icmp[:2] + _checksum(icmp) + icmp[4:]
     destination = _Ipv4.read(offender).source

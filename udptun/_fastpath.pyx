@@ -17,7 +17,7 @@ stage is a file of fastpath/ that opens with its own words:
     icmp.pxd          answers about packets that are dropped       loop.pxd    a worker's buffers and limits
     vxlan.pxd         the prefix before each packet with VXLAN     shm.pxd     memory shared with the control plane
     flow.pxd          from which port a flow leaves                sys.pxd     the kernel's calls and structures
-    ecn.pxd           marks of congestion, in and out
+    ecn.pxd           marks of congestion, in and out              loops.pxd   the tunnel's own datagrams inside it
     wire.pxd          where the fields of a packet are             stray.pxd   datagrams that no lease explains
     ring.pxd          packets that the control plane gets, and that it hands over
 

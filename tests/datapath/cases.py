@@ -18,6 +18,7 @@ from tests.packets import (
     OWN,
     PARTIAL,
     POD,
+    PORT,
     STRANGER,
     TCP_RST,
     TCP_SYN,
@@ -28,6 +29,7 @@ from tests.packets import (
     UNDERLAY,
     UNLEASED,
     VNI,
+    WIDE,
     icmp_message,
     ipv4,
     peer_mac,
@@ -73,6 +75,12 @@ _ESP = 50
 
 def _in(payload: bytes = bytes(64), *, source: str = NEAR_POD, destination: str = POD, **header: object) -> bytes:
     return ipv4(source, destination, payload, **{"protocol": _ESP, **header})  # type: ignore[arg-type]
+
+
+def _to_a_socket(source: str, destination: str, *, port: int = PORT, **header: object) -> bytes:
+    """What carries a packet through the tunnel, once more inside."""
+    payload = udp_segment(source, destination, _IN, ports=(PORT, port))
+    return ipv4(source, destination, payload, **header)  # type: ignore[arg-type]
 
 
 def _options(text: str) -> bytes:
@@ -160,6 +168,22 @@ ENCAP = _slugged(
                 is_suppressed=True)
             for destination in ("224.0.0.251", "239.255.255.250", "240.0.0.1", "255.255.255.255")
         ),
+        Bad("our-own-datagram-to-a-peer", "encap_drop_loop", _to_a_socket(UNDERLAY, NEAR)),
+        Bad("our-own-datagram-to-a-peer-on-another-port", "encap_drop_loop", _to_a_socket(UNDERLAY, WIDE, port=9999)),
+        Bad("our-own-datagram-with-ttl-1", "encap_drop_loop", _to_a_socket(UNDERLAY, NEAR, ttl=1)),
+        Bad("our-own-datagram-with-options", "encap_drop_loop", _to_a_socket(UNDERLAY, NEAR, options=b"\1" * 8)),
+        Bad("first-fragment-of-our-own-datagram", "encap_drop_loop", _to_a_socket(UNDERLAY, NEAR, flags="MF")),
+        Bad("a-pods-datagram-to-a-peers-socket", "encap_drop_loop", _to_a_socket(POD, NEAR)),
+        Bad("a-pods-datagram-to-our-socket", "encap_drop_loop", _to_a_socket(POD, UNDERLAY)),
+        Bad("a-pods-datagram-to-our-socket-on-a-leased-address", "encap_drop_loop",
+            _to_a_socket(POD, LOCAL_IN_A_LEASE)),
+        Bad("another-of-a-pod-to-a-peers-host", "encap_drop_no_route", _to_a_socket(POD, NEAR, port=53),
+            NET_UNREACHABLE),
+        Bad("later-fragment-to-a-peers-host-is-not-answered", "encap_drop_no_route",
+            _to_a_socket(UNDERLAY, NEAR, offset=8), is_suppressed=True),
+        Bad("cut-before-the-port", "encap_drop_no_route", ipv4(UNDERLAY, NEAR, bytes(3)), NET_UNREACHABLE),
+        Bad("tcp-to-a-peers-host", "encap_drop_no_route",
+            tcp(UNDERLAY, NEAR, ports=(PORT, PORT)), NET_UNREACHABLE),
         Bad("ttl-1", "encap_drop_ttl", udp(POD, NEAR_POD, ttl=1), TIME_EXCEEDED),
         Bad("ttl-0", "encap_drop_ttl", udp(POD, NEAR_POD, ttl=0), TIME_EXCEEDED),
         Bad("ttl-1-before-too-big", "encap_drop_ttl",

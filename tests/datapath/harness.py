@@ -561,6 +561,7 @@ class FastDatapath:
                 offload=ALL if self.has_vnet_hdr else ALL & ~Offload.VNET_HDR,
                 vtep=None if table.vtep is None else shared.Vtep(table.vtep.vni, table.vtep.mac),
                 punt_id=table.punt_id,
+                port=table.port,
             )
         )
         assert self._writer.set_local_addresses(table.local_addresses) == 0

@@ -28,7 +28,7 @@ from tests.packets import (
     POD,
     TCP_ACK,
     TCP_CWR,
-    icmp_answer,
+    icmp_answer_to_peer,
     ipv4,
     pattern,
     stepped,
@@ -88,7 +88,7 @@ def test_what_is_dropped_for_its_ttl_is_quoted_as_the_peer_sent_it(datapath: Dat
     packet = inward(ECT_0, ttl=1)
     batch = datapath.decap_messages([Message(packet, NEAR, ecn=CE)])
     assert batch.counts == {"decap_packets": 1, "decap_drop_ttl": 1, "icmp_sent": 1}
-    assert list(batch.sends.values()) == [[icmp_answer(11, 0, packet, source=OWN)]]
+    assert list(batch.sends.values()) == [[icmp_answer_to_peer(11, 0, packet, source=OWN)]]
 
 
 @FIELDS

@@ -43,6 +43,7 @@ from tests.packets import (
     OWN,
     PARTIAL,
     POD,
+    PORT,
     STRANGER,
     TWIN,
     TWIN_OTHER_POD,
@@ -64,7 +65,7 @@ from tests.packets import (
 PEER_PODS = (NEAR_POD, NARROW_POD, TWIN_POD, TWIN_OTHER_POD, WIDE_POD, DEAF_POD)
 MARTIANS = ("0.0.0.0", "127.0.0.1", "224.0.0.1")
 INNER = st.sampled_from(
-    (*PEER_PODS, *PEER_PODS, POD, POD, POD, OWN, UNLEASED, OUTSIDE, UNDERLAY, *LOCALS, *MARTIANS)
+    (*PEER_PODS, *PEER_PODS, POD, POD, POD, OWN, UNLEASED, OUTSIDE, UNDERLAY, *LOCALS, *MARTIANS, NEAR)
 ) | st.integers(0, 0xFFFFFFFF).map(lambda value: str(IPv4Address(value)))
 OUTER = st.sampled_from((NEAR, NEAR, NEAR, NARROW, TWIN, WIDE, STRANGER))
 OPTIONS = st.sampled_from(("", "", "", "01010100", "0707040000000000", "8307040000000000", "44ff0500")).map(
@@ -93,7 +94,8 @@ def ip_packets(draw: st.DrawFn) -> bytes:
         wrong = draw(WRONG)
         payload = tcp_segment(source, destination, data, flags=flags, options=options, data_offset=wrong, check=check)
     elif protocol == 17:
-        payload = udp_segment(source, destination, data, check=draw(CHECK))
+        ports = draw(st.sampled_from(((5353, 53), (PORT, PORT))))
+        payload = udp_segment(source, destination, data, ports=ports, check=draw(CHECK))
     elif protocol == 1:
         payload = icmp_message(draw(st.sampled_from((0, 3, 8, 11, 13, 14))), data=data)
     else:

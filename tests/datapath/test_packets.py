@@ -30,6 +30,7 @@ from tests.packets import (
     UNLEASED,
     WIDE_POD,
     icmp_answer,
+    icmp_answer_to_peer,
     ipv4,
     stepped,
     tcp,
@@ -87,7 +88,9 @@ def test_decap_drops_a_bad_packet_under_its_own_counter_and_goes_on(datapath: Da
     outcome = datapath.decap(case.packet, case.source)
     sends: tuple[tuple[Remote, bytes], ...] = ()
     if case.answer:
-        sends = ((remote_of(datapath, str(IPv4Address(case.packet[12:16]))), expected_answer(case)),)
+        type_, code, _mtu = case.answer
+        answer = icmp_answer_to_peer(type_, code, case.quoted or case.packet, source=OWN)
+        sends = ((remote_of(datapath, str(IPv4Address(case.packet[12:16]))), answer),)
     assert outcome == Outcome(case.counter, sends=sends, icmp=icmp_counter(case))  # type: ignore[arg-type]
     assert_good_packets_pass(datapath)
     assert_every_packet_is_counted(datapath)
@@ -191,7 +194,7 @@ def test_decap_takes_any_other_source_from_a_stranger_when_the_source_check_is_o
 def test_decap_answers_the_leaseholder_and_not_the_sender_when_the_source_check_is_off(datapath: Datapath) -> None:
     datapath.configure(source_check="off")
     packet = udp(NEAR_POD, POD, ttl=1)
-    answer = icmp_answer(11, 0, packet, source=OWN)
+    answer = icmp_answer_to_peer(11, 0, packet, source=OWN)
     expected = Outcome("decap_drop_ttl", sends=((remote_of(datapath, NEAR_POD), answer),), icmp="icmp_sent")
     assert datapath.decap(packet, STRANGER) == expected
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.datapath.cases import DECAP, DECAP_VXLAN, ELSEWHERE, Bad
 from tests.datapath.harness import DEADLINE_S, TRAIN_BYTES, FastDatapath, Message, skip_unless_built
-from tests.packets import NEAR_POD, OWN, POD, STRANGER, icmp_answer, udp, vxlan
+from tests.packets import NEAR_POD, OWN, POD, STRANGER, icmp_answer_to_peer, udp, vxlan
 from tests.reference import Remote
 
 if TYPE_CHECKING:
@@ -200,8 +200,8 @@ class Besieged(FastDatapath):
 
 def _answer(case: Bad) -> bytes:
     assert case.answer is not None
-    kind, code, mtu = case.answer
-    return icmp_answer(kind, code, case.quoted or case.packet, source=OWN, next_hop_mtu=mtu)
+    kind, code, _mtu = case.answer
+    return icmp_answer_to_peer(kind, code, case.quoted or case.packet, source=OWN)
 
 
 def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -88,8 +88,8 @@ class BackendInput:
         """What is to be kept from other owners' routes; `leasable` and `link` as in `Pods`."""
         return Pods(self.network, leasable, self.own_subnet, tuple(lease.subnet for lease in self.peers), link)
 
-    def packet_settings(self, vtep: Vtep | None = None) -> PacketSettings:
-        """What the datapath is told of all packets; `vtep` as in `PacketSettings`."""
+    def packet_settings(self, port: int, vtep: Vtep | None = None) -> PacketSettings:
+        """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`."""
         live = self.live
         return PacketSettings(
             self.network,
@@ -99,6 +99,7 @@ class BackendInput:
             live.source_check,
             live.offload,
             vtep,
+            port=port,
         )
 
 

@@ -88,7 +88,7 @@ class Udp:
         return live.source_ports if live.source_ports > 1 and not underlay.is_behind_nat else 0
 
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:
-        return inputs.packet_settings()
+        return inputs.packet_settings(self.port)
 
     def remote(self, lease: Lease) -> Remote:
         attrs = lease.attrs

@@ -52,7 +52,7 @@ class UserspaceVtep:
         return N_SENDERS
 
     def packet_settings(self, inputs: BackendInput) -> PacketSettings:
-        return inputs.packet_settings(Vtep(self._vni, _packed(self._mac)))
+        return inputs.packet_settings(self.port, Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
         """All peers have the same port, as with flannel.

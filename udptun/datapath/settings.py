@@ -32,7 +32,8 @@ class PacketSettings:
     """What a worker must know besides its peers.
 
     `mtu`: largest inner packet, bytes.  `vtep` None: inner packets travel bare, without VXLAN.  `punt_id`: ICMP id of
-    the echo replies to the tunnel address that the control plane gets in place of the TUN; 0: it gets none.
+    the echo replies to the tunnel address that the control plane gets in place of the TUN; 0: it gets none.  `port`: of
+    our UDP socket; 0: not known.
     """
 
     network: IPv4Network
@@ -43,6 +44,7 @@ class PacketSettings:
     offload: Offload = ALL
     vtep: Vtep | None = None
     punt_id: int = 0
+    port: int = 0
 
     @property
     def tunnel_address(self) -> IPv4Address:

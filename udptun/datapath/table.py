@@ -96,6 +96,7 @@ class TableWriter:
         slot["prefix_len"] = 0 if vtep is None else LAYOUT["prefix"]
         slot["vni"] = 0 if vtep is None else vtep.vni
         slot["punt_id"] = settings.punt_id
+        slot["port"] = settings.port
         slot.own_mac[:] = bytes(6) if vtep is None else vtep.mac
         self._underlay_address = int(settings.underlay_address)
         slot.set_local((self._underlay_address, *self._local))

@@ -19,6 +19,7 @@ from udptun.fastpath.coalesce cimport VNET, Item
 from udptun.fastpath.ecn cimport take_mark
 from udptun.fastpath.icmp cimport answer_peer
 from udptun.fastpath.loop cimport *
+from udptun.fastpath.loops cimport is_for_our_socket
 from udptun.fastpath.ring cimport is_asked_for, punt
 from udptun.fastpath.segment cimport complete_checksum
 from udptun.fastpath.vxlan cimport check_prefix
@@ -83,6 +84,8 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
         drop = check_source(w.slot, c, &p, load_be32(<const uint8_t *>&w.in_flight.source[i].sin_addr.s_addr))
     if drop == NULL and (ip_destination(d) & w.slot.own_mask) != w.slot.own_subnet:
         drop = &c.decap_drop_foreign_destination
+    if drop == NULL and is_for_our_socket(w.slot, &p):
+        drop = &c.decap_drop_loop
     if drop == NULL and ip_ttl(d) <= 1:
         drop = &c.decap_drop_ttl
         answer_peer(w, &p, ICMP_TIME_EXCEEDED, 0)

@@ -14,6 +14,7 @@ from udptun.fastpath.ecn cimport outer_tos
 from udptun.fastpath.flow cimport sender_for
 from udptun.fastpath.icmp cimport answer_local
 from udptun.fastpath.loop cimport *
+from udptun.fastpath.loops cimport is_of_the_tunnel
 from udptun.fastpath.segment cimport *
 from udptun.fastpath.send cimport GROUP_BYTES, group_limit, make_room, queue_datagram
 from udptun.fastpath.vxlan cimport put_prefix
@@ -57,6 +58,9 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
         vnet.flags = 0
     make_room(w, n)
     p.peer = lookup(w.slot, ip_destination(d))
+    if is_of_the_tunnel(w.slot, p):
+        drop_encap(w, &c.encap_drop_loop, n)
+        return
     if p.peer == 0:
         drop_encap(w, &c.encap_drop_no_route, n)
         answer_local(w, p, ICMP_UNREACHABLE, ICMP_NET_UNREACHABLE, 0)

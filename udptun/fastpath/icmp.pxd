@@ -20,6 +20,7 @@ from udptun.fastpath.vxlan cimport put_prefix
 from udptun.fastpath.wire cimport *
 
 cdef enum:
+    ICMP_QUOTED = 8               # bytes behind the IP header of what is quoted, at least
     ICMP_PER_S = 1000
     ICMP_BURST = 50
     NS_PER_S = 1000000000
@@ -61,11 +62,14 @@ cdef inline bint may_answer(Loop *w, const Packet *p) noexcept nogil:
     return take_token(w)
 
 
-cdef inline int build_icmp(Loop *w, const Packet *offender, int kind, int code, uint32_t mtu) noexcept nogil:
-    """Put the answer about `offender` into w.icmp at ICMP_ROOM, zeros before it; return its length, bytes."""
+cdef inline int build_icmp(Loop *w, const Packet *offender, int kind, int code, uint32_t mtu, int most) noexcept nogil:
+    """Put the answer about `offender`, `most` bytes at most, into w.icmp at ICMP_ROOM, zeros before it.
+
+    Returns its length, bytes.
+    """
     cdef uint8_t *d = w.icmp + ICMP_ROOM
     cdef uint8_t *icmp = d + IPV4_HEADER_MIN
-    cdef int quote = min(offender.len, ICMP_MAX - IPV4_HEADER_MIN - ICMP_HEADER)
+    cdef int quote = min(offender.len, most - IPV4_HEADER_MIN - ICMP_HEADER)
     cdef int total = IPV4_HEADER_MIN + ICMP_HEADER + quote
     memset(w.icmp, 0, ICMP_ROOM + IPV4_HEADER_MIN + ICMP_HEADER)
     d[0] = 0x45                   # version 4, a header of 5 words
@@ -94,11 +98,19 @@ cdef inline void answer_local(Loop *w, const Packet *offender, int kind, int cod
 
 cdef inline void send_local_answer(Loop *w, const Packet *offender, int kind, int code, uint32_t mtu) noexcept nogil:
     """The second half of `answer_local`, once `may_answer` has said yes."""
-    cdef int n = build_icmp(w, offender, kind, code, mtu)
+    cdef int n = build_icmp(w, offender, kind, code, mtu, ICMP_MAX)
     if write(w.tun_fd, w.icmp + ICMP_ROOM - w.vnet_len, w.vnet_len + n) >= 0:
         w.counters.icmp_sent += 1
     else:
         w.counters.icmp_suppressed += 1
+
+
+cdef inline int longest_answer(const Packet *offender) noexcept nogil:
+    """How long an answer over the underlay may be, bytes: no longer than its cause, so that nobody makes us a source of
+    more than he sends.  The least that an answer has to quote goes before that (RFC 1122 3.2.2).
+    """
+    cdef int least = IPV4_HEADER_MIN + ICMP_HEADER + ip_header_len(offender.data) + ICMP_QUOTED
+    return min(max(offender.len, least), <int>ICMP_MAX)
 
 
 cdef inline void answer_peer(Loop *w, const Packet *offender, int kind, int code) noexcept nogil:
@@ -108,7 +120,7 @@ cdef inline void answer_peer(Loop *w, const Packet *offender, int kind, int code
     # check_source has found the peer.  Unless SourceCheck is off it has also seen that the packet came from there.
     if offender.peer != 0 and may_answer(w, offender):
         iov.iov_base = w.icmp + ICMP_ROOM - w.prefix_len
-        iov.iov_len = w.prefix_len + build_icmp(w, offender, kind, code, 0)
+        iov.iov_len = w.prefix_len + build_icmp(w, offender, kind, code, 0, longest_answer(offender))
         put_prefix(w, offender.peer, <uint8_t *>iov.iov_base)
         memset(&message, 0, sizeof(msghdr))
         message.msg_name = <void *>&w.slot.peers[offender.peer].remote

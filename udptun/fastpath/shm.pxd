@@ -8,7 +8,7 @@
     ring        packets between a worker and the control plane (ring.pxd)
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from udptun.fastpath.sys cimport *
 
@@ -35,6 +35,7 @@ cdef extern from "shm.h" nogil:
         uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, local_mask
         uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni, punt_id
         uint8_t own_mac[6]
+        uint16_t port
         uint32_t l1[1]
         uint32_t remotes[1]
         uint32_t local[1]
@@ -143,6 +144,8 @@ cdef struct Counters:
     Counter inject_drop_in_flight
     Counter encap_drop_dead
     Counter decap_drop_ce
+    Counter encap_drop_loop
+    Counter decap_drop_loop
 
 
 cdef inline uint32_t lookup(const ut_slot *table, uint32_t address) noexcept nogil:

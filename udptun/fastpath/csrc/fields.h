@@ -42,6 +42,7 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(slot, vni),
     UT_FIELD(slot, punt_id),
     UT_FIELD(slot, own_mac),
+    UT_FIELD(slot, port),
     UT_FIELD(slot, l1),
     UT_FIELD(slot, remotes),
     UT_FIELD(slot, local),

@@ -77,7 +77,7 @@ struct ut_slot {
     uint32_t vni;                 /* VXLAN: of all that we send and take */
     uint32_t punt_id;             /* ICMP id of the echo replies that the control plane gets; 0: it gets none */
     uint8_t own_mac[6];           /* VXLAN: inner destination of all that is meant for us */
-    uint8_t reserved[2];
+    uint16_t port;                /* of our UDP socket; 0: not known */
     uint32_t l1[UT_L1_ENTRIES];
     uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
     uint32_t local[UT_LOCAL_ENTRIES]; /* addresses of this host, hashed (ut_hash); 0: a free entry */
