@@ -15,7 +15,7 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Self
 
@@ -48,12 +48,16 @@ _PACKETS = 64 * _SEGMENTS
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`sends` go into the worker before it is turned, and come out as `n` packets, whole or in larger ones."""
+    """`sends` go into the worker before it is turned, and come out as `n` packets, whole or in larger ones.
+
+    `is_tos_told`: the worker's socket tells the outer TOS of each message, as it does for marks of congestion.
+    """
 
     title: str
     is_encap: bool
     sends: tuple[bytes, ...]
     n: int
+    is_tos_told: bool = True
 
 
 def cases() -> list[Case]:
@@ -69,6 +73,8 @@ def cases() -> list[Case]:
         for tos in (0, _ECT):
             segments = tuple(header + _tcp(source, to, _MSS, i * _MSS, tos, is_whole=True) for i in range(_SEGMENTS))
             found.append(Case(f"{way} TCP{_named(tos)}, {_SEGMENTS} segments at once", is_encap, segments, _SEGMENTS))
+    untold = [replace(case, title=f"{case.title}, no TOS told", is_tos_told=False) for case in found if case.n > 1]
+    found += [case for case in untold if not case.is_encap]
     for tos in (0, _ECT):
         large = _SUPER + _tcp(_OURS[2], _PEER[2], _SEGMENTS * _MSS, 0, tos, is_whole=False)
         title = f"encap TCP{_named(tos)}, one super-packet of {_SEGMENTS} segments"
@@ -117,8 +123,7 @@ class _Bench:
                 end.setblocking(False)
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             udp, self._peer = undo.enter_context(_bound(_HERE)), undo.enter_context(_bound(_THERE))
-            udp.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
-            self._udp_address = udp.getsockname()
+            self._udp, self._udp_address = udp, udp.getsockname()
             writer, self._stats = TableWriter.create(), Stats.create()
             undo.callback(writer.close)
             undo.callback(self._stats.close)
@@ -167,6 +172,7 @@ class _Bench:
         return took_ns
 
     def _put(self, case: Case) -> None:
+        self._udp.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, case.is_tos_told)
         for packet in case.sends:
             if case.is_encap:
                 self._tun.send(packet)
