@@ -76,7 +76,7 @@ def main() -> None:
             for i, data in enumerate((*target.corpus(), *module.SEEDS)):
                 (Path(directory) / f"{i}").write_bytes(data)
             options = [
-                f"-max_len={LONGEST_INPUT}", f"-rss_limit_mb={MEMORY_MB}", "-timeout=60", "-print_final_stats=1",
+                f"-max_len={LONGEST_INPUT}", f"-rss_limit_mb={MEMORY_MB}", "-timeout=600", "-print_final_stats=1",
                 f"-seed={given.seed}", "-handle_int=0", "-len_control=0", f"-artifact_prefix={directory}/crash-",
             ]  # fmt: skip
             atheris.Setup([sys.argv[0], *options, directory], one, custom_mutator=mutate, internal_libfuzzer=True)

@@ -61,7 +61,8 @@ def check(data: bytes) -> None:
     with mock.patch.object(processes, "_pids_listening_at", return_value=[]):
         _LOOP.run_until_complete(_hear(messages))
     _serve(messages)
-    assert _open_descriptors() == before
+    # Others of this process may end meanwhile.
+    assert _open_descriptors() <= before
 
 
 def _message(said: Any) -> bytes:
