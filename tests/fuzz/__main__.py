@@ -55,7 +55,7 @@ def build(directory: Path) -> dict[str, str]:
         **os.environ,
         "LD_PRELOAD": " ".join([*_libfuzzer(), *libraries]),
         # Python itself does not free everything at its end.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:verify_asan_link_order=0",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:verify_asan_link_order=0:quarantine_size_mb=16",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(directory),

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -27,7 +28,7 @@ from tests.fuzz.table import LONGEST_INPUT, TARGETS
 
 LONGEST_S = 5.0
 """Processor time that one input may take.  Most take less than a millisecond."""
-MEMORY_MB = 1024
+MEMORY_MB = 1500
 FOUND = 77
 """Exit status when an input has broken a promise."""
 
@@ -82,7 +83,13 @@ def main() -> None:
             atheris.Setup([sys.argv[0], *options, directory], one, custom_mutator=mutate, internal_libfuzzer=True)
             atheris.Fuzz()
             os._exit(1)
-        signal.signal(signal.SIGUSR1, lambda *_: os.kill(pid, signal.SIGUSR1))
+
+        def end_child(*_: object) -> None:
+            # It may have got the signal, too, and have ended.
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+
+        signal.signal(signal.SIGUSR1, end_child)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         said = "nothing found" if status == 0 else "FOUND SOMETHING"
