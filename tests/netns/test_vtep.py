@@ -30,7 +30,7 @@ from scapy.layers.l2 import Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet
 from scapy.utils import rdpcap
-from test_ecn import carried, marking
+from test_marks import carried, marking
 from traffic import (
     REAL_TIME,
     datapath_pids,
