@@ -373,6 +373,8 @@ ALIVE_S = 1.0
 ARP_S = 1.0
 """A host asks once a second for a neighbour that it does not find."""
 
+DELETE_RULES = "*filter\n-F FORWARD\n-F FLANNEL-FWD\n-X FLANNEL-FWD\nCOMMIT"
+
 FAULTS: dict[str, Fault] = {
     fault.name: fault
     for fault in [
@@ -397,7 +399,8 @@ FAULTS: dict[str, Fault] = {
         Fault("device deleted", sudden(lambda ground, _: f"ip link del {ground.device}"), REPAIR_S),
         Fault("device down", sudden(lambda ground, _: f"ip link set {ground.device} down"), REPAIR_S),
         Fault("device's address flushed", sudden(lambda ground, _: f"ip addr flush dev {ground.device}"), REPAIR_S),
-        Fault("routes deleted", sudden(lambda *_: "ip route flush proto 158"), REPAIR_S, may_leak=True),
+        # It goes on until there is none left, which fails when they are repaired meanwhile.
+        Fault("routes deleted", sudden(lambda *_: "ip route flush proto 158 || true"), REPAIR_S, may_leak=True),
         Fault(
             "stranger's address on the device",
             sudden(lambda ground, draw: f"ip address add {link_local(draw)} dev {ground.device}"),
@@ -405,7 +408,8 @@ FAULTS: dict[str, Fault] = {
         Fault("device's MTU changed", sudden(lambda ground, _: f"ip link set {ground.device} mtu 1000")),
         Fault(
             "firewall rules deleted",
-            sudden(lambda *_: "iptables -F FORWARD; iptables -F FLANNEL-FWD; iptables -X FLANNEL-FWD"),
+            # In one transaction, as they are repaired between two commands.
+            sudden(lambda *_: f"printf '%s\\n' '{DELETE_RULES}' | iptables-restore --noflush"),
         ),
         Fault(
             "packets rejected",

@@ -73,8 +73,9 @@ class Flow:
         return Seen(**facts, lost=gaps)
 
     def end(self) -> None:
-        for process in (self._receiver, self._sender):
+        for process in (self._sender, self._receiver):
             process.kill()
+        for process in (self._sender, self._receiver):
             with process:
                 pass
 
