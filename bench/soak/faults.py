@@ -57,6 +57,8 @@ class Fault:
     may_double: int = 0
     """Packets: each datapath process that is killed may have sent its last batch already."""
     counters_begin_anew: bool = False
+    may_narrow: bool = False
+    """The paths of the host are narrow meanwhile, and may be taken for that for a while longer."""
     may_leak: bool = False
     """It takes away what keeps packets from leaving in clear text."""
     modes: str = "ABC"
@@ -418,11 +420,11 @@ FAULTS: dict[str, Fault] = {
         ),
         Fault("ip_forward off", lasting("sysctl -qw net.ipv4.ip_forward=0", "sysctl -qw net.ipv4.ip_forward=1"), 0.2),
         Fault("address changed", moved, MOVE_S),
-        Fault("underlay MTU changed", mtu_smaller),
+        Fault("underlay MTU changed", mtu_smaller, may_narrow=True),
         Fault("underlay down", underlay_down, ALIVE_S + ARP_S, hold_s=(0.2, 5)),
         Fault("cable pulled", cable_pulled, ALIVE_S + ARP_S, hold_s=(0.2, 5)),
         Fault("path black hole", path_black_hole, ALIVE_S, hold_s=(0.2, 6)),
-        Fault("path narrow", path_narrow, hold_s=(1, 6), modes="BC"),
+        Fault("path narrow", path_narrow, hold_s=(1, 6), may_narrow=True, modes="BC"),
     ]
 }
 

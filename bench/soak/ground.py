@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
-from bench.soak.store import DEADLINE_S, Store
+from bench.soak.store import DEADLINE_S, REAL_TIME, Store
 from udptun.commands import status
 from udptun.lab.errors import LabError
 from udptun.lab.host import UNDERLAY, Host
@@ -120,12 +120,12 @@ def wait_full(host: Host, gone: int = 0) -> None:
         facts = read_status(host)["datapath"]
         return facts["pid"] not in (None, gone) and len(facts["standby_pids"]) == 1
 
-    wait_until(f"a datapath with a standby on {host.name}", is_full, 2 * DEADLINE_S)
+    wait_until(f"a datapath with a standby on {host.name}", is_full, DEADLINE_S)
 
 
 def cleanup(ground: Ground, host: Host, *options: str) -> None:
     flags = ground.store.daemon_flags
-    host.run([sys.executable, "-m", "udptun", "cleanup", *flags, *options], timeout=DEADLINE_S)
+    host.run([*REAL_TIME, sys.executable, "-m", "udptun", "cleanup", *flags, *options], timeout=DEADLINE_S)
 
 
 def reconfigure(ground: Ground, changes: Mapping[str, object]) -> None:

@@ -283,7 +283,7 @@ class Soak:
         at_s = time.monotonic() - self._start_s
         self._screen.begin(f"{step.number}. {fault.name}, {host.name}: ")
         self._log_lengths = {each.name: len(each.daemon_log()) for each in self._ground.lab.hosts if each.machine.is_up}
-        if fault.name == "path narrow":
+        if fault.may_narrow:
             self._narrow_until_s[host.name] = float("inf")
         came_ns = time.monotonic_ns()
         problems: list[str] = []
@@ -295,7 +295,7 @@ class Soak:
             problems.append(f"the fault could not be made or undone: {exc}")
             healing_ns = time.monotonic_ns()
         went_ns = time.monotonic_ns()
-        if fault.name == "path narrow":
+        if fault.may_narrow:
             self._narrow_until_s[host.name] = time.monotonic() + NARROW_FOR_S
         unsettled = self._settle(fault)
         settled_s = (time.monotonic_ns() - went_ns) / 1e9

@@ -20,11 +20,12 @@ from udptun.lab.topology import LAB_DIR, LEASES, NET_CONF, Lab
 REAL_TIME = ("chrt", "--rr", "1")
 """Goes before the command of a daemon.  The queues of the tunnel hold some tenths of a second; on a busy machine an
 ordinary process may wait longer for a processor, and then packets are lost whatever the datapath does.  Goes before the
-commands that look at hosts as well: so they take no longer on a busy machine."""
+commands that look at hosts, and `udptun cleanup`, as well: so they take no longer on a busy machine."""
 
 PREFIX = "/coreos.com/network"
 ETCD_PORT = 2379
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0
+"""Of whatever is done to a host or the store.  Nothing of it takes long, but on a busy machine."""
 _END = Path(__file__).with_name("database_end.py")
 Statements = list[tuple[str, list[list[str]]]]
 """SQL, and rows of parameters to execute it with."""
