@@ -188,8 +188,9 @@ def is_starved(gap: Gap, starved: Sequence[tuple[int, int]]) -> bool:
 
 MIN_SAMPLES = 20
 MIN_MINUTES = 10.0
-WARM_UP = 0.4
-"""Of the samples of a process: what it allocates once, when it meets a fault for the first time, is not growth."""
+WARM_UP = 2 / 3
+"""Of the samples of a process.  What it allocates once is not growth: a daemon's heap rises in steps, as faults meet
+for the first time, and stands after some twenty minutes."""
 MEMORY_GROWTH_MIB = {"daemon": 2.0, "datapath": 0.5, "standby": 0.5}
 """Over the time of the samples, by the fitted line."""
 FDS_GROWTH = 2.0
