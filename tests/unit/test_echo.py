@@ -9,11 +9,13 @@ from scapy.layers.inet import ICMP, IP, UDP
 
 from udptun.core.echo import (
     MIN_LENGTH,
-    EchoReply,
+    Echo,
     echo_message,
+    echo_reply,
     echo_request,
     parse_echo_reply,
     parse_echo_reply_message,
+    parse_echo_request,
 )
 
 HERE, THERE = IPv4Address("10.244.1.0"), IPv4Address("10.244.2.0")
@@ -31,13 +33,21 @@ def test_request_with_the_zeros_after_it_is_an_echo_with_right_checksums(length:
 
 @pytest.mark.parametrize("kept", [MIN_LENGTH, 100, len(REPLY)])
 def test_reply_is_known_from_what_it_begins_with(kept: int) -> None:
-    assert parse_echo_reply(REPLY[:kept]) == EchoReply(THERE, HERE, 0xFFFE, 9, NONCE)
+    assert parse_echo_reply(REPLY[:kept]) == Echo(THERE, HERE, 0xFFFE, 9, NONCE)
 
 
 def test_reply_may_have_options() -> None:
     packet = bytes(IP(src=str(THERE), dst=str(HERE), options=b"\1" * 8) / ICMP(type=0, id=3, seq=4) / NONCE)
-    assert parse_echo_reply(packet) == EchoReply(THERE, HERE, 3, 4, NONCE)
+    assert parse_echo_reply(packet) == Echo(THERE, HERE, 3, 4, NONCE)
     assert parse_echo_reply(packet[:-1]) is None
+
+
+def test_reply_to_a_request_is_the_one_that_a_kernel_gives() -> None:
+    request = parse_echo_request(echo_request(HERE, THERE, 0xFFFE, 9, NONCE))
+    assert request == Echo(HERE, THERE, 0xFFFE, 9, NONCE)
+    expected = IP(src=str(THERE), dst=str(HERE), id=0, flags="DF", ttl=64) / ICMP(type=0, id=0xFFFE, seq=9) / NONCE
+    assert echo_reply(request) == bytes(expected)
+    assert parse_echo_request(echo_reply(request)) is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 
 _IPV4 = struct.Struct(">BBHHHBBH4s4s")
@@ -21,7 +21,9 @@ MIN_LENGTH = _IPV4.size + _ECHO.size
 
 
 @dataclass(frozen=True, slots=True)
-class EchoReply:
+class Echo:
+    """A request or a reply."""
+
     source: IPv4Address
     destination: IPv4Address
     id: int
@@ -36,11 +38,12 @@ def echo_request(
 
     DF is set: whoever cannot forward it drops it.  `nonce` has NONCE_LEN bytes.
     """
-    addresses = (source.packed, destination.packed)
-    header = _IPV4.pack(0x45, 0, length, 0, _DONT_FRAGMENT, _TTL, _PROTOCOL_ICMP, 0, *addresses)
-    # Zeros at the end change no checksum.
-    echo = _ECHO.pack(_ECHO_REQUEST, 0, 0, id, sequence, nonce)
-    return header[:10] + _checksum(header) + header[12:] + echo[:2] + _checksum(echo) + echo[4:]
+    return _message(_ECHO_REQUEST, Echo(source, destination, id, sequence, nonce), length)
+
+
+def echo_reply(request: Echo) -> bytes:
+    """The reply to a request that has nothing behind its nonce."""
+    return _message(_ECHO_REPLY, replace(request, source=request.destination, destination=request.source), MIN_LENGTH)
 
 
 def echo_message(nonce: bytes, length: int = MIN_LENGTH) -> bytes:
@@ -48,18 +51,35 @@ def echo_message(nonce: bytes, length: int = MIN_LENGTH) -> bytes:
     return _ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0, nonce).ljust(length - _IPV4.size, b"\0")
 
 
-def parse_echo_reply(packet: bytes) -> EchoReply | None:
+def parse_echo_request(packet: bytes) -> Echo | None:
+    """As `parse_echo_reply`."""
+    return _parse(_ECHO_REQUEST, packet)
+
+
+def parse_echo_reply(packet: bytes) -> Echo | None:
     """From what a packet begins with, whose checksums have been looked at; None unless it has room for a nonce."""
+    return _parse(_ECHO_REPLY, packet)
+
+
+def _message(kind: int, it: Echo, length: int) -> bytes:
+    addresses = (it.source.packed, it.destination.packed)
+    header = _IPV4.pack(0x45, 0, length, 0, _DONT_FRAGMENT, _TTL, _PROTOCOL_ICMP, 0, *addresses)
+    # Zeros at the end change no checksum.
+    echo = _ECHO.pack(kind, 0, 0, it.id, it.sequence, it.nonce)
+    return header[:10] + _checksum(header) + header[12:] + echo[:2] + _checksum(echo) + echo[4:]
+
+
+def _parse(kind: int, packet: bytes) -> Echo | None:
     if len(packet) < MIN_LENGTH:
         return None
     first, _, _, _, _, _, protocol, _, source, destination = _IPV4.unpack_from(packet)
     header_len = (first & 0xF) * 4
     if first >> 4 != 4 or protocol != _PROTOCOL_ICMP or len(packet) < header_len + _ECHO.size:
         return None
-    kind, code, _, id, sequence, nonce = _ECHO.unpack_from(packet, header_len)
-    if (kind, code) != (_ECHO_REPLY, 0):
+    found, code, _, id, sequence, nonce = _ECHO.unpack_from(packet, header_len)
+    if (found, code) != (kind, 0):
         return None
-    return EchoReply(IPv4Address(source), IPv4Address(destination), id, sequence, nonce)
+    return Echo(IPv4Address(source), IPv4Address(destination), id, sequence, nonce)
 
 
 def parse_echo_reply_message(message: bytes) -> bytes | None:
