@@ -211,6 +211,8 @@ VNI, OUR_MAC = 1, bytes.fromhex("0a0000000001")
 """Of the overlay over VXLAN; the peer with index i has the MAC address 0a:00:00:00:01:<i>."""
 STRANGER = "127.0.0.99"
 """An outer address that no lease names."""
+LEARNED = "127.0.0.78"
+"""An outer address that no lease names; the host of NEAR_POD has been found to send from there."""
 OUTSIDE = "198.51.100.7"
 """An inner address outside Network."""
 UNLEASED = "10.244.200.1"
@@ -272,4 +274,5 @@ def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False) -> T
             for index, (subnet, ip, mtu) in enumerate(leases, start=1)
         ),
         vtep=Vtep(VNI, OUR_MAC) if is_vxlan else None,
+        learned=((IPv4Network("10.244.2.0/24"), IPv4Address(LEARNED), 0),),
     )

@@ -38,9 +38,11 @@ _ICMP_ANSWER_MAX = 576
 """Largest ICMP answer, bytes: what every IPv4 host must take (RFC 1812 4.3.2.3)."""
 
 _ICMP, _TCP, _UDP = 1, 6, 17
-_ECHO_REPLY = 0
-_ICMP_QUERIES = (_ECHO_REPLY, 8, 13, 14)
-"""Echo reply, echo, timestamp, timestamp reply."""
+_ECHO_REPLY, _ECHO_REQUEST = 0, 8
+_ICMP_QUERIES = (_ECHO_REPLY, _ECHO_REQUEST, 13, 14)
+"""The last two are timestamp and timestamp reply."""
+_QUESTION_LEN = 36
+"""Bytes of a question: IPv4 header 20, ICMP header 8, nonce 8."""
 _NET_UNREACHABLE: Reason = (3, 0)
 _HOST_UNREACHABLE: Reason = (3, 1)
 _FRAGMENTATION_NEEDED: Reason = (3, 4)
@@ -123,6 +125,10 @@ class Table:
     """ICMP id of the echo replies that the control plane gets; 0: it gets none."""
     port: int = 8285
     """Of our UDP socket."""
+    learned: tuple[tuple[IPv4Network, IPv4Address, int], ...] = ()
+    """Subnet of a peer, and an outer address and port (0: any) that it has been found to send from."""
+    learn_id: int = 0
+    """ICMP id and sequence (32 bits) of the answers that the control plane gets from strangers; 0: it gets none."""
 
     @property
     def prefix_len(self) -> int:
@@ -142,6 +148,11 @@ class Table:
     def is_endpoint(self, address: IPv4Address) -> bool:
         """Whether a tunnel's socket may be at `address`: a peer's or ours."""
         return self.has_public_ip(address) or address in self.local_addresses
+
+    def is_learned(self, source: IPv4Address, port: int, sender: Peer | None) -> bool:
+        """Whether `sender` has been found to send from there."""
+        of_sender = [(at, only) for subnet, at, only in self.learned if sender is not None and subnet == sender.subnet]
+        return self.source_check == "peer" and any(at == source and only in (0, port) for at, only in of_sender)
 
     def has_public_ip(self, address: IPv4Address) -> bool:
         """Whether any peer is at the outer `address`; its port does not matter."""
@@ -394,6 +405,7 @@ def decap(
     table: Table,
     payload: bytes,
     source: IPv4Address,
+    source_port: int = 0,
     *,
     inner_size: int = 0,
     outer_ecn: int = NOT_ECT,
@@ -434,15 +446,18 @@ def decap(
         return Outcome("decap_drop_fragment")
 
     is_checked = table.source_check != "off"
-    if is_checked and not table.has_public_ip(source):  # 10
+    sender = table.leasing(ip.source)
+    is_learned = table.is_learned(source, source_port, sender)
+    if is_checked and not table.has_public_ip(source) and not is_learned:  # 10
+        if sender is not None and _is_of_learning(table, packet):  # 23
+            return Outcome("decap_punted", punts=(packet,))
         return Outcome("decap_drop_unknown_peer")
     if _is_martian(ip.source):  # 11
         return Outcome("decap_drop_source_martian")
     if ip.source in table.own_subnet or ip.source in table.local_addresses:  # 12
         return Outcome("decap_drop_source_own")
-    sender = table.leasing(ip.source)
     if ip.source in table.network:
-        if is_checked and (sender is None or sender.remote[0] != source):  # 13
+        if is_checked and not is_learned and (sender is None or sender.remote[0] != source):  # 13
             return Outcome("decap_drop_source_spoofed")
     elif table.source_check == "strict":  # 14
         return Outcome("decap_drop_source_outside")
@@ -520,6 +535,23 @@ def _is_punted(table: Table, packet: bytes) -> bool:
         return False
     (ident,) = struct.unpack_from(">H", icmp, 4)
     return bool(ident == table.punt_id and (ip.more_fragments or fold_sum(icmp) == 0xFFFF))
+
+
+def _is_of_learning(table: Table, packet: bytes) -> bool:
+    """Whether `packet`, which has passed rows 1 to 9, is an answer or a question to our tunnel address.
+
+    That a worker punts one question a second and address is not described here: it needs a clock.
+    """
+    ip = _Ipv4.read(packet)
+    icmp = packet[ip.header_len :]
+    if table.source_check != "peer" or not table.punt_id or ip.destination != table.tunnel_address:
+        return False
+    if ip.protocol != _ICMP or ip.is_fragment or len(icmp) < _ICMP_HDR_LEN or fold_sum(icmp) != 0xFFFF:
+        return False
+    (number,) = struct.unpack_from(">I", icmp, 4)
+    if icmp[0] == _ECHO_REPLY:
+        return bool(table.learn_id and number == table.learn_id)
+    return icmp[0] == _ECHO_REQUEST and len(packet) == _QUESTION_LEN and number & 0xFFFF != 0
 
 
 def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:

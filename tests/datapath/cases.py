@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.packets import (
+    LEARNED,
     LOCAL,
     LOCAL_IN_A_LEASE,
     MTU,
@@ -265,6 +266,12 @@ DECAP = _slugged(
         Bad("stranger-strict", "decap_drop_unknown_peer", _IN, source=STRANGER, source_check="strict"),
         Bad("stranger-with-an-outside-source", "decap_drop_unknown_peer", udp(OUTSIDE, POD), source=STRANGER),
         Bad("stranger-with-a-martian-source", "decap_drop_unknown_peer", udp("127.0.0.1", POD), source=STRANGER),
+        Bad("learned-address-of-another-peer", "decap_drop_unknown_peer", udp(TWIN_POD, POD), source=LEARNED),
+        Bad("learned-address-with-an-unleased-source", "decap_drop_unknown_peer", udp(UNLEASED, POD), source=LEARNED),
+        Bad("learned-address-with-an-outside-source", "decap_drop_unknown_peer", udp(OUTSIDE, POD), source=LEARNED),
+        Bad("learned-address-strict", "decap_drop_unknown_peer", _IN, source=LEARNED, source_check="strict"),
+        Bad("learned-address-and-foreign-destination", "decap_drop_foreign_destination", udp(NEAR_POD, NARROW_POD),
+            source=LEARNED),
         Bad("ourselves-as-outer-source", "decap_drop_unknown_peer", _IN, source="127.0.0.1"),
         *(
             Bad(f"source-{source}", "decap_drop_source_martian", udp(source, POD))
@@ -415,6 +422,10 @@ _LET_IN_BY_OFF = (
     "source-just-outside-the-long-lease",
     "source-network-address",
     "source-last-of-network",
+    "learned-address-of-another-peer",
+    "learned-address-with-an-unleased-source",
+    "learned-address-with-an-outside-source",
+    "learned-address-strict",
 )
 _LET_IN_UNLESS_STRICT = (
     "source-outside-network-strict",
@@ -437,6 +448,8 @@ ELSEWHERE: dict[tuple[str, str], str] = {
         for slug in _OF_A_STRANGER_WITH_THE_CHECK_OFF
         for check in ("peer", "strict")
     },
+    ("learned-address-strict", "peer"): "decap_delivered",
+    ("learned-address-and-foreign-destination", "strict"): "decap_drop_unknown_peer",
     ("stranger-with-a-martian-source", "off"): "decap_drop_source_martian",
     ("ttl-1-from-outside-is-not-answered", "strict"): "decap_drop_source_outside",
 }
@@ -508,6 +521,7 @@ GOOD_DECAP = {
     "source-outside-network-just-above-0/8": (udp("1.0.0.0", POD), NEAR),
     "source-just-below-multicast": (udp("223.255.255.255", POD), NEAR),
     "from-the-tunnel-address-of-the-peer": (udp("10.244.2.0", POD), NEAR),
+    "from-an-address-that-was-learned": (_IN, LEARNED),
     "from-a-narrow-peer": (udp(NARROW_POD, POD), NARROW),
     "from-the-first-lease-of-a-host-with-two": (udp(TWIN_POD, POD), TWIN),
     "from-the-second-lease-of-a-host-with-two": (udp(TWIN_OTHER_POD, POD), TWIN),

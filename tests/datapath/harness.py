@@ -577,6 +577,10 @@ class FastDatapath:
             if peer.is_dead:
                 received = self.stats.received(index)
                 self._writer.set_peer(peer.subnet, remote, peer.mtu, is_dead=True, received=received)
+        for peer in table.peers:
+            learned = {address: port for subnet, address, port in table.learned if subnet == peer.subnet}
+            self._writer.set_learned(peer.subnet, learned)
+        self._writer.ask(table.learn_id)
         assert self._writer.publish(self.stats), "no worker runs, so none can hold the other slot"
 
     def renew_worker(self, index: int = 0, *, events: tuple[int, ...] = ()) -> None:

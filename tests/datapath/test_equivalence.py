@@ -30,6 +30,7 @@ from tests.packets import (
     GSO_ECN,
     GSO_TCPV4,
     GSO_UDP_L4,
+    LEARNED,
     LOCALS,
     MTU,
     NARROW,
@@ -67,7 +68,7 @@ MARTIANS = ("0.0.0.0", "127.0.0.1", "224.0.0.1")
 INNER = st.sampled_from(
     (*PEER_PODS, *PEER_PODS, POD, POD, POD, OWN, UNLEASED, OUTSIDE, UNDERLAY, *LOCALS, *MARTIANS, NEAR)
 ) | st.integers(0, 0xFFFFFFFF).map(lambda value: str(IPv4Address(value)))
-OUTER = st.sampled_from((NEAR, NEAR, NEAR, NARROW, TWIN, WIDE, STRANGER))
+OUTER = st.sampled_from((NEAR, NEAR, NEAR, NARROW, TWIN, WIDE, STRANGER, LEARNED))
 OPTIONS = st.sampled_from(("", "", "", "01010100", "0707040000000000", "8307040000000000", "44ff0500")).map(
     bytes.fromhex
 ) | st.integers(0, 10).flatmap(lambda words: st.binary(min_size=4 * words, max_size=4 * words))

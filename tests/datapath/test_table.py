@@ -249,7 +249,7 @@ def test_statistics_of_another_layout_go_on_counting_where_the_counters_are_unde
     for worker in (0, 3):
         at = FIELDS["stats"]["worker"][0] + worker * LAYOUT["worker"] + FIELDS["worker"]["counter"][0]
         os.pwrite(first.fd, counts, at)
-    for version, factor in ((6, 2), (5, 2), (4, 0), (LAYOUT["version"] + 1, 0)):
+    for version, factor in ((8, 2), (7, 2), (6, 2), (5, 2), (4, 0), (LAYOUT["version"] + 1, 0)):
         os.pwrite(first.fd, version.to_bytes(4, sys.byteorder), 4)
         second = Stats.create()
         second.continue_from(first.fd)

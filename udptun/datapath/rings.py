@@ -23,8 +23,9 @@ _RING, _SLOT = shm.Structure("ring"), shm.Structure("ring_slot")
 _SLOTS, _BYTES = LAYOUT["ring_slots"], LAYOUT["ring_bytes"]
 _NUMBERS = 2**64
 """Numbers of packets begin anew after so many: never, unless somebody else writes to a ring."""
-_HEAD = ("checksum", "result", "error", "time_ns", "sequence", "way", "length", "kept", "peer", "outer")
-_FIELDS = _SLOT.packer(*_HEAD, "packet")
+_HEAD = ("checksum", "result", "error", "time_ns", "sequence", "way", "length", "kept", "peer")
+_OUTER = ("outer", "outer_port", "is_stray")
+_FIELDS = _SLOT.packer(*_HEAD, *_OUTER, "packet")
 _SUMMED, _PACKET = _SLOT.offset("sequence"), _SLOT.offset("packet")
 
 
@@ -61,14 +62,17 @@ class Punt:
     """A packet from a peer for the control plane.
 
     `time_ns`: when a worker got it (CLOCK_MONOTONIC).  `peer`: index in the peer table of who leases its inner source,
-    0 for nobody.  `outer`: where its datagram came from.  `packet`: what it begins with; `length`: bytes in all.
+    0 for nobody.  `outer`, `outer_port`: where its datagram came from.  `packet`: what it begins with; `length`: bytes
+    in all.  `is_stray`: it only claims to be the peer's, which is not known to send from there (`TableWriter.ask`).
     """
 
     time_ns: int
     peer: int
     outer: IPv4Address
+    outer_port: int
     length: int
     packet: bytes
+    is_stray: bool = False
 
 
 class Rings:
@@ -82,6 +86,9 @@ class Rings:
         self._wake_fd, self._punt_fd = events or (-1, -1)
         self.inject_ring = Ring(stats.inject_ring)
         self.punt_rings = [Ring(memory) for memory in stats.punt_rings]
+        self.take_first: Callable[[Punt], bool] = lambda punt: False
+        """Gets each packet before `take_punts` yields it, and says whether it was the caller's.  Nobody else gets a
+        stray."""
 
     def inject(self, packet: bytes, length: int = 0, *, into_tun: bool = False) -> int | None:
         """Have worker 0 send an IPv4 packet to the peer that leases its destination, or write it to the TUN.
@@ -103,8 +110,8 @@ class Rings:
             return None
         slot = ring.slot(number)
         way = LAYOUT["way.tun"] if into_tun else LAYOUT["way.peer"]
-        head = (0, Result.WAITS.value, 0, 0, number, way, length or len(packet), len(packet), 0, 0)
-        _FIELDS.pack_into(slot, 0, *head, packet)
+        head = (0, Result.WAITS.value, 0, 0, number, way, length or len(packet), len(packet), 0)
+        _FIELDS.pack_into(slot, 0, *head, 0, 0, 0, packet)
         _SLOT.store(slot, "checksum", _checksum(slot, len(packet)))
         ring.store("written", number)
         self._wake()
@@ -145,7 +152,7 @@ class Rings:
                 number = (taken + 1 + i) % _NUMBERS
                 punt = _read_punt(ring.slot(number), number)
                 ring.store("taken", number)
-                if punt is not None:
+                if punt is not None and not self.take_first(punt) and not punt.is_stray:
                     yield punt
 
     def listen(self, take: Callable[[Punt], None]) -> None:
@@ -194,10 +201,11 @@ def _read_punt(slot: memoryview, number: int) -> Punt | None:
     """The packet in a slot; None unless it is what a worker has written there."""
     # A copy: what is not a worker's may change while we look at it.
     copy = memoryview(bytes(slot))
-    checksum, _, _, time_ns, sequence, _, length, kept, peer, outer, packet = _FIELDS.unpack(copy)
+    checksum, _, _, time_ns, sequence, _, length, kept, peer, *where, packet = _FIELDS.unpack(copy)
+    outer, outer_port, is_stray = where
     if sequence != number or not kept <= min(_BYTES, length) or checksum != _checksum(copy, kept):
         return None
-    return Punt(time_ns, peer, IPv4Address(outer), length, packet[:kept])
+    return Punt(time_ns, peer, IPv4Address(outer), outer_port, length, packet[:kept], bool(is_stray))
 
 
 def _checksum(slot: memoryview, kept: int) -> int:

@@ -38,7 +38,7 @@ _STATS, _WORKER, _STRAY = shm.Structure("stats"), shm.Structure("worker"), shm.S
 _STRAY_FIELDS = _STRAY.packer("outer", "peer", "inner", "last_s", "datagrams")
 _N_WORKERS = LAYOUT["max_workers"]
 _N_PEER_COUNTERS = len(PEER_COUNTERS)
-_COUNTED_ALIKE = (5, 6, 7)
+_COUNTED_ALIKE = (5, 6, 7, 8)
 """Earlier layout versions whose workers' blocks are where ours are, with the same counters first."""
 
 

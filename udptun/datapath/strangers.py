@@ -1,6 +1,6 @@
 """The kernel keeps the datagrams of strangers from the workers, while many of them arrive.
 
-    stranger    an outer source that is no peer's PublicIP; SourceCheck refuses it
+    stranger    an outer source that is no peer's PublicIP, nor learned of a peer; SourceCheck refuses it
     sink        a socket on the workers' port that drops all it gets, and counts it
 
 A program on the port sends strangers to the sink (stranger_program.py).  The control plane alone holds the sink, so it
@@ -67,8 +67,10 @@ class StrangerFilter:
         """For `udptun status`: `on`, `ready`, `off`, or why there is none."""
         if not self._is_allowed or not self._table.checks_sources:
             return "off"
-        if len(self._table.subnets) > MAX_ADDRESSES:
-            return f"off: more than {MAX_ADDRESSES} peers"
+        n_peers = len(self._table.subnets)
+        if n_peers + self._table.n_learned > MAX_ADDRESSES:
+            beside = "" if n_peers > MAX_ADDRESSES else " and addresses that were learned"
+            return f"off: more than {MAX_ADDRESSES} peers{beside}"
         return self._refusal or ("ready" if self._sink is None else "on")
 
     def allow(self, is_allowed: bool) -> None:
@@ -110,7 +112,7 @@ class StrangerFilter:
             self._refusal = ""
         elif self.state != "on":
             self.end()
-        elif (addresses := self._table.next_remotes()).tobytes() != self._addresses:
+        elif (addresses := self._table.next_sources(MAX_ADDRESSES)).tobytes() != self._addresses:
             try:
                 self._attach(addresses)
             except OSError as exc:
@@ -146,7 +148,7 @@ class StrangerFilter:
         self._one_in = _ONE_IN
         try:
             # A program before there is a sink: the kernel's own choice may be the sink.
-            self._attach(self._table.next_remotes())
+            self._attach(self._table.next_sources(MAX_ADDRESSES))
             self._sink = open_sink(sockets[0])
             self._n_counted = 0
         except OSError as exc:

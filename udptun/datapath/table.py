@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network
 from socket import AF_INET
 
@@ -25,6 +25,8 @@ _PEER_FIELDS = _PEER.packer("family", "port_be", "address_be", "subnet", "mask",
 _PEER_REMOTE = _PEER.packer("family", "address_be")
 _PEER_SUBNET = _PEER.packer("subnet", "mask")
 _PEER_LEASE = _PEER.packer("address_be", "subnet", "mask")
+_PEER_IDENTITY = _PEER.packer("port_be", "address_be", "flags", "prefix")
+_LEARNED = shm.Structure("learned").packer("outer", "peer", "port")
 _NO_PEER = bytes(_PEER.size)
 _FLAG_UDPTUN, _FLAG_ANY_SOURCE_PORT = LAYOUT["flags.udptun"], LAYOUT["flags.any_source_port"]
 _FLAG_DEAD, _FLAG_ECN = LAYOUT["flags.dead"], LAYOUT["flags.ecn"]
@@ -48,6 +50,11 @@ class TableWriter:
         self._underlay_address = 0
         self._local: tuple[int, ...] = ()
         self._index: dict[IPv4Network, int] = {}
+        self._learned: dict[int, dict[int, int]] = {}
+        """By the index of a peer: the addresses that it sends from beside its public IP, and the port; 0: any."""
+        self._learned_beside: bytes | None = None
+        """The public IPs with which it was last written; None: it has changed since."""
+        self._let_in: tuple[int, ...] = ()
         # Highest number first, so that the lowest is taken first and what is in use stays dense.  A list of so many
         # numbers would be 2.5 MB.
         self._free = array("I", range(LAYOUT["max_peers"] - 1, 0, -1))
@@ -97,6 +104,9 @@ class TableWriter:
         slot["vni"] = 0 if vtep is None else vtep.vni
         slot["punt_id"] = settings.punt_id
         slot["port"] = settings.port
+        if settings.source_check is not SourceCheck.PEER or not settings.punt_id:
+            self._learned.clear()
+            self._learned_beside = None
         slot.own_mac[:] = bytes(6) if vtep is None else vtep.mac
         self._underlay_address = int(settings.underlay_address)
         slot.set_local((self._underlay_address, *self._local))
@@ -128,6 +138,7 @@ class TableWriter:
         """
         vtep = self.vtep
         index = self._index.get(subnet)
+        before = None if index is None else self._identity(index)
         if index is None:
             if not self._free:
                 raise DatapathError(f"cannot add the peer {subnet}: the table holds {LAYOUT['max_peers'] - 1} at most")
@@ -152,6 +163,9 @@ class TableWriter:
             b"" if vtep is None else vtep.prefix(remote.mac),
             received,
         )
+        if before != self._identity(index):
+            # Another host, or one that has moved.
+            self._forget_learned(index)
         return index
 
     def remove_peer(self, subnet: IPv4Network) -> None:
@@ -160,8 +174,55 @@ class TableWriter:
         if index is None:
             return
         self._point(subnet, 0)
+        self._forget_learned(index)
         self._next.peers[index * _PEER.size :][: _PEER.size] = _NO_PEER
         self._resting.append(index)
+
+    def set_learned(self, subnet: IPv4Network, sources: Mapping[IPv4Address, int]) -> None:
+        """Let a peer send from these addresses too, each with the UDP port, or 0 for any; from the next `publish` on.
+
+        An address that is the public IP of a peer is left out.  They are forgotten with the peer, when it is somewhere
+        else, and where SourceCheck is not `peer`.
+        """
+        index = self._index.get(subnet)
+        if index is None or self._next["source_check"] != _SOURCE_CHECKS[SourceCheck.PEER]:
+            return
+        self._forget_learned(index)
+        if sources and self.n_learned + len(sources) <= LAYOUT["max_learned"]:
+            self._learned[index] = {int(address): port for address, port in sources.items()}
+            self._learned_beside = None
+
+    def learned(self, subnet: IPv4Network) -> dict[IPv4Address, int]:
+        """What `set_learned` has set, perhaps in an earlier control plane, and holds."""
+        index = self._index.get(subnet)
+        sources = {} if index is None else self._learned.get(index, {})
+        return {IPv4Address(address): port for address, port in sources.items()}
+
+    @property
+    def n_learned(self) -> int:
+        """How many addresses were learned, those of several peers more than once."""
+        return sum(map(len, list(self._learned.values())))
+
+    def ask(self, learn_id: int, let_in: Collection[IPv4Address] = ()) -> None:
+        """Hand over answers with this ICMP id and sequence, also those from strangers; 0: none.  From `publish` on.
+
+        `let_in`: strangers from whom answers may come, for `next_sources`.
+        """
+        self._next["learn_id"] = learn_id
+        self._let_in = tuple(map(int, let_in))
+
+    def next_sources(self, limit: int) -> memoryview:
+        """From where datagrams may come by the next table, ascending, each once: public IPs, and what was learned.
+
+        Those that `ask` lets in are among them as long as they are not more than `limit` in all.
+        """
+        remotes = self.next_remotes()
+        if not self._learned and not self._let_in:
+            return remotes
+        sources = {*remotes, *(address for sources in self._learned.values() for address in sources)}
+        if len(sources) + len(self._let_in) <= limit:
+            sources.update(self._let_in)
+        return memoryview(array("I", sorted(sources)))
 
     @property
     def has_room(self) -> bool:
@@ -225,6 +286,7 @@ class TableWriter:
         remotes = self.next_remotes()
         self._next["n_remotes"] = len(remotes)
         self._next.remotes[: len(remotes)] = remotes
+        self._write_learned(remotes)
         self._slots[(generation + 1) & 1].copy(self._next, self._top + 1, self._n_pages)
         store_u64(self._generation, 0, generation + 1)
         self._free.extend(reversed(self._resting))
@@ -247,7 +309,34 @@ class TableWriter:
         for index in indexes:
             subnet, mask = _PEER_SUBNET.unpack_from(slot.peers, index * _PEER.size)
             self._index[IPv4Network((subnet, mask.bit_count()))] = index
+        for outer, index, port in _LEARNED.iter_unpack(slot.learned[: slot["n_learned"] * _LEARNED.size]):
+            self._learned.setdefault(index, {})[outer] = port
+        self.ask(0)
         self._free = array("I", (index for index in self._free if index not in indexes))
+
+    def _identity(self, index: int) -> tuple[bytes, bytes, int, bytes]:
+        """What of a peer's entry says which host it is."""
+        port_be, address_be, flags, prefix = _PEER_IDENTITY.unpack_from(self._next.peers, index * _PEER.size)
+        return port_be, address_be, flags & ~_FLAG_DEAD, prefix
+
+    def _write_learned(self, remotes: memoryview) -> None:
+        """Into the next table.  What has become the public IP of a peer is no longer learned."""
+        if self._learned_beside == bytes(remotes):
+            return
+        self._learned_beside = bytes(remotes)
+        rows = [(outer, index, port) for index, of in self._learned.items() for outer, port in of.items()]
+        if rows:
+            taken = set(remotes)
+            for index in {index for outer, index, _ in rows if outer in taken}:
+                kept = {outer: port for outer, port in self._learned[index].items() if outer not in taken}
+                self._learned[index] = kept
+            rows = sorted(row for row in rows if row[0] not in taken)
+        self._next["n_learned"] = len(rows)
+        self._next.learned[: len(rows) * _LEARNED.size] = b"".join(_LEARNED.pack(*row) for row in rows)
+
+    def _forget_learned(self, index: int) -> None:
+        if self._learned.pop(index, None):
+            self._learned_beside = None
 
     def _point(self, subnet: IPv4Network, index: int) -> None:
         """Point every address of `subnet` at the peer `index`; at none, if that is 0."""
@@ -293,6 +382,7 @@ class _Slot:
         self.l1 = view("l1", 4 * LAYOUT["l1_entries"]).cast("I")
         self.remotes = view("remotes", 4 * LAYOUT["max_peers"]).cast("I")
         self.local = view("local", 4 * LAYOUT["local_entries"]).cast("I")
+        self.learned = view("learned", _LEARNED.size * LAYOUT["max_learned"])
         self.peers = view("peers", _PEER.size * LAYOUT["max_peers"])
         self.l2 = view("l2", 4 * LAYOUT["l2_pages"] * LAYOUT["l2_entries"]).cast("I")
 
@@ -326,5 +416,7 @@ class _Slot:
         self.l1[:n_l1] = other.l1[:n_l1]
         self.remotes[:n_remotes] = other.remotes[:n_remotes]
         self.local[:n_local] = other.local[:n_local]
+        n_learned = other["n_learned"] * _LEARNED.size
+        self.learned[:n_learned] = other.learned[:n_learned]
         self.peers[: n_peers * _PEER.size] = other.peers[: n_peers * _PEER.size]
         self.l2[:n_l2] = other.l2[:n_l2]

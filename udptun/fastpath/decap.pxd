@@ -24,7 +24,7 @@ from udptun.fastpath.ring cimport is_asked_for, punt
 from udptun.fastpath.segment cimport complete_checksum
 from udptun.fastpath.vxlan cimport check_prefix
 from udptun.fastpath.wire cimport *
-from udptun.fastpath.stray cimport note_stray
+from udptun.fastpath.stray cimport take_stray
 from udptun.fastpath.write cimport write_items, write_segments
 
 
@@ -81,7 +81,7 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
     if drop == NULL:
         drop = check_header(c, &p)
     if drop == NULL:
-        drop = check_source(w.slot, c, &p, load_be32(<const uint8_t *>&w.in_flight.source[i].sin_addr.s_addr))
+        drop = check_source(w.slot, c, &p, &w.in_flight.source[i])
     if drop == NULL and (ip_destination(d) & w.slot.own_mask) != w.slot.own_subnet:
         drop = &c.decap_drop_foreign_destination
     if drop == NULL and is_for_our_socket(w.slot, &p):
@@ -92,14 +92,15 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
     if drop == NULL:
         drop = take_mark(c, d, outer_ecn)
     if drop == NULL and ip_destination(d) == w.slot.tunnel_address and is_asked_for(w.slot, &p):
-        punt(w, &p, load_be32(<const uint8_t *>&w.in_flight.source[i].sin_addr.s_addr))
+        punt(w, &p, &w.in_flight.source[i], False)
         return
     if drop == NULL:
         drop = offload_header(w.slot, c, &p, inner_size, &vnet)
     if drop != NULL:
-        drop[0] += 1
         if drop == &c.decap_drop_unknown_peer or drop == &c.decap_drop_source_spoofed:
-            note_stray(w, &p, load_be32(<const uint8_t *>&w.in_flight.source[i].sin_addr.s_addr))
+            if take_stray(w, &p, &w.in_flight.source[i], drop == &c.decap_drop_unknown_peer):
+                return
+        drop[0] += 1
         return
     ip_step_ttl(d)
     deliver(w, &p, &vnet)
@@ -176,14 +177,17 @@ cdef inline bint options_acceptable(const uint8_t *d, int header) noexcept nogil
     return True
 
 
-cdef inline Counter *check_source(const ut_slot *table, Counters *c, Packet *p, uint32_t outer) noexcept nogil:
-    """Rows 10 to 14: may `outer` (host order) send this inner source?  Sets p.peer."""
-    cdef uint32_t inner = ip_source(p.data)
+cdef inline Counter *check_source(
+        const ut_slot *table, Counters *c, Packet *p, const sockaddr_in *source) noexcept nogil:
+    """Rows 10 to 14: may `source` send this inner source?  Sets p.peer."""
+    cdef uint32_t inner = ip_source(p.data), outer = load_be32(<const uint8_t *>&source.sin_addr.s_addr)
     cdef bint is_from_its_peer
     p.peer = lookup(table, inner)
     is_from_its_peer = p.peer != 0 and table.peers[p.peer].remote.sin_addr.s_addr == be32(outer)
     if not is_from_its_peer and table.source_check != UT_SOURCE_OFF and not is_remote(table, outer):
-        return &c.decap_drop_unknown_peer
+        if not is_learned(table, p.peer, outer, load_be16(<const uint8_t *>&source.sin_port)):
+            return &c.decap_drop_unknown_peer
+        is_from_its_peer = True
     if is_martian(inner):
         return &c.decap_drop_source_martian
     if (inner & table.own_mask) == table.own_subnet or is_local(table, inner):

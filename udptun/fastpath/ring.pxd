@@ -38,6 +38,8 @@ Nobody waits for the other side.
 
 Which packets are punted: ICMP echo replies to our tunnel address whose id is `punt_id` of the table.  They have passed
 all checks of the source, so they come from a peer.  Fragments but the first are not punted.
+
+There is one exception from the checks: stray.pxd says which packets from addresses that are no peer's are punted.
 """
 
 from libc.errno cimport errno
@@ -68,8 +70,8 @@ cdef inline bint is_asked_for(const ut_slot *table, const Packet *p) noexcept no
     return fragment & FLAG_MF or ut_fold(ut_sum(d + header, p.len - header, 0)) == 0xffff
 
 
-cdef inline void punt(Loop *w, Packet *p, uint32_t outer) noexcept nogil:
-    """Hand the packet to the control plane; `outer` (host order) is where its datagram came from."""
+cdef inline void punt(Loop *w, Packet *p, const sockaddr_in *source, bint is_stray) noexcept nogil:
+    """Hand the packet to the control plane; `source` is where its datagram came from."""
     cdef ut_ring *ring = w.punts
     cdef uint64_t written = ring.written
     cdef ut_ring_slot *slot = &ring.slot[written & (UT_RING_SLOTS - 1)]
@@ -82,7 +84,9 @@ cdef inline void punt(Loop *w, Packet *p, uint32_t outer) noexcept nogil:
     slot.length = p.len
     slot.kept = min(slot.length, <uint32_t>UT_RING_BYTES)
     slot.peer = p.peer
-    slot.outer = outer
+    slot.outer = load_be32(<const uint8_t *>&source.sin_addr.s_addr)
+    slot.outer_port = load_be16(<const uint8_t *>&source.sin_port)
+    slot.is_stray = is_stray
     memcpy(slot.packet, p.data, slot.kept)
     slot.checksum = ut_slot_checksum(slot, slot.kept)
     ut_store_u64(&ring.written, written + 1)

@@ -17,9 +17,9 @@ cdef extern from "shm.h" nogil:
     enum:
         UT_TABLE_MAGIC, UT_STATS_MAGIC, UT_LAYOUT_VERSION
         UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
-        UT_LOCAL_ENTRIES, UT_MAX_LOCAL, UT_HASH, UT_STRAYS, UT_STRAY_SETS, UT_STRAY_WAYS, UT_RING_SLOTS, UT_RING_BYTES
-        UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM, UT_MAX_SENDERS
-        UT_PEER_UDPTUN, UT_PEER_ANY_SOURCE_PORT, UT_PEER_DEAD, UT_PEER_ECN
+        UT_LOCAL_ENTRIES, UT_MAX_LOCAL, UT_MAX_LEARNED, UT_HASH, UT_STRAYS, UT_STRAY_SETS, UT_STRAY_WAYS
+        UT_RING_SLOTS, UT_RING_BYTES, UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM
+        UT_MAX_SENDERS, UT_PEER_UDPTUN, UT_PEER_ANY_SOURCE_PORT, UT_PEER_DEAD, UT_PEER_ECN
         UT_SOURCE_OFF, UT_SOURCE_PEER, UT_SOURCE_STRICT
         UT_OFFLOAD_SEGMENT, UT_OFFLOAD_WRITE_TCP, UT_OFFLOAD_WRITE_UDP, UT_OFFLOAD_VNET_HDR
         UT_OFFLOAD_ECN
@@ -31,14 +31,18 @@ cdef extern from "shm.h" nogil:
         uint32_t subnet, mask, mtu, flags
         uint8_t prefix[1]
         uint64_t received
+    struct ut_learned:
+        uint32_t outer, peer, port
     struct ut_slot:
         uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, local_mask
         uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni, punt_id
         uint8_t own_mac[6]
         uint16_t port
+        uint32_t n_learned, learn_id
         uint32_t l1[1]
         uint32_t remotes[1]
         uint32_t local[1]
+        ut_learned learned[1]
         ut_peer peers[1]
         uint32_t l2[1][1]
     struct ut_table:
@@ -51,7 +55,7 @@ cdef extern from "shm.h" nogil:
     struct ut_peer_stats:
         uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes
     struct ut_stray:
-        uint32_t outer, peer, inner, last_s, strength
+        uint32_t outer, peer, inner, last_s, strength, punted_s
         uint64_t datagrams
     struct ut_read:
         uint8_t vnet[16]
@@ -69,6 +73,7 @@ cdef extern from "shm.h" nogil:
         uint32_t checksum, result, error
         uint64_t time_ns, sequence
         uint32_t way, length, kept, peer, outer
+        uint16_t outer_port, is_stray
         uint8_t packet[1]
     struct ut_ring:
         uint64_t written, refused, begun, taken
@@ -174,6 +179,23 @@ cdef inline bint is_remote(const ut_slot *table, uint32_t address) noexcept nogi
         else:
             high = middle
     return low < table.n_remotes and table.remotes[low] == address
+
+
+cdef inline bint is_learned(const ut_slot *table, uint32_t peer, uint32_t address, uint32_t port) noexcept nogil:
+    """Whether `peer` has been found to send from there (host order).
+
+    A binary search; it is needed only for packets that would be dropped otherwise.
+    """
+    cdef uint64_t wanted = <uint64_t>address << 32 | peer
+    cdef uint32_t low = 0, high = table.n_learned, middle
+    while low < high:
+        middle = (low + high) >> 1
+        if (<uint64_t>table.learned[middle].outer << 32 | table.learned[middle].peer) < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return (low < table.n_learned and table.learned[low].outer == address and table.learned[low].peer == peer
+            and table.learned[low].port in (0, port))
 
 
 cdef inline bint is_local(const ut_slot *table, uint32_t address) noexcept nogil:

@@ -8,28 +8,74 @@ and no slot is ever looked for.  Whoever floods us with other sources must not d
 datagram makes its slot stronger, and of those that find no slot only every STRAY_STEP-th weakens the weakest of theirs,
 in turn where several are equally weak.  A slot of no strength, or one that nothing has come for in STRAY_IDLE_S, goes
 to the pair that asks.
+
+Two kinds of strays are handed to the control plane, which learns from where peers send (datapath/learning.py):
+
+    answer      an echo reply to our tunnel address with the id and sequence of the table's `learn_id`: 32 bits that
+                only those have seen who were asked just now
+    question    an echo request to our tunnel address with a sequence, as long as that of another udptun: one a slot and
+                second
+
+They get a quarter of the ring at most, so they keep nothing out that comes from a peer.
 """
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint8_t, uint32_t
 
 from udptun.fastpath.loop cimport *
-from udptun.fastpath.wire cimport ip_source
+from udptun.fastpath.ring cimport punt
+from udptun.fastpath.wire cimport *
 
 cdef enum:
     STRAY_STEP_BITS = 8
     STRAY_STEP = 1 << STRAY_STEP_BITS
     STRAY_STRENGTH = 16           # at most
     STRAY_IDLE_S = 10
+    QUESTION_LEN = 36             # IPv4 header 20, ICMP header 8, nonce 8
 
 
-cdef inline void note_stray(Loop *w, const Packet *p, uint32_t outer) noexcept nogil:
-    """Count a datagram from `outer` (host order) that was dropped for its source, if a peer leases the inner source."""
+cdef inline bint take_stray(Loop *w, Packet *p, const sockaddr_in *source, bint is_strangers) noexcept nogil:
+    """Note a datagram that may not come from `source`, if a peer leases its inner source; whether it was punted.
+
+    `is_strangers`: the address is no peer's.
+    """
+    cdef ut_stray *slot
+    if p.peer == 0:
+        return False
+    slot = note_stray(w, p, load_be32(<const uint8_t *>&source.sin_addr.s_addr))
+    if (not is_strangers or w.slot.punt_id == 0 or w.slot.source_check != UT_SOURCE_PEER
+            or ip_destination(p.data) != w.slot.tunnel_address or not is_of_learning(w, p, slot)):
+        return False
+    if w.punts.written - ut_load_u64(&w.punts.taken) >= UT_RING_SLOTS // 4:
+        return False
+    punt(w, p, source, True)
+    return True
+
+
+cdef inline bint is_of_learning(Loop *w, const Packet *p, ut_stray *slot) noexcept nogil:
+    """Whether a packet to our tunnel address is an answer, or a question that has its turn.  `slot` may be NULL."""
+    cdef const uint8_t *d = p.data
+    cdef int header = ip_header_len(d)
+    if ip_protocol(d) != PROTO_ICMP or ip_is_fragment(d) or p.len < header + ICMP_HEADER:
+        return False
+    if d[header] == ICMP_ECHO_REPLY:
+        if w.slot.learn_id == 0 or load_be32(d + header + ICMP_ID) != w.slot.learn_id:
+            return False
+        return ut_fold(ut_sum(d + header, p.len - header, 0)) == 0xffff
+    # Probes whether we are alive have sequence 0.
+    if d[header] != ICMP_ECHO or p.len != QUESTION_LEN or load_be16(d + header + ICMP_ID + 2) == 0:
+        return False
+    if slot == NULL or slot.punted_s == slot.last_s or ut_fold(ut_sum(d + header, p.len - header, 0)) != 0xffff:
+        return False
+    slot.punted_s = slot.last_s
+    return True
+
+
+cdef inline ut_stray *note_stray(Loop *w, const Packet *p, uint32_t outer) noexcept nogil:
+    """Count a datagram from `outer` (host order) with an inner source that p.peer leases.  Its slot, or NULL."""
     cdef ut_stray *slots = &w.strays[(ut_hash(outer ^ p.peer) & (UT_STRAY_SETS - 1)) * UT_STRAY_WAYS]
     cdef ut_stray *slot = &slots[(w.n_unplaced >> STRAY_STEP_BITS) & (UT_STRAY_WAYS - 1)]
     cdef uint32_t now_s, i
     cdef timespec now
-    if p.peer == 0:
-        return
     clock_gettime(CLOCK_MONOTONIC_COARSE, &now)
     now_s = <uint32_t>now.tv_sec
     for i in range(UT_STRAY_WAYS):
@@ -38,7 +84,7 @@ cdef inline void note_stray(Loop *w, const Packet *p, uint32_t outer) noexcept n
             slots[i].datagrams += 1
             slots[i].inner = ip_source(p.data)
             slots[i].last_s = now_s
-            return
+            return &slots[i]
         if now_s - slots[i].last_s >= STRAY_IDLE_S:
             slots[i].strength = 0
         if slots[i].strength < slot.strength:
@@ -46,13 +92,14 @@ cdef inline void note_stray(Loop *w, const Packet *p, uint32_t outer) noexcept n
     if slot.strength:
         w.n_unplaced += 1
         if w.n_unplaced & (STRAY_STEP - 1):
-            return
+            return NULL
         slot.strength -= 1
         if slot.strength:
-            return
+            return NULL
     slot.outer = outer
     slot.peer = p.peer
     slot.inner = ip_source(p.data)
     slot.last_s = now_s
     slot.datagrams = 1
     slot.strength = 1
+    return slot

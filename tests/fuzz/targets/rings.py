@@ -183,7 +183,7 @@ def _expected(machine: _Machine) -> dict[str, int]:
     found: dict[str, int] = {"inject_packets": n} if n else {}
     for i in range(n):
         slot = ring._slots[(taken + i) % _SLOTS * LAYOUT["ring_slot"] :][: LAYOUT["ring_slot"]]
-        checksum, _, _, _, sequence, way, length, kept, _, _, packet = rings._FIELDS.unpack(slot)
+        checksum, _, _, _, sequence, way, length, kept, *_, packet = rings._FIELDS.unpack(slot)
         is_whole = sequence == (taken + i + 1) % 2**64 and 20 <= kept <= min(_BYTES, length) and length <= _PACKET_MAX
         counter = "inject_drop_malformed"
         if is_whole and checksum == rings._checksum(slot, kept):

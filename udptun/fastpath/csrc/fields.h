@@ -27,6 +27,10 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(peer, prefix),
     UT_FIELD(peer, received),
 
+    UT_FIELD(learned, outer),
+    UT_FIELD(learned, peer),
+    UT_FIELD(learned, port),
+
     UT_FIELD(slot, network),
     UT_FIELD(slot, network_mask),
     UT_FIELD(slot, own_subnet),
@@ -43,9 +47,12 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(slot, punt_id),
     UT_FIELD(slot, own_mac),
     UT_FIELD(slot, port),
+    UT_FIELD(slot, n_learned),
+    UT_FIELD(slot, learn_id),
     UT_FIELD(slot, l1),
     UT_FIELD(slot, remotes),
     UT_FIELD(slot, local),
+    UT_FIELD(slot, learned),
     UT_FIELD(slot, peers),
     UT_FIELD(slot, l2),
 
@@ -94,6 +101,8 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(ring_slot, kept),
     UT_FIELD(ring_slot, peer),
     UT_FIELD(ring_slot, outer),
+    UT_FIELD(ring_slot, outer_port),
+    UT_FIELD(ring_slot, is_stray),
     UT_FIELD(ring_slot, packet),
 
     /* The tests write here what a process that was killed leaves behind. */

@@ -19,7 +19,7 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 8u
+#define UT_LAYOUT_VERSION 9u
 
 #define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
@@ -42,6 +42,7 @@
 #define UT_STRAY_SETS 16u         /* slots of a worker for datagrams that no lease explains, in sets; a power of two */
 #define UT_STRAY_WAYS 4u          /* slots of a set, any of which a pair may have; a power of two */
 #define UT_STRAYS (UT_STRAY_SETS * UT_STRAY_WAYS)
+#define UT_MAX_LEARNED 65536u     /* addresses beside the public IPs that peers send from */
 #define UT_RING_SLOTS 64u         /* packets that wait in a ring at most; a power of two */
 #define UT_RING_BYTES 448u        /* of a packet, in its slot */
 #define UT_TABLE_HEADER_BYTES 4096u
@@ -62,6 +63,13 @@ struct ut_peer {
 #define UT_PEER_DEAD 4u           /* it answers no probe; nothing is sent to it until something comes from it */
 #define UT_PEER_ECN 8u            /* it carries on the marks of congestion that its datagrams get on the way */
 
+/* An address, no peer's public IP, from which a peer has been found to send.  It may send what that peer leases. */
+struct ut_learned {
+    uint32_t outer;
+    uint32_t peer;                /* index in peers[] */
+    uint32_t port;                /* of UDP, from which alone; 0: from any */
+};
+
 /* One complete, immutable-while-published picture of the overlay. */
 struct ut_slot {
     uint32_t network, network_mask;
@@ -78,9 +86,14 @@ struct ut_slot {
     uint32_t punt_id;             /* ICMP id of the echo replies that the control plane gets; 0: it gets none */
     uint8_t own_mac[6];           /* VXLAN: inner destination of all that is meant for us */
     uint16_t port;                /* of our UDP socket; 0: not known */
+    uint32_t n_learned;           /* entries in use in learned[] */
+    uint32_t learn_id;            /* ICMP id and sequence of the echo replies that the control plane gets although no
+                                   * peer is known to send from where they come from; 0: it gets none */
+    uint32_t reserved_line[14];
     uint32_t l1[UT_L1_ENTRIES];
     uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
     uint32_t local[UT_LOCAL_ENTRIES]; /* addresses of this host, hashed (ut_hash); 0: a free entry */
+    struct ut_learned learned[UT_MAX_LEARNED]; /* ascending by outer and peer, each pair once */
     struct ut_peer peers[UT_MAX_PEERS];
     uint32_t l2[UT_L2_PAGES][UT_L2_ENTRIES];
 };
@@ -127,7 +140,7 @@ struct ut_stray {
     uint32_t inner;               /* inner source of the last of them */
     uint32_t last_s;              /* when that came, CLOCK_MONOTONIC */
     uint32_t strength;            /* how much it takes to give the slot to another pair */
-    uint32_t reserved;
+    uint32_t punted_s;            /* when a question of the slot was punted last, whosever that was */
     uint64_t datagrams;           /* since the pair has the slot */
 };
 
@@ -165,7 +178,8 @@ struct ut_ring_slot {
     uint32_t kept;                /* so many of them are in the slot.  Of an injected packet the others are zero */
     uint32_t peer;                /* of a punted packet: index of who leases its inner source; 0: nobody */
     uint32_t outer;               /* of a punted packet: where its datagram came from */
-    uint32_t unused;
+    uint16_t outer_port;          /* of a punted packet: likewise */
+    uint16_t is_stray;            /* of a punted packet: no peer is known to send from there (learn_id) */
     uint8_t packet[UT_RING_BYTES];
 };
 enum { UT_WAY_PEER = 0, UT_WAY_TUN = 1 };
