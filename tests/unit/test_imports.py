@@ -40,7 +40,7 @@ PURE_MODULES = [
     *("backends.udp", "backends.vtep", "backends.vxlan"),
     *("kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
     *("probing.beliefs", "probing.carrier", "probing.liveness", "probing.path_mtu"),
-    *("datapath.restarts", "datapath.settings", "datapath.stranger_program"),
+    *("datapath.learning", "datapath.restarts", "datapath.settings", "datapath.stranger_program"),
     *("firewall.iptables_form", "firewall.nft_form", "firewall.rules"),
     *(f"firewall.obstacles.{name}" for name in ("judge", "nft_messages", "nft_rules", "ruleset", "xtables")),
     *("membership.allocate", "membership.former", "membership.grace", "membership.identity"),

@@ -214,3 +214,13 @@ def test_many_skipped_leases_are_counted_and_the_first_of_them_shown() -> None:
     assert len(shown) == 100
     assert max(map(len, shown)) < 320
     assert lines[at + 101] == "           ... and 50 more: --json has them all"
+
+
+def test_addresses_that_peers_send_from_are_shown() -> None:
+    learned = [{"address": "192.0.2.9", "port": 40_000}, {"address": "192.0.2.10", "port": None}]
+    (peer,) = DOCUMENT["peers"]
+    lines = status.render({**DOCUMENT, "peers": [{**peer, "learned": learned}]}, NOW_S).splitlines()
+    assert [line for line in lines if line.startswith("learned")] == [
+        "learned    10.244.2.0/24 sends from 192.0.2.9:40000 too",
+        "learned    10.244.2.0/24 sends from 192.0.2.10 too",
+    ]

@@ -24,13 +24,14 @@ class Rig:
     def __init__(self) -> None:
         self.strays: list[Stray] = []
         self.leases = dict(LEASES)
+        self.learned: set[tuple[IPv4Network, IPv4Address]] = set()
         table = Mock(spec=TableWriter, checks_sources=True)
         table.peer_of = lambda inner: next((it for it in self.leases.items() if inner in it[0]), None)
         table.has_remote = lambda address: address in self.leases.values()
         self.table = table
         stats = Mock(spec=Stats)
         stats.strays = lambda n_workers, since_s: [it for it in self.strays if it.last_s >= 0][: n_workers * 64]
-        self.watch = StrayWatch(table, stats, lambda: 1)
+        self.watch = StrayWatch(table, stats, lambda: 1, lambda subnet, outer, last_s: (subnet, outer) in self.learned)
 
     def see(self, outer: IPv4Address, number: int, datagrams: int = 7) -> None:
         """Packets of lease `number` from this address."""

@@ -111,12 +111,23 @@ def render(document: Document, now_s: float) -> str:
             for peer in document["peers"]
         ],
     )
+    lines += _learned(document["peers"])
     counters = document["counters"]
     drops = [(name, n) for name, n in counters.items() if "drop_" in name and n]
     lines += ["", "drops      " + (", ".join(f"{name} {n}" for name, n in drops) or "none")]
     lines += _skipped(document["skipped"])
     lines += [f"problem    {line}" for line in document["problems"]]
     return "\n".join(lines) + "\n"
+
+
+def _learned(peers: list[Document]) -> list[str]:
+    """A line for each address that a peer sends from beside its PublicIP.  Earlier daemons do not say it."""
+    lines = [
+        f"learned    {peer['subnet']} sends from {it['address']}{':' + str(it['port']) if it['port'] else ''} too"
+        for peer in peers
+        for it in peer.get("learned", ())
+    ]
+    return ["", *lines] if lines else []
 
 
 def _number(value: float | None, form: str) -> str:

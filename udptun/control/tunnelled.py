@@ -16,8 +16,9 @@ from udptun.control.run_dir import PROBES_FILE
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.offload import names as offload_names
-from udptun.core.tunnel import Confinement
+from udptun.core.tunnel import Confinement, SourceCheck
 from udptun.datapath.carrier import TunnelCarrier
+from udptun.datapath.learner import Learner
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import PEER_COUNTERS
 from udptun.datapath.strays import StrayWatch
@@ -37,7 +38,8 @@ class Tunnelled:
     def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel, run_dir: Path) -> None:
         self.tunnel = tunnel
         self._encapsulation = encapsulation
-        self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds))
+        self._learner = Learner(tunnel, lambda: len(tunnel.tun.fds))
+        self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds), self._learner.explains)
         self._carrier = TunnelCarrier(tunnel)
         self._prober = Prober(self._carrier, memory=Memory(run_dir / PROBES_FILE))
         self._local_watch: LocalAddressWatch | None = None
@@ -66,9 +68,9 @@ class Tunnelled:
         self.tunnel.configure(settings)
         remotes = self._remotes(inputs.peers)
         self.tunnel.set_peers(remotes)
-        self._carrier.own_address = settings.tunnel_address
-        self._prober.switch(is_on=inputs.live.probe, mtu=settings.mtu)
+        self._switch(settings, inputs.live)
         self._prober.set_peers(_targets(remotes))
+        self._learner.set_peers(remotes)
         local = await find_local_addresses()
         self._set_local_addresses(local)
         await self.tunnel.publish()
@@ -84,6 +86,7 @@ class Tunnelled:
             tasks.create_task(self._local_watch.run(), name="local addresses")
             tasks.create_task(self._strays.run(), name="strays")
             tasks.create_task(self._prober.run(), name="probes")
+            tasks.create_task(self._learner.run(), name="learning")
             tasks.create_task(self.tunnel.strangers.run(), name="strangers")
 
     @property
@@ -97,9 +100,11 @@ class Tunnelled:
         removed = [event.lease.subnet for event in events if event.type is EventType.REMOVED]
         added = self._remotes(event.lease for event in events if event.type is EventType.ADDED)
         self._prober.remove_peers(removed)
+        self._learner.remove_peers(removed)
         self.tunnel.remove_peers(removed)
         self.tunnel.add_peers(added)
         self._prober.add_peers(_targets(added))
+        self._learner.add_peers(added)
         await self.tunnel.publish()
 
     async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
@@ -125,11 +130,18 @@ class Tunnelled:
             self.tunnel.configure(settings)
             remotes = self._remotes(now.peers)
             self.tunnel.add_peers(remotes)
-            self._carrier.own_address = settings.tunnel_address
-            self._prober.switch(is_on=live.probe, mtu=settings.mtu)
+            self._switch(settings, live)
             self._prober.add_peers(_targets(remotes))
+            self._learner.add_peers(remotes)
             await self.tunnel.publish()
         return live
+
+    def _switch(self, settings: PacketSettings, live: LiveSettings) -> None:
+        """After `tunnel.configure`."""
+        self._carrier.own_address = settings.tunnel_address
+        self._prober.switch(is_on=live.probe, mtu=settings.mtu)
+        is_learning = live.probe and live.source_check is SourceCheck.PEER
+        self._learner.switch(is_on=is_learning, own_address=settings.tunnel_address, echo_id=settings.punt_id)
 
     def _settings(self, inputs: BackendInput) -> PacketSettings:
         settings = self._encapsulation.packet_settings(inputs)
@@ -182,6 +194,7 @@ class Tunnelled:
                     "ecn": remote.carries_ecn,
                     **dict(zip(PEER_COUNTERS, count, strict=True)),
                     **self._prober.document(lease.subnet),
+                    "learned": self._learner.document(lease.subnet),
                 }
                 for lease, remote, count in zip(leases, map(self._encapsulation.remote, leases), counts, strict=True)
             ],

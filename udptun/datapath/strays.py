@@ -28,10 +28,18 @@ _LOOK_S, _LOG_S = 5.0, 60.0
 class StrayWatch:
     """What is wrong is read from the shared memory when somebody asks; `run` tells the log."""
 
-    def __init__(self, table: TableWriter, stats: Stats, n_workers: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        table: TableWriter,
+        stats: Stats,
+        n_workers: Callable[[], int],
+        is_explained: Callable[[IPv4Network, IPv4Address, float], bool],
+    ) -> None:
+        """`is_explained` says of a subnet, an outer address and a time whether datagrams until then need no line."""
         self._table = table
         self._stats = stats
         self._n_workers = n_workers
+        self._is_explained = is_explained
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -65,12 +73,14 @@ class StrayWatch:
             await asyncio.sleep(_LOOK_S)
 
     def _lines(self) -> dict[tuple[IPv4Address, IPv4Network], str]:
-        """By outer address and subnet.  What a lease explains by now is left out."""
+        """By outer address and subnet.  What a lease, or what was learned, explains by now is left out."""
         lines = {}
         if self._table.checks_sources:
             for stray in self._stats.strays(self._n_workers(), time.monotonic() - _FRESH_S):
                 lease = self._table.peer_of(stray.inner)
-                if lease is not None and lease[1] != stray.outer:
+                if lease is None or lease[1] == stray.outer:
+                    continue
+                if not self._is_explained(lease[0], stray.outer, stray.last_s):
                     lines[stray.outer, lease[0]] = self._line(stray.outer, stray.datagrams, *lease)
         return lines
 
