@@ -116,6 +116,13 @@ def test_every_full_path_of_the_repository_in_any_file_exists() -> None:
     assert [f"{place}: {name}" for place, name in named if not (ROOT / name).exists()] == []
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by their names alone, and then takes none of the two directories."""
+    names = [path.name for path in tracked("tests/**/test_*.py")]
+    assert len(names) > 100
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 # --- docs/architecture.md
 
 
