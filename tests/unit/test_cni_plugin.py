@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import udptun
 from tests.cni_plugin import (
     DUAL_ENV,
     IPV4_ENV,
@@ -575,7 +576,7 @@ def test_command_that_the_configurations_version_does_not_have(plugin: Plugin, c
 
 def test_plugin_loads_little() -> None:
     """Each of these costs milliseconds at every ADD."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(udptun.__file__).resolve().parents[1]
     script = (
         f"import sys; sys.path.append({str(root)!r})\n"
         "from udptun.cni import bridge, plugin, state, subnet_env, delegates; print(*sys.modules)"
