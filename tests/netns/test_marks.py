@@ -11,7 +11,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -130,13 +130,17 @@ def asks_for_marks(host: Host) -> bool:
     return bool(peer["ecn"])
 
 
-def test_a_flow_whose_packets_are_marked_on_the_way_slows_down_without_a_loss(lab: Lab) -> None:
+def test_a_flow_whose_packets_are_marked_on_the_way_slows_down_without_a_loss(
+    lab: Lab, figure: Callable[..., None]
+) -> None:
     """The marks were lost with the outer headers, which were Not-ECT: routers dropped, at the same rate of the flow."""
     one, two = lab.host(1).pod(1), lab.host(2).pod(1)
     unmarked = stream(one, two)
     assert unmarked["marked"] == 0
     with marking(lab):
         marked = stream(one, two)
+    figure(f"packets sent twice beside {marked['marked']} marks", marked["resent"])
+    figure("acknowledged, of an unmarked flow", marked["acked"] / unmarked["acked"])
     assert marked["marked"] > 10
     assert marked["acked"] < unmarked["acked"] / 2
     assert marked["resent"] < marked["marked"] / 20, "it was told by marks, not by losses"
