@@ -12,6 +12,7 @@ from bad_data import CONFIGS, GOOD, LEASES, SUBNET_ENVS
 from udptun.backends.choice import parse_net_conf
 from udptun.config import subnet_env
 from udptun.core.errors import ConfigError
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.core.lease_table import LeaseTable
 
@@ -22,7 +23,9 @@ GOOD_KEY = "10.244.200.0-24"
 
 
 def table() -> LeaseTable:
-    found = LeaseTable(NETWORK, (NETWORK,), OWN, lambda lease: lease.attrs.public_ip == OWN_IP, lambda lease: None)
+    found = LeaseTable(
+        Family.IPV4, NETWORK, (NETWORK,), OWN, lambda lease: lease.attrs.public_ip == OWN_IP, lambda lease: None
+    )
     found.reset([Lease(Subnets.from_key(GOOD_KEY), LeaseAttrs.from_json(GOOD))])
     return found
 

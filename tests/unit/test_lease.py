@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udptun.core.family import Family
 from udptun.core.lease import (
     EventType,
     Json,
@@ -36,7 +37,7 @@ def is_own(one: Lease) -> bool:
 
 
 def table() -> LeaseTable:
-    return LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, lambda lease: None)
+    return LeaseTable(Family.IPV4, NETWORK, (NETWORK,), OWN.subnet, is_own, lambda lease: None)
 
 
 def added(*leases: Lease) -> list[LeaseEvent]:
@@ -225,7 +226,7 @@ def test_attrs_say_who_wrote_them() -> None:
     ],
 )
 def test_validate_says_why_a_lease_cannot_be_used(subnet: str, public_ip: str, reason: str | None) -> None:
-    assert validate(lease(subnet, public_ip), NETWORK, (NETWORK,)) == reason
+    assert validate(lease(subnet, public_ip), Family.IPV4, NETWORK, (NETWORK,)) == reason
 
 
 def test_lease_expires_at_its_time_and_a_reservation_never() -> None:
@@ -341,7 +342,9 @@ def test_peer_is_refused_when_it_overlaps_our_own_lease(subnet: str) -> None:
 def test_leases_are_looked_at_anew_when_our_address_has_changed() -> None:
     """A host that took our old address stayed refused for good, and one at our new address stayed a peer."""
     own_ip = OWN_IP
-    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, lambda one: one.attrs.public_ip == own_ip, lambda lease: None)
+    peers = LeaseTable(
+        Family.IPV4, NETWORK, (NETWORK,), OWN.subnet, lambda one: one.attrs.public_ip == own_ip, lambda lease: None
+    )
     other = lease("10.244.8.0/24", str(OWN_IP))
     peers.update(added(A, B, C, other, OWN))
     assert peers.refused == {other.key: f"PublicIP {OWN_IP} is our own"}
@@ -433,7 +436,7 @@ def test_table_holds_its_promises_after_any_sequence_of_calls(
     def is_own(one: Lease) -> bool:
         return one.attrs.public_ip == own_ip
 
-    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, lambda lease: None)
+    peers = LeaseTable(Family.IPV4, NETWORK, (NETWORK,), OWN.subnet, is_own, lambda lease: None)
     for step in steps:
         before = dict(peers.peers)
         if isinstance(step, IPv4Address):
@@ -466,7 +469,7 @@ def test_table_holds_its_promises_after_any_sequence_of_calls(
         replayed = dict(used)  # with the expiries that no event reports
         assert used.items() <= known.items()
         others = {key: one for key, one in known.items() if not is_own(one)}
-        good = {key: one for key, one in others.items() if validate(one, NETWORK, (NETWORK,)) is None}
+        good = {key: one for key, one in others.items() if validate(one, Family.IPV4, NETWORK, (NETWORK,)) is None}
         assert known.keys() - used.keys() == peers.refused.keys()
         assert not used.keys() & peers.refused.keys()
         assert peers.refused.keys() <= known.keys()
@@ -483,7 +486,7 @@ def overlap(one: Lease, others: Iterable[Lease]) -> bool:
 def test_one_event_costs_little_when_ten_thousand_leases_are_known() -> None:
     """Recomputing the whole table took 310 ms an event; it is 0.1 ms now."""
     wide = IPv4Network("10.0.0.0/8")
-    peers = LeaseTable(wide, (wide,), OWN.subnet, is_own, lambda lease: None)
+    peers = LeaseTable(Family.IPV4, wide, (wide,), OWN.subnet, is_own, lambda lease: None)
     many = [
         Lease(Subnets(IPv4Network((0x0A000000 + n * 256, 24))), LeaseAttrs(IPv4Address(0xC6120000 + n)), 1e9)
         for n in range(10_000)
@@ -502,7 +505,7 @@ LEASABLE = (IPv4Network("10.244.8.0/21"), IPv4Network("10.244.16.0/20"))
 
 
 def inner_table() -> LeaseTable:
-    return LeaseTable(NETWORK, LEASABLE, OWN.subnet, is_own, lambda lease: None)
+    return LeaseTable(Family.IPV4, NETWORK, LEASABLE, OWN.subnet, is_own, lambda lease: None)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +519,7 @@ def inner_table() -> LeaseTable:
 )
 def test_a_host_inside_network_is_a_peer_where_nothing_can_be_leased(public_ip: str, reason: str | None) -> None:
     """Every lease of a host inside Network was skipped, although vxlan and host-gw reach such a host."""
-    assert validate(lease("10.244.9.0/24", public_ip), NETWORK, LEASABLE) == reason
+    assert validate(lease("10.244.9.0/24", public_ip), Family.IPV4, NETWORK, LEASABLE) == reason
     peers = inner_table()
     peers.update([LeaseEvent(EventType.ADDED, lease("10.244.9.0/24", public_ip))])
     assert (len(peers.peers), list(peers.refused.values())) == ((1, []) if reason is None else (0, [reason]))
@@ -538,10 +541,10 @@ def test_a_subnet_with_a_hosts_address_in_it_is_not_routed() -> None:
             LeaseEvent(EventType.REMOVED, first),
             LeaseEvent(EventType.ADDED, second),
         ]
-    assert validate(lease("10.244.40.0/24", "10.244.40.7"), NETWORK, LEASABLE) == (
+    assert validate(lease("10.244.40.0/24", "10.244.40.7"), Family.IPV4, NETWORK, LEASABLE) == (
         "PublicIP 10.244.40.7 lies inside the lease's own subnet"
     )
-    own = LeaseTable(NETWORK, LEASABLE, IPv4Network("10.244.40.0/24"), is_own, lambda lease: None)
+    own = LeaseTable(Family.IPV4, NETWORK, LEASABLE, IPv4Network("10.244.40.0/24"), is_own, lambda lease: None)
     own.update([LeaseEvent(EventType.ADDED, host)])
     assert own.refused == {host.key: "PublicIP 10.244.40.7 lies inside our own lease 10.244.40.0/24"}
 
@@ -586,7 +589,7 @@ def test_valid_leases_of_other_types_are_known_whether_they_are_refused_or_not(r
     def refusal(one: Lease) -> str | None:
         return "of another type" if refuses and one.attrs.backend_type not in ("udp", "") else None
 
-    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, refusal, {"udp", ""})
+    peers = LeaseTable(Family.IPV4, NETWORK, (NETWORK,), OWN.subnet, is_own, refusal, {"udp", ""})
     peers.reset(
         [
             typed("10.244.1.0/24", "udp", 11),
@@ -608,7 +611,7 @@ def test_valid_leases_of_other_types_are_known_whether_they_are_refused_or_not(r
 
 
 def test_a_reservation_that_waits_for_its_host_is_of_no_type() -> None:
-    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, lambda one: None, {"vxlan"})
+    peers = LeaseTable(Family.IPV4, NETWORK, (NETWORK,), OWN.subnet, is_own, lambda one: None, {"vxlan"})
     flannels, reserved = typed("10.244.1.0/24", "", 11), typed("10.244.2.0/24", "", 12)
     named = replace(typed("10.244.3.0/24", "", 13), node_name="n3")
     peers.reset([replace(flannels, expires_s=1e9), reserved, named])
@@ -616,7 +619,7 @@ def test_a_reservation_that_waits_for_its_host_is_of_no_type() -> None:
 
 
 def test_a_lease_that_waits_for_its_addresses_is_of_another_type_once_it_has_them() -> None:
-    peers = LeaseTable(NETWORK, (NETWORK,), OWN.subnet, is_own, lambda one: None, {"udp"})
+    peers = LeaseTable(Family.IPV4, NETWORK, (NETWORK,), OWN.subnet, is_own, lambda one: None, {"udp"})
     first, second = typed("10.244.0.0/20", "udp", 11), typed("10.244.2.0/24", "vxlan", 12)
     peers.reset([first, second])
     assert of_other_type(peers) == set()

@@ -17,6 +17,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 from udptun.core.errors import one_line
+from udptun.core.family import Family
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.text_cache import TextCache
 
 Json = Any
@@ -96,6 +98,10 @@ class Subnets:
             key = f"{key}&{self.ipv6.network_address}-{self.ipv6.prefixlen}"
         object.__setattr__(self, "key", key)
 
+    def of(self, family: Family) -> IPNetwork | None:
+        """The prefix of that family; None when the lease has none."""
+        return self.ipv4 if family is Family.IPV4 else self.ipv6
+
     @classmethod
     def from_key(cls, key: str) -> Subnets:
         """The inverse of `key`.  Raises LeaseFormatError for all else, as host bits or another form of an address."""
@@ -155,6 +161,14 @@ class LeaseAttrs:
     def carries_ecn(self) -> bool:
         """Whether the host carries on the marks of congestion that datagrams to it get on the way (RFC 6040)."""
         return isinstance(self.backend_data, Mapping) and self.backend_data.get("ECN") is True
+
+    def address(self, family: Family) -> IPAddress | None:
+        """PublicIP or PublicIPv6; None when the host has named none."""
+        return self.public_ip if family is Family.IPV4 else self.public_ipv6
+
+    def data(self, family: Family) -> Json:
+        """What the backend says for that family: BackendData or BackendV6Data."""
+        return self.backend_data if family is Family.IPV4 else self.backend_v6_data
 
     def port(self, default: int) -> int:
         """The UDP port the host listens on; `default` where the lease names none, as flannel's never do."""
@@ -257,36 +271,60 @@ class LeaseEvent:
     lease: Lease
 
 
-def validate(lease: Lease, network: IPv4Network, claimed: Collection[IPv4Network]) -> str | None:
-    """Why a lease, our own or a peer's, cannot be used inside `network`; None when it can.
+def validate(lease: Lease, family: Family, network: IPNetwork, claimed: Collection[IPNetwork]) -> str | None:
+    """Why the part of a lease, our own or a peer's, that is of `family` cannot be used inside `network`; None: it can.
 
-    A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.  What goes to `claimed`
-    prefixes goes into the tunnel, and so would the tunnel's own datagrams to such a host.
+    The lease has a subnet of the family.  A wrong address here would send pod traffic to loopback, to a multicast group
+    or to nobody.  What goes to `claimed` prefixes goes into the tunnel, and so would the tunnel's own datagrams to such
+    a host.
     """
-    if not is_inside(lease.subnet, network):
-        return f"subnet {lease.subnet} is outside Network {network}"
-    if not 16 <= lease.subnet.prefixlen <= 30:
-        return f"prefix length {lease.subnet.prefixlen} is outside 16..30"
-    ip = lease.attrs.public_ip
-    if int(ip) >> 24 in (0, 127) or int(ip) >> 29 == 0b111:
-        return f"PublicIP {ip} is not a unicast address"
+    subnet, ip = lease.subnets.of(family), lease.attrs.address(family)
+    assert subnet is not None
+    if not is_inside(subnet, network):
+        return f"subnet {subnet} is outside {_NETWORK_KEY[family]} {network}"
+    shortest, longest = _SUBNET_LENGTHS[family]
+    if not shortest <= subnet.prefixlen <= longest:
+        return f"prefix length {subnet.prefixlen} is outside {shortest}..{longest}"
+    name = _PUBLIC_KEY[family]
+    if ip is None:
+        return f"it has no {name}"
+    if not _is_unicast(ip):
+        return f"{name} {ip} is not a unicast address"
     if ip in network:
         if network in claimed:
-            return f"PublicIP {ip} lies inside Network {network}"
+            return f"{name} {ip} lies inside {_NETWORK_KEY[family]} {network}"
         for prefix in claimed:
             if ip in prefix:
-                return f"PublicIP {ip} lies in {prefix}, which hosts may lease (SubnetMin to SubnetMax)"
-        if ip in lease.subnet:
-            return f"PublicIP {ip} lies inside the lease's own subnet"
+                return f"{name} {ip} lies in {prefix}, which hosts may lease (SubnetMin to SubnetMax)"
+        if ip in subnet:
+            return f"{name} {ip} lies inside the lease's own subnet"
     return None
 
 
-def is_inside(subnet: IPv4Network, network: IPv4Network) -> bool:
-    """The same as `subnet.subnet_of(network)`, which takes 11 µs: for a full table that is most of a second."""
+_NETWORK_KEY = {Family.IPV4: "Network", Family.IPV6: "IPv6Network"}
+_PUBLIC_KEY = {Family.IPV4: "PublicIP", Family.IPV6: "PublicIPv6"}
+_SUBNET_LENGTHS = {Family.IPV4: (16, 30), Family.IPV6: (1, 126)}
+"""The shortest and the longest prefix of a host: the datapath's index takes no shorter one of IPv4."""
+
+
+def _is_unicast(ip: IPAddress) -> bool:
+    """Whether it can be a host's address on a network.  A link-local IPv6 address says nothing without its link."""
+    if isinstance(ip, IPv4Address):
+        return int(ip) >> 24 not in (0, 127) and int(ip) >> 29 != 0b111
+    return not (ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip.is_link_local)
+
+
+def is_inside(subnet: IPNetwork, network: IPNetwork) -> bool:
+    """The same as `subnet.subnet_of(network)`, which takes 11 µs: for a full table that is most of a second.
+
+    Networks of different families are not inside each other.
+    """
     return subnet.prefixlen >= network.prefixlen and overlap(subnet, network)
 
 
-def overlap(a: IPv4Network, b: IPv4Network) -> bool:
-    """The same as `a.overlaps(b)`, which makes an object for both ends of each."""
+def overlap(a: IPNetwork, b: IPNetwork) -> bool:
+    """The same as `a.overlaps(b)`, which makes an object for both ends of each; False for different families."""
+    if a.version != b.version:
+        return False
     shorter = min(a.prefixlen, b.prefixlen)
-    return (int(a.network_address) ^ int(b.network_address)) >> (32 - shorter) == 0
+    return (int(a.network_address) ^ int(b.network_address)) >> (a.max_prefixlen - shorter) == 0

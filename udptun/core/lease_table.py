@@ -7,17 +7,19 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from ipaddress import IPv4Address, IPv4Network
 from itertools import chain
 
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseEvent, overlap, validate
+from udptun.core.network_state import IPAddress, IPNetwork
 
 _STALE_EXPIRIES = 1000
 """So many outdated entries may stay in the list of expiries before it is made anew."""
 
 
 class LeaseTable:
-    """The peers this host should reach: what the store says, without our own lease and without what is unusable.
+    """The peers this host should reach by one address family: what the store says, without our own lease and without
+    what is unusable.  A lease that has no subnet of the family is none to the table, and is nowhere in it.
 
     It is fed with snapshots and events.  Each update returns the difference that a backend has to apply, removals
     first, and takes as long as what it touches, however many leases the table holds.
@@ -36,13 +38,15 @@ class LeaseTable:
 
     def __init__(
         self,
-        network: IPv4Network,
-        claimed: Collection[IPv4Network],
-        own_subnet: IPv4Network,
+        family: Family,
+        network: IPNetwork,
+        claimed: Collection[IPNetwork],
+        own_subnet: IPNetwork,
         is_own: Callable[[Lease], bool],
         refusal: Callable[[Lease], str | None],
         peer_types: Collection[str] = (),
     ) -> None:
+        self.family = family
         self._network = network
         self._claimed = claimed
         self._own_subnet = own_subnet
@@ -51,7 +55,7 @@ class LeaseTable:
         self._peer_types = peer_types
         self._known: dict[str, Lease] = {}
         self._used: dict[str, Lease] = {}
-        self._space = _AddressSpace(network)
+        self._space = _AddressSpace(family, network)
         self._waiting: dict[str, Lease] = {}
         """Refused only because of another lease."""
         self._expiries = _Expiries()
@@ -67,6 +71,8 @@ class LeaseTable:
         """Apply events in order; return what changed among the usable peers."""
         touched: dict[str, None] = {}
         for event in events:
+            if event.lease.subnets.of(self.family) is None:
+                continue
             touched[event.lease.key] = None
             if event.type is EventType.ADDED:
                 self._known[event.lease.key] = event.lease
@@ -88,11 +94,11 @@ class LeaseTable:
         keeps its promises throughout, but holds all of the snapshot only after the last step.
         """
         before = self._known
-        self._known = {lease.key: lease for lease in snapshot}
+        self._known = {lease.key: lease for lease in snapshot if lease.subnets.of(self.family) is not None}
         self._expiries.rebuild(self._known.values())
         yield self._settle([key for key in before if key not in self._known])
         # In the order of their addresses, so that of two that overlap every host uses the same one.
-        keys = sorted(self._known, key=lambda key: _order(self._known[key]))
+        keys = sorted(self._known, key=lambda key: self._order(self._known[key]))
         for at in range(0, len(keys), size):
             yield self._settle(keys[at : at + size])
 
@@ -132,11 +138,22 @@ class LeaseTable:
         """Why the lease would be of no use to any backend here."""
         if self._is_own(lease):
             return f"PublicIP {lease.attrs.public_ip} is our own"
-        if overlap(lease.subnet, self._own_subnet):
-            return f"subnet {lease.subnet} overlaps our own lease {self._own_subnet}"
-        if lease.attrs.public_ip in self._own_subnet:
-            return f"PublicIP {lease.attrs.public_ip} lies inside our own lease {self._own_subnet}"
-        return validate(lease, self._network, self._claimed)
+        subnet, ip = self._subnet(lease), lease.attrs.address(self.family)
+        if overlap(subnet, self._own_subnet):
+            return f"subnet {subnet} overlaps our own lease {self._own_subnet}"
+        if ip is not None and ip in self._own_subnet:
+            return f"PublicIP {ip} lies inside our own lease {self._own_subnet}"
+        return validate(lease, self.family, self._network, self._claimed)
+
+    def _subnet(self, lease: Lease) -> IPNetwork:
+        subnet = lease.subnets.of(self.family)
+        assert subnet is not None, "a lease without a subnet of the family is never known"
+        return subnet
+
+    def _order(self, lease: Lease) -> tuple[int, int]:
+        """By address, the wider subnet first."""
+        subnet = self._subnet(lease)
+        return int(subnet.network_address), subnet.prefixlen
 
     def _settle(self, touched: Iterable[str], *, anew: bool = False) -> list[LeaseEvent]:
         """Bring the usable set in line with what is known of the keys `touched`; return the difference.
@@ -155,7 +172,7 @@ class LeaseTable:
             self.refused.pop(key, None)
             self._waiting.pop(key, None)
             self.of_other_type.pop(key, None)
-            if new is not None and new.subnet == self._own_subnet and self._is_own(new):
+            if new is not None and self._subnet(new) == self._own_subnet and self._is_own(new):
                 new = None
             if new is not None and (reason := self._unusable(new)) is not None:
                 self.refused[key] = reason
@@ -166,7 +183,7 @@ class LeaseTable:
                 self._used[key] = new  # the same key is the same subnet: it keeps its addresses
                 self._note_type(new)
                 added.append(new)
-                has_moved |= old.attrs.public_ip != new.attrs.public_ip
+                has_moved |= old.attrs.address(self.family) != new.attrs.address(self.family)
             elif new is not None:
                 if old is not None:
                     del self._used[key]
@@ -179,7 +196,7 @@ class LeaseTable:
                 removed.append(old)
         if removed or has_moved:
             newcomers += self._waiting.values()
-        for lease in sorted(newcomers, key=_order):
+        for lease in sorted(newcomers, key=self._order):
             reason = self._space.claim(lease)
             if reason is None:
                 self._used[lease.key] = lease
@@ -207,26 +224,22 @@ def _same(old: Lease | None, new: Lease) -> bool:
     return old is not None and old.attrs == new.attrs
 
 
-def _order(lease: Lease) -> tuple[int, int]:
-    """By address, the wider subnet first."""
-    return int(lease.subnet.network_address), lease.subnet.prefixlen
-
-
 def _postponed(lease: Lease, seconds: float) -> Lease:
     return lease if lease.expires_s is None else replace(lease, expires_s=lease.expires_s + seconds)
 
 
-def _span(subnet: IPv4Network) -> tuple[int, int]:
+def _span(subnet: IPNetwork) -> tuple[int, int]:
     """First and last address."""
     first = int(subnet.network_address)
-    return first, first | 0xFFFFFFFF >> subnet.prefixlen
+    return first, first | (1 << subnet.max_prefixlen - subnet.prefixlen) - 1
 
 
 class _AddressSpace:
-    """Which addresses are taken: disjoint subnets, sorted by their first address, and PublicIPs between them."""
+    """Which addresses of a family are taken: disjoint subnets, by their first address, and PublicIPs between them."""
 
-    def __init__(self, network: IPv4Network) -> None:
+    def __init__(self, family: Family, network: IPNetwork) -> None:
         """All subnets lie inside `network`, so PublicIPs outside need no look."""
+        self._family = family
         self._network = _span(network)
         self._firsts: list[int] = []
         self._holder: dict[int, Lease] = {}
@@ -235,10 +248,11 @@ class _AddressSpace:
 
     def claim(self, lease: Lease) -> str | None:
         """Take the lease's subnet and PublicIP.  Where one of them is taken, take nothing and return the reason."""
-        first, last = _span(lease.subnet)
+        subnet, _ = self._parts(lease)
+        first, last = _span(subnet)
         other = self._reaching(first, last)
         if other is not None:
-            return f"subnet {lease.subnet} overlaps the lease {other.key}"
+            return f"subnet {subnet} overlaps the lease {other.key}"
         reason = self._reason_against(lease)
         if reason is not None:
             return reason
@@ -249,7 +263,7 @@ class _AddressSpace:
 
     def move(self, old: Lease, new: Lease) -> bool:
         """Go from the PublicIP of `old` to that of `new`, which has the same subnet; False: that one is taken."""
-        if old.attrs.public_ip == new.attrs.public_ip:
+        if old.attrs.address(self._family) == new.attrs.address(self._family):
             return True
         if self._reason_against(new) is not None:
             return False
@@ -259,19 +273,26 @@ class _AddressSpace:
 
     def free(self, lease: Lease) -> None:
         """Give back what `claim` took."""
-        first = int(lease.subnet.network_address)
+        first = int(self._parts(lease)[0].network_address)
         del self._holder[first]
         del self._firsts[bisect_left(self._firsts, first)]
         self._remove_public_ip(lease)
 
+    def _parts(self, lease: Lease) -> tuple[IPNetwork, IPAddress]:
+        """The subnet and the PublicIP.  A lease that lacks either is refused before it comes here."""
+        subnet, ip = lease.subnets.of(self._family), lease.attrs.address(self._family)
+        assert subnet is not None
+        assert ip is not None
+        return subnet, ip
+
     def _reason_against(self, lease: Lease) -> str | None:
         """Why packets for the lease, or for a host whose address lies in it, would go round in circles."""
-        first, last = _span(lease.subnet)
+        subnet, ip = self._parts(lease)
+        first, last = _span(subnet)
         place = bisect_left(self._public_ips, first)
         if place < len(self._public_ips) and self._public_ips[place] <= last:
-            ip = IPv4Address(self._public_ips[place])
-            return f"subnet {lease.subnet} has the PublicIP of another host in it, {ip}"
-        ip = lease.attrs.public_ip
+            theirs = type(subnet.network_address)(self._public_ips[place])
+            return f"subnet {subnet} has the PublicIP of another host in it, {theirs}"
         other = self._reaching(int(ip), int(ip)) if self._is_inside(ip) else None
         return None if other is None else f"PublicIP {ip} lies inside the lease {other.key}"
 
@@ -281,21 +302,23 @@ class _AddressSpace:
         place = bisect_right(self._firsts, last)
         if place:
             other = self._holder[self._firsts[place - 1]]
-            if _span(other.subnet)[1] >= first:
+            if _span(self._parts(other)[0])[1] >= first:
                 return other
         return None
 
-    def _is_inside(self, ip: IPv4Address) -> bool:
+    def _is_inside(self, ip: IPAddress) -> bool:
         first, last = self._network
         return first <= int(ip) <= last
 
     def _add_public_ip(self, lease: Lease) -> None:
-        if self._is_inside(lease.attrs.public_ip):
-            insort(self._public_ips, int(lease.attrs.public_ip))
+        _, ip = self._parts(lease)
+        if self._is_inside(ip):
+            insort(self._public_ips, int(ip))
 
     def _remove_public_ip(self, lease: Lease) -> None:
-        if self._is_inside(lease.attrs.public_ip):
-            del self._public_ips[bisect_left(self._public_ips, int(lease.attrs.public_ip))]
+        _, ip = self._parts(lease)
+        if self._is_inside(ip):
+            del self._public_ips[bisect_left(self._public_ips, int(ip))]
 
 
 class _Expiries:

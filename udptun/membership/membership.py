@@ -22,6 +22,7 @@ from pathlib import Path
 from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, validate
 from udptun.core.lease_table import LeaseTable
 from udptun.kernel.supervisor import Supervisor
@@ -135,7 +136,7 @@ class Membership:
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
-        if (reason := validate(lease, self._conf.network, self._claimed)) is not None:
+        if (reason := validate(lease, Family.IPV4, self._conf.network, self._claimed)) is not None:
             raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
@@ -239,6 +240,7 @@ class Membership:
             is_provisional=is_provisional,
         )
         table = LeaseTable(
+            Family.IPV4,
             self._conf.network,
             self._claimed,
             lease.subnet,

@@ -1,0 +1,20 @@
+"""The two address families."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Family(Enum):
+    """An address family; the value is the version number of IP."""
+
+    IPV4 = 4
+    IPV6 = 6
+
+    @property
+    def bits(self) -> int:
+        """The length of an address, bits."""
+        return 32 if self is Family.IPV4 else 128
+
+    def __str__(self) -> str:
+        return f"IPv{self.value}"
