@@ -98,6 +98,37 @@ def test_the_same_prefix_and_metric_is_refused_when_a_route_is_added_and_replace
     assert [route["protocol"] for route in ns.show("route show 10.244.0.0/16")] == ["158"]
 
 
+# --- IPv6
+
+
+def test_an_ipv6_route_without_a_metric_gets_one_and_a_second_of_that_metric_is_refused(ns: Namespace) -> None:
+    """ip6_route_info_create makes 0 to IP6_RT_PRIO_USER, so desired.py says 1024 itself.
+
+    With NLM_F_EXCL, which rtnetlink.py sets, fib6_add_rt2node refuses the second one instead of adding a next hop.
+    """
+    ns.ip("-6 route add fd00:244:0:2::/64 dev v0")
+    assert [route["metric"] for route in ns.show("-6 route show fd00:244:0:2::/64")] == [1024]
+    with pytest.raises(subprocess.CalledProcessError):
+        ns.ip("-6 route add fd00:244:0:2::/64 dev v1 metric 1024")
+
+
+def test_an_unreachable_ipv6_route_is_told_as_one_through_lo(ns: Namespace) -> None:
+    """fib6_nh_init gives it the loopback device, and the dump names that.  So decode_route leaves it out."""
+    ns.ip(f"-6 route add unreachable fd00:244::/48 metric {WORST}")
+    (route,) = ns.show("-6 route show type unreachable")
+    assert (route["dst"], route["dev"], route["metric"]) == ("fd00:244::/48", "lo", WORST)
+
+
+def test_an_ipv6_address_can_be_used_at_once_only_without_duplicate_address_detection(ns: Namespace) -> None:
+    """addrconf_dad_begin makes it tentative for a second; accept_dad 0 of the device, as vxlan.py sets it, does not."""
+    for link, value in (("v0", "1"), ("v1", "0")):
+        setting = Path(f"/proc/sys/net/ipv6/conf/{link}/accept_dad")
+        ns.call(lambda setting=setting, value=value: setting.write_text(value))
+        ns.ip(f"address add fd00:244:0:{value}::/128 dev {link}")
+    shown = {it["ifname"]: it["addr_info"][0] for it in ns.show("-6 address show scope global") if it.get("addr_info")}
+    assert {link: address.get("tentative", False) for link, address in shown.items()} == {"v0": True, "v1": False}
+
+
 # --- devices
 
 

@@ -21,6 +21,7 @@ import pytest
 from namespace import Namespace, namespace, requires_netns
 
 from udptun.core.errors import FirewallError
+from udptun.core.lease import Subnets
 from udptun.core.ownership import Ownership
 from udptun.firewall import tool
 from udptun.firewall.obstacles.watch import Obstacles
@@ -100,7 +101,7 @@ def rules(ns: Namespace) -> str:
 
 def reconciler(*, masquerade: bool = False, forward: bool | None = None, nftables: bool = False) -> FirewallReconciler:
     settings = FirewallSettings(masquerade, forward, random_fully=True, nftables=nftables, resync_s=0.1)
-    return FirewallReconciler(settings, OURS, Obstacles(lambda: None))
+    return FirewallReconciler(settings, [OURS], Obstacles(lambda: None))
 
 
 @asynccontextmanager
@@ -248,7 +249,7 @@ def test_what_fails_once_at_the_start_is_named_and_tried_again(
 
     async def start() -> None:
         firewall = reconciler(masquerade=trouble.masquerade, forward=trouble.forward, nftables=trouble.nftables)
-        await firewall.set_up(SUBNET, None)
+        await firewall.set_up(Subnets(SUBNET), None)
         assert firewall.problems == (trouble.line,)
         there = rules(ns)
         for words in trouble.stands:
@@ -281,7 +282,7 @@ def test_rules_that_were_asked_for_and_are_refused_end_the_start(
         with pytest.raises(
             FirewallError, match=r"cannot set the firewall's rules: .* ended with status 4: not now; it"
         ):
-            await reconciler(masquerade=True).set_up(SUBNET, None)
+            await reconciler(masquerade=True).set_up(Subnets(SUBNET), None)
 
     ns.call_async(start)
 
@@ -373,7 +374,7 @@ def test_a_table_that_cannot_be_read_is_named_and_keeps_no_other_from_its_repair
 
     async def run() -> None:
         firewall = reconciler(masquerade=True, nftables=case.nftables)
-        await firewall.set_up(SUBNET, None)
+        await firewall.set_up(Subnets(SUBNET), None)
         assert firewall.problems == ()
         whole = rules(ns)
         if case.hidden:
@@ -410,7 +411,7 @@ def test_masquerading_is_set_up_beside_a_filter_table_that_cannot_be_read(
 
     async def start() -> None:
         firewall = reconciler(masquerade=True)
-        await firewall.set_up(SUBNET, None)
+        await firewall.set_up(Subnets(SUBNET), None)
         (line,) = firewall.problems
         assert re.fullmatch(hidden_line("filter", "FORWARD"), line)
         assert firewall.document() == {"form": "iptables", "masquerade": True, "forward": False}
@@ -429,11 +430,11 @@ def test_cleanup_removes_what_it_can_and_names_what_it_cannot(
     its = tools(tmp_path, monkeypatch, "iptables-legacy")
 
     async def clean_up() -> tuple[list[str], list[str]]:
-        await reconciler(masquerade=True).set_up(SUBNET, None)
+        await reconciler(masquerade=True).set_up(Subnets(SUBNET), None)
         sh(ns, "nft add table ip flannel-ipv4; iptables-nft -N FLANNEL-FWD")
         its.hang("iptables *-t *")
         its.fail("iptables-nft-restore *")
-        return await remove_rules(OURS, None)
+        return await remove_rules(OURS.networks, None)
 
     removed, left = ns.call_async(clean_up)
     assert removed == ["removed leftover table ip flannel-ipv4"]
@@ -442,7 +443,7 @@ def test_cleanup_removes_what_it_can_and_names_what_it_cannot(
         "cannot remove firewall rules: `iptables-nft-restore --noflush -w` ended with status 4: not now",
     ]
     its.work()
-    removed, left = ns.call_async(lambda: remove_rules(OURS, None))
+    removed, left = ns.call_async(lambda: remove_rules(OURS.networks, None))
     assert (sorted(removed), left) == (
         [
             "removed leftover chain FLANNEL-FWD",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from namespace import Namespace, namespace, requires_netns
 
+from udptun.core.lease import Subnets
 from udptun.core.ownership import Ownership
 from udptun.firewall.iptables_programs import programs
 from udptun.firewall.obstacles.watch import Obstacles
@@ -119,7 +120,8 @@ def test_rules_are_set_with_the_one_that_the_host_has_come_to_use(ns: Namespace,
     network, subnet = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.7.0/24")
 
     async def set_up() -> None:
-        await FirewallReconciler(settings, Ownership((network,)), Obstacles(lambda: None)).set_up(subnet, None)
+        firewall = FirewallReconciler(settings, [Ownership((network,))], Obstacles(lambda: None))
+        await firewall.set_up(Subnets(subnet), None)
 
     ns.call_async(set_up)
     assert "FLANNEL-POSTRTG" in sh(ns, "iptables-nft-save")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from udptun.backends.choice import parse_net_conf
 from udptun.core.clock import Clock
+from udptun.core.family import Family
 from udptun.core.lease import EventType, LeaseAttrs, LeaseEvent
 from udptun.membership.allocate import chooser
 from udptun.membership.identity import Identity
@@ -41,11 +42,11 @@ class Member:
         state_dir.mkdir(exist_ok=True)
         self.membership = Membership(
             *(store, Start(CONFIG), CONF, self._me, state_dir, margin_s),
-            *((CONF.network,), lambda lease: None, self._changed, parse_net_conf, clock),
+            *({Family.IPV4: (CONF.network,)}, lambda lease, family: None, self._changed, parse_net_conf, clock),
         )
         self.running: asyncio.Task[None] | None = None
 
-    async def _changed(self, events: Sequence[LeaseEvent]) -> None:
+    async def _changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
         for event in events:
             if event.type is EventType.ADDED:
                 self.peers.add(event.lease.key)

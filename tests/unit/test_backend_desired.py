@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network, summarize_address_range
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, summarize_address_range
 
 import pytest
 
@@ -17,6 +17,7 @@ from udptun.backends.vxlan import Fallback, KernelVxlan, VxlanKeys
 from udptun.config.net_conf import BackendKeys, replace_live_keys
 from udptun.core.desired import DesiredFdb, DesiredNeighbour, DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError
+from udptun.core.family import Family
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import RouteType, Vxlan
 from udptun.core.offload import ALL
@@ -67,6 +68,84 @@ def test_vxlan_desires_flannels_device_and_three_things_for_each_peer() -> None:
         DesiredRoute(IPv4Network("10.244.2.0/24"), "flannel.1", gateway=second, onlink=True),
         DesiredRoute(IPv4Network("10.244.3.0/24"), "flannel.1", gateway=third, onlink=True),
     )
+
+
+IPV6 = IPv6Address("2001:db8::1")
+DUAL = replace(UNDERLAY, ipv6=IPV6, public_ipv6=IPV6)
+IPV6_MAC = "02:00:00:00:06:01"
+
+
+def ipv6_inputs(*numbers: int, **changes: object) -> BackendInput:
+    """With the peers of these numbers, each with both families."""
+    network = IPv6Network("fd00:244::/48")
+    peers = [
+        Lease(
+            Subnets(lease(number).subnet, IPv6Network(f"fd00:244:0:{number}::/64")),
+            replace(
+                lease(number).attrs,
+                public_ipv6=IPv6Address(f"2001:db8::{number}"),
+                backend_v6_data={"VNI": 1, "VtepMAC": f"02:00:00:00:06:{number:02x}"},
+            ),
+        )
+        for number in numbers
+    ]
+    own = IPv6Network("fd00:244:0:1::/64")
+    live = replace(LIVE, ipv6_mtu=1430)
+    inputs = BackendInput(network, (network,), DUAL, own, live, peers, family=Family.IPV6)
+    return replace(inputs, **changes)  # type: ignore[arg-type]  # of the caller
+
+
+def test_vxlan_desires_the_same_of_ipv6_on_a_second_device() -> None:
+    desired = KernelVxlan(VxlanKeys(), MAC, IPV6_MAC).desired(ipv6_inputs(2))
+    (link,) = desired.links
+    assert (link.name, link.mtu, link.mac) == ("flannel-v6.1", 1430, IPV6_MAC)
+    assert link.vxlan == Vxlan(1, IPV6, 2, 8472, learning=False, gbp=False)
+    assert [(str(a.ip), a.prefixlen) for a in desired.addresses] == [("fd00:244:0:1::", 128)]
+    second = IPv6Address("fd00:244:0:2::")
+    assert desired.neighbours == (DesiredNeighbour("flannel-v6.1", second, "02:00:00:00:06:02"),)
+    assert desired.fdb == (DesiredFdb("flannel-v6.1", "02:00:00:00:06:02", IPv6Address("2001:db8::2")),)
+    assert desired.routes_beside(()) == (
+        DesiredRoute(IPv6Network("fd00:244::/48"), type=RouteType.UNREACHABLE, metric=0xFFFFFFFF),
+        DesiredRoute(IPv6Network("fd00:244:0:2::/64"), "flannel-v6.1", gateway=second, onlink=True),
+    )
+
+
+def test_a_peer_that_is_reached_directly_by_ipv6_gets_a_plain_route_alone() -> None:
+    backend = KernelVxlan(VxlanKeys(direct_routing=True), MAC, IPV6_MAC)
+    gateway = IPv6Address("2001:db8::2")
+    desired = backend.desired(ipv6_inputs(2, 3, direct={gateway: 5}))
+    assert desired.routes[0] == DesiredRoute(IPv6Network("fd00:244:0:2::/64"), gateway=gateway, oif=5)
+    assert [str(e.dst) for e in desired.fdb] == ["2001:db8::3"]
+
+
+def test_host_gw_has_each_peer_lead_to_its_ipv6_subnet() -> None:
+    gateway = IPv6Address("2001:db8::2")
+    assert HostGw().desired(ipv6_inputs(2)) == DesiredState(
+        routes=(DesiredRoute(IPv6Network("fd00:244:0:2::/64"), gateway=gateway, oif=2),)
+    )
+    with pytest.raises(UdptunError, match=r"^your PublicIPv6 2001:db8::9 differs from the interface's 2001:db8::1, "):
+        HostGw().attrs(replace(DUAL, public_ipv6=IPv6Address("2001:db8::9")), LIVE, "n" * 32)
+
+
+def test_leases_of_both_families_are_flannels_key_for_key() -> None:
+    attrs = KernelVxlan(VxlanKeys(), MAC, IPV6_MAC).attrs(DUAL, LIVE, "n" * 32)
+    assert attrs.to_json() == (
+        '{"PublicIP":"192.0.2.1","PublicIPv6":"2001:db8::1","BackendType":"vxlan",'
+        f'"BackendData":{{"VNI":1,"VtepMAC":"{MAC}","NodeID":"{"n" * 32}","Udptun":1}},'
+        f'"BackendV6Data":{{"VNI":1,"VtepMAC":"{IPV6_MAC}"}}}}'
+    )
+    assert HostGw().attrs(DUAL, LIVE, "n" * 32).public_ipv6 == IPV6
+    assert Alloc().attrs(DUAL, LIVE, "n" * 32).public_ipv6 == IPV6
+
+
+def test_a_vtep_without_a_mac_for_ipv6_is_a_peer_by_ipv4_alone() -> None:
+    backend, (peer,) = KernelVxlan(VxlanKeys(), MAC, IPV6_MAC), ipv6_inputs(2).peers
+    without = replace(peer, attrs=replace(peer.attrs, backend_v6_data=None))
+    assert backend.refusal(without) is None
+    assert backend.refusal(without, Family.IPV6) == (
+        "its BackendV6Data has no VtepMAC that is a unicast MAC address"
+    )
+    assert backend.refusal(peer, Family.IPV6) is None
 
 
 def test_vxlan_sends_from_the_interfaces_own_address_behind_a_nat() -> None:

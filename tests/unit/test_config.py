@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -10,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udptun.backends.alloc import AllocKeys
-from udptun.backends.base import Backend, check_underlay, mtu_for
+from udptun.backends.base import Backend, LiveSettings, check_underlay, mtu_for
 from udptun.backends.choice import KernelSupport, choose, parse_net_conf
 from udptun.backends.hostgw import HostGwKeys
 from udptun.backends.udp import UDP_OVERHEAD, UdpKeys
 from udptun.backends.vxlan import Fallback, VxlanKeys
-from udptun.config.flags import parse_daemon_flags
+from udptun.config.flags import Options, parse_daemon_flags
 from udptun.config.net_conf import (
     BackendKeys,
     LogLevel,
@@ -23,9 +24,10 @@ from udptun.config.net_conf import (
     SubnetPool,
     keys_that_need_a_restart,
 )
-from udptun.control.settings import live_settings
+from udptun.control.settings import ipv6_lack, live_settings
 from udptun.core.errors import ConfigError
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
+from udptun.kernel.underlay import Underlay
 
 
 def parse(text: str) -> NetConf:
@@ -128,12 +130,19 @@ def test_config_takes_a_number_of_source_ports_or_auto(text: str, ports: int) ->
     assert conf.backend == UdpKeys(source_ports=ports)
 
 
+def live(options: Options, keys: BackendKeys) -> LiveSettings:
+    """What a host with these flags runs with, on an interface with an MTU of 1500."""
+    address = IPv4Address("192.0.2.1")
+    conf = replace(parse('{"Network":"10.3.0.0/16"}'), backend=keys)
+    return live_settings(options, conf, Underlay("eth0", 2, 1500, address, address), backend(keys))
+
+
 @pytest.mark.parametrize("keys", [UdpKeys, VxlanKeys, HostGwKeys])
 def test_peers_are_probed_unless_the_flag_or_the_config_says_no(
     keys: type[UdpKeys] | type[VxlanKeys] | type[HostGwKeys],
 ) -> None:
     def is_on(flags: list[str], keys: BackendKeys) -> bool:
-        return live_settings(parse_daemon_flags(flags, {}), keys, 1500, 28).probe
+        return live(parse_daemon_flags(flags, {}), keys).probe
 
     conf = '{"Network":"10.3.0.0/16","Backend":{"Type":"' + keys.type + '","Probe":false}}'
     assert parse(conf).backend == keys(probe=False)
@@ -160,7 +169,7 @@ def test_source_ports_are_the_flags_then_the_configs_and_auto_is_one_a_worker(
     argv: list[str], keys: BackendKeys, ports: int
 ) -> None:
     options = parse_daemon_flags(argv, {})
-    assert live_settings(options, keys, 1500, 28).source_ports == ports
+    assert live(options, keys).source_ports == ports
 
 
 def test_config_takes_every_key_of_a_vxlan_backend() -> None:
@@ -239,9 +248,41 @@ def test_config_ignores_what_is_wrong_with_the_range_of_a_disabled_family() -> N
     assert parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/127","IPv6SubnetLen":3}').ipv6 is None
 
 
-def test_config_says_that_udp_carries_no_ipv6() -> None:
-    conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}')
-    assert any("carries no IPv6" in note for note in conf.notes)
+@pytest.mark.parametrize(
+    ("keys", "underlay", "lack", "mtus"),
+    [
+        (UdpKeys(), {}, "the udp backend carries no IPv6; Backend.Type vxlan and host-gw do", (1472, None, 1472)),
+        (VxlanKeys(), {}, "", (1450, 1430, 1430)),
+        (HostGwKeys(), {}, "", (1500, 1500, 1500)),
+        (AllocKeys(), {}, "", (1500, 1500, 1500)),
+        (VxlanKeys(), {"ipv6": None, "ipv6_problem": "eth0 has none"}, "eth0 has none", (1450, None, 1450)),
+        (VxlanKeys(), {"mtu": 1350}, "", (1300, 1280, 1280)),
+        (
+            VxlanKeys(),
+            {"mtu": 1349},
+            "an underlay MTU of 1349 leaves 1279 bytes for the pods' packets; IPv6 needs 1280, so the underlay needs "
+            "1350",
+            (1299, None, 1299),
+        ),
+        (
+            VxlanKeys(userspace=True),
+            {},
+            "the vxlan backend carries no IPv6; Backend.Type vxlan and host-gw do",
+            (1450, None, 1450),
+        ),
+    ],
+)
+def test_ipv6_is_carried_or_the_reason_is_said_and_ipv4_is_not_touched(
+    keys: BackendKeys, underlay: dict[str, object], lack: str, mtus: tuple[int, int | None, int]
+) -> None:
+    conf = replace(parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}'), backend=keys)
+    own = IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1")
+    here = replace(Underlay("eth0", 2, 1500, own[0], own[0], ipv6=own[1], public_ipv6=own[1]), **underlay)  # type: ignore[arg-type]  # of the table
+    options = parse_daemon_flags([], {})
+    assert ipv6_lack(options, conf, here, backend(keys)) == lack
+    live = live_settings(options, conf, here, backend(keys))
+    assert (live.mtu, live.ipv6_mtu, live.pod_mtu) == mtus
+    assert ipv6_lack(options, replace(conf, ipv6=None), here, backend(keys)) == ""
 
 
 def net(**keys: object) -> str:
@@ -584,7 +625,7 @@ def test_a_host_that_got_udp_for_want_of_vxlan_is_told_of_the_vtep() -> None:
     ],
 )
 def test_what_can_be_leased_is_said_in_the_fewest_prefixes(text: str, prefixes: str) -> None:
-    assert " ".join(map(str, parse(text).leasable)) == prefixes
+    assert " ".join(map(str, parse(text).ipv4.leasable)) == prefixes
 
 
 def test_mtu_for_takes_off_the_28_bytes_of_the_outer_headers() -> None:

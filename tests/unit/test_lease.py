@@ -20,8 +20,10 @@ from udptun.core.lease import (
     LeaseEvent,
     LeaseFormatError,
     Subnets,
+    is_inside,
     validate,
 )
+from udptun.core.lease import overlap as overlapping
 from udptun.core.lease_table import LeaseTable
 
 NETWORK = IPv4Network("10.244.0.0/16")
@@ -625,3 +627,76 @@ def test_a_lease_that_waits_for_its_addresses_is_of_another_type_once_it_has_the
     assert of_other_type(peers) == set()
     peers.update(removed(first))
     assert of_other_type(peers) == {"10.244.2.0/24 vxlan"}
+
+
+# --- IPv6
+
+
+IPV6_NETWORK = IPv6Network("fd00:244::/48")
+
+
+def dual(number: int, public_ipv6: str | None, expires_s: float | None = None) -> Lease:
+    """Of a host with both families."""
+    subnets = Subnets(IPv4Network(f"10.244.{number}.0/24"), IPv6Network(f"fd00:244:0:{number:x}::/64"))
+    ipv6 = None if public_ipv6 is None else IPv6Address(public_ipv6)
+    return Lease(subnets, LeaseAttrs(IPv4Address(f"192.0.2.{number}"), ipv6), expires_s)
+
+
+def ipv6_table() -> LeaseTable:
+    own = IPv6Network("fd00:244:0:63::/64")
+    return LeaseTable(Family.IPV6, IPV6_NETWORK, (IPV6_NETWORK,), own, is_own, lambda lease: None)
+
+
+def test_a_lease_of_ipv4_alone_is_none_to_the_table_of_ipv6() -> None:
+    peers = ipv6_table()
+    both = dual(11, "2001:db8::1")
+    assert peers.reset([both, B]) == added(both)
+    assert peers.update(added(C)) == []
+    assert (list(peers.peers), peers.refused) == ([both.key], {})
+    assert peers.update(removed(B, both)) == removed(both)
+
+
+@pytest.mark.parametrize(
+    ("public_ipv6", "reason"),
+    [
+        (None, "it has no PublicIPv6"),
+        ("::", "PublicIPv6 :: is not a unicast address"),
+        ("::1", "PublicIPv6 ::1 is not a unicast address"),
+        ("ff02::1", "PublicIPv6 ff02::1 is not a unicast address"),
+        ("fe80::1", "PublicIPv6 fe80::1 is not a unicast address"),
+        ("fd00:244:0:9::1", "PublicIPv6 fd00:244:0:9::1 lies inside IPv6Network fd00:244::/48"),
+        ("2001:db8::1", None),
+    ],
+)
+def test_one_family_of_a_lease_may_be_of_no_use_while_the_other_is(public_ipv6: str | None, reason: str | None) -> None:
+    one = dual(11, public_ipv6)
+    ipv4, ipv6 = table(), ipv6_table()
+    assert ipv4.reset([one]) == added(one)
+    assert ipv6.reset([one]) == ([] if reason else added(one))
+    assert ipv6.refused == ({one.key: reason} if reason else {})
+
+
+def test_ipv6_leases_take_their_addresses_and_give_them_back() -> None:
+    peers, first = ipv6_table(), dual(11, "2001:db8::1")
+    wide = Lease(Subnets(IPv4Network("10.244.7.0/24"), IPv6Network("fd00:244::/60")), dual(7, "2001:db8::7").attrs)
+    assert peers.reset([first]) == added(first)
+    assert peers.update(added(wide)) == []
+    assert peers.refused == {wide.key: f"subnet fd00:244::/60 overlaps the lease {first.key}"}
+    moved = replace(first, attrs=replace(first.attrs, public_ipv6=IPv6Address("2001:db8::9")))
+    assert peers.update(added(moved)) == added(moved)
+    assert peers.update(removed(moved)) == [*removed(moved), *added(wide)]
+
+
+def test_a_lease_outside_the_ipv6_network_is_refused_by_its_own_name() -> None:
+    other = Lease(Subnets(IPv4Network("10.244.7.0/24"), IPv6Network("fd00:99::/64")), dual(7, "2001:db8::7").attrs)
+    peers = ipv6_table()
+    assert peers.reset([other]) == []
+    assert peers.refused == {other.key: "subnet fd00:99::/64 is outside IPv6Network fd00:244::/48"}
+
+
+def test_prefixes_of_different_families_neither_overlap_nor_contain_each_other() -> None:
+    ipv4, ipv6 = IPv4Network("0.0.0.0/0"), IPv6Network("::/0")
+    assert not overlapping(ipv4, ipv6)
+    assert not is_inside(IPv6Network("::/96"), ipv4)
+    assert is_inside(IPv6Network("fd00:244:0:1::/64"), IPV6_NETWORK)
+    assert not is_inside(IPv6Network("fd00:245::/64"), IPV6_NETWORK)

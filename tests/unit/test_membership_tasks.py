@@ -23,6 +23,7 @@ from udptun.backends.choice import parse_net_conf
 from udptun.core import atomic_file
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, KernelError, StoreUnavailableError
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, Subnets
 from udptun.kernel import supervisor as supervisor_module
 from udptun.membership import follow, grace, lease_clock, outage, saved, skipped
@@ -76,10 +77,11 @@ class Member:
         self.me = me
         self.membership = Membership(
             *(store, start or Start(CONFIG), CONF, me, directory, margin_s),
-            *((CONF.network,), lambda lease: None, self._changed, parse_net_conf, clock or Clock()),
+            *({Family.IPV4: (CONF.network,)}, lambda lease, family: None),
+            *(self._changed, parse_net_conf, clock or Clock()),
         )
 
-    async def _changed(self, events: Sequence[LeaseEvent]) -> None:
+    async def _changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
         self.n_changes += len(events)
         for event in events:
             if event.type is EventType.ADDED:
@@ -1128,12 +1130,12 @@ async def test_a_full_table_leaves_the_event_loop_to_others(tmp_path: Path, n_le
     store = FakeStore()
     store.gives = Subnets(IPv4Network("10.255.255.0/24"))
 
-    async def ignore(events: Sequence[LeaseEvent]) -> None:
+    async def ignore(family: Family, events: Sequence[LeaseEvent]) -> None:
         pass
 
     member = Membership(
         *(store, Start(CONFIG), conf, ME, tmp_path, 3600),
-        *((conf.network,), lambda lease: None, ignore, parse_net_conf, Clock()),
+        *({Family.IPV4: (conf.network,)}, lambda lease, family: None, ignore, parse_net_conf, Clock()),
     )
     await member.join(OWN_ATTRS, chooser(conf, ME, None, random.Random(1)))
     await member.catch_up()
@@ -1190,10 +1192,10 @@ async def test_a_peer_that_cannot_be_added_is_named_and_tried_again_and_the_othe
     broken = True
 
     class Picky(Member):
-        async def _changed(self, events: Sequence[LeaseEvent]) -> None:
+        async def _changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
             if broken and any(event.lease.key == PEER.key for event in events):
                 raise failure
-            await super()._changed(events)
+            await super()._changed(family, events)
 
     member = Picky(FakeStore(PEER, lease("10.244.21.0/24", "192.0.2.21")), tmp_path)
     async with member.running():

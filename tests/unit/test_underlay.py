@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 import pytest
 
@@ -82,8 +82,8 @@ def test_the_socket_is_bound_to_a_public_ip_that_the_host_has(public_ip: str, ow
     found = pick(UnderlayOptions(ifaces=("eth0",), public_ip=ip), LINKS, addresses, ROUTES)
     assert found == Underlay("eth0", 2, 1500, ip, ip, owner)
     assert f"; we send from PublicIP, which is on {owner or 'eth0'}" in found.reason
-    assert refresh(found, [LO, replace(ETH0, mtu=1400), ETH1], addresses) == replace(found, mtu=1400)
-    assert refresh(found, LINKS, [address for address in addresses if address.ip != ip]) is None
+    assert refresh(found, UnderlayOptions(), [LO, replace(ETH0, mtu=1400), ETH1], addresses) == replace(found, mtu=1400)
+    assert refresh(found, UnderlayOptions(), LINKS, [address for address in addresses if address.ip != ip]) is None
 
 
 @pytest.mark.parametrize(
@@ -178,12 +178,12 @@ def test_loopback_is_not_an_interface_for_peers() -> None:
 
 def test_an_underlay_is_the_same_as_long_as_its_link_has_its_address() -> None:
     old = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.2"), IPv4Address("203.0.113.7"))
-    assert refresh(old, [ETH0], ADDRESSES) == old
-    assert refresh(old, [replace(ETH0, mtu=1400)], ADDRESSES) == replace(old, mtu=1400)
-    assert refresh(old, [replace(ETH0, is_up=False)], ADDRESSES) == old
-    assert refresh(old, [ETH0], ADDRESSES[:2]) is None
-    assert refresh(old, [replace(ETH0, index=9)], ADDRESSES) is None
-    assert refresh(old, [], []) is None
+    assert refresh(old, UnderlayOptions(), [ETH0], ADDRESSES) == old
+    assert refresh(old, UnderlayOptions(), [replace(ETH0, mtu=1400)], ADDRESSES) == replace(old, mtu=1400)
+    assert refresh(old, UnderlayOptions(), [replace(ETH0, is_up=False)], ADDRESSES) == old
+    assert refresh(old, UnderlayOptions(), [ETH0], ADDRESSES[:2]) is None
+    assert refresh(old, UnderlayOptions(), [replace(ETH0, index=9)], ADDRESSES) is None
+    assert refresh(old, UnderlayOptions(), [], []) is None
 
 
 # --- several addresses: which one, why, and which others there were
@@ -306,10 +306,82 @@ def test_ways_to_the_peers_are_followed_where_routes_have_chosen() -> None:
     old = Underlay("eth0", 2, 1500, ON_LO, ON_LO, "lo", True)
     by_eth0, by_eth1 = Route(IPv4Network("203.0.113.7/32"), oif=2), Route(IPv4Network("203.0.113.8/32"), oif=3)
     to_self = Route(IPv4Network("203.0.113.9/32"), oif=1, type=RouteType.LOCAL)
-    assert refresh(old, LINKS, on(LO), []) == old
-    assert refresh(old, LINKS, on(LO), [by_eth1, by_eth0]) == old
-    assert refresh(old, LINKS, on(LO), [to_self, by_eth1]) == replace(old, link_name="eth1", link_index=3, mtu=9000)
+    assert refresh(old, UnderlayOptions(), LINKS, on(LO), []) == old
+    assert refresh(old, UnderlayOptions(), LINKS, on(LO), [by_eth1, by_eth0]) == old
+    over_eth1 = replace(old, link_name="eth1", link_index=3, mtu=9000)
+    assert refresh(old, UnderlayOptions(), LINKS, on(LO), [to_self, by_eth1]) == over_eth1
     small = [LO, ETH0, replace(ETH1, mtu=1300)]
-    assert refresh(old, small, on(LO), [by_eth0, by_eth1]) == replace(old, mtu=1300)
-    assert refresh(old, LINKS, ADDRESSES, [by_eth0]) is None
-    assert refresh(old, [LO, ETH1], on(LO), []) is None
+    assert refresh(old, UnderlayOptions(), small, on(LO), [by_eth0, by_eth1]) == replace(old, mtu=1300)
+    assert refresh(old, UnderlayOptions(), LINKS, ADDRESSES, [by_eth0]) is None
+    assert refresh(old, UnderlayOptions(), [LO, ETH1], on(LO), []) is None
+
+
+# --- IPv6
+
+
+def ip6(text: str, index: int = 2, **more: object) -> Address:
+    return Address(index, IPv6Address(text), 64, **more)  # type: ignore[arg-type]  # of the caller
+
+
+GLOBAL, OTHER, LINK_LOCAL = ip6("2001:db8::1"), ip6("2001:db8::2"), ip6("fe80::1", scope=Scope.LINK)
+
+
+def choose_dual(*ipv6: Address, **options: object) -> Underlay:
+    asked = UnderlayOptions(with_ipv6=True, **options)  # type: ignore[arg-type]  # of the caller
+    return pick(asked, LINKS, [*ADDRESSES, *ipv6], ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        ([LINK_LOCAL, GLOBAL], "2001:db8::1"),
+        ([OTHER, GLOBAL], "2001:db8::2"),
+        ([replace(OTHER, is_temporary=True), GLOBAL], "2001:db8::1"),
+        ([replace(OTHER, is_permanent=False), GLOBAL], "2001:db8::1"),
+        ([replace(OTHER, is_deprecated=True), GLOBAL], "2001:db8::1"),
+        ([ip6("2001:db8::3", 3), GLOBAL], "2001:db8::1"),
+    ],
+)
+def test_the_ipv6_address_is_one_of_the_chosen_interface(there: list[Address], chosen: str) -> None:
+    found = choose_dual(*there)
+    assert (found.ipv6, found.public_ipv6, found.ipv6_problem) == (IPv6Address(chosen), IPv6Address(chosen), "")
+    assert found.address == IPv4Address("192.0.2.1")
+
+
+@pytest.mark.parametrize("there", [[], [LINK_LOCAL], [ip6("2001:db8::3", 3)]])
+def test_an_interface_without_an_ipv6_address_has_ipv4_and_the_reason(there: list[Address]) -> None:
+    found = choose_dual(*there)
+    assert (found.address, found.ipv6, found.public_ipv6) == (IPv4Address("192.0.2.1"), None, None)
+    assert found.ipv6_problem == "eth0 has no IPv6 address that other hosts could send to; give it one"
+
+
+def test_nobody_looks_for_an_ipv6_address_unless_pods_have_ipv6() -> None:
+    found = pick(UnderlayOptions(), LINKS, [*ADDRESSES, GLOBAL], ROUTES)
+    assert (found.ipv6, found.public_ipv6, found.ipv6_problem) == (None, None, "")
+
+
+def test_public_ipv6_is_what_peers_are_told_and_our_own_address_where_the_host_has_it() -> None:
+    elsewhere, here = IPv6Address("2001:db8:9::9"), IPv6Address("2001:db8::3")
+    behind_nat = choose_dual(GLOBAL, public_ipv6=elsewhere)
+    assert (behind_nat.ipv6, behind_nat.public_ipv6) == (GLOBAL.ip, elsewhere)
+    own = choose_dual(GLOBAL, ip6(str(here), 3), public_ipv6=here)
+    assert (own.ipv6, own.public_ipv6) == (here, here)
+
+
+def test_iface_may_be_an_ipv6_address() -> None:
+    found = choose_dual(ip6("2001:db8::3", 3), ifaces=("2001:db8::3",))
+    assert (found.link_name, found.address, found.ipv6) == (
+        "eth1",
+        IPv4Address("198.51.100.1"),
+        IPv6Address("2001:db8::3"),
+    )
+
+
+def test_the_ipv6_address_stays_while_it_is_there_and_is_followed_when_it_goes() -> None:
+    options = UnderlayOptions(with_ipv6=True)
+    old = choose_dual(OTHER)
+    assert refresh(old, options, [ETH0], [*ADDRESSES, GLOBAL, OTHER]) == old
+    assert refresh(old, options, [ETH0], [*ADDRESSES, GLOBAL]) == replace(old, ipv6=GLOBAL.ip, public_ipv6=GLOBAL.ip)
+    without = refresh(old, options, [ETH0], ADDRESSES)
+    assert without is not None
+    assert (without.address, without.ipv6, bool(without.ipv6_problem)) == (old.address, None, True)

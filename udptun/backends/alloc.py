@@ -8,6 +8,7 @@ from typing import ClassVar
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredState
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
 
@@ -24,8 +25,9 @@ class Alloc:
 
     type = AllocKeys.type
     summary = "lease and subnet.env only"
+    families = frozenset(Family)
     device = None
-    overhead = 0
+    overhead = ipv6_overhead = 0
     encapsulation = None
     routes_network = False
     peer_types = frozenset[str]()
@@ -34,12 +36,12 @@ class Alloc:
 
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """It names no type, as flannel's does not."""
-        return LeaseAttrs(underlay.public_ip, backend_data={"NodeID": node_id, "Udptun": 1})
+        return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, backend_data={"NodeID": node_id, "Udptun": 1})
 
-    def refusal(self, lease: Lease) -> None:
+    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> None:
         """No lease is refused, because nothing is done about any."""
 
-    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[()]:
+    def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[()]:
         return ()
 
     def desired(self, inputs: BackendInput) -> DesiredState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
@@ -11,7 +11,9 @@ from udptun.config.go_json import boolean, choice, integer, key
 from udptun.config.net_conf import BackendKeys, NetConf
 from udptun.core.desired import DesiredLink, DesiredState, Pods
 from udptun.core.errors import ConfigError
-from udptun.core.lease import Lease, LeaseAttrs
+from udptun.core.family import Family
+from udptun.core.lease import Lease, LeaseAttrs, LeasePart
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.offload import ALL, Offload
 from udptun.core.offload import parse as parse_offloads
 from udptun.core.tunnel import MTU_MIN, UNDERLAY_MTUS, WORKERS, SourceCheck
@@ -51,9 +53,10 @@ class TunnelKeys(ProbedKeys):
 
 @dataclass(frozen=True, slots=True)
 class LiveSettings:
-    """What SIGHUP can change.  All but `mtu` and `probe` concerns the userspace tunnel.
+    """What SIGHUP can change.  All but the MTUs and `probe` concerns the userspace tunnel.
 
-    `mtu` is the largest packet of a pod, bytes.  `probe`: whether the peers are probed.
+    `mtu` is the largest IPv4 packet of a pod, bytes, and `ipv6_mtu` the largest of IPv6; None: none is carried.
+    `probe`: whether the peers are probed.
     `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.
     `carries_ecn`: whether every mark of congestion on what peers send can be carried on.
     """
@@ -65,35 +68,54 @@ class LiveSettings:
     source_ports: int = 1
     probe: bool = True
     carries_ecn: bool = False
+    ipv6_mtu: int | None = None
+
+    @property
+    def pod_mtu(self) -> int:
+        """What fits whatever the family, for the devices of the pods, which have one MTU."""
+        return self.mtu if self.ipv6_mtu is None else min(self.mtu, self.ipv6_mtu)
+
+    def mtu_of(self, family: Family) -> int:
+        mtu = self.mtu if family is Family.IPV4 else self.ipv6_mtu
+        assert mtu is not None, f"{family} is not carried"
+        return mtu
 
 
 @dataclass(frozen=True, slots=True)
 class BackendInput:
-    """All that a backend decides from.
+    """All that a backend decides from about one address family.
 
     `leasable`: see `NetConf`.  `peers` are usable leases, disjoint and none of them our own.  `direct` has the
     PublicIPs that the kernel reaches without a gateway, each with the index of the link that leads there.  It is filled
     in when `Backend.asks_direct`.
     """
 
-    network: IPv4Network
-    leasable: tuple[IPv4Network, ...]
+    network: IPNetwork
+    leasable: tuple[IPNetwork, ...]
     underlay: Underlay
-    own_subnet: IPv4Network
+    own_subnet: IPNetwork
     live: LiveSettings
     peers: Collection[Lease] = ()
-    direct: Mapping[IPv4Address, int] = field(default_factory=dict)
+    direct: Mapping[IPAddress, int] = field(default_factory=dict)
+    family: Family = Family.IPV4
 
-    def pods(self, leasable: tuple[IPv4Network, ...], link: str | None = None) -> Pods:
+    @property
+    def parts(self) -> Iterator[LeasePart]:
+        """What the leases of `peers` say of the family."""
+        return (lease.part(self.family) for lease in self.peers)
+
+    def pods(self, leasable: tuple[IPNetwork, ...], link: str | None = None) -> Pods:
         """What is to be kept from other owners' routes; `leasable` and `link` as in `Pods`."""
-        return Pods(self.network, leasable, self.own_subnet, tuple(lease.subnet for lease in self.peers), link)
+        return Pods(self.network, leasable, self.own_subnet, tuple(part.subnet for part in self.parts), link)
 
     def packet_settings(self, port: int, vtep: Vtep | None = None) -> PacketSettings:
         """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`."""
-        live = self.live
+        live, network, own_subnet = self.live, self.network, self.own_subnet
+        assert isinstance(network, IPv4Network), "the datapath carries IPv4 alone"
+        assert isinstance(own_subnet, IPv4Network)
         return PacketSettings(
-            self.network,
-            self.own_subnet,
+            network,
+            own_subnet,
             self.underlay.address,
             live.mtu,
             live.source_check,
@@ -117,9 +139,10 @@ def mtu_for(underlay_mtu: int, overhead: int) -> int:
     return mtu
 
 
-def claimed(backend: Backend, conf: NetConf) -> tuple[IPv4Network, ...]:
+def claimed(backend: Backend, conf: NetConf, family: Family = Family.IPV4) -> tuple[IPNetwork, ...]:
     """The prefixes in which no host's own address may lie: the tunnel's own datagrams would go into the tunnel."""
-    return (conf.network,) if backend.routes_network else conf.leasable
+    pool = conf.pool(family)
+    return (pool.network,) if backend.routes_network else pool.leasable
 
 
 def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address) -> None:
@@ -134,12 +157,12 @@ def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address) -> Non
         )
     contains = f"Network: {conf.network} contains this host's underlay address {address}"
     another = "choose a Network that no host's own address lies in"
-    if any(address in prefix for prefix in conf.leasable):
+    if any(address in prefix for prefix in conf.ipv4.leasable):
         raise ConfigError(f"{contains}; {another}")
     # Where the Type is vxlan, udp is what the kernel's lack of vxlan led to.
     is_fallback = conf.backend.type != backend.type
     ways = ['set Backend.Fallback to "vtep"' if is_fallback else "use Backend.Type vxlan or host-gw"]
-    narrower = next(it for it in map(conf.leasable[0].supernet, range(33)) if conf.leasable[-1].subnet_of(it))
+    narrower = next(it for it in map(conf.ipv4.leasable[0].supernet, range(33)) if conf.ipv4.leasable[-1].subnet_of(it))
     if address not in narrower and narrower.prefixlen <= conf.ipv4.subnet_len - 2:
         ways.append(f"make Network {narrower}, which has all that hosts lease")
     raise ConfigError(
@@ -184,12 +207,20 @@ class Backend(Protocol):
         """How it carries packets, in a few words for people."""
 
     @property
+    def families(self) -> frozenset[Family]:
+        """What of the pods it carries."""
+
+    @property
     def device(self) -> str | None:
-        """The device that the pods' packets to other hosts go through; None: there is none."""
+        """The device that the pods' IPv4 packets to other hosts go through; None: there is none."""
 
     @property
     def overhead(self) -> int:
-        """Bytes around each inner packet."""
+        """Bytes around each inner IPv4 packet."""
+
+    @property
+    def ipv6_overhead(self) -> int:
+        """Bytes around each inner IPv6 packet."""
 
     @property
     def encapsulation(self) -> Encapsulation | None:
@@ -214,11 +245,11 @@ class Backend(Protocol):
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """What our lease says.  Raises UdptunError when this host cannot be a peer of this kind."""
 
-    def refusal(self, lease: Lease) -> str | None:
-        """Why a valid lease, of any backend, is not a peer of ours; None when it is one."""
+    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
+        """Why a valid lease, of any backend, is not a peer of ours by that family; None when it is one."""
 
-    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink, ...]:
+    def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink, ...]:
         """The `links` of `desired`.  They are made before the lease is claimed: a host without them needs none."""
 
     def desired(self, inputs: BackendInput) -> DesiredState:
-        """All that the kernel shall have.  Everything else that carries our mark is a leftover."""
+        """All that the kernel shall have of the family.  Everything else of it that carries our mark is a leftover."""

@@ -46,8 +46,10 @@ class BackendChoice:
 _TUN_HINT = "`modprobe tun`, or let the container have /dev/net/tun"
 
 
-def choose(keys: BackendKeys, support: KernelSupport, mac: str, tun_name: str = TUN_NAME) -> BackendChoice:
-    """The backend for `keys` on a host whose kernel has `support`.  `mac` is that of our VTEP.
+def choose(
+    keys: BackendKeys, support: KernelSupport, mac: str, tun_name: str = TUN_NAME, ipv6_mac: str = ""
+) -> BackendChoice:
+    """The backend for `keys` on a host whose kernel has `support`.  `mac` is our VTEP's, and `ipv6_mac` that of IPv6.
 
     `tun_name` is what the device of the udp backend is called.  Raises UdptunError when there is no way to do vxlan
     that `keys` allow.  A missing TUN device is not looked at here: the failure to open it says more.
@@ -56,7 +58,7 @@ def choose(keys: BackendKeys, support: KernelSupport, mac: str, tun_name: str = 
         case UdpKeys():
             return BackendChoice(Udp(keys.port, keys.own_port, tun_name), "as configured")
         case VxlanKeys():
-            return _choose_vxlan(keys, support, mac, tun_name)
+            return _choose_vxlan(keys, support, mac, tun_name, ipv6_mac)
         case HostGwKeys():
             return BackendChoice(HostGw(), "as configured")
         case AllocKeys():
@@ -80,9 +82,11 @@ def describe(support: KernelSupport) -> list[tuple[str, bool, str]]:
     return rows
 
 
-def _choose_vxlan(keys: VxlanKeys, support: KernelSupport, mac: str, tun_name: str) -> BackendChoice:
+def _choose_vxlan(
+    keys: VxlanKeys, support: KernelSupport, mac: str, tun_name: str, ipv6_mac: str
+) -> BackendChoice:
     if not keys.userspace and not support.no_vxlan:
-        return BackendChoice(KernelVxlan(keys, mac), "the kernel has vxlan")
+        return BackendChoice(KernelVxlan(keys, mac, ipv6_mac), "the kernel has vxlan")
     reason = "Backend.Userspace is true" if keys.userspace else f"the kernel has no vxlan ({support.no_vxlan})"
     match Fallback.VTEP if keys.userspace else keys.fallback:
         case Fallback.VTEP:

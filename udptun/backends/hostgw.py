@@ -8,6 +8,7 @@ from typing import ClassVar
 from udptun.backends.base import BackendInput, LiveSettings, ProbedKeys
 from udptun.core.desired import DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError, one_line
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.kernel.underlay import Underlay
 
@@ -24,8 +25,9 @@ class HostGw:
 
     type = HostGwKeys.type
     summary = "routes through the peers' addresses; they must be on one link with us"
+    families = frozenset(Family)
     device = None
-    overhead = 0
+    overhead = ipv6_overhead = 0
     encapsulation = None
     routes_network = False
     peer_types = frozenset((HostGwKeys.type,))
@@ -39,22 +41,27 @@ class HostGw:
                 f"supported by host-gw backend ({underlay.public_ip} is not {underlay.address} of "
                 f"{underlay.link_name}); use Backend.Type vxlan or udp"
             )
+        if underlay.public_ipv6 != underlay.ipv6:
+            raise UdptunError(
+                f"your PublicIPv6 {underlay.public_ipv6} differs from the interface's {underlay.ipv6}, and host-gw "
+                "does not work through a NAT; use Backend.Type vxlan, or no --public-ipv6"
+            )
         # flannel's has no BackendData, and it looks at none.
         data = {"NodeID": node_id, "Udptun": 1}
-        return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
+        return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, self.type, data)
 
-    def refusal(self, lease: Lease) -> str | None:
+    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         if lease.attrs.backend_type != self.type:
             return one_line(f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {self.type}")
         return None
 
-    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[()]:
+    def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[()]:
         return ()
 
     def desired(self, inputs: BackendInput) -> DesiredState:
         return DesiredState(
             routes=tuple(
-                DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=inputs.underlay.link_index)
-                for lease in inputs.peers
+                DesiredRoute(part.subnet, gateway=part.public_ip, oif=inputs.underlay.link_index)
+                for part in inputs.parts
             )
         )

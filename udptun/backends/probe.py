@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from udptun.backends.choice import BackendChoice, KernelSupport, choose
@@ -11,6 +12,7 @@ from udptun.backends.udp import UdpKeys
 from udptun.backends.vxlan import VxlanKeys, device_name
 from udptun.config.net_conf import BackendKeys
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
 from udptun.core.network_state import Vxlan
 from udptun.core.ownership import Ownership
 from udptun.kernel.link_messages import add_vxlan, delete_link
@@ -29,24 +31,28 @@ _LACKING = {errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.E
 
 
 async def choose_backend(
-    keys: BackendKeys, ownership: Ownership, state_dir: Path, *, pretend_no_vxlan: bool
+    keys: BackendKeys, ownerships: Mapping[Family, Ownership], state_dir: Path, *, pretend_no_vxlan: bool
 ) -> BackendChoice:
-    """`choice.choose` with what it has to know of this host.
+    """`choice.choose` with what it has to know of this host.  `ownerships`: of each family that is enabled.
 
     Raises UdptunError, also when another daemon of this host has the device that `keys` name.
     """
+    ownership = ownerships[Family.IPV4]
     if isinstance(keys, UdpKeys):
         return choose(keys, KernelSupport(), "", await find_tun_name(ownership))
     if not isinstance(keys, VxlanKeys):
         return choose(keys, KernelSupport(), "")
-    name = device_name(keys.vni)
-    await check_device(name, ownership, "give each Network of this host a Backend.VNI of its own")
-    found = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
-    async with Netlink() as kernel:
-        link = await kernel.link(name)
-    # A VXLAN device that flanneld has left: the peers know its MAC and need not learn another.
-    first = link.mac if link is not None and link.vxlan is not None else ""
-    return choose(keys, found, identity.vtep_mac(state_dir, first), await find_tun_name(ownership))
+    macs = {}
+    for family, of_family in ownerships.items():
+        name = device_name(keys.vni, family)
+        await check_device(name, of_family, "give each Network of this host a Backend.VNI of its own")
+        async with Netlink() as kernel:
+            link = await kernel.link(name)
+        # A VXLAN device that flanneld has left: the peers know its MAC and need not learn another.
+        first = link.mac if link is not None and link.vxlan is not None else ""
+        macs[family] = identity.vtep_mac(state_dir, first, family)
+    support = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
+    return choose(keys, support, macs[Family.IPV4], await find_tun_name(ownership), macs.get(Family.IPV6, ""))
 
 
 async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:

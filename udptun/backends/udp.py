@@ -8,6 +8,7 @@ from typing import ClassVar
 from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys
 from udptun.config.go_json import integer, key
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS
 from udptun.datapath.settings import PacketSettings, Remote
@@ -53,6 +54,8 @@ class Udp:
     type = UdpKeys.type
     summary = "userspace tunnel, flannel's udp wire format"
     overhead = UDP_OVERHEAD
+    families = frozenset((Family.IPV4,))
+    ipv6_overhead = 0
     routes_network = True
     peer_types = frozenset((UdpKeys.type, ""))
     needs_backend_data = False
@@ -77,7 +80,7 @@ class Udp:
             data["ECN"] = True
         return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
 
-    def refusal(self, lease: Lease) -> None:
+    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> None:
         """Every lease is accepted, as by flannel: any host that listens on the port is a peer.
 
         One of another type, which most likely does not listen, is named (`peer_types`).
@@ -100,7 +103,7 @@ class Udp:
             carries_ecn=attrs.carries_ecn,
         )
 
-    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
+    def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:

@@ -11,6 +11,7 @@ from udptun.backends import vxlan
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import tun_link
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
 from udptun.kernel.underlay import Underlay
@@ -26,6 +27,8 @@ class UserspaceVtep:
     type = vxlan.VxlanKeys.type
     summary = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
     overhead = vxlan.VXLAN_OVERHEAD
+    families = frozenset((Family.IPV4,))
+    ipv6_overhead = 0
     routes_network = False
     peer_types = frozenset((vxlan.VxlanKeys.type,))
     needs_backend_data = True
@@ -45,7 +48,7 @@ class UserspaceVtep:
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         return vxlan.lease_attrs(self._vni, self._mac, underlay, node_id)
 
-    def refusal(self, lease: Lease) -> str | None:
+    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         return vxlan.refusal(lease)
 
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
@@ -59,10 +62,10 @@ class UserspaceVtep:
 
         With VXLAN all of them take any source port, and carry marks of congestion on, as the kernel does.
         """
-        attrs = lease.attrs
-        return Remote(attrs.public_ip, self.port, attrs.is_udptun, True, _packed(vxlan.mac_of(lease)), carries_ecn=True)
+        attrs, mac = lease.attrs, _packed(vxlan.mac_in(lease.part(Family.IPV4)))
+        return Remote(attrs.public_ip, self.port, attrs.is_udptun, True, mac, carries_ecn=True)
 
-    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
+    def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink]:
         return (tun_link(self.device, live.mtu),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:

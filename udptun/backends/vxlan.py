@@ -2,14 +2,14 @@
 
 Each peer is a permanent neighbour (its tunnel address has its VTEP's MAC), a permanent fdb entry (that MAC is at its
 PublicIP) and a route through its tunnel address.  With DirectRouting, a peer without a router in between is a plain
-route instead.
+route instead.  IPv6 has a second device, `flannel-v6.<VNI>`, between the hosts' IPv6 addresses.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar
 
@@ -25,13 +25,17 @@ from udptun.core.desired import (
     Sysctl,
 )
 from udptun.core.errors import one_line
-from udptun.core.lease import Lease, LeaseAttrs
+from udptun.core.family import Family
+from udptun.core.lease import Json, Lease, LeaseAttrs, LeasePart
 from udptun.core.network_state import Vxlan
 from udptun.core.tunnel import PORTS
 from udptun.kernel.underlay import Underlay
 
 VXLAN_OVERHEAD = 50
 """IPv4 header 20 + UDP header 8 + VXLAN header 8 + inner Ethernet header 14 (RFC 7348; flannel vxlan/device.go)."""
+
+VXLAN_IPV6_OVERHEAD = 70
+"""The same with an IPv6 header, 40.  flannel leaves 50 bytes free for both, and then full-size packets do not fit."""
 
 VNIS = range(1 << 24)
 """VXLAN network identifiers (RFC 7348)."""
@@ -71,56 +75,72 @@ class KernelVxlan:
 
     type = VxlanKeys.type
     summary = "the kernel's VXLAN device"
+    families = frozenset(Family)
     overhead = VXLAN_OVERHEAD
+    ipv6_overhead = VXLAN_IPV6_OVERHEAD
     encapsulation = None
     routes_network = False
     peer_types = frozenset((VxlanKeys.type,))
     needs_backend_data = True
 
-    def __init__(self, keys: VxlanKeys, mac: str) -> None:
-        """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`).  It must stay the same from run to run."""
+    def __init__(self, keys: VxlanKeys, mac: str, ipv6_mac: str = "") -> None:
+        """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`), `ipv6_mac` that of IPv6.  Both stay the same from run to run."""
         self.device = device_name(keys.vni)
         self.asks_direct = keys.direct_routing
         self._keys = keys
-        self._mac = mac
+        self._macs = {Family.IPV4: mac, Family.IPV6: ipv6_mac}
 
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
-        return lease_attrs(self._keys.vni, self._mac, underlay, node_id)
+        attrs = lease_attrs(self._keys.vni, self._macs[Family.IPV4], underlay, node_id)
+        if underlay.public_ipv6 is None:
+            return attrs
+        v6_data = {"VNI": self._keys.vni, "VtepMAC": self._macs[Family.IPV6]}
+        return replace(attrs, public_ipv6=underlay.public_ipv6, backend_v6_data=v6_data)
 
-    def refusal(self, lease: Lease) -> str | None:
-        return refusal(lease)
+    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
+        return refusal(lease, family)
 
-    def links(self, underlay: Underlay, live: LiveSettings) -> tuple[DesiredLink]:
-        keys = self._keys
+    def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink]:
+        keys, device = self._keys, device_name(self._keys.vni, family)
         # Not the PublicIP, which flannel takes since 0.27.4: behind a NAT that is another machine's address.
         # Where routes choose the interface there may be several; none is named then.
         lower_index = 0 if underlay.is_routed else underlay.link_index
-        vxlan = Vxlan(keys.vni, underlay.address, lower_index, keys.port, keys.learning, keys.gbp)
-        # The tunnel carries IPv4 alone, so no router's advertisement in it is for us.
-        accept_ra = Sysctl(
-            f"net/ipv6/conf/{self.device}/accept_ra",
-            "0",
-            "this host takes IPv6 addresses and routes that a peer advertises in the tunnel",
-        )
-        return (DesiredLink(self.device, live.mtu, 0, (accept_ra,), vxlan, self._mac),)
+        local = underlay.address_of(family)
+        vxlan = Vxlan(keys.vni, local, lower_index, keys.port, keys.learning, keys.gbp)
+        # All addresses and routes of the tunnel come from the leases.
+        sysctls = [
+            Sysctl(
+                f"net/ipv6/conf/{device}/accept_ra",
+                "0",
+                "this host takes IPv6 addresses and routes that a peer advertises in the tunnel",
+            )
+        ]
+        if family is Family.IPV6:
+            sysctls.append(
+                Sysctl(
+                    f"net/ipv6/conf/{device}/accept_dad",
+                    "0",
+                    "the tunnel's own address can be used a second after the device is made, and not at once",
+                )
+            )
+        return (DesiredLink(device, live.mtu_of(family), 0, tuple(sysctls), vxlan, self._macs[family]),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:
-        tunnelled = [lease for lease in inputs.peers if lease.attrs.public_ip not in inputs.direct]
+        device, own = device_name(self._keys.vni, inputs.family), inputs.own_subnet
+        tunnelled = [part for part in inputs.parts if part.public_ip not in inputs.direct]
         return DesiredState(
-            links=self.links(inputs.underlay, inputs.live),
-            addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
-            routes=tuple(routes(self.device, inputs)),
-            neighbours=tuple(
-                DesiredNeighbour(self.device, lease.subnet.network_address, mac_of(lease)) for lease in tunnelled
-            ),
-            fdb=tuple(DesiredFdb(self.device, mac_of(lease), lease.attrs.public_ip) for lease in tunnelled),
+            links=self.links(inputs.underlay, inputs.live, inputs.family),
+            addresses=(DesiredAddress(device, own.network_address, own.max_prefixlen),),
+            routes=tuple(routes(device, inputs)),
+            neighbours=tuple(DesiredNeighbour(device, part.subnet.network_address, mac_in(part)) for part in tunnelled),
+            fdb=tuple(DesiredFdb(device, mac_in(part), part.public_ip) for part in tunnelled),
             pods=inputs.pods(inputs.leasable),
         )
 
 
-def device_name(vni: int) -> str:
+def device_name(vni: int, family: Family = Family.IPV4) -> str:
     """flannel's."""
-    return f"flannel.{vni}"
+    return f"flannel.{vni}" if family is Family.IPV4 else f"flannel-v6.{vni}"
 
 
 def lease_attrs(vni: int, mac: str, underlay: Underlay, node_id: str) -> LeaseAttrs:
@@ -129,24 +149,24 @@ def lease_attrs(vni: int, mac: str, underlay: Underlay, node_id: str) -> LeaseAt
     return LeaseAttrs(underlay.public_ip, backend_type=VxlanKeys.type, backend_data=data)
 
 
-def refusal(lease: Lease) -> str | None:
+def refusal(lease: Lease, family: Family = Family.IPV4) -> str | None:
     """Why a lease is not a peer of a VTEP.  Its VNI is not looked at, as in flannel."""
     if lease.attrs.backend_type != VxlanKeys.type:
         return one_line(f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {VxlanKeys.type}")
-    if _mac(lease) is None:
-        return "its BackendData has no VtepMAC that is a unicast MAC address"
+    if _mac(lease.attrs.data(family)) is None:
+        data = "BackendData" if family is Family.IPV4 else "BackendV6Data"
+        return f"its {data} has no VtepMAC that is a unicast MAC address"
     return None
 
 
-def mac_of(lease: Lease) -> str:
+def mac_in(part: LeasePart) -> str:
     """The MAC of the peer's VTEP.  `refusal` has accepted the lease."""
-    mac = _mac(lease)
+    mac = _mac(part.data)
     assert mac is not None
     return mac
 
 
-def _mac(lease: Lease) -> str | None:
-    data = lease.attrs.backend_data
+def _mac(data: Json) -> str | None:
     text = data.get("VtepMAC") if isinstance(data, Mapping) else None
     if not isinstance(text, str) or not re.fullmatch(r"(?:[0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}", text):
         return None
@@ -157,8 +177,8 @@ def _mac(lease: Lease) -> str | None:
 def routes(device: str, inputs: BackendInput) -> list[DesiredRoute]:
     """A route for each peer: through `device`, or directly to a peer that the kernel reaches without a gateway."""
     found = []
-    for lease in inputs.peers:
-        subnet, public_ip = lease.subnet, lease.attrs.public_ip
+    for part in inputs.parts:
+        subnet, public_ip = part.subnet, part.public_ip
         oif = inputs.direct.get(public_ip)
         found.append(
             DesiredRoute(subnet, device, gateway=subnet.network_address, onlink=True)

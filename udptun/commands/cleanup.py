@@ -56,7 +56,7 @@ async def _clean_up(options: Options, ownership: Ownership, release: bool) -> No
         print(f"stopped datapath process {process.pid}")
     async with starting():
         lines = await remove_ours(ownership)
-    removed, left = await remove_rules(ownership, subnet_env.read_networks(options.subnet_file))
+    removed, left = await remove_rules(ownership.networks, subnet_env.read_networks(options.subnet_file))
     lines += removed
     for line in lines:
         print(line)

@@ -76,6 +76,12 @@ def render(document: Document, now_s: float) -> str:
     # A daemon of an earlier version does not say it.
     if (probes := backend.get("probes", "on")) != "on":
         lines.append(f"probes     {probes}")
+    if ipv6 := document.get("ipv6"):
+        carried = "not carried" if ipv6["mtu"] is None else f"{ipv6['device'] or 'no device'} mtu {ipv6['mtu']}"
+        lines.append(
+            f"IPv6       {ipv6['subnet']} of {ipv6['network']}, public {ipv6['public_ip'] or 'none'}, {carried}, "
+            f"{len(ipv6['peers'])} peers"
+        )
     if datapath is not None:
         # A daemon of an earlier version does not say it.
         given_up = datapath.get("confinement")

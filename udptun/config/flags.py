@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 from udptun.config.go_flags import (
@@ -81,6 +81,13 @@ def _ipv4_or_none(text: str) -> IPv4Address | None:
         raise ValueError("must be an IPv4 address") from None
 
 
+def _address_or_none(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(text) if text else None
+    except ValueError:
+        raise ValueError("must be an IP address") from None
+
+
 def _ipv6_or_none(text: str) -> IPv6Address | None:
     try:
         return IPv6Address(text) if text else None
@@ -135,8 +142,8 @@ class Options:
         _HOST, str, "IFACE", "interface to the other hosts, name or address; tried in order"
     )
     iface_regex: tuple[str, ...] = list_flag(_HOST, _regex, "REGEX", "regular expression for it, tried after --iface")
-    iface_can_reach: IPv4Address | None = flag(
-        _HOST, _ipv4_or_none, None, "IP", "the interface that reaches this address, tried last"
+    iface_can_reach: IPv4Address | IPv6Address | None = flag(
+        _HOST, _address_or_none, None, "IP", "the interface that reaches this address, tried last"
     )
     public_ip: IPv4Address | None = flag(
         _HOST, _ipv4_or_none, None, "IP", "address that the other hosts send to, if not the interface's"

@@ -18,6 +18,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from udptun.config.go_json import JsonFields, JsonObject, Report, boolean, choice, integer, key, keys_of, read_keys
 from udptun.core.errors import did_you_mean
+from udptun.core.family import Family
 
 _DEFAULT_BACKEND = "udp"
 """flannel's, when there is no `Backend` (parseBackendType)."""
@@ -73,6 +74,12 @@ class SubnetPool(Generic[NetworkT, AddressT]):
         """Addresses in one of them."""
         return 1 << (self.network.max_prefixlen - self.subnet_len)
 
+    @property
+    def leasable(self) -> tuple[NetworkT, ...]:
+        """The addresses of all of them, as the fewest prefixes."""
+        found = summarize_address_range(self.subnet_min, self.subnet_max + (self.subnet_size - 1))
+        return tuple(type(self.network)((int(it.network_address), it.prefixlen)) for it in found)
+
 
 @dataclass(frozen=True, slots=True)
 class NetConf:
@@ -90,14 +97,19 @@ class NetConf:
 
     @property
     def network(self) -> IPv4Network:
-        """What the backend carries packets for: IPv4 alone."""
+        """That of IPv4."""
         return self.ipv4.network
 
     @property
-    def leasable(self) -> tuple[IPv4Network, ...]:
-        """The addresses that hosts may lease: those from SubnetMin to SubnetMax, as the fewest prefixes."""
-        pool = self.ipv4
-        return tuple(summarize_address_range(pool.subnet_min, pool.subnet_max + (pool.subnet_size - 1)))
+    def families(self) -> tuple[Family, ...]:
+        """Those that are enabled."""
+        return (Family.IPV4,) if self.ipv6 is None else (Family.IPV4, Family.IPV6)
+
+    def pool(self, family: Family) -> SubnetPool[IPv4Network, IPv4Address] | SubnetPool[IPv6Network, IPv6Address]:
+        """That of a family which is enabled."""
+        pool = self.ipv4 if family is Family.IPV4 else self.ipv6
+        assert pool is not None, f"{family} is not enabled"
+        return pool
 
 
 def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> NetConf:
@@ -126,11 +138,6 @@ def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> Net
     ipv6 = _pool(_IPV6, asked_ipv6, report) if enable_ipv6 else None
     if enable_ipv4 and asked_ipv4.network is not None:
         _check_usable(asked_ipv4.network, ipv4, report)
-    if enable_ipv6 and backend is not None:
-        report.note(
-            f"EnableIPv6: the {backend.type} backend carries no IPv6 traffic; only the lease and subnet.env name it"
-        )
-
     report.raise_problems()
     # No problem was reported, so what follows is there.
     assert ipv4 is not None

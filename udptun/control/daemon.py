@@ -40,6 +40,7 @@ from udptun.control.http import serve
 from udptun.control.instance import claim_files, claim_network, remember, starting
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.node_status import NodeStatus
+from udptun.control.routing import Routing
 from udptun.control.run_dir import SOCKET_NAME, fault_of_directory
 from udptun.control.running import Running, log_underlay
 from udptun.control.settings import (
@@ -51,7 +52,8 @@ from udptun.control.settings import (
     underlay_options,
 )
 from udptun.core.clock import Clock
-from udptun.core.errors import KernelError, SubnetReplacedError, UdptunError
+from udptun.core.errors import BeginAgainError, KernelError, UdptunError
+from udptun.core.family import Family
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
@@ -164,7 +166,7 @@ class Daemon:
                 await self._serve()
             except BaseExceptionGroup as group:
                 exc = first_failure(group)
-                if not isinstance(exc, SubnetReplacedError):
+                if not isinstance(exc, BeginAgainError):
                     raise
                 log.warning("beginning again: %s", exc)
                 self._answers.running = None
@@ -220,6 +222,7 @@ class Daemon:
                 tasks.create_task(keep("underlay", running.underlay_watch.run))
                 tasks.create_task(keep("ip_forward", running.ip_forward_watch.run))
                 tasks.create_task(_end_with_subnet(running))
+                tasks.create_task(_end_with_families(running))
                 tasks.create_task(keep("reload", lambda: self._reload_on_hangup(running, store)))
 
     def _problems(self) -> list[str]:
@@ -262,51 +265,51 @@ class Daemon:
             self._config = start.config
         conf = read_config(start.config, store.config_name, options)
         self._node_status.starts("makes the device")
-        ownership = await claim_network(self._claims, conf.network, options)
+        ownerships = {it: await claim_network(self._claims, conf.pool(it).network, options) for it in conf.families}
         options = replace(options, public_ip=await find_public_ip(store) or options.public_ip)
-        underlay = await find_underlay(underlay_options(options))
+        underlay = await find_underlay(underlay_options(options, conf))
         log_underlay("chosen", underlay)
         set_log_level(options, conf.backend.log_level)
 
         async with starting():
             choice = await probe.choose_backend(
-                conf.backend, ownership, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
+                conf.backend, ownerships, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
             )
             backend = choice.backend
             check_store(store, backend)
             check_underlay(backend, conf, underlay.address)
             log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
-            live = live_settings(options, conf.backend, underlay.mtu, backend.overhead)
+            live = live_settings(options, conf, underlay, backend)
             node_id = identity.node_id(options.state_dir)
             attrs = backend.attrs(underlay, live, node_id)
-            remember(options.state_dir, ownership.networks)
+            remember(options.state_dir, [network for it in ownerships.values() for network in it.networks])
+            routings = [
+                Routing(
+                    *(backend, it, ownerships[it], conf.pool(it).leasable),
+                    is_carried=it is Family.IPV4 or live.ipv6_mtu is not None,
+                    with_blackhole=options.ip_blackhole_route,
+                )
+                for it in conf.families
+            ]
             forwarding = await Forwarding.open(
-                choice,
-                ownership,
-                conf.leasable,
-                underlay,
-                live,
-                options.run_dir,
-                options.datapath_confinement,
-                self._kept,
-                with_blackhole=options.ip_blackhole_route,
+                choice, routings, underlay, live, options.run_dir, options.datapath_confinement, self._kept
             )
         undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
         me = Identity(underlay.public_ip, attrs.port(0) or None, node_id, default_port, store.node_name)
         membership = self._membership(store, start, conf, me, forwarding, clock)
         obstacles = Obstacles(lambda: forwarding.pod_path)
-        firewall = FirewallReconciler(firewall_settings(options, conf), ownership, obstacles)
+        firewall = FirewallReconciler(firewall_settings(options, conf), [*ownerships.values()], obstacles)
         running = Running(options, conf, underlay, me, membership, forwarding, firewall, self._problems)
         undo.push_async_callback(self._undo_failed_start, running)
         self._node_status.starts(f"waits for its lease in {store.name}")
         await self._join(running, attrs)
         self._node_status.starts("sets up routes and rules")
-        await forwarding.start(membership.own.subnet, membership.table.peers.values())
+        await forwarding.start(membership.own.subnets, membership.tables)
         # The subnet.env of the run before is still there.
-        await firewall.set_up(membership.own.subnet, subnet_env.read_networks(options.subnet_file))
+        await firewall.set_up(membership.own.subnets, subnet_env.read_networks(options.subnet_file))
         running.write_subnet_env()
-        remember(options.state_dir, (conf.network,))
+        remember(options.state_dir, [conf.pool(it).network for it in conf.families])
         return running
 
     def _membership(
@@ -319,7 +322,7 @@ class Daemon:
             me,
             self._options.state_dir,
             60.0 * self._options.subnet_lease_renew_margin,
-            claimed(forwarding.backend, conf),
+            {it: claimed(forwarding.backend, conf, it) for it in forwarding.families},
             forwarding.refusal,
             forwarding.peers_changed,
             parse_net_conf,
@@ -378,7 +381,14 @@ class Daemon:
             log.warning("cannot tell the service manager state=%s error=%s", message.split("\n")[0], exc)
 
 
+async def _end_with_families(running: Running) -> None:
+    """Raise BeginAgainError when IPv6 can be carried now, or no longer."""
+    await running.other_families.wait()
+    had = Family.IPV6 in running.forwarding.families
+    raise BeginAgainError(f"IPv6 {'can no longer' if had else 'can now'} be carried over {running.underlay.link_name}")
+
+
 async def _end_with_subnet(running: Running) -> None:
-    """Raise SubnetReplacedError when our subnet is no longer the one that we run with."""
+    """Raise BeginAgainError when our subnet is no longer the one that we run with."""
     await running.membership.given_instead()
-    raise SubnetReplacedError(f"{running.membership.own.subnet} is no longer the subnet of this host")
+    raise BeginAgainError(f"{running.membership.own.subnet} is no longer the subnet of this host")

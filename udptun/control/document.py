@@ -12,6 +12,7 @@ from http import HTTPStatus
 from udptun import __version__
 from udptun.control.http import Response, Routes
 from udptun.control.running import Running
+from udptun.core.family import Family
 
 SCHEMA = 1
 """Of the status document.  Keys are only ever added."""
@@ -80,6 +81,7 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
             "expires_at": own.expires_s,
         },
         "underlay": {"interface": underlay.link_name, "address": str(underlay.address), "mtu": underlay.mtu},
+        "ipv6": _ipv6(running),
         **running.forwarding.document(leases),
         "firewall": running.firewall.document(),
         "other_types": [
@@ -92,4 +94,27 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
         ],
         "skipped": list(running.membership.skipped),
         "problems": running.problems,
+    }
+
+
+def _ipv6(running: Running) -> dict[str, object] | None:
+    """The key `ipv6`: None where the configuration does not enable it."""
+    pool, own, live = running.conf.ipv6, running.membership.own, running.forwarding.live
+    if pool is None:
+        return None
+    tables = {table.family: table for table in running.membership.tables}
+    peers = list(tables[Family.IPV6].peers.values()) if Family.IPV6 in tables else []
+    peers.sort(key=lambda lease: lease.part(Family.IPV6).subnet)
+    address = running.underlay.ipv6
+    return {
+        "network": str(pool.network),
+        "subnet": None if own.subnets.ipv6 is None else str(own.subnets.ipv6),
+        "public_ip": None if own.attrs.public_ipv6 is None else str(own.attrs.public_ipv6),
+        "address": None if address is None else str(address),
+        "device": running.forwarding.ipv6_device,
+        "mtu": live.ipv6_mtu,
+        "peers": [
+            {"subnet": str(part.subnet), "public_ip": str(part.public_ip)}
+            for part in (lease.part(Family.IPV6) for lease in peers)
+        ],
     }

@@ -9,7 +9,7 @@ The daemon drives it with leases and settings, and does not know which backend i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network
 from itertools import islice
@@ -20,16 +20,15 @@ from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import BackendChoice
 from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
-from udptun.core.desired import DesiredRoute, DesiredState, blackhole
-from udptun.core.errors import UdptunError
-from udptun.core.lease import EventType, Lease, LeaseEvent
-from udptun.core.ownership import Ownership
+from udptun.control.routing import Routing
+from udptun.core.family import Family
+from udptun.core.lease import Lease, LeaseEvent, Subnets
+from udptun.core.lease_table import LeaseTable
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
 from udptun.kernel.reconcile.apply import create_missing_vxlans
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
-from udptun.kernel.reconcile.reconciler import Reconciler
 from udptun.kernel.underlay import Underlay
 
 if TYPE_CHECKING:
@@ -46,21 +45,18 @@ class Forwarding:
     def __init__(
         self,
         choice: BackendChoice,
-        ownership: Ownership,
-        leasable: tuple[IPv4Network, ...],
+        routings: Sequence[Routing],
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
         tunnel: Tunnelled | None,
         kept: KeptDescriptors,
         was_clean: bool,
-        with_blackhole: bool,
     ) -> None:
         self.backend = choice.backend
         self._reason = choice.reason
         self.live = live
-        self._ownership = ownership
-        self._leasable = leasable
+        self._routings = {routing.family: routing for routing in routings}
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
@@ -69,32 +65,26 @@ class Forwarding:
         self._kept = kept
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""
-        self._with_blackhole = with_blackhole
-        self._own_subnet: IPv4Network
-        self._peers: dict[IPv4Network, Lease] = {}
-        self._reconciler: Reconciler | None = None
+        self._has_started = False
 
     @classmethod
     async def open(
         cls,
         choice: BackendChoice,
-        ownership: Ownership,
-        leasable: tuple[IPv4Network, ...],
+        routings: Sequence[Routing],
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
         confinement: Confinement,
         kept: KeptDescriptors,
-        *,
-        with_blackhole: bool = False,
     ) -> Forwarding:
         """Make or adopt device and sockets: a host without them needs no lease.  Raises KernelError, DatapathError.
 
-        `leasable`: see `NetConf`.  `confinement` is what a datapath's processes shall give up.  `kept` gets their
-        descriptors.  `with_blackhole`: the own subnet shall have a blackhole route behind all others
-        (--ip-blackhole-route).
+        `routings` are of the families that are enabled, IPv4 first.  `confinement` is what a datapath's
+        processes shall give up.  `kept` gets their descriptors.
         """
-        was_clean = not await is_anything_ours(ownership)
+        was_clean = not any([await is_anything_ours(routing.ownership) for routing in routings])
+        ownership = routings[0].ownership
         tunnel = None
         backend = choice.backend
         if kept.devices - {backend.device}:
@@ -109,69 +99,84 @@ class Forwarding:
             how = (backend.encapsulation, run_dir, backend.device, underlay, live, confinement)
             tunnel = await Tunnelled.open(*how)
             await mark_link(backend.device, ownership)
-        await create_missing_vxlans(backend.links(underlay, live), ownership.alias)
-        return cls(choice, ownership, leasable, underlay, live, run_dir, tunnel, kept, was_clean, with_blackhole)
+        for routing in routings:
+            if routing.is_carried:
+                await create_missing_vxlans(backend.links(underlay, live, routing.family), routing.ownership.alias)
+        return cls(choice, routings, underlay, live, run_dir, tunnel, kept, was_clean)
+
+    @property
+    def families(self) -> Collection[Family]:
+        """Those that are carried, IPv4 first."""
+        return [family for family, routing in self._routings.items() if routing.is_carried]
+
+    @property
+    def ipv6_device(self) -> str | None:
+        """The device that the pods' IPv6 packets to other hosts go through; None: there is none."""
+        if Family.IPV6 not in self.families:
+            return None
+        return next((link.name for link in self.backend.links(self._underlay, self.live, Family.IPV6)), None)
 
     @property
     def is_adopted(self) -> bool:
         return self._tunnel is not None and self._tunnel.tunnel.is_adopted
 
-    def refusal(self, lease: Lease) -> str | None:
-        """Why a valid lease is no peer of ours; None when it is one."""
-        if self._underlay.address in lease.subnet:
-            return f"this host's underlay address {self._underlay.address} lies in it"
-        return self.backend.refusal(lease)
+    def refusal(self, lease: Lease, family: Family) -> str | None:
+        """Why a valid lease is no peer of ours by that family; None when it is one."""
+        address, subnet = self._underlay.address_of(family), lease.subnets.of(family)
+        if address is not None and subnet is not None and address in subnet:
+            return f"this host's underlay address {address} lies in it"
+        return self.backend.refusal(lease, family)
 
-    async def start(self, own_subnet: IPv4Network, peers: Iterable[Lease]) -> None:
-        """Carry packets from now on.  Raises UdptunError when that cannot be."""
-        self._own_subnet = own_subnet
-        self._peers = {lease.subnet: lease for lease in peers}
+    async def start(self, own: Subnets, tables: Iterable[LeaseTable]) -> None:
+        """Carry packets from now on.  Raises UdptunError when that cannot be.
+
+        `tables` have the peers, one of each family that is carried.
+        """
+        peers = {table.family: table.peers.values() for table in tables}
+        for family, routing in self._routings.items():
+            own_subnet = own.of(family)
+            assert own_subnet is not None
+            routing.learn(own_subnet, peers.get(family, ()))
         if self._tunnel is not None:
-            await self._tunnel.start(self._inputs())
+            await self._tunnel.start(self._inputs(Family.IPV4))
             await self._keep_descriptors()
         else:
             # A datapath may be left of a run with another backend, and the kernel may need its port.
             await processes.end_all(await processes.find_running(self._run_dir))
             await self._kept.forget()
         if self._probes is not None:
-            self._probes.use(self._inputs())
+            self._probes.use(self._inputs(Family.IPV4))
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
-        reconciler = self._reconciler = Reconciler(DesiredState(), device, self._ownership)
         if self._tunnel is not None:
-            self._tunnel.tunnel.narrow_changed = lambda: self._update_desired(reconciler)
-        self._update_desired(reconciler)
-        outcome = await self._reconciler.converge()
-        if outcome.is_broken:
-            what = self.backend.device or f"the {self.backend.type} backend"
-            raise UdptunError(f"cannot set up {what}: {'; '.join(outcome.failures)}")
+            self._tunnel.tunnel.narrow_changed = self._update_desired
+        self._has_started = True
+        for family, routing in self._routings.items():
+            is_ipv4 = family is Family.IPV4
+            await routing.start(device if is_ipv4 else None, self._inputs(family), self._narrow if is_ipv4 else {})
 
     async def run(self) -> None:
         """Keep it so, until cancelled."""
-        assert self._reconciler is not None
         if self._tunnel is not None:
             # Not before we are ready: a start that fails shall not take the datapath with it.
             await self._tunnel.tunnel.datapath.bring_here()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._reconciler.run(), name="reconcile")
+            for routing in self._routings.values():
+                tasks.create_task(routing.run(), name=f"reconcile {routing.family}")
             if self._tunnel is not None:
                 tasks.create_task(self._tunnel.run(), name="datapath")
             if self._probes is not None:
                 tasks.create_task(self._probes.run(), name="probes")
 
-    async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
+    async def peers_changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
         """Follow a change of the peers, as LeaseTable reports it.  Ignored before `start`, which is given all peers."""
-        if self._reconciler is None:
+        if not self._has_started:
             return
-        for event in events:
-            if event.type is EventType.REMOVED:
-                self._peers.pop(event.lease.subnet, None)
-            else:
-                self._peers[event.lease.subnet] = event.lease
-        if self._tunnel is not None:
+        self._routings[family].change_peers(events)
+        if self._tunnel is not None and family is Family.IPV4:
             await self._tunnel.peers_changed(events)
-        if self._probes is not None:
+        if self._probes is not None and family is Family.IPV4:
             self._probes.peers_changed(events)
-        self._update_desired(self._reconciler)
+        self._update_desired()
 
     async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
         """Change settings, or move to another address, while packets flow.
@@ -179,16 +184,14 @@ class Forwarding:
         A setting that cannot be changed stays, with a line in the log.  Raises UdptunError when the address cannot be
         had; then nothing has changed.
         """
-        assert self._reconciler is not None
-        # A view: peers may come and go while the change is made.
-        inputs = replace(self._inputs(), underlay=underlay, live=live, peers=self._peers.values())
         if self._tunnel is not None:
-            live = await self._tunnel.apply(self._inputs(), inputs)
+            inputs = replace(self._inputs(Family.IPV4), underlay=underlay, live=live)
+            live = await self._tunnel.apply(self._inputs(Family.IPV4), inputs)
             await self._keep_descriptors()
         self._underlay, self.live = underlay, live
         if self._probes is not None:
-            self._probes.use(self._inputs())
-        self._update_desired(self._reconciler)
+            self._probes.use(self._inputs(Family.IPV4))
+        self._update_desired()
 
     async def undo_failed_start(self) -> None:
         """Leave nothing behind that we made.  Raises UdptunError.
@@ -202,7 +205,8 @@ class Forwarding:
             await self._tunnel.tunnel.datapath.stop()
             await self._kept.forget()
         if self._was_clean:
-            await remove_ours(self._ownership)
+            for routing in self._routings.values():
+                await remove_ours(routing.ownership)
 
     def detach(self) -> None:
         """Close what we hold of the datapath, which goes on."""
@@ -216,17 +220,22 @@ class Forwarding:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        parts = (self._tunnel, self._probes, self._reconciler)
+        parts = (self._tunnel, self._probes, *self._routings.values())
         return tuple(line for part in parts if part is not None for line in part.problems)
 
     @property
     def pod_path(self) -> PodPath | None:
         """Where packets between the pods here and those of other hosts pass; None when nothing of ours routes them."""
+        inputs = self._inputs(Family.IPV4)
         device = self.backend.device
         if device is None:
-            one_peer = replace(self._inputs(), peers=tuple(islice(self._peers.values(), 1)))
+            one_peer = replace(inputs, peers=tuple(islice(inputs.peers, 1)))
             device = self._underlay.link_name if self.backend.desired(one_peer).routes else None
-        return None if device is None else PodPath(self._ownership.network, self._own_subnet, device)
+        if device is None:
+            return None
+        assert isinstance(inputs.network, IPv4Network)
+        assert isinstance(inputs.own_subnet, IPv4Network)
+        return PodPath(inputs.network, inputs.own_subnet, device)
 
     def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
         """The keys of docs/status.md about carrying packets.  `leases` are the peers', in the order to show them in."""
@@ -255,40 +264,18 @@ class Forwarding:
             tunnel = self._tunnel.tunnel
             await self._kept.keep(tunnel.tun.name, tunnel.datapath.descriptors)
 
-    def _update_desired(self, reconciler: Reconciler) -> None:
-        """Tell the reconciler what the backend desires now."""
-        inputs = self._inputs()
-        if self.backend.asks_direct:
-            reconciler.set_decision(
-                {lease.attrs.public_ip for lease in inputs.peers},
-                lambda direct: self._desired(replace(inputs, direct=direct)),
-            )
-        else:
-            reconciler.set_desired(self._desired(inputs))
+    def _update_desired(self) -> None:
+        """Tell the reconcilers what the backend desires now."""
+        for family, routing in self._routings.items():
+            routing.want(self._inputs(family), self._narrow if family is Family.IPV4 else {})
 
-    def _desired(self, inputs: BackendInput) -> DesiredState:
-        desired = self.backend.desired(inputs)
-        routes = [*desired.routes, *self._narrow_routes(desired)]
-        if self._with_blackhole:
-            routes.append(blackhole(inputs.own_subnet))
-        return replace(desired, routes=tuple(routes))
+    @property
+    def _narrow(self) -> Mapping[IPv4Network, int]:
+        """The peers whose path takes less than the device, and what it takes, bytes."""
+        return {} if self._tunnel is None else self._tunnel.tunnel.narrow
 
-    def _narrow_routes(self, desired: DesiredState) -> list[DesiredRoute]:
-        """A route to each peer whose path takes less than the device, so that the kernel keeps packets to it short.
-
-        It tells senders of packets with DF, fragments those without (RFC 791), and has this host's own connections send
-        shorter segments.  The datapath could do only the first of these.
-        """
-        if self._tunnel is None:
-            return []
-        # With DirectRouting some peers are not reached through the device.
-        routed = {route.dst for route in desired.routes}
-        narrow = self._tunnel.tunnel.narrow.items()
-        return [DesiredRoute(to, self.backend.device, mtu=mtu) for to, mtu in narrow if to not in routed]
-
-    def _inputs(self) -> BackendInput:
-        network, peers = self._ownership.network, tuple(self._peers.values())
-        return BackendInput(network, self._leasable, self._underlay, self._own_subnet, self.live, peers)
+    def _inputs(self, family: Family) -> BackendInput:
+        return self._routings[family].inputs(self._underlay, self.live)
 
 
 def _peer(lease: Lease) -> dict[str, Any]:

@@ -11,13 +11,15 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from ipaddress import IPv4Network
+from ipaddress import ip_network
 from pathlib import Path
 
 from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError, KernelError, UdptunError
+from udptun.core.lease import overlap
+from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
 from udptun.kernel.claims import Claims, describe_holder, locked, names_held
 from udptun.kernel.reconcile.ownership import marked_networks
@@ -25,7 +27,7 @@ from udptun.kernel.reconcile.ownership import marked_networks
 log = logging.getLogger(__name__)
 
 NETWORKS_FILE = "networks"
-"""In the state directory: the Networks of this daemon, one a line, the present one first."""
+"""In the state directory: the Networks of this daemon, one a line, the present one of each family first."""
 
 _STARTING_S = 15.0
 """How long a start waits for that of another daemon; adopting a datapath that hangs takes 5 s."""
@@ -54,27 +56,33 @@ def claim_files(claims: Claims, options: Options) -> None:
             )
 
 
-async def claim_network(claims: Claims, network: IPv4Network, options: Options) -> Ownership:
-    """Be the only daemon of this host whose Network has any of these addresses; return what belongs to it.
+async def claim_network(claims: Claims, network: IPNetwork, options: Options) -> Ownership:
+    """Be the only daemon of this host whose Network has any of these addresses; return what of that family is ours.
+
+    A daemon with two families claims the Network of each.
 
     Raises ConfigError naming the daemon that has such a Network, and KernelError.
     """
     pid = claims.take(f"network {network}")
     if pid is not None:
         raise _taken(network, network, f"another udptun daemon on this host ({describe_holder(pid)})")
-    running = [other for other in _networks_held() if other != network]
+    running = [other for other in _networks_held() if other.version == network.version and other != network]
     for other in running:
-        if other.overlaps(network):
+        if overlap(other, network):
             raise _taken(network, other, "another udptun daemon on this host")
-    marked = await marked_networks()
+    marked = {name: it for name, it in (await marked_networks()).items() if it.version == network.version}
     earlier = _recall(options.state_dir)
     if earlier is None:
         written = subnet_env.read_networks(options.subnet_file)
         # A device with this Network in its alias is of a daemon that would have remembered it.
         earlier = [written[0]] if written is not None and written[0] not in marked.values() else []
-    earlier = [it for it in earlier if it != network and not any(it.overlaps(other) for other in running)]
+    earlier = [
+        it
+        for it in earlier
+        if it.version == network.version and it != network and not any(overlap(it, other) for other in running)
+    ]
     for device, other in marked.items():
-        if other.overlaps(network) and other not in (network, *earlier):
+        if overlap(other, network) and other not in (network, *earlier):
             remedy = "`udptun cleanup` with its flags removes what it has left"
             raise _taken(network, other, f"the udptun daemon that made {device}", remedy)
     return Ownership((network, *earlier))
@@ -99,7 +107,7 @@ def claim_leftovers(claims: Claims, options: Options) -> Ownership:
     return Ownership(tuple(networks))
 
 
-def remember(state_dir: Path, networks: Sequence[IPv4Network]) -> None:
+def remember(state_dir: Path, networks: Sequence[IPNetwork]) -> None:
     """Have the next start, and `udptun cleanup`, know that what lies in these Networks is ours.  Raises KernelError."""
     path = state_dir / NETWORKS_FILE
     try:
@@ -108,11 +116,11 @@ def remember(state_dir: Path, networks: Sequence[IPv4Network]) -> None:
         raise KernelError(f"cannot write {path}", exc.errno or 0, "make room and let root write there") from exc
 
 
-def _recall(state_dir: Path) -> list[IPv4Network] | None:
+def _recall(state_dir: Path) -> list[IPNetwork] | None:
     """The Networks of the runs before; None when nothing is known of any."""
     path = state_dir / NETWORKS_FILE
     try:
-        return [IPv4Network(line) for line in path.read_text(encoding="utf-8").split()]
+        return [ip_network(line) for line in path.read_text(encoding="utf-8").split()]
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:
@@ -120,15 +128,15 @@ def _recall(state_dir: Path) -> list[IPv4Network] | None:
         return None
 
 
-def _networks_held() -> Iterable[IPv4Network]:
+def _networks_held() -> Iterable[IPNetwork]:
     for name in names_held("network"):
         try:
-            yield IPv4Network(name)
+            yield ip_network(name)
         except ValueError:
             log.debug("ignoring a name that is no Network name=%r", name)
 
 
-def _taken(network: IPv4Network, other: IPv4Network, who: str, remedy: str = "") -> ConfigError:
+def _taken(network: IPNetwork, other: IPNetwork, who: str, remedy: str = "") -> ConfigError:
     what = "it" if other == network else f"{other}, which overlaps it"
     remedies = ["give each daemon a Network of its own", *filter(None, [remedy])]
     return ConfigError(f"Network: {network} cannot be ours: {who} has {what}; {'; '.join(remedies)}")

@@ -15,7 +15,7 @@ from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.config.net_conf import NetConf, keys_that_need_a_restart, replace_live_keys
 from udptun.control.forwarding import Forwarding
-from udptun.control.settings import live_settings, set_log_level, underlay_options
+from udptun.control.settings import ipv6_lack, live_settings, set_log_level, underlay_options
 from udptun.core.errors import UdptunError
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.reconciler import FirewallReconciler
@@ -52,12 +52,14 @@ class Running:
         self.firewall = firewall
         self._other_problems = other_problems
         self.underlay_watch = UnderlayWatch(
-            underlay_options(options),
+            underlay_options(options, conf),
             underlay,
             self.move,
             lambda: (lease.attrs.public_ip for lease in membership.table.peers.values()),
         )
         self.ip_forward_watch = IpForwardWatch(lambda: forwarding.pod_path)
+        self.other_families = asyncio.Event()
+        """Set when IPv6 can be carried now and could not before, or the other way round: the daemon begins again."""
         self.supervisor = Supervisor()
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
@@ -71,9 +73,15 @@ class Running:
             *self.forwarding.problems,
             *self.firewall.problems,
             *self.ip_forward_watch.problems,
+            *filter(None, [self._ipv6_problem]),
             *filter(None, [self.underlay_watch.problem]),
             *self._other_problems(),
         ]
+
+    @property
+    def _ipv6_problem(self) -> str:
+        lack = ipv6_lack(self.options, self.conf, self.underlay, self.forwarding.backend)
+        return f"pods have no IPv6 to other hosts: {lack}" if lack else ""
 
     async def reload(self, conf: NetConf) -> None:
         """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed."""
@@ -81,7 +89,7 @@ class Running:
             backend = self.forwarding.backend
             check_underlay(backend, conf, self.underlay.address)
             was = self._attrs()
-            live = live_settings(self.options, conf.backend, self.underlay.mtu, backend.overhead)
+            live = live_settings(self.options, conf, self.underlay, backend)
             for key in keys_that_need_a_restart(self.conf, conf):
                 log.warning("config changed, takes effect with the next start key=%s", key)
             await self._apply(self.underlay, live)
@@ -103,7 +111,10 @@ class Running:
             was = self._attrs()
             # Raises when this host cannot be a peer from there.
             backend.attrs(present, self.forwarding.live, self.me.node_id)
-            live = live_settings(self.options, self.conf.backend, present.mtu, backend.overhead)
+            live = live_settings(self.options, self.conf, present, backend)
+            if (live.ipv6_mtu is None) != (self.forwarding.live.ipv6_mtu is None):
+                self.other_families.set()
+                live = replace(live, ipv6_mtu=self.forwarding.live.ipv6_mtu)
             await self._apply(present, live)
             attrs = self._attrs()
         if attrs != was:
@@ -123,7 +134,7 @@ class Running:
         before = self.forwarding.live
         await self.forwarding.apply(present, live)
         self.underlay = present
-        if self.forwarding.live.mtu != before.mtu:
+        if self.forwarding.live.pod_mtu != before.pod_mtu:
             try:
                 subnet_env.rewrite(self.options.subnet_file, self._subnet_env())
             except UdptunError as exc:
@@ -136,7 +147,7 @@ class Running:
 
     def _subnet_env(self) -> str:
         subnets = self.membership.own.subnets
-        return subnet_env.render(self.conf, subnets, self.forwarding.live.mtu, self.options.ip_masq)
+        return subnet_env.render(self.conf, subnets, self.forwarding.live.pod_mtu, self.options.ip_masq)
 
 
 def log_underlay(what: str, it: Underlay) -> None:

@@ -10,12 +10,13 @@ from udptun.backends.base import Backend, LiveSettings, ProbedKeys, TunnelKeys, 
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config.flags import Options
-from udptun.config.net_conf import BackendKeys, LogLevel, NetConf
+from udptun.config.net_conf import LogLevel, NetConf
 from udptun.core.errors import ConfigError
+from udptun.core.family import Family
 from udptun.core.offload import ALL, corrupted_by, tells_marks
-from udptun.core.tunnel import AS_MANY_AS_WORKERS, default_workers
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, IPV6_MTU_MIN, default_workers
 from udptun.firewall.reconciler import FirewallSettings
-from udptun.kernel.underlay import UnderlayOptions
+from udptun.kernel.underlay import Underlay, UnderlayOptions
 from udptun.stores.base import Store
 
 log = logging.getLogger(__name__)
@@ -36,11 +37,12 @@ def read_config(text: str, source: str, options: Options) -> NetConf:
     return replace(conf, backend=replace(conf.backend, own_port=options.port))
 
 
-def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhead: int) -> LiveSettings:
+def live_settings(options: Options, conf: NetConf, underlay: Underlay, backend: Backend) -> LiveSettings:
     """A flag says it for this host, the configuration for all, and the interface or the machine when neither does.
 
-    `underlay_mtu` is the interface's, `overhead` the backend's, bytes.  Raises ConfigError when the MTU is too small.
+    Raises ConfigError when the MTU is too small for IPv4.
     """
+    keys = conf.backend
     tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
     probed = keys if isinstance(keys, ProbedKeys) else tunnel
     workers = options.workers or tunnel.workers or default_workers(len(os.sched_getaffinity(0)))
@@ -50,15 +52,42 @@ def live_settings(options: Options, keys: BackendKeys, underlay_mtu: int, overhe
     release = os.uname().release
     offload = tunnel.offload if options.offload_disabled is None else ALL & ~options.offload_disabled
     offload &= ~corrupted_by(release)
+    underlay_mtu = _underlay_mtu(options, conf, underlay)
+    ipv6_mtu = None
+    if conf.ipv6 is not None and not ipv6_lack(options, conf, underlay, backend):
+        ipv6_mtu = underlay_mtu - backend.ipv6_overhead
     return LiveSettings(
-        mtu_for(options.mtu or tunnel.mtu or underlay_mtu, overhead),
+        mtu_for(underlay_mtu, backend.overhead),
         workers,
         options.source_check or tunnel.source_check,
         offload,
         workers if source_ports == AS_MANY_AS_WORKERS else source_ports,
         probed.probe if options.probe is None else options.probe,
         tells_marks(offload, release),
+        ipv6_mtu,
     )
+
+
+def _underlay_mtu(options: Options, conf: NetConf, underlay: Underlay) -> int:
+    configured = conf.backend.mtu if isinstance(conf.backend, TunnelKeys) else None
+    return options.mtu or configured or underlay.mtu
+
+
+def ipv6_lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend) -> str:
+    """Why IPv6 is not carried; empty when it is, or nobody has enabled it."""
+    if conf.ipv6 is None:
+        return ""
+    if Family.IPV6 not in backend.families:
+        return f"the {backend.type} backend carries no IPv6; Backend.Type vxlan and host-gw do"
+    if underlay.ipv6 is None:
+        return underlay.ipv6_problem
+    underlay_mtu = _underlay_mtu(options, conf, underlay)
+    if underlay_mtu - backend.ipv6_overhead < IPV6_MTU_MIN:
+        return (
+            f"an underlay MTU of {underlay_mtu} leaves {underlay_mtu - backend.ipv6_overhead} bytes for the pods' "
+            f"packets; IPv6 needs {IPV6_MTU_MIN}, so the underlay needs {IPV6_MTU_MIN + backend.ipv6_overhead}"
+        )
+    return ""
 
 
 def check_store(store: Store, backend: Backend) -> None:
@@ -78,8 +107,15 @@ def set_log_level(options: Options, configured: LogLevel | None) -> None:
     logging.getLogger("udptun").setLevel((configured or by_flag).value)
 
 
-def underlay_options(options: Options) -> UnderlayOptions:
-    return UnderlayOptions(options.iface, options.iface_regex, options.iface_can_reach, options.public_ip)
+def underlay_options(options: Options, conf: NetConf) -> UnderlayOptions:
+    return UnderlayOptions(
+        options.iface,
+        options.iface_regex,
+        options.iface_can_reach,
+        options.public_ip,
+        options.public_ipv6,
+        with_ipv6=conf.ipv6 is not None,
+    )
 
 
 def firewall_settings(options: Options, conf: NetConf) -> FirewallSettings:

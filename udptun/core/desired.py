@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network
 
 from udptun.core.network_state import IPAddress, IPNetwork, Route, RouteType, Vxlan
 
 WORST_METRIC = 0xFFFFFFFF
+
+_USUAL_IPV6_METRIC = 1024
+"""What the kernel takes for an IPv6 route without a metric (IP6_RT_PRIO_USER)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +75,11 @@ class DesiredRoute:
 
     def on(self, oif: int | None) -> Route:
         """The route itself, now that the link's index is known."""
-        return Route(self.dst, self.gateway, oif, type=self.type, metric=self.metric, mtu=self.mtu, onlink=self.onlink)
+        metric = self.metric or (0 if self.dst.version == 4 else _USUAL_IPV6_METRIC)
+        return Route(self.dst, self.gateway, oif, type=self.type, metric=metric, mtu=self.mtu, onlink=self.onlink)
 
 
-def guard(prefix: IPv4Network) -> DesiredRoute:
+def guard(prefix: IPNetwork) -> DesiredRoute:
     """A route that refuses packets to `prefix` when no better route is left.
 
     A device that is down or gone has no routes.  The guard then keeps pod packets from following a wider route, such as
@@ -95,10 +98,10 @@ class Pods:
     `link`: the desired link that all peers' packets go into; None: the peers have routes of their own.
     """
 
-    network: IPv4Network
-    leasable: tuple[IPv4Network, ...]
-    own_subnet: IPv4Network
-    leased: tuple[IPv4Network, ...]
+    network: IPNetwork
+    leasable: tuple[IPNetwork, ...]
+    own_subnet: IPNetwork
+    leased: tuple[IPNetwork, ...]
     link: str | None = None
     longest: int = field(init=False, repr=False)
     """The longest prefix length of a subnet: no longer route leads to all of one."""
@@ -107,7 +110,7 @@ class Pods:
         longest = max(subnet.prefixlen for subnet in (self.own_subnet, *self.leased))
         object.__setattr__(self, "longest", longest)
 
-    def prefixes(self, others: Collection[IPv4Network], guarded: Collection[IPv4Network]) -> list[IPv4Network]:
+    def prefixes(self, others: Collection[IPNetwork], guarded: Collection[IPNetwork]) -> list[IPNetwork]:
         """What needs a guard besides `guarded`, where other owners' routes lead to `others`."""
         around = _Prefixes(others)
         whole = [prefix for prefix in self.leasable if around.longest(prefix, prefix.prefixlen) == 0]
@@ -128,22 +131,22 @@ class Pods:
 class _Prefixes:
     """A set of prefixes, asked for those that contain another one."""
 
-    def __init__(self, prefixes: Iterable[IPv4Network]) -> None:
+    def __init__(self, prefixes: Iterable[IPNetwork]) -> None:
         self._firsts: dict[int, set[int]] = {}
         for prefix in prefixes:
             self._firsts.setdefault(prefix.prefixlen, set()).add(int(prefix.network_address))
         self._lengths = sorted(self._firsts, reverse=True)
 
-    def longest(self, prefix: IPv4Network, at_most: int) -> int:
+    def longest(self, prefix: IPNetwork, at_most: int) -> int:
         """The length of the longest one that contains `prefix` and is no longer than `at_most`; 0: there is none."""
         first = int(prefix.network_address)
         for length in self._lengths:
-            if length <= at_most and first & -(1 << 32 - length) in self._firsts[length]:
+            if length <= at_most and first & -(1 << prefix.max_prefixlen - length) in self._firsts[length]:
                 return length
         return 0
 
 
-def blackhole(own_subnet: IPv4Network) -> DesiredRoute:
+def blackhole(own_subnet: IPNetwork) -> DesiredRoute:
     """A route that swallows packets to our own pods while there is no bridge, which would go in circles without it.
 
     flannel gives it metric 0.  The kernel refuses such a route beside the one of cni0.  When the blackhole is there
@@ -181,16 +184,12 @@ class DesiredState:
     fdb: tuple[DesiredFdb, ...] = ()
     pods: Pods | None = None
 
-    def routes_beside(self, others: Collection[IPv4Network]) -> tuple[DesiredRoute, ...]:
+    def routes_beside(self, others: Collection[IPNetwork]) -> tuple[DesiredRoute, ...]:
         """`routes`, and those that keep the packets of `pods` from other owners' routes, which lead to `others`."""
         pods = self.pods
         if pods is None:
             return self.routes
-        refused = {
-            route.dst
-            for route in self.routes
-            if route.type is not RouteType.UNICAST and isinstance(route.dst, IPv4Network)
-        }
+        refused = {route.dst for route in self.routes if route.type is not RouteType.UNICAST}
         prefixes = pods.prefixes(others, refused)
         guards = [guard(prefix) for prefix in prefixes if prefix not in refused]
         if pods.link is None:

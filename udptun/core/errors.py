@@ -80,8 +80,8 @@ class LeaseLostError(LeaseError):
     """Our own lease is gone from the store or belongs to another node now."""
 
 
-class SubnetReplacedError(LeaseError):
-    """The store has given this host another subnet while the daemon runs: it has to begin again."""
+class BeginAgainError(UdptunError):
+    """What the daemon was built upon is another one now, such as its subnet: it has to begin again."""
 
 
 class StoreUnavailableError(LeaseError):

@@ -248,6 +248,13 @@ class Lease:
     def subnet(self) -> IPv4Network:
         return self.subnets.ipv4
 
+    def part(self, family: Family) -> LeasePart:
+        """What it says of one family.  The lease has a subnet and an address of it, as the peers of a table have."""
+        subnet, public_ip = self.subnets.of(family), self.attrs.address(family)
+        assert subnet is not None
+        assert public_ip is not None
+        return LeasePart(subnet, public_ip, self.attrs.data(family))
+
     @property
     def is_reservation(self) -> bool:
         """Whether it never expires: an operator has made it, and only an operator deletes it."""
@@ -255,6 +262,15 @@ class Lease:
 
     def is_expired(self, now_s: float) -> bool:
         return self.expires_s is not None and self.expires_s <= now_s
+
+
+@dataclass(frozen=True, slots=True)
+class LeasePart:
+    """What a lease says of one address family.  `data` belongs to the backend that wrote it."""
+
+    subnet: IPNetwork
+    public_ip: IPAddress
+    data: Json
 
 
 class EventType(Enum):

@@ -1,7 +1,4 @@
-"""Links, addresses, routes, neighbours and fdb entries as values.  Pure.
-
-IPv4 for now; the types take both families.
-"""
+"""Links, addresses, routes, neighbours and fdb entries as values, of both address families.  Pure."""
 
 from __future__ import annotations
 

@@ -15,24 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import ip_network
 
 from udptun.core.lease import is_inside
-from udptun.core.network_state import DEVICE_NAME, Address, Link, Route
+from udptun.core.network_state import DEVICE_NAME, Address, IPNetwork, Link, Route
 
 _MARK = "udptun"
 
 
-def alias_of(network: IPv4Network) -> str:
+def alias_of(network: IPNetwork) -> str:
     """The alias (IFLA_IFALIAS) of the devices that belong to the daemon of `network`."""
     return f"{_MARK} {network}"
 
 
-def marked_network(link: Link) -> IPv4Network | None:
+def marked_network(link: Link) -> IPNetwork | None:
     """The Network in the device's alias; None when the alias is not ours or names none."""
     mark, _, network = link.alias.partition(" ")
     try:
-        return IPv4Network(network) if mark == _MARK and "/" in network else None
+        return ip_network(network) if mark == _MARK and "/" in network else None
     except ValueError:
         return None
 
@@ -64,10 +64,10 @@ class Ownership:
     any Network nothing belongs to it.
     """
 
-    networks: tuple[IPv4Network, ...]
+    networks: tuple[IPNetwork, ...]
 
     @property
-    def network(self) -> IPv4Network:
+    def network(self) -> IPNetwork:
         return self.networks[0]
 
     @property
@@ -81,7 +81,7 @@ class Ownership:
 
     def owns_route(self, route: Route) -> bool:
         """Whether a route with our protocol number is this daemon's."""
-        return isinstance(route.dst, IPv4Network) and any(is_inside(route.dst, it) for it in self.networks)
+        return any(is_inside(route.dst, it) for it in self.networks)
 
     def owns_link(self, link: Link, addresses: Iterable[Address]) -> bool:
         """Whether the device is this daemon's.  `addresses` are at least those of the device."""

@@ -7,6 +7,9 @@ from enum import Enum, StrEnum
 MTU_MIN = 68
 """The smallest MTU, bytes, that IPv4 allows (RFC 791)."""
 
+IPV6_MTU_MIN = 1280
+"""The smallest MTU, bytes, that IPv6 allows (RFC 8200)."""
+
 UNDERLAY_MTUS = range(MTU_MIN + 28, 65536)
 """Underlay MTUs, bytes, with which the tunnel's device has an MTU that IPv4 allows.
 

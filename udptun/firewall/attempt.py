@@ -20,6 +20,8 @@ class Rules(Protocol):
 
     tool: str
     desired: DesiredRules
+    version: int
+    """Of IP: 4 or 6."""
 
     async def compare(self) -> Repair:
         """What the kernel's rules differ in, and how to repair it.  Raises FirewallError."""

@@ -24,8 +24,9 @@ from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 from udptun.firewall.tool import TimedOutError, UnreadableError
 
-_LEGACY_TABLES = Path("/proc/thread-self/net/ip_tables_names")
-_NFPROTO_IPV4 = 2
+_LEGACY_TABLES = {4: Path("/proc/thread-self/net/ip_tables_names"), 6: Path("/proc/thread-self/net/ip6_tables_names")}
+_NFPROTO = {4: 2, 6: 10}
+"""NFPROTO_IPV4 and NFPROTO_IPV6 (include/uapi/linux/netfilter.h)."""
 _UNWANTED = iptables_chains(DesiredRules())
 _INCOMPATIBLE = "is incompatible, use 'nft' tool"
 """iptables-nft 1.8.9 says so about a chain or table with rules that it cannot express, which nft has set."""
@@ -35,10 +36,16 @@ _NO_SUCH_CHAIN = ("No chain/target/match by that name", _INCOMPATIBLE)
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One iptables: `name` is what its commands begin with."""
+    """One iptables, or ip6tables: `name` is what its commands begin with, `version` that of IP."""
 
     name: str
     is_legacy: bool
+    version: int = 4
+
+    @property
+    def for_ipv6(self) -> Program:
+        """The same for IPv6.  Both come in one package."""
+        return Program(self.name.replace("iptables", "ip6tables", 1), self.is_legacy, 6)
 
     async def list(self, table: str, chain: str = "", *, may_load: bool = False) -> str:
         """What `iptables -S` prints of the chain, or of the whole table; nothing when there is no such chain.
@@ -49,7 +56,7 @@ class Program:
 
         Raises FirewallError; UnreadableError where rules that nft has set hide those of iptables.
         """
-        if self.is_legacy and not may_load and table not in _legacy_tables():
+        if self.is_legacy and not may_load and table not in _legacy_tables(self.version):
             return ""
         try:
             return await self._run(self.name, "-w", "-t", table, "-S", *filter(None, [chain]))
@@ -99,7 +106,7 @@ class IptablesRules:
 
         `only_against_drop`: have the forward rules only where the policy of FORWARD is to drop.
         """
-        self.tool = program.name
+        self.tool, self.version = program.name, program.version
         self.desired = rules_of_table(table, desired)
         self._program = program
         self._table = table
@@ -140,7 +147,8 @@ class IptablesRules:
         await self._program.restore(script)
 
     def concerns(self, notice: RulesetNotice) -> bool:
-        return notice.family == _NFPROTO_IPV4 and notice.table == self._table and notice.chain in self._chains_concerned
+        is_ours = notice.family == _NFPROTO[self.version] and notice.table == self._table
+        return is_ours and notice.chain in self._chains_concerned
 
 
 def iptables_rules(program: Program, desired: DesiredRules, networks: Sequence[IPNetwork]) -> list[IptablesRules]:
@@ -152,7 +160,7 @@ class OldIptablesRules:
     """The rules that flannel before 0.20 set for this network and subnet; none shall exist.  Implements `Rules`."""
 
     def __init__(self, program: Program, network: IPNetwork, subnet: IPNetwork) -> None:
-        self.tool = program.name
+        self.tool, self.version = program.name, program.version
         self.desired = DesiredRules()
         self._program = program
         self._network, self._subnet = network, subnet
@@ -179,8 +187,8 @@ def _chain_of(table: str, desired: DesiredRules) -> Chain:
     return chain
 
 
-def _legacy_tables() -> list[str]:
+def _legacy_tables(version: int) -> list[str]:
     try:
-        return _LEGACY_TABLES.read_text().split()
+        return _LEGACY_TABLES[version].read_text().split()
     except OSError:
         return []

@@ -26,25 +26,25 @@ class NftRules:
         self.tool = "nft"
         self.desired = desired
         self._networks = networks
-        self._version = version
+        self.version = version
 
     async def compare(self) -> Repair:
-        family, table = TABLES[self._version]
+        family, table = TABLES[self.version]
         try:
             listed = await _list(family, table)
         except UnreadableError:
             # Whatever it holds, it is our own table, and a new one replaces it whole.  Other daemons then bring back
             # their rules.
             own = nft_chains(self.desired)
-            script = nft_script(self._version, own) if own else nft_removal(family, table)
+            script = nft_script(self.version, own) if own else nft_removal(family, table)
             return Repair(script, (f"unreadable table {family} {table}",))
-        present = nft_present(self._version, listed)
+        present = nft_present(self.version, listed)
         chains = nft_chains(present.with_ours(self.desired, self._networks))
         if not chains:
             return Repair(nft_removal(family, table), (f"leftover table {family} {table}",)) if listed else Repair()
-        findings = nft_findings(self._version, chains, listed)
+        findings = nft_findings(self.version, chains, listed)
         return Repair(
-            nft_script(self._version, chains) if findings else "",
+            nft_script(self.version, chains) if findings else "",
             findings,
             is_new=not present.has_ours(self._networks),
             others=present.networks_of_others(self._networks),
@@ -54,7 +54,7 @@ class NftRules:
         await tool.run("nft", "-f", "-", script=script)
 
     def concerns(self, notice: RulesetNotice) -> bool:
-        return notice.table == TABLES[self._version][1]
+        return notice.table == TABLES[self.version][1]
 
 
 async def _list(family: str, table: str) -> list[dict[str, Any]]:

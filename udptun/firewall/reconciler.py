@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 
 from udptun.core.errors import FirewallError, KernelError
+from udptun.core.lease import Subnets
 from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
 from udptun.firewall.attempt import Attempt, Failure, Rules
@@ -48,7 +49,7 @@ timer alone brings repairs."""
 _LOCK, _PATIENCE_S = "firewall", 5.0
 """A repair waits so long for that of another daemon.  A tool that waits for the lock of iptables takes seconds."""
 _ALL_IPV6 = ip_network("::/0")
-"""We have no IPv6 rules.  All that an older flannel has left are removed, as flannel does."""
+"""Without IPv6 all that an older flannel has left of it is removed, as flannel does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,16 @@ class FirewallSettings:
 class FirewallReconciler:
     """The rules of one host.  All methods belong to one event loop."""
 
-    def __init__(self, settings: FirewallSettings, ownership: Ownership, obstacles: Obstacles) -> None:
-        """Rules about the Networks of `ownership` are ours; those about others belong to other daemons.
+    def __init__(self, settings: FirewallSettings, ownerships: Sequence[Ownership], obstacles: Obstacles) -> None:
+        """Rules about the Networks of `ownerships`, one a family, are ours; others belong to other daemons.
 
         `obstacles` are looked for after each look at our own rules.
         """
         self._settings = settings
         self._obstacles = obstacles
-        self._ownership = ownership
+        self._ownerships = ownerships
         self._random_fully = settings.random_fully
-        self._subnet: IPNetwork | None = None
+        self._subnets: Subnets | None = None
         self._previous: tuple[IPNetwork, IPNetwork] | None = None
         self._installed: Sequence[Program] = ()
         self._kept: list[Rules] = []
@@ -95,14 +96,14 @@ class FirewallReconciler:
         pace = Pace(_SETTLE_S, _MAX_SETTLE_S, storm_s=0.0, period_s=settings.resync_s, retry_s=settings.resync_s)
         self._loop = WatchLoop("firewall rules", self._relevant_notices, self._look, pace)
 
-    async def set_up(self, subnet: IPNetwork, previous: tuple[IPNetwork, IPNetwork] | None) -> None:
+    async def set_up(self, subnets: Subnets, previous: tuple[IPNetwork, IPNetwork] | None) -> None:
         """Set the rules, then remove those of the other form and of older flannels.
 
-        `subnet` is the host's own; `previous` holds network and subnet of the run before.  Raises FirewallError when
-        rules that somebody asked for cannot be set.  What else fails is tried again by `run`, and is a problem line
-        until then: rules that nobody asked for, whatever a tool that hung should have done, and leftovers.
+        `subnets` are the host's own; `previous` holds network and subnet of the run before.  Raises FirewallError when
+        IPv4 rules that somebody asked for cannot be set.  What else fails is tried again by `run`, and is a problem
+        line until then: rules that nobody asked for, IPv6 rules, whatever a tool that hung should have done, leftovers.
         """
-        self._subnet, self._previous = subnet, previous
+        self._subnets, self._previous = subnets, previous
         async with locked(_LOCK, _PATIENCE_S):
             attempt = await self._set_rules()
         fatal = [str(failure.error) for failure in attempt.failures if self._is_fatal(failure)]
@@ -133,7 +134,8 @@ class FirewallReconciler:
     async def undo_failed_start(self) -> None:
         """Take the rules out again, unless `set_up` found rules of flannel's.  Raises FirewallError."""
         if self._is_new:
-            _, left = await remove_rules(self._ownership, None)
+            networks = [network for ownership in self._ownerships for network in ownership.networks]
+            _, left = await remove_rules(networks, None)
             if left:
                 raise FirewallError("; ".join(left))
 
@@ -157,7 +159,7 @@ class FirewallReconciler:
         self._is_settled = not any(failure.may_pass or failure.rules in unwanted for failure in attempt.failures)
         if self._is_settled:
             # From now on another daemon may have the Networks of our earlier runs.
-            self._ownership = self._ownership.without_leftovers()
+            self._ownerships = [ownership.without_leftovers() for ownership in self._ownerships]
             self._kept, _ = self._choose_rules()
         return attempt
 
@@ -200,20 +202,37 @@ class FirewallReconciler:
 
     def _choose_rules(self) -> tuple[list[Rules], list[Rules]]:
         """The rules to keep, and those that must not exist.  Raises FirewallError when the tool is missing."""
-        assert self._subnet is not None
-        settings, installed = self._settings, self._installed
-        network, networks = self._ownership.network, self._ownership.networks
+        assert self._subnets is not None
+        kept: list[Rules] = []
+        unwanted: list[Rules] = []
+        for ownership in self._ownerships:
+            subnet = self._subnets.ipv4 if ownership.network.version == 4 else self._subnets.ipv6
+            assert subnet is not None
+            of_family = self._choose_rules_of(ownership, subnet)
+            kept += of_family[0]
+            unwanted += of_family[1]
+        if len(self._ownerships) == 1:
+            unwanted.append(NftRules(DesiredRules(), [_ALL_IPV6], 6))
+        if self._previous is not None:
+            unwanted += [OldIptablesRules(program, *self._previous) for program in self._installed]
+        return kept, unwanted
+
+    def _choose_rules_of(self, ownership: Ownership, subnet: IPNetwork) -> tuple[list[Rules], list[Rules]]:
+        """The same about one family, whose Networks are those of `ownership`."""
+        settings, network, networks = self._settings, ownership.network, ownership.networks
+        version = network.version
+        installed = [it if version == 4 else it.for_ipv6 for it in self._installed]
         desired = DesiredRules(
-            masquerade(network, self._subnet, self._random_fully) if settings.masquerade else (),
+            masquerade(network, subnet, self._random_fully) if settings.masquerade else (),
             () if settings.forward is False else forward(network),
         )
         kept: list[Rules] = []
-        own = installed[:1] if desired else ()
+        own = installed[:1] if desired else []
         if desired and settings.nftables:
             # A packet that another table drops is lost, whatever ours accepts.  The FORWARD chain of iptables often
             # drops by its policy: Docker sets it so.
             against_drop = DesiredRules(forward=desired.forward)
-            kept.append(NftRules(desired, networks))
+            kept.append(NftRules(desired, networks, version))
             kept += [
                 IptablesRules(program, "filter", against_drop, networks, only_against_drop=True) for program in own
             ]
@@ -228,10 +247,7 @@ class FirewallReconciler:
             elif settings.nftables:
                 unwanted.append(IptablesRules(program, "nat", DesiredRules(), networks))
         if not (desired and settings.nftables):
-            unwanted.append(NftRules(DesiredRules(), networks))
-        unwanted.append(NftRules(DesiredRules(), [_ALL_IPV6], 6))
-        if self._previous is not None:
-            unwanted += [OldIptablesRules(program, *self._previous) for program in installed]
+            unwanted.append(NftRules(DesiredRules(), networks, version))
         return kept, unwanted
 
     def _is_asked_for(self, failure: Failure) -> bool:
@@ -243,8 +259,9 @@ class FirewallReconciler:
         return bool(desired.masquerade or (desired.forward and (settings.forward or settings.nftables)))
 
     def _is_fatal(self, failure: Failure) -> bool:
-        """Whether a start that meets it fails."""
-        return self._is_asked_for(failure) and not failure.may_pass
+        """Whether a start that meets it fails.  IPv4 works without the rules of IPv6."""
+        is_ipv6 = failure.rules is not None and failure.rules.version == 6
+        return self._is_asked_for(failure) and not failure.may_pass and not is_ipv6
 
     def _is_done_without(self, failure: Failure) -> bool:
         """Whether the host has never had these rules, cannot have them, and nobody asked."""
@@ -335,24 +352,24 @@ class FirewallReconciler:
 
 
 async def remove_rules(
-    ownership: Ownership, previous: tuple[IPNetwork, IPNetwork] | None
+    networks: Sequence[IPNetwork], previous: tuple[IPNetwork, IPNetwork] | None
 ) -> tuple[list[str], list[str]]:
-    """Take out all of our rules, in both forms and from every iptables.
+    """Take out all of our rules, those about `networks`, in both forms and from every iptables.
 
     Returns a line for each thing that was removed, and one about the rules of other Networks, which stay; then a line
     for each thing that is there, or may be there, and could not be removed.  `previous` as for
     `FirewallReconciler.set_up`.  Raises FirewallError when it cannot be found out which iptables there are.
     """
-    networks = ownership.networks
     attempt = Attempt()
+    ipv4, ipv6 = ([network for network in networks if network.version == version] for version in (4, 6))
     async with locked(_LOCK, _PATIENCE_S):
         installed = await programs()
-        every: list[Rules] = [
-            rules for program in installed for rules in iptables_rules(program, DesiredRules(), networks)
-        ]
+        every: list[Rules] = [rules for it in installed for rules in iptables_rules(it, DesiredRules(), ipv4)]
+        if ipv6:
+            every += [rules for it in installed for rules in iptables_rules(it.for_ipv6, DesiredRules(), ipv6)]
         if previous is not None:
             every += [OldIptablesRules(program, *previous) for program in installed]
-        every += [NftRules(DesiredRules(), networks), NftRules(DesiredRules(), [_ALL_IPV6], 6)]
+        every += [NftRules(DesiredRules(), ipv4), NftRules(DesiredRules(), ipv6 or [_ALL_IPV6], 6)]
         compared = await attempt.compare(every)
         await attempt.repair(compared)
     lines = [f"removed {line.replace('other rules', 'our rules')}" for line in attempt.found]

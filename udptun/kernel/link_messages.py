@@ -12,9 +12,10 @@ from ipaddress import IPv4Address, ip_address
 from types import ModuleType
 from typing import Any
 
+from udptun.core.family import Family
 from udptun.core.network_state import Address, Link, LinkSettings, TunFlags, Vxlan
 from udptun.kernel.lean_import import import_without_init, stand_ins
-from udptun.kernel.rtnetlink import F_CREATE, F_DUMP, F_EXCL, HEADER, Request, attributes, family_of
+from udptun.kernel.rtnetlink import AF, F_CREATE, F_DUMP, F_EXCL, HEADER, Request, attributes, family_of
 
 # pyroute2 only mentions these three, for processes of its own that we do not have: 0.8 MB.
 _multiprocessing = ModuleType("multiprocessing")
@@ -59,7 +60,8 @@ def add_vxlan(name: str, vxlan: Vxlan, mac: str, mtu: int) -> Request:
         ("IFLA_VXLAN_LEARNING", vxlan.learning),
     ]
     if vxlan.local is not None:
-        data.append(("IFLA_VXLAN_LOCAL", str(vxlan.local)))
+        name_of_local = "IFLA_VXLAN_LOCAL" if vxlan.local.version == 4 else "IFLA_VXLAN_LOCAL6"
+        data.append((name_of_local, str(vxlan.local)))
     if vxlan.gbp:
         data.append(("IFLA_VXLAN_GBP", True))
     info: _Attributes = [("IFLA_INFO_KIND", "vxlan"), ("IFLA_INFO_DATA", {"attrs": data})]
@@ -128,7 +130,8 @@ def _tun_flags(data: Any) -> TunFlags:
 
 
 def _vxlan(data: Any) -> Vxlan:
-    local, group = data.get("vxlan_local"), data.get("vxlan_group")
+    local = data.get("vxlan_local") or data.get("vxlan_local6")
+    group = data.get("vxlan_group") or data.get("vxlan_group6")
     return Vxlan(
         data.get("vxlan_id"),
         None if local is None else ip_address(local),
@@ -142,10 +145,10 @@ def _vxlan(data: Any) -> Vxlan:
     )
 
 
-def dump_addresses(link_index: int, family: int) -> Request:
+def dump_addresses(link_index: int, family: Family) -> Request:
     """The addresses of one link, or of all (0)."""
     message = ifaddrmsg()
-    message["family"], message["index"] = family, link_index
+    message["family"], message["index"] = AF[family], link_index
     return _request("cannot list addresses", GETADDR, F_DUMP, message)
 
 

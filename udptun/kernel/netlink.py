@@ -3,7 +3,7 @@
 The messages are written and read by link_messages.py (links and addresses, with pyroute2) and rtnetlink.py (routes,
 neighbours and fdb entries).
 
-IPv4 for now; whatever differs by family takes it as a parameter.
+Whatever differs by family takes it as a parameter.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from typing import TypeVar
 
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
 from udptun.core.network_state import (
     LOCAL_TABLE,
     MAIN_TABLE,
@@ -28,9 +30,14 @@ from udptun.core.network_state import (
 from udptun.kernel import link_messages, rtnetlink
 from udptun.kernel.conversation import Conversation
 
+AddressT = TypeVar("AddressT", IPv4Address, IPv6Address, IPAddress)
+
 
 class Netlink(Conversation):
-    """A conversation about the network.  See `Conversation` for how it is used."""
+    """A conversation about the network.  See `Conversation` for how it is used.
+
+    A kernel without IPv6 answers a question about it with what it has of IPv4 (rtnl_dump_all), which is left out.
+    """
 
     def __init__(self) -> None:
         super().__init__(socket.NETLINK_ROUTE)
@@ -51,7 +58,7 @@ class Netlink(Conversation):
             raise error
         return link_messages.decode_link(bodies[0])
 
-    async def addresses(self, link_index: int = 0, family: int = socket.AF_INET) -> list[Address]:
+    async def addresses(self, link_index: int = 0, family: Family = Family.IPV4) -> list[Address]:
         """The addresses of one link, or of all (0).  A link that is gone has none."""
         try:
             bodies = await self.dump(link_messages.dump_addresses(link_index, family))
@@ -59,17 +66,18 @@ class Netlink(Conversation):
             if exc.errno == errno.ENODEV:
                 return []
             raise
-        return [link_messages.decode_address(body) for body in bodies]
+        addresses = map(link_messages.decode_address, bodies)
+        return [address for address in addresses if address.ip.version == family.value]
 
     async def local_addresses(self) -> set[IPv4Address]:
         """Our end of every IPv4 address, and no more than that.  10,000 take 0.1 s."""
-        bodies = await self.dump(link_messages.dump_addresses(0, socket.AF_INET))
+        bodies = await self.dump(link_messages.dump_addresses(0, Family.IPV4))
         return set(map(link_messages.decode_local_address, bodies))
 
     async def local_routes(self) -> list[IPv4Network]:
         """What somebody has made local with a route instead of an address (`ip route add local …`)."""
         try:
-            bodies = await self.dump(rtnetlink.dump_routes(socket.AF_INET, LOCAL_TABLE, 0))
+            bodies = await self.dump(rtnetlink.dump_routes(Family.IPV4, LOCAL_TABLE, 0))
         except KernelError as exc:
             if exc.errno == errno.ENOENT:
                 # The table comes with the first address.
@@ -77,13 +85,13 @@ class Netlink(Conversation):
             raise
         return [found for body in bodies if (found := rtnetlink.decode_local_route(body)) is not None]
 
-    async def routes(self, protocol: int = 0, family: int = socket.AF_INET) -> list[Route]:
+    async def routes(self, protocol: int = 0, family: Family = Family.IPV4) -> list[Route]:
         """The main table in the kernel's order (of equal prefixes the best metric first).
 
         `protocol` limits it to one owner's routes.  The kernel filters, so other routes cost nothing.
         """
         bodies = await self.dump(rtnetlink.dump_routes(family, MAIN_TABLE, protocol))
-        return [rtnetlink.decode_route(body) for body in bodies]
+        return [route for route in map(rtnetlink.decode_route, bodies) if route.dst.version == family.value]
 
     async def route_get(self, ip: IPAddress) -> Route:
         """How the kernel would send to `ip` now.  `prefsrc` is the source address it would choose."""
@@ -92,9 +100,7 @@ class Netlink(Conversation):
             raise error
         return rtnetlink.decode_route(bodies[0])
 
-    async def routes_to(
-        self, ips: Iterable[IPv4Address], *, as_configured: bool = False
-    ) -> dict[IPv4Address, Route]:
+    async def routes_to(self, ips: Iterable[AddressT], *, as_configured: bool = False) -> dict[AddressT, Route]:
         """`route_get` for each; those that the kernel has no route to are left out.
 
         `as_configured`: the routes themselves, without what ICMP has changed.
@@ -107,7 +113,7 @@ class Netlink(Conversation):
             if error is None
         }
 
-    async def on_link(self, ips: Iterable[IPv4Address]) -> dict[IPv4Address, int]:
+    async def on_link(self, ips: Iterable[AddressT]) -> dict[AddressT, int]:
         """Those that the kernel reaches without a gateway, each with the index of the link that leads there."""
         return {
             ip: route.oif
@@ -118,14 +124,14 @@ class Netlink(Conversation):
             and not route.is_encapsulated
         }
 
-    async def neighbours(self, link_index: int, family: int = socket.AF_INET) -> list[Neighbour]:
+    async def neighbours(self, link_index: int, family: Family = Family.IPV4) -> list[Neighbour]:
         """The neighbours on one link; those without a link-layer address are left out."""
         bodies = await self.dump(rtnetlink.dump_neighbours(link_index, family))
         return [found for body in bodies if (found := rtnetlink.decode_neighbour(body)) is not None]
 
     async def neighbour_states(self, link_index: int) -> dict[IPAddress | None, int]:
         """The NUD_* states of the IPv4 neighbours on one link, also of those without a link-layer address."""
-        bodies = await self.dump(rtnetlink.dump_neighbours(link_index, socket.AF_INET))
+        bodies = await self.dump(rtnetlink.dump_neighbours(link_index, Family.IPV4))
         return dict(map(rtnetlink.decode_neighbour_state, bodies))
 
     async def fdb(self, link_index: int) -> list[FdbEntry]:

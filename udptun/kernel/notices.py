@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
 from udptun.core.network_state import LOCAL_TABLE
 from udptun.kernel import rtnetlink
 
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR = 16, 17, 20, 21
-_RTMGRP_LINK, _RTMGRP_NEIGH, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV4_ROUTE = 0x1, 0x4, 0x10, 0x40
+_RTMGRP_LINK, _RTMGRP_NEIGH = 0x1, 0x4
+_RTMGRP_ADDRESSES_AND_ROUTES = {Family.IPV4: 0x10 | 0x40, Family.IPV6: 0x100 | 0x400}
 
 _BUFFER_LEN = 1 << 20
 """Receive buffer of the socket, bytes: some thousand notices."""
@@ -55,14 +57,17 @@ class Notice:
     is_local: bool = False
 
 
-async def watch(*, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice], None]:
-    """Yield the notices as they come; those that arrive together are one set.  Never ends by itself.
+async def watch(*families: Family, neighbours: bool = False) -> AsyncGenerator[frozenset[Notice], None]:
+    """Yield the notices as they come, of `families` and of links; those that arrive together are one set.
 
-    The first item is an OVERFLOW, sent once the socket listens: earlier changes were not seen.
+    Without a family given it is IPv4.  It never ends by itself.  The first item is an OVERFLOW, sent once the socket
+    listens: earlier changes were not seen.
     `neighbours`: report those too; a host's own come and go all the time.
     A socket that fails is replaced by a new one, with an OVERFLOW.  Raises KernelError when none can be opened.
     """
-    groups = _RTMGRP_LINK | _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV4_ROUTE | (_RTMGRP_NEIGH if neighbours else 0)
+    groups = _RTMGRP_LINK | (_RTMGRP_NEIGH if neighbours else 0)
+    for family in families or (Family.IPV4,):
+        groups |= _RTMGRP_ADDRESSES_AND_ROUTES[family]
     async with aclosing(datagrams(socket.NETLINK_ROUTE, groups)) as received:
         async for data in received:
             yield frozenset({Notice(NoticeKind.OVERFLOW)} if data is None else _decode(data))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from udptun.core.family import Family
 from udptun.core.network_state import NUD_PERMANENT, FdbEntry, IPAddress, IPNetwork, Neighbour, Route, RouteType
 
 HEADER = struct.Struct("=IHHII")
@@ -24,6 +25,8 @@ F_REPLACE, F_EXCL, F_CREATE = 0x100, 0x200, 0x400
 _F_CAPPED, _F_ACK_TLVS = 0x100, 0x200
 
 _AF_INET, _AF_BRIDGE, _AF_INET6 = 2, 7, 10
+AF = {Family.IPV4: _AF_INET, Family.IPV6: _AF_INET6}
+"""The families as the kernel numbers them."""
 
 _ATTRIBUTE = struct.Struct("=HH")
 _ROUTE = struct.Struct("=BBBBBBBBI")
@@ -45,6 +48,7 @@ _RTM_F_FIB_MATCH = 0x2000
 _RTPROT_KERNEL = 2
 _NDA_DST, _NDA_LLADDR, _NDA_IFINDEX = 1, 2, 8
 _NTF_SELF = 2
+_NOWHERE = (RouteType.BLACKHOLE, RouteType.UNREACHABLE, RouteType.PROHIBIT)
 _NLMSGERR_ATTR_MSG = 1
 _TYPE_MASK = 0x3FFF
 """Without NLA_F_NESTED and NLA_F_NET_BYTEORDER."""
@@ -78,9 +82,9 @@ def delete_route(route: Route) -> Request:
     return Request(f"cannot delete route {route.dst}", DELROUTE, 0, _route_body(route))
 
 
-def dump_routes(family: int, table: int, protocol: int) -> Request:
+def dump_routes(family: Family, table: int, protocol: int) -> Request:
     """The routes of one table; unless `protocol` is 0, only those of that owner."""
-    body = _ROUTE.pack(family, 0, 0, 0, table, protocol, 0, 0, 0)
+    body = _ROUTE.pack(AF[family], 0, 0, 0, table, protocol, 0, 0, 0)
     return Request("cannot list routes", GETROUTE, F_DUMP, body)
 
 
@@ -110,9 +114,9 @@ def delete_fdb(entry: FdbEntry) -> Request:
     return Request(f"cannot delete fdb entry {entry.mac}", DELNEIGH, 0, _fdb_body(entry))
 
 
-def dump_neighbours(link_index: int, family: int) -> Request:
+def dump_neighbours(link_index: int, family: Family) -> Request:
     """The neighbours on one link."""
-    body = _NEIGHBOUR.pack(family, 0, 0, 0, 0) + attribute(_NDA_IFINDEX, _U32.pack(link_index))
+    body = _NEIGHBOUR.pack(AF[family], 0, 0, 0, 0) + attribute(_NDA_IFINDEX, _U32.pack(link_index))
     return Request("cannot list neighbours", GETNEIGH, F_DUMP, body)
 
 
@@ -134,7 +138,8 @@ def decode_route(body: bytes) -> Route:
     return Route(
         _network(family, found.get(RTA_DST), dst_len),
         _gateway(hop),
-        _u32(hop.get(_RTA_OIF)),
+        # The kernel has IPv6 routes that lead nowhere lead through lo.
+        None if kind in _NOWHERE else _u32(hop.get(_RTA_OIF)),
         _u32(found.get(_RTA_TABLE)) or table,
         protocol,
         kind,

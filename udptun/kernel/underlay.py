@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
+from typing import NamedTuple, TypeVar
 
 from udptun.config.go_regex import compile_go
 from udptun.core.errors import UdptunError, UsageError
-from udptun.core.network_state import DEVICE_NAME, Address, Link, Route, RouteType
+from udptun.core.family import Family
+from udptun.core.network_state import DEVICE_NAME, Address, IPAddress, Link, Route, RouteType
 
 _EVERYWHERE = IPv4Network("0.0.0.0/0")
 
@@ -28,12 +30,17 @@ class UnderlayError(UdptunError):
 
 @dataclass(frozen=True, slots=True)
 class UnderlayOptions:
-    """What --iface, --iface-regex, --iface-can-reach and --public-ip say."""
+    """What --iface, --iface-regex, --iface-can-reach, --public-ip and --public-ipv6 say.
+
+    `with_ipv6`: the pods have IPv6 too, so an IPv6 address is looked for on the interface.
+    """
 
     ifaces: tuple[str, ...] = ()
     iface_regexes: tuple[str, ...] = ()
-    can_reach: IPv4Address | None = None
+    can_reach: IPAddress | None = None
     public_ip: IPv4Address | None = None
+    public_ipv6: IPv6Address | None = None
+    with_ipv6: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,9 @@ class Underlay:
     `is_routed`: routes have chosen the interface, because `address` is on one that leads nowhere, such as lo.
     `mtu` is then the smallest of all ways to the peers, and a datagram may leave by any of them.
     `reason` says why this address, and `others` are those of the interface that could have been chosen too.
+
+    `ipv6` and `public_ipv6` are the same for IPv6.  They are None where nobody asked for them, and where the interface
+    has no usable address; `ipv6_problem` says why then.
     """
 
     link_name: str
@@ -56,6 +66,17 @@ class Underlay:
     is_routed: bool = False
     reason: str = field(default="", compare=False)
     others: tuple[IPv4Address, ...] = field(default=(), compare=False)
+    ipv6: IPv6Address | None = None
+    public_ipv6: IPv6Address | None = None
+    ipv6_problem: str = ""
+
+    def address_of(self, family: Family) -> IPAddress | None:
+        """What our sockets and tunnels of that outer family are bound to."""
+        return self.address if family is Family.IPV4 else self.ipv6
+
+    def public_address_of(self, family: Family) -> IPAddress | None:
+        """What our lease tells the peers."""
+        return self.public_ip if family is Family.IPV4 else self.public_ipv6
 
     @property
     def is_behind_nat(self) -> bool:
@@ -129,9 +150,13 @@ def probe_address(routes: Iterable[Route]) -> IPv4Address | None:
 
 
 def refresh(
-    old: Underlay, links: Sequence[Link], addresses: Sequence[Address], ways: Iterable[Route] = ()
+    old: Underlay,
+    options: UnderlayOptions,
+    links: Sequence[Link],
+    addresses: Sequence[Address],
+    ways: Iterable[Route] = (),
 ) -> Underlay | None:
-    """`old` as it is now.
+    """`old` as it is now.  Its IPv6 address stays as long as it is there.
 
     None when a link of this name is another one, or when the address is gone from where it was.  `ways` are the
     kernel's routes to peers; they matter only for an underlay that `is_routed`.
@@ -141,6 +166,7 @@ def refresh(
     owner = link if old.address_link is None else interfaces.called(old.address_link)
     if owner is None or old.address not in interfaces.addresses_of(owner):
         return None
+    old = replace(old, **_ipv6(options, interfaces, [owner, *filter(None, [link])], old.ipv6)._asdict())
     if old.is_routed:
         leading = interfaces.leading(ways)
         if leading:
@@ -184,7 +210,33 @@ def _underlay(found: _Found, options: UnderlayOptions, interfaces: _Interfaces, 
         is_routed,
         reason,
         tuple(ip for ip in interfaces.addresses_of(owner) if ip != address),
+        *_ipv6(options, interfaces, [owner, link]),
     )
+
+
+class _Ipv6(NamedTuple):
+    """The fields of `Underlay` about IPv6."""
+
+    ipv6: IPv6Address | None = None
+    public_ipv6: IPv6Address | None = None
+    ipv6_problem: str = ""
+
+
+def _ipv6(
+    options: UnderlayOptions, interfaces: _Interfaces, links: Sequence[Link], used: IPv6Address | None = None
+) -> _Ipv6:
+    """The address of `links`, the first of them first; `used` if it is still there.  PublicIPv6 where we have that."""
+    if not options.with_ipv6:
+        return _Ipv6()
+    public = options.public_ipv6
+    if public is not None and interfaces.owner_of(public) is not None:
+        return _Ipv6(public, public)
+    usable = [ip for link in links for ip in interfaces.ipv6_addresses_of(link)]
+    if not usable:
+        names = " and ".join(dict.fromkeys(link.name for link in links))
+        return _Ipv6(None, None, f"{names} has no IPv6 address that other hosts could send to; give it one")
+    address = used if used in usable else usable[0]
+    return _Ipv6(address, public or address)
 
 
 def _compiled(text: str) -> re.Pattern[str]:
@@ -200,16 +252,23 @@ class _Interfaces:
     def __init__(self, links: Sequence[Link], addresses: Sequence[Address]) -> None:
         self._links = links
         self._by_index = {link.index: link for link in links}
-        self._ranked = {link.index: _rank(link, addresses) for link in links}
+        self._ranked = {link.index: _rank(link, addresses, IPv4Address) for link in links}
+        self._ranked_ipv6 = {link.index: _rank(link, addresses, IPv6Address) for link in links}
 
     def addresses_of(self, link: Link) -> list[IPv4Address]:
         """The usable addresses, the best first."""
         return [ip for _, ip in self._ranked[link.index]]
 
-    def owner(self, ip: IPv4Address, said_by: str) -> _Found:
+    def ipv6_addresses_of(self, link: Link) -> list[IPv6Address]:
+        """The same of IPv6; a link-local one is none to other hosts' routes and fdb entries."""
+        return [ip for _, ip in self._ranked_ipv6[link.index] if not ip.is_link_local]
+
+    def owner(self, ip: IPAddress, said_by: str) -> _Found:
         link = self.owner_of(ip)
         if link is None:
             raise UnderlayError(f"No interface with given IP found: {ip}")
+        if isinstance(ip, IPv6Address):
+            return self._first_address(link)
         return _Found(link, link, ip, f"{said_by} names it")
 
     def on_default_route(self, routes: Sequence[Route], beyond: Route | None) -> _Found:
@@ -221,7 +280,7 @@ class _Interfaces:
 
     def named(self, iface: str) -> _Found:
         try:
-            return self.owner(IPv4Address(iface), "--iface")
+            return self.owner(ip_address(iface), "--iface")
         except ValueError:
             pass
         link = self.called(iface)
@@ -239,7 +298,7 @@ class _Interfaces:
                 return self._first_address(link)
         raise UnderlayError(f"could not match pattern {text} to any of the available network interfaces")
 
-    def towards(self, ip: IPv4Address, reach: Route | None) -> _Found:
+    def towards(self, ip: IPAddress, reach: Route | None) -> _Found:
         if reach is None or reach.oif is None:
             raise UnderlayError(f"failed to get interface to reach {ip}: no route")
         if reach.type == RouteType.LOCAL:
@@ -283,9 +342,10 @@ class _Interfaces:
         kind = next((name for name, ours, next_ in zip(_RANKS, rank, others[0][0], strict=True) if ours != next_), "")
         return _Found(link, link, ip, f"the first {kind}address of {link.name}")
 
-    def owner_of(self, ip: IPv4Address) -> Link | None:
+    def owner_of(self, ip: IPAddress) -> Link | None:
         """The link that has the address."""
-        return next((link for link in self._links if ip in self.addresses_of(link)), None)
+        ranked = self._ranked if isinstance(ip, IPv4Address) else self._ranked_ipv6
+        return next((link for link in self._links if ip in (it for _, it in ranked[link.index])), None)
 
     def _link(self, index: int | None) -> Link:
         if index is None or index not in self._by_index:
@@ -321,7 +381,12 @@ def _leads_nowhere(link: Link) -> bool:
 _RANKS = ("global ", "permanent ", "lasting ")
 
 
-def _rank(link: Link, addresses: Sequence[Address]) -> list[tuple[tuple[bool, bool, bool], IPv4Address]]:
+_AddressT = TypeVar("_AddressT", IPv4Address, IPv6Address)
+
+
+def _rank(
+    link: Link, addresses: Sequence[Address], kind: type[_AddressT]
+) -> list[tuple[tuple[bool, bool, bool], _AddressT]]:
     """The link's usable addresses: global before link-local, permanent before dynamic, lasting before temporary.
 
     Deprecated addresses are left out, as they are not for new connections (RFC 4862 5.5.4), and so are loopback and
@@ -331,7 +396,7 @@ def _rank(link: Link, addresses: Sequence[Address]) -> list[tuple[tuple[bool, bo
         ((a.ip.is_link_local, not a.is_permanent, a.is_temporary), a.ip)
         for a in addresses
         if a.link_index == link.index
-        and isinstance(a.ip, IPv4Address)
+        and isinstance(a.ip, kind)
         and not (a.is_deprecated or a.ip.is_loopback or a.ip.is_multicast or a.ip.is_unspecified)
     ]
     return sorted(usable, key=lambda it: it[0])

@@ -9,7 +9,8 @@ from ipaddress import IPv4Address
 from itertools import islice
 
 from udptun.core.errors import UdptunError
-from udptun.core.network_state import Route, RouteType
+from udptun.core.family import Family
+from udptun.core.network_state import Address, Route, RouteType
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
 from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, probe_address, refresh
@@ -26,11 +27,20 @@ _MAX_ASKED = 64
 async def find_underlay(options: UnderlayOptions) -> Underlay:
     """The interface that `options` describe.  Raises UdptunError."""
     async with Netlink() as kernel:
-        links, addresses, routes = await kernel.links(), await kernel.addresses(), await kernel.routes()
+        links, addresses, routes = await kernel.links(), await _addresses(kernel, options), await kernel.routes()
         beyond = probe_address(routes)
         ways = await kernel.routes_to(ip for ip in (options.can_reach, beyond) if ip is not None)
         reach = None if options.can_reach is None else ways.get(options.can_reach)
         return pick(options, links, addresses, routes, reach, None if beyond is None else ways.get(beyond))
+
+
+async def _addresses(kernel: Netlink, options: UnderlayOptions, link_index: int = 0) -> list[Address]:
+    return [
+        address
+        for family in Family
+        if family is Family.IPV4 or options.with_ipv6 or options.ifaces
+        for address in await kernel.addresses(link_index, family)
+    ]
 
 
 class UnderlayWatch:
@@ -56,6 +66,7 @@ class UnderlayWatch:
         self._current = current
         self._move = move
         self._peers = peers
+        self._families = tuple(Family) if options.with_ipv6 else (Family.IPV4,)
         self._problem = ""
         self._loop = WatchLoop("underlay", self._relevant_notices, self._follow, _PACE)
 
@@ -69,7 +80,7 @@ class UnderlayWatch:
         await self._loop.run()
 
     async def _relevant_notices(self) -> AsyncGenerator[frozenset[Notice], None]:
-        async with aclosing(watch()) as batches:
+        async with aclosing(watch(*self._families)) as batches:
             async for notices in batches:
                 # Routes matter only while an interface is looked for, or where they have chosen it.
                 if (
@@ -118,5 +129,7 @@ class UnderlayWatch:
                 ways = (await kernel.routes_to(islice(self._peers(), _MAX_ASKED))).values()
             else:
                 links = [link for name in names if (link := await kernel.link(name)) is not None]
-            addresses = [a for link in links if link.name in names for a in await kernel.addresses(link.index)]
-        return refresh(current, links, addresses, ways) or await find_underlay(self._options)
+            addresses = [
+                a for link in links if link.name in names for a in await _addresses(kernel, self._options, link.index)
+            ]
+        return refresh(current, self._options, links, addresses, ways) or await find_underlay(self._options)

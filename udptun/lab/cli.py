@@ -20,7 +20,7 @@ from udptun.core.errors import UdptunError
 from udptun.lab import owner
 from udptun.lab.errors import LabError
 from udptun.lab.machine import Place
-from udptun.lab.topology import DEFAULT_NET_CONF, SWITCH, Lab
+from udptun.lab.topology import DEFAULT_NET_CONF, DUAL_STACK_NET_CONF, SWITCH, Lab
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,6 +47,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--cni",
         action="store_true",
         help="pods are containers of podman, made through CNI with flannel's configuration; daemons run with --ip-masq",
+    )
+    up.add_argument(
+        "--ipv6",
+        action="store_true",
+        help="the underlay has IPv6 too; without --net-conf pods have both families, and Type is vxlan",
     )
     up.add_argument("--underlay-mtu", type=int, default=1500, metavar="BYTES")
     up.add_argument(
@@ -136,11 +141,12 @@ def _build_and_serve(options: argparse.Namespace, starter: socket.socket) -> Non
             name=options.name,
             n_hosts=options.hosts,
             n_pods=options.pods,
-            net_conf=options.net_conf or DEFAULT_NET_CONF,
+            net_conf=options.net_conf or (DUAL_STACK_NET_CONF if options.ipv6 else DEFAULT_NET_CONF),
             store=options.store,
             underlay_mtu=options.underlay_mtu,
             daemon_command=shlex.split(options.daemon) if options.daemon else None,
             cni=options.cni,
+            ipv6=options.ipv6,
         ) as lab,
     ):
         lab.start()

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 UNDERLAY = IPv4Network("192.168.77.0/24")
 DISTANT = IPv4Network("192.168.78.0/24")
 """A second underlay subnet, behind a router (the switch's machine), for hosts that `Lab.relocate` puts there."""
+UNDERLAY_IPV6 = IPv6Network("fd00:77::/64")
+"""Beside UNDERLAY, in a lab with IPv6."""
 FIRST_HOST = 10
 """Host 1 has the address after this one in its underlay subnet."""
 
@@ -36,11 +38,12 @@ SUBNET_ENV = "/run/flannel/subnet.env"
 class Pod:
     """A network namespace of a host, with eth0 behind the host's cni0; a container's, if the host has containers."""
 
-    def __init__(self, host: Host, number: int, address: IPv4Address) -> None:
+    def __init__(self, host: Host, number: int, address: IPv4Address, ipv6_address: IPv6Address | None = None) -> None:
         self.host = host
         self.number = number
         self.name = f"p{number}"
         self.address = address
+        self.ipv6_address = ipv6_address
 
     def __str__(self) -> str:
         return f"{self.host.name}/{self.name}"
@@ -70,6 +73,7 @@ class Host:
         self.index = index
         self.machine = machine
         self.underlay_address = UNDERLAY[FIRST_HOST + index]
+        self.underlay_ipv6 = UNDERLAY_IPV6[FIRST_HOST + index]
         self.pods: list[Pod] = []
         self._podman: Podman | None = None
         self._daemon: subprocess.Popen[str] | None = None
@@ -220,6 +224,12 @@ class Host:
         return IPv4Interface(self.subnet_env()["FLANNEL_SUBNET"])
 
     @property
+    def ipv6_gateway(self) -> IPv6Interface | None:
+        """FLANNEL_IPV6_SUBNET, the same of IPv6; None without it."""
+        text = self.subnet_env().get("FLANNEL_IPV6_SUBNET")
+        return None if text is None else IPv6Interface(text)
+
+    @property
     def subnet(self) -> IPv4Network:
         return self.gateway.network
 
@@ -250,12 +260,17 @@ class Host:
 
     def _wire_pod(self, number: int) -> Pod:
         """As a CNI plugin would."""
-        gateway, mtu = self.gateway, self.mtu
-        pod = Pod(self, number, gateway.network[1 + number])
+        gateway, mtu, ipv6_gateway = self.gateway, self.mtu, self.ipv6_gateway
+        ipv6_address = None if ipv6_gateway is None else ipv6_gateway.network[1 + number]
+        pod = Pod(self, number, gateway.network[1 + number], ipv6_address)
         self.run(["ip", "netns", "add", pod.name])
         pod.ip("link set lo up")
         self.attach(pod, "cni0", "eth0", gateway, pod.address, mtu)
         pod.ip(f"route add default via {gateway.ip}")
+        if ipv6_gateway is not None:
+            length = ipv6_gateway.network.prefixlen
+            self.machine.at().ip(f"addr replace {ipv6_gateway} dev cni0 nodad")
+            pod.ip(f"addr add {ipv6_address}/{length} dev eth0 nodad", f"route add default via {ipv6_gateway.ip}")
         return pod
 
     def _run_container(self, podman: Podman, number: int) -> Pod:

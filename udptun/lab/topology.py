@@ -27,7 +27,7 @@ from types import TracebackType
 from udptun.backends.choice import parse_net_conf
 from udptun.config.store_flags import StoreKind
 from udptun.lab.errors import CommandError, LabError
-from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, Host
+from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, UNDERLAY_IPV6, Host
 from udptun.lab.machine import LAB_DIR as LAB_DIR
 from udptun.lab.machine import SOURCE_ROOT, Machine, signals_deferred
 from udptun.lab.podman import missing_packages
@@ -43,6 +43,12 @@ KUBE_PORT = 6443
 """Where the switch serves Kubernetes' API, with `store` kube."""
 
 DEFAULT_NET_CONF: Mapping[str, object] = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
+DUAL_STACK_NET_CONF: Mapping[str, object] = {
+    "Network": "10.244.0.0/16",
+    "EnableIPv6": True,
+    "IPv6Network": "fd00:244::/48",
+    "Backend": {"Type": "vxlan"},
+}
 
 REQUIRED_TOOLS = ("ip", "nsenter")
 
@@ -82,7 +88,8 @@ class Lab:
     a file to copy.  `store` is the daemons' --store, where `local` means one database that all hosts share, and `kube`
     an API server in the switch with a node for each host.
     `daemon_command` replaces `udptun daemon`; such a command must say READY=1 on NOTIFY_SOCKET (sd_notify), as flanneld
-    does too.  `underlay_mtu` is in bytes.
+    does too.  `underlay_mtu` is in bytes.  `ipv6`: the underlay has IPv6 as well, and so have the pods where subnet.env
+    names it.
 
     Not for threads: one thread at a time may call it.
     """
@@ -97,6 +104,7 @@ class Lab:
         underlay_mtu: int = 1500,
         daemon_command: Sequence[str] | None = None,
         cni: bool = False,
+        ipv6: bool = False,
     ) -> None:
         if not 1 <= n_hosts <= _MAX_HOSTS:
             raise LabError(f"a lab has 1 to {_MAX_HOSTS} hosts, not {n_hosts}")
@@ -105,6 +113,7 @@ class Lab:
         self.underlay_mtu = underlay_mtu
         self.daemon_command = list(daemon_command) if daemon_command else _udptun_daemon(store, cni)
         self._has_containers = cni
+        self._has_ipv6 = ipv6
         self._is_kube = store == StoreKind.KUBE.value
         self._api: subprocess.Popen[str] | None = None
         self._n_hosts = n_hosts
@@ -128,9 +137,12 @@ class Lab:
             self.switch.wait_made()
             # Written through the namespace: the directory exists on the lab's own tmpfs only.
             self.switch.at().path(NET_CONF).write_text(self._net_conf)
+            if self._has_ipv6:
+                enable_ipv6(self.switch)
             self.switch.at().ip(
                 "link set lo up",
                 *self._subnet(SWITCH, UNDERLAY),
+                *([f"addr add {UNDERLAY_IPV6[1]}/{UNDERLAY_IPV6.prefixlen} dev {SWITCH} nodad"] * self._has_ipv6),
             )
             undo.callback(self._hosts_down)
             if self._is_kube:
@@ -183,6 +195,8 @@ class Lab:
             new.append(self.hosts[-1])
         for host in new:
             host.machine.wait_made()
+            if self._has_ipv6:
+                enable_ipv6(host.machine)
             self.switch.at().ip(
                 f"link add {host.name} mtu {self.underlay_mtu} type veth"
                 f" peer name eth0 mtu {self.underlay_mtu} netns {host.machine.at().net_ns}",
@@ -194,6 +208,11 @@ class Lab:
                 "link set eth0 up",
                 f"route add default via {UNDERLAY[1]}",
             )
+            if self._has_ipv6:
+                host.machine.at().ip(
+                    f"addr add {host.underlay_ipv6}/{UNDERLAY_IPV6.prefixlen} dev eth0 nodad",
+                    f"route add default via {UNDERLAY_IPV6[1]}",
+                )
             if self._offload is not Offload.FULL:
                 self._set_offload(host)
             self._register(host)
@@ -298,6 +317,16 @@ class Lab:
                 yield path
             finally:
                 tcpdump.send_signal(signal.SIGINT)
+
+
+def enable_ipv6(machine: Machine) -> None:
+    """Give the machine IPv6, which it is made without: tests see on the underlay only what they send.
+
+    Its addresses can be used at once, without a second of duplicate address detection.
+    """
+    settings = (("all/disable_ipv6", 0), ("default/disable_ipv6", 0), ("default/accept_dad", 0), ("all/forwarding", 1))
+    lines = "; ".join(f"echo {value} > /proc/sys/net/ipv6/conf/{name}" for name, value in settings)
+    machine.run(["sh", "-c", lines])
 
 
 def _udptun_daemon(store: str, cni: bool) -> list[str]:

@@ -7,7 +7,7 @@ once.  A peer that is kept for that moment loses no packet.  A new lease of exac
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Iterable
 
 from udptun.core.lease import EventType, LeaseEvent
 
@@ -26,12 +26,14 @@ class Grace:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def hold_back(self, events: Iterable[LeaseEvent], peers: Container[str], now_s: float) -> list[LeaseEvent]:
-        """What of the events is to be done now: all but the removal of one of `peers`, which begins its grace."""
+    def hold_back(
+        self, events: Iterable[LeaseEvent], is_peer: Callable[[str], bool], now_s: float
+    ) -> list[LeaseEvent]:
+        """What of the events is to be done now: all but the removal of a peer, which begins its grace."""
         to_do: list[LeaseEvent] = []
         for event in events:
             key = event.lease.key
-            if event.type is EventType.REMOVED and key in peers:
+            if event.type is EventType.REMOVED and is_peer(key):
                 self._ends.setdefault(key, now_s + GRACE_S)
             else:
                 self._ends.pop(key, None)

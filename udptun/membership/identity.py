@@ -1,6 +1,6 @@
-"""Who this host is: among the leases (`Identity`), and across restarts (two files in the state directory).
+"""Who this host is: among the leases (`Identity`), and across restarts (files in the state directory).
 
-`node-id` holds the NodeID of our leases, and `vtep-mac` the MAC of our VTEP.
+`node-id` holds the NodeID of our leases, `vtep-mac` the MAC of our VTEP, and `vtep-mac-v6` that of IPv6.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError
+from udptun.core.family import Family
 from udptun.core.lease import Lease
 
 _NODE_ID = "node-id"
-_VTEP_MAC = "vtep-mac"
+_VTEP_MACS = {Family.IPV4: "vtep-mac", Family.IPV6: "vtep-mac-v6"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +107,15 @@ def has_node_id(directory: Path) -> bool:
     return (directory / _NODE_ID).exists()
 
 
-def vtep_mac(directory: Path, first: str = "") -> str:
+def vtep_mac(directory: Path, first: str = "", family: Family = Family.IPV4) -> str:
     """The MAC of this host's VTEP, the kernel's or the userspace one: the one in `directory`, made at the first call.
 
+    Each address family has a VTEP of its own.
     The first call keeps `first` or, without that, makes a random one, unicast and locally administered.  It is the same
     for as long as the file is kept, because the peers have it in their neighbour tables.  Raises ConfigError when it
     cannot be read or written, or is damaged.
     """
-    path = directory / _VTEP_MAC
+    path = directory / _VTEP_MACS[family]
     fresh = bytearray(os.urandom(6))
     fresh[0] = fresh[0] & 0xFC | 0x02
     text = _kept(path, "VTEP's MAC", first or fresh.hex(":"))
@@ -126,7 +128,7 @@ def vtep_mac(directory: Path, first: str = "") -> str:
 
 def files(directory: Path) -> list[Path]:
     """The files in `directory` that make the host the node that it is."""
-    return [directory / _NODE_ID, directory / _VTEP_MAC]
+    return [directory / _NODE_ID, *(directory / name for name in _VTEP_MACS.values())]
 
 
 def _kept(path: Path, what: str, fresh: str) -> str:

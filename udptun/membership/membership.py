@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import IPv4Network
 from pathlib import Path
 
 from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
 from udptun.core.family import Family
-from udptun.core.lease import Lease, LeaseAttrs, validate
+from udptun.core.lease import Lease, LeaseAttrs, Subnets, validate
 from udptun.core.lease_table import LeaseTable
+from udptun.core.network_state import IPNetwork
 from udptun.kernel.supervisor import Supervisor
 from udptun.membership.allocate import left_reservations
 from udptun.membership.doubles import Clones, Doubles
@@ -43,12 +43,12 @@ log = logging.getLogger(__name__)
 
 
 class Membership:
-    """Holds `own`, our lease, and `table`, the peers, and tells `on_change` each difference among the latter.
+    """Holds `own`, our lease, and `tables`, the peers, and tells `on_change` each difference among the latter.
 
     `join`, `catch_up` and `run` are called in this order; the other members may be used from `join` on, and
     `leave_if_new` always.  `start` is what `conf` was made of.  `margin_s`: renew so long before the lease expires.
-    No host's address may lie in what the backend has `claimed`.  `refusal` is the backend's: why a lease is no peer of
-    it; `peer_types` as well.  The store stays the caller's.
+    No host's address may lie in what the backend has `claimed`, which names each family that is carried, IPv4 first.
+    `refusal` is the backend's: why a lease is no peer of it; `peer_types` as well.  The store stays the caller's.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Membership:
         me: Identity,
         state_dir: Path,
         margin_s: float,
-        claimed: Collection[IPv4Network],
-        refusal: Callable[[Lease], str | None],
+        claimed: Mapping[Family, Collection[IPNetwork]],
+        refusal: Callable[[Lease, Family], str | None],
         on_change: PeersChanged,
         parse: ParseNetConf,
         clock: Clock,
@@ -98,8 +98,13 @@ class Membership:
 
     @property
     def table(self) -> LeaseTable:
-        """The peers."""
+        """The peers by IPv4."""
         return self._peers.table
+
+    @property
+    def tables(self) -> Sequence[LeaseTable]:
+        """The peers by each family that is carried."""
+        return self._peers.tables
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -136,8 +141,9 @@ class Membership:
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
-        if (reason := validate(lease, Family.IPV4, self._conf.network, self._claimed)) is not None:
-            raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
+        for family, claimed in self._claimed.items():
+            if (reason := validate(lease, family, self._conf.pool(family).network, claimed)) is not None:
+                raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
         else:
@@ -239,16 +245,8 @@ class Membership:
             self._saved.note_change,
             is_provisional=is_provisional,
         )
-        table = LeaseTable(
-            Family.IPV4,
-            self._conf.network,
-            self._claimed,
-            lease.subnet,
-            lambda other: self._doubles.is_own(other, lease.subnets),
-            lambda other: self._doubles.refusal(other) or self._refusal(other),
-            self._peer_types,
-        )
-        self._peers = Peers(table, asked.backend_type, self._on_change, self._clones, self._saved, self._lease_clock)
+        tables = [self._make_table(family, lease.subnets) for family in self._claimed]
+        self._peers = Peers(tables, asked.backend_type, self._on_change, self._clones, self._saved, self._lease_clock)
         self._follower = Follower(
             self._store,
             self._own,
@@ -258,6 +256,19 @@ class Membership:
             asking,
             self._lease_clock,
             must_list=is_provisional,
+        )
+
+    def _make_table(self, family: Family, own: Subnets) -> LeaseTable:
+        own_subnet = own.of(family)
+        assert own_subnet is not None, "`join` has looked at it"
+        return LeaseTable(
+            family,
+            self._conf.pool(family).network,
+            self._claimed[family],
+            own_subnet,
+            lambda other: self._doubles.is_own(other, own),
+            lambda other: self._doubles.refusal(other) or self._refusal(other, family),
+            self._peer_types,
         )
 
     async def _confirm(self) -> None:
@@ -275,10 +286,11 @@ class Membership:
         self._lease_clock.look()
         if self._own.is_lost:
             return None
-        return LastLeases(self._config, self._conf.network, self.own, tuple(self.table.peers.values()))
+        return LastLeases(self._config, self._conf.network, self.own, tuple(self._peers.usable.values()))
 
     def _postpone(self, seconds: float) -> None:
         """The clock was set, see lease_clock.py."""
-        self.table.postpone(seconds)
+        for table in self.tables:
+            table.postpone(seconds)
         self._own.postpone(seconds)
         self._saved.note_change()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from udptun.core.errors import UdptunError
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.lease_table import LeaseTable
 from udptun.membership.doubles import Clones
@@ -28,20 +29,20 @@ CHANGE_AGAIN_S = (1.0, 60.0)
 _LOGGED_EVENTS = 20
 """So many peers that change at once are named in the log; of more only the number is logged."""
 
-PeersChanged = Callable[[Sequence[LeaseEvent]], Awaitable[None]]
-"""Applies a difference among the peers.  It is awaited before the next one is told."""
+PeersChanged = Callable[[Family, Sequence[LeaseEvent]], Awaitable[None]]
+"""Applies a difference among the peers by one family.  It is awaited before the next one is told."""
 
 
 class Peers:
-    """Keeps `table`, and tells `on_change` each difference among the usable peers.
+    """Keeps `tables`, one a family, and tells `on_change` each difference among the usable peers of each.
 
-    `update`, `reset` and `recall` are called by one task at a time.  `let_go`, `reconsider` and `change_again` run
-    beside them.
+    The first table is that of the family which every lease has.  `update`, `reset` and `recall` are called by one task
+    at a time.  `let_go`, `reconsider` and `change_again` run beside them.
     """
 
     def __init__(
         self,
-        table: LeaseTable,
+        tables: Sequence[LeaseTable],
         backend: str,
         on_change: PeersChanged,
         clones: Clones,
@@ -49,29 +50,43 @@ class Peers:
         clock: LeaseClock,
     ) -> None:
         """`backend` is the type that this host carries."""
-        self.table = table
-        self.skipped = Skipped(table.refused, table.of_other_type)
-        self.other_types = OtherTypes(table.of_other_type, backend)
+        self.tables = tables
+        self.skipped = Skipped([table.refused for table in tables], self.table.of_other_type)
+        self.other_types = OtherTypes(self.table.of_other_type, backend)
         self._on_change = on_change
         self._clones = clones
         self._saved = saved
         self._clock = clock
         self._grace = Grace()
         self._has_grace = asyncio.Event()
-        self._failed: dict[str, tuple[LeaseEvent, str]] = {}
-        """What `on_change` has not taken, by the key of the lease: the event, and why."""
+        self._failed: dict[tuple[Family, str], tuple[LeaseEvent, str]] = {}
+        """What `on_change` has not taken, by family and the key of the lease: the event, and why."""
         self._has_failed = asyncio.Event()
+
+    @property
+    def table(self) -> LeaseTable:
+        """The first one."""
+        return self.tables[0]
+
+    @property
+    def usable(self) -> Mapping[str, Lease]:
+        """The leases that are used in any of the tables, by key."""
+        return {key: lease for table in self.tables for key, lease in table.peers.items()}
+
+    def _is_peer(self, key: str) -> bool:
+        return any(key in table.peers for table in self.tables)
 
     async def update(self, batch: WatchBatch) -> None:
         """Apply the events of a batch.  A peer whose lease is gone is kept for a moment, see grace.py."""
         self._clock.look()
         self.skipped.change(batch.skipped, batch.mended)
         self.skipped.say()
-        events = self._grace.hold_back(batch.events, self.table.peers, self._clock.elapsed_s())
+        events = self._grace.hold_back(batch.events, self._is_peer, self._clock.elapsed_s())
         if self._grace:
             self._has_grace.set()
         for at in range(0, len(events), LEASES_AT_ONCE):
-            await self._apply(self.table.update(events[at : at + LEASES_AT_ONCE]))
+            for table in self.tables:
+                await self._apply(table, table.update(events[at : at + LEASES_AT_ONCE]))
 
     async def reset(self, snapshot: Snapshot) -> None:
         """Take over all that the store has; peers that it no longer has are kept for the same moment."""
@@ -79,7 +94,7 @@ class Peers:
         self.skipped.replace(snapshot.skipped)
         self.skipped.say()
         there = {lease.key for lease in snapshot.leases}
-        gone = [lease for key, lease in self.table.peers.items() if key not in there]
+        gone = [lease for key, lease in self.usable.items() if key not in there]
         self._grace.restart((lease.key for lease in gone), self._clock.elapsed_s())
         if self._grace:
             self._has_grace.set()
@@ -87,34 +102,36 @@ class Peers:
 
     async def recall(self, leases: Sequence[Lease]) -> None:
         """Take over these leases, and drop all others."""
-        for events in self.table.reset_by_parts(leases, LEASES_AT_ONCE):
-            await self._apply(events)
-            await asyncio.sleep(0)
+        for table in self.tables:
+            for events in table.reset_by_parts(leases, LEASES_AT_ONCE):
+                await self._apply(table, events)
+                await asyncio.sleep(0)
 
     async def reconsider(self) -> None:
-        """Look at every lease anew: what the table asks about them has other answers now."""
-        keys = self.table.keys()
-        for at in range(0, len(keys), LEASES_AT_ONCE):
-            await self._apply(self.table.reconsider(keys[at : at + LEASES_AT_ONCE]))
-            await asyncio.sleep(0)
+        """Look at every lease anew: what the tables ask about them has other answers now."""
+        for table in self.tables:
+            keys = table.keys()
+            for at in range(0, len(keys), LEASES_AT_ONCE):
+                await self._apply(table, table.reconsider(keys[at : at + LEASES_AT_ONCE]))
+                await asyncio.sleep(0)
 
     def has_expired(self, now_s: float) -> bool:
         """Whether any lease has expired by `now_s`, Unix seconds."""
-        next_s = self.table.next_expiry_s()
-        return next_s is not None and next_s <= now_s
+        return any((next_s := table.next_expiry_s()) is not None and next_s <= now_s for table in self.tables)
 
     async def expire(self, now_s: float) -> None:
         """Drop what has expired by `now_s`, Unix seconds."""
-        await self._apply(self.table.expire(now_s))
+        for table in self.tables:
+            await self._apply(table, table.expire(now_s))
 
     @property
     def problems(self) -> tuple[str, ...]:
         """A line for each peer that is not as the table has it, or not reached.  May be read on another thread."""
-        failed = list(self._failed.copy().values())
+        failed = [(event.lease.part(family), event, why) for (family, _), (event, why) in self._failed.copy().items()]
         lines = [
-            f"peer {event.lease.subnet} at {event.lease.attrs.public_ip} is not {event.type.value}: {why}; "
+            f"peer {part.subnet} at {part.public_ip} is not {event.type.value}: {why}; "
             "it is tried again, the log has more"
-            for event, why in failed[:_LOGGED_EVENTS]
+            for part, event, why in failed[:_LOGGED_EVENTS]
         ]
         more = len(failed) - len(lines)
         if more:
@@ -131,10 +148,10 @@ class Peers:
                 pause_s = CHANGE_AGAIN_S[0]
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, CHANGE_AGAIN_S[1])
-            for event, _why in list(self._failed.values()):
+            for place, (event, _why) in list(self._failed.items()):
                 # The store may have said something newer meanwhile.
-                if event is self._failed.get(event.lease.key, (None,))[0]:
-                    await self._change_each([event])
+                if event is self._failed.get(place, (None,))[0]:
+                    await self._change_each(place[0], [event])
 
     async def let_go(self) -> None:
         """Drop the peers whose moment of grace is over, until cancelled."""
@@ -147,50 +164,54 @@ class Peers:
             await self._drop(ended)
 
     async def _drop(self, keys: Iterable[str]) -> None:
-        peers = [self.table.peers[key] for key in keys if key in self.table.peers]
-        await self._apply(self.table.update(LeaseEvent(EventType.REMOVED, peer) for peer in peers))
+        dropped = set(keys)
+        for table in self.tables:
+            peers = [table.peers[key] for key in dropped if key in table.peers]
+            await self._apply(table, table.update(LeaseEvent(EventType.REMOVED, peer) for peer in peers))
 
-    async def _apply(self, events: list[LeaseEvent]) -> None:
+    async def _apply(self, table: LeaseTable, events: list[LeaseEvent]) -> None:
         """Tell what the table has answered to a change."""
+        family = table.family
         self.skipped.say()
         self.other_types.say()
         self._saved.note_expiries()
         if not events:
             return
         try:
-            await self._on_change(events)
+            await self._on_change(family, events)
         except Exception:
             # One of them may be bad, and the others are not.
-            await self._change_each(events)
+            await self._change_each(family, events)
         else:
             for event in events:
-                self._failed.pop(event.lease.key, None)
+                self._failed.pop((family, event.lease.key), None)
         self._saved.note_change()
         if len(events) > _LOGGED_EVENTS:
-            log.info("peers changed n_changes=%d n_peers=%d", len(events), len(self.table.peers))
+            log.info("peers changed n_changes=%d n_peers=%d", len(events), len(table.peers))
         else:
             for event in events:
-                subnet, attrs = event.lease.subnet, event.lease.attrs
-                log.info("peer %s subnet=%s public_ip=%s", event.type.value, subnet, attrs.public_ip)
-        for event in events:
-            self._clones.see(event)
+                part = event.lease.part(family)
+                log.info("peer %s subnet=%s public_ip=%s", event.type.value, part.subnet, part.public_ip)
+        if table is self.table:
+            for event in events:
+                self._clones.see(event)
 
-    async def _change_each(self, events: Sequence[LeaseEvent]) -> None:
+    async def _change_each(self, family: Family, events: Sequence[LeaseEvent]) -> None:
         """Tell each by itself; those that `on_change` does not take are kept for `change_again`."""
         n_new = 0
         for event in events:
             key = event.lease.key
             try:
-                await self._on_change([event])
+                await self._on_change(family, [event])
             except Exception as exc:
                 why = str(exc) if isinstance(exc, UdptunError) else f"unexpected {type(exc).__name__}: {exc}"
-                if self._failed.get(key) != (event, why):
+                if self._failed.get((family, key)) != (event, why):
                     n_new += 1
                     if n_new <= _LOGGED_EVENTS:
                         # The first one shows where.
                         place = exc if n_new == 1 else None
                         log.error("peer cannot be changed key=%s error=%r", key, why, exc_info=place)
-                self._failed[key] = (event, why)
+                self._failed[family, key] = (event, why)
                 self._has_failed.set()
             else:
-                self._failed.pop(key, None)
+                self._failed.pop((family, key), None)

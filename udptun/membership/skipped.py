@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +18,12 @@ _KEPT = 1000
 
 
 class Skipped:
-    """`refused` is the table's view of the leases that it refuses: the reason by key.
+    """`refused` are the tables' views of the leases that they refuse: the reason by key.
 
     The log has nothing here about the keys that are `said_elsewhere`.
     """
 
-    def __init__(self, refused: Mapping[str, str], said_elsewhere: Container[str] = ()) -> None:
+    def __init__(self, refused: Sequence[Mapping[str, str]], said_elsewhere: Container[str] = ()) -> None:
         self._refused = refused
         self._said_elsewhere = said_elsewhere
         self._unreadable: tuple[str, ...] = ()
@@ -33,7 +33,8 @@ class Skipped:
     @property
     def lines(self) -> tuple[str, ...]:
         """One for each lease, naming it and the reason.  May be read on another thread."""
-        return (*self._unreadable, *(f"{key}: {reason}" for key, reason in list(self._refused.items())))
+        refused = (f"{key}: {reason}" for table in self._refused for key, reason in list(table.items()))
+        return tuple(dict.fromkeys((*self._unreadable, *refused)))
 
     def replace(self, unreadable: Iterable[str]) -> None:
         """A snapshot's lines are all that the store has."""
@@ -48,9 +49,14 @@ class Skipped:
 
     def say(self) -> None:
         """Log the lines that are new since the last time, and those that are gone."""
-        if not self._unreadable and not self._refused and not self._said:
+        if not self._unreadable and not any(self._refused) and not self._said:
             return
-        reasons = (f"{key}: {reason}" for key, reason in self._refused.items() if key not in self._said_elsewhere)
+        reasons = (
+            f"{key}: {reason}"
+            for table in self._refused
+            for key, reason in table.items()
+            if key not in self._said_elsewhere
+        )
         now = frozenset((*self._unreadable, *reasons))
         new, gone = sorted(now - self._said), sorted(self._said - now)
         for line in new[:LOGGED]:

@@ -12,11 +12,10 @@ import errno
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
 
 from udptun.core.desired import WORST_METRIC, DesiredState
 from udptun.core.errors import KernelError
-from udptun.core.network_state import Route
+from udptun.core.network_state import IPAddress, Route
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.reconcile.change import Change, Verb
 from udptun.kernel.rtnetlink import add_route, delete_route
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 _RETRY_S = 30.0
 _TRIAL_METRIC = WORST_METRIC - 1
 
-Decide = Callable[[Mapping[IPv4Address, int]], DesiredState]
+Decide = Callable[[Mapping[IPAddress, int]], DesiredState]
 """From the gateways that the kernel reaches directly, each with its link's index, to the desired state."""
 
 
@@ -47,11 +46,11 @@ class DirectRoutes:
     """What `decide` says about those of `gateways` that can be reached directly.  For one event loop."""
 
     def __init__(self) -> None:
-        self._gateways: tuple[IPv4Address, ...] = ()
+        self._gateways: tuple[IPAddress, ...] = ()
         self._decide: Decide | None = None
-        self._direct: Mapping[IPv4Address, int] = {}
+        self._direct: Mapping[IPAddress, int] = {}
         """Those that the kernel reached directly at the last look, without the refused ones."""
-        self._refused: dict[IPv4Address, _Refusal] = {}
+        self._refused: dict[IPAddress, _Refusal] = {}
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -63,7 +62,7 @@ class DirectRoutes:
         """Whether any gateway matters: then every change of a route may."""
         return bool(self._gateways)
 
-    def set_decision(self, gateways: Collection[IPv4Address], decide: Decide | None) -> DesiredState | None:
+    def set_decision(self, gateways: Collection[IPAddress], decide: Decide | None) -> DesiredState | None:
         """Decide about these from now on; returns what is desired as far as is known.
 
         `decide` None: nothing depends on it any more.
@@ -78,8 +77,8 @@ class DirectRoutes:
 
     async def look(self, kernel: Netlink) -> DesiredState | None:
         """What is desired now, if that has changed since the last look.  Raises KernelError."""
-        asked: tuple[IPv4Address, ...] | None = None
-        found: Mapping[IPv4Address, int] = {}
+        asked: tuple[IPAddress, ...] | None = None
+        found: Mapping[IPAddress, int] = {}
         while asked is not self._gateways:  # set_decision may name others while the kernel answers
             asked = self._gateways
             found = await kernel.on_link(asked)
@@ -101,7 +100,7 @@ class DirectRoutes:
             route = change.thing
             if change.verb is Verb.ADD and isinstance(route, Route) and error.errno != errno.EEXIST:
                 gateway = route.gateway
-                if isinstance(gateway, IPv4Address) and self._direct.get(gateway) == route.oif:
+                if gateway is not None and self._direct.get(gateway) == route.oif:
                     self._refused[gateway] = _Refusal(route, error, due_s)
                     log.warning("direct route refused problem=%r", str(self._refused[gateway]))
         if self._decide is None or len(self._refused) == before:
@@ -109,7 +108,7 @@ class DirectRoutes:
         self._direct = {gateway: oif for gateway, oif in self._direct.items() if gateway not in self._refused}
         return self._decide(self._direct)
 
-    async def _retry(self, kernel: Netlink, found: Mapping[IPv4Address, int]) -> None:
+    async def _retry(self, kernel: Netlink, found: Mapping[IPAddress, int]) -> None:
         """Take back what is refused no longer, or is not on that link any more."""
         now_s = asyncio.get_running_loop().time()
         for gateway, refusal in [*self._refused.items()]:

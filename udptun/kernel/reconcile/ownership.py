@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
-from ipaddress import IPv4Network
 
 from udptun.core.errors import UdptunError
-from udptun.core.network_state import DEVICE_NAME, ROUTE_PROTOCOL, Address, Link, LinkSettings, Route, describe_route
+from udptun.core.family import Family
+from udptun.core.network_state import (
+    DEVICE_NAME,
+    ROUTE_PROTOCOL,
+    Address,
+    IPNetwork,
+    Link,
+    LinkSettings,
+    Route,
+    describe_route,
+)
 from udptun.core.ownership import Ownership, is_marked, marked_network
 from udptun.kernel.link_messages import delete_link, set_link
 from udptun.kernel.netlink import Netlink
@@ -24,7 +33,7 @@ async def is_anything_ours(ownership: Ownership) -> bool:
     async with Netlink() as kernel:
         links, addresses = await _marked_links(kernel)
         return any(ownership.owns_link(link, addresses) for link in links) or any(
-            map(ownership.owns_route, await kernel.routes(ROUTE_PROTOCOL))
+            map(ownership.owns_route, await _marked_routes(kernel))
         )
 
 
@@ -40,7 +49,7 @@ async def stray_links(kernel: Netlink, ownership: Ownership, desired: Collection
     return tuple(link for link in links if link.name not in desired and ownership.has_made_link(link, addresses))
 
 
-async def marked_networks() -> dict[str, IPv4Network]:
+async def marked_networks() -> dict[str, IPNetwork]:
     """The Network in the alias of each device that has one, by the device's name.  Raises KernelError."""
     async with Netlink() as kernel:
         return {link.name: found for link in await kernel.links() if (found := marked_network(link)) is not None}
@@ -107,13 +116,18 @@ async def remove_ours(ownership: Ownership) -> list[str]:
             elif DEVICE_NAME.fullmatch(link.name):
                 lines.append(f"left {link.name} alone: it is not a device of udptun")
         left = []
-        for route in await kernel.routes(ROUTE_PROTOCOL):
+        for route in await _marked_routes(kernel):
             if ownership.owns_route(route):
                 await kernel.do(delete_route(route))
                 lines.append(f"deleted route {describe_route(route)}")
             else:
                 left.append(route)
     return lines + _describe_left(left)
+
+
+async def _marked_routes(kernel: Netlink) -> list[Route]:
+    """The routes of both families that daemons of ours have made."""
+    return [route for family in Family for route in await kernel.routes(ROUTE_PROTOCOL, family)]
 
 
 async def _marked_links(kernel: Netlink) -> tuple[list[Link], list[Address]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Network
 
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredState
 from udptun.core.network_state import (
@@ -42,7 +41,7 @@ class ActualState:
     neighbours: tuple[Neighbour, ...] = ()
     fdb: tuple[FdbEntry, ...] = ()
     stray_links: tuple[Link, ...] = ()
-    others: frozenset[IPv4Network] = frozenset()
+    others: frozenset[IPNetwork] = frozenset()
 
 
 def plan(desired: DesiredState, actual: ActualState, alias: str) -> list[Change]:

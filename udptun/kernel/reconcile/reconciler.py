@@ -18,12 +18,12 @@ import logging
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
 from itertools import chain
 
 from udptun.core.desired import DesiredState, Pods, Sysctl
 from udptun.core.errors import KernelError
-from udptun.core.network_state import ROUTE_PROTOCOL, Link, Route, RouteType
+from udptun.core.family import Family
+from udptun.core.network_state import ROUTE_PROTOCOL, IPAddress, IPNetwork, Link, Route, RouteType
 from udptun.core.ownership import Ownership
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
@@ -72,18 +72,24 @@ class Outcome:
 
 
 class Reconciler:
-    """Keeps the kernel at the desired state while `run` is running.
+    """Keeps the kernel at the desired state of one address family while `run` is running.
+
+    A host with both families has two, and one may be as wanted while the other is not.  Addresses, routes and
+    neighbours of the other family are not looked at, also where they are on our devices.
 
     All methods belong to one event loop, whose thread stays in the network namespace that is looked after.
     """
 
-    def __init__(self, desired: DesiredState, device: Device | None, ownership: Ownership) -> None:
+    def __init__(
+        self, desired: DesiredState, device: Device | None, ownership: Ownership, family: Family = Family.IPV4
+    ) -> None:
         """`device` stays the caller's; it is asked and revived, never closed.  None: every device is the kernel's.
 
         What `ownership` says is ours and is not desired is removed.
         """
         self._desired = desired
         self._ownership = ownership
+        self._family = family
         self._device = device
         self._direct = DirectRoutes()
         self._own_links: Mapping[int, str] = {}
@@ -94,7 +100,7 @@ class Reconciler:
         """Whether there may be devices of ours that are not desired any more."""
         self._foreign: tuple[Route, ...] = ()
         self._prefix_lengths: set[int] = set()
-        self._others: frozenset[IPv4Network] = frozenset()
+        self._others: frozenset[IPNetwork] = frozenset()
         """What other owners' routes in and around Network lead to."""
         # Other owners' routes are found in the whole routing table.  Thousands of routes take long to read, so it is
         # read only when something says so, and every period.
@@ -116,7 +122,7 @@ class Reconciler:
         self._direct.set_decision((), None)
         self._look_again()
 
-    def set_decision(self, gateways: Collection[IPv4Address], decide: Decide) -> None:
+    def set_decision(self, gateways: Collection[IPAddress], decide: Decide) -> None:
         """Want from now on what `decide` says about those of `gateways` that can be reached directly.
 
         It is asked again whenever they change.
@@ -196,7 +202,7 @@ class Reconciler:
 
     async def _relevant_notices(self) -> AsyncGenerator[frozenset[Notice], None]:
         has_neighbours = any(link.vxlan is not None for link in self._desired.links)
-        async with aclosing(watch(neighbours=has_neighbours)) as batches:
+        async with aclosing(watch(self._family, neighbours=has_neighbours)) as batches:
             async for notices in batches:
                 is_relevant = False
                 for notice in notices:
@@ -226,7 +232,15 @@ class Reconciler:
     async def _read_actual(self, kernel: Netlink) -> ActualState:
         desired = self._desired = await self._direct.look(kernel) or self._desired
         links = {wanted.name: await kernel.link(wanted.name) for wanted in desired.links}
-        addresses = [a for link in links.values() if link for a in await kernel.addresses(link.index)]
+        family = self._family
+        # The kernel gives each device a link-local IPv6 address by itself.
+        addresses = [
+            a
+            for link in links.values()
+            if link
+            for a in await kernel.addresses(link.index, family)
+            if a.ip.version == 4 or not a.ip.is_link_local
+        ]
         vxlan = [link.index for link in links.values() if link is not None and link.vxlan is not None]
         self._own_links = {link.index: name for name, link in links.items() if link is not None}
         self._vxlan_indexes = frozenset(vxlan)
@@ -236,10 +250,10 @@ class Reconciler:
             links,
             frozenset([self._device.name] if self._device is not None and self._device.is_attached() else []),
             tuple(addresses),
-            tuple(filter(self._ownership.owns_route, await kernel.routes(ROUTE_PROTOCOL))),
+            tuple(filter(self._ownership.owns_route, await kernel.routes(ROUTE_PROTOCOL, family))),
             self._foreign,
             {s.path: read_sysctl(s.path) for wanted in desired.links for s in wanted.sysctls},
-            tuple([n for index in vxlan for n in await kernel.neighbours(index)]),
+            tuple([n for index in vxlan for n in await kernel.neighbours(index, family)]),
             tuple([e for index in vxlan for e in await kernel.fdb(index)]),
             await self._stray_links(kernel, links),
             self._others,
@@ -250,7 +264,7 @@ class Reconciler:
         # Cleared first, so that what comes up during the reading asks for another one.
         self._must_read_foreign = False
         try:
-            routes = await kernel.routes()
+            routes = await kernel.routes(family=self._family)
         except KernelError:
             self._must_read_foreign = True
             raise
@@ -261,7 +275,6 @@ class Reconciler:
             if route.protocol != ROUTE_PROTOCOL
             and route.type == RouteType.UNICAST
             and route.oif not in self._own_links
-            and isinstance(route.dst, IPv4Network)
             and _may_hide_pods(route.dst.prefixlen, int(route.dst.network_address), desired.pods)
         )
         prefixes = {route.dst for route in desired.routes_beside(self._others)}
@@ -303,7 +316,7 @@ def _may_hide_pods(prefixlen: int, first: int, pods: Pods | None) -> bool:
     if pods is None or not 0 < prefixlen <= pods.longest:
         return False
     shorter = min(prefixlen, pods.network.prefixlen)
-    return (first ^ int(pods.network.network_address)) >> (32 - shorter) == 0
+    return (first ^ int(pods.network.network_address)) >> (pods.network.max_prefixlen - shorter) == 0
 
 
 def _refusals(failed: Iterable[tuple[Change, KernelError]]) -> Iterator[str]:

@@ -1,0 +1,206 @@
+"""Both address families over the backends that the kernel carries.
+
+    pod h1/p1 -- cni0 [h1] eth0 -- underlay (192.168.77.0/24, fd00:77::/64) -- eth0 [h2] cni0 -- pod h2/p1
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+import pytest
+from traffic import CLEANUP, REAL_TIME, read_status, seconds_until, wait_for_peers
+
+from udptun.lab.host import UNDERLAY_IPV6, Host, Pod
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import Lab
+
+pytestmark = pytest.mark.netns
+
+NETWORK, IPV6_NETWORK = "10.244.0.0/16", "fd00:244::/48"
+BACKENDS: Mapping[str, Mapping[str, object]] = {"vxlan": {"Type": "vxlan"}, "host-gw": {"Type": "host-gw"}}
+DEVICE = "flannel-v6.1"
+
+
+def dual_stack_lab(name: str, backend: Mapping[str, object], **keys: object) -> Lab:
+    conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": dict(backend), **keys}
+    lab = Lab(f"{name}{os.getpid()}", net_conf=conf, ipv6=True)
+    lab.daemon_command[:0] = REAL_TIME
+    return lab
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """Two hosts for each backend, shared by the tests of the module; vxlan's keep their rules with nft."""
+    with dual_stack_lab(f"d{request.param[:2]}", BACKENDS[request.param]) as lab:
+        lab.daemon_command.append("--ip-masq")
+        lab.start()
+        wait_for_peers(lab)
+        yield lab
+        for host in lab.hosts:
+            assert "Traceback" not in host.daemon_log()
+
+
+def answers(pod: Pod, address: object, size: int = 56) -> bool:
+    """Whether one echo request of `size` bytes of data, which nobody may fragment, is answered."""
+    command = ["ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(size), str(address)]
+    return pod.run(command, check=False).returncode == 0
+
+
+def wait_for_both(lab: Lab) -> None:
+    one, other = lab.host(1).pod(1), lab.host(2).pod(1)
+    for address in (other.address, other.ipv6_address):
+        wait_until(f"{address} to answer", lambda address=address: answers(one, address), 10)
+
+
+def is_vxlan(lab: Lab) -> bool:
+    return read_status(lab.host(1))["backend"]["type"] == "vxlan"
+
+
+def test_pods_reach_each_other_by_both_families_with_packets_as_long_as_the_pods_may_send(lab: Lab) -> None:
+    wait_for_both(lab)
+    one, other = lab.host(1).pod(1), lab.host(2).pod(1)
+    mtu = lab.host(1).mtu
+    assert mtu == (1430 if is_vxlan(lab) else 1500)
+    assert answers(one, other.address, mtu - 28)
+    assert answers(one, other.ipv6_address, mtu - 48)
+    assert answers(other, one.ipv6_address, mtu - 48)
+
+
+def test_subnet_env_and_status_name_both_families(lab: Lab) -> None:
+    host, other = lab.host(1), lab.host(2)
+    env, status = host.subnet_env(), read_status(host)
+    assert list(env) == [
+        *("FLANNEL_NETWORK", "FLANNEL_SUBNET", "FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET"),
+        *("FLANNEL_MTU", "FLANNEL_IPMASQ"),
+    ]
+    assert env["FLANNEL_IPV6_NETWORK"] == IPV6_NETWORK
+    assert host.ipv6_gateway is not None
+    assert other.ipv6_gateway is not None
+    assert status["ipv6"] == {
+        "network": IPV6_NETWORK,
+        "subnet": str(host.ipv6_gateway.network),
+        "public_ip": str(host.underlay_ipv6),
+        "address": str(host.underlay_ipv6),
+        "device": DEVICE if is_vxlan(lab) else None,
+        "mtu": 1430 if is_vxlan(lab) else 1500,
+        "peers": [{"subnet": str(other.ipv6_gateway.network), "public_ip": str(other.underlay_ipv6)}],
+    }
+    assert status["problems"] == []
+    text = host.run([sys.executable, "-m", "udptun", "status"]).stdout
+    assert f"IPv6       {host.ipv6_gateway.network} of {IPV6_NETWORK}, public {host.underlay_ipv6}, " in text
+
+
+def test_the_kernel_has_what_flannel_would_have_set_up(lab: Lab) -> None:
+    host, other = lab.host(1), lab.host(2)
+    assert other.ipv6_gateway is not None
+    subnet, first = other.ipv6_gateway.network, other.ipv6_gateway.network.network_address
+    route = host.run(["ip", "-6", "route", "show", str(subnet)]).stdout
+    if not is_vxlan(lab):
+        assert route.startswith(f"{subnet} via {other.underlay_ipv6} dev eth0 proto 158 ")
+        return
+    assert route.startswith(f"{subnet} via {first} dev {DEVICE} proto 158 metric 1024 onlink ")
+    link = host.run(["ip", "-d", "link", "show", DEVICE]).stdout
+    assert f" vxlan id 1 local {host.underlay_ipv6} dev eth0 " in link
+    assert " dstport 8472 nolearning " in link
+    assert " mtu 1430 " in link
+    mac = other.run(["cat", f"/sys/class/net/{DEVICE}/address"]).stdout.strip()
+    neighbours = host.run(["ip", "-6", "neigh", "show", "dev", DEVICE, "nud", "permanent"]).stdout
+    assert neighbours.split() == [str(first), "lladdr", mac, "PERMANENT"]
+    fdb = host.run(["bridge", "fdb", "show", "dev", DEVICE]).stdout
+    assert fdb.split() == [mac, "dst", str(other.underlay_ipv6), "self", "permanent"]
+
+
+def test_what_leaves_the_overlay_by_ipv6_is_masqueraded(lab: Lab) -> None:
+    """The host outside has no route to pods, so it answers only what has the host's own address."""
+    assert answers(lab.host(1).pod(1), UNDERLAY_IPV6[1])
+    rules = lab.host(1).run(["ip6tables", "-t", "nat", "-S", "FLANNEL-POSTRTG"]).stdout.splitlines()
+    gateway = lab.host(1).ipv6_gateway
+    assert gateway is not None
+    comment = '-m comment --comment "flanneld masq"'
+    assert rules == [
+        "-N FLANNEL-POSTRTG",
+        f"-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 {comment} -j RETURN",
+        f"-A FLANNEL-POSTRTG -s {gateway.network} -d {IPV6_NETWORK} {comment} -j RETURN",
+        f"-A FLANNEL-POSTRTG -s {IPV6_NETWORK} -d {gateway.network} {comment} -j RETURN",
+        f"-A FLANNEL-POSTRTG ! -s {IPV6_NETWORK} -d {gateway.network} {comment} -j RETURN",
+        f"-A FLANNEL-POSTRTG -s {IPV6_NETWORK} ! -d ff00::/8 {comment} -j MASQUERADE --random-fully",
+        f"-A FLANNEL-POSTRTG ! -s {IPV6_NETWORK} -d {IPV6_NETWORK} {comment} -j MASQUERADE --random-fully",
+    ]
+
+
+DAMAGES = {
+    "routes": "ip -6 route flush proto 158",
+    "device": f"ip link del {DEVICE} 2>/dev/null; ip -6 route flush proto 158",
+    "address and neighbours": f"ip -6 addr flush dev {DEVICE} 2>/dev/null; ip -6 neigh flush nud permanent; true",
+    "rules": "ip6tables -t nat -F FLANNEL-POSTRTG",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_somebody_removes_comes_back_and_ipv4_does_not_notice(lab: Lab, damage: str, slack: int) -> None:
+    wait_for_both(lab)
+    host = lab.host(1)
+    before = picture(host)
+    host.run(["sh", "-c", damage])
+    assert answers(host.pod(1), lab.host(2).pod(1).address)
+    took_s = seconds_until(lambda: picture(host) == before, "the repair", 5 * slack)
+    print(f"repaired after {took_s:.2f} s")
+    assert took_s < slack
+    wait_for_both(lab)
+
+
+def picture(host: Host) -> list[str]:
+    """All of IPv6 that a damage of the table touches, without what counts and times."""
+    commands = (
+        "ip -6 route show proto 158",
+        f"ip -6 addr show dev {DEVICE} scope global | grep inet6",
+        f"ip -6 neigh show dev {DEVICE} nud permanent",
+        f"bridge fdb show dev {DEVICE}",
+        "ip6tables -t nat -S FLANNEL-POSTRTG",
+    )
+    return [host.run(["sh", "-c", f"{command} 2>/dev/null; true"]).stdout for command in commands]
+
+
+def test_a_host_that_loses_its_ipv6_address_goes_on_with_ipv4_and_takes_ipv6_up_again(slack: int) -> None:
+    """The guard routes refuse IPv6 packets meanwhile, so that none leaves in clear text by the default route."""
+    with dual_stack_lab("da", {"Type": "vxlan"}) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        wait_for_both(lab)
+        one, other = lab.host(1), lab.host(2)
+        address = f"{one.underlay_ipv6}/{UNDERLAY_IPV6.prefixlen}"
+        one.machine.at().ip(f"addr del {address} dev eth0")
+        lack = "pods have no IPv6 to other hosts: eth0 has no IPv6 address that other hosts could send to; give it one"
+        wait_until("the problem", lambda: lack in problems(one), 5 * slack)
+        assert answers(one.pod(1), other.pod(1).address)
+        refused = one.pod(1).run(["ping", "-c", "1", "-W", "1", str(other.pod(1).ipv6_address)], check=False)
+        assert "Destination unreachable" in refused.stdout
+        one.machine.at().ip(f"addr add {address} dev eth0 nodad", f"route replace default via {UNDERLAY_IPV6[1]}")
+        wait_until("IPv6", lambda: lack not in problems(one), 5 * slack)
+        wait_for_both(lab)
+        assert one.stop_daemon() == 0
+        removed = one.run(CLEANUP).stdout
+        assert f"deleted link {DEVICE}\n" in removed
+        assert f"deleted route unreachable {IPV6_NETWORK.replace('::/48', ':0:1::/64')}" in removed
+        assert one.run(["ip", "-6", "route", "show", "proto", "158"]).stdout == ""
+
+
+def problems(host: Host) -> list[str]:
+    """While the daemon begins again it has no status."""
+    result = host.run([sys.executable, "-m", "udptun", "status", "--json"], check=False)
+    return read_status(host)["problems"] if result.returncode == 0 else []
+
+
+def test_a_backend_without_ipv6_says_so_and_refuses_its_packets() -> None:
+    with dual_stack_lab("du", {"Type": "udp"}) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        one, other = lab.host(1), lab.host(2)
+        wait_until("IPv4", lambda: answers(one.pod(1), other.pod(1).address), 10)
+        assert read_status(one)["problems"] == [
+            "pods have no IPv6 to other hosts: the udp backend carries no IPv6; Backend.Type vxlan and host-gw do"
+        ]
+        refused = one.pod(1).run(["ping", "-c", "1", "-W", "1", str(other.pod(1).ipv6_address)], check=False)
+        assert "Destination unreachable" in refused.stdout
