@@ -19,7 +19,7 @@ import pytest
 
 from tests.datapath.cases import DECAP, DECAP_VXLAN, ELSEWHERE, Bad
 from tests.datapath.harness import DEADLINE_S, TRAIN_BYTES, FastDatapath, Message, skip_unless_built
-from tests.packets import NEAR_POD, OWN, POD, STRANGER, icmp_answer_to_peer, udp, vxlan
+from tests.packets import LEARNED, NEAR_POD, OWN, POD, STRANGER, icmp_answer_to_peer, udp, vxlan
 from tests.reference import Remote
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ class Besieged(FastDatapath):
         self.filter.follow()
         self.filter.look()
         self._is_filtered = self._mode.flood == "kernel" and source_check != "off"
+        # What is learned counts with SourceCheck peer alone.
+        self._strangers = {*NO_PEERS, *([] if source_check == "peer" else [LEARNED])}
         assert self.filter.state == ("on" if self._is_filtered else "off")
 
     def refuse(self, case: Bad, counter: str, *, is_wire: bool) -> None:
@@ -131,10 +133,11 @@ class Besieged(FastDatapath):
         else:
             # By chance a stranger's datagram is let through now and then, and then it is counted like any.
             n_kept, n_strangers = moved.pop("drop_stranger", 0), n_flood
-            if case.source in NO_PEERS:
+            is_stranger = case.source in self._strangers
+            if is_stranger:
                 n_strangers += n
                 expected[counter] = moved[counter]
-            assert n_kept + moved[flood_counter] + (moved[counter] if case.source in NO_PEERS else 0) == n_strangers
+            assert n_kept + moved[flood_counter] + (moved[counter] if is_stranger else 0) == n_strangers
             expected[flood_counter] = moved[flood_counter]
             expected["decap_packets"] = n_flood + n - n_kept
         assert moved == expected
