@@ -86,6 +86,12 @@ class Rig:
         return found
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of the process is; a signal is sent before they are."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 @pytest.fixture
 def undo() -> Iterator[ExitStack]:
     with ExitStack() as undo:
@@ -112,6 +118,9 @@ async def test_what_waits_in_the_sockets_is_delivered_first_and_in_order(
         # It moves nothing more, so that everything waits.
         assert datapath.active is not None
         os.kill(datapath.active.pid, signal.SIGSTOP)
+        # A thread that runs meanwhile could still take a packet, and it would be handed on twice.
+        while not is_stopped(datapath.active.pid):
+            await asyncio.sleep(0.001)
         rig.send(range(N_EACH))
         change = asyncio.create_task(datapath.replace(rig.descriptors(after)))
         for number in range(N_EACH, 2 * N_EACH):
