@@ -77,20 +77,9 @@ def render(document: Document, now_s: float) -> str:
     if (probes := backend.get("probes", "on")) != "on":
         lines.append(f"probes     {probes}")
     if ipv6 := document.get("ipv6"):
-        carried = "not carried" if ipv6["mtu"] is None else f"{ipv6['device'] or 'no device'} mtu {ipv6['mtu']}"
-        lines.append(
-            f"IPv6       {ipv6['subnet']} of {ipv6['network']}, public {ipv6['public_ip'] or 'none'}, {carried}, "
-            f"{len(ipv6['peers'])} peers"
-        )
+        lines.append(_ipv6(ipv6))
     if datapath is not None:
-        # A daemon of an earlier version does not say it.
-        given_up = datapath.get("confinement")
-        confinement = f", confinement {given_up}" if given_up else ""
-        lines.append(
-            f"datapath   pid {datapath['pid'] or 'none'}, up {duration(datapath['uptime_s'] or 0)}, standby "
-            f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
-            f"{confinement}"
-        )
+        lines.append(_datapath(datapath))
     firewall = document["firewall"]
     rules = " and ".join(kind for kind in ("masquerade", "forward") if firewall[kind])
     lines += [
@@ -124,6 +113,25 @@ def render(document: Document, now_s: float) -> str:
     lines += _skipped(document["skipped"])
     lines += [f"problem    {line}" for line in document["problems"]]
     return "\n".join(lines) + "\n"
+
+
+def _ipv6(ipv6: Document) -> str:
+    carried = "not carried" if ipv6["mtu"] is None else f"{ipv6['device'] or 'no device'} mtu {ipv6['mtu']}"
+    return (
+        f"IPv6       {ipv6['subnet']} of {ipv6['network']}, public {ipv6['public_ip'] or 'none'}, {carried}, "
+        f"{len(ipv6['peers'])} peers"
+    )
+
+
+def _datapath(datapath: Document) -> str:
+    # A daemon of an earlier version does not say it.
+    given_up = datapath.get("confinement")
+    confinement = f", confinement {given_up}" if given_up else ""
+    return (
+        f"datapath   pid {datapath['pid'] or 'none'}, up {duration(datapath['uptime_s'] or 0)}, standby "
+        f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
+        f"{confinement}"
+    )
 
 
 def _learned(peers: list[Document]) -> list[str]:

@@ -110,17 +110,7 @@ class Tunnel:
             await processes.end_all(found)
             found = []
         if not found:
-            senders: list[socket.socket] = []
-            sockets = open_sockets(address, port, n_workers, wanted)
-            try:
-                senders = open_senders(address, n_senders)
-                # Last: what it makes is persistent.
-                tun = open_queues(device, n_workers, wanted)
-            except BaseException:
-                for udp in (*sockets, *senders):
-                    udp.close()
-                raise
-            endpoints = Endpoints(tun.fds, tuple(sockets), tuple(senders))
+            tun, endpoints = _open_new(device, address, port, n_workers, wanted, n_senders)
             memory = (TableWriter.create(), Stats.create(), new_lock(), new_events())
             return cls(run_dir, *memory, tun, endpoints, [], wanted, confinement)
         found = await _end_unfinished(found)
@@ -352,6 +342,23 @@ async def _to_its_end(change: Coroutine[None, None, None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("a change of the workers was not made before the end: %s", exc)
         raise
+
+
+def _open_new(
+    device: str, address: IPv4Address, port: int, n_workers: int, wanted: Offload, n_senders: int
+) -> tuple[Tun, Endpoints]:
+    """Queues and sockets for a datapath, as `Tunnel.open` says."""
+    senders: list[socket.socket] = []
+    sockets = open_sockets(address, port, n_workers, wanted)
+    try:
+        senders = open_senders(address, n_senders)
+        # Last: what it makes is persistent.
+        tun = open_queues(device, n_workers, wanted)
+    except BaseException:
+        for udp in (*sockets, *senders):
+            udp.close()
+        raise
+    return tun, Endpoints(tun.fds, tuple(sockets), tuple(senders))
 
 
 def _serves_another(held: Descriptors, device: str) -> bool:
