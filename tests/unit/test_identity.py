@@ -81,7 +81,7 @@ def test_damaged_vtep_mac_is_said_in_one_line_and_left_alone(tmp_path: Path, tex
 
 
 def test_vtep_mac_goes_with_the_identity(tmp_path: Path) -> None:
-    assert [path.name for path in files(tmp_path)] == ["node-id", "vtep-mac"]
+    assert [path.name for path in files(tmp_path)] == ["node-id", "vtep-mac", "vtep-mac-v6"]
 
 
 # ------------------------------------------------------------------------------------------------- among the leases

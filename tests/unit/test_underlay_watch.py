@@ -13,6 +13,7 @@ import pytest
 import virtual_time
 
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
 from udptun.kernel import underlay_watch
 from udptun.kernel.notices import Notice, NoticeKind
 from udptun.kernel.underlay import Underlay, UnderlayOptions
@@ -38,7 +39,7 @@ class Host:
         monkeypatch.setattr(UnderlayWatch, "_present", present)
         monkeypatch.setattr(underlay_watch, "watch", self.listen)
 
-    async def listen(self) -> AsyncGenerator[frozenset[Notice], None]:
+    async def listen(self, *families: Family) -> AsyncGenerator[frozenset[Notice], None]:
         while True:
             yield frozenset({Notice(await self.notices.get())})
 

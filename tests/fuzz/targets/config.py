@@ -92,8 +92,8 @@ def _check_pool(conf: NetConf) -> None:
     assert pool.subnet_min in pool.network
     assert pool.subnet_max in pool.network
     assert pool.subnet_min <= pool.subnet_max
-    assert all(prefix.subnet_of(pool.network) for prefix in conf.leasable)
-    assert sum(prefix.num_addresses for prefix in conf.leasable) % pool.subnet_size == 0
+    assert all(prefix.subnet_of(pool.network) for prefix in pool.leasable)
+    assert sum(prefix.num_addresses for prefix in pool.leasable) % pool.subnet_size == 0
     first = int(pool.network.network_address) >> 24
     assert first not in (0, 127)
     assert first < 224

@@ -14,6 +14,7 @@ from tests.bad_data import LEASES
 from tests.fuzz.mutate import Mutate, json_mutator, lines_mutator, words_mutator
 from tests.fuzz.oracles import check_line
 from udptun.backends import vxlan
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseFormatError, Subnets, validate
 from udptun.core.lease_table import LeaseTable
 from udptun.membership import saved
@@ -64,7 +65,7 @@ mutate: Mutate = lines_mutator(_line)
 
 def check(data: bytes) -> None:
     leases = [lease for line in data.split(b"\n")[:50] if (lease := _read(line)) is not None]
-    table = LeaseTable(NETWORK, [NETWORK], OWN, lambda _: False, vxlan.refusal, peer_types=("vxlan",))
+    table = LeaseTable(Family.IPV4, NETWORK, [NETWORK], OWN, lambda _: False, vxlan.refusal, peer_types=("vxlan",))
     other_types = OtherTypes(table.of_other_type, "vxlan")
     known: dict[str, Lease] = {}
     for lease in leases:
@@ -104,7 +105,7 @@ def _read(line: bytes) -> Lease | None:
     again = saved.parse(saved.render(last, 5.0), NETWORK, 5.0)
     assert again.last is not None, again.reason
     assert [(it.subnets, it.attrs) for it in again.last.peers] == [(subnets, attrs)]
-    reason = validate(lease, NETWORK, [NETWORK])
+    reason = validate(lease, Family.IPV4, NETWORK, [NETWORK])
     if reason is not None:
         check_line(reason)
     return lease
@@ -145,7 +146,7 @@ def _check_table(table: LeaseTable, known: dict[str, Lease], other_types: OtherT
         assert lease.attrs.public_ip not in NETWORK
         assert not lease.attrs.public_ip.is_multicast
         assert not lease.attrs.public_ip.is_loopback
-        assert vxlan.mac_of(lease).count(":") == 5
+        assert vxlan.mac_in(lease.part(Family.IPV4)).count(":") == 5
     for key, reason in table.refused.items():
         assert key not in known
         check_line(f"{key}: {reason}")
