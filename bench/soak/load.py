@@ -73,9 +73,9 @@ class Flow:
         return Seen(**facts, lost=gaps)
 
     def end(self) -> None:
-        for process in (self._sender, self._receiver):
+        # The receiver first, and wholly: it says so when its connection ends.
+        for process in (self._receiver, self._sender):
             process.kill()
-        for process in (self._sender, self._receiver):
             with process:
                 pass
 
