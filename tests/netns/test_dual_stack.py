@@ -189,6 +189,29 @@ def test_a_host_that_loses_its_ipv6_address_goes_on_with_ipv4_and_takes_ipv6_up_
         assert one.run(["ip", "-6", "route", "show", "proto", "158"]).stdout == ""
 
 
+def test_a_node_with_an_ipv4_podcidr_alone_carries_ipv4_and_says_what_ipv6_lacks() -> None:
+    """The store gives the subnets: a daemon that insisted on two would end, and pods had no network at all."""
+    conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": {"Type": "vxlan"}}
+    with Lab(f"dk{os.getpid()}", net_conf=conf, store="kube", ipv6=True) as lab:
+        lab.daemon_command[:0] = REAL_TIME
+        lab.daemon_command.append("--ip-masq")
+        lab.start()
+        one, other = lab.host(1), lab.host(2)
+        wait_until("IPv4", lambda: answers(one.pod(1), other.pod(1).address), 10)
+        status = read_status(one)
+        assert status["problems"] == [
+            "pods have no IPv6 to other hosts: our lease has no IPv6 subnet; give this host one, as a second podCIDR "
+            "where Kubernetes does"
+        ]
+        assert (status["ipv6"]["subnet"], status["ipv6"]["device"], status["ipv6"]["mtu"]) == (None, None, None)
+        assert "FLANNEL_IPV6_SUBNET" not in one.subnet_env()
+        assert one.mtu == 1450
+        # The device was made before the lease was known.
+        assert one.run(["ip", "link", "show", DEVICE], check=False).returncode != 0
+        assert one.run(["ip", "-6", "route", "show", "proto", "158"]).stdout == ""
+        assert "FLANNEL" not in one.run(["ip6tables", "-t", "nat", "-S"]).stdout
+
+
 def problems(host: Host) -> Any:
     """While the daemon begins again it has no status."""
     result = host.run([sys.executable, "-m", "udptun", "status", "--json"], check=False)
@@ -202,7 +225,8 @@ def test_a_backend_without_ipv6_says_so_and_refuses_its_packets() -> None:
         one, other = lab.host(1), lab.host(2)
         wait_until("IPv4", lambda: answers(one.pod(1), other.pod(1).address), 10)
         assert read_status(one)["problems"] == [
-            "pods have no IPv6 to other hosts: the udp backend carries no IPv6; Backend.Type vxlan and host-gw do"
+            "pods have no IPv6 to other hosts: the tunnel in user space carries no IPv6; "
+            "the kernel's vxlan and host-gw do (Backend.Type)"
         ]
         refused = one.pod(1).run(["ping", "-c", "1", "-W", "1", str(other.pod(1).ipv6_address)], check=False)
         assert "Destination unreachable" in refused.stdout

@@ -248,15 +248,28 @@ def test_config_ignores_what_is_wrong_with_the_range_of_a_disabled_family() -> N
     assert parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/127","IPv6SubnetLen":3}').ipv6 is None
 
 
+IN_USER_SPACE = "the tunnel in user space carries no IPv6; the kernel's vxlan and host-gw do (Backend.Type)"
+
+
 @pytest.mark.parametrize(
     ("keys", "underlay", "lack", "mtus"),
     [
-        (UdpKeys(), {}, "the udp backend carries no IPv6; Backend.Type vxlan and host-gw do", (1472, None, 1472)),
+        (UdpKeys(), {}, IN_USER_SPACE, (1472, None, 1472)),
         (VxlanKeys(), {}, "", (1450, 1430, 1430)),
         (HostGwKeys(), {}, "", (1500, 1500, 1500)),
         (AllocKeys(), {}, "", (1500, 1500, 1500)),
         (VxlanKeys(), {"ipv6": None, "ipv6_problem": "eth0 has none"}, "eth0 has none", (1450, None, 1450)),
         (VxlanKeys(), {"mtu": 1350}, "", (1300, 1280, 1280)),
+        *(
+            (
+                VxlanKeys(),
+                {name: IPv6Address("fc00:0:0:9::1")},
+                "this host's fc00:0:0:9::1 lies in fc00:0:0:8::/61, where hosts lease their subnets; "
+                "choose another IPv6Network",
+                (1450, None, 1450),
+            )
+            for name in ("ipv6", "public_ipv6")
+        ),
         (
             VxlanKeys(),
             {"mtu": 1349},
@@ -267,7 +280,7 @@ def test_config_ignores_what_is_wrong_with_the_range_of_a_disabled_family() -> N
         (
             VxlanKeys(userspace=True),
             {},
-            "the vxlan backend carries no IPv6; Backend.Type vxlan and host-gw do",
+            IN_USER_SPACE,
             (1450, None, 1450),
         ),
     ],

@@ -85,7 +85,7 @@ class LiveSettings:
 class BackendInput:
     """All that a backend decides from about one address family.
 
-    `leasable`: see `NetConf`.  `peers` are usable leases, disjoint and none of them our own.  `direct` has the
+    `leasable`: see `SubnetPool`.  `peers` are usable leases, disjoint and none of them our own.  `direct` has the
     PublicIPs that the kernel reaches without a gateway, each with the index of the link that leads there.  It is filled
     in when `Backend.asks_direct`.
     """

@@ -80,8 +80,8 @@ class Forwarding:
     ) -> Forwarding:
         """Make or adopt device and sockets: a host without them needs no lease.  Raises KernelError, DatapathError.
 
-        `routings` are of the families that are enabled, IPv4 first.  `confinement` is what a datapath's
-        processes shall give up.  `kept` gets their descriptors.
+        `routings` are of the families that are enabled, IPv4 first.  `confinement` is what a datapath's processes shall
+        give up.  `kept` gets their descriptors.
         """
         was_clean = not any([await is_anything_ours(routing.ownership) for routing in routings])
         ownership = routings[0].ownership
@@ -133,10 +133,15 @@ class Forwarding:
         `tables` have the peers, one of each family that is carried.
         """
         peers = {table.family: table.peers.values() for table in tables}
-        for family, routing in self._routings.items():
+        for family, routing in [*self._routings.items()]:
             own_subnet = own.of(family)
-            assert own_subnet is not None
-            routing.learn(own_subnet, peers.get(family, ()))
+            if own_subnet is not None:
+                routing.learn(own_subnet, peers.get(family, ()))
+                continue
+            # Only IPv6 may be missing: where a store gives the subnets, it may give one of IPv4 alone.
+            del self._routings[family]
+            await remove_ours(routing.ownership)
+            self.live = replace(self.live, ipv6_mtu=None)
         if self._tunnel is not None:
             await self._tunnel.start(self._inputs(Family.IPV4))
             await self._keep_descriptors()

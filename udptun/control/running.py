@@ -81,7 +81,17 @@ class Running:
     @property
     def _ipv6_problem(self) -> str:
         lack = ipv6_lack(self.options, self.conf, self.underlay, self.forwarding.backend)
+        if not lack and self._lacks_ipv6_subnet:
+            lack = "our lease has no IPv6 subnet; give this host one, as a second podCIDR where Kubernetes does"
         return f"pods have no IPv6 to other hosts: {lack}" if lack else ""
+
+    @property
+    def _lacks_ipv6_subnet(self) -> bool:
+        return self.conf.ipv6 is not None and self.membership.own.subnets.ipv6 is None
+
+    def _live_settings(self, conf: NetConf, underlay: Underlay) -> LiveSettings:
+        live = live_settings(self.options, conf, underlay, self.forwarding.backend)
+        return replace(live, ipv6_mtu=None) if self._lacks_ipv6_subnet else live
 
     async def reload(self, conf: NetConf) -> None:
         """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed."""
@@ -89,7 +99,7 @@ class Running:
             backend = self.forwarding.backend
             check_underlay(backend, conf, self.underlay.address)
             was = self._attrs()
-            live = live_settings(self.options, conf, self.underlay, backend)
+            live = self._live_settings(conf, self.underlay)
             for key in keys_that_need_a_restart(self.conf, conf):
                 log.warning("config changed, takes effect with the next start key=%s", key)
             await self._apply(self.underlay, live)
@@ -111,7 +121,7 @@ class Running:
             was = self._attrs()
             # Raises when this host cannot be a peer from there.
             backend.attrs(present, self.forwarding.live, self.me.node_id)
-            live = live_settings(self.options, self.conf, present, backend)
+            live = self._live_settings(self.conf, present)
             if (live.ipv6_mtu is None) != (self.forwarding.live.ipv6_mtu is None):
                 self.other_families.set()
                 live = replace(live, ipv6_mtu=self.forwarding.live.ipv6_mtu)

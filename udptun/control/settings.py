@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import replace
 
-from udptun.backends.base import Backend, LiveSettings, ProbedKeys, TunnelKeys, mtu_for
+from udptun.backends.base import Backend, LiveSettings, ProbedKeys, TunnelKeys, claimed, mtu_for
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config.flags import Options
@@ -78,9 +78,14 @@ def ipv6_lack(options: Options, conf: NetConf, underlay: Underlay, backend: Back
     if conf.ipv6 is None:
         return ""
     if Family.IPV6 not in backend.families:
-        return f"the {backend.type} backend carries no IPv6; Backend.Type vxlan and host-gw do"
+        return "the tunnel in user space carries no IPv6; the kernel's vxlan and host-gw do (Backend.Type)"
     if underlay.ipv6 is None:
         return underlay.ipv6_problem
+    for address in filter(None, (underlay.ipv6, underlay.public_ipv6)):
+        if (prefix := next((it for it in claimed(backend, conf, Family.IPV6) if address in it), None)) is not None:
+            return (
+                f"this host's {address} lies in {prefix}, where hosts lease their subnets; choose another IPv6Network"
+            )
     underlay_mtu = _underlay_mtu(options, conf, underlay)
     if underlay_mtu - backend.ipv6_overhead < IPV6_MTU_MIN:
         return (

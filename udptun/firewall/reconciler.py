@@ -206,26 +206,27 @@ class FirewallReconciler:
         kept: list[Rules] = []
         unwanted: list[Rules] = []
         for ownership in self._ownerships:
-            subnet = self._subnets.ipv4 if ownership.network.version == 4 else self._subnets.ipv6
-            assert subnet is not None
-            of_family = self._choose_rules_of(ownership, subnet)
-            kept += of_family[0]
-            unwanted += of_family[1]
+            kept_of_family, unwanted_of_family = self._choose_rules_of(ownership, self._subnets)
+            kept += kept_of_family
+            unwanted += unwanted_of_family
         if len(self._ownerships) == 1:
             unwanted.append(NftRules(DesiredRules(), [_ALL_IPV6], 6))
         if self._previous is not None:
             unwanted += [OldIptablesRules(program, *self._previous) for program in self._installed]
         return kept, unwanted
 
-    def _choose_rules_of(self, ownership: Ownership, subnet: IPNetwork) -> tuple[list[Rules], list[Rules]]:
-        """The same about one family, whose Networks are those of `ownership`."""
+    def _choose_rules_of(self, ownership: Ownership, subnets: Subnets) -> tuple[list[Rules], list[Rules]]:
+        """The same about one family, whose Networks are those of `ownership`; none to keep without a subnet of it."""
         settings, network, networks = self._settings, ownership.network, ownership.networks
         version = network.version
+        subnet = subnets.ipv4 if version == 4 else subnets.ipv6
         installed = [it if version == 4 else it.for_ipv6 for it in self._installed]
-        desired = DesiredRules(
-            masquerade(network, subnet, self._random_fully) if settings.masquerade else (),
-            () if settings.forward is False else forward(network),
-        )
+        desired = DesiredRules()
+        if subnet is not None:
+            desired = DesiredRules(
+                masquerade(network, subnet, self._random_fully) if settings.masquerade else (),
+                () if settings.forward is False else forward(network),
+            )
         kept: list[Rules] = []
         own = installed[:1] if desired else []
         if desired and settings.nftables:

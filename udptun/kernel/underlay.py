@@ -74,10 +74,6 @@ class Underlay:
         """What our sockets and tunnels of that outer family are bound to."""
         return self.address if family is Family.IPV4 else self.ipv6
 
-    def public_address_of(self, family: Family) -> IPAddress | None:
-        """What our lease tells the peers."""
-        return self.public_ip if family is Family.IPV4 else self.public_ipv6
-
     @property
     def is_behind_nat(self) -> bool:
         """Whether the peers send to another address than the one that our sockets are bound to."""

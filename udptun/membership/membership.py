@@ -103,7 +103,7 @@ class Membership:
 
     @property
     def tables(self) -> Sequence[LeaseTable]:
-        """The peers by each family that is carried."""
+        """The peers by each family that is carried, and that our lease has a subnet of."""
         return self._peers.tables
 
     @property
@@ -142,6 +142,8 @@ class Membership:
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
         for family, claimed in self._claimed.items():
+            if lease.subnets.of(family) is None:
+                continue
             if (reason := validate(lease, family, self._conf.pool(family).network, claimed)) is not None:
                 raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
@@ -245,7 +247,11 @@ class Membership:
             self._saved.note_change,
             is_provisional=is_provisional,
         )
-        tables = [self._make_table(family, lease.subnets) for family in self._claimed]
+        tables = [
+            self._make_table(family, own_subnet, lease.subnets)
+            for family in self._claimed
+            if (own_subnet := lease.subnets.of(family)) is not None
+        ]
         self._peers = Peers(tables, asked.backend_type, self._on_change, self._clones, self._saved, self._lease_clock)
         self._follower = Follower(
             self._store,
@@ -258,9 +264,7 @@ class Membership:
             must_list=is_provisional,
         )
 
-    def _make_table(self, family: Family, own: Subnets) -> LeaseTable:
-        own_subnet = own.of(family)
-        assert own_subnet is not None, "`join` has looked at it"
+    def _make_table(self, family: Family, own_subnet: IPNetwork, own: Subnets) -> LeaseTable:
         return LeaseTable(
             family,
             self._conf.pool(family).network,

@@ -1,8 +1,8 @@
 """How long packets to peers may be by what the kernel believes, and by what was measured.  Pure.
 
-The kernel believes what ICMP errors say, and those anybody can forge; and it forgets for 10 minutes nothing of it.  So
-where a peer answers probes, these show whether it is so.  Elsewhere what the kernel believes counts.  An `mtu` that
-somebody has given the route counts always.
+The kernel believes what ICMP errors say for 10 minutes, and anybody can forge one.  So where a peer answers probes, the
+probes show whether it is so.  Elsewhere what the kernel believes counts.  An `mtu` that somebody has given the route
+always counts.
 """
 
 from __future__ import annotations

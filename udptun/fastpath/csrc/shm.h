@@ -1,10 +1,10 @@
 /* Layout of the two memory files that the control plane and the datapath share, and the atomics that guard them.
  *
  * One writer each: the control plane writes the table and the head of the statistics, worker i writes block i of them.
- * The rings, which lie in the same file, have two, and ring.pxd says who writes what.  Both files are sparse and sealed against
- * resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket addresses.  This
- * is the only description: fastpath/shm.pxd declares the names to Cython, and the control plane takes sizes, offsets
- * and bits from LAYOUT and FIELDS of _fastpath.pyx.
+ * The rings, which lie in the same file, have two, and ring.pxd says who writes what.  Both files are sparse and sealed
+ * against resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket
+ * addresses.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the control plane takes
+ * sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
  */
 #ifndef UDPTUN_SHM_H
 #define UDPTUN_SHM_H
