@@ -520,7 +520,10 @@ DAMAGES: Mapping[str, Damage] = {
     "forward rules deleted": Damage(tuple(CARRYING), lambda device, _, peer: "iptables -F FLANNEL-FWD"),
     "forward chain deleted": Damage(
         tuple(CARRYING),
-        lambda device, _, peer: "iptables -F FORWARD && iptables -F FLANNEL-FWD && iptables -X FLANNEL-FWD",
+        # In one transaction: the kernel refuses to delete a chain that a repair in between has linked again.
+        lambda device, _, peer: (
+            "printf '*filter\\n-F FORWARD\\n-F FLANNEL-FWD\\n-X FLANNEL-FWD\\nCOMMIT\\n' | iptables-restore --noflush"
+        ),
     ),
 }
 
