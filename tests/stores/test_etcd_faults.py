@@ -10,6 +10,7 @@ import asyncio
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -258,6 +259,42 @@ def test_a_frozen_member_is_left_for_another(
 
     with running(cluster(tmp_path, flags=["--grpc-keepalive-min-time=500ms"])) as servers:
         asyncio.run(main(servers))
+
+
+def test_attempts_at_a_server_that_never_answers_leave_no_sockets_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kept its socket for 20 s after it had been given up, up to 21 at a time: so long grpc waits for an answer.
+
+    Nobody accepts: as with a server that a signal has stopped, the kernel completes the connection.
+    """
+    limit_ms = dict(client._CHANNEL_OPTIONS)["grpc.min_reconnect_backoff_ms"]
+    assert 1000 * client.CONNECT_S < limit_ms <= 5000
+    options = dict(client._CHANNEL_OPTIONS) | {"grpc.min_reconnect_backoff_ms": 600}
+    monkeypatch.setattr(client, "_CHANNEL_OPTIONS", tuple(options.items()))
+    monkeypatch.setattr(client, "CONNECT_S", 0.5)
+    monkeypatch.setattr(client, "_STAGGER_S", 0.1)
+
+    async def main(frozen: socket.socket) -> None:
+        at = "{}:{}".format(*frozen.getsockname())
+        store = etcd_store(f"--etcd-endpoints=http://{at}")
+        try:
+            with pytest.raises(StoreUnavailableError, match="no answer within"):
+                await store.network_config()
+            assert connections_to(at) > 2
+            async with asyncio.timeout(5):
+                while connections_to(at):
+                    await asyncio.sleep(0.05)
+        finally:
+            await store.aclose()
+
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as frozen:
+        asyncio.run(main(frozen))
+
+
+def connections_to(at: str) -> int:
+    """How many sockets of this process are connected to that address and port."""
+    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    ss = subprocess.run(["ss", "-Htne", "dst", at], capture_output=True, text=True, check=True).stdout
+    return sum(f" ino:{link[8:-1]} " in ss for link in links if link.startswith("socket:["))
 
 
 def test_an_expired_certificate_is_named_and_a_renewed_one_is_enough(tmp_path: Path, within_s: float) -> None:

@@ -50,6 +50,9 @@ further attempt at the same one waits longer by chance, see `Client.n_hosts`."""
 _CHANNEL_OPTIONS = (
     # A list of 10,000 leases is 2.5 MB; grpc's own limit is 4 MB.
     ("grpc.max_receive_message_length", -1),
+    # So long an attempt to connect may take.  An attempt that was given up keeps its socket until then, because grpc
+    # goes on waiting for the server's first frame after the channel was closed.  The default is 20 s.
+    ("grpc.min_reconnect_backoff_ms", 4_000),
     # With these two a server that is cut off is noticed after 9 s.  etcd refuses clients that ping more often than
     # every 5 s.
     ("grpc.keepalive_time_ms", 6_000),
