@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
 
 import pytest
 
+from udptun.backends.base import BackendInput, LiveSettings
+from udptun.control import host_probes
+from udptun.control.host_probes import HostProbes
+from udptun.core.lease import Lease, LeaseAttrs, Subnets
+from udptun.core.offload import ALL
+from udptun.core.tunnel import SourceCheck
+from udptun.kernel.underlay import Underlay
 from udptun.probing import prober
 from udptun.probing.carrier import Fate, Take, Target
 from udptun.probing.host import HostCarrier, _Sent
+from udptun.probing.memory import Memory
 from udptun.probing.prober import Prober
 
 SUBNET = IPv4Network("10.244.2.0/24")
@@ -106,3 +115,33 @@ def test_lines_about_hosts_say_what_can_be_done_with_this_backend(
     carrier = HostCarrier(device)
     assert carrier.dead_line("the host of X", "12:00:00").endswith(carried)
     assert f"have all hosts use {remedy}" in carrier.narrow_line("the host of X", 1300, 1450)
+
+
+def test_probes_of_a_host_go_on_with_what_those_before_them_have_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart forgot which hosts were dead and which paths narrow, where the kernel carries the packets."""
+    here = IPv4Address("192.0.2.1")
+    peer = Lease(Subnets(SUBNET), LeaseAttrs(IPv4Address("192.0.2.2")))
+    live = LiveSettings(MTU, 1, SourceCheck.PEER, ALL)
+    own_subnet = IPv4Network("10.244.1.0/24")
+    inputs = BackendInput(own_subnet.supernet(8), (), Underlay("eth0", 2, 1500, here, here), own_subnet, live, (peer,))
+
+    def started(why_not: str | None) -> HostProbes:
+        monkeypatch.setattr(host_probes, "HostCarrier", lambda device: InstantCarrier(why_not))
+        probes = HostProbes("flannel.1", Memory(tmp_path / "probes.json"))
+        probes.use(inputs)
+        return probes
+
+    async def main() -> None:
+        probes = started(None)
+        async with asyncio.timeout(30):
+            running = asyncio.create_task(probes.run())
+            while probes.document(peer)["path_mtu"] != MTU:
+                await asyncio.sleep(0.001)
+            running.cancel()
+            await asyncio.wait([running])
+
+    asyncio.run(main())
+    known = started("it is forbidden").document(peer)
+    assert (known["liveness"], known["path_mtu"]) == ("alive", MTU)

@@ -21,6 +21,7 @@ from udptun.backends.choice import BackendChoice
 from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
+from udptun.control.run_dir import PROBES_FILE
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseEvent, Subnets
 from udptun.core.lease_table import LeaseTable
@@ -30,6 +31,7 @@ from udptun.datapath import processes
 from udptun.kernel.reconcile.apply import create_missing_vxlans
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
 from udptun.kernel.underlay import Underlay
+from udptun.probing.memory import Memory
 
 if TYPE_CHECKING:
     from udptun.control.tunnelled import Tunnelled
@@ -61,7 +63,8 @@ class Forwarding:
         self._run_dir = run_dir
         self._tunnel = tunnel
         carries = bool(choice.backend.peer_types)
-        self._probes = HostProbes(choice.backend.device) if tunnel is None and carries else None
+        memory = Memory(run_dir / PROBES_FILE)
+        self._probes = HostProbes(choice.backend.device, memory) if tunnel is None and carries else None
         self._kept = kept
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""

@@ -9,6 +9,7 @@ from udptun.backends.base import BackendInput
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.probing.carrier import Target
 from udptun.probing.host import HostCarrier
+from udptun.probing.memory import Memory
 from udptun.probing.prober import Prober
 
 _IDLE_S = 60.0
@@ -22,9 +23,10 @@ too many probes, they come less often.
 class HostProbes:
     """Probes the peers from this host.  `device` is the one that packets to them go through, None: there is none."""
 
-    def __init__(self, device: str | None) -> None:
+    def __init__(self, device: str | None, memory: Memory) -> None:
+        """`memory` has what the daemon before has found out."""
         self._device = device
-        self._prober = Prober(HostCarrier(device), _IDLE_S, _IDLE_S)
+        self._prober = Prober(HostCarrier(device), _IDLE_S, _IDLE_S, memory=memory)
 
     def use(self, inputs: BackendInput) -> None:
         """Have these settings, and exactly these peers."""
