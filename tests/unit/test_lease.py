@@ -657,6 +657,30 @@ def test_a_lease_of_ipv4_alone_is_none_to_the_table_of_ipv6() -> None:
 
 
 @pytest.mark.parametrize(
+    ("public_ip", "reason"),
+    [
+        ("192.0.2.7", None),
+        ("127.0.0.1", "PublicIP 127.0.0.1 is not a unicast address"),
+        ("10.244.7.9", "PublicIP 10.244.7.9 lies in 10.244.0.0/16, which hosts may lease (SubnetMin to SubnetMax)"),
+    ],
+)
+def test_ipv6_subnet_whose_packets_travel_over_ipv4_needs_a_usable_public_ip_and_no_public_ipv6(
+    public_ip: str, reason: str | None
+) -> None:
+    peers = LeaseTable(
+        *(Family.IPV6, IPV6_NETWORK, (NETWORK, IPV6_NETWORK), IPv6Network("fd00:244:0:63::/64"), is_own),
+        *(lambda lease: None, (), lambda attrs: Family.IPV4),
+    )
+    one = Lease(dual(7, None).subnets, LeaseAttrs(IPv4Address(public_ip)))
+    assert peers.update(added(one)) == ([] if reason else added(one))
+    assert peers.refused == ({one.key: reason} if reason else {})
+    if reason is None:
+        assert peers.part(one).public_ip == IPv4Address(public_ip)
+        moved = replace(one, attrs=LeaseAttrs(IPv4Address("192.0.2.8")))
+        assert peers.update(added(moved)) == added(moved)
+
+
+@pytest.mark.parametrize(
     ("public_ipv6", "reason"),
     [
         (None, "it has no PublicIPv6"),

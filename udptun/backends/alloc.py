@@ -38,6 +38,9 @@ class Alloc:
         """It names no type, as flannel's does not."""
         return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, backend_data={"NodeID": node_id, "Udptun": 1})
 
+    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
+        return family
+
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> None:
         """No lease is refused, because nothing is done about any."""
 

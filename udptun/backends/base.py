@@ -101,12 +101,13 @@ class BackendInput:
 
     @property
     def parts(self) -> Iterator[LeasePart]:
-        """What the leases of `peers` say of the family."""
+        """What the leases of `peers` say of the family, where each travels over its own."""
         return (lease.part(self.family) for lease in self.peers)
 
     def pods(self, leasable: tuple[IPNetwork, ...], link: str | None = None) -> Pods:
         """What is to be kept from other owners' routes; `leasable` and `link` as in `Pods`."""
-        return Pods(self.network, leasable, self.own_subnet, tuple(part.subnet for part in self.parts), link)
+        leased = tuple(lease.subnet_of(self.family) for lease in self.peers)
+        return Pods(self.network, leasable, self.own_subnet, leased, link)
 
     def packet_settings(self, port: int, vtep: Vtep | None = None) -> PacketSettings:
         """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`."""
@@ -244,6 +245,9 @@ class Backend(Protocol):
 
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """What our lease says.  Raises UdptunError when this host cannot be a peer of this kind."""
+
+    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
+        """Between addresses of which family packets of `family` travel to a host whose lease says this."""
 
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         """Why a valid lease, of any backend, is not a peer of ours by that family; None when it is one."""

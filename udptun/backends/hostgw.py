@@ -50,6 +50,9 @@ class HostGw:
         data = {"NodeID": node_id, "Udptun": 1}
         return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, self.type, data)
 
+    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
+        return family
+
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         if lease.attrs.backend_type != self.type:
             return one_line(f"its BackendType is {lease.attrs.backend_type or 'empty'}, not {self.type}")

@@ -80,6 +80,9 @@ class Udp:
             data["ECN"] = True
         return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
 
+    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
+        return Family.IPV4
+
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> None:
         """Every lease is accepted, as by flannel: any host that listens on the port is a peer.
 

@@ -48,6 +48,9 @@ class UserspaceVtep:
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         return vxlan.lease_attrs(self._vni, self._mac, underlay, node_id)
 
+    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
+        return family
+
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         return vxlan.refusal(lease)
 

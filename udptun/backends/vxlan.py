@@ -97,6 +97,9 @@ class KernelVxlan:
         v6_data = {"VNI": self._keys.vni, "VtepMAC": self._macs[Family.IPV6]}
         return replace(attrs, public_ipv6=underlay.public_ipv6, backend_v6_data=v6_data)
 
+    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
+        return family
+
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         return refusal(lease, family)
 

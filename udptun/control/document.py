@@ -103,8 +103,8 @@ def _ipv6(running: Running) -> dict[str, object] | None:
     if pool is None:
         return None
     tables = {table.family: table for table in running.membership.tables}
-    peers = list(tables[Family.IPV6].peers.values()) if Family.IPV6 in tables else []
-    peers.sort(key=lambda lease: lease.part(Family.IPV6).subnet)
+    table = tables.get(Family.IPV6)
+    peers = [] if table is None else sorted(map(table.part, [*table.peers.values()]), key=lambda part: part.subnet)
     address = running.underlay.ipv6
     return {
         "network": str(pool.network),
@@ -113,8 +113,5 @@ def _ipv6(running: Running) -> dict[str, object] | None:
         "address": None if address is None else str(address),
         "device": running.forwarding.ipv6_device,
         "mtu": live.ipv6_mtu,
-        "peers": [
-            {"subnet": str(part.subnet), "public_ip": str(part.public_ip)}
-            for part in (lease.part(Family.IPV6) for lease in peers)
-        ],
+        "peers": [{"subnet": str(part.subnet), "public_ip": str(part.public_ip)} for part in peers],
     }

@@ -49,12 +49,12 @@ class Routing:
     def learn(self, own_subnet: IPNetwork, peers: Iterable[Lease]) -> None:
         """Our subnet, and all peers."""
         self._own_subnet = own_subnet
-        self._peers = {lease.part(self.family).subnet: lease for lease in peers}
+        self._peers = {lease.subnet_of(self.family): lease for lease in peers}
 
     def change_peers(self, events: Sequence[LeaseEvent]) -> None:
         """Follow a change of the peers, as LeaseTable reports it."""
         for event in events:
-            subnet = event.lease.part(self.family).subnet
+            subnet = event.lease.subnet_of(self.family)
             if event.type is EventType.REMOVED:
                 self._peers.pop(subnet, None)
             else:

@@ -248,12 +248,19 @@ class Lease:
     def subnet(self) -> IPv4Network:
         return self.subnets.ipv4
 
-    def part(self, family: Family) -> LeasePart:
-        """What it says of one family.  The lease has a subnet and an address of it, as the peers of a table have."""
-        subnet, public_ip = self.subnets.of(family), self.attrs.address(family)
+    def subnet_of(self, family: Family) -> IPNetwork:
+        """The subnet of a family of which the lease has one, as the peers of a table have."""
+        subnet = self.subnets.of(family)
         assert subnet is not None
+        return subnet
+
+    def part(self, family: Family, outer: Family | None = None) -> LeasePart:
+        """What it says of one family, which it has a subnet of.  `outer`: see `validate`; the lease has an address of
+        it, as the peers of a table have.
+        """
+        public_ip = self.attrs.address(outer or family)
         assert public_ip is not None
-        return LeasePart(subnet, public_ip, self.attrs.data(family))
+        return LeasePart(self.subnet_of(family), public_ip, self.attrs.data(family))
 
     @property
     def is_reservation(self) -> bool:
@@ -266,7 +273,10 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeasePart:
-    """What a lease says of one address family.  `data` belongs to the backend that wrote it."""
+    """What a lease says of one address family.  `data` belongs to the backend that wrote it.
+
+    `public_ip` is where its packets go, which need not be an address of that family.
+    """
 
     subnet: IPNetwork
     public_ip: IPAddress
@@ -287,27 +297,33 @@ class LeaseEvent:
     lease: Lease
 
 
-def validate(lease: Lease, family: Family, network: IPNetwork, claimed: Collection[IPNetwork]) -> str | None:
+def validate(
+    lease: Lease,
+    family: Family,
+    network: IPNetwork,
+    claimed: Collection[IPNetwork],
+    outer: Family | None = None,
+) -> str | None:
     """Why the part of a lease, our own or a peer's, that is of `family` cannot be used inside `network`; None: it can.
 
-    The lease has a subnet of the family.  A wrong address here would send pod traffic to loopback, to a multicast group
-    or to nobody.  What goes to `claimed` prefixes goes into the tunnel, and so would the tunnel's own datagrams to such
-    a host.
+    The lease has a subnet of the family.  Its packets travel between addresses of the family `outer`; None: of the same
+    one.  A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.  What goes to
+    `claimed` prefixes goes into the tunnel, and so would the tunnel's own datagrams to such a host.
     """
-    subnet, ip = lease.subnets.of(family), lease.attrs.address(family)
-    assert subnet is not None
+    outer = outer or family
+    subnet, ip = lease.subnet_of(family), lease.attrs.address(outer)
     if not is_inside(subnet, network):
         return f"subnet {subnet} is outside {_NETWORK_KEY[family]} {network}"
     shortest, longest = _SUBNET_LENGTHS[family]
     if not shortest <= subnet.prefixlen <= longest:
         return f"prefix length {subnet.prefixlen} is outside {shortest}..{longest}"
-    name = _PUBLIC_KEY[family]
+    name = _PUBLIC_KEY[outer]
     if ip is None:
         return f"it has no {name}"
     if not _is_unicast(ip):
         return f"{name} {ip} is not a unicast address"
-    if ip in network:
-        if network in claimed:
+    if ip in network or outer is not family:
+        if ip in network and network in claimed:
             return f"{name} {ip} lies inside {_NETWORK_KEY[family]} {network}"
         for prefix in claimed:
             if ip in prefix:

@@ -10,7 +10,7 @@ from heapq import heapify, heappop, heappush
 from itertools import chain
 
 from udptun.core.family import Family
-from udptun.core.lease import EventType, Lease, LeaseEvent, overlap, validate
+from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeasePart, overlap, validate
 from udptun.core.network_state import IPAddress, IPNetwork
 
 _STALE_EXPIRIES = 1000
@@ -26,7 +26,8 @@ class LeaseTable:
 
     A lease that cannot be used is in `refused` (key -> reason), and costs no other lease its place.  Of two leases that
     overlap, the first keeps the addresses until it goes; the same holds where one's subnet has the other's PublicIP.
-    `own_subnet` is nobody else's.  In `claimed` prefixes there may be no PublicIP, see `validate`.
+    `own_subnet` is nobody else's.  In `claimed` prefixes, of whichever family, there may be no PublicIP, see
+    `validate`.  `outer` says by which of a host's addresses its packets travel; None: by that of `family`.
 
     `of_other_type` has the valid leases whose BackendType is none of `peer_types`, whether the backend refuses them or
     not.  Reservations that wait for their host are left out.  Without `peer_types` there are none.
@@ -45,8 +46,10 @@ class LeaseTable:
         is_own: Callable[[Lease], bool],
         refusal: Callable[[Lease], str | None],
         peer_types: Collection[str] = (),
+        outer: Callable[[LeaseAttrs], Family] | None = None,
     ) -> None:
         self.family = family
+        self._outer = outer or (lambda attrs: family)
         self._network = network
         self._claimed = claimed
         self._own_subnet = own_subnet
@@ -55,7 +58,7 @@ class LeaseTable:
         self._peer_types = peer_types
         self._known: dict[str, Lease] = {}
         self._used: dict[str, Lease] = {}
-        self._space = _AddressSpace(family, network)
+        self._space = _AddressSpace(self.part, network)
         self._waiting: dict[str, Lease] = {}
         """Refused only because of another lease."""
         self._expiries = _Expiries()
@@ -66,6 +69,10 @@ class LeaseTable:
     def peers(self) -> Mapping[str, Lease]:
         """Usable leases by key: a live view, good until the next update."""
         return self._used
+
+    def part(self, lease: Lease) -> LeasePart:
+        """What a usable lease says of the table's family."""
+        return lease.part(self.family, self._outer(lease.attrs))
 
     def update(self, events: Iterable[LeaseEvent]) -> list[LeaseEvent]:
         """Apply events in order; return what changed among the usable peers."""
@@ -138,21 +145,20 @@ class LeaseTable:
         """Why the lease would be of no use to any backend here."""
         if self._is_own(lease):
             return f"PublicIP {lease.attrs.public_ip} is our own"
-        subnet, ip = self._subnet(lease), lease.attrs.address(self.family)
+        subnet, outer = lease.subnet_of(self.family), self._outer(lease.attrs)
+        ip = lease.attrs.address(outer)
         if overlap(subnet, self._own_subnet):
             return f"subnet {subnet} overlaps our own lease {self._own_subnet}"
         if ip is not None and ip in self._own_subnet:
             return f"PublicIP {ip} lies inside our own lease {self._own_subnet}"
-        return validate(lease, self.family, self._network, self._claimed)
+        return validate(lease, self.family, self._network, self._claimed, outer)
 
-    def _subnet(self, lease: Lease) -> IPNetwork:
-        subnet = lease.subnets.of(self.family)
-        assert subnet is not None, "a lease without a subnet of the family is never known"
-        return subnet
+    def _address(self, lease: Lease) -> IPAddress | None:
+        return lease.attrs.address(self._outer(lease.attrs))
 
     def _order(self, lease: Lease) -> tuple[int, int]:
         """By address, the wider subnet first."""
-        subnet = self._subnet(lease)
+        subnet = lease.subnet_of(self.family)
         return int(subnet.network_address), subnet.prefixlen
 
     def _settle(self, touched: Iterable[str], *, anew: bool = False) -> list[LeaseEvent]:
@@ -172,7 +178,7 @@ class LeaseTable:
             self.refused.pop(key, None)
             self._waiting.pop(key, None)
             self.of_other_type.pop(key, None)
-            if new is not None and self._subnet(new) == self._own_subnet and self._is_own(new):
+            if new is not None and new.subnet_of(self.family) == self._own_subnet and self._is_own(new):
                 new = None
             if new is not None and (reason := self._unusable(new)) is not None:
                 self.refused[key] = reason
@@ -183,7 +189,7 @@ class LeaseTable:
                 self._used[key] = new  # the same key is the same subnet: it keeps its addresses
                 self._note_type(new)
                 added.append(new)
-                has_moved |= old.attrs.address(self.family) != new.attrs.address(self.family)
+                has_moved |= self._address(old) != self._address(new)
             elif new is not None:
                 if old is not None:
                     del self._used[key]
@@ -237,9 +243,13 @@ def _span(subnet: IPNetwork) -> tuple[int, int]:
 class _AddressSpace:
     """Which addresses of a family are taken: disjoint subnets, by their first address, and PublicIPs between them."""
 
-    def __init__(self, family: Family, network: IPNetwork) -> None:
-        """All subnets lie inside `network`, so PublicIPs outside need no look."""
-        self._family = family
+    def __init__(self, part: Callable[[Lease], LeasePart], network: IPNetwork) -> None:
+        """All subnets lie inside `network`, so PublicIPs outside need no look.
+
+        A lease that lacks subnet or PublicIP, without which there is no `part`, is refused before it comes here.
+        """
+        self._part = part
+        self._version = network.version
         self._network = _span(network)
         self._firsts: list[int] = []
         self._holder: dict[int, Lease] = {}
@@ -248,7 +258,7 @@ class _AddressSpace:
 
     def claim(self, lease: Lease) -> str | None:
         """Take the lease's subnet and PublicIP.  Where one of them is taken, take nothing and return the reason."""
-        subnet, _ = self._parts(lease)
+        subnet = self._part(lease).subnet
         first, last = _span(subnet)
         other = self._reaching(first, last)
         if other is not None:
@@ -263,7 +273,7 @@ class _AddressSpace:
 
     def move(self, old: Lease, new: Lease) -> bool:
         """Go from the PublicIP of `old` to that of `new`, which has the same subnet; False: that one is taken."""
-        if old.attrs.address(self._family) == new.attrs.address(self._family):
+        if self._part(old).public_ip == self._part(new).public_ip:
             return True
         if self._reason_against(new) is not None:
             return False
@@ -273,21 +283,15 @@ class _AddressSpace:
 
     def free(self, lease: Lease) -> None:
         """Give back what `claim` took."""
-        first = int(self._parts(lease)[0].network_address)
+        first = int(self._part(lease).subnet.network_address)
         del self._holder[first]
         del self._firsts[bisect_left(self._firsts, first)]
         self._remove_public_ip(lease)
 
-    def _parts(self, lease: Lease) -> tuple[IPNetwork, IPAddress]:
-        """The subnet and the PublicIP.  A lease that lacks either is refused before it comes here."""
-        subnet, ip = lease.subnets.of(self._family), lease.attrs.address(self._family)
-        assert subnet is not None
-        assert ip is not None
-        return subnet, ip
-
     def _reason_against(self, lease: Lease) -> str | None:
         """Why packets for the lease, or for a host whose address lies in it, would go round in circles."""
-        subnet, ip = self._parts(lease)
+        part = self._part(lease)
+        subnet, ip = part.subnet, part.public_ip
         first, last = _span(subnet)
         place = bisect_left(self._public_ips, first)
         if place < len(self._public_ips) and self._public_ips[place] <= last:
@@ -302,21 +306,21 @@ class _AddressSpace:
         place = bisect_right(self._firsts, last)
         if place:
             other = self._holder[self._firsts[place - 1]]
-            if _span(self._parts(other)[0])[1] >= first:
+            if _span(self._part(other).subnet)[1] >= first:
                 return other
         return None
 
     def _is_inside(self, ip: IPAddress) -> bool:
         first, last = self._network
-        return first <= int(ip) <= last
+        return ip.version == self._version and first <= int(ip) <= last
 
     def _add_public_ip(self, lease: Lease) -> None:
-        _, ip = self._parts(lease)
+        ip = self._part(lease).public_ip
         if self._is_inside(ip):
             insort(self._public_ips, int(ip))
 
     def _remove_public_ip(self, lease: Lease) -> None:
-        _, ip = self._parts(lease)
+        ip = self._part(lease).public_ip
         if self._is_inside(ip):
             del self._public_ips[bisect_left(self._public_ips, int(ip))]
 

@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from udptun.config.net_conf import NetConf
@@ -48,7 +49,8 @@ class Membership:
     `join`, `catch_up` and `run` are called in this order; the other members may be used from `join` on, and
     `leave_if_new` always.  `start` is what `conf` was made of.  `margin_s`: renew so long before the lease expires.
     No host's address may lie in what the backend has `claimed`, which names each family that is carried, IPv4 first.
-    `refusal` is the backend's: why a lease is no peer of it; `peer_types` as well.  The store stays the caller's.
+    `refusal` is the backend's: why a lease is no peer of it; `peer_types` and `outer` as well.  The store stays the
+    caller's.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Membership:
         parse: ParseNetConf,
         clock: Clock,
         peer_types: Collection[str] = (),
+        outer: Callable[[LeaseAttrs, Family], Family] | None = None,
     ) -> None:
         self._store = store
         self._config = start.config
@@ -75,6 +78,7 @@ class Membership:
         self._claimed = claimed
         self._refusal = refusal
         self._peer_types = peer_types
+        self._outer = outer or (lambda attrs, family: family)
         self._on_change = on_change
         self._parse = parse
         self._clock = clock
@@ -141,10 +145,12 @@ class Membership:
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
-        for family, claimed in self._claimed.items():
+        claimed = [*chain.from_iterable(self._claimed.values())]
+        for family in self._claimed:
             if lease.subnets.of(family) is None:
                 continue
-            if (reason := validate(lease, family, self._conf.pool(family).network, claimed)) is not None:
+            outer = self._outer(lease.attrs, family)
+            if (reason := validate(lease, family, self._conf.pool(family).network, claimed, outer)) is not None:
                 raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
@@ -268,11 +274,12 @@ class Membership:
         return LeaseTable(
             family,
             self._conf.pool(family).network,
-            self._claimed[family],
+            [*chain.from_iterable(self._claimed.values())],
             own_subnet,
             lambda other: self._doubles.is_own(other, own),
             lambda other: self._doubles.refusal(other) or self._refusal(other, family),
             self._peer_types,
+            lambda attrs: self._outer(attrs, family),
         )
 
     async def _confirm(self) -> None:

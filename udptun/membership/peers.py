@@ -127,7 +127,11 @@ class Peers:
     @property
     def problems(self) -> tuple[str, ...]:
         """A line for each peer that is not as the table has it, or not reached.  May be read on another thread."""
-        failed = [(event.lease.part(family), event, why) for (family, _), (event, why) in self._failed.copy().items()]
+        tables = {table.family: table for table in self.tables}
+        failed = [
+            (tables[family].part(event.lease), event, why)
+            for (family, _), (event, why) in self._failed.copy().items()
+        ]
         lines = [
             f"peer {part.subnet} at {part.public_ip} is not {event.type.value}: {why}; "
             "it is tried again, the log has more"
@@ -190,7 +194,7 @@ class Peers:
             log.info("peers changed n_changes=%d n_peers=%d", len(events), len(table.peers))
         else:
             for event in events:
-                part = event.lease.part(family)
+                part = table.part(event.lease)
                 log.info("peer %s subnet=%s public_ip=%s", event.type.value, part.subnet, part.public_ip)
         if table is self.table:
             for event in events:
