@@ -12,14 +12,45 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
-from typing import Literal, NamedTuple, Self
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Literal, NamedTuple
 
-Remote = tuple[IPv4Address, int]
+from tests.reference_ip import (
+    CSUM_OFFSET,
+    ECN_MASK,
+    ICMP_HDR_LEN,
+    IPV4,
+    IPV4_HDR_MIN,
+    IPV6,
+    IPV6_HDR_LEN,
+    TCP,
+    UDP,
+    UDP_HDR_LEN,
+    Family,
+    Header,
+    IPAddress,
+    IPNetwork,
+    Reason,
+    fold_sum,
+    has_transport_header,
+    header_before,
+    icmp_error,
+    ipv4_problem,
+    ipv6_problem,
+    is_icmp_checksum_right,
+    is_martian,
+    may_be_answered,
+    pseudo_header,
+    read_header,
+    step_ttl,
+    tcp_header_len,
+    version,
+    with_ecn,
+    with_one_form_of_zero,
+)
+
+Remote = tuple[IPAddress, int]
 """Where a peer listens: public IP and UDP port."""
-
-Reason = tuple[int, int]
-"""ICMP type and code."""
 
 OUTER_LEN = 28
 """Bytes around a UDP payload on the wire: IPv4 header 20 + UDP header 8."""
@@ -32,36 +63,12 @@ _VXLAN = struct.Struct(">B3xI6s6sH")
 _VNI_IS_VALID = 0x08
 _ETHERTYPE_IPV4 = 0x0800
 
-_IPV4_HDR_MIN = 20
-_ICMP_HDR_LEN = 8
-_ICMP_ANSWER_MAX = 576
-"""Largest ICMP answer, bytes: what every IPv4 host must take (RFC 1812 4.3.2.3)."""
-
-_ICMP, _TCP, _UDP = 1, 6, 17
-_ECHO_REPLY, _ECHO_REQUEST = 0, 8
-_ICMP_QUERIES = (_ECHO_REPLY, _ECHO_REQUEST, 13, 14)
-"""The last two are timestamp and timestamp reply."""
-_QUESTION_LEN = 36
-"""Bytes of a question: IPv4 header 20, ICMP header 8, nonce 8."""
-_NET_UNREACHABLE: Reason = (3, 0)
-_HOST_UNREACHABLE: Reason = (3, 1)
-_FRAGMENTATION_NEEDED: Reason = (3, 4)
-_TIME_EXCEEDED: Reason = (11, 0)
-
-_UDP_HDR_LEN = 8
-_CSUM_OFFSET = {_TCP: 16, _UDP: 6}
-"""Where the check field lies in the transport header."""
 _TCP_FIN, _TCP_SYN, _TCP_RST, _TCP_PSH, _TCP_URG, _TCP_CWR = 0x01, 0x02, 0x04, 0x08, 0x20, 0x80
 
-ECN_MASK = 3
-"""Of the TOS."""
 NOT_ECT, ECT_1, ECT_0, CE = range(4)
 
-_OPTION_END, _OPTION_NOP, _OPTION_LSRR, _OPTION_SSRR = 0, 1, 131, 137
-
 _VNET_NEEDS_CSUM = 1
-_VNET_GSO_TCPV4, _VNET_GSO_UDP_L4, _VNET_GSO_ECN = 1, 5, 0x80
-_GSO_PROTOCOL = {_VNET_GSO_TCPV4: _TCP, _VNET_GSO_UDP_L4: _UDP}
+_VNET_GSO_UDP_L4, _VNET_GSO_ECN = 5, 0x80
 
 _SEGMENTS_MAX = 2048
 """Packets that one super-packet may stand for."""
@@ -75,19 +82,16 @@ _INNER_ECN: dict[int, tuple[int, int, int, int | None]] = {
 }
 """Inner ECN field as it came, by the outer one -> as it is delivered; None: the packet is dropped (RFC 6040 4.2)."""
 
-_MARTIAN_SOURCES = (IPv4Network("0.0.0.0/8"), IPv4Network("127.0.0.0/8"), IPv4Network("224.0.0.0/3"))
-_MULTICAST_OR_BROADCAST = IPv4Network("224.0.0.0/3")
-
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One lease.  `mtu` is the largest inner packet (bytes) its path takes; several may share a public IP.
+    """A subnet of one lease.  `mtu` is the largest inner packet (bytes) its path takes; several may share a public IP.
 
     `mac` is its VtepMAC, 6 bytes; empty where packets travel bare.
     """
 
     index: int
-    subnet: IPv4Network
+    subnet: IPNetwork
     remote: Remote
     mtu: int
     mac: bytes = b""
@@ -105,18 +109,26 @@ class Vtep:
     mac: bytes
 
 
+class Space(NamedTuple):
+    """The addresses of one family inside the tunnel: all, ours, and the one of our device."""
+
+    network: IPNetwork
+    own_subnet: IPNetwork
+    tunnel_address: IPAddress
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """What the datapath knows.  The subnets of the peers are disjoint; `mtu` is the device's, bytes.
 
     `local_addresses` are those of this host, that of our UDP socket among them.
-    `vtep` None: packets travel bare (udp).
+    `vtep` None: packets travel bare (udp).  IPv6 is carried when the three fields of it are set.
     """
 
     network: IPv4Network
     own_subnet: IPv4Network
     tunnel_address: IPv4Address
-    local_addresses: frozenset[IPv4Address]
+    local_addresses: frozenset[IPAddress]
     mtu: int
     source_check: Literal["off", "peer", "strict"]
     peers: tuple[Peer, ...]
@@ -125,10 +137,21 @@ class Table:
     """ICMP id of the echo replies that the control plane gets; 0: it gets none."""
     port: int = 8285
     """Of our UDP socket."""
-    learned: tuple[tuple[IPv4Network, IPv4Address, int], ...] = ()
+    learned: tuple[tuple[IPNetwork, IPAddress, int], ...] = ()
     """Subnet of a peer, and an outer address and port (0: any) that it has been found to send from."""
     learn_id: int = 0
     """ICMP id and sequence (32 bits) of the answers that the control plane gets from strangers; 0: it gets none."""
+    network_ipv6: IPv6Network | None = None
+    own_subnet_ipv6: IPv6Network | None = None
+    tunnel_address_ipv6: IPv6Address | None = None
+
+    def space(self, family: Family) -> Space | None:
+        """None: packets of this family are not carried."""
+        if family is IPV4:
+            return Space(self.network, self.own_subnet, self.tunnel_address)
+        if self.network_ipv6 is None or self.own_subnet_ipv6 is None or self.tunnel_address_ipv6 is None:
+            return None
+        return Space(self.network_ipv6, self.own_subnet_ipv6, self.tunnel_address_ipv6)
 
     @property
     def prefix_len(self) -> int:
@@ -141,20 +164,20 @@ class Table:
             return packet
         return _VXLAN.pack(_VNI_IS_VALID, self.vtep.vni << 8, peer.mac, self.vtep.mac, _ETHERTYPE_IPV4) + packet
 
-    def leasing(self, address: IPv4Address) -> Peer | None:
+    def leasing(self, address: IPAddress) -> Peer | None:
         """The peer whose subnet holds the inner `address`."""
         return next((peer for peer in self.peers if address in peer.subnet), None)
 
-    def is_endpoint(self, address: IPv4Address) -> bool:
+    def is_endpoint(self, address: IPAddress) -> bool:
         """Whether a tunnel's socket may be at `address`: a peer's or ours."""
         return self.has_public_ip(address) or address in self.local_addresses
 
-    def is_learned(self, source: IPv4Address, port: int, sender: Peer | None) -> bool:
+    def is_learned(self, source: IPAddress, port: int, sender: Peer | None) -> bool:
         """Whether `sender` has been found to send from there."""
         of_sender = [(at, only) for subnet, at, only in self.learned if sender is not None and subnet == sender.subnet]
         return self.source_check == "peer" and any(at == source and only in (0, port) for at, only in of_sender)
 
-    def has_public_ip(self, address: IPv4Address) -> bool:
+    def has_public_ip(self, address: IPAddress) -> bool:
         """Whether any peer is at the outer `address`; its port does not matter."""
         return any(peer.remote[0] == address for peer in self.peers)
 
@@ -192,46 +215,6 @@ class VnetHdr(NamedTuple):
 _VNET_HDR = struct.Struct("<BBHHHH")
 
 
-_IPV4_HDR = struct.Struct(">BxHxxHBBxxII")
-"""Version and ihl, total length, flags and offset, TTL, protocol, source, destination."""
-
-
-class _Ipv4(NamedTuple):
-    """The fields of an IPv4 header, lengths in bytes; nothing is checked."""
-
-    version: int
-    header_len: int
-    total_len: int
-    dont_fragment: bool
-    more_fragments: bool
-    fragment_offset: int
-    ttl: int
-    protocol: int
-    source: IPv4Address
-    destination: IPv4Address
-
-    @classmethod
-    def read(cls, data: bytes) -> Self:
-        """`data` has at least 20 bytes."""
-        first, total_len, fragment, ttl, protocol, source, destination = _IPV4_HDR.unpack_from(data)
-        return cls(
-            version=first >> 4,
-            header_len=(first & 0xF) * 4,
-            total_len=total_len,
-            dont_fragment=bool(fragment & 0x4000),
-            more_fragments=bool(fragment & 0x2000),
-            fragment_offset=(fragment & 0x1FFF) * 8,
-            ttl=ttl,
-            protocol=protocol,
-            source=IPv4Address(source),
-            destination=IPv4Address(destination),
-        )
-
-    @property
-    def is_fragment(self) -> bool:
-        return self.more_fragments or self.fragment_offset > 0
-
-
 def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: bool = False) -> list[Outcome]:
     """What becomes of the packets that `raw` stands for, one read of the TUN: a 10-byte virtio header, then IP.
 
@@ -241,23 +224,25 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
     datagram.  `is_refused`: for another reason the kernel refuses what would come out, datagrams or answers.
     """
     data = raw[_VNET_HDR.size :]
-    if len(data) < _IPV4_HDR_MIN:  # 1
+    if len(data) < IPV4_HDR_MIN:  # 1
         return [Outcome("encap_drop_short")]
-    ip = _Ipv4.read(data)
-    if ip.version == 6:  # 2
+    family = IPV6 if version(data) == 6 else IPV4
+    space = table.space(family)
+    if space is None:  # 2
         return [Outcome("encap_drop_ipv6")]
-    if ip.version != 4 or not _IPV4_HDR_MIN <= ip.header_len <= ip.total_len <= len(data):  # 3
-        return [Outcome("encap_drop_malformed")]
-    packets = segments(raw)
+    if len(data) < family.header_len:  # 1
+        return [Outcome("encap_drop_short")]
+    packets = segments(raw) if _is_packet(data) else []
     if not packets:  # 3
         return [Outcome("encap_drop_malformed")]
+    ip = read_header(data)
     whole = data[: ip.total_len] if _is_super_packet(raw) else packets[0]
 
     def refuse(counter: str, offender: bytes, reason: Reason, mtu: int = 0) -> Outcome:
         """Drop a packet, and tell its sender by way of the TUN where that is allowed."""
-        if is_refused or not _may_be_answered(offender):
+        if is_refused or not may_be_answered(offender):
             return Outcome(counter, icmp="icmp_suppressed")
-        answer = icmp_error(table.tunnel_address, offender, reason, mtu)
+        answer = icmp_error(space.tunnel_address, offender, reason, mtu)
         return Outcome(counter, writes=(VnetHdr().pack() + answer,), icmp="icmp_sent")
 
     def refuse_all(counter: str, reason: Reason, mtu: int = 0) -> list[Outcome]:
@@ -267,20 +252,23 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
     if _is_of_the_tunnel(table, packets[0], peer):
         return [Outcome("encap_drop_loop")] * len(packets)
     if peer is None:  # 4
-        return refuse_all("encap_drop_no_route", _NET_UNREACHABLE)
+        return refuse_all("encap_drop_no_route", family.no_route)
     if peer.is_dead:
-        return refuse_all("encap_drop_dead", _HOST_UNREACHABLE)
+        return refuse_all("encap_drop_dead", family.unreachable)
     if ip.ttl <= 1:  # 5
-        return refuse_all("encap_drop_ttl", _TIME_EXCEEDED)
-    if ip.dont_fragment and len(packets[0]) > peer.mtu:  # 6
-        return refuse_all("encap_drop_too_big", _FRAGMENTATION_NEEDED, peer.mtu)
+        return refuse_all("encap_drop_ttl", family.time_exceeded)
+    most = max(peer.mtu, family.least_mtu)
+    if ip.dont_fragment and len(packets[0]) > most:  # 6
+        return refuse_all("encap_drop_too_big", family.too_big, most)
 
     outcomes = []
+    if path_mtu is not None:
+        most = max(path_mtu - OUTER_LEN - table.prefix_len, family.least_mtu)
     for packet in packets:
         payload = table.wrapped(step_ttl(packet), peer)
-        if ip.dont_fragment and path_mtu is not None and len(payload) + OUTER_LEN > path_mtu:  # 7
-            offender, mtu = _with_one_form_of_zero(packet), path_mtu - OUTER_LEN - table.prefix_len
-            outcomes.append(refuse("encap_drop_too_big", offender, _FRAGMENTATION_NEEDED, mtu))
+        if path_mtu is not None and ip.dont_fragment and len(packet) > most:  # 7
+            offender = with_one_form_of_zero(packet)
+            outcomes.append(refuse("encap_drop_too_big", offender, family.too_big, most))
         elif is_refused:  # 8
             outcomes.append(Outcome("encap_drop_send"))
         else:  # 9
@@ -290,18 +278,28 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
 
 def outer_tos(peer: Peer, packet: bytes) -> int:
     """The TOS of the datagram that carries `packet` to `peer` (RFC 6040 4.1): normal or compatibility mode."""
-    return packet[1] & ECN_MASK if peer.carries_ecn else NOT_ECT
+    return read_header(packet).tos & ECN_MASK if peer.carries_ecn else NOT_ECT
+
+
+def _is_packet(data: bytes) -> bool:
+    """Whether an IPv4 or IPv6 packet that row 3 of encap takes begins `data`: some header and room for its length."""
+    ip = read_header(data)
+    if ip.family is IPV6:
+        # Hop-by-hop options of a packet without payload have its real length (RFC 2675), which is more than we read.
+        is_jumbo = ip.total_len == IPV6_HDR_LEN and data[6] == 0
+        return ip.total_len <= len(data) and not is_jumbo
+    return version(data) == 4 and IPV4_HDR_MIN <= ip.header_len <= ip.total_len <= len(data)
 
 
 def segments(raw: bytes) -> list[bytes]:
     """The IP packets that `raw` stands for: a virtio header, then a packet that has passed rows 1 to 3 of encap.
 
     That packet, with its transport checksum completed if the header asks for it, or the segments of a super-packet.
-    Bytes after the total length are cut off.  Empty when the virtio header does not fit the packet.
+    Bytes after its total length are cut off.  Empty when the virtio header does not fit the packet.
     """
     vnet = VnetHdr(*_VNET_HDR.unpack_from(raw))
     data = raw[_VNET_HDR.size :]
-    packet = data[: _Ipv4.read(data).total_len]
+    packet = data[: read_header(data).total_len]
     if _is_super_packet(raw):
         return _cut(packet, vnet)
     if vnet.flags & _VNET_NEEDS_CSUM:
@@ -320,32 +318,39 @@ def _completed(packet: bytes, start: int, offset: int) -> list[bytes]:
     (RFC 768), elsewhere the two are the same.
     """
     at = start + offset
-    if start < _Ipv4.read(packet).header_len or at + 2 > len(packet):
+    ip = read_header(packet)
+    least = ip.header_len if ip.family is IPV4 else IPV6_HDR_LEN
+    if start < least or at + 2 > len(packet):
         return []
     check = (0xFFFF ^ fold_sum(packet[start:])) or 0xFFFF
     return [packet[:at] + struct.pack(">H", check) + packet[at + 2 :]]
 
 
 def _cut(packet: bytes, vnet: VnetHdr) -> list[bytes]:
-    """The segments of a super-packet; empty when it is none.  Only `gso_type` and `gso_size` are looked at."""
-    ip = _Ipv4.read(packet)
+    """The segments of a super-packet; empty when it is none.
+
+    `gso_type` and `gso_size` are looked at, and with IPv6 `csum_start`: the kernel and we must agree on the headers.
+    """
+    ip = read_header(packet)
     transport = packet[ip.header_len :]
-    is_known = _GSO_PROTOCOL.get(vnet.gso_type & ~_VNET_GSO_ECN) == ip.protocol
-    if not is_known or ip.is_fragment or not _is_transport_header_complete(ip.protocol, transport):
+    protocol = {ip.family.gso_tcp: TCP, _VNET_GSO_UDP_L4: UDP}.get(vnet.gso_type & ~_VNET_GSO_ECN)
+    if protocol != ip.protocol or not ip.is_whole or not has_transport_header(ip.protocol, transport):
         return []
-    header_len = _tcp_header_len(transport) if ip.protocol == _TCP else _UDP_HDR_LEN
+    if ip.family is IPV6 and vnet.csum_start != ip.header_len:
+        return []
+    header_len = tcp_header_len(transport) if ip.protocol == TCP else UDP_HDR_LEN
     header, payload = transport[:header_len], transport[header_len:]
     if vnet.gso_size == 0 or not payload or len(payload) > vnet.gso_size * _SEGMENTS_MAX:
         return []
     cut: list[bytes] = []
     for at in range(0, len(payload), vnet.gso_size):
         piece = payload[at : at + vnet.gso_size]
-        if ip.protocol == _TCP:
+        if ip.protocol == TCP:
             is_last = at + vnet.gso_size >= len(payload)
             segment = _tcp_segment_header(header, at, is_last=is_last) + piece
         else:
-            segment = header[:4] + struct.pack(">H", _UDP_HDR_LEN + len(piece)) + header[6:] + piece
-        cut.append(_ip_header_before(packet[: ip.header_len], segment, number=len(cut)) + _summed(ip, segment))
+            segment = header[:4] + struct.pack(">H", UDP_HDR_LEN + len(piece)) + header[6:] + piece
+        cut.append(header_before(packet[: ip.header_len], segment, number=len(cut)) + _summed(ip, segment))
     return cut
 
 
@@ -361,50 +366,41 @@ def _tcp_segment_header(header: bytes, at: int, *, is_last: bool) -> bytes:
     return header[:4] + struct.pack(">I", sequence) + header[8:13] + bytes([flags]) + header[14:]
 
 
-def _ip_header_before(header: bytes, segment: bytes, number: int) -> bytes:
-    """The IP header of segment `number`: length, identification and checksum anew."""
-    (ident,) = struct.unpack_from(">H", header, 4)
-    changed = struct.pack(">HH", len(header) + len(segment), (ident + number) & 0xFFFF)
-    header = header[:2] + changed + header[6:10] + bytes(2) + header[12:]
-    return header[:10] + _checksum(header) + header[12:]
-
-
-def _summed(ip: _Ipv4, segment: bytes) -> bytes:
+def _summed(ip: Header, segment: bytes) -> bytes:
     """`segment`, TCP or UDP, with its checksum anew."""
-    at = _CSUM_OFFSET[ip.protocol]
+    at = CSUM_OFFSET[ip.protocol]
     segment = segment[:at] + bytes(2) + segment[at + 2 :]
-    check = 0xFFFF ^ fold_sum(_pseudo_header(ip, segment) + segment)
-    if ip.protocol == _UDP:
+    check = 0xFFFF ^ fold_sum(pseudo_header(ip, segment) + segment)
+    if ip.protocol == UDP:
         check = check or 0xFFFF
     return segment[:at] + struct.pack(">H", check) + segment[at + 2 :]
-
-
-def _with_one_form_of_zero(packet: bytes) -> bytes:
-    """`packet` with a header checksum of 0xFFFF written as 0: the TTL step and back keeps the value, not the form."""
-    return packet[:10] + bytes(2) + packet[12:] if packet[10:12] == b"\xff\xff" else packet
 
 
 def datagrams(message: bytes, gro_size: int = 0, prefix_len: int = 0) -> list[tuple[bytes, int]]:
     """The datagrams in one received message, each with the inner size that `decap` wants.
 
     `gro_size`: the size of a datagram that the kernel names beside a train of them (UDP_GRO); 0 where it names none.
-    A message whose first `prefix_len` bytes are followed by one IPv4 packet, and nothing more, is never cut: `gro_size`
-    is then the size of the packet's inner segments.
+    A message whose first `prefix_len` bytes are followed by one packet, and nothing more, is never cut: `gro_size` is
+    then the size of the packet's inner segments.
     """
     if not 0 < gro_size < len(message):
         return [(message, 0)]
     inner = message[prefix_len:]
-    if len(inner) >= _IPV4_HDR_MIN:
-        ip = _Ipv4.read(inner)
-        if ip.version == 4 and ip.total_len == len(inner):
-            return [(message, gro_size)]
+    if _has_header(inner) and read_header(inner).total_len == len(inner):
+        return [(message, gro_size)]
     return [(message[at : at + gro_size], 0) for at in range(0, len(message), gro_size)]
+
+
+def _has_header(data: bytes) -> bool:
+    """Whether `data` begins with a header of IPv4 or IPv6, whatever is in its fields."""
+    least = {4: IPV4_HDR_MIN, 6: IPV6_HDR_LEN}
+    return bool(data) and version(data) in least and len(data) >= least[version(data)]
 
 
 def decap(
     table: Table,
     payload: bytes,
-    source: IPv4Address,
+    source: IPAddress,
     source_port: int = 0,
     *,
     inner_size: int = 0,
@@ -425,25 +421,21 @@ def decap(
         payload = payload[PREFIX_LEN:]
     if not payload:  # 1
         return Outcome("decap_drop_empty")
-    if len(payload) < _IPV4_HDR_MIN:  # 2
+    if len(payload) < IPV4_HDR_MIN:  # 2
         return Outcome("decap_drop_short")
-    ip = _Ipv4.read(payload)
-    if ip.version == 6:  # 3
+    family = IPV6 if version(payload) == 6 else IPV4
+    space = table.space(family)
+    if space is None:  # 3
         return Outcome("decap_drop_ipv6")
-    if ip.version != 4:  # 4
+    if len(payload) < family.header_len:  # 2
+        return Outcome("decap_drop_short")
+    if version(payload) not in (4, 6):  # 4
         return Outcome("decap_drop_version")
-    if not _IPV4_HDR_MIN <= ip.header_len <= len(payload):  # 5
-        return Outcome("decap_drop_ihl")
-    if not ip.header_len <= ip.total_len <= len(payload):  # 6
-        return Outcome("decap_drop_length")
+    problem = ipv6_problem(payload) if family is IPV6 else ipv4_problem(payload)
+    if problem is not None:  # 5 to 9
+        return Outcome(f"decap_{problem}")
+    ip = read_header(payload)
     packet = payload[: ip.total_len]
-
-    if fold_sum(packet[: ip.header_len]) != 0xFFFF:  # 7
-        return Outcome("decap_drop_checksum")
-    if not _are_options_acceptable(packet[_IPV4_HDR_MIN : ip.header_len]):  # 8
-        return Outcome("decap_drop_options")
-    if not _is_fragment_possible(ip):  # 9
-        return Outcome("decap_drop_fragment")
 
     is_checked = table.source_check != "off"
     sender = table.leasing(ip.source)
@@ -452,28 +444,29 @@ def decap(
         if sender is not None and _is_of_learning(table, packet):  # 23
             return Outcome("decap_punted", punts=(packet,))
         return Outcome("decap_drop_unknown_peer")
-    if _is_martian(ip.source):  # 11
+    if is_martian(ip.source):  # 11
         return Outcome("decap_drop_source_martian")
-    if ip.source in table.own_subnet or ip.source in table.local_addresses:  # 12
+    if ip.source in space.own_subnet or ip.source in table.local_addresses:  # 12
         return Outcome("decap_drop_source_own")
-    if ip.source in table.network:
+    if ip.source in space.network:
         if is_checked and not is_learned and (sender is None or sender.remote[0] != source):  # 13
             return Outcome("decap_drop_source_spoofed")
     elif table.source_check == "strict":  # 14
         return Outcome("decap_drop_source_outside")
-    if ip.destination not in table.own_subnet:  # 15
+    if ip.destination not in space.own_subnet:  # 15
         return Outcome("decap_drop_foreign_destination")
     if ip.destination in table.local_addresses and _udp_port(packet) == table.port:
         return Outcome("decap_drop_loop")
 
     if ip.ttl <= 1:  # 16
-        if is_refused or sender is None or not _may_be_answered(packet):
+        if is_refused or sender is None or not may_be_answered(packet):
             return Outcome("decap_drop_ttl", icmp="icmp_suppressed")
         # No longer than its cause, but with 8 bytes behind the header that it quotes.
-        most = max(len(packet), _IPV4_HDR_MIN + _ICMP_HDR_LEN + ip.header_len + 8)
-        answer = icmp_error(table.tunnel_address, packet, _TIME_EXCEEDED, most=most)
+        quoted_len = ip.header_len if family is IPV4 else IPV6_HDR_LEN
+        most = max(len(packet), family.header_len + ICMP_HDR_LEN + quoted_len + 8)
+        answer = icmp_error(space.tunnel_address, packet, family.time_exceeded, most=most)
         return Outcome("decap_drop_ttl", sends=((sender.remote, table.wrapped(answer, sender)),), icmp="icmp_sent")
-    inner_ecn = _INNER_ECN[packet[1] & ECN_MASK][outer_ecn]
+    inner_ecn = _INNER_ECN[ip.tos & ECN_MASK][outer_ecn]
     if inner_ecn is None:
         return Outcome("decap_drop_ce")
     packet = with_ecn(packet, inner_ecn)
@@ -492,10 +485,10 @@ def inject(table: Table, packet: bytes, *, into_tun: bool = False, is_refused: b
 
     `is_refused`: the kernel refuses the datagram, or the write to the TUN device.
     """
-    if len(packet) < _IPV4_HDR_MIN:
+    if not _has_header(packet) or read_header(packet).total_len != len(packet):
         return Outcome("inject_drop_malformed")
-    ip = _Ipv4.read(packet)
-    if ip.version != 4 or ip.total_len != len(packet) or not _IPV4_HDR_MIN <= ip.header_len <= len(packet):
+    ip = read_header(packet)
+    if table.space(ip.family) is None or not ip.family.header_len <= ip.header_len <= len(packet):
         return Outcome("inject_drop_malformed")
     peer = table.leasing(ip.destination)
     if peer is None and not into_tun:
@@ -509,8 +502,8 @@ def inject(table: Table, packet: bytes, *, into_tun: bool = False, is_refused: b
 
 def _udp_port(packet: bytes) -> int | None:
     """The UDP port that `packet` goes to, where it shows one."""
-    ip = _Ipv4.read(packet)
-    if ip.protocol != _UDP or ip.fragment_offset > 0 or len(packet) < ip.header_len + 4:
+    ip = read_header(packet)
+    if ip.protocol != UDP or ip.is_later_fragment or len(packet) < ip.header_len + 4:
         return None
     (port,) = struct.unpack_from(">H", packet, ip.header_len + 2)
     return int(port)
@@ -518,7 +511,7 @@ def _udp_port(packet: bytes) -> int | None:
 
 def _is_of_the_tunnel(table: Table, packet: bytes, peer: Peer | None) -> bool:
     """Whether `packet`, whose destination `peer` leases, is a datagram of the tunnel itself (RFC 2473 4.1)."""
-    ip, port = _Ipv4.read(packet), _udp_port(packet)
+    ip, port = read_header(packet), _udp_port(packet)
     if port is None or not table.is_endpoint(ip.destination):
         return False
     ports = (table.port,) if peer is None else (table.port, peer.remote[1])
@@ -527,14 +520,19 @@ def _is_of_the_tunnel(table: Table, packet: bytes, peer: Peer | None) -> bool:
 
 def _is_punted(table: Table, packet: bytes) -> bool:
     """Whether `packet`, which has passed rows 1 to 16, is an echo reply that the control plane waits for."""
-    ip = _Ipv4.read(packet)
+    ip = read_header(packet)
     icmp = packet[ip.header_len :]
-    if not table.punt_id or ip.destination != table.tunnel_address or ip.protocol != _ICMP:
+    if not table.punt_id or not _is_to_tunnel_address(table, ip) or ip.protocol != ip.family.icmp:
         return False
-    if ip.fragment_offset > 0 or len(icmp) < _ICMP_HDR_LEN or icmp[0] != _ECHO_REPLY:
+    if ip.is_later_fragment or len(icmp) < ICMP_HDR_LEN or icmp[0] != ip.family.echo_reply:
         return False
     (ident,) = struct.unpack_from(">H", icmp, 4)
-    return bool(ident == table.punt_id and (ip.more_fragments or fold_sum(icmp) == 0xFFFF))
+    return bool(ident == table.punt_id and (ip.more_fragments or is_icmp_checksum_right(ip, icmp)))
+
+
+def _is_to_tunnel_address(table: Table, ip: Header) -> bool:
+    space = table.space(ip.family)
+    return space is not None and ip.destination == space.tunnel_address
 
 
 def _is_of_learning(table: Table, packet: bytes) -> bool:
@@ -542,16 +540,19 @@ def _is_of_learning(table: Table, packet: bytes) -> bool:
 
     That a worker punts one question a second and address is not described here: it needs a clock.
     """
-    ip = _Ipv4.read(packet)
+    ip = read_header(packet)
     icmp = packet[ip.header_len :]
-    if table.source_check != "peer" or not table.punt_id or ip.destination != table.tunnel_address:
+    if table.source_check != "peer" or not table.punt_id or not _is_to_tunnel_address(table, ip):
         return False
-    if ip.protocol != _ICMP or ip.is_fragment or len(icmp) < _ICMP_HDR_LEN or fold_sum(icmp) != 0xFFFF:
+    if ip.protocol != ip.family.icmp or not ip.is_whole or len(icmp) < ICMP_HDR_LEN:
+        return False
+    if not is_icmp_checksum_right(ip, icmp):
         return False
     (number,) = struct.unpack_from(">I", icmp, 4)
-    if icmp[0] == _ECHO_REPLY:
+    if icmp[0] == ip.family.echo_reply:
         return bool(table.learn_id and number == table.learn_id)
-    return icmp[0] == _ECHO_REQUEST and len(packet) == _QUESTION_LEN and number & 0xFFFF != 0
+    is_question = icmp[0] == ip.family.echo_request and len(packet) == ip.family.question_len
+    return is_question and number & 0xFFFF != 0
 
 
 def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:
@@ -573,153 +574,35 @@ def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:
     return None
 
 
-def step_ttl(packet: bytes) -> bytes:
-    """`packet` with TTL - 1 (it is at least 1) and its header checksum updated: a wrong checksum stays wrong.
-
-    RFC 1624 equation 3, HC' = ~(~HC + ~m + m'), where m is the 16-bit word that holds TTL and protocol.
-    """
-    word, check = struct.unpack_from(">HH", packet, 8)
-    new_word = word - 0x0100
-    new_check = 0xFFFF ^ _fold((0xFFFF ^ check) + (0xFFFF ^ word) + new_word)
-    return packet[:8] + struct.pack(">HH", new_word, new_check) + packet[12:]
-
-
-def with_ecn(packet: bytes, ecn: int) -> bytes:
-    """`packet` with this ECN field and its header checksum updated (RFC 1624 equation 3)."""
-    word, check = struct.unpack_from(">H8xH", packet)
-    new_word = word & ~ECN_MASK | ecn
-    if new_word == word:
-        return packet
-    new_check = 0xFFFF ^ _fold((0xFFFF ^ check) + (0xFFFF ^ word) + new_word)
-    return struct.pack(">H", new_word) + packet[2:10] + struct.pack(">H", new_check) + packet[12:]
-
-
-def icmp_error(
-    tunnel_address: IPv4Address, offender: bytes, reason: Reason, mtu: int = 0, most: int = _ICMP_ANSWER_MAX
-) -> bytes:
-    """The IPv4 packet that tells the sender of `offender` why it was dropped (RFC 792).
-
-    `offender` is a whole packet, TTL as received; the answer quotes as much of it as fits.  `mtu` is that of the next
-    hop, bytes; 0 where the reason has none (RFC 1191).
-    """
-    quote = offender[: min(most, _ICMP_ANSWER_MAX) - _IPV4_HDR_MIN - _ICMP_HDR_LEN]
-    icmp = struct.pack(">BBHHH", *reason, 0, 0, mtu) + quote
-    icmp = icmp[:2] + _checksum(icmp) + icmp[4:]
-    destination = _Ipv4.read(offender).source
-    header = struct.pack(
-        ">BBHHHBBH4s4s",
-        *(0x45, 0xC0, _IPV4_HDR_MIN + len(icmp), 0, 0, 64, _ICMP, 0),
-        tunnel_address.packed,
-        destination.packed,
-    )
-    return header[:10] + _checksum(header) + header[12:] + icmp
-
-
-def fold_sum(data: bytes) -> int:
-    """The ones' complement sum of `data` as 16-bit big-endian words, an odd byte padded with zero (RFC 1071).
-
-    0xFFFF over data that holds its own correct checksum; 0 only where every byte is zero.
-    """
-    padded = data + b"\0" * (len(data) % 2)
-    return _fold(sum(struct.unpack(f">{len(padded) // 2}H", padded)))
-
-
-def _may_be_answered(packet: bytes) -> bool:
-    """Whether an ICMP error may be sent about `packet` (RFC 1122 3.2.2)."""
-    ip = _Ipv4.read(packet)
-    if ip.fragment_offset > 0 or _is_martian(ip.source) or ip.destination in _MULTICAST_OR_BROADCAST:
-        return False
-    if ip.protocol != _ICMP:
-        return True
-    icmp = packet[ip.header_len :]
-    return len(icmp) >= _ICMP_HDR_LEN and icmp[0] in _ICMP_QUERIES
-
-
-def _is_martian(source: IPv4Address) -> bool:
-    """Whether no host can have `source`: "this network", loopback, multicast, reserved, broadcast."""
-    return any(source in network for network in _MARTIAN_SOURCES)
-
-
-def _are_options_acceptable(options: bytes) -> bool:
-    """Whether the options are well formed (RFC 791 3.1) and hold no source route (RFC 7126 4.3, 4.4)."""
-    at = 0
-    while at < len(options) and options[at] != _OPTION_END:
-        kind = options[at]
-        if kind == _OPTION_NOP:
-            at += 1
-            continue
-        if kind in (_OPTION_LSRR, _OPTION_SSRR) or at + 1 == len(options):
-            return False
-        length = options[at + 1]
-        if length < 2 or at + length > len(options):
-            return False
-        at += length
-    return True
-
-
-def _is_fragment_possible(ip: _Ipv4) -> bool:
-    """Whether `ip` can be a fragment of some packet; true of a packet that is no fragment."""
-    payload_len = ip.total_len - ip.header_len
-    if ip.more_fragments and (payload_len == 0 or payload_len % 8 != 0):
-        return False
-    return ip.fragment_offset + payload_len <= 0xFFFF
-
-
 def _vnet_hdr_for(table: Table, packet: bytes, inner_size: int) -> VnetHdr | None:
     """The virtio header to write `packet` with; None when it is too large and nobody may cut it."""
-    ip = _Ipv4.read(packet)
+    ip = read_header(packet)
     if not _has_partial_checksum(packet):
         return VnetHdr() if ip.total_len <= table.mtu else None
-    csum_offset = _CSUM_OFFSET[ip.protocol]
+    csum_offset = CSUM_OFFSET[ip.protocol]
     csum = VnetHdr(flags=_VNET_NEEDS_CSUM, csum_start=ip.header_len, csum_offset=csum_offset)
-    udp_hdr_len = ip.header_len + _UDP_HDR_LEN
-    if ip.protocol == _UDP and 0 < inner_size < ip.total_len - udp_hdr_len:
+    udp_hdr_len = ip.header_len + UDP_HDR_LEN
+    if ip.protocol == UDP and 0 < inner_size < ip.total_len - udp_hdr_len:
         if udp_hdr_len + inner_size > table.mtu:
             return None
         return csum._replace(gso_type=_VNET_GSO_UDP_L4, hdr_len=udp_hdr_len, gso_size=inner_size)
     if ip.total_len <= table.mtu:
         return csum
-    if ip.protocol != _TCP:
+    if ip.protocol != TCP:
         return None
     tcp = packet[ip.header_len :]
-    hdr_len = ip.header_len + _tcp_header_len(tcp)
+    hdr_len = ip.header_len + tcp_header_len(tcp)
     if hdr_len == ip.total_len or hdr_len >= table.mtu or tcp[13] & (_TCP_SYN | _TCP_RST | _TCP_URG):
         return None
-    gso_type = _VNET_GSO_TCPV4 | (_VNET_GSO_ECN if tcp[13] & _TCP_CWR else 0)
+    gso_type = ip.family.gso_tcp | (_VNET_GSO_ECN if tcp[13] & _TCP_CWR else 0)
     return csum._replace(gso_type=gso_type, hdr_len=hdr_len, gso_size=table.mtu - hdr_len)
 
 
 def _has_partial_checksum(packet: bytes) -> bool:
     """Whether the transport checksum is only the pseudo-header's sum: the sender left the rest to its hardware."""
-    ip = _Ipv4.read(packet)
+    ip = read_header(packet)
     transport = packet[ip.header_len :]
-    if ip.is_fragment or not _is_transport_header_complete(ip.protocol, transport):
+    if not ip.is_whole or not has_transport_header(ip.protocol, transport):
         return False
-    (check,) = struct.unpack_from(">H", transport, _CSUM_OFFSET[ip.protocol])
-    return bool(check == fold_sum(_pseudo_header(ip, transport)))
-
-
-def _pseudo_header(ip: _Ipv4, transport: bytes) -> bytes:
-    return ip.source.packed + ip.destination.packed + struct.pack(">HH", ip.protocol, len(transport))
-
-
-def _is_transport_header_complete(protocol: int, transport: bytes) -> bool:
-    if protocol == _UDP:
-        return len(transport) >= _UDP_HDR_LEN
-    return protocol == _TCP and len(transport) >= 20 and 20 <= _tcp_header_len(transport) <= len(transport)
-
-
-def _tcp_header_len(tcp: bytes) -> int:
-    return (tcp[12] >> 4) * 4
-
-
-def _checksum(data: bytes) -> bytes:
-    """The Internet checksum of `data`, whose own checksum field is zero, in network byte order."""
-    return struct.pack(">H", 0xFFFF ^ fold_sum(data))
-
-
-def _fold(total: int) -> int:
-    """A sum of 16-bit words brought back to 16 bits by adding the carries in."""
-    while total > 0xFFFF:
-        total = (total & 0xFFFF) + (total >> 16)
-    return total
+    (check,) = struct.unpack_from(">H", transport, CSUM_OFFSET[ip.protocol])
+    return bool(check == fold_sum(pseudo_header(ip, transport)))

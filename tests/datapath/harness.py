@@ -32,6 +32,9 @@ import pytest
 from tests import reference
 from tests.packets import (
     DEAF,
+    GSO_TCPV4,
+    GSO_TCPV6,
+    GSO_UDP_L4,
     NARROW,
     NEAR,
     NO_VNET_HDR,
@@ -202,9 +205,10 @@ class ReferenceDatapath:
         is_in_trains: bool = False,
         has_vnet_hdr: bool = True,
         is_vxlan: bool = False,
+        has_ipv6: bool = False,
     ) -> None:
         """Without virtio headers the device gets the packets of a write one by one."""
-        self.table = overlay(is_vxlan=is_vxlan)
+        self.table = overlay(is_vxlan=is_vxlan, has_ipv6=has_ipv6)
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
         self.has_vnet_hdr = has_vnet_hdr
         from udptun._fastpath import COUNTERS
@@ -729,8 +733,8 @@ def assert_same_packets(got: Sequence[bytes], expected: Sequence[bytes]) -> int:
     """Assert that the writes `got` are the packets of the writes `expected`; return how many of them are merged.
 
     Every flow must be complete and in order.  A flow is addresses, protocol and ports.  A packet that has no ports
-    where they are looked for (fragment, options, few bytes) belongs to all flows of its addresses.  A packet of a
-    merged write may have another id if it has DF, because the kernel numbers such packets anew.
+    where they are looked for (fragment, options, extension headers, few bytes) belongs to all flows of its addresses.
+    A packet of a merged write may have another id if it has DF, because the kernel numbers such packets anew.
     """
     alone = set(expected)
     packets: list[tuple[bytes, bool]] = []
@@ -757,29 +761,41 @@ def assert_same_packets(got: Sequence[bytes], expected: Sequence[bytes]) -> int:
 def assert_kernel_takes(write: bytes) -> None:
     """Assert that a merged write is what virtio_net.h wants: measures, checksums and partial checksum."""
     packet = write[10:]
-    transport = packet[20:]
-    is_tcp = packet[9] == 6
-    hdr_len = 20 + ((packet[32] >> 4) * 4 if is_tcp else 8)
+    is_ipv6 = packet[0] >> 4 == 6
+    ip_header_len = 40 if is_ipv6 else 20
+    header, transport = packet[:ip_header_len], packet[ip_header_len:]
+    protocol = header[6 if is_ipv6 else 9]
+    is_tcp = protocol == 6
+    hdr_len = ip_header_len + ((transport[12] >> 4) * 4 if is_tcp else 8)
     gso_size = int.from_bytes(write[4:6], "little")
-    assert write[:10] == vnet_hdr(
-        flags=1, gso_type=1 if is_tcp else 5, hdr_len=hdr_len, gso_size=gso_size, start=20, offset=16 if is_tcp else 6
-    )
-    assert packet[0] == 0x45
-    assert int.from_bytes(packet[2:4]) == len(packet)
-    assert internet_sum(packet[:20]) == 0xFFFF
-    assert gso_size < len(packet) - hdr_len <= 64 * gso_size
-    pseudo = packet[12:20] + struct.pack(">HH", packet[9], len(transport))
+    gso_type = (GSO_TCPV6 if is_ipv6 else GSO_TCPV4) if is_tcp else GSO_UDP_L4
     at = 16 if is_tcp else 6
+    assert write[:10] == vnet_hdr(
+        flags=1, gso_type=gso_type, hdr_len=hdr_len, gso_size=gso_size, start=ip_header_len, offset=at
+    )
+    if is_ipv6:
+        assert int.from_bytes(header[4:6]) == len(transport)
+    else:
+        assert header[0] == 0x45
+        assert int.from_bytes(header[2:4]) == len(packet)
+        assert internet_sum(header) == 0xFFFF
+    assert gso_size < len(packet) - hdr_len <= 64 * gso_size
+    assert len(packet) <= 0xFFFF
+    pseudo = (header[8:] if is_ipv6 else header[12:]) + struct.pack(">IHH", len(transport), 0, protocol)
     assert int.from_bytes(transport[at : at + 2]) == internet_sum(pseudo)
     assert is_tcp or int.from_bytes(transport[4:6]) == len(transport)
 
 
 Flow = tuple[bytes, bytes]
+EXTENSION_HEADERS = (0, 43, 44, 51, 60)
 
 
 def _flow(write: bytes) -> Flow:
     """Addresses, and protocol with ports; the second is empty where there are none."""
     packet = write[10:]
+    if packet[0] >> 4 == 6:
+        has_ports = packet[6] not in EXTENSION_HEADERS and len(packet) >= 44
+        return packet[8:40], packet[6:7] + packet[40:44] if has_ports else b""
     has_ports = packet[0] == 0x45 and not int.from_bytes(packet[6:8]) & 0x3FFF and len(packet) >= 24
     return packet[12:20], packet[9:10] + packet[20:24] if has_ports else b""
 
@@ -791,6 +807,6 @@ def _concerns(flow: Flow, write: bytes) -> bool:
 
 def _numbered_0(write: bytes) -> bytes:
     packet = write[10:]
-    if not packet[6] & 0x40:
+    if packet[0] >> 4 == 6 or not packet[6] & 0x40:
         return write
     return write[:10] + with_header_checksum(packet[:4] + bytes(2) + packet[6:])
