@@ -153,7 +153,7 @@ cdef void clear_message(Loop *w, int i) noexcept nogil:
     w.train_iov[i].iov_len = PACKET_MAX
     memset(message, 0, sizeof(msghdr))
     message.msg_name = &w.in_flight.source[i]
-    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_namelen = sizeof(ut_socket_address)
     message.msg_iov = &w.train_iov[i]
     message.msg_iovlen = 1
     message.msg_control = w.in_flight.control[i]
@@ -470,27 +470,33 @@ cdef class TableReader:
             munmap(self._stats, sizeof(ut_stats))
 
     def lookup(self, addresses, peers, remotes):
-        """For each address (host order) the peer's index and its remote address (network order), from one table.
+        """For each address the peer's index and the IPv4 address of its remote (network order), from one table.
 
-        Three buffers of as many uint32; the last two are written.  Without the GIL; a writer waits meanwhile.
+        Three buffers.  The last two have as many uint32 as there are addresses, and are written.  Addresses are uint32
+        (host order), or 16 bytes each as in a packet: IPv6.  Without the GIL; a writer waits meanwhile.
         """
         cdef Py_buffer asked, found, where
         cdef const ut_slot *slot
         cdef Py_ssize_t i, n
         cdef uint32_t peer
+        cdef bint is_ipv6
         PyObject_GetBuffer(addresses, &asked, PyBUF_SIMPLE)
         PyObject_GetBuffer(peers, &found, PyBUF_WRITABLE)
         PyObject_GetBuffer(remotes, &where, PyBUF_WRITABLE)
         try:
-            n = asked.len // <Py_ssize_t>sizeof(uint32_t)
-            if found.len != asked.len or where.len != asked.len:
+            n = found.len // <Py_ssize_t>sizeof(uint32_t)
+            is_ipv6 = asked.len == n * <Py_ssize_t>sizeof(ut_address)
+            if where.len != found.len or not is_ipv6 and asked.len != found.len:
                 raise ValueError("the three buffers differ in length")
             with nogil:
                 slot = ut_table_enter(self._table, self._worker)
                 for i in range(n):
-                    peer = lookup(slot, (<const uint32_t *>asked.buf)[i])
+                    if is_ipv6:
+                        peer = lookup_ipv6(slot, <const uint8_t *>asked.buf + i * sizeof(ut_address))
+                    else:
+                        peer = lookup(slot, (<const uint32_t *>asked.buf)[i])
                     (<uint32_t *>found.buf)[i] = peer
-                    (<uint32_t *>where.buf)[i] = slot.peers[peer].remote.sin_addr.s_addr
+                    (<uint32_t *>where.buf)[i] = remote_of(slot, peer).where.ipv4.sin_addr.s_addr
                 ut_table_leave(self._worker)
         finally:
             PyBuffer_Release(&asked)
@@ -600,6 +606,8 @@ LAYOUT = {
     "peer_stats": sizeof(ut_peer_stats),
     "stray": sizeof(ut_stray),
     "learned": sizeof(ut_learned),
+    "length": sizeof(ut_length),
+    "remote": sizeof(ut_remote),
     "ring": sizeof(ut_ring),
     "ring_slot": sizeof(ut_ring_slot),
     "stats": sizeof(ut_stats),
@@ -607,6 +615,8 @@ LAYOUT = {
     "prefix": UT_PREFIX_BYTES,
     # How many there are at most.
     "max_peers": UT_MAX_PEERS,
+    "index_entries": UT_INDEX_ENTRIES,
+    "max_lengths": UT_MAX_LENGTHS,
     "max_workers": UT_MAX_WORKERS,
     "max_senders": UT_MAX_SENDERS,
     "l1_entries": UT_L1_ENTRIES,
@@ -620,6 +630,9 @@ LAYOUT = {
     "ring_bytes": UT_RING_BYTES,
     # Bits and values of fields.
     "hash": <uint32_t>UT_HASH,
+    "hash_upper": UT_HASH_UPPER,
+    "hash_lower": UT_HASH_LOWER,
+    "hash_both": UT_HASH_BOTH,
     "l2_flag": <uint32_t>UT_L2_FLAG,
     "flags.udptun": UT_PEER_UDPTUN,
     "flags.any_source_port": UT_PEER_ANY_SOURCE_PORT,

@@ -81,7 +81,7 @@ def expected_output(rounds: int) -> str:
 
 def test_fields_follow_each_other_within_their_structure() -> None:
     shared = {"peer", "slot", "table", "worker", "peer_stats", "stray", "stats", "in_flight", "ring", "ring_slot"}
-    assert set(_fastpath.FIELDS) == shared | {"learned", "read"}
+    assert set(_fastpath.FIELDS) == shared | {"learned", "length", "read", "remote"}
     # A structure within in_flight, which has an array of them.
     sizes = _fastpath.LAYOUT | {"read": _fastpath.FIELDS["in_flight"]["read"][1]}
     for structure, fields in _fastpath.FIELDS.items():
@@ -152,14 +152,14 @@ LOOP = [SOURCE / "_fastpath.pyx", *sorted((SOURCE / "fastpath").glob("*.pxd"))]
 @pytest.mark.parametrize("path", LOOP, ids=lambda path: path.name)
 def test_every_function_under_the_loop_is_declared_noexcept_nogil(path: Path) -> None:
     loop, _, _ = path.read_text().partition("Python face")
-    functions = re.findall(r"^cdef (?:inline )?\S+ \*?\w+\(.*?\)(.*?):$", loop, re.MULTILINE | re.DOTALL)
+    functions = re.findall(r"^cdef (?:inline )?(?:const )?\S+ \*?\w+\(.*?\)(.*?):$", loop, re.MULTILINE | re.DOTALL)
     assert set(functions) <= {" noexcept nogil"}
     assert len(functions) == len(re.findall(r"^cdef [^:\n]*\w\(", loop, re.MULTILINE))
 
 
 def test_the_packet_loop_has_its_functions_where_they_are_looked_for() -> None:
     text = "".join(path.read_text().partition("Python face")[0] for path in LOOP)
-    found = set(re.findall(r"^cdef (?:inline )?\S+ \*?(\w+)\(", text, re.MULTILINE))
+    found = set(re.findall(r"^cdef (?:inline )?(?:const )?\S+ \*?(\w+)\(", text, re.MULTILINE))
     assert len(found) >= 80
     assert {"encap_turn", "encap", "send_groups", "decap_turn", "decap", "write_items", "run_loop"} <= found
 

@@ -25,6 +25,7 @@ from udptun.control.run_dir import PROBES_FILE
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseEvent, Subnets
 from udptun.core.lease_table import LeaseTable
+from udptun.core.network_state import IPNetwork
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
@@ -278,7 +279,7 @@ class Forwarding:
             routing.want(self._inputs(family), self._narrow if family is Family.IPV4 else {})
 
     @property
-    def _narrow(self) -> Mapping[IPv4Network, int]:
+    def _narrow(self) -> Mapping[IPNetwork, int]:
         """The peers whose path takes less than the device, and what it takes, bytes."""
         return {} if self._tunnel is None else self._tunnel.tunnel.narrow
 

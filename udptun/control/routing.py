@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import IPv4Network
 
 from udptun.backends.base import Backend, BackendInput, LiveSettings
 from udptun.core.desired import DesiredRoute, DesiredState, blackhole
@@ -65,7 +64,7 @@ class Routing:
         network, peers = self.ownership.network, self._peers.values()
         return BackendInput(network, self._leasable, underlay, self._own_subnet, live, peers, family=self.family)
 
-    def want(self, inputs: BackendInput, narrow: Mapping[IPv4Network, int]) -> None:
+    def want(self, inputs: BackendInput, narrow: Mapping[IPNetwork, int]) -> None:
         """Have the kernel be as the backend desires with these inputs.  Ignored before `start`, which is given its own.
 
         `narrow` has the subnets whose paths take less than the device, and how much they take, bytes.
@@ -81,7 +80,7 @@ class Routing:
         else:
             self._reconciler.set_desired(self._desired(inputs, narrow))
 
-    async def start(self, device: Device | None, inputs: BackendInput, narrow: Mapping[IPv4Network, int]) -> None:
+    async def start(self, device: Device | None, inputs: BackendInput, narrow: Mapping[IPNetwork, int]) -> None:
         """Make the kernel so, as `want` says.  Raises UdptunError when that cannot be with IPv4.
 
         With IPv6 it is tried on, and `problems` say what is missing.  `device` is the datapath's, and stays the
@@ -103,7 +102,7 @@ class Routing:
     def problems(self) -> tuple[str, ...]:
         return () if self._reconciler is None else self._reconciler.problems
 
-    def _desired(self, inputs: BackendInput, narrow: Mapping[IPv4Network, int]) -> DesiredState:
+    def _desired(self, inputs: BackendInput, narrow: Mapping[IPNetwork, int]) -> DesiredState:
         if not self.is_carried:
             return DesiredState(pods=inputs.pods(self._leasable))
         desired = self._backend.desired(inputs)
@@ -112,7 +111,7 @@ class Routing:
             routes.append(blackhole(inputs.own_subnet))
         return replace(desired, routes=tuple(routes))
 
-    def _narrow_routes(self, desired: DesiredState, narrow: Mapping[IPv4Network, int]) -> list[DesiredRoute]:
+    def _narrow_routes(self, desired: DesiredState, narrow: Mapping[IPNetwork, int]) -> list[DesiredRoute]:
         """A route to each peer whose path takes less than the device, so that the kernel keeps packets to it short.
 
         It tells senders of packets with DF, fragments those without (RFC 791), and has this host's own connections send

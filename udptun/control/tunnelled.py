@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
 from udptun.control.run_dir import PROBES_FILE
 from udptun.core.errors import UdptunError
 from udptun.core.lease import EventType, Lease, LeaseEvent
+from udptun.core.network_state import IPNetwork
 from udptun.core.offload import names as offload_names
 from udptun.core.tunnel import Confinement, SourceCheck
 from udptun.datapath.carrier import TunnelCarrier
@@ -205,13 +206,14 @@ class Tunnelled:
             },
         }
 
-    def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Remote]:
+    def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPNetwork, Remote]:
         return {lease.subnet: self._encapsulation.remote(lease) for lease in leases}
 
 
-def _targets(remotes: Mapping[IPv4Network, Remote]) -> Mapping[IPv4Network, Target]:
+def _targets(remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPv4Network, Target]:
     """A peer is asked at its tunnel address, which any kernel answers."""
     return {
         subnet: Target(subnet.network_address, remote.address, f"{remote.address} UDP port {remote.port}", remote)
         for subnet, remote in remotes.items()
+        if isinstance(subnet, IPv4Network) and isinstance(remote.address, IPv4Address)
     }

@@ -1,38 +1,12 @@
-"""What numpy does for tables of many peers.  Imported only for those: the import costs 60 to 140 ms and 14 MB."""
+"""What numpy does for counters of many peers.  Imported only for those: the import costs 60 to 140 ms and 14 MB."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from udptun._fastpath import FIELDS, LAYOUT
-
-
-def _dtype(structure: str) -> np.dtype[Any]:
-    """numpy's description of a structure of shm.h; arrays are bytes."""
-    fields = FIELDS[structure]
-    return np.dtype(
-        {
-            "names": list(fields),
-            "formats": [
-                f"{'>' if name.endswith('_be') else '='}u{length}" if length in (2, 4, 8) else (np.uint8, length)
-                for name, (_offset, length) in fields.items()
-            ],
-            "offsets": [offset for offset, _length in fields.values()],
-            "itemsize": LAYOUT[structure],
-        }
-    )
-
-
-_PEER = _dtype("peer")
-
-
-def remotes(peers: memoryview) -> memoryview:
-    """The public IPs of all peers of a slot, ascending, each once."""
-    rows = np.frombuffer(peers, _PEER)
-    return np.unique(rows["address_be"][rows["family"] != 0].astype(np.uint32)).data
 
 
 class PeerStats:

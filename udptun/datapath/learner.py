@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network
 
 from udptun.core.echo import NONCE_LEN, Echo, echo_reply, echo_request, parse_echo_reply, parse_echo_request
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.datapath.learning import LIFETIME_S, ROUND_S, Learning
 from udptun.datapath.rings import Punt
 from udptun.datapath.settings import Remote
@@ -40,33 +41,33 @@ class Learner:
     def __init__(self, tunnel: Tunnel, n_workers: Callable[[], int]) -> None:
         self._tunnel = tunnel
         self._n_workers = n_workers
-        self._remotes: dict[IPv4Network, Remote] = {}
+        self._remotes: dict[IPNetwork, Remote] = {}
         self._own_address, self._echo_id = IPv4Address(0), 0
         self._is_on = False
-        self._learning: Learning[IPv4Network] = Learning(random.Random())
-        self._asked: dict[bytes, IPv4Network] = {}
+        self._learning: Learning[IPNetwork] = Learning(random.Random())
+        self._asked: dict[bytes, IPNetwork] = {}
         """By nonce, in this round; those that have not answered."""
         self._sequence = 0
         """Of this round; 0: there is none."""
         self._ends_s = self._look_s = 0.0
         self._n_told = 0
-        self._changed: set[IPv4Network] = set()
+        self._changed: set[IPNetwork] = set()
         self._woken = asyncio.Event()
         tunnel.rings.take_first = self._take
 
-    def set_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
+    def set_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
         """Have exactly these peers, after the tunnel has them."""
         self.remove_peers([subnet for subnet in self._remotes if subnet not in peers])
         self.add_peers(peers)
 
-    def add_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
+    def add_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
         """After they were added to the tunnel, which knows what of the learned addresses still holds."""
         for subnet, remote in peers.items():
             if self._remotes.get(subnet) != remote:
                 self._remotes[subnet] = remote
                 self._begin(subnet)
 
-    def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
+    def remove_peers(self, subnets: Iterable[IPNetwork]) -> None:
         for subnet in subnets:
             self._remotes.pop(subnet, None)
             self._forget(subnet)
@@ -79,12 +80,12 @@ class Learner:
             for subnet in self._remotes:
                 self._begin(subnet)
 
-    def _begin(self, subnet: IPv4Network) -> None:
+    def _begin(self, subnet: IPNetwork) -> None:
         self._forget(subnet)
         if self._is_on:
             self._learning.add(subnet, self._tunnel.table.learned(subnet), time.monotonic())
 
-    def _forget(self, subnet: IPv4Network) -> None:
+    def _forget(self, subnet: IPNetwork) -> None:
         """Also the question: it went to where the peer was."""
         self._learning.remove(subnet)
         self._asked = {nonce: asked for nonce, asked in self._asked.items() if asked != subnet}
@@ -98,12 +99,12 @@ class Learner:
             self._woken.clear()
             await self._look()
 
-    def document(self, subnet: IPv4Network) -> list[dict[str, object]]:
+    def document(self, subnet: IPNetwork) -> list[dict[str, object]]:
         """The key of docs/status.md about a peer."""
-        learned = self._tunnel.table.learned(subnet)
-        return [{"address": str(address), "port": port or None} for address, port in sorted(learned.items())]
+        learned = sorted(self._tunnel.table.learned(subnet).items(), key=lambda it: (it[0].version, it[0]))
+        return [{"address": str(address), "port": port or None} for address, port in learned]
 
-    def explains(self, subnet: IPv4Network, address: IPv4Address, last_s: float) -> bool:
+    def explains(self, subnet: IPNetwork, address: IPAddress, last_s: float) -> bool:
         """Whether strays of a peer from there, the last one then, are those of before the address was learned."""
         port = self._tunnel.table.learned(subnet).get(address)
         return port == 0 or (port is not None and last_s < self._learning.proved_s(subnet, address) + _SETTLED_S)
@@ -117,7 +118,7 @@ class Learner:
             self._asked.clear()
             self._sequence = 0
             table.ask(0)
-        to_ask: dict[IPv4Network, Remote] = {}
+        to_ask: dict[IPNetwork, Remote] = {}
         if self._is_on and not self._sequence:
             self._note_strays(now_s)
             if now_s - self._look_s >= _LONG_LOOK_S:
@@ -139,7 +140,7 @@ class Learner:
             # The workers first, then those who are asked: the answer may be here at once.
             await self._tunnel.publish()
         for subnet, remote in to_ask.items():
-            if self._remotes.get(subnet) == remote:
+            if isinstance(subnet, IPv4Network) and self._remotes.get(subnet) == remote:
                 self._ask(subnet)
 
     def _note_strays(self, now_s: float) -> None:

@@ -50,8 +50,9 @@ import random
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
 from typing import Generic, TypeVar
+
+from udptun.core.network_state import IPAddress
 
 ROUND_S = 1.5
 """An answer takes no longer."""
@@ -92,7 +93,7 @@ class _Source:
 
 @dataclass(slots=True)
 class _Peer:
-    sources: dict[IPv4Address, _Source] = field(default_factory=dict)
+    sources: dict[IPAddress, _Source] = field(default_factory=dict)
     asked_s: float = _NEVER_S
     answered_s: float = _NEVER_S
 
@@ -103,16 +104,16 @@ class Learning(Generic[K]):
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
         self._peers: dict[K, _Peer] = {}
-        self._strays: OrderedDict[tuple[K, IPv4Address], None] = OrderedDict()
+        self._strays: OrderedDict[tuple[K, IPAddress], None] = OrderedDict()
         """What strays come from, the last one last: all candidates, and learned addresses with another port."""
         self._learned: set[K] = set()
-        self._to_confirm: set[tuple[K, IPv4Address]] = set()
-        self._asked: dict[tuple[K, IPv4Address], bool] = {}
+        self._to_confirm: set[tuple[K, IPAddress]] = set()
+        self._asked: dict[tuple[K, IPAddress], bool] = {}
         """In this round, and whether strays have led to it."""
-        self._news: set[tuple[K, IPv4Address]] = set()
+        self._news: set[tuple[K, IPAddress]] = set()
         """Of this round."""
 
-    def add(self, key: K, learned: Mapping[IPv4Address, int], now_s: float) -> None:
+    def add(self, key: K, learned: Mapping[IPAddress, int], now_s: float) -> None:
         """A peer, with what an earlier daemon has learned of it; it is asked about that soon."""
         peer = self._peers[key] = _Peer()
         for address, port in learned.items():
@@ -127,7 +128,7 @@ class Learning(Generic[K]):
             self._strays.pop((key, address), None)
             self._to_confirm.discard((key, address))
 
-    def note_stray(self, key: K, address: IPv4Address, last_s: float, now_s: float) -> None:
+    def note_stray(self, key: K, address: IPAddress, last_s: float, now_s: float) -> None:
         """Strays of a peer have come from an address, the last one then."""
         peer = self._peers.get(key)
         if peer is None:
@@ -142,11 +143,11 @@ class Learning(Generic[K]):
         if len(self._strays) > MAX_CANDIDATES:
             self._forget_stray(*next(iter(self._strays)))
 
-    def begin(self, now_s: float) -> dict[K, list[IPv4Address]]:
+    def begin(self, now_s: float) -> dict[K, list[IPAddress]]:
         """Whom to ask now, and the addresses that have led to it.  The round lasts until `end`."""
         while self._strays and self._seen_s(*next(iter(self._strays))) < now_s - CANDIDATE_S:
             self._forget_stray(*next(iter(self._strays)))
-        due: dict[K, list[IPv4Address]] = {}
+        due: dict[K, list[IPAddress]] = {}
         for key, address in dict.fromkeys((*self._strays, *self._to_confirm)):
             peer, source = self._peers[key], self._peers[key].sources[address]
             is_new_stray = source.seen_s > max(source.asked_s, source.proved_s)
@@ -166,7 +167,7 @@ class Learning(Generic[K]):
                 self._to_confirm.discard((key, address))
         return asked
 
-    def note_answer(self, key: K, address: IPv4Address, port: int, now_s: float) -> bool:
+    def note_answer(self, key: K, address: IPAddress, port: int, now_s: float) -> bool:
         """A peer has answered from there; `port` 0: it may send from any.  Whether that is news."""
         peer = self._peers.get(key)
         if peer is None:
@@ -181,8 +182,10 @@ class Learning(Generic[K]):
         self._strays.pop((key, address), None)
         self._to_confirm.discard((key, address))
         self._learned.add(key)
-        learned = sorted((it.proved_s, address) for address, it in peer.sources.items() if it.port is not None)
-        for _, oldest in learned[:-ADDRESSES_A_PEER]:
+        learned = sorted(
+            (it.proved_s, address.version, address) for address, it in peer.sources.items() if it.port is not None
+        )
+        for _, _, oldest in learned[:-ADDRESSES_A_PEER]:
             self._forget(key, oldest)
         return is_news
 
@@ -209,7 +212,7 @@ class Learning(Generic[K]):
         self._asked.clear()
         self._news.clear()
 
-    def look(self, now_s: float) -> list[tuple[K, IPv4Address]]:
+    def look(self, now_s: float) -> list[tuple[K, IPAddress]]:
         """Forget what has not been proved for long, and return it; and see what is to be proved again."""
         forgotten = []
         for key in list(self._learned):
@@ -225,25 +228,25 @@ class Learning(Generic[K]):
                 self._learned.discard(key)
         return forgotten
 
-    def learned(self, key: K) -> dict[IPv4Address, int]:
+    def learned(self, key: K) -> dict[IPAddress, int]:
         """What holds of a peer, and the port; 0: any."""
         sources = self._peers[key].sources if key in self._peers else {}
         return {address: source.port for address, source in sources.items() if source.port is not None}
 
-    def proved_s(self, key: K, address: IPv4Address) -> float:
+    def proved_s(self, key: K, address: IPAddress) -> float:
         """When a learned address was proved the last time; long ago of any other."""
         source = self._peers[key].sources.get(address) if key in self._peers else None
         return _NEVER_S if source is None else source.proved_s
 
-    def _seen_s(self, key: K, address: IPv4Address) -> float:
+    def _seen_s(self, key: K, address: IPAddress) -> float:
         return self._peers[key].sources[address].seen_s
 
-    def _forget_stray(self, key: K, address: IPv4Address) -> None:
+    def _forget_stray(self, key: K, address: IPAddress) -> None:
         del self._strays[key, address]
         if self._peers[key].sources[address].port is None:
             del self._peers[key].sources[address]
 
-    def _forget(self, key: K, address: IPv4Address) -> None:
+    def _forget(self, key: K, address: IPAddress) -> None:
         del self._peers[key].sources[address]
         self._strays.pop((key, address), None)
         self._to_confirm.discard((key, address))

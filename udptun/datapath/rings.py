@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import IPv4Address
 
 from udptun._fastpath import LAYOUT, load_u64, store_u64
+from udptun.core.network_state import IPAddress
 from udptun.datapath import shm
 from udptun.datapath.stats import Stats
 
@@ -68,7 +68,7 @@ class Punt:
 
     time_ns: int
     peer: int
-    outer: IPv4Address
+    outer: IPAddress
     outer_port: int
     length: int
     packet: bytes
@@ -111,7 +111,7 @@ class Rings:
         slot = ring.slot(number)
         way = LAYOUT["way.tun"] if into_tun else LAYOUT["way.peer"]
         head = (0, Result.WAITS.value, 0, 0, number, way, length or len(packet), len(packet), 0)
-        _FIELDS.pack_into(slot, 0, *head, 0, 0, 0, packet)
+        _FIELDS.pack_into(slot, 0, *head, b"", 0, 0, packet)
         _SLOT.store(slot, "checksum", _checksum(slot, len(packet)))
         ring.store("written", number)
         self._wake()
@@ -205,7 +205,7 @@ def _read_punt(slot: memoryview, number: int) -> Punt | None:
     outer, outer_port, is_stray = where
     if sequence != number or not kept <= min(_BYTES, length) or checksum != _checksum(copy, kept):
         return None
-    return Punt(time_ns, peer, IPv4Address(outer), outer_port, length, packet[:kept], bool(is_stray))
+    return Punt(time_ns, peer, shm.unmapped(outer), outer_port, length, packet[:kept], bool(is_stray))
 
 
 def _checksum(slot: memoryview, kept: int) -> int:

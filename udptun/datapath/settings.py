@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, Offload
 from udptun.core.tunnel import SourceCheck
 
@@ -33,7 +34,7 @@ class PacketSettings:
 
     `mtu`: largest inner packet, bytes.  `vtep` None: inner packets travel bare, without VXLAN.  `punt_id`: ICMP id of
     the echo replies to the tunnel address that the control plane gets in place of the TUN; 0: it gets none.  `port`: of
-    our UDP socket; 0: not known.
+    our UDP socket; 0: not known.  `network_ipv6` and `own_subnet_ipv6`: both, or None: no IPv6 is carried.
     """
 
     network: IPv4Network
@@ -45,11 +46,18 @@ class PacketSettings:
     vtep: Vtep | None = None
     punt_id: int = 0
     port: int = 0
+    network_ipv6: IPv6Network | None = None
+    own_subnet_ipv6: IPv6Network | None = None
 
     @property
     def tunnel_address(self) -> IPv4Address:
         """The address on our TUN device: the first of our subnet (flannel's choice)."""
         return self.own_subnet.network_address
+
+    @property
+    def tunnel_address_ipv6(self) -> IPv6Address | None:
+        """Likewise of IPv6."""
+        return None if self.own_subnet_ipv6 is None else self.own_subnet_ipv6.network_address
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ class Remote:
     VtepMAC, 6 bytes; empty where packets travel bare.  `carries_ecn`: it carries on marks of congestion.
     """
 
-    address: IPv4Address
+    address: IPAddress
     port: int
     is_udptun: bool
     takes_any_source_port: bool = False

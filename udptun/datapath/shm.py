@@ -12,14 +12,19 @@ import mmap
 import os
 import struct
 import sys
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal
 
 from udptun._fastpath import FIELDS, LAYOUT
+from udptun.core.network_state import IPAddress, IPNetwork
 
 _HEAD = struct.Struct("=II")
 """Magic and layout version, at the begin of each file."""
 _CODES = {2: "H", 4: "I", 8: "Q"}
 """Letters of `struct` by length in bytes."""
+MAPPED = bytes(10) + b"\xff\xff"
+"""What is before the bytes of an IPv4 address in a `struct ut_address` (RFC 4291 2.5.5.2)."""
+_ADDRESS_BITS, _MAPPED_BITS = 128, 8 * len(MAPPED)
 
 
 class Structure:
@@ -35,6 +40,10 @@ class Structure:
     def offset(self, field: str) -> int:
         """Where the field is, bytes from the begin of the structure."""
         return self._fields[field][0]
+
+    def length(self, field: str) -> int:
+        """How long it is, bytes."""
+        return self._fields[field][1]
 
     def load(self, memory: memoryview, field: str) -> int:
         """The number in `field` of the structure that begins `memory` (bytes)."""
@@ -61,6 +70,30 @@ class Structure:
 
 def _byte_order(field: str) -> Literal["big", "little"]:
     return "big" if field.endswith("_be") else sys.byteorder
+
+
+def mapped(address: IPAddress) -> bytes:
+    """The address as a `struct ut_address`."""
+    return MAPPED + address.packed if isinstance(address, IPv4Address) else address.packed
+
+
+def unmapped(field: bytes) -> IPAddress:
+    """The address in a `struct ut_address`."""
+    return IPv4Address(field[len(MAPPED) :]) if field.startswith(MAPPED) else IPv6Address(field)
+
+
+def mapped_subnet(subnet: IPNetwork) -> tuple[bytes, int]:
+    """Its first address as a `struct ut_address`, and its prefix length among the bits of that."""
+    first = mapped(subnet.network_address)
+    return first, subnet.prefixlen + _ADDRESS_BITS - subnet.max_prefixlen
+
+
+def unmapped_subnet(first: bytes, length: int) -> IPNetwork:
+    """The subnet of which `mapped_subnet` has made this."""
+    address = unmapped(first)
+    if isinstance(address, IPv4Address):
+        return IPv4Network((address, length - _MAPPED_BITS))
+    return IPv6Network((address, length))
 
 
 def create(name: str, size: int, magic: int) -> int:

@@ -67,7 +67,7 @@ class StrangerFilter:
         """For `udptun status`: `on`, `ready`, `off`, or why there is none."""
         if not self._is_allowed or not self._table.checks_sources:
             return "off"
-        n_peers = len(self._table.subnets)
+        n_peers = self._table.n_remotes
         if n_peers + self._table.n_learned > MAX_ADDRESSES:
             beside = "" if n_peers > MAX_ADDRESSES else " and addresses that were learned"
             return f"off: more than {MAX_ADDRESSES} peers{beside}"

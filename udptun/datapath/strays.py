@@ -10,8 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv4Network
 
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 
@@ -33,7 +33,7 @@ class StrayWatch:
         table: TableWriter,
         stats: Stats,
         n_workers: Callable[[], int],
-        is_explained: Callable[[IPv4Network, IPv4Address, float], bool],
+        is_explained: Callable[[IPNetwork, IPAddress, float], bool],
     ) -> None:
         """`is_explained` says of a subnet, an outer address and a time whether datagrams until then need no line."""
         self._table = table
@@ -55,8 +55,8 @@ class StrayWatch:
     async def run(self) -> None:
         """Log each address that packets keep coming from, once, and the end of it all; until cancelled."""
         clock = asyncio.get_running_loop().time
-        logged: set[tuple[IPv4Address, IPv4Network]] = set()
-        before: set[tuple[IPv4Address, IPv4Network]] = set()
+        logged: set[tuple[IPAddress, IPNetwork]] = set()
+        before: set[tuple[IPAddress, IPNetwork]] = set()
         quiet_until_s = 0.0
         while True:
             lines = self._lines()
@@ -72,7 +72,7 @@ class StrayWatch:
             before = set(lines)
             await asyncio.sleep(_LOOK_S)
 
-    def _lines(self) -> dict[tuple[IPv4Address, IPv4Network], str]:
+    def _lines(self) -> dict[tuple[IPAddress, IPNetwork], str]:
         """By outer address and subnet.  What a lease, or what was learned, explains by now is left out."""
         lines = {}
         if self._table.checks_sources:
@@ -84,7 +84,7 @@ class StrayWatch:
                     lines[stray.outer, lease[0]] = self._line(stray.outer, stray.datagrams, *lease)
         return lines
 
-    def _line(self, outer: IPv4Address, datagrams: int, subnet: IPv4Network, public_ip: IPv4Address) -> str:
+    def _line(self, outer: IPAddress, datagrams: int, subnet: IPNetwork, public_ip: IPAddress) -> str:
         whose = "the PublicIP of another host" if self._table.has_remote(outer) else "no host's PublicIP"
         return (
             f"{datagrams} packets of {subnet} came from {outer}, {whose}, and were dropped, because the host of "

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import os
 from array import array
-from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from ipaddress import IPv4Address, IPv4Network
-from socket import AF_INET
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from udptun._fastpath import LAYOUT, load_u64, store_u64
 from udptun.core.errors import DatapathError
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import shm
 from udptun.datapath.settings import PacketSettings, Remote, Vtep
-from udptun.datapath.stats import MANY_PEERS, OFFLOAD_BITS, Stats
+from udptun.datapath.slot import LEARNED, LENGTH, PEER, SLOT, IndexHash, Remotes, Slot, subnet_address
+from udptun.datapath.stats import OFFLOAD_BITS, Stats
 
-_TABLE, _SLOT, _PEER = shm.Structure("table"), shm.Structure("slot"), shm.Structure("peer")
-_PEER_FIELDS = _PEER.packer("family", "port_be", "address_be", "subnet", "mask", "mtu", "flags", "prefix", "received")
-_PEER_REMOTE = _PEER.packer("family", "address_be")
-_PEER_SUBNET = _PEER.packer("subnet", "mask")
-_PEER_LEASE = _PEER.packer("address_be", "subnet", "mask")
-_PEER_IDENTITY = _PEER.packer("port_be", "address_be", "flags", "prefix")
-_LEARNED = shm.Structure("learned").packer("outer", "peer", "port")
-_NO_PEER = bytes(_PEER.size)
+_TABLE = shm.Structure("table")
+_PEER_FIELDS = PEER.packer("subnet", "subnet_len", "remote", "mtu", "flags", "prefix", "received")
+_PEER_KEY = PEER.packer("subnet", "subnet_len", "remote")
+_PEER_IDENTITY = PEER.packer("remote", "flags", "prefix")
+_NO_PEER = bytes(PEER.size)
 _FLAG_UDPTUN, _FLAG_ANY_SOURCE_PORT = LAYOUT["flags.udptun"], LAYOUT["flags.any_source_port"]
 _FLAG_DEAD, _FLAG_ECN = LAYOUT["flags.dead"], LAYOUT["flags.ecn"]
 _SOURCE_CHECKS = {check: LAYOUT[f"source_check.{check.value}"] for check in SourceCheck}
@@ -45,16 +43,19 @@ class TableWriter:
         self.fd = fd
         self._generation = memory[_TABLE.offset("generation") :][:8]
         slots = memory[_TABLE.offset("slot") :]
-        self._slots = [_Slot(slots[: _SLOT.size]), _Slot(slots[_SLOT.size :])]
-        self._next = _Slot(shm.private(_SLOT.size))
-        self._underlay_address = 0
-        self._local: tuple[int, ...] = ()
-        self._index: dict[IPv4Network, int] = {}
-        self._learned: dict[int, dict[int, int]] = {}
+        self._slots = [Slot(slots[: SLOT.size]), Slot(slots[SLOT.size :])]
+        self._next = Slot(shm.private(SLOT.size))
+        self._remotes = Remotes(self._next)
+        self._peer_hash = IndexHash(self._next, "peer_hash", subnet_address)
+        self._underlay_address: IPAddress = IPv4Address(0)
+        self._local: tuple[IPAddress, ...] = ()
+        self._index: dict[IPNetwork, int] = {}
+        self._lengths: Counter[tuple[int, int]] = Counter()
+        """By IP version and prefix length: how many peers there are."""
+        self._learned: dict[int, dict[IPAddress, int]] = {}
         """By the index of a peer: the addresses that it sends from beside its public IP, and the port; 0: any."""
-        self._learned_beside: bytes | None = None
-        """The public IPs with which it was last written; None: it has changed since."""
-        self._let_in: tuple[int, ...] = ()
+        self._is_learned_written = True
+        self._let_in: tuple[IPAddress, ...] = ()
         # Highest number first, so that the lowest is taken first and what is in use stays dense.  A list of so many
         # numbers would be 2.5 MB.
         self._free = array("I", range(LAYOUT["max_peers"] - 1, 0, -1))
@@ -106,18 +107,29 @@ class TableWriter:
         slot["port"] = settings.port
         if settings.source_check is not SourceCheck.PEER or not settings.punt_id:
             self._learned.clear()
-            self._learned_beside = None
+            self._is_learned_written = False
         slot.own_mac[:] = bytes(6) if vtep is None else vtep.mac
-        self._underlay_address = int(settings.underlay_address)
+        slot.network_ipv6[:] = _prefix(settings.network_ipv6)
+        slot.own_subnet_ipv6[:] = _prefix(settings.own_subnet_ipv6)
+        tunnel_address = settings.tunnel_address_ipv6
+        slot.tunnel_address_ipv6[:] = bytes(16) if tunnel_address is None else tunnel_address.packed
+        self._underlay_address = settings.underlay_address
         slot.set_local((self._underlay_address, *self._local))
 
-    def set_local_addresses(self, addresses: Iterable[IPv4Address]) -> int:
+    def set_local_addresses(self, addresses: Iterable[IPAddress]) -> int:
         """Set what of `addresses` the table has room for as this host's, from the next `publish` on.
 
-        Returns how many did not fit.  That of our UDP socket always belongs to them.
+        Returns how many did not fit: there is room for as many of each family.  That of our UDP socket always belongs
+        to them.
         """
-        asked = tuple(map(int, dict.fromkeys(addresses)))
-        self._local = asked[: LAYOUT["max_local"] - 1]
+        asked = tuple(dict.fromkeys(addresses))
+        left = {4: LAYOUT["max_local"] - 1, 6: LAYOUT["max_local"] - 1}
+        fitting = []
+        for address in asked:
+            if left[address.version]:
+                left[address.version] -= 1
+                fitting.append(address)
+        self._local = tuple(fitting)
         self._next.set_local((self._underlay_address, *self._local))
         return len(asked) - len(self._local)
 
@@ -128,13 +140,13 @@ class TableWriter:
         return Vtep(slot["vni"], bytes(slot.own_mac)) if slot["prefix_len"] else None
 
     def set_peer(
-        self, subnet: IPv4Network, remote: Remote, mtu: int, *, is_dead: bool = False, received: int = 0
+        self, subnet: IPNetwork, remote: Remote, mtu: int, *, is_dead: bool = False, received: int = 0
     ) -> int:
         """Add the peer that leases `subnet`, or change where it is; return its index, which it keeps while it stays.
 
-        `subnet` lies in Network, has a prefix length of 16 to 30 and overlaps no other peer's: LeaseTable sees to
-        it.  `mtu`: largest inner packet, bytes.  Nothing is sent to a peer that `is_dead` as long as the workers have
-        counted `received` packets from it.  Raises DatapathError when the table is full.
+        `subnet` overlaps no other peer's.  One of IPv4 lies in Network and has a prefix length of 16 to 30: LeaseTable
+        sees to it.  `mtu`: largest inner packet, bytes.  Nothing is sent to a peer that `is_dead` as long as the
+        workers have counted `received` packets from it.  Raises DatapathError when the table is full.
         """
         vtep = self.vtep
         index = self._index.get(subnet)
@@ -146,15 +158,13 @@ class TableWriter:
             self._index[subnet] = index
             self._fresh.append(index)
             self._top = max(self._top, index)
-            self._point(subnet, index)
+        else:
+            self._remotes.leave(self._remote_of(index))
         _PEER_FIELDS.pack_into(
             self._next.peers,
-            index * _PEER.size,
-            AF_INET,
-            remote.port.to_bytes(2),
-            remote.address.packed,
-            int(subnet.network_address),
-            int(subnet.netmask),
+            index * PEER.size,
+            *shm.mapped_subnet(subnet),
+            self._take_remote(remote),
             mtu,
             _FLAG_UDPTUN * remote.is_udptun
             | _FLAG_ANY_SOURCE_PORT * remote.takes_any_source_port
@@ -163,22 +173,25 @@ class TableWriter:
             b"" if vtep is None else vtep.prefix(remote.mac),
             received,
         )
-        if before != self._identity(index):
+        if before is None:
+            self._enter(subnet, index)
+        elif before != self._identity(index):
             # Another host, or one that has moved.
             self._forget_learned(index)
         return index
 
-    def remove_peer(self, subnet: IPv4Network) -> None:
+    def remove_peer(self, subnet: IPNetwork) -> None:
         """Forget the peer of `subnet`, if there is one."""
         index = self._index.pop(subnet, None)
         if index is None:
             return
-        self._point(subnet, 0)
+        self._leave(subnet, index)
+        self._remotes.leave(self._remote_of(index))
         self._forget_learned(index)
-        self._next.peers[index * _PEER.size :][: _PEER.size] = _NO_PEER
+        self._next.peers[index * PEER.size :][: PEER.size] = _NO_PEER
         self._resting.append(index)
 
-    def set_learned(self, subnet: IPv4Network, sources: Mapping[IPv4Address, int]) -> None:
+    def set_learned(self, subnet: IPNetwork, sources: Mapping[IPAddress, int]) -> None:
         """Let a peer send from these addresses too, each with the UDP port, or 0 for any; from the next `publish` on.
 
         An address that is the public IP of a peer is left out.  They are forgotten with the peer, when it is somewhere
@@ -189,40 +202,43 @@ class TableWriter:
             return
         self._forget_learned(index)
         if sources and self.n_learned + len(sources) <= LAYOUT["max_learned"]:
-            self._learned[index] = {int(address): port for address, port in sources.items()}
-            self._learned_beside = None
+            self._learned[index] = dict(sources)
+            self._is_learned_written = False
 
-    def learned(self, subnet: IPv4Network) -> dict[IPv4Address, int]:
+    def learned(self, subnet: IPNetwork) -> dict[IPAddress, int]:
         """What `set_learned` has set, perhaps in an earlier control plane, and holds."""
         index = self._index.get(subnet)
-        sources = {} if index is None else self._learned.get(index, {})
-        return {IPv4Address(address): port for address, port in sources.items()}
+        return {} if index is None else dict(self._learned.get(index, {}))
 
     @property
     def n_learned(self) -> int:
         """How many addresses were learned, those of several peers more than once."""
         return sum(map(len, list(self._learned.values())))
 
-    def ask(self, learn_id: int, let_in: Collection[IPv4Address] = ()) -> None:
+    def ask(self, learn_id: int, let_in: Collection[IPAddress] = ()) -> None:
         """Hand over answers with this ICMP id and sequence, also those from strangers; 0: none.  From `publish` on.
 
         `let_in`: strangers from whom answers may come, for `next_sources`.
         """
         self._next["learn_id"] = learn_id
-        self._let_in = tuple(map(int, let_in))
+        self._let_in = tuple(let_in)
 
     def next_sources(self, limit: int) -> memoryview:
-        """From where datagrams may come by the next table, ascending, each once: public IPs, and what was learned.
+        """From which IPv4 addresses datagrams may come by the next table: public IPs, and what was learned.
 
-        Those that `ask` lets in are among them as long as they are not more than `limit` in all.
+        Numbers in host order, ascending, each once.  Those that `ask` lets in are among them as long as they are not
+        more than `limit` in all.
         """
-        remotes = self.next_remotes()
-        if not self._learned and not self._let_in:
-            return remotes
-        sources = {*remotes, *(address for sources in self._learned.values() for address in sources)}
+        sources = self._remotes.addresses()
+        sources.update(address for of in self._learned.values() for address in of)
         if len(sources) + len(self._let_in) <= limit:
             sources.update(self._let_in)
-        return memoryview(array("I", sorted(sources)))
+        return memoryview(array("I", sorted(int(it) for it in sources if isinstance(it, IPv4Address))))
+
+    @property
+    def n_remotes(self) -> int:
+        """How many hosts the peers are."""
+        return len(self._remotes)
 
     @property
     def has_room(self) -> bool:
@@ -230,48 +246,31 @@ class TableWriter:
         return bool(self._free)
 
     @property
-    def subnets(self) -> Collection[IPv4Network]:
+    def subnets(self) -> Collection[IPNetwork]:
         """Of all peers."""
         return self._index.keys()
 
-    def index_of(self, subnet: IPv4Network) -> int | None:
+    def index_of(self, subnet: IPNetwork) -> int | None:
         """The peer's index, for its statistics."""
         return self._index.get(subnet)
 
-    def peer_of(self, address: IPv4Address) -> tuple[IPv4Network, IPv4Address] | None:
+    def peer_of(self, address: IPAddress) -> tuple[IPNetwork, IPAddress] | None:
         """The subnet and the public IP of the peer that leases an inner address; None: nobody does."""
-        slot = self._next
-        entry = (int(address) - slot["network"]) >> 8
-        if not 0 <= entry < slot["n_l1"]:
-            return None
-        index = slot.l1[entry]
-        if index & LAYOUT["l2_flag"]:
-            index = slot.l2[(index & ~LAYOUT["l2_flag"]) * LAYOUT["l2_entries"] + (int(address) & 255)]
-        if not index:
-            return None
-        public_ip, subnet, mask = _PEER_LEASE.unpack_from(slot.peers, index * _PEER.size)
-        return IPv4Network((subnet, mask.bit_count())), IPv4Address(public_ip)
+        for version, length in list(self._lengths):
+            if version == address.version:
+                subnet = _subnet_of(address, length)
+                if index := self._index.get(subnet):
+                    return subnet, self._remotes.address(self._remote_of(index))
+        return None
 
-    def has_remote(self, address: IPv4Address) -> bool:
-        """Whether `address` is the public IP of a peer that is published."""
-        n = self._next["n_remotes"]
-        i = bisect_left(self._next.remotes, int(address), 0, n)
-        return i < n and self._next.remotes[i] == int(address)
+    def has_remote(self, address: IPAddress) -> bool:
+        """Whether `address` is the public IP of a peer."""
+        return self._remotes.has(address)
 
     @property
     def checks_sources(self) -> bool:
         """Whether it matters from which address a peer's packets come."""
         return self._next["source_check"] != _SOURCE_CHECKS[SourceCheck.OFF]
-
-    def next_remotes(self) -> memoryview:
-        """The public IPs of all peers of the next table, ascending, each once."""
-        used = self._next.peers[: (self._top + 1) * _PEER.size]
-        if self._top >= MANY_PEERS:
-            from udptun.datapath import bulk
-
-            return bulk.remotes(used)
-        addresses = {address for family, address in _PEER_REMOTE.iter_unpack(used) if family}
-        return memoryview(array("I", [int.from_bytes(address) for address in sorted(addresses)]))
 
     def publish(self, stats: Stats, n_workers: int = LAYOUT["max_workers"]) -> bool:
         """Make the changes visible to all of the first `n_workers` workers at once.
@@ -283,60 +282,98 @@ class TableWriter:
             return False
         stats.clear_peers(self._fresh)
         self._fresh.clear()
-        remotes = self.next_remotes()
-        self._next["n_remotes"] = len(remotes)
-        self._next.remotes[: len(remotes)] = remotes
-        self._write_learned(remotes)
-        self._slots[(generation + 1) & 1].copy(self._next, self._top + 1, self._n_pages)
+        self._next["n_peers"], self._next["n_remotes"] = self._top + 1, self._remotes.n_entries
+        self._write_learned()
+        self._slots[(generation + 1) & 1].copy(self._next, self._n_pages)
         store_u64(self._generation, 0, generation + 1)
         self._free.extend(reversed(self._resting))
         self._resting.clear()
         return True
 
-    def _load(self, slot: _Slot) -> None:
+    def _load(self, slot: Slot) -> None:
         """Continue from what an earlier control plane published: peers keep their indexes, and so their counters."""
-        flag, n_entries = LAYOUT["l2_flag"], LAYOUT["l2_entries"]
-        entries = set(slot.l1[: slot["n_l1"]].tolist())
-        pages = {entry & ~flag for entry in entries if entry & flag}
-        indexes = {entry for entry in entries if not entry & flag}
-        for page in pages:
-            indexes.update(slot.l2[page * n_entries : (page + 1) * n_entries].tolist())
-        indexes.discard(0)
+        flag = LAYOUT["l2_flag"]
+        pages = {entry & ~flag for entry in slot.l1[: slot["n_l1"]].tolist() if entry & flag}
         self._n_pages = max(pages, default=-1) + 1
         self._free_pages = [page for page in range(self._n_pages) if page not in pages]
-        self._top = max(indexes, default=0)
-        self._next.copy(slot, self._top + 1, self._n_pages)
-        for index in indexes:
-            subnet, mask = _PEER_SUBNET.unpack_from(slot.peers, index * _PEER.size)
-            self._index[IPv4Network((subnet, mask.bit_count()))] = index
-        for outer, index, port in _LEARNED.iter_unpack(slot.learned[: slot["n_learned"] * _LEARNED.size]):
-            self._learned.setdefault(index, {})[outer] = port
+        self._next.copy(slot, self._n_pages)
+        remotes = []
+        peers = slot.peers[: slot["n_peers"] * PEER.size]
+        for index, (first, length, remote) in enumerate(_PEER_KEY.iter_unpack(peers)):
+            if length:
+                subnet = shm.unmapped_subnet(first, length)
+                self._index[subnet] = index
+                self._lengths[subnet.version, subnet.prefixlen] += 1
+                remotes.append(remote)
+        self._top = max(self._index.values(), default=0)
+        self._remotes.load(remotes)
+        self._peer_hash.load()
+        for outer, index, port in LEARNED.iter_unpack(slot.learned[: slot["n_learned"] * LEARNED.size]):
+            self._learned.setdefault(index, {})[shm.unmapped(outer)] = port
         self.ask(0)
-        self._free = array("I", (index for index in self._free if index not in indexes))
+        taken = set(self._index.values())
+        self._free = array("I", (index for index in self._free if index not in taken))
 
-    def _identity(self, index: int) -> tuple[bytes, bytes, int, bytes]:
+    def _identity(self, index: int) -> tuple[bytes, int, bytes]:
         """What of a peer's entry says which host it is."""
-        port_be, address_be, flags, prefix = _PEER_IDENTITY.unpack_from(self._next.peers, index * _PEER.size)
-        return port_be, address_be, flags & ~_FLAG_DEAD, prefix
+        remote, flags, prefix = _PEER_IDENTITY.unpack_from(self._next.peers, index * PEER.size)
+        return self._remotes.entry(remote), flags & ~_FLAG_DEAD, prefix
 
-    def _write_learned(self, remotes: memoryview) -> None:
+    def _remote_of(self, index: int) -> int:
+        """Where the peer is, as an index."""
+        remote: int = _PEER_KEY.unpack_from(self._next.peers, index * PEER.size)[2]
+        return remote
+
+    def _take_remote(self, remote: Remote) -> int:
+        n_before = len(self._remotes)
+        index = self._remotes.take(remote.address, remote.port)
+        if len(self._remotes) > n_before:
+            # It may have been learned.
+            self._is_learned_written = False
+        return index
+
+    def _write_learned(self) -> None:
         """Into the next table.  What has become the public IP of a peer is no longer learned."""
-        if self._learned_beside == bytes(remotes):
+        if self._is_learned_written:
             return
-        self._learned_beside = bytes(remotes)
-        rows = [(outer, index, port) for index, of in self._learned.items() for outer, port in of.items()]
-        if rows:
-            taken = set(remotes)
-            for index in {index for outer, index, _ in rows if outer in taken}:
-                kept = {outer: port for outer, port in self._learned[index].items() if outer not in taken}
-                self._learned[index] = kept
-            rows = sorted(row for row in rows if row[0] not in taken)
+        self._is_learned_written = True
+        for index, sources in self._learned.items():
+            self._learned[index] = {outer: port for outer, port in sources.items() if not self._remotes.has(outer)}
+        rows = sorted(
+            (shm.mapped(outer), index, port) for index, of in self._learned.items() for outer, port in of.items()
+        )
         self._next["n_learned"] = len(rows)
-        self._next.learned[: len(rows) * _LEARNED.size] = b"".join(_LEARNED.pack(*row) for row in rows)
+        self._next.learned[: len(rows) * LEARNED.size] = b"".join(LEARNED.pack(*row) for row in rows)
 
     def _forget_learned(self, index: int) -> None:
         if self._learned.pop(index, None):
-            self._learned_beside = None
+            self._is_learned_written = False
+
+    def _enter(self, subnet: IPNetwork, index: int) -> None:
+        """Have the workers find the peer."""
+        self._lengths[subnet.version, subnet.prefixlen] += 1
+        if isinstance(subnet, IPv4Network):
+            self._point(subnet, index)
+        else:
+            self._peer_hash.add(index, subnet.network_address.packed)
+            self._write_lengths()
+
+    def _leave(self, subnet: IPNetwork, index: int) -> None:
+        """Have them find it no more, while its entry still stands."""
+        self._lengths[subnet.version, subnet.prefixlen] -= 1
+        if not self._lengths[subnet.version, subnet.prefixlen]:
+            del self._lengths[subnet.version, subnet.prefixlen]
+        if isinstance(subnet, IPv4Network):
+            self._point(subnet, 0)
+        else:
+            self._peer_hash.remove(index)
+            self._write_lengths()
+
+    def _write_lengths(self) -> None:
+        lengths = sorted((length for version, length in self._lengths if version == 6), reverse=True)
+        rows = b"".join(LENGTH.pack(IPv6Network((0, length)).netmask.packed, length) for length in lengths)
+        self._next.lengths[: len(rows)] = rows
+        self._next["n_lengths"] = len(lengths)
 
     def _point(self, subnet: IPv4Network, index: int) -> None:
         """Point every address of `subnet` at the peer `index`; at none, if that is 0."""
@@ -369,54 +406,13 @@ class TableWriter:
         return page
 
 
-class _Slot:
-    """One `struct ut_slot` in memory, shared or not.  Its numbers by their names; arrays as views, `peers` in bytes."""
+def _prefix(network: IPNetwork | None) -> bytes:
+    """A `struct ut_prefix`."""
+    return bytes(32) if network is None else network.network_address.packed + network.netmask.packed
 
-    def __init__(self, memory: memoryview) -> None:
-        def view(field: str, length: int) -> memoryview:
-            return memory[_SLOT.offset(field) :][:length]
 
-        self._memory = memory
-        self._head = memory[: _SLOT.offset("l1")]
-        self.own_mac = view("own_mac", 6)
-        self.l1 = view("l1", 4 * LAYOUT["l1_entries"]).cast("I")
-        self.remotes = view("remotes", 4 * LAYOUT["max_peers"]).cast("I")
-        self.local = view("local", 4 * LAYOUT["local_entries"]).cast("I")
-        self.learned = view("learned", _LEARNED.size * LAYOUT["max_learned"])
-        self.peers = view("peers", _PEER.size * LAYOUT["max_peers"])
-        self.l2 = view("l2", 4 * LAYOUT["l2_pages"] * LAYOUT["l2_entries"]).cast("I")
-
-    def __getitem__(self, field: str) -> int:
-        return _SLOT.load(self._memory, field)
-
-    def __setitem__(self, field: str, value: int) -> None:
-        _SLOT.store(self._memory, field, value)
-
-    def set_local(self, addresses: Collection[int]) -> None:
-        """Hash these addresses of the host as the reader looks for them (`ut_hash` of shm.h).
-
-        The table is four times as large as they need, if it can be, so that few others begin at a taken entry.
-        """
-        n_entries = min(max(16, 1 << (4 * len(addresses) - 1).bit_length()), LAYOUT["local_entries"])
-        mask, multiplier = n_entries - 1, LAYOUT["hash"]
-        entries = array("I", bytes(4 * n_entries))
-        for address in addresses:
-            i = (address * multiplier & 0xFFFFFFFF) >> 16 & mask
-            while entries[i] not in (0, address):
-                i = (i + 1) & mask
-            entries[i] = address
-        self.local[:n_entries] = entries
-        self["local_mask"] = mask
-
-    def copy(self, other: _Slot, n_peers: int, n_pages: int) -> None:
-        """Become the same as `other`, of which the first `n_peers` peers and `n_pages` pages are in use."""
-        n_l1, n_remotes, n_l2 = other["n_l1"], other["n_remotes"], n_pages * LAYOUT["l2_entries"]
-        n_local = other["local_mask"] + 1
-        self._head[:] = other._head
-        self.l1[:n_l1] = other.l1[:n_l1]
-        self.remotes[:n_remotes] = other.remotes[:n_remotes]
-        self.local[:n_local] = other.local[:n_local]
-        n_learned = other["n_learned"] * _LEARNED.size
-        self.learned[:n_learned] = other.learned[:n_learned]
-        self.peers[: n_peers * _PEER.size] = other.peers[: n_peers * _PEER.size]
-        self.l2[:n_l2] = other.l2[:n_l2]
+def _subnet_of(address: IPAddress, length: int) -> IPNetwork:
+    """The subnet of this prefix length that the address lies in."""
+    if isinstance(address, IPv4Address):
+        return IPv4Network((address, length), strict=False)
+    return IPv6Network((address, length), strict=False)

@@ -13,12 +13,12 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
 from udptun.core.lease import is_inside
-from udptun.core.network_state import DEVICE_NAME
+from udptun.core.network_state import DEVICE_NAME, IPNetwork
 from udptun.core.offload import ALL, Offload, names
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
@@ -72,12 +72,12 @@ class Tunnel:
         self._mtu = 0
         self._wanted_offload, self.granted_offload = wanted, Offload(0)
         self._publishing = asyncio.Lock()
-        self._waiting: dict[IPv4Network, Remote] = {}
+        self._waiting: dict[IPNetwork, Remote] = {}
         """Peers for which the table has no room."""
-        self._remotes: dict[IPv4Network, Remote] = {}
+        self._remotes: dict[IPNetwork, Remote] = {}
         """Of the peers in the table."""
-        self._dead: set[IPv4Network] = set()
-        self._path_mtus: dict[IPv4Network, int] = {}
+        self._dead: set[IPNetwork] = set()
+        self._path_mtus: dict[IPNetwork, int] = {}
         """Of peers to which packets may not be as long as the device allows, bytes."""
         self.narrow_changed: Callable[[], None] = lambda: None
         """Called when `narrow` says something else of a peer that stays."""
@@ -206,20 +206,21 @@ class Tunnel:
     def configure(self, settings: PacketSettings) -> None:
         """Set what applies to all packets, from the next `publish` on; peers of another Network or VTEP go."""
         is_other = settings.vtep != self.table.vtep
+        networks = [it for it in (settings.network, settings.network_ipv6) if it is not None]
         self.remove_peers(
-            [subnet for subnet in self.table.subnets if is_other or not is_inside(subnet, settings.network)]
+            [it for it in self.table.subnets if is_other or not any(is_inside(it, network) for network in networks)]
         )
         # Whatever was wanted, the workers must know whether the device has virtio headers.
         offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
         self.table.configure(replace(settings, offload=offload))
         self._mtu = settings.mtu
 
-    def set_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
+    def set_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
         """Have exactly these peers, from the next `publish` on."""
         self.remove_peers([subnet for subnet in (*self.table.subnets, *self._waiting) if subnet not in peers])
         self.add_peers(peers)
 
-    def add_peers(self, peers: Mapping[IPv4Network, Remote]) -> None:
+    def add_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
         """Add peers, or change where they are, from the next `publish` on."""
         for subnet, remote in peers.items():
             if self.table.has_room or self.table.index_of(subnet) is not None:
@@ -230,7 +231,7 @@ class Tunnel:
                     log.error("the peer table is full, more peers are not reached subnet=%s", subnet)
                 self._waiting[subnet] = remote
 
-    def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
+    def remove_peers(self, subnets: Iterable[IPNetwork]) -> None:
         """Forget peers, from the next `publish` on."""
         for subnet in subnets:
             self._waiting.pop(subnet, None)
@@ -239,7 +240,7 @@ class Tunnel:
             self._path_mtus.pop(subnet, None)
             self.table.remove_peer(subnet)
 
-    def set_dead(self, subnet: IPv4Network, *, is_dead: bool) -> None:
+    def set_dead(self, subnet: IPNetwork, *, is_dead: bool) -> None:
         """Refuse packets to a peer until something comes from it, or send them again, from the next `publish` on."""
         remote = self._remotes.get(subnet)
         if remote is None:
@@ -249,7 +250,7 @@ class Tunnel:
             self._dead.add(subnet)
         self._set_peer(subnet, remote)
 
-    def set_path_mtu(self, subnet: IPv4Network, mtu: int | None) -> None:
+    def set_path_mtu(self, subnet: IPNetwork, mtu: int | None) -> None:
         """Let packets to a peer be so long, or as long as the device allows, from the next `publish` on."""
         remote = self._remotes.get(subnet)
         if remote is None:
@@ -265,11 +266,11 @@ class Tunnel:
         return self._endpoints.address[0]
 
     @property
-    def narrow(self) -> dict[IPv4Network, int]:
+    def narrow(self) -> dict[IPNetwork, int]:
         """The peers to which packets may not be as long as the device allows, with the length in bytes."""
         return dict(self._path_mtus)
 
-    def _set_peer(self, subnet: IPv4Network, remote: Remote) -> None:
+    def _set_peer(self, subnet: IPNetwork, remote: Remote) -> None:
         self._remotes[subnet] = remote
         index = self.table.index_of(subnet)
         is_dead = index is not None and subnet in self._dead

@@ -178,16 +178,19 @@ cdef inline bint options_acceptable(const uint8_t *d, int header) noexcept nogil
 
 
 cdef inline Counter *check_source(
-        const ut_slot *table, Counters *c, Packet *p, const sockaddr_in *source) noexcept nogil:
+        const ut_slot *table, Counters *c, Packet *p, const ut_socket_address *source) noexcept nogil:
     """Rows 10 to 14: may `source` send this inner source?  Sets p.peer."""
-    cdef uint32_t inner = ip_source(p.data), outer = load_be32(<const uint8_t *>&source.sin_addr.s_addr)
+    cdef uint32_t inner = ip_source(p.data)
     cdef bint is_from_its_peer
+    cdef ut_address outer
     p.peer = lookup(table, inner)
-    is_from_its_peer = p.peer != 0 and table.peers[p.peer].remote.sin_addr.s_addr == be32(outer)
-    if not is_from_its_peer and table.source_check != UT_SOURCE_OFF and not is_remote(table, outer):
-        if not is_learned(table, p.peer, outer, load_be16(<const uint8_t *>&source.sin_port)):
-            return &c.decap_drop_unknown_peer
-        is_from_its_peer = True
+    is_from_its_peer = p.peer != 0 and is_at(table, p.peer, source)
+    if not is_from_its_peer and table.source_check != UT_SOURCE_OFF:
+        outer = address_of(source)
+        if not is_remote(table, &outer):
+            if not is_learned(table, p.peer, &outer, port_of(source)):
+                return &c.decap_drop_unknown_peer
+            is_from_its_peer = True
     if is_martian(inner):
         return &c.decap_drop_source_martian
     if (inner & table.own_mask) == table.own_subnet or is_local(table, inner):

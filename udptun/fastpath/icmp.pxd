@@ -123,8 +123,8 @@ cdef inline void answer_peer(Loop *w, const Packet *offender, int kind, int code
         iov.iov_len = w.prefix_len + build_icmp(w, offender, kind, code, 0, longest_answer(offender))
         put_prefix(w, offender.peer, <uint8_t *>iov.iov_base)
         memset(&message, 0, sizeof(msghdr))
-        message.msg_name = <void *>&w.slot.peers[offender.peer].remote
-        message.msg_namelen = sizeof(sockaddr_in)
+        message.msg_name = <void *>&remote_of(w.slot, offender.peer).where
+        message.msg_namelen = remote_of(w.slot, offender.peer).where_len
         message.msg_iov = &iov
         message.msg_iovlen = 1
         if sendmsg(w.udp_fd, &message, MSG_DONTWAIT) >= 0:

@@ -32,7 +32,7 @@ cdef struct Packet:
 
 cdef struct Group:
     uint32_t peer
-    sockaddr_in remote            # of the peer, when the group was begun; the table may change before it is sent
+    ut_remote remote              # of the peer, when the group was begun; the table may change before it is sent
     int fd                        # the socket that it leaves from
     int size                      # of every datagram but the last, bytes, with its prefix
     int tos                       # of the outer packets

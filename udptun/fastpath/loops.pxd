@@ -28,12 +28,14 @@ cdef inline bint is_of_the_tunnel(const ut_slot *table, const Packet *p) noexcep
     is one whatever its port: another peer may have another port.
     """
     cdef int port = udp_destination_port(p)
+    cdef ut_address destination
     if port < 0:
         return False
     if (port != table.port and not is_local(table, ip_source(p.data))
-            and (p.peer == 0 or load_be16(<const uint8_t *>&table.peers[p.peer].remote.sin_port) != port)):
+            and (p.peer == 0 or port_of(&remote_of(table, p.peer).where) != <uint32_t>port)):
         return False
-    return is_remote(table, ip_destination(p.data)) or is_local(table, ip_destination(p.data))
+    destination = mapped(be32(ip_destination(p.data)))
+    return is_remote(table, &destination) or is_local(table, ip_destination(p.data))
 
 
 cdef inline bint is_for_our_socket(const ut_slot *table, const Packet *p) noexcept nogil:

@@ -70,7 +70,7 @@ cdef inline bint is_asked_for(const ut_slot *table, const Packet *p) noexcept no
     return fragment & FLAG_MF or ut_fold(ut_sum(d + header, p.len - header, 0)) == 0xffff
 
 
-cdef inline void punt(Loop *w, Packet *p, const sockaddr_in *source, bint is_stray) noexcept nogil:
+cdef inline void punt(Loop *w, Packet *p, const ut_socket_address *source, bint is_stray) noexcept nogil:
     """Hand the packet to the control plane; `source` is where its datagram came from."""
     cdef ut_ring *ring = w.punts
     cdef uint64_t written = ring.written
@@ -84,8 +84,8 @@ cdef inline void punt(Loop *w, Packet *p, const sockaddr_in *source, bint is_str
     slot.length = p.len
     slot.kept = min(slot.length, <uint32_t>UT_RING_BYTES)
     slot.peer = p.peer
-    slot.outer = load_be32(<const uint8_t *>&source.sin_addr.s_addr)
-    slot.outer_port = load_be16(<const uint8_t *>&source.sin_port)
+    slot.outer = address_of(source)
+    slot.outer_port = <uint16_t>port_of(source)
     slot.is_stray = is_stray
     memcpy(slot.packet, p.data, slot.kept)
     slot.checksum = ut_slot_checksum(slot, slot.kept)
@@ -197,21 +197,21 @@ cdef inline uint32_t inject(Loop *w, ut_ring_slot *slot, uint64_t sequence) noex
         if peer == 0:
             return UT_INJECT_NO_ROUTE
         put_prefix(w, peer, d - w.prefix_len)
-        if send_injected(w, &w.slot.peers[peer].remote, d - w.prefix_len, w.prefix_len + <int>slot.length) >= 0:
+        if send_injected(w, remote_of(w.slot, peer), d - w.prefix_len, w.prefix_len + <int>slot.length) >= 0:
             return UT_INJECT_DONE
     slot.error = <uint32_t>errno
     return UT_INJECT_REFUSED
 
 
-cdef inline ssize_t send_injected(Loop *w, const sockaddr_in *remote, uint8_t *datagram, int length) noexcept nogil:
+cdef inline ssize_t send_injected(Loop *w, const ut_remote *remote, uint8_t *datagram, int length) noexcept nogil:
     """Send a datagram from our own port.  Nothing waits for room in a full buffer."""
     cdef msghdr message
     cdef iovec iov
     iov.iov_base = datagram
     iov.iov_len = length
     memset(&message, 0, sizeof(msghdr))
-    message.msg_name = <void *>remote
-    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_name = <void *>&remote.where
+    message.msg_namelen = remote.where_len
     message.msg_iov = &iov
     message.msg_iovlen = 1
     return sendmsg(w.udp_fd, &message, MSG_DONTWAIT)

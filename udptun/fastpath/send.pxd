@@ -66,7 +66,7 @@ cdef inline void queue_datagram(
         w.n_groups += 1
         memset(g, 0, sizeof(Group))
         g.peer = peer
-        g.remote = w.slot.peers[peer].remote
+        g.remote = remote_of(w.slot, peer)[0]
         g.fd = fd
         g.tos = tos
         g.size = length
@@ -154,8 +154,8 @@ cdef inline void address_message(Loop *w, int i) noexcept nogil:
     cdef Group *g = &w.group[i]
     cdef msghdr *message = &w.message[i].msg_hdr
     memset(message, 0, sizeof(msghdr))
-    message.msg_name = &g.remote
-    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_name = &g.remote.where
+    message.msg_namelen = g.remote.where_len
     message.msg_iov = g.iov
     message.msg_iovlen = g.n_iov
     # A single datagram goes without: some network cards refuse what looks like an offload.
@@ -209,8 +209,8 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
     iov.iov_base = p.data - w.prefix_len
     iov.iov_len = w.prefix_len + p.len
     memset(&message, 0, sizeof(msghdr))
-    message.msg_name = &g.remote
-    message.msg_namelen = sizeof(sockaddr_in)
+    message.msg_name = &g.remote.where
+    message.msg_namelen = g.remote.where_len
     message.msg_iov = &iov
     message.msg_iovlen = 1
     if g.tos:
@@ -238,7 +238,7 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
     return not is_tos_refused
 
 
-cdef inline void drop_too_big(Loop *w, Packet *p, const sockaddr_in *remote) noexcept nogil:
+cdef inline void drop_too_big(Loop *w, Packet *p, const ut_remote *remote) noexcept nogil:
     """Drop a packet that the path does not take and nobody may fragment; tell its sender how long one may be.
 
     Asking the kernel for that takes five system calls, so it is asked only when the answer may be sent.
@@ -270,8 +270,8 @@ cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message) noexcept
         count_sent(w, p.peer, 1, p.len)
 
 
-cdef inline int path_mtu(Loop *w, const sockaddr_in *remote) noexcept nogil:
-    """What the kernel believes the MTU to `remote` is, bytes of outer packet; 0 when it does not say.
+cdef inline int path_mtu(Loop *w, const ut_remote *remote) noexcept nogil:
+    """What the kernel believes the MTU to an IPv4 `remote` is, bytes of outer packet; 0 when it does not say.
 
     Only a connected socket can ask.  Rare: at most once for each ICMP answer.
     """
@@ -284,7 +284,7 @@ cdef inline int path_mtu(Loop *w, const sockaddr_in *remote) noexcept nogil:
     if getsockname(w.udp_fd, <sockaddr *>&own, &n) == 0:
         own.sin_port = 0
         bind(fd, <sockaddr *>&own, n)
-    if connect(fd, <const sockaddr *>remote, sizeof(sockaddr_in)) == 0:
+    if connect(fd, &remote.where.any, remote.where_len) == 0:
         n = sizeof(int)
         if getsockopt(fd, IPPROTO_IP, IP_MTU, &mtu, &n) != 0:
             mtu = 0

@@ -9,6 +9,7 @@
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
 
 from udptun.fastpath.sys cimport *
 
@@ -16,7 +17,8 @@ from udptun.fastpath.sys cimport *
 cdef extern from "shm.h" nogil:
     enum:
         UT_TABLE_MAGIC, UT_STATS_MAGIC, UT_LAYOUT_VERSION
-        UT_MAX_PEERS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG, UT_MAX_WORKERS, UT_MAX_COUNTERS
+        UT_MAX_PEERS, UT_INDEX_ENTRIES, UT_MAX_LENGTHS, UT_L1_ENTRIES, UT_L2_ENTRIES, UT_L2_PAGES, UT_L2_FLAG
+        UT_MAX_WORKERS, UT_MAX_COUNTERS
         UT_LOCAL_ENTRIES, UT_MAX_LOCAL, UT_MAX_LEARNED, UT_HASH, UT_STRAYS, UT_STRAY_SETS, UT_STRAY_WAYS
         UT_RING_SLOTS, UT_RING_BYTES, UT_READS, UT_READ_BYTES, UT_MESSAGES, UT_PREFIX_BYTES, UT_PREFIX_ROOM
         UT_MAX_SENDERS, UT_PEER_UDPTUN, UT_PEER_ANY_SOURCE_PORT, UT_PEER_DEAD, UT_PEER_ECN
@@ -26,22 +28,46 @@ cdef extern from "shm.h" nogil:
         UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
         UT_WAY_PEER, UT_WAY_TUN
         UT_INJECT_WAITS, UT_INJECT_DONE, UT_INJECT_MALFORMED, UT_INJECT_NO_ROUTE, UT_INJECT_REFUSED, UT_INJECT_IN_FLIGHT
+    # Numbers of 64 bits, which an enum has no room for.
+    const uint64_t UT_HASH_UPPER, UT_HASH_LOWER, UT_HASH_BOTH
+    struct ut_address:
+        uint64_t half[2]
+    struct ut_prefix:
+        ut_address address, mask
+    union ut_socket_address:
+        sockaddr any
+        sockaddr_in ipv4
+        sockaddr_in6 ipv6
+    struct ut_remote:
+        ut_socket_address where
+        uint32_t where_len
     struct ut_peer:
-        sockaddr_in remote
-        uint32_t subnet, mask, mtu, flags
+        ut_address subnet
+        uint32_t subnet_len, remote, mtu, flags
         uint8_t prefix[1]
         uint64_t received
     struct ut_learned:
-        uint32_t outer, peer, port
+        ut_address outer
+        uint32_t peer, port
+    struct ut_length:
+        ut_address mask
+        uint64_t subnet_len
     struct ut_slot:
         uint32_t network, network_mask, own_subnet, own_mask, tunnel_address, local_mask
-        uint32_t mtu, source_check, n_l1, n_remotes, offloads, prefix_len, vni, punt_id
+        uint32_t mtu, source_check, n_l1, offloads, prefix_len, vni, punt_id
         uint8_t own_mac[6]
         uint16_t port
-        uint32_t n_learned, learn_id
+        uint32_t n_learned, learn_id, n_peers, n_remotes
+        uint32_t remote_hash_mask, peer_hash_mask, local_ipv6_mask, n_lengths
+        ut_prefix network_ipv6, own_subnet_ipv6
+        ut_address tunnel_address_ipv6
+        ut_length lengths[1]
         uint32_t l1[1]
-        uint32_t remotes[1]
+        ut_remote remotes[1]
+        uint32_t remote_hash[1]
+        uint32_t peer_hash[1]
         uint32_t local[1]
+        ut_address local_ipv6[1]
         ut_learned learned[1]
         ut_peer peers[1]
         uint32_t l2[1][1]
@@ -55,7 +81,8 @@ cdef extern from "shm.h" nogil:
     struct ut_peer_stats:
         uint64_t encap_packets, encap_bytes, decap_packets, decap_bytes
     struct ut_stray:
-        uint32_t outer, peer, inner, last_s, strength, punted_s
+        ut_address outer, inner
+        uint32_t peer, last_s, strength, punted_s
         uint64_t datagrams
     struct ut_read:
         uint8_t vnet[16]
@@ -65,14 +92,15 @@ cdef extern from "shm.h" nogil:
         uint64_t n_handed_on
         ut_read read[1]
         mmsghdr message[1]
-        sockaddr_in source[1]
+        ut_socket_address source[1]
         uint8_t control[1][1]
         uint8_t arena[1]
         uint8_t train[1][1]
     struct ut_ring_slot:
         uint32_t checksum, result, error
         uint64_t time_ns, sequence
-        uint32_t way, length, kept, peer, outer
+        uint32_t way, length, kept, peer
+        ut_address outer
         uint16_t outer_port, is_stray
         uint8_t packet[1]
     struct ut_ring:
@@ -89,6 +117,7 @@ cdef extern from "shm.h" nogil:
     const ut_slot *ut_table_enter(const ut_table *table, ut_worker *worker)
     void ut_table_leave(ut_worker *worker)
     uint32_t ut_hash(uint32_t word)
+    uint32_t ut_hash_address(const ut_address *address)
     uint32_t ut_slot_checksum(const ut_ring_slot *slot, uint32_t kept)
     void ut_store_u64(uint64_t *word, uint64_t value)
     uint64_t ut_load_u64(const uint64_t *word)
@@ -166,36 +195,103 @@ cdef inline uint32_t lookup(const ut_slot *table, uint32_t address) noexcept nog
     return entry
 
 
-cdef inline bint is_remote(const ut_slot *table, uint32_t address) noexcept nogil:
-    """Whether some peer has this public IP (host order).
+cdef inline uint32_t lookup_ipv6(const ut_slot *table, const uint8_t *address) noexcept nogil:
+    """Index of the peer that leases the IPv6 `address` (as in a packet); 0: none.
 
-    A binary search; it is needed only for packets that no lease explains.
+    For each prefix length that peers have one entry and one peer, as a rule, however many peers.
     """
-    cdef uint32_t low = 0, high = table.n_remotes, middle
-    while low < high:
-        middle = (low + high) >> 1
-        if table.remotes[middle] < address:
-            low = middle + 1
-        else:
-            high = middle
-    return low < table.n_remotes and table.remotes[low] == address
+    cdef ut_address whole, wanted
+    cdef const ut_length *length
+    cdef const ut_peer *peer
+    cdef uint32_t k, i
+    memcpy(&whole, address, sizeof(ut_address))
+    for k in range(table.n_lengths):
+        length = &table.lengths[k]
+        wanted.half[0] = whole.half[0] & length.mask.half[0]
+        wanted.half[1] = whole.half[1] & length.mask.half[1]
+        i = ut_hash_address(&wanted) & table.peer_hash_mask
+        while table.peer_hash[i]:
+            peer = &table.peers[table.peer_hash[i]]
+            if is_same(&peer.subnet, &wanted) and peer.subnet_len == length.subnet_len:
+                return table.peer_hash[i]
+            i = (i + 1) & table.peer_hash_mask
+    return 0
 
 
-cdef inline bint is_learned(const ut_slot *table, uint32_t peer, uint32_t address, uint32_t port) noexcept nogil:
+cdef inline bint is_same(const ut_address *a, const ut_address *b) noexcept nogil:
+    return a.half[0] == b.half[0] and a.half[1] == b.half[1]
+
+
+cdef inline ut_address mapped(uint32_t address_be) noexcept nogil:
+    """An IPv4 address (network order) as ::ffff:a.b.c.d."""
+    cdef ut_address out
+    cdef uint8_t *end = <uint8_t *>&out.half[1]
+    out.half[0] = 0
+    end[0] = end[1] = 0
+    end[2] = end[3] = 0xff
+    memcpy(end + 4, &address_be, 4)
+    return out
+
+
+cdef inline ut_address address_of(const ut_socket_address *where) noexcept nogil:
+    cdef ut_address out
+    if where.any.sa_family == AF_INET:
+        return mapped(where.ipv4.sin_addr.s_addr)
+    memcpy(&out, &where.ipv6.sin6_addr, sizeof(ut_address))
+    return out
+
+
+cdef inline uint32_t port_of(const ut_socket_address *where) noexcept nogil:
+    """In host order.  It is at the same place in both families."""
+    cdef const uint8_t *port_be = <const uint8_t *>&where.ipv4.sin_port
+    return <uint32_t>port_be[0] << 8 | port_be[1]
+
+
+cdef inline const ut_remote *remote_of(const ut_slot *table, uint32_t peer) noexcept nogil:
+    return &table.remotes[table.peers[peer].remote]
+
+
+cdef inline bint is_at(const ut_slot *table, uint32_t peer, const ut_socket_address *source) noexcept nogil:
+    """Whether `source` is the peer's public IP."""
+    cdef const ut_socket_address *where = &remote_of(table, peer).where
+    if source.any.sa_family != where.any.sa_family:
+        return False
+    if source.any.sa_family == AF_INET:
+        return source.ipv4.sin_addr.s_addr == where.ipv4.sin_addr.s_addr
+    return memcmp(&source.ipv6.sin6_addr, &where.ipv6.sin6_addr, sizeof(ut_address)) == 0
+
+
+cdef inline bint is_remote(const ut_slot *table, const ut_address *address) noexcept nogil:
+    """Whether some peer has this public IP.  Needed only for packets that no lease explains."""
+    cdef ut_address other
+    cdef uint32_t i = ut_hash_address(address) & table.remote_hash_mask
+    while table.remote_hash[i]:
+        other = address_of(&table.remotes[table.remote_hash[i]].where)
+        if is_same(&other, address):
+            return True
+        i = (i + 1) & table.remote_hash_mask
+    return False
+
+
+cdef inline bint is_learned(
+        const ut_slot *table, uint32_t peer, const ut_address *address, uint32_t port) noexcept nogil:
     """Whether `peer` has been found to send from there (host order).
 
     A binary search; it is needed only for packets that would be dropped otherwise.
     """
-    cdef uint64_t wanted = <uint64_t>address << 32 | peer
+    cdef const ut_learned *it
     cdef uint32_t low = 0, high = table.n_learned, middle
+    cdef int order
     while low < high:
         middle = (low + high) >> 1
-        if (<uint64_t>table.learned[middle].outer << 32 | table.learned[middle].peer) < wanted:
+        it = &table.learned[middle]
+        order = memcmp(&it.outer, address, sizeof(ut_address))
+        if order < 0 or order == 0 and it.peer < peer:
             low = middle + 1
         else:
             high = middle
-    return (low < table.n_learned and table.learned[low].outer == address and table.learned[low].peer == peer
-            and table.learned[low].port in (0, port))
+    it = &table.learned[low]
+    return low < table.n_learned and is_same(&it.outer, address) and it.peer == peer and it.port in (0, port)
 
 
 cdef inline bint is_local(const ut_slot *table, uint32_t address) noexcept nogil:
@@ -205,4 +301,17 @@ cdef inline bint is_local(const ut_slot *table, uint32_t address) noexcept nogil
         if table.local[i] == address:
             return True
         i = (i + 1) & table.local_mask
+    return False
+
+
+cdef inline bint is_local_ipv6(const ut_slot *table, const uint8_t *address) noexcept nogil:
+    """The same of an IPv6 address, as in a packet."""
+    cdef ut_address wanted
+    cdef uint32_t i
+    memcpy(&wanted, address, sizeof(ut_address))
+    i = ut_hash_address(&wanted) & table.local_ipv6_mask
+    while table.local_ipv6[i].half[0] or table.local_ipv6[i].half[1]:
+        if is_same(&table.local_ipv6[i], &wanted):
+            return True
+        i = (i + 1) & table.local_ipv6_mask
     return False

@@ -33,7 +33,7 @@ cdef enum:
     QUESTION_LEN = 36             # IPv4 header 20, ICMP header 8, nonce 8
 
 
-cdef inline bint take_stray(Loop *w, Packet *p, const sockaddr_in *source, bint is_strangers) noexcept nogil:
+cdef inline bint take_stray(Loop *w, Packet *p, const ut_socket_address *source, bint is_strangers) noexcept nogil:
     """Note a datagram that may not come from `source`, if a peer leases its inner source; whether it was punted.
 
     `is_strangers`: the address is no peer's.
@@ -41,7 +41,7 @@ cdef inline bint take_stray(Loop *w, Packet *p, const sockaddr_in *source, bint 
     cdef ut_stray *slot
     if p.peer == 0:
         return False
-    slot = note_stray(w, p, load_be32(<const uint8_t *>&source.sin_addr.s_addr))
+    slot = note_stray(w, p, address_of(source))
     if (not is_strangers or w.slot.punt_id == 0 or w.slot.source_check != UT_SOURCE_PEER
             or ip_destination(p.data) != w.slot.tunnel_address or not is_of_learning(w, p, slot)):
         return False
@@ -70,19 +70,20 @@ cdef inline bint is_of_learning(Loop *w, const Packet *p, ut_stray *slot) noexce
     return True
 
 
-cdef inline ut_stray *note_stray(Loop *w, const Packet *p, uint32_t outer) noexcept nogil:
-    """Count a datagram from `outer` (host order) with an inner source that p.peer leases.  Its slot, or NULL."""
-    cdef ut_stray *slots = &w.strays[(ut_hash(outer ^ p.peer) & (UT_STRAY_SETS - 1)) * UT_STRAY_WAYS]
+cdef inline ut_stray *note_stray(Loop *w, const Packet *p, ut_address outer) noexcept nogil:
+    """Count a datagram from `outer` with an inner source that p.peer leases.  Its slot, or NULL."""
+    cdef uint32_t which = ut_hash(ut_hash_address(&outer) ^ p.peer)
+    cdef ut_stray *slots = &w.strays[(which & (UT_STRAY_SETS - 1)) * UT_STRAY_WAYS]
     cdef ut_stray *slot = &slots[(w.n_unplaced >> STRAY_STEP_BITS) & (UT_STRAY_WAYS - 1)]
     cdef uint32_t now_s, i
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC_COARSE, &now)
     now_s = <uint32_t>now.tv_sec
     for i in range(UT_STRAY_WAYS):
-        if slots[i].outer == outer and slots[i].peer == p.peer:
+        if is_same(&slots[i].outer, &outer) and slots[i].peer == p.peer:
             slots[i].strength = min(slots[i].strength + 1, <uint32_t>STRAY_STRENGTH)
             slots[i].datagrams += 1
-            slots[i].inner = ip_source(p.data)
+            slots[i].inner = mapped(be32(ip_source(p.data)))
             slots[i].last_s = now_s
             return &slots[i]
         if now_s - slots[i].last_s >= STRAY_IDLE_S:
@@ -98,7 +99,7 @@ cdef inline ut_stray *note_stray(Loop *w, const Packet *p, uint32_t outer) noexc
             return NULL
     slot.outer = outer
     slot.peer = p.peer
-    slot.inner = ip_source(p.data)
+    slot.inner = mapped(be32(ip_source(p.data)))
     slot.last_s = now_s
     slot.datagrams = 1
     slot.strength = 1

@@ -13,12 +13,18 @@ cdef extern from "<sys/uio.h>" nogil:
 cdef extern from "<netinet/in.h>" nogil:
     struct in_addr:
         uint32_t s_addr
+    struct in6_addr:
+        uint8_t s6_addr[16]
     struct sockaddr_in:
         uint16_t sin_family
         uint16_t sin_port
         in_addr sin_addr
+    struct sockaddr_in6:
+        uint16_t sin6_family
+        uint16_t sin6_port
+        in6_addr sin6_addr
     struct sockaddr:
-        pass
+        uint16_t sa_family
     int IPPROTO_IP
 
 cdef extern from "<netinet/ip.h>" nogil:
@@ -50,7 +56,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockname(int fd, sockaddr *address, socklen_t *length)
     int getsockopt(int fd, int level, int name, void *value, socklen_t *length)
     int setsockopt(int fd, int level, int name, const void *value, socklen_t length)
-    int AF_INET
+    int AF_INET, AF_INET6
     int SOCK_DGRAM
     int SOCK_CLOEXEC
     int MSG_DONTWAIT

@@ -287,7 +287,7 @@ def _flight(machine: _Machine, name: Any, value: Any, text: Any, _: Any) -> None
         # Of the first message: its struct msghdr lies before its length, and the room of its
         # control behind all sources.
         _write(machine, _IN_FLIGHT, (fields["message_len"][0] - 56 + 40, 8), value)
-        control = _IN_FLIGHT + fields["source"][0] + 64 * 16
+        control = _IN_FLIGHT + sum(fields["source"])
         machine.memory[control : control + len(data[:24])] = data[:24]
         return
     _write(machine, _IN_FLIGHT, (fields[name][0], min(fields[name][1], 8)), value)

@@ -1,6 +1,7 @@
 /* Where the control plane finds the fields of shm.h that it reads or writes; _fastpath.pyx makes FIELDS of it.
  *
- * In the order in which they lie.  A name that ends in _be says network byte order, any other host order.
+ * In the order in which they lie.  A name that ends in _be says network byte order, any other host order; a `struct
+ * ut_address` is bytes, as in a packet.
  */
 #ifndef UDPTUN_FIELDS_H
 #define UDPTUN_FIELDS_H
@@ -17,15 +18,19 @@ struct ut_field {
 #define UT_FIELD(of, field) UT_FIELD_AS(of, field, #field)
 
 static const struct ut_field ut_fields[] = {
-    UT_FIELD_AS(peer, remote.sin_family, "family"),
-    UT_FIELD_AS(peer, remote.sin_port, "port_be"),
-    UT_FIELD_AS(peer, remote.sin_addr.s_addr, "address_be"),
+    UT_FIELD(remote, where),
+    UT_FIELD(remote, where_len),
+
     UT_FIELD(peer, subnet),
-    UT_FIELD(peer, mask),
+    UT_FIELD(peer, subnet_len),
+    UT_FIELD(peer, remote),
     UT_FIELD(peer, mtu),
     UT_FIELD(peer, flags),
     UT_FIELD(peer, prefix),
     UT_FIELD(peer, received),
+
+    UT_FIELD(length, mask),
+    UT_FIELD(length, subnet_len),
 
     UT_FIELD(learned, outer),
     UT_FIELD(learned, peer),
@@ -40,7 +45,6 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(slot, mtu),
     UT_FIELD(slot, source_check),
     UT_FIELD(slot, n_l1),
-    UT_FIELD(slot, n_remotes),
     UT_FIELD(slot, offloads),
     UT_FIELD(slot, prefix_len),
     UT_FIELD(slot, vni),
@@ -49,9 +53,22 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(slot, port),
     UT_FIELD(slot, n_learned),
     UT_FIELD(slot, learn_id),
+    UT_FIELD(slot, n_peers),
+    UT_FIELD(slot, n_remotes),
+    UT_FIELD(slot, remote_hash_mask),
+    UT_FIELD(slot, peer_hash_mask),
+    UT_FIELD(slot, local_ipv6_mask),
+    UT_FIELD(slot, n_lengths),
+    UT_FIELD(slot, network_ipv6),
+    UT_FIELD(slot, own_subnet_ipv6),
+    UT_FIELD(slot, tunnel_address_ipv6),
+    UT_FIELD(slot, lengths),
     UT_FIELD(slot, l1),
     UT_FIELD(slot, remotes),
+    UT_FIELD(slot, remote_hash),
+    UT_FIELD(slot, peer_hash),
     UT_FIELD(slot, local),
+    UT_FIELD(slot, local_ipv6),
     UT_FIELD(slot, learned),
     UT_FIELD(slot, peers),
     UT_FIELD(slot, l2),
@@ -72,8 +89,8 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(peer_stats, decap_bytes),
 
     UT_FIELD(stray, outer),
-    UT_FIELD(stray, peer),
     UT_FIELD(stray, inner),
+    UT_FIELD(stray, peer),
     UT_FIELD(stray, last_s),
     UT_FIELD(stray, datagrams),
 

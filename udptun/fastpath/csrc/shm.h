@@ -2,9 +2,9 @@
  *
  * One writer each: the control plane writes the table and the head of the statistics, worker i writes block i of them.
  * The rings, which lie in the same file, have two, and ring.pxd says who writes what.  Both files are sparse and sealed
- * against resizing; a page that nobody touches costs nothing.  Integers are in host order, but for the socket
- * addresses.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the control plane takes
- * sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
+ * against resizing; a page that nobody touches costs nothing.  Integers are in host order, but for socket addresses
+ * and `struct ut_address`.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the
+ * control plane takes sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
  */
 #ifndef UDPTUN_SHM_H
 #define UDPTUN_SHM_H
@@ -19,16 +19,21 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 9u
+#define UT_LAYOUT_VERSION 10u
 
-#define UT_MAX_PEERS 65536u       /* index 0 means "no peer" */
+#define UT_MAX_PEERS 131072u      /* of both families; index 0 means "no peer" */
+#define UT_INDEX_ENTRIES 262144u  /* of a hash table of indices, so that half of it is free; a power of two */
+#define UT_MAX_LENGTHS 128u       /* different prefix lengths of IPv6 subnets */
 #define UT_L1_ENTRIES 65536u      /* one per /24 of the widest Network, a /8 */
 #define UT_L2_ENTRIES 256u        /* one per address of a /24 that holds longer prefixes */
 #define UT_L2_PAGES 65536u
 #define UT_L2_FLAG 0x80000000u    /* an L1 entry with it names an L2 page, without it a peer */
-#define UT_LOCAL_ENTRIES 65536u   /* of the hash table of this host's addresses; a power of two */
+#define UT_LOCAL_ENTRIES 65536u   /* of the hash table of this host's addresses of one family; a power of two */
 #define UT_MAX_LOCAL 32768u       /* addresses in it, so that half of it is free */
 #define UT_HASH 0x9e3779b1u       /* 2^32 divided by the golden ratio */
+#define UT_HASH_UPPER 0x9e3779b97f4a7c15u /* 2^64 divided by it, and two other odd numbers without a pattern */
+#define UT_HASH_LOWER 0xc2b2ae3d27d4eb4fu
+#define UT_HASH_BOTH 0x165667b19e3779f9u
 #define UT_MAX_WORKERS 16u
 #define UT_MAX_COUNTERS 56u
 #define UT_READS 128u             /* TUN reads a turn */
@@ -44,14 +49,37 @@
 #define UT_STRAYS (UT_STRAY_SETS * UT_STRAY_WAYS)
 #define UT_MAX_LEARNED 65536u     /* addresses beside the public IPs that peers send from */
 #define UT_RING_SLOTS 64u         /* packets that wait in a ring at most; a power of two */
-#define UT_RING_BYTES 448u        /* of a packet, in its slot */
+#define UT_RING_BYTES 440u        /* of a packet, in its slot */
 #define UT_TABLE_HEADER_BYTES 4096u
 #define UT_STATS_HEADER_BYTES 4096u
 
-/* Where one peer is and what it leases; one cache line. */
+/* An IPv6 address as it stands in a packet, or an IPv4 one as ::ffff:a.b.c.d (RFC 4291 2.5.5.2).  All zero: none. */
+struct ut_address {
+    uint64_t half[2];
+};
+
+/* Addresses that are the same as `address` where `mask` has ones. */
+struct ut_prefix {
+    struct ut_address address, mask;
+};
+
+union ut_socket_address {
+    struct sockaddr any;
+    struct sockaddr_in ipv4;
+    struct sockaddr_in6 ipv6;
+};
+
+/* Where datagrams to a host go: its public IP and UDP port, ready for sendmsg.  The peers of one host share it. */
+struct ut_remote {
+    union ut_socket_address where;
+    uint32_t where_len;           /* of the address in `where`, bytes */
+};
+
+/* What a peer leases, of one family, and where it is; one cache line. */
 struct ut_peer {
-    struct sockaddr_in remote;    /* ready for sendmsg: family, port and address in network order */
-    uint32_t subnet, mask;        /* of the lease */
+    struct ut_address subnet;     /* the first address of the lease */
+    uint32_t subnet_len;          /* its prefix length, in the 128 bits of `subnet`; 0: no peer */
+    uint32_t remote;              /* index in remotes[] */
     uint32_t mtu;                 /* largest inner packet the path carries, bytes */
     uint32_t flags;               /* UT_PEER_* */
     uint8_t prefix[UT_PREFIX_BYTES]; /* ready to stand before each packet, the first prefix_len bytes of it */
@@ -65,9 +93,15 @@ struct ut_peer {
 
 /* An address, no peer's public IP, from which a peer has been found to send.  It may send what that peer leases. */
 struct ut_learned {
-    uint32_t outer;
+    struct ut_address outer;
     uint32_t peer;                /* index in peers[] */
     uint32_t port;                /* of UDP, from which alone; 0: from any */
+};
+
+/* The IPv6 subnets of one prefix length, as they are looked for. */
+struct ut_length {
+    struct ut_address mask;
+    uint64_t subnet_len;
 };
 
 /* One complete, immutable-while-published picture of the overlay. */
@@ -79,7 +113,6 @@ struct ut_slot {
     uint32_t mtu;                 /* of our TUN device, bytes */
     uint32_t source_check;        /* UT_SOURCE_* */
     uint32_t n_l1;                /* L1 entries in use: /24s in Network, at least one */
-    uint32_t n_remotes;           /* entries in use in remotes[] */
     uint32_t offloads;            /* UT_OFFLOAD_*: what workers may use */
     uint32_t prefix_len;          /* before each packet on the wire: 0, or UT_PREFIX_BYTES with VXLAN */
     uint32_t vni;                 /* VXLAN: of all that we send and take */
@@ -89,11 +122,22 @@ struct ut_slot {
     uint32_t n_learned;           /* entries in use in learned[] */
     uint32_t learn_id;            /* ICMP id and sequence of the echo replies that the control plane gets although no
                                    * peer is known to send from where they come from; 0: it gets none */
-    uint32_t reserved_line[14];
+    uint32_t n_peers, n_remotes;  /* entries in use in peers[] and remotes[], the unused ones between them included */
+    uint32_t remote_hash_mask;    /* entries in use in remote_hash[], less one */
+    uint32_t peer_hash_mask;      /* in peer_hash[], likewise */
+    uint32_t local_ipv6_mask;     /* in local_ipv6[], likewise */
+    uint32_t n_lengths;           /* entries in use in lengths[] */
+    struct ut_prefix network_ipv6, own_subnet_ipv6; /* all zero: we carry no IPv6 */
+    struct ut_address tunnel_address_ipv6;
+    uint64_t reserved_line[2];
+    struct ut_length lengths[UT_MAX_LENGTHS]; /* of the IPv6 subnets of all peers, longest first */
     uint32_t l1[UT_L1_ENTRIES];
-    uint32_t remotes[UT_MAX_PEERS]; /* public IPs of all peers, ascending, each once */
+    struct ut_remote remotes[UT_MAX_PEERS]; /* of all peers, each address and port once; index 0 means "none" */
+    uint32_t remote_hash[UT_INDEX_ENTRIES]; /* indices in remotes[], hashed by address; 0: a free entry */
+    uint32_t peer_hash[UT_INDEX_ENTRIES]; /* indices in peers[] of those of IPv6, hashed by subnet; 0: a free entry */
     uint32_t local[UT_LOCAL_ENTRIES]; /* addresses of this host, hashed (ut_hash); 0: a free entry */
-    struct ut_learned learned[UT_MAX_LEARNED]; /* ascending by outer and peer, each pair once */
+    struct ut_address local_ipv6[UT_LOCAL_ENTRIES]; /* likewise (ut_hash_address) */
+    struct ut_learned learned[UT_MAX_LEARNED]; /* ascending by outer, byte by byte, and peer, each pair once */
     struct ut_peer peers[UT_MAX_PEERS];
     uint32_t l2[UT_L2_PAGES][UT_L2_ENTRIES];
 };
@@ -105,6 +149,8 @@ enum {
     UT_OFFLOAD_VNET_HDR = 8,      /* packets of the TUN have a virtio header before them */
     UT_OFFLOAD_ECN = 16,          /* each send has a TOS of its own, for marks of congestion */
 };
+
+_Static_assert(sizeof(struct ut_peer) == 64 && offsetof(struct ut_slot, peers) % 64 == 0, "a peer is a cache line");
 
 struct ut_table {
     uint32_t magic, layout_version;
@@ -135,9 +181,9 @@ struct ut_peer_stats {
 /* Datagrams that were dropped because their outer source is not that of the peer that leases the inner source.  One
  * slot a pair of outer source and peer.  It is for people: a reader may see a slot half changed. */
 struct ut_stray {
-    uint32_t outer;               /* their outer source; 0: the slot is free */
+    struct ut_address outer;      /* their outer source; none: the slot is free */
+    struct ut_address inner;      /* inner source of the last of them */
     uint32_t peer;                /* index of the peer that leases their inner source */
-    uint32_t inner;               /* inner source of the last of them */
     uint32_t last_s;              /* when that came, CLOCK_MONOTONIC */
     uint32_t strength;            /* how much it takes to give the slot to another pair */
     uint32_t punted_s;            /* when a question of the slot was punted last, whosever that was */
@@ -159,7 +205,7 @@ struct ut_in_flight {
     uint32_t reserved[12];
     struct ut_read read[UT_READS];
     struct mmsghdr message[UT_MESSAGES]; /* the pointers in it are the writer's own */
-    struct sockaddr_in source[UT_MESSAGES];
+    union ut_socket_address source[UT_MESSAGES];
     uint8_t control[UT_MESSAGES][UT_CMSG_BYTES];
     uint8_t arena[UT_PREFIX_ROOM + UT_READ_BYTES + 65536u]; /* packets as they were read, each behind its prefix */
     uint8_t train[UT_MESSAGES][UT_MESSAGE_BYTES];
@@ -177,9 +223,10 @@ struct ut_ring_slot {
     uint32_t length;              /* of the packet, bytes */
     uint32_t kept;                /* so many of them are in the slot.  Of an injected packet the others are zero */
     uint32_t peer;                /* of a punted packet: index of who leases its inner source; 0: nobody */
-    uint32_t outer;               /* of a punted packet: where its datagram came from */
+    struct ut_address outer;      /* of a punted packet: where its datagram came from */
     uint16_t outer_port;          /* of a punted packet: likewise */
     uint16_t is_stray;            /* of a punted packet: no peer is known to send from there (learn_id) */
+    uint32_t reserved_2;
     uint8_t packet[UT_RING_BYTES];
 };
 enum { UT_WAY_PEER = 0, UT_WAY_TUN = 1 };
@@ -242,6 +289,16 @@ static inline void ut_table_leave(struct ut_worker *worker)
 static inline uint32_t ut_hash(uint32_t word)
 {
     return (word * UT_HASH) >> 16;
+}
+
+/* 32 bits of which each depends on all bits of the address.  With a mask it is where in a hash table of addresses, or of
+ * what has one, an address is looked for, entry by entry in a circle, until one is free. */
+static inline uint32_t ut_hash_address(const struct ut_address *address)
+{
+    uint64_t mixed = address->half[0] * UT_HASH_UPPER + address->half[1] * UT_HASH_LOWER;
+
+    mixed = (mixed ^ mixed >> 32) * UT_HASH_BOTH;
+    return (uint32_t)(mixed >> 32);
 }
 
 /* Of fewer than 5,553 bytes: neither half overflows before the end (RFC 1950 9). */
