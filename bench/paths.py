@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from pathlib import Path as File
 from typing import Protocol, TypeVar
 
 from bench.compiler import SOURCES, compiled, missing_compiler
 from bench.figures import FASTD, FLANNELD, NAIVE, OPENVPN, PATHS, PLAIN, PYTUN, TUNNEL, UNDERLAY_ONLY, VTEP, VXLAN
+from udptun.core.network_state import IPAddress
 from udptun.lab.comparison import Way, kernel_vxlan, over_device, plain_routing
 from udptun.lab.errors import LabError
 from udptun.lab.host import UNDERLAY, Host
@@ -62,7 +63,7 @@ class Path:
     mtu: int
     client: End
     server: End
-    address: IPv4Address
+    address: IPAddress
     processes: tuple[Process, ...] = ()
     """Empty where the kernel does it all."""
 

@@ -25,7 +25,7 @@ LEASES: list[tuple[str, str, str]] = [
     ("10.244.100.0-24hi", GOOD, "is not of the form"),
     ("10.244.100.0-24/sub", GOOD, "is not of the form"),
     ("10.244.100.0-24&", GOOD, "is not of the form"),
-    ("fd00:1::-64", GOOD, "is not of the form"),
+    ("fd00:1::1-64", GOOD, "host bits"),
     ("&fd00:1::-64", GOOD, "is not of the form"),
     ("10.244.100.0-24\n", GOOD, "is not of the form"),
     ("10.244.300.0-24", GOOD, "300"),

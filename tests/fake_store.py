@@ -119,7 +119,7 @@ class FakeStore(HostsWithoutNames):
         self.name = "fake"
         self.config_name = "fake/config"
         self.is_remote = self.is_config_remote = False
-        self.keeps_backend_data = True
+        self.keeps_backend_data = self.keeps_ipv6_alone = True
         self.config = config
         self.fail: Exception | None = None
         """What every reading call raises, and a watch that has begun (see `break_down`)."""

@@ -88,8 +88,10 @@ class Client:
 
     # ------------------------------------------------------------------------------------------------- the hands
 
-    def add_node(self, name: str, pod_cidr: str = "", annotations: Mapping[str, str] = {}) -> None:
-        spec = {"podCIDR": pod_cidr, "podCIDRs": [pod_cidr]} if pod_cidr else {}
+    def add_node(self, name: str, pod_cidrs: str = "", annotations: Mapping[str, str] = {}) -> None:
+        """Commas separate the podCIDRs."""
+        cidrs = pod_cidrs.split(",")
+        spec = {"podCIDR": cidrs[0], "podCIDRs": cidrs} if pod_cidrs else {}
         node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": name, "annotations": dict(annotations)}}
         answer = self.ask("POST", "/api/v1/nodes", {**node, "spec": spec})
         assert answer.status == 201, answer

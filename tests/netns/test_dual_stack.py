@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from traffic import CLEANUP, REAL_TIME, read_status, seconds_until, wait_for_peers
 
-from udptun.lab.host import UNDERLAY_IPV6, Host, Pod
+from udptun.core.family import Family
+from udptun.lab.host import UNDERLAY, UNDERLAY_IPV6, Host, Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab
 
@@ -171,6 +172,26 @@ def picture(host: Host) -> list[str]:
     return [host.run(["sh", "-c", f"{command} 2>/dev/null; true"]).stdout for command in commands]
 
 
+def test_a_host_that_loses_its_ipv4_address_goes_on_with_ipv6_and_takes_ipv4_up_again(slack: int) -> None:
+    """It ended, and pods had no network at all after the next restart."""
+    with dual_stack_lab("db", {"Type": "vxlan"}) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        wait_for_both(lab)
+        one, other = lab.host(1), lab.host(2)
+        address = f"{one.underlay_address}/{UNDERLAY.prefixlen}"
+        one.machine.at().ip(f"addr del {address} dev eth0")
+        lack = "pods have no IPv4 to other hosts: eth0 has no IPv4 address that other hosts could send to; give it one"
+        wait_until("the problem", lambda: lack in problems(one), 5 * slack)
+        wait_until("IPv6", lambda: answers(one.pod(1), other.pod(1).ipv6_address), 5 * slack)
+        refused = ["ping", "-c", "1", "-W", "1", str(other.pod(1).address)]
+        wait_until("refusals", lambda: "nreachable" in one.pod(1).run(refused, check=False).stdout, 5 * slack)
+        assert one.mtu == 1430
+        one.machine.at().ip(f"addr add {address} brd + dev eth0", f"route replace default via {UNDERLAY[1]}")
+        wait_until("IPv4", lambda: lack not in problems(one), 5 * slack)
+        wait_for_both(lab)
+
+
 def test_a_host_that_loses_its_ipv6_address_goes_on_with_ipv4_and_takes_ipv6_up_again(slack: int) -> None:
     """The guard routes refuse IPv6 packets meanwhile, so that none leaves in clear text by the default route."""
     with dual_stack_lab("da", {"Type": "vxlan"}) as lab:
@@ -198,7 +219,7 @@ def test_a_host_that_loses_its_ipv6_address_goes_on_with_ipv4_and_takes_ipv6_up_
 def test_a_node_with_an_ipv4_podcidr_alone_carries_ipv4_and_says_what_ipv6_lacks() -> None:
     """The store gives the subnets: a daemon that insisted on two would end, and pods had no network at all."""
     conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": {"Type": "vxlan"}}
-    with Lab(f"dk{os.getpid()}", net_conf=conf, store="kube", ipv6=True) as lab:
+    with Lab(f"dk{os.getpid()}", net_conf=conf, store="kube", ipv6=True, pod_cidrs=[Family.IPV4]) as lab:
         lab.daemon_command[:0] = REAL_TIME
         lab.daemon_command.append("--ip-masq")
         lab.start()

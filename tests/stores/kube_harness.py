@@ -25,12 +25,23 @@ PREFIX = "flannel.alpha.coreos.com/"
 def annotations(number: int) -> dict[str, str]:
     """What our daemon on host `number` writes."""
     attrs = host(number)
-    return {
+    said = {
         f"{PREFIX}backend-data": json.dumps(attrs.backend_data, separators=(",", ":")),
         f"{PREFIX}backend-type": attrs.backend_type,
         f"{PREFIX}kube-subnet-manager": "true",
-        f"{PREFIX}public-ip": str(attrs.public_ip),
     }
+    if attrs.public_ip is not None:
+        said[f"{PREFIX}public-ip"] = str(attrs.public_ip)
+    if attrs.public_ipv6 is not None:
+        said[f"{PREFIX}backend-v6-data"] = json.dumps(attrs.backend_v6_data, separators=(",", ":"))
+        said[f"{PREFIX}public-ipv6"] = str(attrs.public_ipv6)
+    return said
+
+
+def pod_cidrs(subnet: int) -> str:
+    """The podCIDRs of that number, that of IPv6 first: the control plane has either order."""
+    subnets = SUBNETS[subnet]
+    return ",".join(str(it) for it in (subnets.ipv6, subnets.ipv4) if it is not None)
 
 
 def kube_store(kubeconfig: Path, net_conf: Path, node: str, *flags: str) -> KubeStore:
@@ -76,7 +87,7 @@ class KubeHarness:
                 self.client.delete(f"n{number}")
         for number, subnet in wanted.items():
             if self._there.get(number) != subnet:
-                self.client.add_node(f"n{number}", str(SUBNETS[subnet].ipv4), annotations(number))
+                self.client.add_node(f"n{number}", pod_cidrs(subnet), annotations(number))
             else:
                 self.client.annotate(f"n{number}", annotations(number))
         self._there = wanted
@@ -104,7 +115,7 @@ class LabKubeHarness(KubeHarness):
                     cluster.nodes.delete(f"n{number}")
             for number, subnet in wanted.items():
                 if there.get(number) != subnet:
-                    cluster.add_node(f"n{number}", str(SUBNETS[subnet].ipv4), annotations(number))
+                    cluster.add_node(f"n{number}", pod_cidrs(subnet), annotations(number))
                 else:
                     patch = {"metadata": {"annotations": annotations(number)}}
                     cluster.nodes.patch(f"n{number}", STRATEGIC, patch, is_status=False)

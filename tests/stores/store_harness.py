@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from enum import Enum
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,15 +27,25 @@ from udptun.stores.local.store import LocalStore
 NETWORK = IPv4Network("10.0.0.0/8")
 NET_CONF = '{"Network": "10.0.0.0/8", "Backend": {"Type": "udp"}}'
 SUBNETS = [Subnets(subnet) for subnet in islice(NETWORK.subnets(new_prefix=24), 12_000)]
+WITH_IPV6 = ((12_000, 100_000), (12_001, 100_001))
+"""Number of a subnet, and of its host: of both families, and of IPv6 alone."""
+SUBNETS += [
+    Subnets(IPv4Network("10.46.224.0/24"), IPv6Network("fd00:0:0:1::/64")),
+    Subnets(None, IPv6Network("fd00:0:0:2::/64")),
+]
 DEADLINE_S = 30.0
 
 
 def host(number: int, port: int = 8285) -> LeaseAttrs:
     """What host `number` writes into its lease."""
+    (_, of_both), (_, alone) = WITH_IPV6
+    has_ipv6 = number in (of_both, alone)
     return LeaseAttrs(
-        IPv4Address(0xC6120000 + number),  # 198.18.0.0/15, for benchmarks (RFC 2544)
-        backend_type="udp",
-        backend_data={"Port": port, "NodeID": f"{number:032x}", "Udptun": 1},
+        None if number == alone else IPv4Address(0xC6120000 + number),  # 198.18.0.0/15, for benchmarks (RFC 2544)
+        IPv6Address(f"fd99::{number & 0xFFFF:x}") if has_ipv6 else None,
+        "udp",
+        {"Port": port, "NodeID": f"{number:032x}", "Udptun": 1},
+        {"VNI": number} if has_ipv6 else None,
     )
 
 
@@ -153,11 +163,13 @@ class FileHarness:
         return FileStore(self.path, self.net_conf)
 
     def write(self, leases: Iterable[tuple[int, int]]) -> None:
-        self.entries = {
-            subnet: {"Subnet": str(SUBNETS[subnet].ipv4), "PublicIP": str(host(number).public_ip), "Port": 8285}
-            for subnet, number in leases
-        }
+        self.entries = {subnet: self._entry(SUBNETS[subnet], host(number)) for subnet, number in leases}
         self._replace()
+
+    def _entry(self, subnets: Subnets, attrs: LeaseAttrs) -> dict[str, Any]:
+        fields = {"Subnet": subnets.ipv4, "PublicIP": attrs.public_ip}
+        fields |= {"IPv6Subnet": subnets.ipv6, "PublicIPv6": attrs.public_ipv6}
+        return {"Port": 8285, **{key: str(value) for key, value in fields.items() if value is not None}}
 
     def spoil(self, number: int) -> str:
         self.entries[number]["PublicIP"] = "2001:db8::1"

@@ -17,6 +17,7 @@ from kube_harness import KubeHarness, LabKubeHarness, RealKubeHarness
 from store_harness import (
     NET_CONF,
     SUBNETS,
+    WITH_IPV6,
     Can,
     FileHarness,
     Harness,
@@ -91,6 +92,36 @@ async def test_a_snapshot_has_every_lease_with_its_attributes(make: Make, tmp_pa
     assert all(lease.attrs.is_udptun for lease in snapshot.leases)
     assert not snapshot.skipped
     await store.aclose()
+
+
+@over()
+async def test_leases_of_both_families_and_of_ipv6_alone_are_seen_and_claimed_as_they_are(
+    make: Make, tmp_path: Path
+) -> None:
+    harness = make(tmp_path)
+    stores = {place: harness.store(place[1]) for place in WITH_IPV6}
+    both, alone = WITH_IPV6
+    store = stores[both]
+    if not store.keeps_ipv6_alone:
+        await stores.pop(alone).aclose()
+    await asyncio.to_thread(harness.write, [(1, 1), *stores])
+    leases = {lease.key: lease for lease in (await store.snapshot()).leases}
+    async with watching(store) as watcher:
+        for (subnet, number), its_store in stores.items():
+            lease, attrs = leases[SUBNETS[subnet].key], host(number)
+            assert lease.subnets == SUBNETS[subnet]
+            assert (lease.attrs.public_ip, lease.attrs.public_ipv6) == (attrs.public_ip, attrs.public_ipv6)
+            if store.keeps_backend_data:
+                assert lease.attrs == attrs
+            claimed = await its_store.claim(attrs, exactly(subnet))
+            assert (claimed.subnets, claimed.attrs) == (SUBNETS[subnet], attrs)
+            renewed = await its_store.renew(claimed)
+            assert (renewed.subnets, renewed.attrs) == (SUBNETS[subnet], attrs)
+        await watcher.until(lambda: watcher.numbers == {1, *(subnet for subnet, _ in stores)})
+        await asyncio.to_thread(harness.write, [(1, 1)])
+        await watcher.until(lambda: watcher.numbers == {1})
+    for it in stores.values():
+        await it.aclose()
 
 
 @over()

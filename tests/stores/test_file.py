@@ -42,6 +42,20 @@ def snapshot_of(path: Path) -> Snapshot:
 # Reading
 
 
+def test_an_entry_may_have_both_families_or_ipv6_alone() -> None:
+    both = {**A, "IPv6Subnet": "fd00:0:0:1::/64", "PublicIPv6": "fd99::1"}
+    alone = {"IPv6Subnet": "fd00:0:0:2::/64", "PublicIPv6": "fd99::2"}
+    overlapping = {**B, "IPv6Subnet": "fd00:0:0:2:8000::/65"}
+    found = parse(json.dumps([both, alone, overlapping, B]))
+    assert [entry.lease.key for entry in found.entries] == [
+        "10.244.1.0-24&fd00:0:0:1::-64",
+        "fd00:0:0:2::-64",
+        "10.244.2.0-24",
+    ]
+    assert [str(entry.lease.attrs.public_ipv6) for entry in found.entries] == ["fd99::1", "fd99::2", "None"]
+    assert found.skipped == ("entry 3: subnet fd00:0:0:2:8000::/65 overlaps entry 2",)
+
+
 def test_keys_are_matched_without_case_and_port_and_node_may_be_absent() -> None:
     (entry,) = parse('[{"subnet": "10.244.1.0/24", "publicip": "192.0.2.1"}]').entries
     assert entry.lease.key == "10.244.1.0-24"
@@ -72,8 +86,11 @@ def test_keys_are_matched_without_case_and_port_and_node_may_be_absent() -> None
         ({**A, "Port": True}, "Port true is not"),
         ({**A, "Port": 8285.0}, "Port 8285.0 is not"),
         ({**A, "Node": 3}, "Node 3 is not a text"),
-        ({**A, "Prot": 8285}, "unknown key 'Prot'; known are Subnet, PublicIP, Port, Node"),
+        ({**A, "Prot": 8285}, "unknown key 'Prot'; known are Subnet, PublicIP, IPv6Subnet, PublicIPv6, Port, Node"),
         ({**A, "port": 9000}, "Port is there twice"),
+        ({**A, "IPv6Subnet": "fd00::"}, "IPv6Subnet fd00:: has no prefix length; write it as fd00:244:0:1::/64"),
+        ({**A, "IPv6Subnet": "10.244.3.0/24"}, "At least 3 parts expected"),
+        ({"IPv6Subnet": "fd00::/64", "PublicIPv6": "192.0.2.7"}, "At least 3 parts expected"),
         (B, "subnet 10.244.2.0/24 overlaps entry 1"),
         ({**A, "Subnet": "10.244.0.0/16"}, "subnet 10.244.0.0/16 overlaps entry 1"),
         ({**A, "Subnet": "10.244.2.128/25"}, "subnet 10.244.2.128/25 overlaps entry 1"),

@@ -23,7 +23,7 @@ from store_harness import host, watching
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType, Lease, LeaseAttrs
-from udptun.stores.base import SubnetChoice
+from udptun.stores.base import PublicAddresses, SubnetChoice
 
 if TYPE_CHECKING:
     from udptun.lab.kube_api.connection import Request
@@ -202,12 +202,12 @@ async def test_node_public_ip_is_told_before_the_claim(cluster: Cluster) -> None
     key = f"{PREFIX}node-public-ip"
     cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", {key: "203.0.113.1"}))
     store = cluster.store()
-    assert await store.public_ip() == IPv4Address("203.0.113.1")
+    assert await store.public_addresses() == PublicAddresses(IPv4Address("203.0.113.1"))
     await asyncio.to_thread(cluster.admin.annotate, "n1", {key: "many"})
     with pytest.raises(ConfigError, match=rf"node n1: its annotation {key}: "):
-        await store.public_ip()
+        await store.public_addresses()
     await asyncio.to_thread(cluster.admin.annotate, "n1", {key: None})
-    assert await store.public_ip() is None
+    assert await store.public_addresses() == PublicAddresses()
     await store.aclose()
 
 

@@ -24,8 +24,10 @@ from udptun.config.net_conf import (
     SubnetPool,
     keys_that_need_a_restart,
 )
-from udptun.control.settings import ipv6_lack, live_settings
+from udptun.control.settings import lack as lack_of
+from udptun.control.settings import live_settings
 from udptun.core.errors import ConfigError
+from udptun.core.family import Family
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
 from udptun.kernel.underlay import Underlay
 
@@ -79,6 +81,13 @@ def test_config_gets_flannels_ipv6_defaults() -> None:
     conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}')
     first, last = IPv6Address("fc00:0:0:1::"), IPv6Address("fc00:0:0:ffff::")
     assert conf.ipv6 == SubnetPool(IPv6Network("fc00::/48"), first, last, 64)
+
+
+def test_config_takes_ipv6_alone_and_asks_for_no_network_then() -> None:
+    conf = parse('{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"vxlan"}}')
+    assert conf.ipv4 is None
+    assert conf.families == (Family.IPV6,)
+    assert conf.network == IPv6Network("fc00::/48")
 
 
 def test_config_takes_overrides_of_the_ipv6_range() -> None:
@@ -292,10 +301,10 @@ def test_ipv6_is_carried_or_the_reason_is_said_and_ipv4_is_not_touched(
     own = IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1")
     here = replace(Underlay("eth0", 2, 1500, own[0], own[0], ipv6=own[1], public_ipv6=own[1]), **underlay)  # type: ignore[arg-type]  # of the table
     options = parse_daemon_flags([], {})
-    assert ipv6_lack(options, conf, here, backend(keys)) == lack
+    assert lack_of(options, conf, here, backend(keys), Family.IPV6) == lack
     live = live_settings(options, conf, here, backend(keys))
     assert (live.mtu, live.ipv6_mtu, live.pod_mtu) == mtus
-    assert ipv6_lack(options, replace(conf, ipv6=None), here, backend(keys)) == ""
+    assert lack_of(options, replace(conf, ipv6=None), here, backend(keys), Family.IPV6) == ""
 
 
 def net(**keys: object) -> str:
@@ -415,8 +424,8 @@ MALFORMED = [
     (net(EnableNFTables={}), "EnableNFTables: must be true or false, not an object"),
     (net(EnableIPv4=False), "EnableIPv4: none defined stack: set EnableIPv4 or EnableIPv6 to true"),
     (
-        net(EnableIPv4=False, **DUAL),
-        "EnableIPv4: cannot be false: every backend carries IPv4; IPv6 alone is not built yet",
+        '{"EnableIPv4": false, "EnableIPv6": true, "Network": "10.244.0.0/16"}',
+        "IPv6Network: please define a correct IPv6Network parameter in the flannel config",
     ),
     (net(EnableIPv6=True), "IPv6Network: please define a correct IPv6Network parameter in the flannel config"),
     (

@@ -20,6 +20,7 @@ from udptun.core.errors import KernelError
 from udptun.core.lease import Subnets
 
 V4 = Subnets(IPv4Network("10.244.30.0/24"))
+V6 = Subnets(None, IPv6Network("fd00::/64"))
 DUAL = Subnets(IPv4Network("10.244.30.0/24"), IPv6Network("fd00:244:0:55::/64"))
 
 
@@ -42,9 +43,20 @@ def test_render_has_the_ipv6_lines_when_ipv6_is_on() -> None:
     )
 
 
+def test_render_has_no_ipv4_lines_when_ipv6_is_alone() -> None:
+    text = '{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:244::/48"}'
+    assert subnet_env.render(parse_net_conf(text, "test"), Subnets(None, DUAL.ipv6), 1430, ip_masq=True) == (
+        "FLANNEL_IPV6_NETWORK=fd00:244::/48\n"
+        "FLANNEL_IPV6_SUBNET=fd00:244:0:55::1/64\n"
+        "FLANNEL_MTU=1430\n"
+        "FLANNEL_IPMASQ=true\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "subnets"),
     [
+        ("FLANNEL_IPV6_SUBNET=fd00::1/64\n", V6),
         ("FLANNEL_SUBNET=10.244.30.1/24\n", V4),
         ("FLANNEL_SUBNET=10.244.30.1/24\nFLANNEL_IPV6_SUBNET=fd00:244:0:55::1/64\n", DUAL),
         ("# comment\n\nexport FLANNEL_SUBNET = '10.244.30.1/24'\r\n", V4),
@@ -74,7 +86,7 @@ def test_parse_reads_what_flannel_reads(text: str, subnets: Subnets) -> None:
         ("", None, "no FLANNEL_SUBNET in it"),
         ("\0\0\0", None, "no FLANNEL_SUBNET in it"),
         ("FLANNEL_SUBNET=\n", None, "no FLANNEL_SUBNET in it"),
-        ("FLANNEL_IPV6_SUBNET=fd00::1/64\n", None, "no FLANNEL_SUBNET in it"),
+        ("FLANNEL_SUBNET=x\nFLANNEL_IPV6_SUBNET=fd00::1/64\n", V6, "FLANNEL_SUBNET: 'x' is not a subnet"),
         ("FLANNEL_SUBNET=fd00::1/64\n", None, "FLANNEL_SUBNET: 'fd00::1/64' is not a subnet"),
         ("FLANNEL_SUBNET=10.244.30.1\n", None, "FLANNEL_SUBNET: '10.244.30.1' is not a subnet"),
         ("FLANNEL_SUBNET=10.244.30.1/33\n", None, "FLANNEL_SUBNET: '10.244.30.1/33' is not a subnet"),

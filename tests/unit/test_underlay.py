@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
 from udptun.core.errors import UsageError
+from udptun.core.family import Family
 from udptun.core.network_state import Address, Link, Route, RouteType, Scope
 from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick, probe_address, refresh
 
@@ -374,6 +375,64 @@ def test_iface_may_be_an_ipv6_address() -> None:
         "eth1",
         IPv4Address("198.51.100.1"),
         IPv6Address("2001:db8::3"),
+    )
+
+
+IPV6_DEFAULT = Route(IPv6Network("::/0"), IPv6Address("fe80::ff"), 2, protocol=3)
+IPV6_ROUTES = [Route(IPv6Network("fe80::/64"), oif=3), Route(IPv6Network("2001:db8::/64"), oif=2), IPV6_DEFAULT]
+
+
+def choose_ipv6(*ipv6: Address, reach: Route | None = None, **options: object) -> Underlay:
+    asked = UnderlayOptions(with_ipv4=False, with_ipv6=True, **options)  # type: ignore[arg-type]  # of the caller
+    return pick(asked, LINKS, [*ADDRESSES, *ipv6], IPV6_ROUTES, reach, family=Family.IPV6)
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, "eth0 2001:db8::1"),
+        ({"ifaces": ("eth1",)}, "eth1 2001:db8:3::3"),
+        ({"ifaces": ("192.0.2.1",)}, "eth0 2001:db8::1"),
+        ({"ifaces": ("2001:db8::2",)}, "eth0 2001:db8::2"),
+        ({"iface_regexes": ("2001:db8:3",)}, "eth1 2001:db8:3::3"),
+        ({"public_ipv6": IPv6Address("2001:db8:3::3")}, "eth1 2001:db8:3::3"),
+        (
+            {
+                "can_reach": IPv6Address("2001:db8:9::9"),
+                "reach": Route(IPv6Network("2001:db8:9::9/128"), oif=3, prefsrc=IPv6Address("2001:db8:3::3")),
+            },
+            "eth1 2001:db8:3::3",
+        ),
+    ],
+    ids=str,
+)
+def test_ipv6_alone_has_every_way_to_choose_and_no_ipv4_address(options: dict[str, object], chosen: str) -> None:
+    found = choose_ipv6(GLOBAL, OTHER, ip6("2001:db8:3::3", 3), LINK_LOCAL, **options)
+    assert f"{found.link_name} {found.ipv6}" == chosen
+    assert found.public_ipv6 == found.host_address == found.first_address == found.ipv6
+    assert (found.address, found.public_ip, found.ipv4_problem, found.is_behind_nat) == (None, None, "", False)
+    options = UnderlayOptions(with_ipv4=False, with_ipv6=True)
+    assert refresh(found, options, LINKS, [ip6(str(found.ipv6), found.link_index)]) == replace(found, others=())
+    assert refresh(found, options, LINKS, ADDRESSES) is None
+
+
+def test_ipv6_alone_without_an_address_or_a_default_route_says_so() -> None:
+    with pytest.raises(UnderlayError, match="failed to find IPv6 address for interface eth0"):
+        choose_ipv6(LINK_LOCAL, replace(GLOBAL, is_tentative=True))
+    asked = UnderlayOptions(with_ipv4=False, with_ipv6=True)
+    with pytest.raises(UnderlayError, match="unable to find default route; use --iface"):
+        pick(asked, LINKS, [GLOBAL], IPV6_ROUTES[:2], family=Family.IPV6)
+
+
+def test_an_interface_chosen_by_ipv6_has_its_ipv4_address_too() -> None:
+    """A host whose IPv4 has no default route."""
+    asked = UnderlayOptions(with_ipv6=True)
+    found = pick(asked, LINKS, [*ADDRESSES, GLOBAL], IPV6_ROUTES, family=Family.IPV6)
+    assert (found.ipv6, found.address, found.public_ip) == (GLOBAL.ip, *[IPv4Address("192.0.2.1")] * 2)
+    without = pick(asked, LINKS, [GLOBAL], IPV6_ROUTES, family=Family.IPV6)
+    assert (without.address, without.ipv4_problem) == (
+        None,
+        "eth0 has no IPv4 address that other hosts could send to; give it one",
     )
 
 

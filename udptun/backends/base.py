@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
@@ -55,7 +55,8 @@ class TunnelKeys(ProbedKeys):
 class LiveSettings:
     """What SIGHUP can change.  All but the MTUs and `probe` concerns the userspace tunnel.
 
-    `mtu` is the largest IPv4 packet of a pod, bytes, and `ipv6_mtu` the largest of IPv6; None: none is carried.
+    `mtu` is the largest packet of a pod by the first family that is carried, bytes, and `ipv6_mtu` the largest of IPv6;
+    None: none is carried.  Without `has_ipv4` none of IPv4 is.
     `probe`: whether the peers are probed.
     `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.
     `carries_ecn`: whether every mark of congestion on what peers send can be carried on.
@@ -69,6 +70,21 @@ class LiveSettings:
     probe: bool = True
     carries_ecn: bool = False
     ipv6_mtu: int | None = None
+    has_ipv4: bool = True
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Those that are carried, IPv4 first."""
+        return (Family.IPV4,) * self.has_ipv4 + (Family.IPV6,) * (self.ipv6_mtu is not None)
+
+    def without(self, family: Family) -> LiveSettings:
+        """The same where that family, which is not the only one, is not carried."""
+        if family not in self.families:
+            return self
+        if family is Family.IPV6:
+            return replace(self, ipv6_mtu=None)
+        assert self.ipv6_mtu is not None
+        return replace(self, has_ipv4=False, mtu=self.ipv6_mtu)
 
     @property
     def pod_mtu(self) -> int:
@@ -114,6 +130,7 @@ class BackendInput:
         live, network, own_subnet = self.live, self.network, self.own_subnet
         assert isinstance(network, IPv4Network), "the datapath carries IPv4 alone"
         assert isinstance(own_subnet, IPv4Network)
+        assert self.underlay.address is not None, "the datapath's sockets are of IPv4"
         return PacketSettings(
             network,
             own_subnet,
@@ -146,8 +163,10 @@ def claimed(backend: Backend, conf: NetConf, family: Family = Family.IPV4) -> tu
     return (pool.network,) if backend.routes_network else pool.leasable
 
 
-def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address) -> None:
-    """Raise ConfigError, with the ways out that there are, when the backend claims this host's underlay address."""
+def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address | None) -> None:
+    """Raise ConfigError, with the ways out that there are, when the backend claims this host's IPv4 address."""
+    if conf.ipv4 is None or address is None:
+        return
     if not any(address in prefix for prefix in claimed(backend, conf)):
         return
     between = f"between SubnetMin ({conf.ipv4.subnet_min}) and SubnetMax ({conf.ipv4.subnet_max})"
@@ -156,7 +175,7 @@ def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address) -> Non
             f"Network: this host's underlay address {address} lies {between}, where hosts lease their subnets; "
             "set SubnetMin and SubnetMax so that no host's own address lies between them, or choose another Network"
         )
-    contains = f"Network: {conf.network} contains this host's underlay address {address}"
+    contains = f"Network: {conf.ipv4.network} contains this host's underlay address {address}"
     another = "choose a Network that no host's own address lies in"
     if any(address in prefix for prefix in conf.ipv4.leasable):
         raise ConfigError(f"{contains}; {another}")

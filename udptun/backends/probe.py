@@ -37,7 +37,7 @@ async def choose_backend(
 
     Raises UdptunError, also when another daemon of this host has the device that `keys` name.
     """
-    ownership = ownerships[Family.IPV4]
+    ownership = next(iter(ownerships.values()))
     if isinstance(keys, UdpKeys):
         return choose(keys, KernelSupport(), "", await find_tun_name(ownership))
     if not isinstance(keys, VxlanKeys):
@@ -52,7 +52,8 @@ async def choose_backend(
         first = link.mac if link is not None and link.vxlan is not None else ""
         macs[family] = identity.vtep_mac(state_dir, first, family)
     support = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
-    return choose(keys, support, macs[Family.IPV4], await find_tun_name(ownership), macs.get(Family.IPV6, ""))
+    mac, ipv6_mac = macs.get(Family.IPV4, ""), macs.get(Family.IPV6, "")
+    return choose(keys, support, mac, await find_tun_name(ownership), ipv6_mac)
 
 
 async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:

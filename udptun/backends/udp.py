@@ -98,6 +98,7 @@ class Udp:
 
     def remote(self, lease: Lease) -> Remote:
         attrs = lease.attrs
+        assert attrs.public_ip is not None
         return Remote(
             attrs.public_ip,
             attrs.port(self._default_port),

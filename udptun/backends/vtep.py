@@ -66,6 +66,7 @@ class UserspaceVtep:
         With VXLAN all of them take any source port, and carry marks of congestion on, as the kernel does.
         """
         attrs, mac = lease.attrs, _packed(vxlan.mac_in(lease.part(Family.IPV4)))
+        assert attrs.public_ip is not None
         return Remote(attrs.public_ip, self.port, attrs.is_udptun, True, mac, carries_ecn=True)
 
     def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink]:
@@ -77,9 +78,9 @@ class UserspaceVtep:
         With DirectRouting a peer that is reached without a gateway gets a plain route of its own.
         """
         direct = [
-            DesiredRoute(lease.subnet, gateway=lease.attrs.public_ip, oif=inputs.direct[lease.attrs.public_ip])
-            for lease in inputs.peers
-            if lease.attrs.public_ip in inputs.direct
+            DesiredRoute(part.subnet, gateway=part.public_ip, oif=inputs.direct[part.public_ip])
+            for part in inputs.parts
+            if part.public_ip in inputs.direct
         ]
         return DesiredState(
             links=self.links(inputs.underlay, inputs.live),

@@ -92,6 +92,8 @@ class KernelVxlan:
 
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         attrs = lease_attrs(self._keys.vni, self._macs[Family.IPV4], underlay, node_id)
+        if underlay.public_ip is None:
+            attrs = replace(attrs, backend_data={"NodeID": node_id, "Udptun": 1})
         if underlay.public_ipv6 is None:
             return attrs
         v6_data = {"VNI": self._keys.vni, "VtepMAC": self._macs[Family.IPV6]}

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
@@ -15,6 +15,7 @@ from udptun.commands.status import duration, table
 from udptun.config.flags import LeaseRequest
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError, UsageError
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership.allocate import fits
 from udptun.membership.identity import Identity
@@ -38,7 +39,7 @@ def list_leases(request: LeaseRequest) -> int:
         rows = [
             [
                 _subnets(lease),
-                str(lease.attrs.public_ip),
+                str(lease.attrs.host_address),
                 (lease.attrs.node_id or "-")[:8],
                 lease.attrs.backend_type or "-",
                 str(lease.attrs.port(0) or "-"),
@@ -83,28 +84,31 @@ def reserve(request: LeaseRequest) -> int:
     """Keep a subnet for the node with --public-ip."""
     (word,) = request.words
     subnets = _subnets_of(word)
-    public_ip = request.options.public_ip
-    if public_ip is None:
-        raise UsageError("lease reserve: --public-ip is missing: for which host is the subnet?")
+    public_ip, public_ipv6 = request.options.public_ip, request.options.public_ipv6
+    if public_ip is None and (public_ipv6 is None or subnets.ipv4 is not None):
+        key = "--public-ip" if subnets.ipv4 is not None else "--public-ipv6"
+        raise UsageError(f"lease reserve: {key} is missing: for which host is the subnet?")
     port = request.options.port
-    attrs = LeaseAttrs(public_ip, backend_data=None if port is None else {"Port": port})
+    attrs = LeaseAttrs(public_ip, public_ipv6, backend_data=None if port is None else {"Port": port})
 
     async def work(store: Store) -> None:
         conf = parse_net_conf(await store.network_config(), store.config_name)
         if not fits(subnets, conf):
+            pool = conf.pool(conf.families[0])
+            also = conf.ipv4 is not None and conf.ipv6 is not None
             raise UdptunError(
                 f"cannot reserve {word}: no host would take it; the subnets of {conf.network} are those of length "
-                f"/{conf.ipv4.subnet_len} from {conf.ipv4.subnet_min} to {conf.ipv4.subnet_max}"
-                + ("" if conf.ipv6 is None else f", each with one of {conf.ipv6.network} behind an & in the key")
+                f"/{pool.subnet_len} from {pool.subnet_min} to {pool.subnet_max}"
+                + (f", each with one of {conf.pool(Family.IPV6).network} behind an & in the key" if also else "")
             )
         lease = await store.reserve(subnets, attrs)
         held = f", which node {lease.attrs.node_id} holds" if lease.attrs.node_id else ""
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
-        host = Identity(public_ip, port or default_port, "", default_port)
+        host = Identity(attrs.host_address, port or default_port, "", default_port)
         others = [other for other in (await store.snapshot()).leases if host.owns(other) and other.key != lease.key]
         print(
-            f"reserved {lease.subnet} for {lease.attrs.public_ip} in {store.name}{held}; it does not expire, and takes "
-            f"effect {_when(lease, others)}"
+            f"reserved {lease.subnet} for {lease.attrs.host_address} in {store.name}{held}; it does not expire, and "
+            f"takes effect {_when(lease, others)}"
         )
 
     return _with_store(request, work)
@@ -134,7 +138,7 @@ def release(request: LeaseRequest) -> int:
         await store.delete(lease)
         kind = "reservation" if lease.is_reservation else "lease"
         print(
-            f"released the {kind} {lease.subnet} of {lease.attrs.public_ip} in {store.name}; "
+            f"released the {kind} {lease.subnet} of {lease.attrs.host_address} in {store.name}; "
             "a daemon that runs with it takes it again"
         )
 
@@ -161,25 +165,32 @@ def _with_store(request: LeaseRequest, work: Callable[[Store], Awaitable[None]])
 def _subnets_of(word: str) -> Subnets:
     """What `10.244.3.0/24` or a key means.  Raises UsageError."""
     try:
-        return Subnets.from_key(word) if "-" in word else Subnets(IPv4Network(word))
+        if "-" in word:
+            return Subnets.from_key(word)
+        return Subnets(None, IPv6Network(word)) if ":" in word else Subnets(IPv4Network(word))
     except (LeaseFormatError, ValueError) as exc:
         raise UsageError(f"{word!r} is neither a subnet as 10.244.3.0/24 nor a key as 10.244.3.0-24: {exc}") from exc
 
 
 def _find(snapshot: Snapshot, wanted: Subnets, store: Store) -> Lease:
     for lease in snapshot.leases:
-        if lease.subnets == wanted or (wanted.ipv6 is None and lease.subnet == wanted.ipv4):
+        there = lease.subnets
+        # A person may name one of two subnets.
+        if wanted in (there, Subnets(there.ipv4), Subnets(None, there.ipv6)):
             return lease
     unusable = next((f"; skipped: {line}" for line in snapshot.skipped if wanted.key in line), "")
-    raise UdptunError(f"there is no lease {wanted.ipv4} in {store.name}{unusable}")
+    raise UdptunError(f"there is no lease {wanted.first} in {store.name}{unusable}")
 
 
 def _sorted(snapshot: Snapshot) -> list[Lease]:
-    return sorted(snapshot.leases, key=lambda lease: (lease.subnet.network_address, lease.subnet.prefixlen))
+    def place(lease: Lease) -> tuple[int, int, int]:
+        return lease.subnet.version, int(lease.subnet.network_address), lease.subnet.prefixlen
+
+    return sorted(snapshot.leases, key=place)
 
 
 def _subnets(lease: Lease) -> str:
-    return " ".join(str(subnet) for subnet in (lease.subnet, lease.subnets.ipv6) if subnet is not None)
+    return " ".join(str(subnet) for subnet in (lease.subnets.ipv4, lease.subnets.ipv6) if subnet is not None)
 
 
 def _expiry(lease: Lease) -> str:
@@ -195,7 +206,7 @@ def _to_json(lease: Lease) -> dict[str, object]:
         "key": lease.key,
         "subnet": str(lease.subnet),
         "ipv6_subnet": None if lease.subnets.ipv6 is None else str(lease.subnets.ipv6),
-        "public_ip": str(attrs.public_ip),
+        "public_ip": None if attrs.public_ip is None else str(attrs.public_ip),
         "public_ipv6": None if attrs.public_ipv6 is None else str(attrs.public_ipv6),
         "port": attrs.port(0) or None,
         "node_id": attrs.node_id,

@@ -85,25 +85,26 @@ class SubnetPool(Generic[NetworkT, AddressT]):
 class NetConf:
     """A valid configuration, defaults filled in.
 
-    `ipv6` None: IPv6 is not enabled.  `notes` are lines worth a warning: keys that were ignored, and what they were
-    perhaps meant to be.
+    `ipv4` or `ipv6` None: that family is not enabled; one of them always is.  `notes` are lines worth a warning: keys
+    that were ignored, and what they were perhaps meant to be.
     """
 
     enable_nftables: bool
-    ipv4: SubnetPool[IPv4Network, IPv4Address]
+    ipv4: SubnetPool[IPv4Network, IPv4Address] | None
     ipv6: SubnetPool[IPv6Network, IPv6Address] | None
     backend: BackendKeys
     notes: tuple[str, ...] = ()
 
     @property
-    def network(self) -> IPv4Network:
-        """That of IPv4."""
-        return self.ipv4.network
+    def network(self) -> IPv4Network | IPv6Network:
+        """That of the first family."""
+        return self.pool(self.families[0]).network
 
     @property
     def families(self) -> tuple[Family, ...]:
-        """Those that are enabled."""
-        return (Family.IPV4,) if self.ipv6 is None else (Family.IPV4, Family.IPV6)
+        """Those that are enabled, IPv4 first."""
+        pools = ((Family.IPV4, self.ipv4), (Family.IPV6, self.ipv6))
+        return tuple(family for family, pool in pools if pool is not None)
 
     def pool(self, family: Family) -> SubnetPool[IPv4Network, IPv4Address] | SubnetPool[IPv6Network, IPv6Address]:
         """That of a family which is enabled."""
@@ -129,8 +130,6 @@ def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> Net
 
     if not enable_ipv4 and not enable_ipv6:
         report.problem("EnableIPv4", "none defined stack: set EnableIPv4 or EnableIPv6 to true")
-    elif not enable_ipv4:
-        report.problem("EnableIPv4", "cannot be false: every backend carries IPv4; IPv6 alone is not built yet")
     for enabled, name in ((enable_ipv4, _IPV4.key("Network")), (enable_ipv6, _IPV6.key("Network"))):
         if enabled and top.raw(name) is None:
             report.problem(name, f"please define a correct {name} parameter in the flannel config")
@@ -140,7 +139,6 @@ def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> Net
         _check_usable(asked_ipv4.network, ipv4, report)
     report.raise_problems()
     # No problem was reported, so what follows is there.
-    assert ipv4 is not None
     assert backend is not None
     return NetConf(enable_nftables, ipv4, ipv6, backend, tuple(report.notes))
 
@@ -237,8 +235,12 @@ _TOP_KEYS = (
 
 
 def _top_values(conf: NetConf) -> dict[str, object]:
-    """The values by the names of their keys, but for `Backend`; EnableIPv4 has one value only."""
-    values: dict[str, object] = {"EnableIPv6": conf.ipv6 is not None, "EnableNFTables": conf.enable_nftables}
+    """The values by the names of their keys, but for `Backend`."""
+    values: dict[str, object] = {
+        "EnableIPv4": conf.ipv4 is not None,
+        "EnableIPv6": conf.ipv6 is not None,
+        "EnableNFTables": conf.enable_nftables,
+    }
     for family, pool in ((_IPV4, conf.ipv4), (_IPV6, conf.ipv6)):
         values |= {
             family.key("Network"): None if pool is None else pool.network,

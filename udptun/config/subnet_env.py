@@ -26,7 +26,9 @@ def render(conf: NetConf, subnets: Subnets, mtu: int, ip_masq: bool) -> str:
     `mtu` is that of the device, bytes.  The line of the subnet has its second address (network + 1), which CNI's bridge
     and Docker take as the gateway's.
     """
-    lines = [f"FLANNEL_NETWORK={conf.ipv4.network}", f"FLANNEL_SUBNET={_gateway(subnets.ipv4)}"]
+    lines = []
+    if conf.ipv4 is not None and subnets.ipv4 is not None:
+        lines += [f"FLANNEL_NETWORK={conf.ipv4.network}", f"FLANNEL_SUBNET={_gateway(subnets.ipv4)}"]
     if conf.ipv6 is not None and subnets.ipv6 is not None:
         lines += [f"FLANNEL_IPV6_NETWORK={conf.ipv6.network}", f"FLANNEL_IPV6_SUBNET={_gateway(subnets.ipv6)}"]
     lines += [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={str(ip_masq).lower()}"]
@@ -47,13 +49,14 @@ def parse(text: str) -> tuple[Subnets | None, str]:
     wrong: list[str] = []
     ipv4 = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
     ipv6 = _subnet(values, "FLANNEL_IPV6_SUBNET", _ipv6_network, wrong)
-    if ipv4 is None:
+    if ipv4 is None and ipv6 is None:
         return None, one_line("; ".join(wrong)) or "no FLANNEL_SUBNET in it"
     return Subnets(ipv4, ipv6), one_line("; ".join(wrong))
 
 
 def parse_networks(text: str) -> tuple[IPv4Network, IPv4Network] | None:
-    """Network and subnet of the run that wrote the text; None unless it has exactly one of each.  Never raises."""
+    """Network and subnet of IPv4 of the run that wrote the text; None unless it has exactly one of each.  Never raises.
+    """
     values, wrong = env_file.parse(text), list[str]()
     network = _subnet(values, "FLANNEL_NETWORK", _ipv4_network, wrong)
     subnet = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)

@@ -53,7 +53,6 @@ from udptun.control.settings import (
 )
 from udptun.core.clock import Clock
 from udptun.core.errors import BeginAgainError, KernelError, UdptunError
-from udptun.core.family import Family
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
@@ -68,7 +67,7 @@ from udptun.membership.allocate import chooser
 from udptun.membership.former import FormerLease
 from udptun.membership.identity import Identity
 from udptun.membership.membership import Membership
-from udptun.membership.start import Start, find_public_ip, find_start
+from udptun.membership.start import Start, find_public_addresses, find_start
 from udptun.stores.base import Store
 from udptun.stores.open import open_store
 
@@ -266,7 +265,10 @@ class Daemon:
         conf = read_config(start.config, store.config_name, options)
         self._node_status.starts("makes the device")
         ownerships = {it: await claim_network(self._claims, conf.pool(it).network, options) for it in conf.families}
-        options = replace(options, public_ip=await find_public_ip(store) or options.public_ip)
+        public = await find_public_addresses(store)
+        options = replace(
+            options, public_ip=public.ipv4 or options.public_ip, public_ipv6=public.ipv6 or options.public_ipv6
+        )
         underlay = await find_underlay(underlay_options(options, conf))
         log_underlay("chosen", underlay)
         set_log_level(options, conf.backend.log_level)
@@ -276,7 +278,7 @@ class Daemon:
                 conf.backend, ownerships, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
             )
             backend = choice.backend
-            check_store(store, backend)
+            check_store(store, conf, backend)
             check_underlay(backend, conf, underlay.address)
             log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
             live = live_settings(options, conf, underlay, backend)
@@ -286,7 +288,7 @@ class Daemon:
             routings = [
                 Routing(
                     *(backend, it, ownerships[it], conf.pool(it).leasable),
-                    is_carried=it is Family.IPV4 or live.ipv6_mtu is not None,
+                    is_carried=it in live.families,
                     with_blackhole=options.ip_blackhole_route,
                 )
                 for it in conf.families
@@ -296,7 +298,7 @@ class Daemon:
             )
         undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
-        me = Identity(underlay.public_ip, attrs.port(0) or None, node_id, default_port, store.node_name)
+        me = Identity(underlay.host_address, attrs.port(0) or None, node_id, default_port, store.node_name)
         membership = self._membership(store, start, conf, me, forwarding, clock)
         obstacles = Obstacles(lambda: forwarding.pod_path)
         firewall = FirewallReconciler(firewall_settings(options, conf), [*ownerships.values()], obstacles)
@@ -383,10 +385,10 @@ class Daemon:
 
 
 async def _end_with_families(running: Running) -> None:
-    """Raise BeginAgainError when IPv6 can be carried now, or no longer."""
+    """Raise BeginAgainError when a family can be carried now, or no longer."""
     await running.other_families.wait()
-    had = Family.IPV6 in running.forwarding.families
-    raise BeginAgainError(f"IPv6 {'can no longer' if had else 'can now'} be carried over {running.underlay.link_name}")
+    had = " and ".join(map(str, running.forwarding.families))
+    raise BeginAgainError(f"other families than {had} can be carried over {running.underlay.link_name} now")
 
 
 async def _end_with_subnet(running: Running) -> None:

@@ -75,19 +75,19 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
         "network": str(running.conf.network),
         "lease": {
             "subnet": str(own.subnet),
-            "public_ip": str(own.attrs.public_ip),
+            "public_ip": str(own.attrs.host_address),
             "port": me.port,
             "node_id": me.node_id,
             "expires_at": own.expires_s,
         },
-        "underlay": {"interface": underlay.link_name, "address": str(underlay.address), "mtu": underlay.mtu},
+        "underlay": {"interface": underlay.link_name, "address": str(underlay.first_address), "mtu": underlay.mtu},
         "ipv6": _ipv6(running),
         **running.forwarding.document(leases),
         "firewall": running.firewall.document(),
         "other_types": [
             {
                 "subnet": str(lease.subnet),
-                "public_ip": str(lease.attrs.public_ip),
+                "public_ip": str(lease.attrs.host_address),
                 "backend_type": lease.attrs.backend_type,
             }
             for lease in running.membership.of_other_type

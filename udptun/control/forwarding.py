@@ -65,6 +65,7 @@ class Forwarding:
         self._tunnel = tunnel
         carries = bool(choice.backend.peer_types)
         memory = Memory(run_dir / PROBES_FILE)
+        carries &= live.has_ipv4
         self._probes = HostProbes(choice.backend.device, memory) if tunnel is None and carries else None
         self._kept = kept
         self._was_clean = was_clean
@@ -114,6 +115,10 @@ class Forwarding:
         return [family for family, routing in self._routings.items() if routing.is_carried]
 
     @property
+    def _first(self) -> Family:
+        return next(iter(self.families))
+
+    @property
     def ipv6_device(self) -> str | None:
         """The device that the pods' IPv6 packets to other hosts go through; None: there is none."""
         if Family.IPV6 not in self.families:
@@ -142,17 +147,19 @@ class Forwarding:
             if own_subnet is not None:
                 routing.learn(own_subnet, peers.get(family, ()))
                 continue
-            # Only IPv6 may be missing: where a store gives the subnets, it may give one of IPv4 alone.
+            # Where a store gives the subnets, it may give one of one family alone.
             del self._routings[family]
             await remove_ours(routing.ownership)
-            self.live = replace(self.live, ipv6_mtu=None)
+            self.live = self.live.without(family)
         if self._tunnel is not None:
-            await self._tunnel.start(self._inputs(Family.IPV4))
+            await self._tunnel.start(self._inputs(self._first))
             await self._keep_descriptors()
         else:
             # A datapath may be left of a run with another backend, and the kernel may need its port.
             await processes.end_all(await processes.find_running(self._run_dir))
             await self._kept.forget()
+        if not self.live.has_ipv4:
+            self._probes = None
         if self._probes is not None:
             self._probes.use(self._inputs(Family.IPV4))
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
@@ -160,8 +167,9 @@ class Forwarding:
             self._tunnel.tunnel.narrow_changed = self._update_desired
         self._has_started = True
         for family, routing in self._routings.items():
-            is_ipv4 = family is Family.IPV4
-            await routing.start(device if is_ipv4 else None, self._inputs(family), self._narrow if is_ipv4 else {})
+            is_first = family is self._first
+            narrow = self._narrow if is_first else {}
+            await routing.start(device if is_first else None, self._inputs(family), narrow, is_first=is_first)
 
     async def run(self) -> None:
         """Keep it so, until cancelled."""
@@ -181,7 +189,7 @@ class Forwarding:
         if not self._has_started:
             return
         self._routings[family].change_peers(events)
-        if self._tunnel is not None and family is Family.IPV4:
+        if self._tunnel is not None and family is self._first:
             await self._tunnel.peers_changed(events)
         if self._probes is not None and family is Family.IPV4:
             self._probes.peers_changed(events)
@@ -194,8 +202,8 @@ class Forwarding:
         had; then nothing has changed.
         """
         if self._tunnel is not None:
-            inputs = replace(self._inputs(Family.IPV4), underlay=underlay, live=live)
-            live = await self._tunnel.apply(self._inputs(Family.IPV4), inputs)
+            inputs = replace(self._inputs(self._first), underlay=underlay, live=live)
+            live = await self._tunnel.apply(self._inputs(self._first), inputs)
             await self._keep_descriptors()
         self._underlay, self.live = underlay, live
         if self._probes is not None:
@@ -234,7 +242,9 @@ class Forwarding:
 
     @property
     def pod_path(self) -> PodPath | None:
-        """Where packets between the pods here and those of other hosts pass; None when nothing of ours routes them."""
+        """Where IPv4 packets between the pods here and those of other hosts pass; None when we route none."""
+        if Family.IPV4 not in self.families:
+            return None
         inputs = self._inputs(Family.IPV4)
         device = self.backend.device
         if device is None:
@@ -251,7 +261,7 @@ class Forwarding:
         backend = {
             "type": self.backend.type,
             "reason": self._reason,
-            "device": self.backend.device,
+            "device": self.backend.device if self.live.has_ipv4 else self.ipv6_device,
             "mtu": self.live.mtu,
         }
         peers = [_peer(lease) for lease in leases]
@@ -276,7 +286,7 @@ class Forwarding:
     def _update_desired(self) -> None:
         """Tell the reconcilers what the backend desires now."""
         for family, routing in self._routings.items():
-            routing.want(self._inputs(family), self._narrow if family is Family.IPV4 else {})
+            routing.want(self._inputs(family), self._narrow if family is self._first else {})
 
     @property
     def _narrow(self) -> Mapping[IPNetwork, int]:
@@ -290,7 +300,7 @@ class Forwarding:
 def _peer(lease: Lease) -> dict[str, Any]:
     return {
         "subnet": str(lease.subnet),
-        "public_ip": str(lease.attrs.public_ip),
+        "public_ip": str(lease.attrs.host_address),
         "port": lease.attrs.port(0) or None,
         "udptun": lease.attrs.is_udptun,
         "expires_at": lease.expires_s,

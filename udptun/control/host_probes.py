@@ -34,7 +34,7 @@ class HostProbes:
         self._prober.set_peers(self._targets(inputs.peers))
 
     def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        self._prober.remove_peers(event.lease.subnet for event in events if event.type is EventType.REMOVED)
+        self._prober.remove_peers(_subnet(event.lease) for event in events if event.type is EventType.REMOVED)
         self._prober.add_peers(self._targets(event.lease for event in events if event.type is EventType.ADDED))
 
     async def run(self) -> None:
@@ -53,7 +53,7 @@ class HostProbes:
 
     def document(self, lease: Lease) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
-        return self._prober.document(lease.subnet)
+        return self._prober.document(_subnet(lease))
 
     def _targets(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Target]:
         """Whom to ask, so that echoes go the way of packets to the pods.
@@ -63,7 +63,14 @@ class HostProbes:
         """
         found = {}
         for lease in leases:
-            host = lease.attrs.public_ip
-            address = host if self._device is None else lease.subnet.network_address
-            found[lease.subnet] = Target(address, host, str(host))
+            subnet, host = _subnet(lease), lease.attrs.public_ip
+            assert host is not None
+            address = host if self._device is None else subnet.network_address
+            found[subnet] = Target(address, host, str(host))
         return found
+
+
+def _subnet(lease: Lease) -> IPv4Network:
+    """Peers by IPv4 are probed."""
+    assert lease.subnets.ipv4 is not None
+    return lease.subnets.ipv4

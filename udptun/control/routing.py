@@ -80,16 +80,18 @@ class Routing:
         else:
             self._reconciler.set_desired(self._desired(inputs, narrow))
 
-    async def start(self, device: Device | None, inputs: BackendInput, narrow: Mapping[IPNetwork, int]) -> None:
-        """Make the kernel so, as `want` says.  Raises UdptunError when that cannot be with IPv4.
+    async def start(
+        self, device: Device | None, inputs: BackendInput, narrow: Mapping[IPNetwork, int], *, is_first: bool
+    ) -> None:
+        """Make the kernel so, as `want` says.  Raises UdptunError when that cannot be with the first family.
 
-        With IPv6 it is tried on, and `problems` say what is missing.  `device` is the datapath's, and stays the
+        With another one it is tried on, and `problems` say what is missing.  `device` is the datapath's, and stays the
         caller's; None: every device is the kernel's.
         """
         self._reconciler = Reconciler(DesiredState(), device, self.ownership, self.family)
         self.want(inputs, narrow)
         outcome = await self._reconciler.converge()
-        if outcome.is_broken and self.family is Family.IPV4:
+        if outcome.is_broken and is_first:
             what = self._backend.device or f"the {self._backend.type} backend"
             raise UdptunError(f"cannot set up {what}: {'; '.join(outcome.failures)}")
 

@@ -15,8 +15,9 @@ from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.config.net_conf import NetConf, keys_that_need_a_restart, replace_live_keys
 from udptun.control.forwarding import Forwarding
-from udptun.control.settings import ipv6_lack, live_settings, set_log_level, underlay_options
+from udptun.control.settings import lack, live_settings, set_log_level, underlay_options
 from udptun.core.errors import UdptunError
+from udptun.core.family import Family
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel.ip_forward import IpForwardWatch
@@ -55,11 +56,12 @@ class Running:
             underlay_options(options, conf),
             underlay,
             self.move,
-            lambda: (lease.attrs.public_ip for lease in membership.table.peers.values()),
+            lambda: (membership.table.part(lease).public_ip for lease in membership.table.peers.values()),
         )
         self.ip_forward_watch = IpForwardWatch(lambda: forwarding.pod_path)
         self.other_families = asyncio.Event()
-        """Set when IPv6 can be carried now and could not before, or the other way round: the daemon begins again."""
+        """Set when a family can be carried now and could not before, or the other way round: the daemon begins again.
+        """
         self.supervisor = Supervisor()
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
@@ -73,25 +75,28 @@ class Running:
             *self.forwarding.problems,
             *self.firewall.problems,
             *self.ip_forward_watch.problems,
-            *filter(None, [self._ipv6_problem]),
+            *self.lacks,
             *filter(None, [self.underlay_watch.problem]),
             *self._other_problems(),
         ]
 
     @property
-    def _ipv6_problem(self) -> str:
-        lack = ipv6_lack(self.options, self.conf, self.underlay, self.forwarding.backend)
-        if not lack and self._lacks_ipv6_subnet:
-            lack = "our lease has no IPv6 subnet; give this host one, as a second podCIDR where Kubernetes does"
-        return f"pods have no IPv6 to other hosts: {lack}" if lack else ""
+    def lacks(self) -> list[str]:
+        """A line for each family that is enabled and not carried."""
+        return [f"pods have no {it} to other hosts: {why}" for it in self.conf.families if (why := self._lack(it))]
 
-    @property
-    def _lacks_ipv6_subnet(self) -> bool:
-        return self.conf.ipv6 is not None and self.membership.own.subnets.ipv6 is None
+    def _lack(self, family: Family) -> str:
+        why = lack(self.options, self.conf, self.underlay, self.forwarding.backend, family)
+        if not why and self.membership.own.subnets.of(family) is None:
+            why = f"our lease has no {family} subnet; give this host one, as a second podCIDR where Kubernetes does"
+        return why
 
     def _live_settings(self, conf: NetConf, underlay: Underlay) -> LiveSettings:
         live = live_settings(self.options, conf, underlay, self.forwarding.backend)
-        return replace(live, ipv6_mtu=None) if self._lacks_ipv6_subnet else live
+        for family in self.conf.families:
+            if self.membership.own.subnets.of(family) is None:
+                live = live.without(family)
+        return live
 
     async def reload(self, conf: NetConf) -> None:
         """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed."""
@@ -122,13 +127,13 @@ class Running:
             # Raises when this host cannot be a peer from there.
             backend.attrs(present, self.forwarding.live, self.me.node_id)
             live = self._live_settings(self.conf, present)
-            if (live.ipv6_mtu is None) != (self.forwarding.live.ipv6_mtu is None):
+            if live.families != self.forwarding.live.families:
                 self.other_families.set()
-                live = replace(live, ipv6_mtu=self.forwarding.live.ipv6_mtu)
+                return
             await self._apply(present, live)
             attrs = self._attrs()
         if attrs != was:
-            self.me = replace(self.me, public_ip=present.public_ip)
+            self.me = replace(self.me, public_ip=present.host_address)
             self.membership.move(self.me, attrs)
         else:
             # A lease whose subnet has our own address in it is no peer's.
@@ -165,8 +170,8 @@ def log_underlay(what: str, it: Underlay) -> None:
         "underlay %s iface=%s address=%s public_ip=%s mtu=%d reason=%r others=%s",
         what,
         it.link_name,
-        it.address,
-        it.public_ip,
+        it.first_address,
+        it.host_address,
         it.mtu,
         it.reason,
         ",".join(map(str, it.others)) or "none",

@@ -40,7 +40,7 @@ def read_config(text: str, source: str, options: Options) -> NetConf:
 def live_settings(options: Options, conf: NetConf, underlay: Underlay, backend: Backend) -> LiveSettings:
     """A flag says it for this host, the configuration for all, and the interface or the machine when neither does.
 
-    Raises ConfigError when the MTU is too small for IPv4.
+    Raises ConfigError when the MTU is too small for IPv4, and when nothing at all can be carried.
     """
     keys = conf.backend
     tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
@@ -53,18 +53,24 @@ def live_settings(options: Options, conf: NetConf, underlay: Underlay, backend: 
     offload = tunnel.offload if options.offload_disabled is None else ALL & ~options.offload_disabled
     offload &= ~corrupted_by(release)
     underlay_mtu = _underlay_mtu(options, conf, underlay)
-    ipv6_mtu = None
-    if conf.ipv6 is not None and not ipv6_lack(options, conf, underlay, backend):
-        ipv6_mtu = underlay_mtu - backend.ipv6_overhead
+    lacks = {family: lack(options, conf, underlay, backend, family) for family in conf.families}
+    if all(lacks.values()):
+        raise ConfigError("; ".join(f"pods have no {family} to other hosts: {why}" for family, why in lacks.items()))
+    mtus = {
+        Family.IPV4: lambda: mtu_for(underlay_mtu, backend.overhead),
+        Family.IPV6: lambda: underlay_mtu - backend.ipv6_overhead,
+    }
+    carried = {family: mtus[family]() for family, why in lacks.items() if not why}
     return LiveSettings(
-        mtu_for(underlay_mtu, backend.overhead),
+        next(iter(carried.values())),
         workers,
         options.source_check or tunnel.source_check,
         offload,
         workers if source_ports == AS_MANY_AS_WORKERS else source_ports,
         probed.probe if options.probe is None else options.probe,
         tells_marks(offload, release),
-        ipv6_mtu,
+        carried.get(Family.IPV6),
+        Family.IPV4 in carried,
     )
 
 
@@ -73,14 +79,18 @@ def _underlay_mtu(options: Options, conf: NetConf, underlay: Underlay) -> int:
     return options.mtu or configured or underlay.mtu
 
 
-def ipv6_lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend) -> str:
-    """Why IPv6 is not carried; empty when it is, or nobody has enabled it."""
-    if conf.ipv6 is None:
+def lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend, family: Family) -> str:
+    """Why that family is not carried; empty when it is, or nobody has enabled it."""
+    if family not in conf.families:
         return ""
-    if Family.IPV6 not in backend.families:
-        return "the tunnel in user space carries no IPv6; the kernel's vxlan and host-gw do (Backend.Type)"
-    if underlay.ipv6 is None:
-        return underlay.ipv6_problem
+    if family not in backend.families:
+        return f"the tunnel in user space carries no {family}; the kernel's vxlan and host-gw do (Backend.Type)"
+    if underlay.address_of(family) is None:
+        return underlay.problem_of(family)
+    return _ipv6_lack(options, conf, underlay, backend) if family is Family.IPV6 else ""
+
+
+def _ipv6_lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend) -> str:
     for address in filter(None, (underlay.ipv6, underlay.public_ipv6)):
         if (prefix := next((it for it in claimed(backend, conf, Family.IPV6) if address in it), None)) is not None:
             return (
@@ -95,8 +105,15 @@ def ipv6_lack(options: Options, conf: NetConf, underlay: Underlay, backend: Back
     return ""
 
 
-def check_store(store: Store, backend: Backend) -> None:
-    """Raise ConfigError when the leases of `store` cannot say what `backend` has to know of a peer."""
+def check_store(store: Store, conf: NetConf, backend: Backend) -> None:
+    """Raise ConfigError when the leases of `store` cannot say what `backend` has to know of a peer, or what pods have.
+    """
+    if conf.ipv4 is None and not store.keeps_ipv6_alone:
+        raise ConfigError(
+            f"EnableIPv4: IPv6 alone does not work with the store {store.name}: the keys of flannel's leases begin "
+            "with an IPv4 subnet; set EnableIPv4 to true and give a Network, or use Kubernetes (--kube-subnet-mgr) or "
+            "--store file:PATH"
+        )
     if backend.needs_backend_data and not store.keeps_backend_data:
         raise ConfigError(
             f"Backend.Type: {backend.type} does not work with the store {store.name}, which has no place for what each "
@@ -119,6 +136,7 @@ def underlay_options(options: Options, conf: NetConf) -> UnderlayOptions:
         options.iface_can_reach,
         options.public_ip,
         options.public_ipv6,
+        with_ipv4=conf.ipv4 is not None,
         with_ipv6=conf.ipv6 is not None,
     )
 

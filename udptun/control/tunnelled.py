@@ -58,6 +58,7 @@ class Tunnelled:
         confinement: Confinement,
     ) -> Tunnelled:
         """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
+        assert underlay.address is not None
         where = (run_dir, device, underlay.address, encapsulation.port)
         n_senders = encapsulation.n_senders(underlay, live)
         tunnel = await Tunnel.open(*where, live.workers, live.offload, n_senders, confinement=confinement)
@@ -98,7 +99,7 @@ class Tunnelled:
         return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local, *others)
 
     async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        removed = [event.lease.subnet for event in events if event.type is EventType.REMOVED]
+        removed = [_subnet(event.lease) for event in events if event.type is EventType.REMOVED]
         added = self._remotes(event.lease for event in events if event.type is EventType.ADDED)
         self._prober.remove_peers(removed)
         self._learner.remove_peers(removed)
@@ -112,6 +113,7 @@ class Tunnelled:
         """Change from `before` to `now`, and return the settings that are then in force.  Raises UdptunError."""
         how, live = self._encapsulation, now.live
         n_senders = how.n_senders(now.underlay, live)
+        assert now.underlay.address is not None
         try:
             await self.tunnel.rebind(now.underlay.address, how.port, live.workers, n_senders)
         except UdptunError as exc:
@@ -170,7 +172,7 @@ class Tunnelled:
     def document(self, leases: Sequence[Lease], live: LiveSettings) -> dict[str, Any]:
         """The datapath's part of the keys of docs/status.md; of each peer what the datapath knows of it."""
         table, stats, datapath = self.tunnel.table, self.tunnel.stats, self.tunnel.datapath
-        counts = stats.peers([table.index_of(lease.subnet) for lease in leases], live.workers)
+        counts = stats.peers([table.index_of(_subnet(lease)) for lease in leases], live.workers)
         active = datapath.active
         return {
             "backend": {
@@ -194,8 +196,8 @@ class Tunnelled:
                     "any_source_port": remote.takes_any_source_port,
                     "ecn": remote.carries_ecn,
                     **dict(zip(PEER_COUNTERS, count, strict=True)),
-                    **self._prober.document(lease.subnet),
-                    "learned": self._learner.document(lease.subnet),
+                    **self._prober.document(_subnet(lease)),
+                    "learned": self._learner.document(_subnet(lease)),
                 }
                 for lease, remote, count in zip(leases, map(self._encapsulation.remote, leases), counts, strict=True)
             ],
@@ -207,7 +209,13 @@ class Tunnelled:
         }
 
     def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPNetwork, Remote]:
-        return {lease.subnet: self._encapsulation.remote(lease) for lease in leases}
+        return {_subnet(lease): self._encapsulation.remote(lease) for lease in leases}
+
+
+def _subnet(lease: Lease) -> IPv4Network:
+    """The datapath carries IPv4 alone."""
+    assert lease.subnets.ipv4 is not None
+    return lease.subnets.ipv4
 
 
 def _targets(remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPv4Network, Target]:

@@ -82,21 +82,36 @@ def _depth(value: Json) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Subnets:
-    """The prefix or, in dual stack, the pair of prefixes that one lease covers.
+    """The prefix or, in dual stack, the pair of prefixes that one lease covers.  One of the two is there always.
 
-    `key` is flannel's: `10.244.3.0-24`, in dual stack `10.244.3.0-24&fd00:1::-64`.
+    `key` is flannel's: `10.244.3.0-24`, in dual stack `10.244.3.0-24&fd00:1::-64`.  It has none for IPv6 alone; ours is
+    `fd00:1::-64`.
     """
 
-    ipv4: IPv4Network
+    ipv4: IPv4Network | None
     ipv6: IPv6Network | None = None
     key: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Made once: the table asks for it several times for each of thousands of leases.
-        key = f"{self.ipv4.network_address}-{self.ipv4.prefixlen}"
+        key = "" if self.ipv4 is None else f"{self.ipv4.network_address}-{self.ipv4.prefixlen}"
         if self.ipv6 is not None:
-            key = f"{key}&{self.ipv6.network_address}-{self.ipv6.prefixlen}"
+            key = f"{key}{'&' if key else ''}{self.ipv6.network_address}-{self.ipv6.prefixlen}"
         object.__setattr__(self, "key", key)
+
+    @property
+    def first(self) -> IPNetwork:
+        """That of IPv4, without one that of IPv6: what people call the lease by."""
+        first = self.ipv4 or self.ipv6
+        assert first is not None, "a lease has a subnet of one family at least"
+        return first
+
+    def overlap(self, other: Subnets) -> bool:
+        """Whether any address is in both."""
+        return any(
+            ours is not None and theirs is not None and overlap(ours, theirs)
+            for ours, theirs in ((self.ipv4, other.ipv4), (self.ipv6, other.ipv6))
+        )
 
     def of(self, family: Family) -> IPNetwork | None:
         """The prefix of that family; None when the lease has none."""
@@ -112,10 +127,11 @@ class Subnets:
         match = _KEY.fullmatch(key)
         if match is None:
             raise LeaseFormatError(f"{key!r} is not of the form <IPv4>-<length> or <IPv4>-<length>&<IPv6>-<length>")
-        v4, v4_len, v6, v6_len = match.groups()
+        v4, v4_len, v6, v6_len, alone, alone_len = match.groups()
+        v6, v6_len = v6 or alone, v6_len or alone_len
         try:
             subnets = cls(
-                IPv4Network((v4, int(v4_len))),
+                None if v4 is None else IPv4Network((v4, int(v4_len))),
                 None if v6 is None else IPv6Network((v6, int(v6_len))),
             )
         except ValueError as exc:
@@ -128,14 +144,15 @@ class Subnets:
 
 _SUBNETS = TextCache[Subnets](_REMEMBERED_BYTES)
 
-_KEY = re.compile(r"(\d+\.\d+\.\d+\.\d+)-(0|[1-9]\d?)(?:&([0-9a-f:]+)-(0|[1-9]\d{0,2}))?")
+_IPV6_KEY = r"([0-9a-f:]+)-(0|[1-9]\d{0,2})"
+_KEY = re.compile(rf"(\d+\.\d+\.\d+\.\d+)-(0|[1-9]\d?)(?:&{_IPV6_KEY})?|{_IPV6_KEY}")
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseAttrs:
-    """What a host says about itself in its lease."""
+    """What a host says about itself in its lease.  It names an address of one family at least."""
 
-    public_ip: IPv4Address
+    public_ip: IPv4Address | None
     public_ipv6: IPv6Address | None = None
     backend_type: str = ""
     backend_data: Json = None
@@ -162,6 +179,13 @@ class LeaseAttrs:
         """Whether the host carries on the marks of congestion that datagrams to it get on the way (RFC 6040)."""
         return isinstance(self.backend_data, Mapping) and self.backend_data.get("ECN") is True
 
+    @property
+    def host_address(self) -> IPAddress:
+        """PublicIP, without one PublicIPv6: what the host is known by."""
+        address = self.public_ip or self.public_ipv6
+        assert address is not None, "a host names an address of one family at least"
+        return address
+
     def address(self, family: Family) -> IPAddress | None:
         """PublicIP or PublicIPv6; None when the host has named none."""
         return self.public_ip if family is Family.IPV4 else self.public_ipv6
@@ -177,9 +201,12 @@ class LeaseAttrs:
         return value if type(value) is int and 0 < value < 65536 else default
 
     def to_json(self) -> str:
-        """flannel's lease value: its field order, `PublicIPv6` always there, the backend's fields only when set."""
+        """flannel's lease value: its field order, `PublicIPv6` always there, the backend's fields only when set.
+
+        Without a PublicIP it is 0.0.0.0, which is flannel's.
+        """
         fields: dict[str, Json] = {
-            "PublicIP": str(self.public_ip),
+            "PublicIP": str(self.public_ip or _NO_ADDRESS),
             "PublicIPv6": None if self.public_ipv6 is None else str(self.public_ipv6),
         }
         if self.backend_type:
@@ -204,11 +231,14 @@ class LeaseAttrs:
         if not isinstance(value, dict):
             raise LeaseFormatError(f"a lease is a JSON object, not {type(value).__name__}")
         try:
-            public_ip = IPv4Address(_text(value, "PublicIP"))
-            v6 = value.get("PublicIPv6")
+            v4, v6 = value.get("PublicIP"), value.get("PublicIPv6")
             public_ipv6 = None if v6 is None else IPv6Address(_text(value, "PublicIPv6"))
+            may_lack = v4 is None and public_ipv6 is not None
+            public_ip = None if may_lack else IPv4Address(_text(value, "PublicIP"))
         except ValueError as exc:
             raise LeaseFormatError(str(exc)) from exc
+        if public_ip == _NO_ADDRESS and public_ipv6 is not None:
+            public_ip = None
         backend_type = value.get("BackendType", "")
         if not isinstance(backend_type, str):
             raise LeaseFormatError("BackendType is not a string")
@@ -216,6 +246,8 @@ class LeaseAttrs:
 
 
 _ATTRS = TextCache[LeaseAttrs](_REMEMBERED_BYTES)
+
+_NO_ADDRESS = IPv4Address(0)
 
 
 def _text(value: Mapping[str, Json], key: str) -> str:
@@ -245,8 +277,9 @@ class Lease:
         return self.subnets.key
 
     @property
-    def subnet(self) -> IPv4Network:
-        return self.subnets.ipv4
+    def subnet(self) -> IPNetwork:
+        """See `Subnets.first`."""
+        return self.subnets.first
 
     def subnet_of(self, family: Family) -> IPNetwork:
         """The subnet of a family of which the lease has one, as the peers of a table have."""

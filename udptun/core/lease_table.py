@@ -144,7 +144,7 @@ class LeaseTable:
     def _fault(self, lease: Lease) -> str | None:
         """Why the lease would be of no use to any backend here."""
         if self._is_own(lease):
-            return f"PublicIP {lease.attrs.public_ip} is our own"
+            return f"PublicIP {lease.attrs.host_address} is our own"
         subnet, outer = lease.subnet_of(self.family), self._outer(lease.attrs)
         ip = lease.attrs.address(outer)
         if overlap(subnet, self._own_subnet):

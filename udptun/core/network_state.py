@@ -116,7 +116,10 @@ class Scope(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """An address of a link.  `peer` is the other end of a point-to-point address, None elsewhere."""
+    """An address of a link.  `peer` is the other end of a point-to-point address, None elsewhere.
+
+    `is_tentative`: the kernel still asks whether another host has it, or has found one.  Nobody can use it.
+    """
 
     link_index: int
     ip: IPAddress
@@ -125,6 +128,7 @@ class Address:
     is_permanent: bool = True
     is_temporary: bool = False
     is_deprecated: bool = False
+    is_tentative: bool = False
     peer: IPAddress | None = None
 
 

@@ -31,6 +31,7 @@ NEWADDR, DELADDR, GETADDR = 20, 21, 22
 
 _IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
+_IFA_F_OPTIMISTIC, _IFA_F_DADFAILED, _IFA_F_TENTATIVE = 0x04, 0x08, 0x40
 _ADDRESS = struct.Struct("=BBBBi")
 """struct ifaddrmsg: family, prefixlen, flags, scope, index."""
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
@@ -181,6 +182,7 @@ def decode_address(body: bytes) -> Address:
         bool(flags & _IFA_F_PERMANENT),
         bool(flags & _IFA_F_TEMPORARY),
         bool(flags & _IFA_F_DEPRECATED),
+        bool(flags & (_IFA_F_TENTATIVE | _IFA_F_DADFAILED)) and not flags & _IFA_F_OPTIMISTIC,
         None if other == ip else other,
     )
 

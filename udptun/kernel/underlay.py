@@ -6,22 +6,25 @@ Pure: the caller says which links, addresses and routes exist.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
-from typing import NamedTuple, TypeVar
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from udptun.config.go_regex import compile_go
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.family import Family
-from udptun.core.network_state import DEVICE_NAME, Address, IPAddress, Link, Route, RouteType
+from udptun.core.network_state import DEVICE_NAME, Address, IPAddress, IPNetwork, Link, Route, RouteType
 
-_EVERYWHERE = IPv4Network("0.0.0.0/0")
+_EVERYWHERE: tuple[IPNetwork, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 
-_PROBES = tuple(
-    IPv4Address(text) for text in ("203.0.113.1", "198.51.100.1", "192.0.2.1", "198.18.0.1", "1.1.1.1", "9.9.9.9")
-)
-"""Addresses far away.  The first ones are for documentation and benchmarks (RFC 5737, RFC 2544): nobody routes them."""
+_PROBES: Mapping[Family, Sequence[IPAddress]] = {
+    Family.IPV4: tuple(
+        map(IPv4Address, ("203.0.113.1", "198.51.100.1", "192.0.2.1", "198.18.0.1", "1.1.1.1", "9.9.9.9"))
+    ),
+    Family.IPV6: tuple(map(IPv6Address, ("2001:db8::1", "2001:2::1", "2606:4700:4700::1111", "2620:fe::9"))),
+}
+"""Addresses far away.  The first ones are for documentation and benchmarks (RFC 5737, 2544, 3849, 5180): nobody routes
+them."""
 
 
 class UnderlayError(UdptunError):
@@ -32,7 +35,7 @@ class UnderlayError(UdptunError):
 class UnderlayOptions:
     """What --iface, --iface-regex, --iface-can-reach, --public-ip and --public-ipv6 say.
 
-    `with_ipv6`: the pods have IPv6 too, so an IPv6 address is looked for on the interface.
+    `with_ipv4` and `with_ipv6`: which families the pods have.  An address of each is looked for on the interface.
     """
 
     ifaces: tuple[str, ...] = ()
@@ -40,7 +43,13 @@ class UnderlayOptions:
     can_reach: IPAddress | None = None
     public_ip: IPv4Address | None = None
     public_ipv6: IPv6Address | None = None
+    with_ipv4: bool = True
     with_ipv6: bool = False
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Those that the pods have, IPv4 first."""
+        return (Family.IPV4,) * self.with_ipv4 + (Family.IPV6,) * self.with_ipv6
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +62,42 @@ class Underlay:
     `mtu` is then the smallest of all ways to the peers, and a datagram may leave by any of them.
     `reason` says why this address, and `others` are those of the interface that could have been chosen too.
 
-    `ipv6` and `public_ipv6` are the same for IPv6.  They are None where nobody asked for them, and where the interface
-    has no usable address; `ipv6_problem` says why then.
+    `ipv6` and `public_ipv6` are the same for IPv6.  Those of a family are None where nobody asked for them, and where
+    the interface has no usable address; `ipv4_problem` or `ipv6_problem` says why then.  One of the two families has
+    them always.
     """
 
     link_name: str
     link_index: int
     mtu: int
-    address: IPv4Address
-    public_ip: IPv4Address
+    address: IPv4Address | None
+    public_ip: IPv4Address | None
     address_link: str | None = None
     is_routed: bool = False
     reason: str = field(default="", compare=False)
-    others: tuple[IPv4Address, ...] = field(default=(), compare=False)
+    others: tuple[IPAddress, ...] = field(default=(), compare=False)
     ipv6: IPv6Address | None = None
     public_ipv6: IPv6Address | None = None
     ipv6_problem: str = ""
+    ipv4_problem: str = ""
+
+    @property
+    def first_address(self) -> IPAddress:
+        """What sockets are bound to: `address`, without one `ipv6`."""
+        address = self.address or self.ipv6
+        assert address is not None
+        return address
+
+    @property
+    def host_address(self) -> IPAddress:
+        """What the peers know this host by: PublicIP, without one PublicIPv6."""
+        address = self.public_ip or self.public_ipv6
+        assert address is not None
+        return address
+
+    def problem_of(self, family: Family) -> str:
+        """Why there is no address of that family."""
+        return self.ipv4_problem if family is Family.IPV4 else self.ipv6_problem
 
     def address_of(self, family: Family) -> IPAddress | None:
         """What our sockets and tunnels of that outer family are bound to."""
@@ -77,7 +106,7 @@ class Underlay:
     @property
     def is_behind_nat(self) -> bool:
         """Whether the peers send to another address than the one that our sockets are bound to."""
-        return self.public_ip != self.address
+        return self.public_ip != self.address or (self.public_ip is None and self.public_ipv6 != self.ipv6)
 
 
 def pick(
@@ -87,21 +116,24 @@ def pick(
     routes: Sequence[Route],
     reach: Route | None = None,
     beyond: Route | None = None,
+    family: Family = Family.IPV4,
 ) -> Underlay:
-    """The interface that `options` describe.
+    """The interface that `options` describe, chosen by addresses and routes of `family`.
 
-    `routes` is the main table in the kernel's order.  `reach` is the kernel's route to `options.can_reach`, and
-    `beyond` its route to `probe_address(routes)`; None where it has none.  Without options it is the interface of the
-    default route, with the source address that the kernel gives to packets there, or the one that owns `public_ip`.
+    `routes` is the family's main table in the kernel's order.  `reach` is the kernel's route to `options.can_reach`,
+    and `beyond` its route to `probe_address`; None where it has none.  Without options it is the interface of the
+    default route, with the source address that the kernel gives to packets there, or the one that owns `public_ip`
+    (`public_ipv6`).
 
     Raises UnderlayError, which names everything that was tried; UsageError for a regular expression that is none.
     """
-    interfaces = _Interfaces(links, addresses)
+    interfaces = _Interfaces(links, addresses, family)
     ways = _Ways(interfaces, routes, [way for way in (reach, beyond) if way is not None])
+    public = options.public_ip if family is Family.IPV4 else options.public_ipv6
     if not (options.ifaces or options.iface_regexes or options.can_reach):
         try:
-            if options.public_ip:
-                found = interfaces.owner(options.public_ip, "--public-ip")
+            if public:
+                found = interfaces.owner(public, "--public-ip" if family is Family.IPV4 else "--public-ipv6")
             else:
                 found = interfaces.on_default_route(routes, beyond)
             return _underlay(found, options, interfaces, ways)
@@ -133,16 +165,16 @@ def pick(
     )
 
 
-def probe_address(routes: Iterable[Route]) -> IPv4Address | None:
-    """An address that of `routes`, the main table, none but a default route leads to; None when there is none.
+def probe_address(routes: Iterable[Route], family: Family = Family.IPV4) -> IPAddress | None:
+    """An address that of `routes`, the family's main table, none but a default route leads to; None: there is none.
 
     Nothing is sent to it.  The kernel's route to it has the source address that the default route uses.
     """
-    unicast = [route for route in routes if isinstance(route.dst, IPv4Network)]
+    unicast = [route for route in routes if route.dst.version == family.value]
     if not any(_is_default(route) for route in unicast):
         return None
-    longer = [route.dst for route in unicast if route.dst != _EVERYWHERE]
-    return next((ip for ip in _PROBES if not any(ip in dst for dst in longer)), None)
+    longer = [route.dst for route in unicast if route.dst not in _EVERYWHERE]
+    return next((ip for ip in _PROBES[family] if not any(ip in dst for dst in longer)), None)
 
 
 def refresh(
@@ -152,17 +184,18 @@ def refresh(
     addresses: Sequence[Address],
     ways: Iterable[Route] = (),
 ) -> Underlay | None:
-    """`old` as it is now.  Its IPv6 address stays as long as it is there.
+    """`old` as it is now.  The address of the other family than the first stays as long as it is there.
 
     None when a link of this name is another one, or when the address is gone from where it was.  `ways` are the
     kernel's routes to peers; they matter only for an underlay that `is_routed`.
     """
-    interfaces = _Interfaces(links, addresses)
+    first = Family.IPV6 if old.address is None else Family.IPV4
+    interfaces = _Interfaces(links, addresses, first)
     link = interfaces.called(old.link_name)
     owner = link if old.address_link is None else interfaces.called(old.address_link)
-    if owner is None or old.address not in interfaces.addresses_of(owner):
+    if owner is None or old.first_address not in interfaces.addresses_of(owner):
         return None
-    old = replace(old, **_ipv6(options, interfaces, [owner, *filter(None, [link])], old.ipv6)._asdict())
+    old = _with_other(old, options, interfaces, [owner, *filter(None, [link])])
     if old.is_routed:
         leading = interfaces.leading(ways)
         if leading:
@@ -180,7 +213,7 @@ class _Found:
 
     link: Link
     owner: Link
-    address: IPv4Address
+    address: IPAddress
     reason: str
 
 
@@ -193,46 +226,58 @@ def _underlay(found: _Found, options: UnderlayOptions, interfaces: _Interfaces, 
         raise UnderlayError(f"failed to determine MTU for {found.address} interface {link.name}")
     if is_routed:
         reason = f"{reason}; it is on {owner.name}, and the routes to other hosts lead through {link.name}"
-    if options.public_ip not in (None, address) and (public_owner := interfaces.owner_of(options.public_ip)):
-        owner, address = public_owner, options.public_ip
+    public = options.public_ip if isinstance(address, IPv4Address) else options.public_ipv6
+    if public is not None and public != address and (public_owner := interfaces.owner_of(public)):
+        owner, address = public_owner, public
         reason = f"{reason}; we send from PublicIP, which is on {owner.name}"
-    return Underlay(
+    ipv4 = address if isinstance(address, IPv4Address) else None
+    ipv6 = address if isinstance(address, IPv6Address) else None
+    underlay = Underlay(
         link.name,
         link.index,
         link.mtu,
-        address,
-        options.public_ip or address,
+        ipv4,
+        ipv4 and (options.public_ip or ipv4),
         owner.name if owner.index != link.index else None,
         is_routed,
         reason,
         tuple(ip for ip in interfaces.addresses_of(owner) if ip != address),
-        *_ipv6(options, interfaces, [owner, link]),
+        ipv6,
+        ipv6 and (options.public_ipv6 or ipv6),
     )
+    return _with_other(underlay, options, interfaces, [owner, link])
 
 
-class _Ipv6(NamedTuple):
-    """The fields of `Underlay` about IPv6."""
+def _with_other(
+    underlay: Underlay, options: UnderlayOptions, interfaces: _Interfaces, links: Sequence[Link]
+) -> Underlay:
+    """With what it has of the other family than the one that has chosen it.
 
-    ipv6: IPv6Address | None = None
-    public_ipv6: IPv6Address | None = None
-    ipv6_problem: str = ""
-
-
-def _ipv6(
-    options: UnderlayOptions, interfaces: _Interfaces, links: Sequence[Link], used: IPv6Address | None = None
-) -> _Ipv6:
-    """The address of `links`, the first of them first; `used` if it is still there.  PublicIPv6 where we have that."""
-    if not options.with_ipv6:
-        return _Ipv6()
-    public = options.public_ipv6
+    That is the address of `links`, the first of them first; the one that it has as long as that is there.  PublicIP,
+    or PublicIPv6, where this host has that.
+    """
+    other = Family.IPV4 if interfaces.family is Family.IPV6 else Family.IPV6
+    if other not in options.families:
+        return underlay
+    public: IPAddress | None = options.public_ip if other is Family.IPV4 else options.public_ipv6
+    usable = [ip for link in links for ip in interfaces.addresses_of(link, other)]
+    used, problem = underlay.address_of(other), ""
     if public is not None and interfaces.owner_of(public) is not None:
-        return _Ipv6(public, public)
-    usable = [ip for link in links for ip in interfaces.ipv6_addresses_of(link)]
-    if not usable:
+        address: IPAddress | None = public
+    elif usable:
+        address = used if used in usable else usable[0]
+        public = public or address
+    else:
         names = " and ".join(dict.fromkeys(link.name for link in links))
-        return _Ipv6(None, None, f"{names} has no IPv6 address that other hosts could send to; give it one")
-    address = used if used in usable else usable[0]
-    return _Ipv6(address, public or address)
+        address = public = None
+        problem = f"{names} has no {other} address that other hosts could send to; give it one"
+    if other is Family.IPV4:
+        assert not isinstance(address, IPv6Address)
+        assert not isinstance(public, IPv6Address)
+        return replace(underlay, address=address, public_ip=public, ipv4_problem=problem)
+    assert not isinstance(address, IPv4Address)
+    assert not isinstance(public, IPv4Address)
+    return replace(underlay, ipv6=address, public_ipv6=public, ipv6_problem=problem)
 
 
 def _compiled(text: str) -> re.Pattern[str]:
@@ -243,27 +288,25 @@ def _compiled(text: str) -> re.Pattern[str]:
 
 
 class _Interfaces:
-    """The links of this host and the ways to find one."""
+    """The links of this host and the ways to find one, by addresses of `family`."""
 
-    def __init__(self, links: Sequence[Link], addresses: Sequence[Address]) -> None:
+    def __init__(self, links: Sequence[Link], addresses: Sequence[Address], family: Family) -> None:
+        self.family = family
         self._links = links
         self._by_index = {link.index: link for link in links}
-        self._ranked = {link.index: _rank(link, addresses, IPv4Address) for link in links}
-        self._ranked_ipv6 = {link.index: _rank(link, addresses, IPv6Address) for link in links}
+        self._ranked = {
+            (family, link.index): _rank(link, addresses, family) for family in Family for link in links
+        }
 
-    def addresses_of(self, link: Link) -> list[IPv4Address]:
-        """The usable addresses, the best first."""
-        return [ip for _, ip in self._ranked[link.index]]
-
-    def ipv6_addresses_of(self, link: Link) -> list[IPv6Address]:
-        """The same of IPv6; a link-local one is none to other hosts' routes and fdb entries."""
-        return [ip for _, ip in self._ranked_ipv6[link.index] if not ip.is_link_local]
+    def addresses_of(self, link: Link, family: Family | None = None) -> list[IPAddress]:
+        """The usable addresses, the best first; of `family`, which is by default the one to find a link by."""
+        return [ip for _, ip in self._ranked[family or self.family, link.index]]
 
     def owner(self, ip: IPAddress, said_by: str) -> _Found:
         link = self.owner_of(ip)
         if link is None:
             raise UnderlayError(f"No interface with given IP found: {ip}")
-        if isinstance(ip, IPv6Address):
+        if ip.version != self.family.value:
             return self._first_address(link)
         return _Found(link, link, ip, f"{said_by} names it")
 
@@ -323,15 +366,15 @@ class _Interfaces:
     def _source(self, link: Link, route: Route, name: str) -> _Found | None:
         """The source address that the kernel gives to packets on this route; None when it is none for us."""
         ip = route.prefsrc
-        owner = self.owner_of(ip) if isinstance(ip, IPv4Address) else None
-        if owner is None or not isinstance(ip, IPv4Address):
+        owner = None if ip is None or ip.version != self.family.value else self.owner_of(ip)
+        if ip is None or owner is None:
             return None
         return _Found(link, owner, ip, f"the source of {name}")
 
     def _first_address(self, link: Link) -> _Found:
-        ranked = self._ranked[link.index]
+        ranked = self._ranked[self.family, link.index]
         if not ranked:
-            raise UnderlayError(f"failed to find IPv4 address for interface {link.name}")
+            raise UnderlayError(f"failed to find {self.family} address for interface {link.name}")
         (rank, ip), *others = ranked
         if not others:
             return _Found(link, link, ip, f"the only address of {link.name}")
@@ -340,8 +383,8 @@ class _Interfaces:
 
     def owner_of(self, ip: IPAddress) -> Link | None:
         """The link that has the address."""
-        ranked = self._ranked if isinstance(ip, IPv4Address) else self._ranked_ipv6
-        return next((link for link in self._links if ip in (it for _, it in ranked[link.index])), None)
+        family = Family(ip.version)
+        return next((link for link in self._links if ip in (it for _, it in self._ranked[family, link.index])), None)
 
     def _link(self, index: int | None) -> Link:
         if index is None or index not in self._by_index:
@@ -361,12 +404,13 @@ class _Ways:
     def first(self) -> Link | None:
         """The link that most of the others are likely to be behind; None when no route leads anywhere."""
         # Without a default route: what leads through a router, and of that what leads to most.
-        by_width = sorted(self._routes, key=lambda it: (it.gateway is None, it.dst.prefixlen))
+        routes = (it for it in self._routes if not it.dst.is_link_local)
+        by_width = sorted(routes, key=lambda it: (it.gateway is None, it.dst.prefixlen))
         return next(iter(self._interfaces.leading([*self._asked, *by_width])), None)
 
 
 def _is_default(route: Route) -> bool:
-    return route.dst == _EVERYWHERE and route.type == RouteType.UNICAST and route.oif is not None
+    return route.dst in _EVERYWHERE and route.type == RouteType.UNICAST and route.oif is not None
 
 
 def _leads_nowhere(link: Link) -> bool:
@@ -377,22 +421,20 @@ def _leads_nowhere(link: Link) -> bool:
 _RANKS = ("global ", "permanent ", "lasting ")
 
 
-_AddressT = TypeVar("_AddressT", IPv4Address, IPv6Address)
-
-
 def _rank(
-    link: Link, addresses: Sequence[Address], kind: type[_AddressT]
-) -> list[tuple[tuple[bool, bool, bool], _AddressT]]:
+    link: Link, addresses: Sequence[Address], family: Family
+) -> list[tuple[tuple[bool, bool, bool], IPAddress]]:
     """The link's usable addresses: global before link-local, permanent before dynamic, lasting before temporary.
 
     Deprecated addresses are left out, as they are not for new connections (RFC 4862 5.5.4), and so are loopback and
-    multicast addresses.
+    multicast addresses, and link-local ones of IPv6, which say nothing to other hosts' routes and fdb entries.
     """
     usable = [
         ((a.ip.is_link_local, not a.is_permanent, a.is_temporary), a.ip)
         for a in addresses
         if a.link_index == link.index
-        and isinstance(a.ip, kind)
-        and not (a.is_deprecated or a.ip.is_loopback or a.ip.is_multicast or a.ip.is_unspecified)
+        and a.ip.version == family.value
+        and not (a.is_deprecated or a.is_tentative or (a.ip.version == 6 and a.ip.is_link_local))
+        and not (a.ip.is_loopback or a.ip.is_multicast or a.ip.is_unspecified)
     ]
     return sorted(usable, key=lambda it: it[0])

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing
-from ipaddress import IPv4Address
+from contextlib import aclosing, suppress
 from itertools import islice
 
 from udptun.core.errors import UdptunError
 from udptun.core.family import Family
-from udptun.core.network_state import Address, Route, RouteType
+from udptun.core.network_state import Address, IPAddress, Route, RouteType
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
-from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, probe_address, refresh
+from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick, probe_address, refresh
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
@@ -25,20 +24,36 @@ _MAX_ASKED = 64
 
 
 async def find_underlay(options: UnderlayOptions) -> Underlay:
-    """The interface that `options` describe.  Raises UdptunError."""
+    """The interface that `options` describe.  Raises UdptunError.
+
+    The first family that leads to one chooses it: IPv4 where the pods have that.
+    """
+    first, *others = options.families
+    try:
+        return await _find_underlay(options, first)
+    except UnderlayError:
+        for family in others:
+            with suppress(UnderlayError):
+                return await _find_underlay(options, family)
+        raise
+
+
+async def _find_underlay(options: UnderlayOptions, family: Family) -> Underlay:
     async with Netlink() as kernel:
-        links, addresses, routes = await kernel.links(), await _addresses(kernel, options), await kernel.routes()
-        beyond = probe_address(routes)
+        links, addresses = await kernel.links(), await _addresses(kernel, options)
+        routes = await kernel.routes(family=family)
+        beyond = probe_address(routes, family)
         ways = await kernel.routes_to(ip for ip in (options.can_reach, beyond) if ip is not None)
         reach = None if options.can_reach is None else ways.get(options.can_reach)
-        return pick(options, links, addresses, routes, reach, None if beyond is None else ways.get(beyond))
+        way_beyond = None if beyond is None else ways.get(beyond)
+        return pick(options, links, addresses, routes, reach, way_beyond, family)
 
 
 async def _addresses(kernel: Netlink, options: UnderlayOptions, link_index: int = 0) -> list[Address]:
     return [
         address
         for family in Family
-        if family is Family.IPV4 or options.with_ipv6 or options.ifaces
+        if family in options.families or options.ifaces
         for address in await kernel.addresses(link_index, family)
     ]
 
@@ -56,7 +71,7 @@ class UnderlayWatch:
         options: UnderlayOptions,
         current: Underlay,
         move: Callable[[Underlay], Awaitable[None]],
-        peers: Callable[[], Iterable[IPv4Address]],
+        peers: Callable[[], Iterable[IPAddress]],
     ) -> None:
         """`move` raises UdptunError, and has changed nothing, when it cannot go over.  It is then called again.
 
@@ -66,7 +81,7 @@ class UnderlayWatch:
         self._current = current
         self._move = move
         self._peers = peers
-        self._families = tuple(Family) if options.with_ipv6 else (Family.IPV4,)
+        self._families = options.families
         self._problem = ""
         self._loop = WatchLoop("underlay", self._relevant_notices, self._follow, _PACE)
 
@@ -107,15 +122,16 @@ class UnderlayWatch:
 
     async def _on_public_ip(self) -> Underlay | None:
         """The underlay with PublicIP as its address, where this host has got that only now."""
-        wanted = self._options.public_ip
-        if wanted is None or wanted == self._current.address:
+        options, current = self._options, self._current
+        wanted: IPAddress | None = options.public_ip if options.with_ipv4 else options.public_ipv6
+        if wanted is None or wanted == current.first_address:
             return None
         async with Netlink() as kernel:
             way = (await kernel.routes_to([wanted])).get(wanted)
         if way is None or way.type != RouteType.LOCAL:
             return None
         found = await find_underlay(self._options)
-        return found if found.address == wanted else None
+        return found if found.first_address == wanted else None
 
     async def _present(self) -> Underlay:
         current = self._current

@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from udptun.core.network_state import IPAddress
 from udptun.lab.errors import LabError
 from udptun.lab.machine import LAB_DIR, SOURCE_ROOT, File, Machine
 from udptun.lab.podman import Podman
@@ -38,7 +39,8 @@ SUBNET_ENV = "/run/flannel/subnet.env"
 class Pod:
     """A network namespace of a host, with eth0 behind the host's cni0; a container's, if the host has containers."""
 
-    def __init__(self, host: Host, number: int, address: IPv4Address, ipv6_address: IPv6Address | None = None) -> None:
+    def __init__(self, host: Host, number: int, address: IPAddress, ipv6_address: IPv6Address | None = None) -> None:
+        """`address` is of IPv4; without that it is `ipv6_address`, too."""
         self.host = host
         self.number = number
         self.name = f"p{number}"
@@ -260,13 +262,18 @@ class Host:
 
     def _wire_pod(self, number: int) -> Pod:
         """As a CNI plugin would."""
-        gateway, mtu, ipv6_gateway = self.gateway, self.mtu, self.ipv6_gateway
+        ipv6_gateway = self.ipv6_gateway
         ipv6_address = None if ipv6_gateway is None else ipv6_gateway.network[1 + number]
-        pod = Pod(self, number, gateway.network[1 + number], ipv6_address)
+        has_ipv4 = ipv6_gateway is None or "FLANNEL_SUBNET" in self.subnet_env()
+        gateway = self.gateway if has_ipv4 else None
+        address = ipv6_address if gateway is None else gateway.network[1 + number]
+        assert address is not None
+        pod = Pod(self, number, address, ipv6_address)
         self.run(["ip", "netns", "add", pod.name])
         pod.ip("link set lo up")
-        self.attach(pod, "cni0", "eth0", gateway, pod.address, mtu)
-        pod.ip(f"route add default via {gateway.ip}")
+        self.attach(pod, "cni0", "eth0", gateway, address, self.mtu)
+        if gateway is not None:
+            pod.ip(f"route add default via {gateway.ip}")
         if ipv6_gateway is not None:
             length = ipv6_gateway.network.prefixlen
             self.machine.at().ip(f"addr replace {ipv6_gateway} dev cni0 nodad")
@@ -280,16 +287,18 @@ class Host:
         self.path(f"/run/netns/{pod.name}").symlink_to(container.net_ns)
         return pod
 
-    def attach(self, pod: Pod, bridge: str, link: str, gateway: IPv4Interface, address: IPv4Address, mtu: int) -> None:
+    def attach(
+        self, pod: Pod, bridge: str, link: str, gateway: IPv4Interface | None, address: IPAddress, mtu: int
+    ) -> None:
         """Give `pod` one more link: its end is `link` with `address`, the other end a port of the host's `bridge`.
 
-        The bridge is made with the address `gateway` when it isn't there yet.
+        The bridge is made with the address `gateway` when it isn't there yet.  Without `gateway` there is no address.
         """
         here = self.machine.at()
         if not self.path(f"/sys/class/net/{bridge}").exists():
             here.ip(
                 f"link add {bridge} type bridge forward_delay 0",
-                f"addr add {gateway} brd + dev {bridge}",
+                *([] if gateway is None else [f"addr add {gateway} brd + dev {bridge}"]),
                 f"link set {bridge} up",
             )
         port = f"{bridge[:9]}-{pod.name}"
@@ -297,7 +306,9 @@ class Host:
             f"link add {port} mtu {mtu} type veth peer name {link} mtu {mtu} netns {self.machine.at(pod.name).net_ns}",
             f"link set {port} master {bridge} up",
         )
-        pod.ip(f"addr add {address}/{gateway.network.prefixlen} brd + dev {link}", f"link set {link} up")
+        if gateway is not None:
+            pod.ip(f"addr add {address}/{gateway.network.prefixlen} brd + dev {link}")
+        pod.ip(f"link set {link} up")
 
     # --- faults
 

@@ -26,6 +26,8 @@ from types import TracebackType
 
 from udptun.backends.choice import parse_net_conf
 from udptun.config.store_flags import StoreKind
+from udptun.core.family import Family
+from udptun.core.network_state import IPAddress
 from udptun.lab.errors import CommandError, LabError
 from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, UNDERLAY_IPV6, Host
 from udptun.lab.machine import LAB_DIR as LAB_DIR
@@ -89,7 +91,8 @@ class Lab:
     an API server in the switch with a node for each host.
     `daemon_command` replaces `udptun daemon`; such a command must say READY=1 on NOTIFY_SOCKET (sd_notify), as flanneld
     does too.  `underlay_mtu` is in bytes.  `ipv6`: the underlay has IPv6 as well, and so have the pods where subnet.env
-    names it.
+    names it; without `ipv4` it is alone.  `pod_cidrs`: of which families Kubernetes gives each node a subnet, in that
+    order; by default of those of `net_conf`.
 
     Not for threads: one thread at a time may call it.
     """
@@ -105,15 +108,19 @@ class Lab:
         daemon_command: Sequence[str] | None = None,
         cni: bool = False,
         ipv6: bool = False,
+        ipv4: bool = True,
+        pod_cidrs: Sequence[Family] = (),
     ) -> None:
         if not 1 <= n_hosts <= _MAX_HOSTS:
             raise LabError(f"a lab has 1 to {_MAX_HOSTS} hosts, not {n_hosts}")
         self.name = name
         self.hosts: list[Host] = []
         self.underlay_mtu = underlay_mtu
-        self.daemon_command = list(daemon_command) if daemon_command else _udptun_daemon(store, cni)
+        self.daemon_command = list(daemon_command) if daemon_command else _udptun_daemon(store, cni, _api_address(ipv4))
         self._has_containers = cni
         self._has_ipv6 = ipv6
+        self._has_ipv4 = ipv4
+        self._pod_cidrs = pod_cidrs
         self._is_kube = store == StoreKind.KUBE.value
         self._api: subprocess.Popen[str] | None = None
         self._n_hosts = n_hosts
@@ -173,7 +180,10 @@ class Lab:
             host.start_daemon()
         for host in self.hosts:
             host.wait_ready(timeout)
-            log.info("host %s is ready: subnet %s, underlay %s", host.name, host.subnet, host.underlay_address)
+            env = host.subnet_env()
+            subnet = env.get("FLANNEL_SUBNET", env.get("FLANNEL_IPV6_SUBNET"))
+            address = host.underlay_address if self._has_ipv4 else host.underlay_ipv6
+            log.info("host %s is ready: subnet %s, underlay %s", host.name, subnet, address)
         for host in self.hosts:
             for _ in range(self._n_pods):
                 host.add_pod()
@@ -202,12 +212,12 @@ class Lab:
                 f" peer name eth0 mtu {self.underlay_mtu} netns {host.machine.at().net_ns}",
                 f"link set {host.name} master {SWITCH} up",
             )
-            host.machine.at().ip(
-                "link set lo up",
-                f"addr add {host.underlay_address}/{UNDERLAY.prefixlen} brd + dev eth0",
-                "link set eth0 up",
-                f"route add default via {UNDERLAY[1]}",
-            )
+            host.machine.at().ip("link set lo up", "link set eth0 up")
+            if self._has_ipv4:
+                host.machine.at().ip(
+                    f"addr add {host.underlay_address}/{UNDERLAY.prefixlen} brd + dev eth0",
+                    f"route add default via {UNDERLAY[1]}",
+                )
             if self._has_ipv6:
                 host.machine.at().ip(
                     f"addr add {host.underlay_ipv6}/{UNDERLAY_IPV6.prefixlen} dev eth0 nodad",
@@ -224,7 +234,7 @@ class Lab:
         """Run the API server at the switch, and wait until it serves."""
         with (self.switch.at().path(LAB_DIR) / "kube-api.log").open("a") as output:
             self._api = self.switch.popen(
-                [sys.executable, "-m", "udptun.lab.kube_api", str(UNDERLAY[1]), str(KUBE_PORT)],
+                [sys.executable, "-m", "udptun.lab.kube_api", str(_api_address(self._has_ipv4)), str(KUBE_PORT)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -244,13 +254,14 @@ class Lab:
             )
 
     def _register(self, host: Host) -> None:
-        """Make the host a node with the podCIDR of its number."""
+        """Make the host a node with the podCIDRs of its number."""
         if self._api is None:
             return
         assert self._api.stdin is not None
-        pool = parse_net_conf(self._net_conf, "the lab's net-conf.json").ipv4
-        first = pool.subnet_min + (host.index - 1) * pool.subnet_size
-        self._api.stdin.write(f"{host.name} {first}/{pool.subnet_len}\n")
+        conf = parse_net_conf(self._net_conf, "the lab's net-conf.json")
+        pools = [conf.pool(family) for family in self._pod_cidrs or conf.families]
+        subnets = (f"{it.subnet_min + (host.index - 1) * it.subnet_size}/{it.subnet_len}" for it in pools)
+        self._api.stdin.write(f"{host.name} {','.join(subnets)}\n")
         self._api.stdin.flush()
         self._hear_api(host.name)
 
@@ -329,8 +340,13 @@ def enable_ipv6(machine: Machine) -> None:
     machine.run(["sh", "-c", lines])
 
 
-def _udptun_daemon(store: str, cni: bool) -> list[str]:
-    more = [f"--kube-api-url=http://{UNDERLAY[1]}:{KUBE_PORT}"] if store == StoreKind.KUBE.value else []
+def _api_address(has_ipv4: bool) -> IPAddress:
+    return UNDERLAY[1] if has_ipv4 else UNDERLAY_IPV6[1]
+
+
+def _udptun_daemon(store: str, cni: bool, api: IPAddress) -> list[str]:
+    where = f"[{api}]" if api.version == 6 else str(api)
+    more = [f"--kube-api-url=http://{where}:{KUBE_PORT}"] if store == StoreKind.KUBE.value else []
     more += ["--ip-masq"] if cni else []
     return [
         *(sys.executable, "-m", "udptun", "daemon"),

@@ -68,16 +68,14 @@ def chooser(
         if kept is not None:
             return SubnetChoice(kept, drop)
         wanted = None if previous is None else previous.ipv4
-        half = next((lease for lease in ours if _is_of(conf.ipv4, lease.subnet)), None)
+        half = next((lease for lease in ours if _is_of(conf.ipv4, lease.subnets.ipv4)), None)
         if half is not None and half.is_reservation:
             # The other family alone has to change: the store reserves the new subnets instead of these.
-            drop, wanted = (*drop, half.key), half.subnet
+            drop, wanted = (*drop, half.key), half.subnets.ipv4
         others = [lease.subnets for lease in leases if lease.key not in drop]
-        ipv4 = _pick(conf.ipv4, [it.ipv4 for it in others], wanted, rng)
-        if conf.ipv6 is None:
-            return SubnetChoice(Subnets(ipv4), drop)
-        others_ipv6 = [it.ipv6 for it in others if it.ipv6 is not None]
-        ipv6 = _pick(conf.ipv6, others_ipv6, None if previous is None else previous.ipv6, rng)
+        wanted_ipv6 = None if previous is None else previous.ipv6
+        ipv4 = None if conf.ipv4 is None else _pick(conf.ipv4, [it.ipv4 for it in others], wanted, rng)
+        ipv6 = None if conf.ipv6 is None else _pick(conf.ipv6, [it.ipv6 for it in others], wanted_ipv6, rng)
         return SubnetChoice(Subnets(ipv4, ipv6), drop)
 
     return choose
@@ -103,26 +101,28 @@ def left_reservations(conf: NetConf, me: Identity, leases: Iterable[Lease], own:
 
 def fits(subnets: Subnets, conf: NetConf) -> bool:
     """Whether `conf` would hand out these subnets."""
-    if not _is_of(conf.ipv4, subnets.ipv4):
+    fits_ipv4 = subnets.ipv4 is None if conf.ipv4 is None else _is_of(conf.ipv4, subnets.ipv4)
+    return fits_ipv4 and (subnets.ipv6 is None if conf.ipv6 is None else _is_of(conf.ipv6, subnets.ipv6))
+
+
+def _is_of(pool: SubnetPool[NetworkT, AddressT] | None, subnet: NetworkT | None) -> bool:
+    if pool is None or subnet is None:
         return False
-    if conf.ipv6 is None or subnets.ipv6 is None:
-        return conf.ipv6 is None and subnets.ipv6 is None
-    return _is_of(conf.ipv6, subnets.ipv6)
-
-
-def _is_of(pool: SubnetPool[NetworkT, AddressT], subnet: NetworkT) -> bool:
     first, last = int(pool.subnet_min), int(pool.subnet_max)
     return subnet.prefixlen == pool.subnet_len and first <= int(subnet.network_address) <= last
 
 
 def _pick(
-    pool: SubnetPool[NetworkT, AddressT], others: Iterable[NetworkT], previous: NetworkT | None, rng: random.Random
+    pool: SubnetPool[NetworkT, AddressT],
+    others: Iterable[NetworkT | None],
+    previous: NetworkT | None,
+    rng: random.Random,
 ) -> NetworkT:
-    """`previous` if it is of the pool and free, else a random one of the first free ones.
+    """`previous` if it is of the pool and free, else a random one of the first free ones.  `others` are not free.
 
     Raises SubnetExhaustedError when none is free.
     """
-    taken = [_range(subnet) for subnet in others]
+    taken = [_range(subnet) for subnet in others if subnet is not None]
     if previous is not None and _is_of(pool, previous) and not _overlaps(_range(previous), taken):
         return previous
     candidates = [base for base, _ in zip(_free(pool, taken), range(CANDIDATES), strict=False)]

@@ -47,7 +47,7 @@ class Doubles:
     def refusal(self, lease: Lease) -> str | None:
         """Why a lease that is not ours is no peer all the same; None when it may be one."""
         if lease.node_name and self.me.is_at(lease):
-            return f"the node {lease.node_name} publishes our own PublicIP {lease.attrs.public_ip}"
+            return f"the node {lease.node_name} publishes our own PublicIP {lease.attrs.host_address}"
         return None
 
     def took_over(self, leases: Iterable[Lease], own: Lease) -> None:
@@ -85,7 +85,7 @@ class Doubles:
     def choose_again(self, own: Lease, leases: Sequence[Lease], now_s: float) -> SubnetChoice:
         """The subnets of `own` once more.  Raises LeaseLostError when they are another node's now."""
         for lease in leases:
-            if not lease.subnet.overlaps(own.subnet) or self.me.must_have_written(lease):
+            if not lease.subnets.overlap(own.subnets) or self.me.must_have_written(lease):
                 continue
             node = self.me.node_of(lease)
             if lease.subnets == own.subnets and self.may_take_back(node, now_s):
@@ -110,7 +110,8 @@ class Doubles:
             )
         if not self.me.is_double(other):
             return "stop this daemon, delete its subnet.env, and start it again: it gets another subnet"
-        return f"start one of the two with another --public-ip{' or Backend.Port' if self.me.port else ''}"
+        flag = "--public-ip" if self.me.public_ip.version == 4 else "--public-ipv6"
+        return f"start one of the two with another {flag}{' or Backend.Port' if self.me.port else ''}"
 
 
 class Clones:

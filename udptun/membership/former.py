@@ -49,7 +49,7 @@ class FormerLease:
         self._own = own
         self._addresses = addresses
         self._is_in_use = is_in_use
-        self._answers: dict[tuple[IPv4Address, int], bool] = {}
+        self._answers: dict[tuple[IPv4Address | None, int], bool] = {}
         """Whether the lease is ours, by its PublicIP and revision: what is written later is asked about anew."""
 
     def is_ours(self, lease: Lease) -> bool:
@@ -65,8 +65,9 @@ class FormerLease:
 
     async def find_out(self, lease: Lease) -> bool:
         """Ask the network, so that `is_ours` has an answer for the lease as it is now."""
-        is_ours = not await self._is_in_use(lease.attrs.public_ip)
-        self._answers[lease.attrs.public_ip, lease.revision] = is_ours
+        public_ip = lease.attrs.public_ip
+        is_ours = public_ip is not None and not await self._is_in_use(public_ip)
+        self._answers[public_ip, lease.revision] = is_ours
         return is_ours
 
     def left_alone(self, leases: Iterable[Lease], own: Lease) -> str:
@@ -77,12 +78,12 @@ class FormerLease:
         if own.subnets == self._subnets:
             return ""
         for lease in leases:
-            if self._may_be_ours(lease) and lease.attrs.public_ip != own.attrs.public_ip:
+            if self._may_be_ours(lease) and lease.attrs.host_address != own.attrs.host_address:
                 return (
-                    f"{lease.subnet}, which subnet.env names, is left to {lease.attrs.public_ip}, which may be another "
-                    f"host; if it was this host's address, `udptun lease release {lease.subnet}` and `udptun lease "
-                    f"reserve {lease.subnet} --public-ip {own.attrs.public_ip}`: the first start after a reboot or "
-                    "`udptun cleanup` takes it"
+                    f"{lease.subnet}, which subnet.env names, is left to {lease.attrs.host_address}, which may be "
+                    f"another host; if it was this host's address, `udptun lease release {lease.subnet}` and `udptun "
+                    f"lease reserve {lease.subnet} --public-ip {own.attrs.host_address}`: the first start after a "
+                    "reboot or `udptun cleanup` takes it"
                 )
         return ""
 

@@ -9,13 +9,13 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
 from pathlib import Path
 
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
 from udptun.core.lease import Lease
+from udptun.core.network_state import IPAddress
 
 _NODE_ID = "node-id"
 _VTEP_MACS = {Family.IPV4: "vtep-mac", Family.IPV6: "vtep-mac-v6"}
@@ -25,15 +25,18 @@ _VTEP_MACS = {Family.IPV4: "vtep-mac", Family.IPV6: "vtep-mac-v6"}
 class Node:
     """A node as its lease names it.  Two nodes that agree in all of it cannot be told apart.
 
+    `public_ip` is its PublicIP, without one its PublicIPv6; so it is in `Identity`.
     `port` 0: the lease names none, and neither does our backend.
     """
 
-    public_ip: IPv4Address
+    public_ip: IPAddress
     port: int
     node_id: str | None
 
     def __str__(self) -> str:
-        where = f"{self.public_ip}:{self.port}" if self.port else str(self.public_ip)
+        where = str(self.public_ip)
+        if self.port:
+            where = f"[{where}]:{self.port}" if self.public_ip.version == 6 else f"{where}:{self.port}"
         return f"{where} (node {self.node_id or 'without id'})"
 
 
@@ -49,7 +52,7 @@ class Identity:
     says: the PublicIP in it may be an operator's.
     """
 
-    public_ip: IPv4Address
+    public_ip: IPAddress
     port: int | None
     node_id: str
     default_port: int | None = None
@@ -61,7 +64,7 @@ class Identity:
 
     def node_of(self, lease: Lease) -> Node:
         """Who wrote the lease."""
-        return Node(lease.attrs.public_ip, self._port_of(lease), lease.attrs.node_id)
+        return Node(lease.attrs.host_address, self._port_of(lease), lease.attrs.node_id)
 
     def owns(self, lease: Lease) -> bool:
         """Whether the lease is ours: by name, or at our address."""
@@ -71,7 +74,7 @@ class Identity:
 
     def is_at(self, lease: Lease) -> bool:
         """Whether the lease is at our address, so that packets for it would come back to us."""
-        return lease.attrs.public_ip == self.public_ip and self.port in (None, self._port_of(lease))
+        return lease.attrs.host_address == self.public_ip and self.port in (None, self._port_of(lease))
 
     def must_have_written(self, lease: Lease) -> bool:
         """Whether no other node can have written the lease; flannel's have no NodeID."""

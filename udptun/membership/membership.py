@@ -85,6 +85,7 @@ class Membership:
         self._lease_clock = LeaseClock(clock, self._postpone)
         self._doubles = Doubles(me, state_dir)
         self._clones = Clones(self._doubles)
+        store.want_families(conf.families)
         self._outage = Outage("lease store unavailable", store.name, clock)
         self._first_claim = FirstClaim(store)
         self._saved = SavedTable(state_dir, self._to_save, clock)
@@ -102,7 +103,7 @@ class Membership:
 
     @property
     def table(self) -> LeaseTable:
-        """The peers by IPv4."""
+        """The peers by the first family: IPv4 where that is carried."""
         return self._peers.table
 
     @property
@@ -141,6 +142,9 @@ class Membership:
             lease, self._last = replace(got.own, attrs=attrs), got
         else:
             lease, self._last = got, None
+        if all(lease.subnets.of(family) is None for family in self._claimed):
+            families = " or ".join(map(str, self._claimed))
+            raise ConfigError(f"our lease in {self._store.name} has no subnet of {families}, only {lease.subnet}")
         self._make_parts(lease, attrs, is_provisional=self._last is not None)
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
@@ -155,7 +159,8 @@ class Membership:
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
         else:
-            log.info("lease acquired subnet=%s public_ip=%s store=%s", lease.subnet, attrs.public_ip, self._store.name)
+            where = self._store.name
+            log.info("lease acquired subnet=%s public_ip=%s store=%s", lease.subnet, attrs.host_address, where)
             for other in dropped:
                 log.info("lease given up subnet=%s instead=%s", other.subnet, lease.subnet)
             for line in left_reservations(self._conf, self._doubles.me, seen, lease):

@@ -59,5 +59,5 @@ class OtherTypes:
     def _fact(self, lease: Lease) -> str:
         # flannel's udp and alloc name no type.
         kind = lease.attrs.backend_type or "udp or alloc"
-        fact = f"peer {lease.attrs.public_ip} leases {lease.subnet} for {kind}, this node carries {self._backend}"
+        fact = f"peer {lease.attrs.host_address} leases {lease.subnet} for {kind}, this node carries {self._backend}"
         return one_line(fact)

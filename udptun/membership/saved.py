@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from udptun.core.clock import Clock
 from udptun.core.errors import KernelError, one_line
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
+from udptun.core.network_state import IPNetwork
 from udptun.membership.child_writer import ChildWriter
 
 SCHEMA = 2
@@ -45,11 +46,12 @@ log = logging.getLogger(__name__)
 class LastLeases:
     """The lease table when it was last good: our own lease, and the peers as the store had them.
 
-    `config` is the text of the net-conf.json that they belong to, and `network` its Network.
+    `config` is the text of the net-conf.json that they belong to, and `network` its Network; IPv6Network where pods
+    have IPv6 alone.
     """
 
     config: str
-    network: IPv4Network
+    network: IPNetwork
     own: Lease
     peers: tuple[Lease, ...]
 
@@ -78,7 +80,7 @@ def render(last: LastLeases, now_s: float) -> str:
     return f'{json.dumps(head, separators=(",", ":"))[:-1]},"peers":[\n{peers}]}}\n'
 
 
-def parse(text: str, network: IPv4Network | None, now_s: float) -> Remembered:
+def parse(text: str, network: IPNetwork | None, now_s: float) -> Remembered:
     """The inverse of `render`, without the peers that have expired by `now_s`.  Pure; no content makes it raise.
 
     Nothing of the file is used in three cases, and then the store has to be asked first: it is damaged anywhere, it is
@@ -92,7 +94,7 @@ def parse(text: str, network: IPv4Network | None, now_s: float) -> Remembered:
         config = content["config"]
         if not isinstance(config, str):
             return Remembered(None, one_line(f"it is damaged: config is {config!r}"))
-        saved_network = IPv4Network(content["network"])
+        saved_network = ip_network(content["network"])
         own = _from_json(content["own"])
         peers = tuple(_from_json(item) for item in content["peers"])
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as exc:
@@ -119,7 +121,7 @@ def _from_json(item: Any) -> Lease:
     return Lease(Subnets.from_key(item["key"]), LeaseAttrs.from_json(item["value"]), expires)
 
 
-def load(directory: Path, network: IPv4Network | None, now_s: float) -> Remembered:
+def load(directory: Path, network: IPNetwork | None, now_s: float) -> Remembered:
     """What the last run saved in `directory`; see `parse`.  Never raises; the reason is one line for the log."""
     path = directory / FILE
     try:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +17,12 @@ from udptun.config.net_conf import NetConf
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, StoreUnavailableError
 from udptun.core.lease import Lease, LeaseAttrs
+from udptun.core.network_state import IPNetwork
 from udptun.membership import saved
 from udptun.membership.identity import Identity
 from udptun.membership.outage import Backoff, Outage
 from udptun.membership.saved import LastLeases, Remembered
-from udptun.stores.base import Chooser, Store, SubnetChoice
+from udptun.stores.base import Chooser, PublicAddresses, Store, SubnetChoice
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +70,15 @@ async def find_start(store: Store, state_dir: Path, clock: Clock, parse: ParseNe
     return Start(answer) if isinstance(answer, str) else Start(answer.config, answer)
 
 
-async def find_public_ip(store: Store) -> IPv4Address | None:
-    """What an operator has set in the store as this host's PublicIP; None, too, while the store is away."""
+async def find_public_addresses(store: Store) -> PublicAddresses:
+    """What an operator has set in the store as this host's addresses; nothing while the store is away."""
     try:
         async with asyncio.timeout(PATIENCE_S):
-            return await store.public_ip()
+            return await store.public_addresses()
     except (TimeoutError, StoreUnavailableError) as exc:
         reason = str(exc) or f"{store.name} has not answered within {PATIENCE_S:g} s"
         log.warning("beginning without asking the store for a PublicIP of this host error=%r", reason)
-        return None
+        return PublicAddresses()
 
 
 async def ask_or_recall(
@@ -125,7 +125,7 @@ def _unavailable(answer: asyncio.Task[Any], store: Store) -> str:
     return str(exc) if isinstance(exc, StoreUnavailableError) else ""
 
 
-async def recall(state_dir: Path, network: IPv4Network, me: Identity, clock: Clock) -> Remembered:
+async def recall(state_dir: Path, network: IPNetwork, me: Identity, clock: Clock) -> Remembered:
     """What the last run saved, if it is about `network` and this node's."""
     found = await asyncio.to_thread(saved.load, state_dir, network, clock.unix_s())
     if found.last is not None and not is_ours(found.last, me):

@@ -15,13 +15,14 @@ elsewhere.  What a store answers to `claim` and `renew` is what it has, which ma
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Protocol
 
 from udptun.core.errors import ConfigError, LeaseError
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, LeaseEvent, Subnets
 
 LEASE_TTL_S = 86_400
@@ -113,8 +114,11 @@ class Store(Protocol):
     keeps_backend_data: bool
     """Whether a lease says of its host what the host's backend needs to say (BackendData).
 
-    A leases file has the address and the port alone.
+    A leases file has the addresses and the port alone.
     """
+
+    keeps_ipv6_alone: bool
+    """Whether there are leases without an IPv4 subnet.  flannel's keys in etcd begin with one."""
 
     @property
     def node_name(self) -> str:
@@ -134,8 +138,14 @@ class Store(Protocol):
     async def network_config(self) -> str:
         """The text of net-conf.json.  Raises ConfigError when there is none, saying where it should be."""
 
-    async def public_ip(self) -> IPv4Address | None:
-        """What an operator has set in the store as this host's PublicIP, as --public-ip would; None: nothing."""
+    async def public_addresses(self) -> PublicAddresses:
+        """What an operator has set in the store as this host's, as --public-ip and --public-ipv6 would."""
+
+    def want_families(self, families: Collection[Family]) -> None:
+        """What pods have by the network config.  Called before the first claim.
+
+        A store that allocates itself gives no lease without a subnet of any of them.
+        """
 
     async def snapshot(self, *, exact: bool = False) -> Snapshot:
         """All leases.  `exact`: with their true expiries, which costs a remote store one more request for each."""
@@ -181,14 +191,25 @@ class Store(Protocol):
         """Free threads, connections and files.  No other call may follow; closing twice does no harm."""
 
 
+@dataclass(frozen=True, slots=True)
+class PublicAddresses:
+    """A host's PublicIP and PublicIPv6, as far as somebody has said them."""
+
+    ipv4: IPv4Address | None = None
+    ipv6: IPv6Address | None = None
+
+
 class HostsWithoutNames:
     """What a store answers in which a host is what its lease says of it, and which nobody annotates."""
 
     node_name = ""
     problems: tuple[str, ...] = ()
 
-    async def public_ip(self) -> IPv4Address | None:
-        return None
+    async def public_addresses(self) -> PublicAddresses:
+        return PublicAddresses()
+
+    def want_families(self, families: Collection[Family]) -> None:
+        pass
 
     async def note_ready(self) -> None:
         pass
@@ -198,17 +219,17 @@ def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
     """Whether one host wrote both: by NodeID where both have one, else by PublicIP, flannel's identity."""
     if a.node_id is not None and b.node_id is not None:
         return a.node_id == b.node_id
-    return a.public_ip == b.public_ip
+    return a.host_address == b.host_address
 
 
 def dropped_by(choice: SubnetChoice, leases: Iterable[Lease]) -> tuple[list[Lease], bool]:
     """Which of `leases` a claim of `choice` deletes, and whether what it takes is a reservation in their place.  Pure.
 
-    A reservation in `choice.drop` is deleted only if its IPv4 subnet is the one that is taken: its IPv6 subnet changes,
-    and it stays a reservation under the other key.
+    A reservation in `choice.drop` is deleted only if its first subnet is the one that is taken: its IPv6 subnet
+    changes, and it stays a reservation under the other key.
     """
     there = [lease for lease in leases if lease.key in choice.drop]
-    dropped = [lease for lease in there if not lease.is_reservation or lease.subnet == choice.subnets.ipv4]
+    dropped = [lease for lease in there if not lease.is_reservation or lease.subnet == choice.subnets.first]
     return dropped, any(lease.is_reservation for lease in dropped)
 
 
@@ -220,16 +241,16 @@ def reservation(leases: Iterable[Lease], subnets: Subnets, attrs: LeaseAttrs) ->
     """
     for lease in leases:
         port, other_port = attrs.port(0), lease.attrs.port(0)
-        is_same = lease.attrs.public_ip == attrs.public_ip and (port == other_port or not port or not other_port)
+        is_same = lease.attrs.host_address == attrs.host_address and (port == other_port or not port or not other_port)
         if lease.subnets == subnets and is_same:
             attrs = lease.attrs
-        elif lease.subnet.overlaps(subnets.ipv4) or (
-            lease.subnets.ipv6 and subnets.ipv6 and lease.subnets.ipv6.overlaps(subnets.ipv6)
-        ):
-            raise LeaseError(f"cannot reserve {subnets.ipv4}: {lease.subnet} is leased to {lease.attrs.public_ip}")
+        elif lease.subnets.overlap(subnets):
+            raise LeaseError(
+                f"cannot reserve {subnets.first}: {lease.subnet} is leased to {lease.attrs.host_address}"
+            )
         elif is_same and lease.is_reservation:
             raise LeaseError(
-                f"cannot reserve {subnets.ipv4}: {lease.subnet} is reserved for {attrs.public_ip} already; "
+                f"cannot reserve {subnets.first}: {lease.subnet} is reserved for {attrs.host_address} already; "
                 "a node has one subnet"
             )
     return attrs

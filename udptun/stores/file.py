@@ -4,15 +4,16 @@ It is for a few real hosts without a server.  The file is a JSON list with one e
 
     [
       {"Subnet": "10.244.1.0/24", "PublicIP": "192.0.2.1", "Port": 8285, "Node": "alpha"},
-      {"Subnet": "10.244.2.0/24", "PublicIP": "192.0.2.2"}
+      {"Subnet": "10.244.2.0/24", "PublicIP": "192.0.2.2", "IPv6Subnet": "fd00:244:0:2::/64", "PublicIPv6": "fd00::2"}
     ]
 
-Subnet and PublicIP are required.  Port is where that host listens; without it, that is the port that is configured on
-this host.  Node is a name for --node.  Keys are matched without regard to case, as in net-conf.json.  An unknown key is
-refused, because a mistyped Port would send packets to the wrong port in silence.
+Subnet or IPv6Subnet is required, or both, and so is PublicIP or PublicIPv6.  Port is where that host listens; without
+it, that is the port that is configured on this host.  Node is a name for --node.  Keys are matched without regard to
+case, as in net-conf.json.  An unknown key is refused, because a mistyped Port would send packets to the wrong port in
+silence.
 
 All hosts in the file run udptun, and all have the backend of this one.  One that has to know more of a peer than its
-PublicIP and Port does not work with this store.
+addresses and Port does not work with this store.
 
 The file is the allocation, and nothing here ever writes it.  A claim finds the own entry and never asks the chooser.
 The daemon checks the subnet against Network as it does with a lease from any other store.
@@ -26,14 +27,16 @@ import asyncio
 import json
 import time
 from bisect import bisect
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
+from typing import TypeVar
 
 from udptun.config.go_json import JsonObject, shown
 from udptun.core.errors import ConfigError, LeaseLostError, one_line
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
 from udptun.stores.base import (
     LEASE_TTL_S,
@@ -44,6 +47,8 @@ from udptun.stores.base import (
     read_network_config,
     reason,
 )
+
+T = TypeVar("T")
 
 POLL_S = 0.2
 """How often a watch looks whether the file has changed, seconds."""
@@ -60,7 +65,7 @@ _STARTER = """\
 ]
 """
 
-_KEYS = {"subnet": "Subnet", "publicip": "PublicIP", "port": "Port", "node": "Node"}
+_KEYS = {name.lower(): name for name in ("Subnet", "PublicIP", "IPv6Subnet", "PublicIPv6", "Port", "Node")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,11 @@ class Entry:
     node: str | None
 
     def is_at(self, attrs: LeaseAttrs) -> bool:
-        return self.lease.attrs.public_ip == attrs.public_ip
+        """By PublicIP where both have one, else by PublicIPv6."""
+        ours = self.lease.attrs
+        if ours.public_ip is not None and attrs.public_ip is not None:
+            return ours.public_ip == attrs.public_ip
+        return ours.public_ipv6 is not None and ours.public_ipv6 == attrs.public_ipv6
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +108,7 @@ def parse(text: str) -> Leases:
         raise ConfigError('not a JSON list; write [{"Subnet": ..., "PublicIP": ...}, ...]')
     entries: list[Entry] = []
     skipped: list[str] = []
-    taken: list[tuple[int, int, int]] = []  # first address, last address, entry number; sorted, disjoint
+    taken: dict[Family, list[_Range]] = {family: [] for family in Family}
     for number, item in enumerate(items, 1):
         try:
             entry = _entry(number, item)
@@ -123,10 +132,15 @@ def _entry(number: int, item: Json) -> Entry:
         if key in fields:
             raise ValueError(f"{key} is there twice")
         fields[key] = value
-    subnet = IPv4Network(_text(fields, "Subnet"))
-    if subnet.prefixlen == 32:  # also what IPv4Network makes of an address without a length
-        raise ValueError(f"Subnet {subnet.network_address} has no prefix length; write it as 10.244.1.0/24")
-    public_ip = IPv4Address(_text(fields, "PublicIP"))
+    ipv6 = _value(fields, "IPv6Subnet", IPv6Network)
+    ipv4 = _value(fields, "Subnet", IPv4Network, is_required=ipv6 is None)
+    for name, subnet in (("Subnet", ipv4), ("IPv6Subnet", ipv6)):
+        # What is made of an address without a length.
+        if subnet is not None and subnet.prefixlen == subnet.max_prefixlen:
+            sample = "10.244.1.0/24" if name == "Subnet" else "fd00:244:0:1::/64"
+            raise ValueError(f"{name} {subnet.network_address} has no prefix length; write it as {sample}")
+    public_ipv6 = _value(fields, "PublicIPv6", IPv6Address)
+    public_ip = _value(fields, "PublicIP", IPv4Address, is_required=public_ipv6 is None)
     backend_data: dict[str, Json] = {"Udptun": 1}
     port = fields.get("Port")
     if port is not None:
@@ -134,8 +148,12 @@ def _entry(number: int, item: Json) -> Entry:
             raise ValueError(f"Port {shown(port)} is not a whole number from 1 to 65535")
         backend_data["Port"] = port
     node = None if fields.get("Node") is None else _text(fields, "Node")
-    attrs = LeaseAttrs(public_ip, backend_type="udp", backend_data=backend_data)
-    return Entry(number, Lease(Subnets(subnet), attrs), node)
+    attrs = LeaseAttrs(public_ip, public_ipv6, "udp", backend_data)
+    return Entry(number, Lease(Subnets(ipv4, ipv6), attrs), node)
+
+
+def _value(fields: dict[str, Json], key: str, kind: Callable[[str], T], *, is_required: bool = False) -> T | None:
+    return kind(_text(fields, key)) if is_required or fields.get(key) is not None else None
 
 
 def _text(fields: dict[str, Json], key: str) -> str:
@@ -145,15 +163,25 @@ def _text(fields: dict[str, Json], key: str) -> str:
     return value
 
 
-def _take(taken: list[tuple[int, int, int]], entry: Entry) -> None:
-    """Add the entry's addresses to those taken.  Raises ValueError when some are."""
-    subnet = entry.lease.subnet
-    first, last = int(subnet.network_address), int(subnet.broadcast_address)
-    at = bisect(taken, (first,))
-    for other_first, other_last, number in taken[max(at - 1, 0) : at + 1]:
-        if other_first <= last and first <= other_last:
-            raise ValueError(f"subnet {subnet} overlaps entry {number}")
-    taken.insert(at, (first, last, entry.number))
+_Range = tuple[int, int, int]
+"""First address, last address, entry number."""
+
+
+def _take(taken: dict[Family, list[_Range]], entry: Entry) -> None:
+    """Add the entry's addresses to those taken, sorted and disjoint.  Raises ValueError when some are."""
+    places = []
+    for family, ranges in taken.items():
+        subnet = entry.lease.subnets.of(family)
+        if subnet is None:
+            continue
+        first, last = int(subnet.network_address), int(subnet.broadcast_address)
+        at = bisect(ranges, (first,))
+        for other_first, other_last, number in ranges[max(at - 1, 0) : at + 1]:
+            if other_first <= last and first <= other_last:
+                raise ValueError(f"subnet {subnet} overlaps entry {number}")
+        places.append((ranges, at, (first, last, entry.number)))
+    for ranges, at, place in places:
+        ranges.insert(at, place)
 
 
 class FileStore(HostsWithoutNames):
@@ -162,9 +190,9 @@ class FileStore(HostsWithoutNames):
     Before the first good reading every call raises ConfigError.  Afterwards, while the file is gone or unreadable as a
     whole, the last good leases stay in force, and the watch says why, once for each reason.
 
-    The own entry is the one named `node`.  Without a name it is the one with the PublicIP of the attributes that are
-    claimed with, and with their Port where several entries share that address.  Once claimed, it appears in snapshots
-    and events with those attributes, and the others with the same backend.
+    The own entry is the one named `node`.  Without a name it is the one with the PublicIP (see `Entry.is_at`) of the
+    attributes that are claimed with, and with their Port where several entries share that address.  Once claimed, it
+    appears in snapshots and events with those attributes, and the others with the same backend.
 
     The revision counts the accepted changes that this object has seen.
     """
@@ -174,6 +202,7 @@ class FileStore(HostsWithoutNames):
         self.config_name = str(net_config_path)
         self.is_remote = self.is_config_remote = False
         self.keeps_backend_data = False
+        self.keeps_ipv6_alone = True
         self._path = path
         self._net_config_path = net_config_path
         self._node = node
@@ -221,7 +250,7 @@ class FileStore(HostsWithoutNames):
         port = attrs.port(0)
         if own.is_at(attrs) and port and own.lease.attrs.port(port) != port:
             raise ConfigError(
-                f"{self._path} entry {own.number} says Port {own.lease.attrs.port(0)} for {attrs.public_ip} and "
+                f"{self._path} entry {own.number} says Port {own.lease.attrs.port(0)} for {attrs.host_address} and "
                 f"this daemon listens on {port}: peers would send to the wrong port; make the two equal"
             )
         self._own_attrs = attrs
@@ -247,8 +276,10 @@ class FileStore(HostsWithoutNames):
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
         """Raises ConfigError: the file is the operator's."""
-        entry = f'{{"Subnet": "{subnets.ipv4}", "PublicIP": "{attrs.public_ip}"}}'
-        raise ConfigError(f"cannot reserve {subnets.ipv4}: {self.name} is edited by hand; add {entry} on every host")
+        fields: dict[str, object] = {"Subnet": subnets.ipv4, "PublicIP": attrs.public_ip}
+        fields |= {"IPv6Subnet": subnets.ipv6, "PublicIPv6": attrs.public_ipv6}
+        entry = json.dumps({key: str(value) for key, value in fields.items() if value is not None})
+        raise ConfigError(f"cannot reserve {subnets.first}: {self.name} is edited by hand; add {entry} on every host")
 
     async def delete(self, lease: Lease) -> None:
         """Raises ConfigError: the file is the operator's."""
@@ -302,8 +333,9 @@ class FileStore(HostsWithoutNames):
             advice = f'"Node": {json.dumps(self._node)}'
         else:
             found = [entry for entry in entries if entry.is_at(attrs)]
-            sought = f"PublicIP {attrs.public_ip}"
-            advice = f'"PublicIP": "{attrs.public_ip}"'
+            key = "PublicIPv6" if attrs.public_ip is None else "PublicIP"
+            sought = f"{key} {attrs.host_address}"
+            advice = f'"{key}": "{attrs.host_address}"'
             if len(found) > 1:
                 port = attrs.port(0)
                 found = [entry for entry in found if entry.lease.attrs.port(port) == port] or found

@@ -1,6 +1,7 @@
 """`python -m udptun.lab.kube_api ADDRESS PORT`: serve until standard input ends.
 
-Each line of it, `NAME SUBNET`, registers a node as kubelet does and gives it a podCIDR as the controller manager does.
+Each line of it, `NAME SUBNET[,SUBNET]`, registers a node as kubelet does and gives it podCIDRs as the controller
+manager does.
 Prints a line when it serves, and one for each node.
 """
 
@@ -15,13 +16,14 @@ from udptun.lab.kube_api.server import ApiServer
 
 def main() -> None:
     address, port = sys.argv[1:]
-    with ApiServer(listen=lambda: socket.create_server((address, int(port)))) as server:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with ApiServer(listen=lambda: socket.create_server((address, int(port)), family=family)) as server:
         print("ready", flush=True)
         for line in sys.stdin:
-            name, subnet = line.split()
+            name, subnets = line.split()
 
-            def add(cluster: Cluster, name: str = name, subnet: str = subnet) -> None:
-                cluster.add_node(name, subnet)
+            def add(cluster: Cluster, name: str = name, subnets: str = subnets) -> None:
+                cluster.add_node(name, subnets)
 
             server.do(add)
             print(name, flush=True)

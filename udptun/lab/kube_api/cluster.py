@@ -210,9 +210,13 @@ class Cluster:
         self.on_change()
         return self.revision
 
-    def add_node(self, name: str, pod_cidr: str = "", annotations: Mapping[str, str] = {}, **more: Json) -> Stored:
-        """A node as kubelet registers it and the controller manager gives it a podCIDR; `more` is its status."""
-        spec = {"podCIDR": pod_cidr, "podCIDRs": [pod_cidr]} if pod_cidr else {}
+    def add_node(self, name: str, pod_cidrs: str = "", annotations: Mapping[str, str] = {}, **more: Json) -> Stored:
+        """A node as kubelet registers it, and as the controller manager gives it podCIDRs, which commas separate.
+
+        `more` is its status.
+        """
+        cidrs = pod_cidrs.split(",")
+        spec = {"podCIDR": cidrs[0], "podCIDRs": cidrs} if pod_cidrs else {}
         metadata = {"name": name, "labels": {"kubernetes.io/hostname": name}, "annotations": dict(annotations)}
         conditions = [{"type": "Ready", "status": "True", "reason": "KubeletReady"}]
         status = {"conditions": conditions, **more}

@@ -61,6 +61,7 @@ class EtcdStore(HostsWithoutNames):
         self.config_name = f"{settings.prefix}/config"
         self.is_remote = self.is_config_remote = True
         self.keeps_backend_data = True
+        self.keeps_ipv6_alone = False
         self._client = Client(settings)
         self._etcd_leases = EtcdLeases(self._client, clock)
         self._keys = LeaseKeys(settings.prefix, self._etcd_leases)
@@ -137,7 +138,7 @@ class EtcdStore(HostsWithoutNames):
                 raise LeaseLostError(f"cannot renew {lease.subnet}: it is no longer in etcd; claim again")
             holder = self._keys.lease(kv)
             if holder is None or not is_same_node(holder.attrs, lease.attrs):
-                whose = "unreadable" if holder is None else f"{holder.attrs.public_ip}'s"
+                whose = "unreadable" if holder is None else f"{holder.attrs.host_address}'s"
                 node = "" if holder is None else f" (node {holder.attrs.node_id or 'without id'})"
                 raise LeaseLostError(f"cannot renew {lease.subnet}: in etcd it is {whose}{node}; claim again")
             renewed = await self._write(operation, lease.subnets, lease.attrs, kv, ttl_s)
@@ -160,7 +161,7 @@ class EtcdStore(HostsWithoutNames):
     # --------------------------------------------------------------------------------------------- operators
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
-        operation = f"reserve {subnets.ipv4}"
+        operation = f"reserve {subnets.first}"
         for turn in range(TRIES):
             await _pause(turn, operation)
             response = await self._list(operation)

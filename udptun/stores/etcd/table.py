@@ -68,6 +68,8 @@ class LeaseKeys:
             if name == kv.key:
                 raise LeaseFormatError(f"it is not under {self.first.decode()}")
             subnets = Subnets.from_key(name.decode())
+            if subnets.ipv4 is None:
+                raise LeaseFormatError("flannel's keys in etcd begin with an IPv4 subnet")
             attrs = LeaseAttrs.from_json(kv.value.decode())
             lease = Lease(subnets, attrs, self._etcd_leases.expiry(kv.lease), kv.mod_revision)
         except LeaseFormatError as exc:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TypeVar
 
+from udptun.core.family import Family
 from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, load_json
+from udptun.stores.base import PublicAddresses
 from udptun.stores.kube.node import NETWORK_UNAVAILABLE, Node
+
+T = TypeVar("T")
+
+_NO_ADDRESS = IPv4Address(0)
 
 
 class Annotations:
@@ -24,6 +31,7 @@ class Annotations:
         self.public_ip_overwrite = f"{prefix}public-ip-overwrite"
         self.public_ipv6_overwrite = f"{prefix}public-ipv6-overwrite"
         self.node_public_ip = f"{prefix}node-public-ip"
+        self.node_public_ipv6 = f"{prefix}node-public-ipv6"
 
     # ---------------------------------------------------------------------------------------------------- reading
 
@@ -35,23 +43,29 @@ class Annotations:
         """The lease of a node that `is_host`.  It never expires.  Raises LeaseFormatError."""
         texts = node.annotations
         data, v6_data = self._json(node, self.backend_data), self._json(node, self.backend_v6_data)
-        v6 = texts.get(self.public_ipv6, "")
-        try:
-            public_ip = IPv4Address(texts.get(self.public_ip, ""))
-            public_ipv6 = IPv6Address(v6) if v6 else None
-        except ValueError as exc:
-            raise LeaseFormatError(f"its annotation {self.public_ip} or {self.public_ipv6}: {exc}") from exc
+        public_ip = self._address(node, self.public_ip, IPv4Address)
+        public_ipv6 = self._address(node, self.public_ipv6, IPv6Address)
+        if public_ip == _NO_ADDRESS and public_ipv6 is not None:
+            public_ip = None
+        if public_ip is None and public_ipv6 is None:
+            raise LeaseFormatError(f"it has no annotation {self.public_ip} or {self.public_ipv6}")
         attrs = LeaseAttrs(public_ip, public_ipv6, texts.get(self.backend_type, ""), data, v6_data)
         return Lease(subnets(node), attrs, None, node.revision, node.name)
 
-    def node_public_ip_of(self, node: Node) -> IPv4Address | None:
-        """What a person has annotated as this node's address, which acts as --public-ip.  Raises LeaseFormatError."""
-        return self._address(node, self.node_public_ip)
+    def node_public_addresses(self, node: Node) -> PublicAddresses:
+        """What a person has annotated as this node's, which acts as --public-ip and --public-ipv6.
 
-    def _address(self, node: Node, key: str) -> IPv4Address | None:
+        Raises LeaseFormatError.
+        """
+        return PublicAddresses(
+            self._address(node, self.node_public_ip, IPv4Address),
+            self._address(node, self.node_public_ipv6, IPv6Address),
+        )
+
+    def _address(self, node: Node, key: str, kind: Callable[[str], T]) -> T | None:
         text = node.annotations.get(key, "")
         try:
-            return IPv4Address(text) if text else None
+            return kind(text) if text else None
         except ValueError as exc:
             raise LeaseFormatError(f"its annotation {key}: {exc}") from exc
 
@@ -67,16 +81,20 @@ class Annotations:
     def missing(self, node: Node, attrs: LeaseAttrs) -> dict[str, str]:
         """Which annotations the node has not, or otherwise, when its daemon says `attrs` of itself.
 
-        public-ip-overwrite is a person's: the peers get that address, and the daemon goes on with its own.  One that is
-        no address is ignored.
+        public-ip-overwrite and public-ipv6-overwrite are a person's: the peers get these addresses, and the daemon goes
+        on with its own.  One that is no address is ignored.  Without a PublicIP, flannel writes 0.0.0.0 or nothing.
         """
         texts = node.annotations
         wanted = {
             self.backend_data: _text(attrs.backend_data),
             self.backend_type: attrs.backend_type,
             self.subnet_manager: "true",
-            self.public_ip: _address_or(texts.get(self.public_ip_overwrite, ""), attrs.public_ip),
         }
+        if attrs.public_ip is not None:
+            wanted[self.public_ip] = _address_or(texts.get(self.public_ip_overwrite, ""), attrs.public_ip)
+        elif self.public_ip in texts:
+            # Of a run before, in which pods had IPv4 too.
+            wanted[self.public_ip] = str(_NO_ADDRESS)
         if attrs.public_ipv6 is not None:
             wanted[self.backend_v6_data] = _text(attrs.backend_v6_data)
             wanted[self.public_ipv6] = _address_or(texts.get(self.public_ipv6_overwrite, ""), attrs.public_ipv6)
@@ -84,7 +102,7 @@ class Annotations:
 
 
 def subnets(node: Node) -> Subnets:
-    """What the control plane has given the node.  Raises LeaseFormatError."""
+    """What the control plane has given the node, in whatever order.  Raises LeaseFormatError."""
     if not node.pod_cidrs:
         raise LeaseFormatError("it has no podCIDR")
     if len(node.pod_cidrs) > 2:
@@ -101,9 +119,19 @@ def subnets(node: Node) -> Subnets:
                 ipv4 = ipv4 or IPv4Network(text, strict=False)
         except ValueError as exc:
             raise LeaseFormatError(f"its podCIDR: {exc}") from exc
-    if ipv4 is None:
-        raise LeaseFormatError(f"it has no IPv4 podCIDR, only {', '.join(node.pod_cidrs)}")
     return Subnets(ipv4, ipv6)
+
+
+def lack(node: Node, families: Collection[Family]) -> str:
+    """Why the node has no subnet for pods that have `families`; empty when it has one of any of them."""
+    try:
+        found = subnets(node)
+    except LeaseFormatError as exc:
+        return str(exc)
+    if any(found.of(family) is not None for family in families):
+        return ""
+    wanted = " and no ".join(f"{family} podCIDR" for family in families)
+    return f"it has no {wanted}, only {', '.join(node.pod_cidrs)}"
 
 
 def _address_or(text: str, own: IPv4Address | IPv6Address) -> str:

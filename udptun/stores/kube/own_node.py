@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import UTC, datetime
-from ipaddress import IPv4Address
 
 from udptun.config.store_flags import KubeOptions
 from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError
-from udptun.stores.kube.annotations import Annotations, annotations_patch, condition_patch, subnets
+from udptun.stores.base import PublicAddresses
+from udptun.stores.kube.annotations import Annotations, annotations_patch, condition_patch, lack, subnets
 from udptun.stores.kube.client import Client, GoneError, NotFoundError, SilentError
 from udptun.stores.kube.node import Node, NodeFormatError, read_node, read_page, read_pods_node
 
@@ -39,6 +41,8 @@ class OwnNode:
         """Empty until it has been asked for, where only the pod's name is known."""
         self.problem = ""
         """What is wrong with the node right now."""
+        self.families: Collection[Family] = tuple(Family)
+        """What pods have."""
         self._client = client
         self._annotations = annotations
         self._options = options
@@ -70,11 +74,11 @@ class OwnNode:
                 raise StoreUnavailableError(f"cannot {operation}: it has no node yet")
         return self.name
 
-    async def public_ip(self) -> IPv4Address | None:
-        """What the annotation node-public-ip says.  Raises ConfigError when that is no address."""
+    async def public_addresses(self) -> PublicAddresses:
+        """What the annotations node-public-ip and node-public-ipv6 say.  Raises ConfigError when that is no address."""
         node = await self._read()
         try:
-            return None if node is None else self._annotations.node_public_ip_of(node)
+            return PublicAddresses() if node is None else self._annotations.node_public_addresses(node)
         except LeaseFormatError as exc:
             raise ConfigError(f"node {self.name}: {exc}") from exc
 
@@ -138,11 +142,9 @@ class OwnNode:
                 f"there is no node {self.name} in Kubernetes: kubelet registers it, or NODE_NAME names another one; "
                 "`kubectl get nodes` lists them"
             )
-        try:
-            subnets(node)
-        except LeaseFormatError as exc:
+        if why := lack(node, self.families):
             return (
-                f"node {node.name}: {exc}: the controller manager gives each node one when it runs with "
+                f"node {node.name}: {why}: the controller manager gives each node one when it runs with "
                 "--allocate-node-cidrs=true and --cluster-cidr (kubeadm: --pod-network-cidr=<Network>), or give one "
                 # Without a quotation mark that the log would put a backslash before.
                 f'by hand: kubectl patch node {node.name} -p "spec: {{podCIDR: <subnet>}}"'

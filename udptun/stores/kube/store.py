@@ -7,15 +7,15 @@ ends with its node or with the annotation `kube-subnet-manager`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from ipaddress import IPv4Address
 from pathlib import Path
 
 from udptun.config.store_flags import KubeOptions
 from udptun.core.errors import LeaseError
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
-from udptun.stores.base import LEASE_TTL_S, Chooser, Snapshot, WatchBatch, read_network_config
+from udptun.stores.base import LEASE_TTL_S, Chooser, PublicAddresses, Snapshot, WatchBatch, read_network_config
 from udptun.stores.kube.annotations import Annotations
 from udptun.stores.kube.client import Client
 from udptun.stores.kube.own_node import OwnNode
@@ -30,7 +30,7 @@ class KubeStore:
         self.config_name = str(net_conf_path)
         self.is_remote = True
         self.is_config_remote = False
-        self.keeps_backend_data = True
+        self.keeps_backend_data = self.keeps_ipv6_alone = True
         self._net_conf_path = net_conf_path
         self._annotations = Annotations(options.kube_annotation_prefix)
         self._client = Client(options)
@@ -48,8 +48,11 @@ class KubeStore:
     async def network_config(self) -> str:
         return read_network_config(self._net_conf_path)
 
-    async def public_ip(self) -> IPv4Address | None:
-        return await self._own.public_ip()
+    async def public_addresses(self) -> PublicAddresses:
+        return await self._own.public_addresses()
+
+    def want_families(self, families: Collection[Family]) -> None:
+        self._own.families = families
 
     async def snapshot(self, *, exact: bool = False) -> Snapshot:
         return await self._nodes.snapshot()
@@ -74,7 +77,7 @@ class KubeStore:
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
         raise LeaseError(
-            f"cannot reserve {subnets.ipv4}: in Kubernetes the controller manager gives each node its podCIDR"
+            f"cannot reserve {subnets.first}: in Kubernetes the controller manager gives each node its podCIDR"
         )
 
     async def delete(self, lease: Lease) -> None:

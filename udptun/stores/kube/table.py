@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
 from typing import TypeVar
 
 from udptun.core.errors import one_line
 from udptun.core.lease import EventType, Lease, LeaseEvent, LeaseFormatError
+from udptun.core.network_state import IPAddress
 from udptun.stores.kube.annotations import Annotations
 from udptun.stores.kube.node import Node
 
@@ -50,8 +50,8 @@ class NodeTable:
         self._known: dict[str, _Known] = {}
         self._holders: dict[str, set[str]] = {}
         """The names of the nodes with a lease, by its key."""
-        self._at: dict[IPv4Address, set[str]] = {}
-        """The names of the nodes with a lease, by PublicIP."""
+        self._at: dict[IPAddress, set[str]] = {}
+        """The names of the nodes with a lease, by PublicIP or, without one, by PublicIPv6."""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -81,9 +81,11 @@ class NodeTable:
             for same in by_port.values():
                 if len(same) > 1:
                     fact = f"the nodes {' and '.join(same[:5])} publish one PublicIP {public_ip}"
+                    names_of = self._annotations
+                    key = names_of.public_ip_overwrite if public_ip.version == 4 else names_of.public_ipv6_overwrite
                     lines.append(
                         f"{one_line(fact)}, so packets for their pods go to one of them: give each --iface or the "
-                        f"annotation {self._annotations.public_ip_overwrite}"
+                        f"annotation {key}"
                     )
         more = len(lines) - _NAMED
         return (*lines[:_NAMED], f"{more} more addresses are shared by nodes") if more > 0 else tuple(lines)
@@ -134,14 +136,14 @@ class NodeTable:
                 lines[old.problem] = False
             else:
                 _discard(self._holders, old.lease.key, name)
-                _discard(self._at, old.lease.attrs.public_ip, name)
+                _discard(self._at, old.lease.attrs.host_address, name)
         if new is not None:
             self._known[name] = new
             if new.lease is None:
                 lines[new.problem] = True
             else:
                 self._holders.setdefault(new.lease.key, set()).add(name)
-                self._at.setdefault(new.lease.attrs.public_ip, set()).add(name)
+                self._at.setdefault(new.lease.attrs.host_address, set()).add(name)
 
     def _lease_of(self, key: str) -> Lease | None:
         names = self._holders.get(key)

@@ -64,7 +64,7 @@ class LocalStore(HostsWithoutNames):
         self.name = f"local:{path}"
         self.config_name = str(net_config_path)
         self.is_remote = self.is_config_remote = False
-        self.keeps_backend_data = True
+        self.keeps_backend_data = self.keeps_ipv6_alone = True
         self._net_config_path = net_config_path
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lease-store")
@@ -117,7 +117,7 @@ class LocalStore(HostsWithoutNames):
                     raise LeaseLostError(f"cannot renew {lease.subnet}: it is no longer in {self.name}; claim again")
                 if not is_same_node(holder.attrs, lease.attrs):
                     raise LeaseLostError(
-                        f"cannot renew {lease.subnet}: in {self.name} it belongs to {holder.attrs.public_ip} "
+                        f"cannot renew {lease.subnet}: in {self.name} it belongs to {holder.attrs.host_address} "
                         f"(node {holder.attrs.node_id or 'without id'}); claim again"
                     )
                 return rows.write(db, lease.subnets, lease.attrs, now_s + ttl_s)
@@ -140,7 +140,7 @@ class LocalStore(HostsWithoutNames):
                 leases, _ = rows.read_leases(db)
                 return rows.write(db, subnets, reservation(leases, subnets, attrs), None)
 
-        return await self._run(f"reserve {subnets.ipv4}", work)
+        return await self._run(f"reserve {subnets.first}", work)
 
     async def delete(self, lease: Lease) -> None:
         def work(db: sqlite3.Connection) -> None:

@@ -1,0 +1,104 @@
+"""Hosts and pods that have IPv6 and no IPv4 at all.
+
+    pod h1/p1 -- cni0 [h1] eth0 -- underlay (fd00:77::/64) -- eth0 [h2] cni0 -- pod h2/p1
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+
+import pytest
+from test_dual_stack import IPV6_NETWORK, answers
+from traffic import CLEANUP, REAL_TIME, read_status, wait_for_peers
+
+from udptun.lab.host import UNDERLAY_IPV6, Host
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import KUBE_PORT, Lab
+
+pytestmark = pytest.mark.netns
+
+WAYS: Mapping[str, tuple[str, str]] = {"kube": ("vxlan", "kube"), "local": ("host-gw", "local")}
+
+
+def ipv6_lab(name: str, backend: str, store: str) -> Lab:
+    conf = {"EnableIPv4": False, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": {"Type": backend}}
+    lab = Lab(f"{name}{os.getpid()}", net_conf=conf, store=store, ipv6=True, ipv4=False)
+    lab.daemon_command[:0] = REAL_TIME
+    lab.daemon_command.append("--ip-masq")
+    return lab
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    with ipv6_lab(f"s{request.param[:1]}", *WAYS[request.param]) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        yield lab
+        for host in lab.hosts:
+            assert "Traceback" not in host.daemon_log()
+
+
+def gateway_network(host: Host) -> str:
+    assert host.ipv6_gateway is not None
+    return str(host.ipv6_gateway.network)
+
+
+def test_pods_reach_each_other_and_what_is_outside(lab: Lab, slack: int) -> None:
+    one, other = lab.host(1).pod(1), lab.host(2).pod(1)
+    wait_until("an answer", lambda: answers(one, other.address), 5 * slack)
+    mtu = lab.host(1).mtu
+    assert mtu == (1430 if read_status(lab.host(1))["backend"]["type"] == "vxlan" else 1500)
+    assert answers(other, one.address, mtu - 48)
+    assert answers(one, UNDERLAY_IPV6[1]), "masqueraded"
+
+
+def test_all_that_is_said_is_of_ipv6(lab: Lab) -> None:
+    host, other = lab.host(1), lab.host(2)
+    assert list(host.subnet_env()) == [
+        *("FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET", "FLANNEL_MTU", "FLANNEL_IPMASQ")
+    ]
+    status = read_status(host)
+    assert status["problems"] == []
+    assert status["network"] == IPV6_NETWORK
+    assert status["lease"]["subnet"] == gateway_network(host)
+    assert status["lease"]["public_ip"] == status["underlay"]["address"] == str(host.underlay_ipv6)
+    assert [(it["subnet"], it["public_ip"]) for it in status["peers"]] == [
+        (gateway_network(other), str(other.underlay_ipv6))
+    ]
+    assert status["ipv6"]["peers"] == [{"subnet": gateway_network(other), "public_ip": str(other.underlay_ipv6)}]
+    text = host.run([sys.executable, "-m", "udptun", "status"]).stdout
+    assert f"lease      {gateway_network(host)} of {IPV6_NETWORK}, " in text
+    assert host.run(["ip", "-4", "route", "show", "proto", "158"]).stdout == ""
+    assert host.run(["ip", "link", "show", "flannel.1"], check=False).returncode != 0
+
+
+def test_the_node_has_annotations_of_ipv6_alone_and_is_available(lab: Lab) -> None:
+    if "kube" not in read_status(lab.host(1))["store"]:
+        return
+    url = f"http://[{UNDERLAY_IPV6[1]}]:{KUBE_PORT}/api/v1/nodes/h1"
+    node = json.loads(lab.host(1).run(["curl", "-s", url]).stdout)
+    prefix = "flannel.alpha.coreos.com/"
+    said = {key.removeprefix(prefix): text for key, text in node["metadata"]["annotations"].items()}
+    assert list(said) == ["backend-data", "backend-type", "backend-v6-data", "kube-subnet-manager", "public-ipv6"]
+    assert said["public-ipv6"] == str(lab.host(1).underlay_ipv6)
+    assert json.loads(said["backend-v6-data"]).keys() == {"VNI", "VtepMAC"}
+    (condition,) = [it for it in node["status"]["conditions"] if it["type"] == "NetworkUnavailable"]
+    assert (condition["status"], condition["message"]) == ("False", "Flannel is running on this node")
+
+
+def test_the_next_daemon_goes_on_and_cleanup_removes_it_all(lab: Lab, slack: int) -> None:
+    host = lab.host(1)
+    before = gateway_network(host)
+    assert host.stop_daemon() == 0
+    host.start_daemon()
+    host.wait_ready()
+    assert gateway_network(host) == before
+    wait_until("an answer", lambda: answers(host.pod(1), lab.host(2).pod(1).address), 5 * slack)
+    assert host.stop_daemon() == 0
+    host.run(CLEANUP)
+    assert host.run(["ip", "-6", "route", "show", "proto", "158"]).stdout == ""
+    assert host.run(["ip", "link", "show", "flannel-v6.1"], check=False).returncode != 0
+    assert "FLANNEL" not in host.run(["ip6tables", "-t", "nat", "-S"]).stdout
