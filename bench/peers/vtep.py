@@ -38,7 +38,7 @@ async def main(words: list[str]) -> None:
             *(IPv4Network(network), IPv4Network(own), here, int(mtu), SourceCheck.PEER, ALL), Vtep(_VNI, _mac(here))
         )
     )
-    tunnel.set_peers({IPv4Network(peer): Remote(there, int(port), True, True, _mac(there))})
+    tunnel.peers.set_all({IPv4Network(peer): Remote(there, int(port), True, True, _mac(there))})
     await tunnel.publish()
     await tunnel.start()
     tunnel.set_offload(ALL)

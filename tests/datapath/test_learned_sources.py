@@ -42,6 +42,7 @@ from udptun.core.tunnel import SourceCheck
 from udptun.datapath import learner as learner_module
 from udptun.datapath import learning
 from udptun.datapath.learner import Learner
+from udptun.datapath.peer_entries import PeerEntries
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.table import TableWriter
 
@@ -356,9 +357,10 @@ class Host:
         peers = {
             peer.subnet: Remote(*peer.remote, True, fast.table.vtep is not None, peer.mac) for peer in fast.table.peers
         }
+        self.peers = PeerEntries(self.table, self.stats)
         self.learner = Learner(self, lambda: 1)  # type: ignore[arg-type]
         self.learner.set_peers(peers)
-        self.learner.switch(is_on=True, own_address=IPv4Address(OWN), echo_id=ID)
+        self.learner.switch(is_on=True, own_addresses={4: IPv4Address(OWN)}, echo_id=ID)
 
     async def publish(self) -> None:
         assert self.table.publish(self.stats)
@@ -483,7 +485,7 @@ def _after_the_peer_has_moved(host: Host, it: Any) -> None:
 
 def _strict(host: Host, it: Any) -> None:
     host.fast.configure(source_check="strict")
-    host.learner.switch(is_on=False, own_address=IPv4Address(OWN), echo_id=ID)
+    host.learner.switch(is_on=False, own_addresses={4: IPv4Address(OWN)}, echo_id=ID)
     host.answered(it, STRANGER)
 
 

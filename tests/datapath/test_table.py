@@ -292,17 +292,17 @@ def test_peers_for_which_the_table_has_no_room_are_named_and_added_when_others_g
     async def main() -> None:
         tun = Mock(spec=Tun, fds=[])
         tunnel = Tunnel(tmp_path, table, stats, -1, (), tun, Endpoints((), ()), [], ALL)
-        tunnel.set_peers({subnet: remote(n) for n, subnet in enumerate(subnets[:5])})
+        tunnel.peers.set_all({subnet: remote(n) for n, subnet in enumerate(subnets[:5])})
         await tunnel.publish()
         assert set(table.subnets) == set(subnets[:3])
         (problem,) = tunnel.problems
         assert problem.startswith(f"the peer table holds 3 peers at most, so 2 more are not reached, as {subnets[3]}; ")
-        tunnel.add_peers({subnets[0]: remote(7), subnets[5]: remote(5)})
-        tunnel.remove_peers([subnets[1], subnets[4]])
+        tunnel.peers.add({subnets[0]: remote(7), subnets[5]: remote(5)})
+        tunnel.peers.remove([subnets[1], subnets[4]])
         await tunnel.publish()
         assert set(table.subnets) == {subnets[0], subnets[2], subnets[3]}
         assert tunnel.problems[0].startswith("the peer table holds 3 peers at most, so 1 more are")
-        tunnel.set_peers({subnet: remote(1) for subnet in subnets[2:4]})
+        tunnel.peers.set_all({subnet: remote(1) for subnet in subnets[2:4]})
         await tunnel.publish()
         assert tunnel.problems == ()
 

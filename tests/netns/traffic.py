@@ -134,8 +134,9 @@ class UdpReport:
 class UdpFlow:
     """A running flow; `report` is there after the block."""
 
-    def __init__(self, receiver: subprocess.Popen[str]) -> None:
+    def __init__(self, receiver: subprocess.Popen[str], *, ipv6: bool) -> None:
         self._receiver = receiver
+        self._is_ipv6 = ipv6
         self._report: UdpReport | None = None
 
     @property
@@ -145,7 +146,10 @@ class UdpFlow:
 
     def received(self) -> int:
         """Datagrams that sockets in the receiving pod have read so far, by the kernel's count."""
-        lines = [line.split() for line in Path(f"/proc/{self._receiver.pid}/net/snmp").read_text().splitlines()]
+        proc = Path(f"/proc/{self._receiver.pid}/net")
+        if self._is_ipv6:
+            return int(dict(line.split() for line in (proc / "snmp6").read_text().splitlines())["Udp6InDatagrams"])
+        lines = [line.split() for line in (proc / "snmp").read_text().splitlines()]
         names, values = (line for line in lines if line[0] == "Udp:")
         return int(values[names.index("InDatagrams")])
 
@@ -156,13 +160,15 @@ class UdpFlow:
 
 
 @contextlib.contextmanager
-def udp_flow(source: Pod, destination: Pod, packets_per_s: float, port: int = 5001) -> Iterator[UdpFlow]:
+def udp_flow(
+    source: Pod, destination: Pod, packets_per_s: float, port: int = 5001, *, ipv6: bool = False
+) -> Iterator[UdpFlow]:
     """UDP datagrams with checked content from pod to pod while the block runs."""
-    _wait_for_path(source, destination)
-    with _End(destination, "udp-receive", destination.address, port) as receiver:
+    address = _wait_for_path(source, destination, ipv6=ipv6)
+    with _End(destination, "udp-receive", address, port) as receiver:
         receiver.wait_ready()
-        with _End(source, "udp-send", destination.address, port, packets_per_s) as sender:
-            flow = UdpFlow(receiver.process)
+        with _End(source, "udp-send", address, port, packets_per_s) as sender:
+            flow = UdpFlow(receiver.process, ipv6=ipv6)
             flow.wait_for_more(10)
             yield flow
             sent = sender.finish()
@@ -172,13 +178,14 @@ def udp_flow(source: Pod, destination: Pod, packets_per_s: float, port: int = 50
         print(f"udp {source} -> {destination}: {flow.report}")
 
 
-def _wait_for_path(source: Pod, destination: Pod) -> None:
-    """Until addresses are resolved and every new link passes packets, which the kernel sees to in its own time."""
-    wait_until(
-        f"{destination} to answer {source}",
-        lambda: is_answered(source, destination.address),
-        15,
-    )
+def _wait_for_path(source: Pod, destination: Pod, *, ipv6: bool) -> object:
+    """Until addresses are resolved and every new link passes packets, which the kernel sees to in its own time.
+
+    Returns the address of the destination.
+    """
+    address = destination.ipv6_address if ipv6 else destination.address
+    wait_until(f"{destination} to answer {source}", lambda: is_answered(source, address), 15)
+    return address
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +219,15 @@ class TcpFlow:
 
 
 @contextlib.contextmanager
-def tcp_flow(source: Pod, destination: Pod, bytes_per_s: float = 2e6, port: int = 5002) -> Iterator[TcpFlow]:
+def tcp_flow(
+    source: Pod, destination: Pod, bytes_per_s: float = 2e6, port: int = 5002, *, ipv6: bool = False
+) -> Iterator[TcpFlow]:
     """One TCP connection with checked content from pod to pod while the block runs."""
-    _wait_for_path(source, destination)
+    address = _wait_for_path(source, destination, ipv6=ipv6)
     flow = TcpFlow()
-    with _End(destination, "tcp-receive", destination.address, port) as receiver:
+    with _End(destination, "tcp-receive", address, port) as receiver:
         receiver.wait_ready()
-        with _End(source, "tcp-send", destination.address, port, bytes_per_s) as sender:
+        with _End(source, "tcp-send", address, port, bytes_per_s) as sender:
             sender.wait_ready()
             yield flow
             sent = sender.finish()

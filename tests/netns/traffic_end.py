@@ -28,6 +28,10 @@ def stream_block(number: int) -> bytes:
     return hashlib.shake_128(number.to_bytes(SEQUENCE_BYTES, "big")).digest(BLOCK)
 
 
+def family_of(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
 def ready() -> None:
     print("ready", flush=True)
 
@@ -45,7 +49,7 @@ def send_udp(address: str, port: int, rate: float) -> None:
     """Send at `rate` until told to stop.  A refused send is counted by its errno and not repeated."""
     refused: dict[str, int] = {}
     sent = 0
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
         ready()
         start = time.monotonic()
         while True:
@@ -67,7 +71,7 @@ def receive_udp(address: str, port: int, rate: float) -> None:
     arrivals: list[tuple[int, int]] = []
     n_spoilt = 0
     expected: int | None = None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
         sock.bind((address, port))
         poller = select.poll()
@@ -105,7 +109,7 @@ def send_tcp(address: str, port: int, rate: float) -> None:
 def receive_tcp(address: str, port: int, rate: float) -> None:
     """Compare what one connection carries with what it must be; note the longest silence."""
     received, n_spoilt, longest_ns = 0, 0, 0
-    with socket.create_server((address, port)) as server:
+    with socket.create_server((address, port), family=family_of(address)) as server:
         ready()
         connection, _ = server.accept()
         with connection:

@@ -225,6 +225,39 @@ def test_udp_takes_any_lease_for_a_peer() -> None:
         assert Udp(8285).refusal(other) is None
 
 
+def test_udp_takes_leases_whose_hosts_say_so_for_peers_by_ipv6() -> None:
+    """flannel's udp, and udptun's of before, drop what they get of IPv6."""
+    backend, live = Udp(8285), replace(LIVE, ipv6_mtu=1450)
+    attrs = backend.attrs(UNDERLAY, live, "n" * 32)
+    assert attrs.backend_data["IPv6"] is True
+    assert (attrs.public_ipv6, attrs.backend_v6_data) == (None, None)
+    assert "IPv6" not in backend.attrs(UNDERLAY, LIVE, "n" * 32).backend_data
+    assert backend.outer(attrs, Family.IPV6) is Family.IPV4
+    peer = replace(lease(2, "udp"), attrs=attrs)
+    assert backend.refusal(peer, Family.IPV6) is None
+    reason = "its host does not take IPv6 in Type udp: it runs flannel, an earlier udptun, or cannot carry IPv6"
+    for other in (lease(2, ""), lease(2, "udp", {"Udptun": 1}), lease(2, "udp", {"Udptun": 1, "IPv6": "yes"})):
+        assert backend.refusal(other, Family.IPV6) == reason
+
+
+def test_udp_desires_the_same_of_both_families_on_one_device() -> None:
+    backend, live = Udp(8285), replace(LIVE, ipv6_mtu=1450)
+    ipv4, ipv6 = backend.desired(inputs(lease(2), live=live)), backend.desired(ipv6_inputs(2, live=live))
+    assert ipv4.links == ipv6.links
+    assert [(sysctl.path, sysctl.value) for sysctl in ipv6.links[0].sysctls] == [
+        ("net/ipv4/conf/flannel0/accept_local", "1"),
+        ("net/ipv6/conf/flannel0/addr_gen_mode", "1"),
+        ("net/ipv6/conf/flannel0/accept_ra", "0"),
+        ("net/ipv6/conf/flannel0/disable_ipv6", "0"),
+    ]
+    assert [(str(a.ip), a.prefixlen) for a in ipv6.addresses] == [("fd00:244:0:1::", 128)]
+    network = IPv6Network("fd00:244::/48")
+    assert ipv6.routes == (
+        DesiredRoute(network, type=RouteType.UNREACHABLE, metric=0xFFFFFFFF),
+        DesiredRoute(network, "flannel0"),
+    )
+
+
 def test_host_gw_desires_a_route_through_each_peer_and_nothing_else() -> None:
     desired = HostGw().desired(inputs(lease(2, "host-gw"), lease(3, "host-gw")))
     assert desired == DesiredState(

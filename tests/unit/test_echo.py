@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP
+from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
 
 from udptun.core.echo import (
     MIN_LENGTH,
@@ -13,6 +14,7 @@ from udptun.core.echo import (
     echo_message,
     echo_reply,
     echo_request,
+    min_length,
     parse_echo_reply,
     parse_echo_reply_message,
     parse_echo_request,
@@ -76,3 +78,39 @@ def test_reply_message_is_known_from_what_it_begins_with() -> None:
     assert parse_echo_reply_message(message[:16]) == parse_echo_reply_message(message) == NONCE
     assert parse_echo_reply_message(message[:15]) is None
     assert parse_echo_reply_message(echo_message(NONCE)) is None
+
+
+# --- IPv6
+
+HERE_V6, THERE_V6 = IPv6Address("fd00:244:0:1::"), IPv6Address("fd00:244:0:2::")
+REPLY_V6 = bytes(IPv6(src=str(THERE_V6), dst=str(HERE_V6)) / ICMPv6EchoReply(id=0xFFFE, seq=9, data=NONCE + bytes(99)))
+
+
+@pytest.mark.parametrize("length", [0, 57, 1472, 65_535])
+def test_request_of_ipv6_is_an_echo_with_the_right_checksum(length: int) -> None:
+    head = echo_request(HERE_V6, THERE_V6, 0xFFFE, 9, NONCE, length)
+    n_zeros = (length or min_length(HERE_V6)) - len(head)
+    message = ICMPv6EchoRequest(id=0xFFFE, seq=9, data=NONCE + bytes(n_zeros))
+    assert head + bytes(n_zeros) == bytes(IPv6(src=str(HERE_V6), dst=str(THERE_V6)) / message)
+
+
+def test_reply_of_ipv6_is_known_from_what_it_begins_with_and_is_made_as_a_kernel_makes_it() -> None:
+    assert parse_echo_reply(REPLY_V6) == parse_echo_reply(REPLY_V6[:56]) == Echo(THERE_V6, HERE_V6, 0xFFFE, 9, NONCE)
+    request = parse_echo_request(echo_request(HERE_V6, THERE_V6, 3, 4, NONCE))
+    assert request == Echo(HERE_V6, THERE_V6, 3, 4, NONCE)
+    message = ICMPv6EchoReply(id=3, seq=4, data=NONCE)
+    assert echo_reply(request) == bytes(IPv6(src=str(THERE_V6), dst=str(HERE_V6)) / message)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        pytest.param(REPLY_V6[:55], id="cut"),
+        pytest.param(echo_request(HERE_V6, THERE_V6, 1, 2, NONCE), id="a request"),
+        pytest.param(bytes(IPv6() / UDP() / NONCE), id="no ICMPv6"),
+        pytest.param(b"\x45" + REPLY_V6[1:], id="of version 4"),
+        pytest.param(bytes(IPv6(nh=1)) + bytes(ICMP(type=0) / NONCE), id="ICMP of IPv4"),
+    ],
+)
+def test_anything_else_of_ipv6_is_no_reply(packet: bytes) -> None:
+    assert parse_echo_reply(packet) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Protocol
 
 from udptun.config.go_json import boolean, choice, integer, key
@@ -125,12 +125,20 @@ class BackendInput:
         leased = tuple(lease.subnet_of(self.family) for lease in self.peers)
         return Pods(self.network, leasable, self.own_subnet, leased, link)
 
-    def packet_settings(self, port: int, vtep: Vtep | None = None) -> PacketSettings:
-        """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`."""
+    def packet_settings(
+        self, port: int, vtep: Vtep | None = None, ipv6: BackendInput | None = None
+    ) -> PacketSettings:
+        """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`.
+
+        These inputs are of IPv4; `ipv6` are those of IPv6, None: it is not carried.
+        """
         live, network, own_subnet = self.live, self.network, self.own_subnet
-        assert isinstance(network, IPv4Network), "the datapath carries IPv4 alone"
+        assert isinstance(network, IPv4Network)
         assert isinstance(own_subnet, IPv4Network)
         assert self.underlay.address is not None, "the datapath's sockets are of IPv4"
+        network_ipv6, own_subnet_ipv6 = (None, None) if ipv6 is None else (ipv6.network, ipv6.own_subnet)
+        assert network_ipv6 is None or isinstance(network_ipv6, IPv6Network)
+        assert own_subnet_ipv6 is None or isinstance(own_subnet_ipv6, IPv6Network)
         return PacketSettings(
             network,
             own_subnet,
@@ -140,6 +148,8 @@ class BackendInput:
             live.offload,
             vtep,
             port=port,
+            network_ipv6=network_ipv6,
+            own_subnet_ipv6=own_subnet_ipv6,
         )
 
 
@@ -204,8 +214,11 @@ class Encapsulation(Protocol):
         0: they leave from those that receive.
         """
 
-    def packet_settings(self, inputs: BackendInput) -> PacketSettings:
-        """What holds for all packets.  It does not depend on `peers` and `direct`."""
+    def packet_settings(self, inputs: BackendInput, ipv6: BackendInput | None = None) -> PacketSettings:
+        """What holds for all packets, by the inputs of IPv4, and those of IPv6 where it is carried.
+
+        It does not depend on `peers` and `direct`.
+        """
 
     def remote(self, lease: Lease) -> Remote:
         """Where a peer is.  `Backend.refusal` has accepted the lease."""
@@ -241,6 +254,10 @@ class Backend(Protocol):
     @property
     def ipv6_overhead(self) -> int:
         """Bytes around each inner IPv6 packet."""
+
+    @property
+    def needs_ipv6_underlay(self) -> bool:
+        """Whether IPv6 packets travel between IPv6 addresses of the hosts alone."""
 
     @property
     def encapsulation(self) -> Encapsulation | None:

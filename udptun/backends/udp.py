@@ -1,4 +1,8 @@
-"""The udp backend: flannel's wire format through a TUN device (backend/udp/udp_network_amd64.go).  Pure."""
+"""The udp backend: flannel's wire format through a TUN device (backend/udp/udp_network_amd64.go).  Pure.
+
+IPv6 packets of the pods go through the same device and between the same addresses of the hosts, to hosts whose lease
+says that they take them.  flannel's udp drops them.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +59,8 @@ class Udp:
     summary = "userspace tunnel, flannel's udp wire format"
     overhead = UDP_OVERHEAD
     families = frozenset((Family.IPV4,))
-    ipv6_overhead = 0
+    ipv6_overhead = UDP_OVERHEAD
+    needs_ipv6_underlay = False
     routes_network = True
     peer_types = frozenset((UdpKeys.type, ""))
     needs_backend_data = False
@@ -78,23 +83,28 @@ class Udp:
             data["AnySourcePort"] = True
         if live.carries_ecn:
             data["ECN"] = True
+        if live.ipv6_mtu is not None:
+            data["IPv6"] = True
         return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
 
     def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
         return Family.IPV4
 
-    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> None:
-        """Every lease is accepted, as by flannel: any host that listens on the port is a peer.
+    def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
+        """By IPv4 every lease is accepted, as by flannel: any host that listens on the port is a peer.
 
         One of another type, which most likely does not listen, is named (`peer_types`).
         """
+        if family is Family.IPV4 or lease.attrs.carries_ipv6:
+            return None
+        return "its host does not take IPv6 in Type udp: it runs flannel, an earlier udptun, or cannot carry IPv6"
 
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
         """None behind a NAT, which may let in only what answers a datagram that has left from our port."""
         return live.source_ports if live.source_ports > 1 and not underlay.is_behind_nat else 0
 
-    def packet_settings(self, inputs: BackendInput) -> PacketSettings:
-        return inputs.packet_settings(self.port)
+    def packet_settings(self, inputs: BackendInput, ipv6: BackendInput | None = None) -> PacketSettings:
+        return inputs.packet_settings(self.port, ipv6=ipv6)
 
     def remote(self, lease: Lease) -> Remote:
         attrs = lease.attrs
@@ -108,7 +118,8 @@ class Udp:
         )
 
     def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink]:
-        return (tun_link(self.device, live.mtu),)
+        """The device is the same for both families."""
+        return (tun_link(self.device, live.mtu, with_ipv6=live.ipv6_mtu is not None),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:
         """The device with our subnet's first address, and the routes that lead Network into it.
@@ -116,34 +127,37 @@ class Udp:
         The address is a /32, as flannel's since 0.11.  With the length of Network the kernel would add a route and a
         broadcast address by itself.
         """
-        network = inputs.network
+        network, own = inputs.network, inputs.own_subnet
         return DesiredState(
             links=self.links(inputs.underlay, inputs.live),
-            addresses=(DesiredAddress(self.device, inputs.own_subnet.network_address, 32),),
+            addresses=(DesiredAddress(self.device, own.network_address, own.max_prefixlen),),
             routes=(guard(network), DesiredRoute(network, self.device)),
             pods=inputs.pods((), self.device),
         )
 
 
-def tun_link(name: str, mtu: int) -> DesiredLink:
-    """The datapath's device `name`; `mtu` is the largest inner packet, bytes."""
-    return DesiredLink(
-        name,
-        mtu,
-        _MIN_TX_QUEUE_LEN,
-        (
-            # Our ICMP errors come out of the device with our own address as their source.  Without this the kernel
-            # drops such packets as martians (fib_validate_source).
-            Sysctl(
-                f"net/ipv4/conf/{name}/accept_local",
-                "1",
-                "this host and its pods are not told of packets that are too big for the tunnel or have no peer",
-            ),
-            # The tunnel carries IPv4 alone.  Without this the kernel sends router solicitations to the peers.
-            Sysctl(
-                f"net/ipv6/conf/{name}/disable_ipv6",
-                "1",
-                "the kernel sends IPv6 router solicitations into the tunnel, which drops them",
-            ),
-        ),
+def tun_link(name: str, mtu: int, *, with_ipv6: bool) -> DesiredLink:
+    """The datapath's device `name`; `mtu` is the largest inner packet, bytes.  `with_ipv6`: it carries both families.
+    """
+    # Our ICMP errors come out of the device with our own address as their source.  Without this the kernel drops those
+    # of IPv4 as martians (fib_validate_source).
+    accept_local = Sysctl(
+        f"net/ipv4/conf/{name}/accept_local",
+        "1",
+        "this host and its pods are not told of packets that are too big for the tunnel or have no peer",
     )
+    solicits = "the kernel sends IPv6 router solicitations into the tunnel, which drops them"
+    of_ipv6 = f"net/ipv6/conf/{name}"
+    # Nobody answers neighbour discovery in the tunnel.  The device gets no link-local address (IN6_ADDR_GEN_MODE_NONE),
+    # and the kernel solicits routers from such an address alone.  It must not get one when IPv6 is enabled, so that
+    # comes last.
+    ipv6 = (
+        (
+            Sysctl(f"{of_ipv6}/addr_gen_mode", "1", solicits),
+            Sysctl(f"{of_ipv6}/accept_ra", "0", "this host takes IPv6 routes that a peer advertises in the tunnel"),
+            Sysctl(f"{of_ipv6}/disable_ipv6", "0", "pods have no IPv6 to other hosts"),
+        )
+        if with_ipv6
+        else (Sysctl(f"{of_ipv6}/disable_ipv6", "1", solicits),)
+    )
+    return DesiredLink(name, mtu, _MIN_TX_QUEUE_LEN, (accept_local, *ipv6))

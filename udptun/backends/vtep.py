@@ -29,6 +29,7 @@ class UserspaceVtep:
     overhead = vxlan.VXLAN_OVERHEAD
     families = frozenset((Family.IPV4,))
     ipv6_overhead = 0
+    needs_ipv6_underlay = True
     routes_network = False
     peer_types = frozenset((vxlan.VxlanKeys.type,))
     needs_backend_data = True
@@ -57,7 +58,7 @@ class UserspaceVtep:
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
         return N_SENDERS
 
-    def packet_settings(self, inputs: BackendInput) -> PacketSettings:
+    def packet_settings(self, inputs: BackendInput, ipv6: BackendInput | None = None) -> PacketSettings:
         return inputs.packet_settings(self.port, Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
@@ -70,7 +71,7 @@ class UserspaceVtep:
         return Remote(attrs.public_ip, self.port, attrs.is_udptun, True, mac, carries_ecn=True)
 
     def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink]:
-        return (tun_link(self.device, live.mtu),)
+        return (tun_link(self.device, live.mtu, with_ipv6=False),)
 
     def desired(self, inputs: BackendInput) -> DesiredState:
         """As udp's, but only what can be leased leads into the device, as with flannel's vxlan, not all of Network.

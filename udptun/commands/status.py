@@ -97,13 +97,13 @@ def render(document: Document, now_s: float) -> str:
                 peer["subnet"],
                 peer["public_ip"],
                 str(peer["port"] or "-"),
-                "yes" if peer["udptun"] else "no",
+                "yes" if peer.get("udptun", True) else "no",
                 peer.get("liveness", "-"),
                 _number(peer.get("rtt_ms"), ".2f"),
                 _number(peer.get("path_mtu"), "d"),
                 *(str(peer.get(key, "-")) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
             ]
-            for peer in document["peers"]
+            for peer in (*document["peers"], *_carried_peers(ipv6 or {}))
         ],
     )
     lines += _learned(document["peers"])
@@ -117,10 +117,14 @@ def render(document: Document, now_s: float) -> str:
 
 def _ipv6(ipv6: Document) -> str:
     carried = "not carried" if ipv6["mtu"] is None else f"{ipv6['device'] or 'no device'} mtu {ipv6['mtu']}"
-    return (
-        f"IPv6       {ipv6['subnet']} of {ipv6['network']}, public {ipv6['public_ip'] or 'none'}, {carried}, "
-        f"{len(ipv6['peers'])} peers"
-    )
+    # In Type udp a host needs none.
+    public = "" if ipv6["public_ip"] is None and ipv6["mtu"] is not None else f"public {ipv6['public_ip'] or 'none'}, "
+    return f"IPv6       {ipv6['subnet']} of {ipv6['network']}, {public}{carried}, {len(ipv6['peers'])} peers"
+
+
+def _carried_peers(ipv6: Document) -> list[Document]:
+    """The peers by IPv6 whose packets the datapath carries, which only udptun does; the kernel counts none."""
+    return [peer for peer in ipv6.get("peers", ()) if "encap_packets" in peer]
 
 
 def _datapath(datapath: Document) -> str:

@@ -104,7 +104,9 @@ def _ipv6(running: Running) -> dict[str, object] | None:
         return None
     tables = {table.family: table for table in running.membership.tables}
     table = tables.get(Family.IPV6)
-    peers = [] if table is None else sorted(map(table.part, [*table.peers.values()]), key=lambda part: part.subnet)
+    leases = [] if table is None else list(table.peers.values())
+    leases.sort(key=lambda lease: int(lease.subnet_of(Family.IPV6).network_address))
+    parts = [] if table is None else [*map(table.part, leases)]
     address = running.underlay.ipv6
     return {
         "network": str(pool.network),
@@ -113,5 +115,8 @@ def _ipv6(running: Running) -> dict[str, object] | None:
         "address": None if address is None else str(address),
         "device": running.forwarding.ipv6_device,
         "mtu": live.ipv6_mtu,
-        "peers": [{"subnet": str(part.subnet), "public_ip": str(part.public_ip)} for part in peers],
+        "peers": [
+            {"subnet": str(part.subnet), "public_ip": str(part.public_ip), **more}
+            for part, more in zip(parts, running.forwarding.ipv6_peers(leases), strict=True)
+        ],
     }

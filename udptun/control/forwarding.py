@@ -60,6 +60,8 @@ class Forwarding:
         self._reason = choice.reason
         self.live = live
         self._routings = {routing.family: routing for routing in routings}
+        self._ownership = routings[0].ownership
+        """Of the datapath's device, which serves all families."""
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
@@ -152,7 +154,7 @@ class Forwarding:
             await remove_ours(routing.ownership)
             self.live = self.live.without(family)
         if self._tunnel is not None:
-            await self._tunnel.start(self._inputs(self._first))
+            await self._tunnel.start(self._carried_inputs())
             await self._keep_descriptors()
         else:
             # A datapath may be left of a run with another backend, and the kernel may need its port.
@@ -163,13 +165,13 @@ class Forwarding:
         if self._probes is not None:
             self._probes.use(self._inputs(Family.IPV4))
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
+        alias = None if self._tunnel is None else self._ownership.alias
         if self._tunnel is not None:
             self._tunnel.tunnel.narrow_changed = self._update_desired
         self._has_started = True
         for family, routing in self._routings.items():
             is_first = family is self._first
-            narrow = self._narrow if is_first else {}
-            await routing.start(device if is_first else None, self._inputs(family), narrow, is_first=is_first)
+            await routing.start(device, alias, self._inputs(family), self._narrow, is_first=is_first)
 
     async def run(self) -> None:
         """Keep it so, until cancelled."""
@@ -189,8 +191,8 @@ class Forwarding:
         if not self._has_started:
             return
         self._routings[family].change_peers(events)
-        if self._tunnel is not None and family is self._first:
-            await self._tunnel.peers_changed(events)
+        if self._tunnel is not None:
+            await self._tunnel.peers_changed(family, events)
         if self._probes is not None and family is Family.IPV4:
             self._probes.peers_changed(events)
         self._update_desired()
@@ -202,8 +204,7 @@ class Forwarding:
         had; then nothing has changed.
         """
         if self._tunnel is not None:
-            inputs = replace(self._inputs(self._first), underlay=underlay, live=live)
-            live = await self._tunnel.apply(self._inputs(self._first), inputs)
+            live = await self._tunnel.apply(self._carried_inputs(), underlay, live)
             await self._keep_descriptors()
         self._underlay, self.live = underlay, live
         if self._probes is not None:
@@ -238,7 +239,8 @@ class Forwarding:
     @property
     def problems(self) -> tuple[str, ...]:
         parts = (self._tunnel, self._probes, *self._routings.values())
-        return tuple(line for part in parts if part is not None for line in part.problems)
+        # What is wrong with a device that both families use, both say.
+        return tuple(dict.fromkeys(line for part in parts if part is not None for line in part.problems))
 
     @property
     def pod_path(self) -> PodPath | None:
@@ -278,6 +280,12 @@ class Forwarding:
             "counters": own["counters"],
         }
 
+    def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
+        """What is known of these peers by IPv6 beside their leases: keys of docs/status.md."""
+        if self._tunnel is None:
+            return [{} for _ in leases]
+        return self._tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases, self.live)
+
     async def _keep_descriptors(self) -> None:
         if self._tunnel is not None:
             tunnel = self._tunnel.tunnel
@@ -286,12 +294,15 @@ class Forwarding:
     def _update_desired(self) -> None:
         """Tell the reconcilers what the backend desires now."""
         for family, routing in self._routings.items():
-            routing.want(self._inputs(family), self._narrow if family is self._first else {})
+            routing.want(self._inputs(family), self._narrow)
 
     @property
     def _narrow(self) -> Mapping[IPNetwork, int]:
         """The peers whose path takes less than the device, and what it takes, bytes."""
-        return {} if self._tunnel is None else self._tunnel.tunnel.narrow
+        return {} if self._tunnel is None else self._tunnel.tunnel.peers.narrow
+
+    def _carried_inputs(self) -> dict[Family, BackendInput]:
+        return {family: self._inputs(family) for family in self.families}
 
     def _inputs(self, family: Family) -> BackendInput:
         return self._routings[family].inputs(self._underlay, self.live)

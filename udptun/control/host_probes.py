@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv4Network
 
 from udptun.backends.base import BackendInput
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseEvent
+from udptun.core.network_state import IPNetwork
 from udptun.probing.carrier import Target
 from udptun.probing.host import HostCarrier
 from udptun.probing.memory import Memory
@@ -21,7 +22,7 @@ too many probes, they come less often.
 
 
 class HostProbes:
-    """Probes the peers from this host.  `device` is the one that packets to them go through, None: there is none."""
+    """Probes the peers by IPv4.  `device` is the one that packets to them go through, None: there is none."""
 
     def __init__(self, device: str | None, memory: Memory) -> None:
         """`memory` has what the daemon before has found out."""
@@ -34,7 +35,8 @@ class HostProbes:
         self._prober.set_peers(self._targets(inputs.peers))
 
     def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        self._prober.remove_peers(_subnet(event.lease) for event in events if event.type is EventType.REMOVED)
+        removed = (event.lease for event in events if event.type is EventType.REMOVED)
+        self._prober.remove_peers(lease.subnet_of(Family.IPV4) for lease in removed)
         self._prober.add_peers(self._targets(event.lease for event in events if event.type is EventType.ADDED))
 
     async def run(self) -> None:
@@ -53,24 +55,18 @@ class HostProbes:
 
     def document(self, lease: Lease) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
-        return self._prober.document(_subnet(lease))
+        return self._prober.document(lease.subnet_of(Family.IPV4))
 
-    def _targets(self, leases: Iterable[Lease]) -> Mapping[IPv4Network, Target]:
+    def _targets(self, leases: Iterable[Lease]) -> Mapping[IPNetwork, Target]:
         """Whom to ask, so that echoes go the way of packets to the pods.
 
         A peer has the first address of its subnet on the device.  Without one nothing of its subnet has to be there
         before its first pod; its PublicIP is what packets to its pods go through.
         """
-        found = {}
+        found: dict[IPNetwork, Target] = {}
         for lease in leases:
-            subnet, host = _subnet(lease), lease.attrs.public_ip
+            subnet, host = lease.subnet_of(Family.IPV4), lease.attrs.public_ip
             assert host is not None
             address = host if self._device is None else subnet.network_address
             found[subnet] = Target(address, host, str(host))
         return found
-
-
-def _subnet(lease: Lease) -> IPv4Network:
-    """Peers by IPv4 are probed."""
-    assert lease.subnets.ipv4 is not None
-    return lease.subnets.ipv4

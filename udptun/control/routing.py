@@ -81,14 +81,20 @@ class Routing:
             self._reconciler.set_desired(self._desired(inputs, narrow))
 
     async def start(
-        self, device: Device | None, inputs: BackendInput, narrow: Mapping[IPNetwork, int], *, is_first: bool
+        self,
+        device: Device | None,
+        alias: str | None,
+        inputs: BackendInput,
+        narrow: Mapping[IPNetwork, int],
+        *,
+        is_first: bool,
     ) -> None:
         """Make the kernel so, as `want` says.  Raises UdptunError when that cannot be with the first family.
 
-        With another one it is tried on, and `problems` say what is missing.  `device` is the datapath's, and stays the
-        caller's; None: every device is the kernel's.
+        With another one it is tried on, and `problems` say what is missing.  `device` is the datapath's with its
+        `alias`, and stays the caller's; None: every device is the kernel's.
         """
-        self._reconciler = Reconciler(DesiredState(), device, self.ownership, self.family)
+        self._reconciler = Reconciler(DesiredState(), device, self.ownership, self.family, alias)
         self.want(inputs, narrow)
         outcome = await self._reconciler.converge()
         if outcome.is_broken and is_first:
@@ -121,4 +127,8 @@ class Routing:
         """
         # With DirectRouting some peers are not reached through the device.
         routed = {route.dst for route in desired.routes}
-        return [DesiredRoute(to, self._backend.device, mtu=mtu) for to, mtu in narrow.items() if to not in routed]
+        return [
+            DesiredRoute(to, self._backend.device, mtu=mtu)
+            for to, mtu in narrow.items()
+            if to.version == self.family.value and to not in routed
+        ]

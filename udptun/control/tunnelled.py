@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
 from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
 from udptun.control.run_dir import PROBES_FILE
 from udptun.core.errors import UdptunError
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.network_state import IPNetwork
 from udptun.core.offload import names as offload_names
@@ -43,6 +44,8 @@ class Tunnelled:
         self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds), self._learner.explains)
         self._carrier = TunnelCarrier(tunnel)
         self._prober = Prober(self._carrier, memory=Memory(run_dir / PROBES_FILE))
+        self._leases: dict[Family, dict[IPNetwork, Lease]] = {}
+        """Of the peers by each family that is carried, by their subnets."""
         self._local_watch: LocalAddressWatch | None = None
         self._not_refused = ""
         """Names addresses of this host that the table has no room for."""
@@ -64,21 +67,25 @@ class Tunnelled:
         tunnel = await Tunnel.open(*where, live.workers, live.offload, n_senders, confinement=confinement)
         return cls(encapsulation, tunnel, run_dir)
 
-    async def start(self, inputs: BackendInput) -> None:
-        settings = self._settings(inputs)
-        self._tunnel_address = settings.tunnel_address
+    async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
+        """Carry packets of these families, of which IPv4 is always one."""
+        settings, live = self._settings(inputs), inputs[Family.IPV4].live
+        self._tunnel_addresses = settings.tunnel_addresses
         self.tunnel.configure(settings)
-        remotes = self._remotes(inputs.peers)
-        self.tunnel.set_peers(remotes)
-        self._switch(settings, inputs.live)
-        self._prober.set_peers(_targets(remotes))
-        self._learner.set_peers(remotes)
-        local = await find_local_addresses()
+        self._leases = {family: {it.subnet_of(family): it for it in of.peers} for family, of in inputs.items()}
+        remotes = self._remotes(ChainMap(*self._leases.values()))
+        self.tunnel.peers.set_all(remotes)
+        self._follow(self._leases.get(Family.IPV6, ()))
+        self._switch(settings, live)
+        leaders = self._leaders(remotes)
+        self._prober.set_peers(_targets(leaders))
+        self._learner.set_peers(leaders)
+        local = await find_local_addresses(inputs)
         self._set_local_addresses(local)
         await self.tunnel.publish()
         await self.tunnel.start()
-        self.tunnel.set_offload(inputs.live.offload)
-        self._local_watch = LocalAddressWatch(local, self._use_local_addresses)
+        self.tunnel.set_offload(live.offload)
+        self._local_watch = LocalAddressWatch(tuple(inputs), local, self._use_local_addresses)
 
     async def run(self) -> None:
         """Keep the processes running and the table true to this host's addresses, until cancelled.  After `start`."""
@@ -98,26 +105,37 @@ class Tunnelled:
         others = (*self._strays.problems, *self._prober.problems)
         return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local, *others)
 
-    async def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
-        removed = [_subnet(event.lease) for event in events if event.type is EventType.REMOVED]
-        added = self._remotes(event.lease for event in events if event.type is EventType.ADDED)
-        self._prober.remove_peers(removed)
-        self._learner.remove_peers(removed)
-        self.tunnel.remove_peers(removed)
-        self.tunnel.add_peers(added)
-        self._prober.add_peers(_targets(added))
-        self._learner.add_peers(added)
+    async def peers_changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
+        leases = self._leases[family]
+        removed = [event.lease.subnet_of(family) for event in events if event.type is EventType.REMOVED]
+        added = {it.lease.subnet_of(family): it.lease for it in events if it.type is EventType.ADDED}
+        for subnet in removed:
+            leases.pop(subnet, None)
+        leases.update(added)
+        # What stands for another host than before is another peer to the prober.
+        of_ipv6 = self._leases.get(Family.IPV6, {})
+        ipv6 = [it for event in events if (it := event.lease.subnets.ipv6) is not None and it in of_ipv6]
+        self._prober.remove_peers([*removed, *ipv6])
+        self._learner.remove_peers([*removed, *ipv6])
+        self.tunnel.peers.remove(removed)
+        self.tunnel.peers.add(self._remotes(added))
+        self._follow(ipv6)
+        leaders = self._leaders(self._remotes({**added, **{subnet: of_ipv6[subnet] for subnet in ipv6}}))
+        self._prober.add_peers(_targets(leaders))
+        self._learner.add_peers(leaders)
         await self.tunnel.publish()
 
-    async def apply(self, before: BackendInput, now: BackendInput) -> LiveSettings:
-        """Change from `before` to `now`, and return the settings that are then in force.  Raises UdptunError."""
-        how, live = self._encapsulation, now.live
-        n_senders = how.n_senders(now.underlay, live)
-        assert now.underlay.address is not None
+    async def apply(
+        self, inputs: Mapping[Family, BackendInput], underlay: Underlay, live: LiveSettings
+    ) -> LiveSettings:
+        """Change from `inputs` to these, and return the settings that are then in force.  Raises UdptunError."""
+        how, before = self._encapsulation, inputs[Family.IPV4]
+        n_senders = how.n_senders(underlay, live)
+        assert underlay.address is not None
         try:
-            await self.tunnel.rebind(now.underlay.address, how.port, live.workers, n_senders)
+            await self.tunnel.rebind(underlay.address, how.port, live.workers, n_senders)
         except UdptunError as exc:
-            if now.underlay.address != before.underlay.address:
+            if underlay.address != before.underlay.address:
                 raise
             live = replace(live, workers=before.live.workers, source_ports=before.live.source_ports)
             log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
@@ -127,28 +145,30 @@ class Tunnelled:
             except UdptunError as exc:
                 live = replace(live, offload=before.live.offload)
                 log.error("not reloaded, the offloads stay: %s", exc)
-        now = replace(now, live=live)
+        now = {family: replace(it, underlay=underlay, live=live) for family, it in inputs.items()}
         settings = self._settings(now)
-        if settings != self._settings(before):
+        if settings != self._settings(inputs):
             self.tunnel.configure(settings)
-            remotes = self._remotes(now.peers)
-            self.tunnel.add_peers(remotes)
+            remotes = self._remotes(ChainMap(*self._leases.values()))
+            self.tunnel.peers.add(remotes)
             self._switch(settings, live)
-            self._prober.add_peers(_targets(remotes))
-            self._learner.add_peers(remotes)
+            leaders = self._leaders(remotes)
+            self._prober.add_peers(_targets(leaders))
+            self._learner.add_peers(leaders)
             await self.tunnel.publish()
         return live
 
     def _switch(self, settings: PacketSettings, live: LiveSettings) -> None:
         """After `tunnel.configure`."""
-        self._carrier.own_address = settings.tunnel_address
+        self._carrier.own_addresses = settings.tunnel_addresses
         self._prober.switch(is_on=live.probe, mtu=settings.mtu)
         is_learning = live.probe and live.source_check is SourceCheck.PEER
-        self._learner.switch(is_on=is_learning, own_address=settings.tunnel_address, echo_id=settings.punt_id)
+        self._learner.switch(is_on=is_learning, own_addresses=settings.tunnel_addresses, echo_id=settings.punt_id)
 
-    def _settings(self, inputs: BackendInput) -> PacketSettings:
-        settings = self._encapsulation.packet_settings(inputs)
-        return replace(settings, punt_id=self._carrier.echo_id if inputs.live.probe else 0)
+    def _settings(self, inputs: Mapping[Family, BackendInput]) -> PacketSettings:
+        ipv4 = inputs[Family.IPV4]
+        settings = self._encapsulation.packet_settings(ipv4, inputs.get(Family.IPV6))
+        return replace(settings, punt_id=self._carrier.echo_id if ipv4.live.probe else 0)
 
     async def _use_local_addresses(self, local: LocalAddresses) -> None:
         self._set_local_addresses(local)
@@ -156,13 +176,17 @@ class Tunnelled:
 
     def _set_local_addresses(self, local: LocalAddresses) -> None:
         """Refuse packets from these addresses of this host, from the next `publish` on."""
-        n_left = self.tunnel.table.set_local_addresses(sorted(local.addresses))
+        n_left = self.tunnel.table.set_local_addresses(sorted(local.addresses, key=lambda ip: (ip.version, ip)))
         left = [f"{n_left} of this host's {len(local.addresses)} addresses"] * bool(n_left) + list(map(str, local.wide))
         said, device = self._not_refused, self.tunnel.tun.name
+        commands = [
+            f"`{'iptables' if version == 4 else 'ip6tables'} -t raw -A PREROUTING -i {device} -m addrtype "
+            f"--src-type LOCAL ! -s {address} -j DROP`"
+            for version, address in self._tunnel_addresses.items()
+        ]
         self._not_refused = (
             f"packets that peers send from {' and '.join(left)} are not refused, because so many do not fit; run "
-            f"`iptables -t raw -A PREROUTING -i {device} -m addrtype --src-type LOCAL ! -s {self._tunnel_address} "
-            "-j DROP`"
+            f"{' and '.join(commands)}"
             if left
             else ""
         )
@@ -170,9 +194,8 @@ class Tunnelled:
             log.warning("%s", self._not_refused or "packets from all addresses of this host are refused again")
 
     def document(self, leases: Sequence[Lease], live: LiveSettings) -> dict[str, Any]:
-        """The datapath's part of the keys of docs/status.md; of each peer what the datapath knows of it."""
-        table, stats, datapath = self.tunnel.table, self.tunnel.stats, self.tunnel.datapath
-        counts = stats.peers([table.index_of(_subnet(lease)) for lease in leases], live.workers)
+        """The datapath's part of the keys of docs/status.md; of each peer by IPv4 what the datapath knows of it."""
+        stats, datapath = self.tunnel.stats, self.tunnel.datapath
         active = datapath.active
         return {
             "backend": {
@@ -190,17 +213,7 @@ class Tunnelled:
                 "workers": [worker.name.lower() for worker in stats.states(live.workers)],
                 "worker_counters": stats.worker_counters(live.workers),
             },
-            "peers": [
-                {
-                    "port": remote.port,
-                    "any_source_port": remote.takes_any_source_port,
-                    "ecn": remote.carries_ecn,
-                    **dict(zip(PEER_COUNTERS, count, strict=True)),
-                    **self._prober.document(_subnet(lease)),
-                    "learned": self._learner.document(_subnet(lease)),
-                }
-                for lease, remote, count in zip(leases, map(self._encapsulation.remote, leases), counts, strict=True)
-            ],
+            "peers": self.peer_documents([lease.subnet for lease in leases], leases, live),
             "counters": {
                 **stats.counters(),
                 "inject_drop_full": self.tunnel.rings.n_refused,
@@ -208,20 +221,48 @@ class Tunnelled:
             },
         }
 
-    def _remotes(self, leases: Iterable[Lease]) -> Mapping[IPNetwork, Remote]:
-        return {_subnet(lease): self._encapsulation.remote(lease) for lease in leases}
+    def peer_documents(
+        self, subnets: Sequence[IPNetwork], leases: Sequence[Lease], live: LiveSettings
+    ) -> list[dict[str, Any]]:
+        """What the datapath knows of peers, which have these subnets by these leases: keys of docs/status.md."""
+        table, leader = self.tunnel.table, self.tunnel.peers.leader
+        counts = self.tunnel.stats.peers([table.index_of(subnet) for subnet in subnets], live.workers)
+        return [
+            {
+                "port": remote.port,
+                "any_source_port": remote.takes_any_source_port,
+                "ecn": remote.carries_ecn,
+                **dict(zip(PEER_COUNTERS, count, strict=True)),
+                **self._prober.document(leader(subnet)),
+                "learned": self._learner.document(subnet),
+            }
+            for subnet, remote, count in zip(subnets, map(self._encapsulation.remote, leases), counts, strict=True)
+        ]
+
+    def _remotes(self, leases: Mapping[IPNetwork, Lease]) -> dict[IPNetwork, Remote]:
+        return {subnet: self._encapsulation.remote(lease) for subnet, lease in leases.items()}
+
+    def _follow(self, subnets: Iterable[IPNetwork]) -> None:
+        """Have these peers by IPv6 follow those of the same leases by IPv4, as far as there are any."""
+        for subnet in subnets:
+            lease = self._leases[Family.IPV6].get(subnet)
+            if lease is None:
+                continue
+            leader: IPNetwork | None = lease.subnets.ipv4
+            twin = None if leader is None else self._leases[Family.IPV4].get(leader)
+            if twin is None or twin.key != lease.key:
+                leader = None
+            self.tunnel.peers.follow(subnet, leader)
+            self._carrier.follow(subnet, leader)
+
+    def _leaders(self, remotes: Mapping[IPNetwork, Remote]) -> dict[IPNetwork, Remote]:
+        """The peers that stand for their hosts: these are probed, and asked."""
+        return {subnet: it for subnet, it in remotes.items() if self.tunnel.peers.leader(subnet) == subnet}
 
 
-def _subnet(lease: Lease) -> IPv4Network:
-    """The datapath carries IPv4 alone."""
-    assert lease.subnets.ipv4 is not None
-    return lease.subnets.ipv4
-
-
-def _targets(remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPv4Network, Target]:
+def _targets(remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPNetwork, Target]:
     """A peer is asked at its tunnel address, which any kernel answers."""
     return {
         subnet: Target(subnet.network_address, remote.address, f"{remote.address} UDP port {remote.port}", remote)
         for subnet, remote in remotes.items()
-        if isinstance(subnet, IPv4Network) and isinstance(remote.address, IPv4Address)
     }

@@ -1,85 +1,119 @@
-"""ICMP echoes (RFC 792) that carry a nonce, by which their replies are known."""
+"""Echoes of ICMP and ICMPv6 (RFC 792, RFC 4443) that carry a nonce, by which their replies are known."""
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
+
+from udptun.core.network_state import IPAddress
 
 _IPV4 = struct.Struct(">BBHHHBBH4s4s")
 """Version and ihl, TOS, total length, id, flags and offset, TTL, protocol, checksum, source, destination."""
+_IPV6 = struct.Struct(">IHBB16s16s")
+"""Version, traffic class and flow label; payload length, next header, hop limit, source, destination."""
+_PSEUDO_HEADER = struct.Struct(">16s16sI3xB")
+"""Source, destination, length, next header: what an ICMPv6 checksum begins with (RFC 8200 8.1)."""
 _ECHO = struct.Struct(">BBHHH8s")
 """Type, code, checksum, id, sequence, and our nonce, with which the payload begins."""
-_PROTOCOL_ICMP = 1
+_PROTOCOL_ICMP, _PROTOCOL_ICMPV6 = 1, 58
 _ECHO_REQUEST, _ECHO_REPLY = 8, 0
+_ECHO_REQUEST_V6, _ECHO_REPLY_V6 = 128, 129
 _DONT_FRAGMENT = 0x4000
 _TTL = 64
 
 NONCE_LEN = 8
 MIN_LENGTH = _IPV4.size + _ECHO.size
-"""Of a packet with a nonce, bytes."""
+"""Of an IPv4 packet with a nonce, bytes."""
+_MIN_LENGTH_V6 = _IPV6.size + _ECHO.size
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A request or a reply."""
+    """A request or a reply.  Both addresses are of one family."""
 
-    source: IPv4Address
-    destination: IPv4Address
+    source: IPAddress
+    destination: IPAddress
     id: int
     sequence: int
     nonce: bytes
 
 
-def echo_request(
-    source: IPv4Address, destination: IPv4Address, id: int, sequence: int, nonce: bytes, length: int = MIN_LENGTH
-) -> bytes:
-    """What an echo request of `length` bytes in all begins with.  The bytes that are missing are zero.
+def min_length(address: IPAddress) -> int:
+    """The length of the shortest packet with a nonce to or from that address, bytes."""
+    return MIN_LENGTH if address.version == 4 else _MIN_LENGTH_V6
 
-    DF is set: whoever cannot forward it drops it.  `nonce` has NONCE_LEN bytes.
+
+def echo_request(
+    source: IPAddress, destination: IPAddress, id: int, sequence: int, nonce: bytes, length: int = 0
+) -> bytes:
+    """What an echo request of `length` bytes in all, or of `min_length`, begins with.  The missing bytes are zero.
+
+    Whoever cannot forward it drops it: it has DF, as all of IPv6 behaves.  `nonce` has NONCE_LEN bytes.
     """
-    return _message(_ECHO_REQUEST, Echo(source, destination, id, sequence, nonce), length)
+    return _message(is_request=True, it=Echo(source, destination, id, sequence, nonce), length=length)
 
 
 def echo_reply(request: Echo) -> bytes:
     """The reply to a request that has nothing behind its nonce."""
-    return _message(_ECHO_REPLY, replace(request, source=request.destination, destination=request.source), MIN_LENGTH)
+    return _message(is_request=False, it=replace(request, source=request.destination, destination=request.source))
 
 
 def echo_message(nonce: bytes, length: int = MIN_LENGTH) -> bytes:
-    """The ICMP message of a packet of `length` bytes.  Whoever sends it fills in the checksum and the id."""
+    """The ICMP message of an IPv4 packet of `length` bytes.  Whoever sends it fills in the checksum and the id."""
     return _ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0, nonce).ljust(length - _IPV4.size, b"\0")
 
 
 def parse_echo_request(packet: bytes) -> Echo | None:
     """As `parse_echo_reply`."""
-    return _parse(_ECHO_REQUEST, packet)
+    return _parse(packet, _ECHO_REQUEST, _ECHO_REQUEST_V6)
 
 
 def parse_echo_reply(packet: bytes) -> Echo | None:
-    """From what a packet begins with, whose checksums have been looked at; None unless it has room for a nonce."""
-    return _parse(_ECHO_REPLY, packet)
+    """From what a packet begins with, whose checksums have been looked at; None unless it has room for a nonce.
+
+    One of IPv6 has no extension headers.
+    """
+    return _parse(packet, _ECHO_REPLY, _ECHO_REPLY_V6)
 
 
-def _message(kind: int, it: Echo, length: int) -> bytes:
+def _message(*, is_request: bool, it: Echo, length: int = 0) -> bytes:
+    length = length or min_length(it.source)
     addresses = (it.source.packed, it.destination.packed)
-    header = _IPV4.pack(0x45, 0, length, 0, _DONT_FRAGMENT, _TTL, _PROTOCOL_ICMP, 0, *addresses)
+    if it.source.version == 4:
+        header = _IPV4.pack(0x45, 0, length, 0, _DONT_FRAGMENT, _TTL, _PROTOCOL_ICMP, 0, *addresses)
+        header = header[:10] + _checksum(header) + header[12:]
+        kind, pseudo_header = (_ECHO_REQUEST if is_request else _ECHO_REPLY), b""
+    else:
+        payload_len = length - _IPV6.size
+        header = _IPV6.pack(6 << 28, payload_len, _PROTOCOL_ICMPV6, _TTL, *addresses)
+        kind = _ECHO_REQUEST_V6 if is_request else _ECHO_REPLY_V6
+        pseudo_header = _PSEUDO_HEADER.pack(*addresses, payload_len, _PROTOCOL_ICMPV6)
     # Zeros at the end change no checksum.
     echo = _ECHO.pack(kind, 0, 0, it.id, it.sequence, it.nonce)
-    return header[:10] + _checksum(header) + header[12:] + echo[:2] + _checksum(echo) + echo[4:]
+    return header + echo[:2] + _checksum(pseudo_header + echo) + echo[4:]
 
 
-def _parse(kind: int, packet: bytes) -> Echo | None:
-    if len(packet) < MIN_LENGTH:
+def _parse(packet: bytes, kind: int, kind_v6: int) -> Echo | None:
+    version = packet[0] >> 4 if packet else 0
+    source: IPAddress
+    destination: IPAddress
+    if version == 4 and len(packet) >= MIN_LENGTH:
+        first, _, _, _, _, _, protocol, _, source_be, destination_be = _IPV4.unpack_from(packet)
+        header_len, is_icmp = (first & 0xF) * 4, protocol == _PROTOCOL_ICMP
+        source, destination = IPv4Address(source_be), IPv4Address(destination_be)
+    elif version == 6 and len(packet) >= _MIN_LENGTH_V6:
+        _, _, protocol, _, source_be, destination_be = _IPV6.unpack_from(packet)
+        kind, header_len, is_icmp = kind_v6, _IPV6.size, protocol == _PROTOCOL_ICMPV6
+        source, destination = IPv6Address(source_be), IPv6Address(destination_be)
+    else:
         return None
-    first, _, _, _, _, _, protocol, _, source, destination = _IPV4.unpack_from(packet)
-    header_len = (first & 0xF) * 4
-    if first >> 4 != 4 or protocol != _PROTOCOL_ICMP or len(packet) < header_len + _ECHO.size:
+    if not is_icmp or len(packet) < header_len + _ECHO.size:
         return None
     found, code, _, id, sequence, nonce = _ECHO.unpack_from(packet, header_len)
     if (found, code) != (kind, 0):
         return None
-    return Echo(IPv4Address(source), IPv4Address(destination), id, sequence, nonce)
+    return Echo(source, destination, id, sequence, nonce)
 
 
 def parse_echo_reply_message(message: bytes) -> bytes | None:

@@ -186,6 +186,11 @@ class LeaseAttrs:
         assert address is not None, "a host names an address of one family at least"
         return address
 
+    @property
+    def carries_ipv6(self) -> bool:
+        """Whether the host takes IPv6 packets in datagrams of Type udp, which flannel's udp drops."""
+        return isinstance(self.backend_data, Mapping) and self.backend_data.get("IPv6") is True
+
     def address(self, family: Family) -> IPAddress | None:
         """PublicIP or PublicIPv6; None when the host has named none."""
         return self.public_ip if family is Family.IPV4 else self.public_ipv6

@@ -7,11 +7,12 @@ import logging
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address
 
 from udptun._fastpath import LAYOUT
-from udptun.core.echo import MIN_LENGTH, echo_request, parse_echo_reply
+from udptun.core.echo import echo_request, min_length, parse_echo_reply
 from udptun.core.errors import KernelError
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.datapath.rings import Punt, Result, Rings
 from udptun.datapath.sockets import believed_mtus
 from udptun.datapath.stats import PeerTraffic
@@ -44,14 +45,14 @@ class TunnelCarrier:
     def __init__(self, tunnel: Tunnel) -> None:
         self.echo_id = random.SystemRandom().randrange(1, 1 << 16)
         """Of our echoes.  Two daemons that serve one after the other have different ones."""
-        self.own_address = IPv4Address(0)
-        """The tunnel address that probes leave from."""
+        self.own_addresses: Mapping[int, IPAddress] = {}
+        """The tunnel addresses that probes leave from, by IP version."""
         self._tunnel = tunnel
         self._traffic = PeerTraffic(tunnel.stats)
         self._is_narrow_changed = False
-        self._peers: dict[int, IPv4Network] = {}
-        self._indexes: dict[IPv4Network, int] = {}
-        """In the table."""
+        self._peers: dict[int, IPNetwork] = {}
+        """By the index in the table; what a follower sends and gets is its leader's (`peer_entries.py`)."""
+        self._indexes: dict[IPNetwork, int] = {}
 
     def listen(self, take: Take) -> None:
         self._take_answer = take
@@ -74,7 +75,7 @@ class TunnelCarrier:
         if not is_ours and punt.length == len(punt.packet):
             self._tunnel.rings.inject(punt.packet, into_tun=True)
 
-    def add(self, peer: IPv4Network) -> bool:
+    def add(self, peer: IPNetwork) -> bool:
         """After it was added to the tunnel, whose table may be full."""
         index = self._tunnel.table.index_of(peer)
         if index is None:
@@ -82,35 +83,49 @@ class TunnelCarrier:
         self._peers[index], self._indexes[peer] = peer, index
         return True
 
-    def remove(self, peer: IPv4Network) -> None:
-        self._tunnel.set_dead(peer, is_dead=False)
-        self._tunnel.set_path_mtu(peer, None)
+    def remove(self, peer: IPNetwork) -> None:
+        self._tunnel.peers.set_dead(peer, is_dead=False)
+        self._tunnel.peers.set_path_mtu(peer, None)
+        self._forget(peer)
+
+    def follow(self, peer: IPNetwork, leader: IPNetwork | None) -> None:
+        """After `PeerEntries.follow`."""
+        self._forget(peer)
+        index = self._tunnel.table.index_of(peer)
+        if leader is not None and index is not None:
+            self._peers[index], self._indexes[peer] = leader, index
+
+    def _forget(self, peer: IPNetwork) -> None:
         if peer in self._indexes:
             del self._peers[self._indexes.pop(peer)]
 
-    def traffic(self) -> Mapping[IPv4Network, tuple[int, int]]:
-        counts = self._traffic.look(max(self._peers, default=0))
-        return {self._peers[i]: count for i, count in counts.items() if i in self._peers}
+    def traffic(self) -> Mapping[IPNetwork, tuple[int, int]]:
+        found: dict[IPNetwork, tuple[int, int]] = {}
+        for index, (n_sent, n_received) in self._traffic.look(max(self._peers, default=0)).items():
+            if (peer := self._peers.get(index)) is not None:
+                n_sent_before, n_received_before = found.get(peer, (0, 0))
+                found[peer] = n_sent_before + n_sent, n_received_before + n_received
+        return found
 
-    def send(self, address: IPv4Address, nonce: bytes, length: int) -> _Injected | None:
-        length = max(length, MIN_LENGTH)
-        number = self._tunnel.rings.inject(
-            echo_request(self.own_address, address, self.echo_id, 0, nonce, length), length
-        )
+    def send(self, address: IPAddress, nonce: bytes, length: int) -> _Injected | None:
+        length = max(length, min_length(address))
+        source = self.own_addresses[address.version]
+        number = self._tunnel.rings.inject(echo_request(source, address, self.echo_id, 0, nonce, length), length)
         return None if number is None else _Injected(self._tunnel.rings, number)
 
-    def set_dead(self, peer: IPv4Network, *, is_dead: bool) -> None:
-        self._tunnel.set_dead(peer, is_dead=is_dead)
+    def set_dead(self, peer: IPNetwork, *, is_dead: bool) -> None:
+        self._tunnel.peers.set_dead(peer, is_dead=is_dead)
 
-    def set_path_mtu(self, peer: IPv4Network, mtu: int) -> None:
-        self._tunnel.set_path_mtu(peer, mtu)
+    def set_path_mtu(self, peer: IPNetwork, mtu: int) -> None:
+        self._tunnel.peers.set_path_mtu(peer, mtu)
         self._is_narrow_changed = True
 
-    def believed_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+    def believed_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
         around = self._around
-        return {host: mtu - around for host, mtu in believed_mtus(self._tunnel.underlay_address, hosts).items()}
+        asked = [host for host in hosts if isinstance(host, IPv4Address)]
+        return {host: mtu - around for host, mtu in believed_mtus(self._tunnel.underlay_address, asked).items()}
 
-    async def route_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+    async def route_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
         try:
             async with Netlink() as kernel:
                 routes = await kernel.routes_to(hosts, as_configured=True)

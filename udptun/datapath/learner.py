@@ -13,7 +13,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from ipaddress import IPv4Address, IPv4Network
 
 from udptun.core.echo import NONCE_LEN, Echo, echo_reply, echo_request, parse_echo_reply, parse_echo_request
 from udptun.core.network_state import IPAddress, IPNetwork
@@ -36,13 +35,17 @@ _MAX_LINES = 4
 
 
 class Learner:
-    """What is learned of the peers of one tunnel; it serves one event loop, but for `document` and `explains`."""
+    """What is learned of the hosts of one tunnel; it serves one event loop, but for `document` and `explains`.
+
+    It is given one peer a host, the leader (`peer_entries.py`).
+    """
 
     def __init__(self, tunnel: Tunnel, n_workers: Callable[[], int]) -> None:
         self._tunnel = tunnel
         self._n_workers = n_workers
         self._remotes: dict[IPNetwork, Remote] = {}
-        self._own_address, self._echo_id = IPv4Address(0), 0
+        self._own_addresses: Mapping[int, IPAddress] = {}
+        self._echo_id = 0
         self._is_on = False
         self._learning: Learning[IPNetwork] = Learning(random.Random())
         self._asked: dict[bytes, IPNetwork] = {}
@@ -72,9 +75,11 @@ class Learner:
             self._remotes.pop(subnet, None)
             self._forget(subnet)
 
-    def switch(self, *, is_on: bool, own_address: IPv4Address, echo_id: int) -> None:
-        """Ask from this tunnel address, and with this ICMP id, for which the workers listen; or learn nothing."""
-        self._own_address, self._echo_id = own_address, echo_id
+    def switch(self, *, is_on: bool, own_addresses: Mapping[int, IPAddress], echo_id: int) -> None:
+        """Ask from these tunnel addresses, each by its IP version, and with this ICMP id, for which the workers listen;
+        or learn nothing.
+        """
+        self._own_addresses, self._echo_id = own_addresses, echo_id
         if is_on != self._is_on:
             self._is_on = is_on
             for subnet in self._remotes:
@@ -106,6 +111,7 @@ class Learner:
 
     def explains(self, subnet: IPNetwork, address: IPAddress, last_s: float) -> bool:
         """Whether strays of a peer from there, the last one then, are those of before the address was learned."""
+        subnet = self._tunnel.peers.leader(subnet)
         port = self._tunnel.table.learned(subnet).get(address)
         return port == 0 or (port is not None and last_s < self._learning.proved_s(subnet, address) + _SETTLED_S)
 
@@ -131,7 +137,7 @@ class Learner:
                 table.ask(self._echo_id << 16 | self._sequence, {it for of in addresses.values() for it in of})
         has_changed = bool(self._changed)
         for subnet in self._changed:
-            table.set_learned(subnet, learning.learned(subnet))
+            self._tunnel.peers.set_learned(subnet, learning.learned(subnet))
         self._changed.clear()
         if self._n_told > _MAX_LINES:
             log.info("%d more addresses that peers send from were learned or forgotten", self._n_told - _MAX_LINES)
@@ -140,7 +146,7 @@ class Learner:
             # The workers first, then those who are asked: the answer may be here at once.
             await self._tunnel.publish()
         for subnet, remote in to_ask.items():
-            if isinstance(subnet, IPv4Network) and self._remotes.get(subnet) == remote:
+            if self._remotes.get(subnet) == remote:
                 self._ask(subnet)
 
     def _note_strays(self, now_s: float) -> None:
@@ -148,7 +154,8 @@ class Learner:
         for stray in self._tunnel.stats.strays(self._n_workers(), now_s - _FRESH_S):
             lease = table.peer_of(stray.inner)
             if lease is not None and not table.has_remote(stray.outer):
-                self._learning.note_stray(lease[0], stray.outer, stray.last_s, now_s)
+                subnet = self._tunnel.peers.leader(lease[0])
+                self._learning.note_stray(subnet, stray.outer, stray.last_s, now_s)
 
     def _forget_old(self, now_s: float) -> None:
         for subnet, address in self._learning.look(now_s):
@@ -156,9 +163,10 @@ class Learner:
             text = "learned address forgotten: not proved again for %d s subnet=%s public_ip=%s address=%s"
             self._tell(text, LIFETIME_S, subnet, self._remotes[subnet].address, address)
 
-    def _ask(self, subnet: IPv4Network) -> None:
+    def _ask(self, subnet: IPNetwork) -> None:
         nonce = os.urandom(NONCE_LEN)
-        request = echo_request(self._own_address, subnet.network_address, self._echo_id, self._sequence, nonce)
+        source = self._own_addresses[subnet.version]
+        request = echo_request(source, subnet.network_address, self._echo_id, self._sequence, nonce)
         # Where the ring is full the peer has not answered, and is asked again.
         if self._tunnel.rings.inject(request) is not None:
             self._asked[nonce] = subnet
@@ -185,9 +193,11 @@ class Learner:
 
     def _answer(self, question: Echo) -> None:
         lease = self._tunnel.table.peer_of(question.source)
-        if lease is None or lease[0].network_address != question.source or question.destination != self._own_address:
+        if lease is None or lease[0].network_address != question.source:
             return
-        if self._learning.may_answer(lease[0], time.monotonic()):
+        if question.destination != self._own_addresses.get(question.source.version):
+            return
+        if self._learning.may_answer(self._tunnel.peers.leader(lease[0]), time.monotonic()):
             self._tunnel.rings.inject(echo_reply(question))
 
     def _tell(self, text: str, *values: object) -> None:

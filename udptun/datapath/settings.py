@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -58,6 +59,12 @@ class PacketSettings:
     def tunnel_address_ipv6(self) -> IPv6Address | None:
         """Likewise of IPv6."""
         return None if self.own_subnet_ipv6 is None else self.own_subnet_ipv6.network_address
+
+    @property
+    def tunnel_addresses(self) -> Mapping[int, IPAddress]:
+        """Those that there are, by IP version."""
+        ipv6 = self.tunnel_address_ipv6
+        return {4: self.tunnel_address} if ipv6 is None else {4: self.tunnel_address, 6: ipv6}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,22 +11,23 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
 from udptun.core.lease import is_inside
-from udptun.core.network_state import DEVICE_NAME, IPNetwork
+from udptun.core.network_state import DEVICE_NAME
 from udptun.core.offload import ALL, Offload, names
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
+from udptun.datapath.peer_entries import PeerEntries
 from udptun.datapath.processes import Process
 from udptun.datapath.protocol import Descriptors
 from udptun.datapath.rebinding import Endpoints, Rebinding
 from udptun.datapath.rings import Rings, new_events
-from udptun.datapath.settings import PacketSettings, Remote
+from udptun.datapath.settings import PacketSettings
 from udptun.datapath.sockets import leave_paths_to_us, open_senders, open_sockets, set_offload, share_port
 from udptun.datapath.stats import Stats
 from udptun.datapath.strangers import StrangerFilter
@@ -58,6 +59,7 @@ class Tunnel:
     ) -> None:
         self.table = table
         self.stats = stats
+        self.peers = PeerEntries(table, stats)
         self.rings = Rings(stats, events)
         self.strangers = StrangerFilter(table, stats, lambda: self._endpoints.sockets)
         self.tun = tun
@@ -69,18 +71,10 @@ class Tunnel:
         """Address, port, workers and senders that an adopted datapath gets with `start`."""
         self._rebinding: Rebinding | None = None
         """Built for that by `open`, and not yet carried out."""
-        self._mtu = 0
         self._wanted_offload, self.granted_offload = wanted, Offload(0)
         self._publishing = asyncio.Lock()
-        self._waiting: dict[IPNetwork, Remote] = {}
-        """Peers for which the table has no room."""
-        self._remotes: dict[IPNetwork, Remote] = {}
-        """Of the peers in the table."""
-        self._dead: set[IPNetwork] = set()
-        self._path_mtus: dict[IPNetwork, int] = {}
-        """Of peers to which packets may not be as long as the device allows, bytes."""
         self.narrow_changed: Callable[[], None] = lambda: None
-        """Called when `narrow` says something else of a peer that stays."""
+        """Called when `PeerEntries.narrow` says something else of a peer that stays."""
         self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement)
         self.datapath.is_spread = Offload.SPREAD in wanted
         self.datapath.signs_of_life = lambda: stats.signs_of_life(len(tun.fds))
@@ -207,95 +201,29 @@ class Tunnel:
         """Set what applies to all packets, from the next `publish` on; peers of another Network or VTEP go."""
         is_other = settings.vtep != self.table.vtep
         networks = [it for it in (settings.network, settings.network_ipv6) if it is not None]
-        self.remove_peers(
+        self.peers.remove(
             [it for it in self.table.subnets if is_other or not any(is_inside(it, network) for network in networks)]
         )
         # Whatever was wanted, the workers must know whether the device has virtio headers.
         offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
         self.table.configure(replace(settings, offload=offload))
-        self._mtu = settings.mtu
-
-    def set_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
-        """Have exactly these peers, from the next `publish` on."""
-        self.remove_peers([subnet for subnet in (*self.table.subnets, *self._waiting) if subnet not in peers])
-        self.add_peers(peers)
-
-    def add_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
-        """Add peers, or change where they are, from the next `publish` on."""
-        for subnet, remote in peers.items():
-            if self.table.has_room or self.table.index_of(subnet) is not None:
-                self._set_peer(subnet, remote)
-                self._waiting.pop(subnet, None)
-            else:
-                if not self._waiting:
-                    log.error("the peer table is full, more peers are not reached subnet=%s", subnet)
-                self._waiting[subnet] = remote
-
-    def remove_peers(self, subnets: Iterable[IPNetwork]) -> None:
-        """Forget peers, from the next `publish` on."""
-        for subnet in subnets:
-            self._waiting.pop(subnet, None)
-            self._remotes.pop(subnet, None)
-            self._dead.discard(subnet)
-            self._path_mtus.pop(subnet, None)
-            self.table.remove_peer(subnet)
-
-    def set_dead(self, subnet: IPNetwork, *, is_dead: bool) -> None:
-        """Refuse packets to a peer until something comes from it, or send them again, from the next `publish` on."""
-        remote = self._remotes.get(subnet)
-        if remote is None:
-            return
-        self._dead.discard(subnet)
-        if is_dead:
-            self._dead.add(subnet)
-        self._set_peer(subnet, remote)
-
-    def set_path_mtu(self, subnet: IPNetwork, mtu: int | None) -> None:
-        """Let packets to a peer be so long, or as long as the device allows, from the next `publish` on."""
-        remote = self._remotes.get(subnet)
-        if remote is None:
-            return
-        self._path_mtus.pop(subnet, None)
-        if mtu is not None and mtu < self._mtu:
-            self._path_mtus[subnet] = mtu
-        self._set_peer(subnet, remote)
+        self.peers.mtu = settings.mtu
 
     @property
     def underlay_address(self) -> IPv4Address:
         """Of the sockets."""
         return self._endpoints.address[0]
 
-    @property
-    def narrow(self) -> dict[IPNetwork, int]:
-        """The peers to which packets may not be as long as the device allows, with the length in bytes."""
-        return dict(self._path_mtus)
-
-    def _set_peer(self, subnet: IPNetwork, remote: Remote) -> None:
-        self._remotes[subnet] = remote
-        index = self.table.index_of(subnet)
-        is_dead = index is not None and subnet in self._dead
-        received = self.stats.received(index) if is_dead and index is not None else 0
-        mtu = min(self._mtu, self._path_mtus.get(subnet, self._mtu))
-        self.table.set_peer(subnet, remote, mtu, is_dead=is_dead, received=received)
-
     async def publish(self) -> None:
         """Show the workers what was set since the last time; returns when they can see it."""
         await self._publish()
-        if self._waiting and self.table.has_room:
-            self.add_peers(dict(self._waiting))
+        if self.peers.add_waiting():
             await self._publish()
 
     @property
     def problems(self) -> tuple[str, ...]:
         """A line for each thing that is wrong with the processes or the table.  May be read on another thread."""
-        waiting = list(self._waiting.copy())
-        if not waiting:
-            return self.datapath.problems
-        return (
-            *self.datapath.problems,
-            f"the peer table holds {len(self.table.subnets)} peers at most, so {len(waiting)} more are not reached, "
-            f"as {waiting[0]}; have fewer hosts in the Network, or release leases that nobody uses",
-        )
+        return (*self.datapath.problems, *self.peers.problems)
 
     async def _publish(self) -> None:
         async with self._publishing:

@@ -8,12 +8,12 @@ a message, pyroute2 half a millisecond.  Addresses are read here with struct too
 from __future__ import annotations
 
 import struct
-from ipaddress import IPv4Address, ip_address
+from ipaddress import ip_address
 from types import ModuleType
 from typing import Any
 
 from udptun.core.family import Family
-from udptun.core.network_state import Address, Link, LinkSettings, TunFlags, Vxlan
+from udptun.core.network_state import Address, IPAddress, Link, LinkSettings, TunFlags, Vxlan
 from udptun.kernel.lean_import import import_without_init, stand_ins
 from udptun.kernel.rtnetlink import AF, F_CREATE, F_DUMP, F_EXCL, HEADER, Request, attributes, family_of
 
@@ -187,9 +187,13 @@ def decode_address(body: bytes) -> Address:
     )
 
 
-def decode_local_address(body: bytes) -> IPv4Address:
-    """Our end of the IPv4 address in a message's body, and nothing else: a host may have thousands."""
-    return IPv4Address(next(value for kind, value in attributes(body, _ADDRESS.size) if kind == _IFA_LOCAL))
+def decode_local_address(body: bytes) -> IPAddress:
+    """Our end of the address in a message's body, and nothing else: a host may have thousands.
+
+    The kernel gives an IPv6 address without another end as IFA_ADDRESS alone.
+    """
+    found = dict(attributes(body, _ADDRESS.size))
+    return ip_address(found.get(_IFA_LOCAL) or found[_IFA_ADDRESS])
 
 
 def _address_message(address: Address) -> Any:

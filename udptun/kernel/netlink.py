@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv6Address
 from typing import TypeVar
 
 from udptun.core.errors import KernelError
@@ -22,6 +22,7 @@ from udptun.core.network_state import (
     Address,
     FdbEntry,
     IPAddress,
+    IPNetwork,
     Link,
     Neighbour,
     Route,
@@ -69,21 +70,22 @@ class Netlink(Conversation):
         addresses = map(link_messages.decode_address, bodies)
         return [address for address in addresses if address.ip.version == family.value]
 
-    async def local_addresses(self) -> set[IPv4Address]:
-        """Our end of every IPv4 address, and no more than that.  10,000 take 0.1 s."""
-        bodies = await self.dump(link_messages.dump_addresses(0, Family.IPV4))
-        return set(map(link_messages.decode_local_address, bodies))
+    async def local_addresses(self, family: Family) -> set[IPAddress]:
+        """Our end of every address, and no more than that.  10,000 take 0.1 s."""
+        bodies = await self.dump(link_messages.dump_addresses(0, family))
+        return {ip for ip in map(link_messages.decode_local_address, bodies) if ip.version == family.value}
 
-    async def local_routes(self) -> list[IPv4Network]:
+    async def local_routes(self, family: Family) -> list[IPNetwork]:
         """What somebody has made local with a route instead of an address (`ip route add local …`)."""
         try:
-            bodies = await self.dump(rtnetlink.dump_routes(Family.IPV4, LOCAL_TABLE, 0))
+            bodies = await self.dump(rtnetlink.dump_routes(family, LOCAL_TABLE, 0))
         except KernelError as exc:
             if exc.errno == errno.ENOENT:
                 # The table comes with the first address.
                 return []
             raise
-        return [found for body in bodies if (found := rtnetlink.decode_local_route(body)) is not None]
+        routes = map(rtnetlink.decode_local_route, bodies)
+        return [route for route in routes if route is not None and route.version == family.value]
 
     async def routes(self, protocol: int = 0, family: Family = Family.IPV4) -> list[Route]:
         """The main table in the kernel's order (of equal prefixes the best metric first).

@@ -152,15 +152,18 @@ def decode_route(body: bytes) -> Route:
     )
 
 
-def decode_local_route(body: bytes) -> IPv4Network | None:
-    """The destination of an IPv4 route, if it is of type local and not one that the kernel has made for an address.
+def decode_local_route(body: bytes) -> IPNetwork | None:
+    """The destination of a route, if it is of type local and not one that the kernel has made for an address.
 
     A host may have thousands of those.
     """
-    _, dst_len, _, _, _, protocol, _, kind, _ = _ROUTE.unpack_from(body)
+    family, dst_len, _, _, _, protocol, _, kind, _ = _ROUTE.unpack_from(body)
     if kind != RouteType.LOCAL or protocol == _RTPROT_KERNEL:
         return None
-    return IPv4Network((dict(attributes(body, _ROUTE.size)).get(RTA_DST, bytes(4)), dst_len))
+    first = dict(attributes(body, _ROUTE.size)).get(RTA_DST)
+    if family == _AF_INET:
+        return IPv4Network((first or bytes(4), dst_len))
+    return IPv6Network((first or bytes(16), dst_len))
 
 
 def decode_neighbour(body: bytes) -> Neighbour | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
 from typing import Protocol
 
-Take = Callable[[bytes, IPv4Address, int], bool]
+from udptun.core.network_state import IPAddress, IPNetwork
+
+Take = Callable[[bytes, IPAddress, int], bool]
 """Is given the nonce of an answer, its source, and when it came (ns, CLOCK_MONOTONIC).  False: it is none of ours."""
 
 
@@ -19,8 +20,8 @@ class Target:
     what else makes it another peer when it changes.
     """
 
-    address: IPv4Address
-    host: IPv4Address
+    address: IPAddress
+    host: IPAddress
     place: str
     remote: Hashable = None
 
@@ -58,31 +59,31 @@ class Carrier(Protocol):
     def poll(self) -> None:
         """Hand over what has come by now, as `listen` does."""
 
-    def add(self, peer: IPv4Network) -> bool:
+    def add(self, peer: IPNetwork) -> bool:
         """Whether packets to the peer are carried, so that it can be probed."""
 
-    def remove(self, peer: IPv4Network) -> None:
+    def remove(self, peer: IPNetwork) -> None:
         """Forget the peer, and all that was set for it."""
 
-    def traffic(self) -> Mapping[IPv4Network, tuple[int, int]]:
+    def traffic(self) -> Mapping[IPNetwork, tuple[int, int]]:
         """Packets sent to peers and received from them since the last time, without our probes and their answers."""
 
-    def send(self, address: IPv4Address, nonce: bytes, length: int) -> Sent | None:
+    def send(self, address: IPAddress, nonce: bytes, length: int) -> Sent | None:
         """Send an echo request with DF, `length` bytes with its IPv4 header; None: there is no room for it now."""
 
-    def set_dead(self, peer: IPv4Network, *, is_dead: bool) -> None:
+    def set_dead(self, peer: IPNetwork, *, is_dead: bool) -> None:
         """A peer was found dead, or alive again; it takes effect with `publish`."""
 
-    def set_path_mtu(self, peer: IPv4Network, mtu: int) -> None:
+    def set_path_mtu(self, peer: IPNetwork, mtu: int) -> None:
         """Packets to the peer may be `mtu` bytes long; it takes effect with `publish`."""
 
-    def believed_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+    def believed_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
         """How long packets to peers on these hosts may be, as the kernel believes; those without a path are left out.
 
         Nothing, when the kernel itself keeps packets so short.
         """
 
-    async def route_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+    async def route_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
         """Likewise by the `mtu` of the route to each host; those without one are left out."""
 
     async def publish(self) -> None: ...

@@ -17,10 +17,11 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import ip_address
 
 from udptun._kabi import lib
 from udptun.core.echo import MIN_LENGTH, echo_message, parse_echo_reply_message
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.probing.carrier import Fate, Take
 
 _RETRY_S = 10.0
@@ -73,19 +74,19 @@ class HostCarrier:
             now_ns = time.monotonic_ns()
             nonce = parse_echo_reply_message(message)
             if nonce is not None:
-                self._take(nonce, IPv4Address(source), now_ns)
+                self._take(nonce, ip_address(source), now_ns)
 
-    def add(self, peer: IPv4Network) -> bool:
+    def add(self, peer: IPNetwork) -> bool:
         return True
 
-    def remove(self, peer: IPv4Network) -> None:
+    def remove(self, peer: IPNetwork) -> None:
         """Nothing was set for it."""
 
-    def traffic(self) -> Mapping[IPv4Network, tuple[int, int]]:
+    def traffic(self) -> Mapping[IPNetwork, tuple[int, int]]:
         """The kernel counts packets by device, not by peer."""
         return {}
 
-    def send(self, address: IPv4Address, nonce: bytes, length: int) -> _Sent | None:
+    def send(self, address: IPAddress, nonce: bytes, length: int) -> _Sent | None:
         if self._socket is None:
             return None
         at_ns = time.monotonic_ns()
@@ -96,17 +97,17 @@ class HostCarrier:
             return _Sent(Fate(has_left=False, is_too_long=exc.errno == errno.EMSGSIZE))
         return _Sent(Fate(has_left=True, at_ns=at_ns))
 
-    def set_dead(self, peer: IPv4Network, *, is_dead: bool) -> None:
+    def set_dead(self, peer: IPNetwork, *, is_dead: bool) -> None:
         """The kernel goes on sending."""
 
-    def set_path_mtu(self, peer: IPv4Network, mtu: int) -> None:
+    def set_path_mtu(self, peer: IPNetwork, mtu: int) -> None:
         """The kernel goes by what it has learnt itself."""
 
-    def believed_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+    def believed_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
         """The kernel itself goes by what it believes."""
         return {}
 
-    async def route_mtus(self, hosts: Iterable[IPv4Address]) -> Mapping[IPv4Address, int]:
+    async def route_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
         return {}
 
     async def publish(self) -> None: ...

@@ -10,10 +10,11 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+from ipaddress import ip_network
 from pathlib import Path
 
 from udptun.core import atomic_file
+from udptun.core.network_state import IPNetwork
 from udptun.probing.liveness import Liveness
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Memory:
         self._path = path
         self._is_well = True
 
-    def load(self) -> tuple[int, dict[IPv4Network, Known]]:
+    def load(self) -> tuple[int, dict[IPNetwork, Known]]:
         """How long packets may be by the device, and what was known; 0 and nothing when there is no usable file."""
         try:
             return _parse(self._path.read_text(encoding="utf-8"))
@@ -51,7 +52,7 @@ class Memory:
                 log.warning("what was known of peers is found out anew, cannot use %s: %r", self._path, exc)
             return 0, {}
 
-    def save(self, full: int, known: Mapping[IPv4Network, Known]) -> None:
+    def save(self, full: int, known: Mapping[IPNetwork, Known]) -> None:
         """Replace it.  A failure is told once, until it succeeds again."""
         peers = {str(subnet): [it.place, it.liveness.value, it.path_mtu, it.heard_s] for subnet, it in known.items()}
         try:
@@ -64,7 +65,7 @@ class Memory:
             self._is_well = True
 
 
-def _parse(text: str) -> tuple[int, dict[IPv4Network, Known]]:
+def _parse(text: str) -> tuple[int, dict[IPNetwork, Known]]:
     """Raises ValueError, TypeError, KeyError or AttributeError."""
     document = json.loads(text)
     if document["version"] != _VERSION:
@@ -74,7 +75,7 @@ def _parse(text: str) -> tuple[int, dict[IPv4Network, Known]]:
     for subnet, (place, liveness, path_mtu, heard_s) in document["peers"].items():
         if type(path_mtu) not in (int, type(None)) or not isinstance(place, str) or not math.isfinite(heard_s):
             raise ValueError(f"the entry of {subnet}")
-        found[IPv4Network(subnet)] = Known(place, Liveness(liveness), path_mtu, float(heard_s))
+        found[ip_network(subnet)] = Known(place, Liveness(liveness), path_mtu, float(heard_s))
     if type(full) is not int:
         raise ValueError("full")
     return full, found

@@ -15,9 +15,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
 
-from udptun.core.echo import MIN_LENGTH, NONCE_LEN
+from udptun.core.echo import NONCE_LEN, min_length
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.probing.beliefs import Beliefs
 from udptun.probing.carrier import Carrier, Sent, Target
 from udptun.probing.liveness import IDLE_S, Liveness, Probing
@@ -46,7 +46,7 @@ _MAX_LINES = 4
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    subnet: IPv4Network
+    subnet: IPNetwork
     sent: Sent
     at_s: float
     size: int | None
@@ -70,27 +70,27 @@ class Prober:
         """
         self._carrier = carrier
         self._memory = memory
-        self._known: dict[IPv4Network, Known] = {}
+        self._known: dict[IPNetwork, Known] = {}
         """By the daemon before us, of peers that have not been added yet."""
         self._known_full = 0
         self._save_due_s = float("inf")
         self._obstacle: str | None = _NOT_YET
         self._mtu, self._idle_check_s = 0, idle_check_s
-        self._probing: Probing[IPv4Network] = Probing(random.Random(), idle_s)
-        self._paths: PathMtus[IPv4Network] = PathMtus(0, idle_check_s)
-        self._beliefs: Beliefs[IPv4Network] = Beliefs(0)
+        self._probing: Probing[IPNetwork] = Probing(random.Random(), idle_s)
+        self._paths: PathMtus[IPNetwork] = PathMtus(0, idle_check_s)
+        self._beliefs: Beliefs[IPNetwork] = Beliefs(0)
         self._beliefs_due_s = float("-inf")
-        self._undecided: set[IPv4Network] = set()
+        self._undecided: set[IPNetwork] = set()
         """Peers of which something was learnt that may change how long packets to them may be."""
-        self._narrow: dict[IPv4Network, int] = {}
+        self._narrow: dict[IPNetwork, int] = {}
         """The peers to which packets may not be as long as the device allows, with the length of which the carrier was
         told."""
-        self._targets: dict[IPv4Network, Target] = {}
-        self._refused: set[IPv4Network] = set()
+        self._targets: dict[IPNetwork, Target] = {}
+        self._refused: set[IPNetwork] = set()
         """The dead peers of which the carrier was told."""
-        self._asked: dict[IPv4Network, _Asked] = {}
+        self._asked: dict[IPNetwork, _Asked] = {}
         """The probe of each peer that is waited for."""
-        self._measuring: dict[tuple[IPv4Network, int], _Asked] = {}
+        self._measuring: dict[tuple[IPNetwork, int], _Asked] = {}
         """The probes of paths that are waited for, by peer and size."""
         self._by_nonce: dict[bytes, _Asked] = {}
         self._nonces: deque[bytes] = deque()
@@ -98,12 +98,12 @@ class Prober:
         self._woken = asyncio.Event()
         self._is_on = False
 
-    def set_peers(self, peers: Mapping[IPv4Network, Target]) -> None:
+    def set_peers(self, peers: Mapping[IPNetwork, Target]) -> None:
         """Have exactly these peers.  One that is somewhere else than before is another one."""
         self.remove_peers([subnet for subnet in self._targets if subnet not in peers])
         self.add_peers(peers)
 
-    def add_peers(self, peers: Mapping[IPv4Network, Target]) -> None:
+    def add_peers(self, peers: Mapping[IPNetwork, Target]) -> None:
         """Once packets to them are carried."""
         changed = [subnet for subnet, target in peers.items() if self._targets.get(subnet) != target]
         self.remove_peers(changed)
@@ -114,7 +114,7 @@ class Prober:
         if self._known:
             self._restore(added)
 
-    def _restore(self, added: Iterable[IPv4Network]) -> None:
+    def _restore(self, added: Iterable[IPNetwork]) -> None:
         """Go on with what the daemon before us knew of these peers."""
         now_s = self._now_s()
         for subnet in added:
@@ -146,7 +146,7 @@ class Prober:
                 known[subnet] = Known(_identity(target), liveness, path_mtu, heard_s.get(subnet, 0.0))
         self._memory.save(self._mtu, known)
 
-    def remove_peers(self, subnets: Iterable[IPv4Network]) -> None:
+    def remove_peers(self, subnets: Iterable[IPNetwork]) -> None:
         for subnet in subnets:
             self._targets.pop(subnet, None)
             self._refused.discard(subnet)
@@ -198,7 +198,7 @@ class Prober:
         """`on`, `off`, or `off: ` and why nobody is probed."""
         return "off" if not self._is_on else "on" if self._obstacle is None else f"off: {self._obstacle}"
 
-    def document(self, subnet: IPv4Network) -> dict[str, object]:
+    def document(self, subnet: IPNetwork) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
         liveness, rtt_s = self._probing.liveness(subnet)
         rtt_ms = None if rtt_s is None else round(1000 * rtt_s, 3)
@@ -217,11 +217,11 @@ class Prober:
             lines.append(f"{len(narrow) - _MAX_LINES} more paths take less than the device allows")
         return tuple(lines)
 
-    def _narrow_line(self, subnet: IPv4Network, mtu: int) -> str:
+    def _narrow_line(self, subnet: IPNetwork, mtu: int) -> str:
         target = self._targets.get(subnet)
         return self._carrier.narrow_line(_host(subnet, target and target.host), mtu, self._mtu)
 
-    def _dead_line(self, subnet: IPv4Network, heard_s: float) -> str:
+    def _dead_line(self, subnet: IPNetwork, heard_s: float) -> str:
         since = time.strftime("%H:%M:%S", time.localtime(time.time() - (self._now_s() - heard_s)))
         target = self._targets.get(subnet)
         return self._carrier.dead_line(_host(subnet, target and target.place), since)
@@ -256,7 +256,7 @@ class Prober:
         while self._nonces and now_s - self._by_nonce[self._nonces[0]].at_s > _LATE_S:
             del self._by_nonce[self._nonces.popleft()]
 
-    def _look_at_beliefs(self, sent_to: Iterable[IPv4Network], now_s: float) -> None:
+    def _look_at_beliefs(self, sent_to: Iterable[IPNetwork], now_s: float) -> None:
         """Note what the kernel believes of the paths to peers that packets were sent to, and at times of other paths.
         """
         subnets = set(sent_to) & self._targets.keys()
@@ -281,7 +281,7 @@ class Prober:
         self._undecided |= hosts.keys()
         self._measure(self._paths.due((), now_s), now_s)
 
-    def _has_answered(self, subnet: IPv4Network) -> bool:
+    def _has_answered(self, subnet: IPNetwork) -> bool:
         return self._probing.liveness(subnet)[0] is not Liveness.UNKNOWN
 
     def _go_on_measuring(self, now_s: float) -> None:
@@ -301,14 +301,14 @@ class Prober:
             else:
                 self._paths.give_up(subnet, now_s)
 
-    def _ask(self, subnet: IPv4Network, now_s: float) -> None:
+    def _ask(self, subnet: IPNetwork, now_s: float) -> None:
         asked = self._send(subnet, now_s, None)
         if asked is None:
             self._probing.note_no_room(subnet)
         else:
             self._asked[subnet] = asked
 
-    def _measure(self, probes: Iterable[tuple[IPv4Network, int]], now_s: float) -> None:
+    def _measure(self, probes: Iterable[tuple[IPNetwork, int]], now_s: float) -> None:
         for subnet, size in probes:
             asked = self._send(subnet, now_s, size)
             if asked is None:
@@ -316,17 +316,18 @@ class Prober:
             else:
                 self._measuring[subnet, size] = asked
 
-    def _send(self, subnet: IPv4Network, now_s: float, size: int | None) -> _Asked | None:
+    def _send(self, subnet: IPNetwork, now_s: float, size: int | None) -> _Asked | None:
         """None when there is no room for it."""
         nonce = os.urandom(NONCE_LEN)
-        sent = self._carrier.send(self._targets[subnet].address, nonce, size or MIN_LENGTH)
+        address = self._targets[subnet].address
+        sent = self._carrier.send(address, nonce, size or min_length(address))
         if sent is None:
             return None
         asked = self._by_nonce[nonce] = _Asked(subnet, sent, now_s, size)
         self._nonces.append(nonce)
         return asked
 
-    def _take(self, nonce: bytes, source: IPv4Address, time_ns: int) -> bool:
+    def _take(self, nonce: bytes, source: IPAddress, time_ns: int) -> bool:
         """See `Take`."""
         asked = self._by_nonce.get(nonce)
         if asked is None:
@@ -372,7 +373,7 @@ class Prober:
         elif changes:
             self._save_due_s = min(self._save_due_s, self._now_s() + _SAVE_S)
 
-    def _decide_path_mtus(self, changed: Iterable[IPv4Network]) -> bool:
+    def _decide_path_mtus(self, changed: Iterable[IPNetwork]) -> bool:
         """Tell the carrier and the log of peers to which packets may have another length than before.
 
         `changed`: peers that have become alive or dead.  Returns whether there are any.
@@ -390,7 +391,7 @@ class Prober:
                 self._narrow[subnet] = mtu
         return is_any
 
-    def _tell(self, subnet: IPv4Network, *, is_dead: bool) -> None:
+    def _tell(self, subnet: IPNetwork, *, is_dead: bool) -> None:
         if is_dead:
             log.warning("%s", self._dead_line(subnet, self._probing.dead_since().get(subnet, self._now_s())))
         else:
@@ -400,7 +401,7 @@ class Prober:
         return time.monotonic()
 
 
-def _host(subnet: IPv4Network, place: object) -> str:
+def _host(subnet: IPNetwork, place: object) -> str:
     """`place` None: the peer has gone since."""
     return f"the host of {subnet}" + ("" if place is None else f" at {place}")
 

@@ -75,20 +75,28 @@ class Reconciler:
     """Keeps the kernel at the desired state of one address family while `run` is running.
 
     A host with both families has two, and one may be as wanted while the other is not.  Addresses, routes and
-    neighbours of the other family are not looked at, also where they are on our devices.
+    neighbours of the other family are not looked at, also where they are on our devices.  A device that serves both
+    families is kept by both reconcilers, which want the same of it.
 
     All methods belong to one event loop, whose thread stays in the network namespace that is looked after.
     """
 
     def __init__(
-        self, desired: DesiredState, device: Device | None, ownership: Ownership, family: Family = Family.IPV4
+        self,
+        desired: DesiredState,
+        device: Device | None,
+        ownership: Ownership,
+        family: Family = Family.IPV4,
+        alias: str | None = None,
     ) -> None:
         """`device` stays the caller's; it is asked and revived, never closed.  None: every device is the kernel's.
 
-        What `ownership` says is ours and is not desired is removed.
+        What `ownership` says is ours and is not desired is removed.  `alias` marks the devices; None: that of
+        `ownership` does.
         """
         self._desired = desired
         self._ownership = ownership
+        self._alias = alias or ownership.alias
         self._family = family
         self._device = device
         self._direct = DirectRoutes()
@@ -155,7 +163,7 @@ class Reconciler:
                         actual = await self._read_actual(kernel)
                         conflict_lines = await self._describe_conflicts(kernel, actual)
                         now_s = asyncio.get_running_loop().time()
-                        planned = plan(self._desired, actual, self._ownership.alias)
+                        planned = plan(self._desired, actual, self._alias)
                         done, failed = await apply(kernel, self._device, self._contests.allow(planned, now_s))
                         self._contests.note(done, now_s)
                 except KernelError as exc:
