@@ -17,7 +17,7 @@ from traffic import CLEANUP, REAL_TIME, read_status, seconds_until, wait_for_pee
 from udptun.core.family import Family
 from udptun.lab.host import UNDERLAY, UNDERLAY_IPV6, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import Lab
+from udptun.lab.topology import KUBE_PORT, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -26,17 +26,20 @@ BACKENDS: Mapping[str, Mapping[str, object]] = {"vxlan": {"Type": "vxlan"}, "hos
 DEVICE = "flannel-v6.1"
 
 
-def dual_stack_lab(name: str, backend: Mapping[str, object], **keys: object) -> Lab:
-    conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": dict(backend), **keys}
-    lab = Lab(f"{name}{os.getpid()}", net_conf=conf, ipv6=True)
+def dual_stack_lab(name: str, backend: Mapping[str, object], store: str = "local") -> Lab:
+    """With `kube` the podCIDR of IPv6 comes first."""
+    conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": dict(backend)}
+    cidrs = [Family.IPV6, Family.IPV4]
+    lab = Lab(f"{name}{os.getpid()}", net_conf=conf, store=store, ipv6=True, pod_cidrs=cidrs)
     lab.daemon_command[:0] = REAL_TIME
     return lab
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    """Two hosts for each backend, shared by the tests of the module; vxlan's keep their rules with nft."""
-    with dual_stack_lab(f"d{request.param[:2]}", BACKENDS[request.param]) as lab:
+    """Two hosts for each backend, shared by the tests of the module; those of vxlan are nodes of Kubernetes."""
+    store = "kube" if request.param == "vxlan" else "local"
+    with dual_stack_lab(f"d{request.param[:2]}", BACKENDS[request.param], store) as lab:
         lab.daemon_command.append("--ip-masq")
         lab.start()
         wait_for_peers(lab)
@@ -216,27 +219,56 @@ def test_a_host_that_loses_its_ipv6_address_goes_on_with_ipv4_and_takes_ipv6_up_
         assert one.run(["ip", "-6", "route", "show", "proto", "158"]).stdout == ""
 
 
-def test_a_node_with_an_ipv4_podcidr_alone_carries_ipv4_and_says_what_ipv6_lacks() -> None:
-    """The store gives the subnets: a daemon that insisted on two would end, and pods had no network at all."""
+@pytest.mark.parametrize("given", Family, ids=str)
+def test_a_node_with_one_podcidr_carries_that_family_and_says_what_the_other_lacks(given: Family, slack: int) -> None:
+    """The store gives the subnets: a daemon that insisted on two would end, and pods had no network at all.
+
+    Once the node is there with both podCIDRs, both families are carried.
+    """
     conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": {"Type": "vxlan"}}
-    with Lab(f"dk{os.getpid()}", net_conf=conf, store="kube", ipv6=True, pod_cidrs=[Family.IPV4]) as lab:
+    (lacking,) = set(Family) - {given}
+    is_ipv4, version = given is Family.IPV4, f"-{lacking.value}"
+    with Lab(f"dk{os.getpid()}", net_conf=conf, store="kube", ipv6=True, pod_cidrs=[given]) as lab:
         lab.daemon_command[:0] = REAL_TIME
         lab.daemon_command.append("--ip-masq")
         lab.start()
         one, other = lab.host(1), lab.host(2)
-        wait_until("IPv4", lambda: answers(one.pod(1), other.pod(1).address), 10)
+        wait_until(str(given), lambda: answers(one.pod(1), other.pod(1).address), 10)
         status = read_status(one)
-        assert status["problems"] == [
-            "pods have no IPv6 to other hosts: our lease has no IPv6 subnet; give this host one, as a second podCIDR "
-            "where Kubernetes does"
-        ]
-        assert (status["ipv6"]["subnet"], status["ipv6"]["device"], status["ipv6"]["mtu"]) == (None, None, None)
-        assert "FLANNEL_IPV6_SUBNET" not in one.subnet_env()
-        assert one.mtu == 1450
+        lack = (
+            f"pods have no {lacking} to other hosts: our lease has no {lacking} subnet; give this host one, as a "
+            "second podCIDR where Kubernetes does"
+        )
+        assert status["problems"] == [lack]
+        if is_ipv4:
+            assert (status["ipv6"]["subnet"], status["ipv6"]["device"], status["ipv6"]["mtu"]) == (None, None, None)
+        assert f"FLANNEL_{'IPV6_' * is_ipv4}SUBNET" not in one.subnet_env()
+        assert one.mtu == (1450 if is_ipv4 else 1430)
         # The device was made before the lease was known.
-        assert one.run(["ip", "link", "show", DEVICE], check=False).returncode != 0
-        assert one.run(["ip", "-6", "route", "show", "proto", "158"]).stdout == ""
-        assert "FLANNEL" not in one.run(["ip6tables", "-t", "nat", "-S"]).stdout
+        device = DEVICE if is_ipv4 else "flannel.1"
+        assert one.run(["ip", "link", "show", device], check=False).returncode != 0
+        assert one.run(["ip", version, "route", "show", "proto", "158"]).stdout == ""
+        iptables = "ip6tables" if is_ipv4 else "iptables"
+        assert "FLANNEL" not in one.run([iptables, "-t", "nat", "-S"]).stdout
+        said = f"Flannel is running on this node; {lack}"
+        wait_until("the condition", lambda: network_message(one) == said, 5 * slack)
+
+        url, cidrs = f"{NODES}/h1", ["10.244.1.0/24", "fd00:244:0:1::/64"]
+        node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "h1"}, "spec": {"podCIDRs": cidrs}}
+        one.run(["curl", "-sf", "-X", "DELETE", url])
+        one.run(["curl", "-sf", "-H", "Content-Type: application/json", "-d", json.dumps(node), NODES])
+        wait_until("both families", lambda: problems(one) == [] and "FLANNEL_SUBNET" in one.subnet_env(), 5 * slack)
+        assert list(one.subnet_env())[1:4:2] == ["FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"]
+        wait_until("the condition", lambda: network_message(one) == "Flannel is running on this node", 5 * slack)
+
+
+NODES = f"http://{UNDERLAY[1]}:{KUBE_PORT}/api/v1/nodes"
+
+
+def network_message(host: Host) -> str:
+    node = json.loads(host.run(["curl", "-s", f"{NODES}/{host.name}"]).stdout)
+    conditions = node.get("status", {}).get("conditions", ())
+    return next((it["message"] for it in conditions if it["type"] == "NetworkUnavailable"), "")
 
 
 def problems(host: Host) -> Any:

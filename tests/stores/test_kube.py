@@ -10,7 +10,8 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing
-from ipaddress import IPv4Address
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from store_harness import host, watching
 
 from udptun.core.clock import Clock
 from udptun.core.errors import ConfigError, LeaseError, LeaseLostError, StoreUnavailableError
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseAttrs
 from udptun.stores.base import PublicAddresses, SubnetChoice
 
@@ -199,16 +201,73 @@ async def test_public_ip_overwrite_is_what_peers_get_and_is_followed_when_it_cha
 
 
 async def test_node_public_ip_is_told_before_the_claim(cluster: Cluster) -> None:
-    key = f"{PREFIX}node-public-ip"
-    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", {key: "203.0.113.1"}))
+    key, v6_key = f"{PREFIX}node-public-ip", f"{PREFIX}node-public-ipv6"
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", {key: "203.0.113.1", v6_key: "2001:db8::1"}))
     store = cluster.store()
-    assert await store.public_addresses() == PublicAddresses(IPv4Address("203.0.113.1"))
-    await asyncio.to_thread(cluster.admin.annotate, "n1", {key: "many"})
-    with pytest.raises(ConfigError, match=rf"node n1: its annotation {key}: "):
-        await store.public_addresses()
-    await asyncio.to_thread(cluster.admin.annotate, "n1", {key: None})
+    both = PublicAddresses(IPv4Address("203.0.113.1"), IPv6Address("2001:db8::1"))
+    assert await store.public_addresses() == both
+    for wrong in (key, v6_key):
+        await asyncio.to_thread(cluster.admin.annotate, "n1", {key: None, v6_key: None, wrong: "many"})
+        with pytest.raises(ConfigError, match=rf"node n1: its annotation {wrong}: "):
+            await store.public_addresses()
+    await asyncio.to_thread(cluster.admin.annotate, "n1", {v6_key: None})
     assert await store.public_addresses() == PublicAddresses()
     await store.aclose()
+
+
+async def test_public_ipv6_overwrite_is_what_peers_get_and_public_ip_stays(cluster: Cluster) -> None:
+    overwrite = f"{PREFIX}public-ipv6-overwrite"
+    cluster.put_right(lambda it: it.add_node("n1", "fd00::/64,10.0.1.0/24", {overwrite: "2001:db8::9"}))
+    store = cluster.store()
+    attrs = replace(host(1), public_ipv6=IPv6Address("2001:db8::1"))
+    lease = await claim(store, attrs)
+    assert lease.key == "10.0.1.0-24&fd00::-64"
+    assert lease.attrs == replace(attrs, public_ipv6=IPv6Address("2001:db8::9"))
+    async with watching(store) as watcher:
+        await asyncio.to_thread(cluster.admin.annotate, "n1", {overwrite: "many"})
+        await watcher.until(lambda: watcher.leases[lease.key].attrs == attrs)
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("families", "cidr", "lacks"),
+    [
+        ([Family.IPV4], "fd00::/64", "no IPv4 podCIDR"),
+        ([Family.IPV6], "10.0.1.0/24", "no IPv6 podCIDR"),
+        ([Family.IPV4, Family.IPV6], "fd00::/64", ""),
+        ([Family.IPV4, Family.IPV6], "10.0.1.0/24", ""),
+    ],
+    ids=str,
+)
+async def test_a_pod_cidr_of_a_family_that_pods_have_is_enough(
+    cluster: Cluster, families: list[Family], cidr: str, lacks: str
+) -> None:
+    """A node with an IPv6 podCIDR alone had no lease, although pods had both families."""
+    cluster.put_right(lambda it: it.add_node("n1", cidr))
+    store = cluster.store()
+    store.want_families(families)
+    if lacks:
+        with pytest.raises(StoreUnavailableError, match=f"node n1: it has {lacks}, only {cidr}: the controller"):
+            await claim(store, host(1))
+    else:
+        assert str((await claim(store, host(1))).subnet) == cidr
+    await store.aclose()
+
+
+async def test_the_condition_says_which_family_pods_lack_and_no_longer_when_they_have_it(cluster: Cluster) -> None:
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24"))
+
+    def message() -> object:
+        condition = cluster.admin.condition("n1", "NetworkUnavailable")
+        return None if condition is None else (condition["status"], condition["message"])
+
+    plain = "Flannel is running on this node"
+    for lacks, wanted in ((["pods have no IPv6"], f"{plain}; pods have no IPv6"), ([], plain)):
+        store = cluster.store()
+        await claim(store, host(1))
+        await store.note_ready(lacks)
+        await holds(lambda wanted=wanted: message() == ("False", wanted), "the message")  # type: ignore[misc]
+        await store.aclose()
 
 
 async def test_the_pod_says_which_node_it_is(cluster: Cluster) -> None:

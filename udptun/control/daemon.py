@@ -205,7 +205,7 @@ class Daemon:
             for line in self._harmful_limits():
                 log.warning("%s", line)
             self._node_status.is_ready()
-            await store.note_ready()
+            await store.note_ready(running.lacks)
             self._notify(notify.READY)
             log.info(
                 "ready subnet=%s mtu=%d n_peers=%d",

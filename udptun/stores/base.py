@@ -174,8 +174,11 @@ class Store(Protocol):
     async def release(self, lease: Lease) -> None:
         """Give the lease back if it is still ours.  A reservation stays; a lease that is gone is no error."""
 
-    async def note_ready(self) -> None:
-        """The host's pods can talk from now on.  Called once, after the claim; it does not wait for a server."""
+    async def note_ready(self, lacks: Sequence[str] = ()) -> None:
+        """The host's pods can talk from now on.  Called once, after the claim; it does not wait for a server.
+
+        `lacks`: a line for each address family by which they cannot.
+        """
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
         """Keep `subnets` for the node with `attrs`: a lease that never expires, which that node's claim takes over.
@@ -211,7 +214,7 @@ class HostsWithoutNames:
     def want_families(self, families: Collection[Family]) -> None:
         pass
 
-    async def note_ready(self) -> None:
+    async def note_ready(self, lacks: Sequence[str] = ()) -> None:
         pass
 
 

@@ -36,6 +36,7 @@ class _Spec(msgspec.Struct):
 class _Condition(msgspec.Struct):
     type: str
     status: str = ""
+    message: str = ""
 
 
 class _Status(msgspec.Struct):
@@ -80,13 +81,16 @@ NETWORK_UNAVAILABLE = "NetworkUnavailable"
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """`annotations` are those with our prefix.  `network_unavailable` is the condition's status, empty without one."""
+    """`annotations` are those with our prefix.  `network_unavailable` is the condition's status, empty without one, and
+    `network_message` its message.
+    """
 
     name: str
     revision: int
     annotations: Mapping[str, str]
     pod_cidrs: tuple[str, ...]
     network_unavailable: str
+    network_message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +121,15 @@ def read_node(text: Text, prefix: str) -> Node:
     """The node that `text` is; of its annotations those that begin with `prefix`.  Raises NodeFormatError."""
     value = _decoded(_OBJECT, text)
     metadata, spec = value.metadata, value.spec
+    condition = next((it for it in value.status.conditions or () if it.type == NETWORK_UNAVAILABLE), _Condition(""))
     cidrs = tuple(spec.pod_cidrs or ()) or ((spec.pod_cidr,) if spec.pod_cidr else ())
     return Node(
         metadata.name,
         _revision(metadata.resource_version),
         {key: text for key, text in (metadata.annotations or {}).items() if key.startswith(prefix)},
         cidrs,
-        next((it.status for it in value.status.conditions or () if it.type == NETWORK_UNAVAILABLE), ""),
+        condition.status,
+        condition.message,
     )
 
 

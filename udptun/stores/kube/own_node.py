@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -29,6 +29,9 @@ WAIT_S = 60.0
 QUARREL_S = (1.0, 60.0)
 """First and longest pause before NetworkUnavailable is set again, when somebody else keeps setting it."""
 
+_RUNNING = "Flannel is running on this node"
+"""flannel's message of a condition that is well, and the beginning of ours."""
+
 _CALM_S = 300.0
 """Nobody has touched the condition for so long: the next pause is the first."""
 
@@ -48,6 +51,8 @@ class OwnNode:
         self._options = options
         self._asked: LeaseAttrs | None = None
         self._is_ready = False
+        self._message = _RUNNING
+        """Of the condition, once we are ready."""
         self._node: Node | None = None
         self.revision = 0
         """What we know of the node is as old as this."""
@@ -110,9 +115,9 @@ class OwnNode:
             )
         return await self._write(node, attrs)
 
-    def set_ready(self) -> None:
-        """Pods can talk: say so, and keep saying so."""
-        self._is_ready = True
+    def set_ready(self, lacks: Sequence[str]) -> None:
+        """Pods can talk: say so, and keep saying so.  `lacks`: by which families they cannot."""
+        self._is_ready, self._message = True, "; ".join((_RUNNING, *lacks))
         self._changed.set()
 
     def see(self, node: Node | None, revision: int) -> None:
@@ -240,7 +245,12 @@ class OwnNode:
         if missing and not self._lacks(node):
             log.warning("annotations of our node were changed, writing them again keys=%s", ",".join(sorted(missing)))
             node = await self._patch(annotations_patch(missing), f"annotate the node {node.name}")
-        if not self._is_ready or not self._options.set_node_network_unavailable or node.network_unavailable == "False":
+        if not self._is_ready or not self._options.set_node_network_unavailable:
+            return 0.0
+        if node.network_unavailable == "False":
+            # Somebody else's words stay: the condition is as we want it.
+            if node.network_message.startswith(_RUNNING) and node.network_message != self._message:
+                await self._set_available()
             return 0.0
         now_s = asyncio.get_running_loop().time()
         if now_s - self._set_s > _CALM_S:
@@ -254,10 +264,13 @@ class OwnNode:
                 "NetworkUnavailable of our node was set to %s by another, setting it to False again",
                 node.network_unavailable or "nothing",
             )
-        body = condition_patch("False", "FlannelIsUp", "Flannel is running on this node", _now())
-        await self._patch(body, f"set NetworkUnavailable of the node {node.name}")
+        await self._set_available()
         self._set_s = now_s
         return 0.0
+
+    async def _set_available(self) -> None:
+        body = condition_patch("False", "FlannelIsUp", self._message, _now())
+        await self._patch(body, f"set NetworkUnavailable of the node {self.name}")
 
 
 def _now() -> str:

@@ -7,7 +7,7 @@ ends with its node or with the annotation `kube-subnet-manager`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from pathlib import Path
 
@@ -72,8 +72,8 @@ class KubeStore:
     async def release(self, lease: Lease) -> None:
         """The podCIDR is the node's for good, and flannel leaves its annotations, too."""
 
-    async def note_ready(self) -> None:
-        self._own.set_ready()
+    async def note_ready(self, lacks: Sequence[str] = ()) -> None:
+        self._own.set_ready(lacks)
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
         raise LeaseError(
