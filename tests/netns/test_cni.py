@@ -144,6 +144,27 @@ def test_bridge_without_ports_and_with_an_address_of_another_subnet_is_repaired(
     assert "took" not in plugin.run("ADD", "c2", "/run/netns/second").stderr
 
 
+def test_bridge_without_ports_loses_the_ipv6_address_of_another_subnet_and_its_route(
+    plugin: Plugin, host: Host, target: str
+) -> None:
+    """bridge went on with both, and the kernel led packets for the subnet's new host into the bridge."""
+    plugin.subnet_file.write_text(DUAL_ENV)
+    host.machine.at().ip(
+        *("link add cni0 type bridge", "addr add 10.1.17.1/24 dev cni0", "addr add fc00:0:0:9::1/64 dev cni0 nodad"),
+        "link set cni0 up",
+    )
+    answer = plugin.run("ADD", "c1", target)
+    answer.result()
+    line = "took fc00:0:0:9::1/64 off cni0, which has no ports: this node's subnet is 10.1.17.0/24 and fc00::/64 now"
+    assert line in answer.stderr
+    listed = host.run(["ip", "-6", "-o", "addr", "show", "cni0", "scope", "global"]).stdout
+    assert [line.split()[3] for line in listed.splitlines()] == ["fc00::1/64"]
+    assert host.run(["ip", "-6", "route", "show", "fc00:0:0:9::/64"]).stdout == ""
+    # With ports bridge goes on all the same, so we do.
+    host.machine.at().ip("addr add fc00:0:0:9::1/64 dev cni0 nodad")
+    assert "took" not in plugin.run("ADD", "c2", add_netns(host, "second")).stderr
+
+
 def test_bridge_with_ports_and_with_an_address_of_another_subnet_is_named(
     plugin: Plugin, host: Host, target: str
 ) -> None:

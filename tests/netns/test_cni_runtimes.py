@@ -19,7 +19,13 @@ from udptun.lab.podman import ROOT, Podman
 
 pytestmark = pytest.mark.netns
 
-SUBNET_ENV = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.30.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n"
+SUBNET_ENV = """FLANNEL_NETWORK=10.244.0.0/16
+FLANNEL_SUBNET=10.244.30.1/24
+FLANNEL_IPV6_NETWORK=fd00:244::/48
+FLANNEL_IPV6_SUBNET=fd00:244:0:30::1/64
+FLANNEL_MTU=1430
+FLANNEL_IPMASQ=true
+"""
 
 
 @pytest.fixture
@@ -31,7 +37,8 @@ def cgroup() -> Iterator[str]:
 
 @pytest.fixture
 def node(host: Host) -> Host:
-    """A host with a subnet."""
+    """A host with a subnet of each family."""
+    host.run(["sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0", "net.ipv6.conf.default.disable_ipv6=0"])
     host.path("/run/flannel").mkdir()
     host.path("/run/flannel/subnet.env").write_text(SUBNET_ENV)
     return host
@@ -39,7 +46,8 @@ def node(host: Host) -> Host:
 
 def left(host: Host) -> list[str]:
     """What the containers of a host have left: addresses, state, links and mapped ports."""
-    found = [f"address {path.name}" for path in host.path("/var/lib/cni/networks/cbr0").glob("10.*")]
+    given = host.path("/var/lib/cni/networks/cbr0")
+    found = [f"address {path.name}" for kind in ("10.*", "fd00:*") for path in given.glob(kind)]
     found += [f"state {path}" for path in host.path("/var/lib/cni/flannel").rglob("*") if path.is_file()]
     found += [f"result {path.name}" for path in host.path("/var/lib/cni").glob("results/*")]
     found += [link["ifname"] for link in json.loads(host.run(["ip", "-j", "link", "show", "master", "cni0"]).stdout)]
@@ -54,7 +62,7 @@ def test_podman_runs_reloads_stops_starts_and_removes_containers(node: Host) -> 
     podman("run", "-d", "--name", "a", "-p", "8080:80", "--network", "cbr0", "--rootfs", str(ROOT), *httpd)
 
     def addresses() -> str:
-        return podman("exec", "a", "ip", "-4", "-o", "addr", "show", "eth0")
+        return podman("exec", "a", "ip", "-o", "addr", "show", "eth0")
 
     def is_served() -> bool:
         """To another machine, through the mapped port."""
@@ -63,13 +71,18 @@ def test_podman_runs_reloads_stops_starts_and_removes_containers(node: Host) -> 
         return "ELF" in host.lab.switch.run([sys.executable, "-IS", "-c", script], check=False).stdout
 
     assert "10.244.30.2/24" in addresses()
+    assert "fd00:244:0:30::2/64" in addresses()
     assert "default via 10.244.30.1" in podman("exec", "a", "ip", "route")
     assert "10.244.0.0/16 via 10.244.30.1" in podman("exec", "a", "ip", "route")
-    assert "mtu 1472" in podman("exec", "a", "ip", "link", "show", "eth0")
-    podman("exec", "a", "ping", "-c1", "-W5", "10.244.30.1")
+    assert "default via fd00:244:0:30::1" in podman("exec", "a", "ip", "-6", "route")
+    assert "fd00:244::/48 via fd00:244:0:30::1" in podman("exec", "a", "ip", "-6", "route")
+    assert "mtu 1430" in podman("exec", "a", "ip", "link", "show", "eth0")
+    for gateway in ("10.244.30.1", "fd00:244:0:30::1"):
+        podman("exec", "a", "ping", "-c1", "-W5", gateway)
     seconds_until(is_served, 30)
     podman("network", "reload", "a")
     assert "10.244.30.2/24" in addresses()
+    assert "fd00:244:0:30::2/64" in addresses()
     seconds_until(is_served, 30)
     podman("stop", "-t", "0", "a")
     assert left(host) == []
@@ -80,7 +93,8 @@ def test_podman_runs_reloads_stops_starts_and_removes_containers(node: Host) -> 
     assert left(host) == []
     given = ("--name", "b", "--ip", "10.244.30.77", "--network", "cbr0", "--rootfs", str(ROOT))
     podman("run", "-d", *given, *httpd)
-    assert "10.244.30.77/24" in podman("exec", "b", "ip", "-4", "addr")
+    assert "10.244.30.77/24" in podman("exec", "b", "ip", "addr")
+    assert "fd00:244:0:30::" in podman("exec", "b", "ip", "addr")
     podman("rm", "-f", "-t", "0", "b")
     assert left(host) == []
 
@@ -93,8 +107,9 @@ def test_containerd_makes_and_removes_pods_four_at_a_time(cgroup: str, node: Hos
         started_s = time.monotonic()
         sandboxes = list(pool.map(cri.run_sandbox, [f"pod{i}" for i in range(n)]))
         added_s = time.monotonic() - started_s
-        assert len([it for it in left(host) if it.startswith("address ")]) == n
-        assert all(b"10.244.30." in cri.status(sandbox) for sandbox in sandboxes)
+        assert len([it for it in left(host) if it.startswith("address ")]) == 2 * n
+        statuses = [cri.status(sandbox) for sandbox in sandboxes]
+        assert all(b"10.244.30." in status and b"fd00:244:0:30::" in status for status in statuses)
         list(pool.map(cri.remove_sandbox, sandboxes))
         print(f"{n} pods, 4 at a time: {added_s:.2f} s, with their removal {time.monotonic() - started_s:.2f} s")
         assert left(host) == []

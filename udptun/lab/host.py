@@ -282,7 +282,7 @@ class Host:
 
     def _run_container(self, podman: Podman, number: int) -> Pod:
         container = podman.run_pod(f"p{number}")
-        pod = Pod(self, number, container.address)
+        pod = Pod(self, number, container.address, container.ipv6_address)
         # Whoever enters a pod looks for its network namespace under the pod's name.
         self.path(f"/run/netns/{pod.name}").symlink_to(container.net_ns)
         return pod

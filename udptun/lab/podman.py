@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface
+from ipaddress import IPv6Address, ip_interface
 from pathlib import Path
 
 from udptun.cni import install
 from udptun.cni.errors import CniError
+from udptun.core.network_state import IPAddress
 from udptun.lab.errors import LabError
 from udptun.lab.machine import Machine
 
@@ -121,10 +122,13 @@ def _is_static(program: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What CNI has answered.  `net_ns` is the name of its network namespace in the machine's /run/netns."""
+    """What CNI has answered.  `address`: see `Pod`.  `net_ns` is the name of its network namespace in /run/netns of the
+    machine.
+    """
 
-    address: IPv4Address
+    address: IPAddress
     net_ns: str
+    ipv6_address: IPv6Address | None = None
 
 
 class Podman:
@@ -164,7 +168,9 @@ class Podman:
         try:
             result = json.loads(path.read_text())["result"]
             (inside,) = (it for it in result["interfaces"] if it["name"] == _LINK)
-            return Container(IPv4Interface(result["ips"][0]["address"]).ip, Path(inside["sandbox"]).name)
+            addresses = [ip_interface(it["address"]).ip for it in result["ips"]]
+            ipv6_address = next((it for it in addresses if isinstance(it, IPv6Address)), None)
+            return Container(addresses[0], Path(inside["sandbox"]).name, ipv6_address)
         except (OSError, ValueError, LookupError) as exc:
             raise LabError(
                 f"podman of {self._machine.name} has not used CNI for its container {name} ({exc}): "
