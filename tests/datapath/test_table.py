@@ -222,6 +222,21 @@ def test_numpy_makes_the_same_of_a_large_table(monkeypatch: pytest.MonkeyPatch) 
     assert made[0][:3] == [[0] * 4, [1, 3, 5, 7], [0] * 4]
 
 
+def test_another_network_of_ipv4_leaves_the_peers_by_ipv6_as_they_are(stats: Stats) -> None:
+    """The daemon did not start when Network had changed and IPv6Network had not."""
+    table, subnet = TableWriter.create(), IPv6Network("fd00:244:0:2::/64")
+    table.configure(settings())
+    index = table.set_peer(subnet, remote(1), 1472)
+    table.configure(settings(IPv4Network("10.9.0.0/16")))
+    assert table.index_of(subnet) == index
+    ipv4 = IPv4Network("10.9.1.0/24")
+    table.set_peer(ipv4, remote(1), 1472)
+    with pytest.raises(DatapathError, match="peers of another network"):
+        table.configure(settings())
+    table.remove_peer(ipv4)
+    table.configure(settings())
+
+
 @pytest.mark.parametrize("network", ["10.244.0.0/16", "10.244.8.0/22", "10.244.8.0/24", "10.244.8.128/25"])
 def test_addresses_outside_a_small_network_lead_nowhere(network: str, stats: Stats) -> None:
     inside = IPv4Network(network)

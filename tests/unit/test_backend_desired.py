@@ -240,6 +240,17 @@ def test_udp_takes_leases_whose_hosts_say_so_for_peers_by_ipv6() -> None:
         assert backend.refusal(other, Family.IPV6) == reason
 
 
+def test_datapath_is_told_of_the_families_that_are_carried() -> None:
+    backend = Udp(8285)
+    both = backend.packet_settings({Family.IPV4: inputs(), Family.IPV6: ipv6_inputs()})
+    assert (both.network, both.network_ipv6) == (NETWORK, IPv6Network("fd00:244::/48"))
+    assert both.tunnel_addresses == {4: IPv4Address("10.244.1.0"), 6: IPv6Address("fd00:244:0:1::")}
+    assert backend.packet_settings({Family.IPV4: inputs()}).tunnel_addresses == {4: IPv4Address("10.244.1.0")}
+    alone = backend.packet_settings({Family.IPV6: ipv6_inputs()})
+    assert alone.tunnel_addresses == {6: IPv6Address("fd00:244:0:1::")}
+    assert alone.network.num_addresses == 1
+
+
 def test_udp_desires_the_same_of_both_families_on_one_device() -> None:
     backend, live = Udp(8285), replace(LIVE, ipv6_mtu=1450)
     ipv4, ipv6 = backend.desired(inputs(lease(2), live=live)), backend.desired(ipv6_inputs(2, live=live))

@@ -13,6 +13,7 @@ from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import KernelSupport, choose, describe
 from udptun.backends.vtep import UserspaceVtep
 from udptun.backends.vxlan import VxlanKeys
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import RouteType
 from udptun.core.offload import ALL
@@ -87,7 +88,7 @@ def test_direct_routing_prefers_a_plain_route_where_there_is_no_gateway() -> Non
 
 def test_datapath_is_told_vni_addresses_and_port() -> None:
     it = backend(vni=7, port=4789)
-    settings = it.packet_settings(INPUT)
+    settings = it.packet_settings({Family.IPV4: INPUT})
     assert settings.vtep == Vtep(7, bytes.fromhex("0a1b2c3d4e5f"))
     assert (settings.mtu, settings.underlay_address) == (1450, UNDERLAY.address)
     # Whatever port the lease names: with VXLAN all nodes have one.

@@ -125,32 +125,39 @@ class BackendInput:
         leased = tuple(lease.subnet_of(self.family) for lease in self.peers)
         return Pods(self.network, leasable, self.own_subnet, leased, link)
 
-    def packet_settings(
-        self, port: int, vtep: Vtep | None = None, ipv6: BackendInput | None = None
-    ) -> PacketSettings:
-        """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`.
 
-        These inputs are of IPv4; `ipv6` are those of IPv6, None: it is not carried.
-        """
-        live, network, own_subnet = self.live, self.network, self.own_subnet
-        assert isinstance(network, IPv4Network)
-        assert isinstance(own_subnet, IPv4Network)
-        assert self.underlay.address is not None, "the datapath's sockets are of IPv4"
-        network_ipv6, own_subnet_ipv6 = (None, None) if ipv6 is None else (ipv6.network, ipv6.own_subnet)
-        assert network_ipv6 is None or isinstance(network_ipv6, IPv6Network)
-        assert own_subnet_ipv6 is None or isinstance(own_subnet_ipv6, IPv6Network)
-        return PacketSettings(
-            network,
-            own_subnet,
-            self.underlay.address,
-            live.mtu,
-            live.source_check,
-            live.offload,
-            vtep,
-            port=port,
-            network_ipv6=network_ipv6,
-            own_subnet_ipv6=own_subnet_ipv6,
-        )
+_NO_IPV4 = IPv4Network("0.0.0.0/32")
+"""In the place of Network and of our subnet where IPv4 is not carried: no packet is for it."""
+
+
+def packet_settings(inputs: Mapping[Family, BackendInput], port: int, vtep: Vtep | None = None) -> PacketSettings:
+    """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`.
+
+    `inputs` are of the families that are carried.
+    """
+    ipv4, ipv6 = inputs.get(Family.IPV4), inputs.get(Family.IPV6)
+    first = ipv4 or ipv6
+    assert first is not None
+    assert first.underlay.address is not None, "the datapath's sockets are of IPv4"
+    network, own = (_NO_IPV4, _NO_IPV4) if ipv4 is None else (ipv4.network, ipv4.own_subnet)
+    network_ipv6, own_ipv6 = (None, None) if ipv6 is None else (ipv6.network, ipv6.own_subnet)
+    assert isinstance(network, IPv4Network)
+    assert isinstance(own, IPv4Network)
+    assert network_ipv6 is None or isinstance(network_ipv6, IPv6Network)
+    assert own_ipv6 is None or isinstance(own_ipv6, IPv6Network)
+    live, address = first.live, first.underlay.address
+    return PacketSettings(
+        network,
+        own,
+        address,
+        live.mtu,
+        live.source_check,
+        live.offload,
+        vtep,
+        port=port,
+        network_ipv6=network_ipv6,
+        own_subnet_ipv6=own_ipv6,
+    )
 
 
 def mtu_for(underlay_mtu: int, overhead: int) -> int:
@@ -214,8 +221,8 @@ class Encapsulation(Protocol):
         0: they leave from those that receive.
         """
 
-    def packet_settings(self, inputs: BackendInput, ipv6: BackendInput | None = None) -> PacketSettings:
-        """What holds for all packets, by the inputs of IPv4, and those of IPv6 where it is carried.
+    def packet_settings(self, inputs: Mapping[Family, BackendInput]) -> PacketSettings:
+        """What holds for all packets, by the inputs of each family that is carried.
 
         It does not depend on `peers` and `direct`.
         """

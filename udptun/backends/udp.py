@@ -6,10 +6,11 @@ says that they take them.  flannel's udp drops them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys
+from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys, packet_settings
 from udptun.config.go_json import integer, key
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
 from udptun.core.family import Family
@@ -103,8 +104,8 @@ class Udp:
         """None behind a NAT, which may let in only what answers a datagram that has left from our port."""
         return live.source_ports if live.source_ports > 1 and not underlay.is_behind_nat else 0
 
-    def packet_settings(self, inputs: BackendInput, ipv6: BackendInput | None = None) -> PacketSettings:
-        return inputs.packet_settings(self.port, ipv6=ipv6)
+    def packet_settings(self, inputs: Mapping[Family, BackendInput]) -> PacketSettings:
+        return packet_settings(inputs, self.port)
 
     def remote(self, lease: Lease) -> Remote:
         attrs = lease.attrs

@@ -7,8 +7,10 @@ the datapath looks up where a packet goes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from udptun.backends import vxlan
-from udptun.backends.base import BackendInput, LiveSettings
+from udptun.backends.base import BackendInput, LiveSettings, packet_settings
 from udptun.backends.udp import tun_link
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState
 from udptun.core.family import Family
@@ -58,8 +60,8 @@ class UserspaceVtep:
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
         return N_SENDERS
 
-    def packet_settings(self, inputs: BackendInput, ipv6: BackendInput | None = None) -> PacketSettings:
-        return inputs.packet_settings(self.port, Vtep(self._vni, _packed(self._mac)))
+    def packet_settings(self, inputs: Mapping[Family, BackendInput]) -> PacketSettings:
+        return packet_settings(inputs, self.port, Vtep(self._vni, _packed(self._mac)))
 
     def remote(self, lease: Lease) -> Remote:
         """All peers have the same port, as with flannel.

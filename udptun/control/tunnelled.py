@@ -68,8 +68,8 @@ class Tunnelled:
         return cls(encapsulation, tunnel, run_dir)
 
     async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
-        """Carry packets of these families, of which IPv4 is always one."""
-        settings, live = self._settings(inputs), inputs[Family.IPV4].live
+        """Carry packets of these families."""
+        settings, live = self._settings(inputs), _any(inputs).live
         self._tunnel_addresses = settings.tunnel_addresses
         self.tunnel.configure(settings)
         self._leases = {family: {it.subnet_of(family): it for it in of.peers} for family, of in inputs.items()}
@@ -129,7 +129,7 @@ class Tunnelled:
         self, inputs: Mapping[Family, BackendInput], underlay: Underlay, live: LiveSettings
     ) -> LiveSettings:
         """Change from `inputs` to these, and return the settings that are then in force.  Raises UdptunError."""
-        how, before = self._encapsulation, inputs[Family.IPV4]
+        how, before = self._encapsulation, _any(inputs)
         n_senders = how.n_senders(underlay, live)
         assert underlay.address is not None
         try:
@@ -166,9 +166,8 @@ class Tunnelled:
         self._learner.switch(is_on=is_learning, own_addresses=settings.tunnel_addresses, echo_id=settings.punt_id)
 
     def _settings(self, inputs: Mapping[Family, BackendInput]) -> PacketSettings:
-        ipv4 = inputs[Family.IPV4]
-        settings = self._encapsulation.packet_settings(ipv4, inputs.get(Family.IPV6))
-        return replace(settings, punt_id=self._carrier.echo_id if ipv4.live.probe else 0)
+        settings = self._encapsulation.packet_settings(inputs)
+        return replace(settings, punt_id=self._carrier.echo_id if _any(inputs).live.probe else 0)
 
     async def _use_local_addresses(self, local: LocalAddresses) -> None:
         self._set_local_addresses(local)
@@ -249,7 +248,7 @@ class Tunnelled:
             if lease is None:
                 continue
             leader: IPNetwork | None = lease.subnets.ipv4
-            twin = None if leader is None else self._leases[Family.IPV4].get(leader)
+            twin = None if leader is None else self._leases.get(Family.IPV4, {}).get(leader)
             if twin is None or twin.key != lease.key:
                 leader = None
             self.tunnel.peers.follow(subnet, leader)
@@ -258,6 +257,11 @@ class Tunnelled:
     def _leaders(self, remotes: Mapping[IPNetwork, Remote]) -> dict[IPNetwork, Remote]:
         """The peers that stand for their hosts: these are probed, and asked."""
         return {subnet: it for subnet, it in remotes.items() if self.tunnel.peers.leader(subnet) == subnet}
+
+
+def _any(inputs: Mapping[Family, BackendInput]) -> BackendInput:
+    """For what is the same in the inputs of all families."""
+    return next(iter(inputs.values()))
 
 
 def _targets(remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPNetwork, Target]:

@@ -63,8 +63,8 @@ class PacketSettings:
     @property
     def tunnel_addresses(self) -> Mapping[int, IPAddress]:
         """Those that there are, by IP version."""
-        ipv6 = self.tunnel_address_ipv6
-        return {4: self.tunnel_address} if ipv6 is None else {4: self.tunnel_address, 6: ipv6}
+        both: Mapping[int, IPAddress | None] = {4: self.tunnel_address, 6: self.tunnel_address_ipv6}
+        return {version: ip for version, ip in both.items() if ip is not None and not ip.is_unspecified}
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,8 @@ class TableWriter:
         network, own, vtep = settings.network, settings.own_subnet, settings.vtep
         first, n_l1 = int(network.network_address), max(1, network.num_addresses >> 8)
         slot = self._next
-        if self._index and (first, n_l1) != (slot["network"], slot["n_l1"]):
+        has_ipv4 = any(version == 4 for version, _ in self._lengths)
+        if has_ipv4 and (first, n_l1) != (slot["network"], slot["n_l1"]):
             raise DatapathError(f"cannot move the peer table to {network}: it has peers of another network")
         if self._index and vtep != self.vtep:
             raise DatapathError("cannot change the encapsulation of the peer table: it has peers of the old one")

@@ -142,6 +142,8 @@ def _entry(number: int, item: Json) -> Entry:
     public_ipv6 = _value(fields, "PublicIPv6", IPv6Address)
     public_ip = _value(fields, "PublicIP", IPv4Address, is_required=public_ipv6 is None)
     backend_data: dict[str, Json] = {"Udptun": 1}
+    if ipv6 is not None:
+        backend_data["IPv6"] = True
     port = fields.get("Port")
     if port is not None:
         if type(port) is not int or not 0 < port < 65536:
