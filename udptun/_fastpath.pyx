@@ -124,11 +124,11 @@ cdef void encap_inherited(Loop *w) noexcept nogil:
 
 # ------------------------------------------------------------------------------------------ decap: UDP to TUN
 
-cdef int decap_turn(Loop *w) noexcept nogil:
-    """Take what the socket has, up to a batch, and write it to the TUN.  Returns how many messages there were."""
+cdef int decap_turn(Loop *w, int fd) noexcept nogil:
+    """Take what a socket of ours has, up to a batch, and write it to the TUN.  Returns how many messages there were."""
     cdef int i, n, longest = 0
     w.in_flight.n_messages = w.n_messages
-    n = recvmmsg(w.udp_fd, w.in_flight.message, w.n_messages, MSG_DONTWAIT, NULL)
+    n = recvmmsg(fd, w.in_flight.message, w.n_messages, MSG_DONTWAIT, NULL)
     if n > 0:
         start_batch(w.merger)
         for i in range(n):
@@ -249,22 +249,25 @@ cdef bint wait_for_room(Loop *w, int fd) noexcept nogil:
     Until there is room, what comes from the peers is moved on, and the table may change.  What waits to be sent has its
     addresses with it.  The TUN is not read, so its queue fills, and the kernel slows its senders down.
     """
-    cdef pollfd fds[3]
+    cdef pollfd fds[4]
+    cdef int i
     fds[0].fd = fd
     fds[0].events = POLLOUT
     fds[1].fd = w.event_fd
-    fds[1].events = fds[2].events = POLLIN
+    fds[1].events = fds[2].events = fds[3].events = POLLIN
     while not w.stop:
         # A lost device takes nothing; poll() leaves out what has no descriptor.
         fds[2].fd = -1 if w.tun_lost else w.udp_fd
+        fds[3].fd = -1 if w.tun_lost else w.ipv6_fd
         ut_table_leave(w.worker)
-        poll(fds, 3, -1)
+        poll(fds, 4, -1)
         use_table(w)
         if fds[1].revents:
             # What the control plane has handed over waits for the next turn.
             drain(w.event_fd)
-        if fds[2].revents and fds[2].fd >= 0:
-            decap_turn(w)
+        for i in range(2, 4):
+            if fds[i].revents and fds[i].fd >= 0 and not w.tun_lost:
+                decap_turn(w, fds[i].fd)
         if fds[0].revents:
             return True
     return False
@@ -296,18 +299,23 @@ cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
     if tun:
         seen += encap_turn(w)
     if udp and not w.tun_lost:
-        seen += decap_turn(w)
+        seen += decap_turn(w, w.udp_fd)
+        if w.ipv6_fd >= 0 and not w.tun_lost:
+            seen += decap_turn(w, w.ipv6_fd)
     ut_table_leave(w.worker)
     return seen
 
 
 cdef void run_loop(Loop *w) noexcept nogil:
-    cdef pollfd fds[3]
+    cdef pollfd fds[4]
+    cdef int n_fds = 4 if w.ipv6_fd >= 0 else 3
     cdef bint tun = True, udp = True
     fds[0].fd = w.event_fd
     fds[1].fd = w.tun_fd
     fds[2].fd = w.udp_fd
-    fds[0].events = fds[1].events = fds[2].events = POLLIN
+    fds[3].fd = w.ipv6_fd
+    fds[0].events = fds[1].events = fds[2].events = fds[3].events = POLLIN
+    fds[3].revents = 0
     ut_store_u64(&w.worker.pid, getpid())
     while not w.stop and not has_table(w):
         if poll(fds, 1, NO_TABLE_WAIT_MS) > 0:
@@ -322,11 +330,11 @@ cdef void run_loop(Loop *w) noexcept nogil:
             poll(fds, 1, TUN_LOST_WAIT_MS)
         else:
             w.worker.state = UT_STATE_RUNNING
-            poll(fds, 3, -1)
+            poll(fds, n_fds, -1)
             # The side that woke us goes first and alone: what waits there waits for nothing else.  A deleted device
             # makes poll return at once, with POLLERR; the read then says so.
-            tun = fds[1].revents != 0 or fds[2].revents == 0
-            udp = fds[2].revents != 0
+            udp = fds[2].revents != 0 or fds[3].revents != 0
+            tun = fds[1].revents != 0 or not udp
         if fds[0].revents:
             drain(w.event_fd)
     w.worker.state = UT_STATE_STOPPED
@@ -351,7 +359,8 @@ cdef class Worker:
     `table_fd` and `stats_fd` are the shared memory files (mapped here, the descriptors may be closed after), `index`
     says which block of the statistics is ours, `tun_fd` is a non-blocking queue of a TUN device (the table says whether
     it has virtio headers), `udp_fd` the UDP socket that receives and sends.  `senders` are sockets that share the flows
-    to peers that take any source port.  All are borrowed: the caller keeps them open while the worker runs.
+    to peers that take any source port.  `ipv6_fd`: a socket of IPv6 beside `udp_fd`, which is of IPv4 then; -1: none.
+    All are borrowed: the caller keeps them open while the worker runs.
     `n_workers`: how many there are; what workers beyond them had in flight is handed on by those that there are.
     `events`: two eventfds that the control plane shares, or none.  It writes to the first one when it has handed a
     packet to worker 0, and the workers write to the second one when they have handed packets to it.
@@ -361,7 +370,7 @@ cdef class Worker:
     cdef Loop *_w
 
     def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd, senders=(),
-                  unsigned int n_workers=UT_MAX_WORKERS, events=()):
+                  unsigned int n_workers=UT_MAX_WORKERS, events=(), int ipv6_fd=-1):
         if index >= UT_MAX_WORKERS:
             raise ValueError(f"worker {index}: there are {UT_MAX_WORKERS} at most")
         if not index < n_workers <= UT_MAX_WORKERS:
@@ -396,6 +405,7 @@ cdef class Worker:
             self._w.injects = &self._w.stats.inject
         self._w.tun_fd = tun_fd
         self._w.udp_fd = udp_fd
+        self._w.ipv6_fd = ipv6_fd
         for fd in senders:
             self._w.senders[self._w.n_senders] = fd
             self._w.n_senders += 1

@@ -50,6 +50,8 @@ class _Lib:
     IP_PMTUDISC_PROBE: int
     IP_PMTUDISC_INTERFACE: int
     IP_PMTUDISC_OMIT: int
+    IPV6_MTU: int
+    IPV6_MTU_DISCOVER: int
     IP_RECVERR: int
     CLONE_NEWNS: int
     CLONE_NEWNET: int

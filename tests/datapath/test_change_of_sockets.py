@@ -1,6 +1,8 @@
 """A process takes over from one with more or fewer sockets while datagrams wait in them.
 
 sources on 127.0.0.2 --> sockets on one port of 127.0.0.1 --> active process, then its successor --> [socketpair = TUN]
+
+Or sources and sockets are on ::1; then there may be sockets on 127.0.0.1 beside.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, UDP
 
+from tests.packets import ipv4, udp_segment
+from udptun.core.family import Family
 from udptun.core.offload import Offload
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath.protocol import Descriptors
@@ -30,23 +33,43 @@ from udptun.datapath.table import TableWriter
 
 HERE, THERE = IPv4Address("127.0.0.1"), IPv4Address("127.0.0.2")
 OWN, PEER = IPv4Network("10.244.1.0/24"), IPv4Network("10.244.2.0/24")
+LOOPBACK_IPV6 = IPv6Address("::1")
+PODS = str(PEER[5]), str(OWN[7])
 N_SOURCES, N_EACH = 12, 40
 
 
-class Rig:
-    """Sockets for up to 4 workers, which all write to the same TUN, and N_SOURCES flows to them."""
+def free_port() -> int:
+    """One that no socket of either family has."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as udp:
+        udp.bind(("::", 0))
+        port: int = udp.getsockname()[1]
+        return port
 
-    def __init__(self, undo: ExitStack, n_sockets: int) -> None:
+
+class Rig:
+    """Sockets for up to 4 workers, which all write to the same TUN, and N_SOURCES flows to them.
+
+    `outer`: "IPv4", "IPv6", or "both", and then the flows come over IPv6.
+    """
+
+    def __init__(self, undo: ExitStack, n_sockets: int, outer: str = "IPv4") -> None:
         self.tun, self._worker_tun = (undo.enter_context(end) for end in socket.socketpair(type=socket.SOCK_DGRAM))
         for end in (self.tun, self._worker_tun):
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self._undo = undo
-        self.sockets = [undo.enter_context(udp) for udp in open_sockets(HERE, 0, n_sockets)]
+        self.here, there = (HERE, THERE) if outer == "IPv4" else (LOOPBACK_IPV6, LOOPBACK_IPV6)
+        self._has_both = outer == "both"
+        port = free_port()
+        self.sockets = [undo.enter_context(udp) for udp in open_sockets(self.here, port, n_sockets)]
+        self.ipv4: list[socket.socket] = []
+        if self._has_both:
+            self.ipv4 = [undo.enter_context(udp) for udp in open_sockets(HERE, port, n_sockets)]
         self.address = self.sockets[0].getsockname()
-        self._sources = [undo.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(N_SOURCES)]
+        family = self.sockets[0].family
+        self._sources = [undo.enter_context(socket.socket(family, socket.SOCK_DGRAM)) for _ in range(N_SOURCES)]
         for source in self._sources:
-            source.bind((str(THERE), 0))
+            source.bind((str(there), 0))
         self.table, self.stats = TableWriter.create(), Stats.create()
         self.lock, self.events = new_lock(), new_events()
         for close in (self.table.close, self.stats.close):
@@ -55,25 +78,31 @@ class Rig:
             undo.callback(os.close, fd)
         network = IPv4Network("10.244.0.0/16")
         # One write a packet: what is put together has one header for all.
-        self.table.configure(PacketSettings(network, OWN, HERE, 1472, SourceCheck.PEER, Offload.VNET_HDR))
-        self.table.set_peer(PEER, Remote(THERE, 9, True), 1472)
+        self.table.configure(PacketSettings(network, OWN, self.here, 1472, SourceCheck.PEER, Offload.VNET_HDR))
+        self.table.set_peer(PEER, Remote(there, 9, True), 1472)
         assert self.table.publish(self.stats)
 
     def descriptors(self, n: int) -> Descriptors:
         """For `n` workers; sockets that are missing are opened."""
-        more = [self._undo.enter_context(udp) for udp in new_sockets(max(n - len(self.sockets), 0))]
-        bind_sockets(more, HERE, self.address[1], self.sockets)
-        self.sockets += more
-        udp = tuple(it.fileno() for it in self.sockets[:n])
+        for sockets, address in ((self.sockets, self.here), (self.ipv4, HERE)):
+            if sockets:
+                missing = new_sockets(max(n - len(sockets), 0), family=Family(address.version))
+                more = [self._undo.enter_context(udp) for udp in missing]
+                bind_sockets(more, address, self.address[1], sockets)
+                sockets += more
+        udp, ipv4 = (tuple(it.fileno() for it in them[:n]) for them in (self.sockets, self.ipv4))
         queues = tuple(self._undo.enter_context(self._worker_tun.dup()).fileno() for _ in range(n))
-        return Descriptors(self.table.fd, self.stats.fd, self.lock, queues, udp, events=self.events)
+        fds = (self.table.fd, self.stats.fd, self.lock, queues)
+        if self._has_both:
+            return Descriptors(*fds, ipv4, events=self.events, ipv6=udp)
+        return Descriptors(*fds, udp, events=self.events)
 
     def send(self, numbers: range) -> None:
         """A packet with each of these numbers in each flow."""
         for number in numbers:
             for flow, source in enumerate(self._sources):
-                packet = IP(src=str(PEER[5]), dst=str(OWN[7]), id=number) / UDP(sport=1000 + flow, dport=53) / b"x"
-                source.sendto(bytes(packet), self.address)
+                segment = udp_segment(*PODS, b"x", ports=(1000 + flow, 53))
+                source.sendto(ipv4(*PODS, segment, ident=number), self.address)
 
     async def received(self) -> dict[int, list[int]]:
         """The numbers of each flow, in the order in which the TUN got them, once all have come."""
@@ -81,8 +110,8 @@ class Rig:
         async with asyncio.timeout(10):
             while sum(map(len, found.values())) < N_SOURCES * 2 * N_EACH:
                 raw = await asyncio.get_running_loop().sock_recv(self.tun, 2000)
-                packet = IP(raw[10:])
-                found[packet[UDP].sport - 1000].append(packet.id)
+                identification, source_port = (int.from_bytes(raw[at : at + 2]) for at in (10 + 4, 10 + 20))
+                found[source_port - 1000].append(identification)
         return found
 
 
@@ -99,18 +128,29 @@ def undo() -> Iterator[ExitStack]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "is_spread"),
-    [(4, 3, True), (4, 1, True), (2, 4, True), (1, 4, True), (4, 2, False), (2, 4, False)],
+    ("before", "after", "is_spread", "outer"),
+    [
+        (4, 3, True, "IPv4"),
+        (4, 1, True, "IPv4"),
+        (2, 4, True, "IPv4"),
+        (1, 4, True, "IPv4"),
+        (4, 2, False, "IPv4"),
+        (2, 4, False, "IPv4"),
+        (4, 2, True, "IPv6"),
+        (4, 2, False, "IPv6"),
+        (2, 4, True, "both"),
+        (4, 1, True, "both"),
+    ],
     ids=lambda it: {True: "program", False: "hash"}[it] if isinstance(it, bool) else str(it),
 )
 async def test_what_waits_in_the_sockets_is_delivered_first_and_in_order(
-    undo: ExitStack, tmp_path: Path, before: int, after: int, is_spread: bool
+    undo: ExitStack, tmp_path: Path, before: int, after: int, is_spread: bool, outer: str
 ) -> None:
     """The new workers all began at once, and what waited for one that was no more was lost or overtaken.
 
     Without the program nothing is lost; the kernel's hash may give a flow that waits in one socket to another one.
     """
-    rig = Rig(undo, before)
+    rig = Rig(undo, before, outer)
     datapath = Datapath(tmp_path, rig.descriptors(before), [])
     datapath.is_spread = is_spread
     await datapath.start()

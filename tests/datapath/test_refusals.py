@@ -87,7 +87,7 @@ class Besieged(FastDatapath):
             self._undo.enter_context(sock)
         set_offload(self._sockets, ALL if self._mode.has_gro else ALL & ~Offload.UDP_GRO)
         self.udp = self._sockets[0]
-        self.filter = StrangerFilter(writer, stats, lambda: self._sockets)
+        self.filter = StrangerFilter(writer, stats, lambda: [self._sockets])
         self.filter.allow(self._mode.flood == "kernel")
         self._undo.callback(self.filter.end)
         for ip in NO_PEERS:

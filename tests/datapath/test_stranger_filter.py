@@ -48,7 +48,7 @@ class Rig:
         for i, address in enumerate(PEERS):
             self.add_peer(i, address)
         assert self.table.publish(self.stats)
-        self.filter = StrangerFilter(self.table, self.stats, lambda: self.sockets)
+        self.filter = StrangerFilter(self.table, self.stats, lambda: [self.sockets])
         undo.callback(self.filter.end)
         self.filter.allow(True)
 

@@ -124,6 +124,8 @@ def test_calls_of_another_architecture_are_denied(filter_of: Filter) -> None:
         ("ioctl", (3, lib.TUNSETIFF), False),
         ("ioctl", (3, 0x5412), False),  # TIOCSTI
         ("socket", (socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0), True),
+        ("socket", (socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0), True),
+        ("socket", (socket.AF_INET6, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0), False),
         ("socket", (socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC, 0), False),
         ("socket", (socket.AF_INET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0), False),
         ("socket", (socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, socket.IPPROTO_ICMP), False),
@@ -131,6 +133,8 @@ def test_calls_of_another_architecture_are_denied(filter_of: Filter) -> None:
         ("socket", (socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0), False),
         ("setsockopt", (3, socket.SOL_SOCKET, 51), True),  # SO_ATTACH_REUSEPORT_CBPF
         ("setsockopt", (3, socket.IPPROTO_IP, lib.IP_MTU_DISCOVER), True),
+        ("setsockopt", (3, socket.IPPROTO_IPV6, lib.IPV6_MTU_DISCOVER), True),
+        ("setsockopt", (3, socket.IPPROTO_IPV6, lib.IP_MTU_DISCOVER), False),
         ("setsockopt", (3, socket.SOL_SOCKET, lib.IP_MTU_DISCOVER), False),
         ("setsockopt", (3, socket.IPPROTO_IP, 51), False),
         ("setsockopt", (3, socket.IPPROTO_TCP, 31), False),

@@ -176,10 +176,11 @@ OFFLOADS_TEST = r"""
 #include <stdio.h>
 #include "cmsg.h"
 
-int main(void)
+static void show(int family, int level, int type)
 {
     char room[UT_SEND_CMSG_BYTES];
-    struct msghdr message = {0};
+    struct sockaddr remote = {.sa_family = family};
+    struct msghdr message = {.msg_name = &remote};
 
     _Static_assert(sizeof(room) >= UT_CMSG_BYTES, "the same room does for what the kernel writes");
     ut_put_segment_size(&message, room, 1234);
@@ -192,20 +193,28 @@ int main(void)
     printf(" %d %d %d", cmsg->cmsg_level, cmsg->cmsg_type, *(int *)CMSG_DATA(cmsg));
     printf(" %d", CMSG_NXTHDR(&message, cmsg) == NULL);
 
-    /* What the kernel writes: an int, and a byte. */
-    int told = 4321, tos;
+    /* What the kernel writes: an int, and a byte, or with IPv6 another int. */
+    int told = 4321, tos = 0x81;
     cmsg = CMSG_FIRSTHDR(&message);
     cmsg->cmsg_type = UDP_GRO;
     cmsg->cmsg_len = CMSG_LEN(sizeof(told));
     memcpy(CMSG_DATA(cmsg), &told, sizeof(told));
     cmsg = CMSG_NXTHDR(&message, cmsg);
-    cmsg->cmsg_len = CMSG_LEN(1);
-    *CMSG_DATA(cmsg) = 0x81;
+    cmsg->cmsg_level = level;
+    cmsg->cmsg_type = type;
+    cmsg->cmsg_len = CMSG_LEN(family == AF_INET ? 1 : sizeof(tos));
+    memcpy(CMSG_DATA(cmsg), &tos, cmsg->cmsg_len - CMSG_LEN(0));
     ut_read_control(&message, &told, &tos);
     printf(" %d %d", told, tos);
     message.msg_controllen = 0;
     ut_read_control(&message, &told, &tos);
     printf(" %d %d\n", told, tos);
+}
+
+int main(void)
+{
+    show(AF_INET, IPPROTO_IP, IP_TOS);
+    show(AF_INET6, IPPROTO_IPV6, IPV6_TCLASS);
     return 0;
 }
 """
@@ -217,4 +226,4 @@ def test_control_messages_are_those_of_the_kernel_headers(tmp_path: Path) -> Non
     compiler = ("gcc", "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}")
     subprocess.run([*compiler, tmp_path / "cmsg.c", "-o", program], check=True)
     said = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    assert said == "17 103 1234 0 1 3 1 4321 129 0 0\n"
+    assert said == "17 103 1234 0 1 3 1 4321 129 0 0\n17 103 1234 41 67 3 1 4321 129 0 0\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -93,6 +94,26 @@ def test_nothing_is_sent_while_something_is_in_the_way_and_the_reason_is_said(ca
     assert probing.state == "on"
     assert probing.document(SUBNET)["liveness"] == "alive"
     assert caplog.messages == ["probes are off: it is forbidden", "probes are on"]
+
+
+def test_a_path_with_longer_headers_is_not_narrow_with_what_they_leave() -> None:
+    """A peer over IPv6 gets 20 bytes fewer by a device whose MTU allows for IPv4, and nobody has to mend that."""
+    carrier = InstantCarrier()
+    probing = Prober(carrier)
+    target = replace(TARGET, less=20)
+
+    async def main() -> None:
+        probing.switch(is_on=True, mtu=MTU)
+        probing.set_peers({SUBNET: target})
+        async with asyncio.timeout(30):
+            running = asyncio.create_task(probing.run())
+            while probing.document(SUBNET)["path_mtu"] is None:
+                await asyncio.sleep(0.001)
+            running.cancel()
+
+    asyncio.run(main())
+    assert probing.document(SUBNET)["path_mtu"] == max(carrier.lengths) == MTU - 20
+    assert probing.problems == ()
 
 
 def test_an_answer_from_another_address_than_was_asked_is_none() -> None:

@@ -7,16 +7,20 @@ from collections.abc import Sequence
 
 import pytest
 
+from udptun.core.family import Family
 from udptun.datapath import stranger_program as bpf
-from udptun.datapath.stranger_program import MAX_ADDRESSES, Instruction, packed, stranger_program
+from udptun.datapath.stranger_program import MAX_ADDRESSES, Instruction, packed, source_keys, stranger_program
 
 BPF_MAXINSNS = 4096
 
 
-def run(program: Sequence[Instruction], source: int, port: int, chance: int) -> int:
+def run(
+    program: Sequence[Instruction], source: int, port: int, chance: int, family: Family = Family.IPV4
+) -> int:
     """What the program returns for a datagram, as the kernel's documentation defines the instructions."""
     accumulator = index = at = 0
-    loads = {bpf.SOURCE_ADDRESS: source, bpf.SOURCE_PORT: port, bpf.RANDOM: chance}
+    loads = {bpf.SOURCE_PORT[family]: port, bpf.RANDOM: chance}
+    loads |= dict(zip(bpf.SOURCE_WORDS[family], words_of(source, family), strict=True))
     while True:
         code, if_true, if_false, k = program[at]
         at += 1
@@ -32,6 +36,8 @@ def run(program: Sequence[Instruction], source: int, port: int, chance: int) -> 
             accumulator &= k
         elif code == bpf.MODULO:
             accumulator %= k
+        elif code == bpf.XOR_INDEX:
+            accumulator ^= index
         elif code == bpf.ADD_INDEX:
             accumulator = accumulator + index & 0xFFFFFFFF
         elif code == bpf.JUMP:
@@ -47,9 +53,16 @@ def run(program: Sequence[Instruction], source: int, port: int, chance: int) -> 
             return accumulator
 
 
-def worker_of(source: int, port: int, n_workers: int) -> int:
+def words_of(source: int, family: Family) -> list[int]:
+    return [source >> shift & 0xFFFFFFFF for shift in range(family.bits - 32, -1, -32)]
+
+
+def worker_of(source: int, port: int, n_workers: int, family: Family = Family.IPV4) -> int:
     """csrc/spread.h."""
-    return (((source * 0x9E3779B1 & 0xFFFFFFFF) >> 16) + port) % n_workers
+    word = 0
+    for it in words_of(source, family):
+        word ^= it
+    return (((word * 0x9E3779B1 & 0xFFFFFFFF) >> 16) + port) % n_workers
 
 
 def addresses(n: int, seed: int) -> list[int]:
@@ -74,6 +87,28 @@ def test_each_address_reaches_its_worker_and_a_stranger_the_sink(n: int, seed: i
     near = {it + step & 0xFFFFFFFF for it in known for step in (-1, 1)} | {0, 1 << 31, (1 << 32) - 1}
     for source in near - set(known):
         assert run(program, source, 8285, 1) == n_workers
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_each_ipv6_address_reaches_its_worker_and_a_stranger_the_sink(seed: int) -> None:
+    """Addresses of one network differ in few bits, and their keys in all."""
+    chance = random.Random(seed)
+    multiplier = chance.getrandbits(32) | 1
+    known = [(0xFD00 << 112) + (host << 64 * (seed - 1)) for host in range(1, MAX_ADDRESSES + 1)]
+    keys = source_keys(known, Family.IPV6, multiplier)
+    assert len(keys) > MAX_ADDRESSES - 5
+    program = stranger_program(keys, 4, 256, Family.IPV6, multiplier)
+    assert len(program) <= BPF_MAXINSNS
+    for source in known[::7]:
+        port = chance.randrange(1 << 16)
+        assert run(program, source, port, 1, Family.IPV6) == worker_of(source, port, 4, Family.IPV6)
+    strangers = [known[0] ^ 1 << bit for bit in range(12, 128)]
+    n_in = sum(run(program, source, 8285, 1, Family.IPV6) != 4 for source in strangers if source not in known)
+    assert n_in == 0
+
+
+def test_keys_of_ipv4_are_the_addresses_whatever_the_multiplier() -> None:
+    assert source_keys([30, 10, 20, 10], Family.IPV4, 7) == [10, 20, 30]
 
 
 @pytest.mark.parametrize("one_in", [1, 8, 256, 1 << 20])

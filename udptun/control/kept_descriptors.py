@@ -156,6 +156,7 @@ def _names_of(device: str, descriptors: Descriptors) -> dict[str, int]:
         ("udp", descriptors.udp),
         ("sender", descriptors.senders),
         ("event", descriptors.events),
+        ("ipv6", descriptors.ipv6),
     ):
         for i, fd in enumerate(fds):
             inode = 0 if kind in ("tun", "event") else os.fstat(fd).st_ino
@@ -165,7 +166,7 @@ def _names_of(device: str, descriptors: Descriptors) -> dict[str, int]:
 
 def _whole_set(passed: dict[str, int]) -> Descriptors:
     """Raises ValueError when something is missing or does not belong to the rest: a change was not finished."""
-    kinds = ("table", "stats", "lock", "tun", "udp", "sender", "event")
+    kinds = ("table", "stats", "lock", "tun", "udp", "sender", "event", "ipv6")
     found: dict[str, dict[int, int]] = {kind: {} for kind in kinds}
     origins = set()
     for name, fd in passed.items():
@@ -176,10 +177,12 @@ def _whole_set(passed: dict[str, int]) -> Descriptors:
     lists = {kind: tuple(fds[i] for i in sorted(fds)) for kind, fds in found.items()}
     are_complete = all(sorted(fds) == list(range(len(fds))) for fds in found.values())
     counts = tuple(len(lists[kind]) for kind in ("table", "stats", "lock"))
-    if not are_complete or len(origins) != 1 or counts != (1, 1, 1) or not 0 < len(lists["tun"]) == len(lists["udp"]):
+    n = len(lists["tun"])
+    is_whole = 0 < n == len(lists["udp"]) and len(lists["ipv6"]) in (0, n)
+    if not are_complete or len(origins) != 1 or counts != (1, 1, 1) or not is_whole:
         raise ValueError("they are not all there")
     (table,), (stats,), (lock,) = lists["table"], lists["stats"], lists["lock"]
-    return Descriptors(table, stats, lock, lists["tun"], lists["udp"], lists["sender"], lists["event"])
+    return Descriptors(table, stats, lock, lists["tun"], lists["udp"], lists["sender"], lists["event"], lists["ipv6"])
 
 
 def _is_locked(lock_fd: int) -> bool:

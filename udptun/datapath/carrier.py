@@ -7,11 +7,11 @@ import logging
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 
 from udptun._fastpath import LAYOUT
 from udptun.core.echo import echo_request, min_length, parse_echo_reply
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.datapath.rings import Punt, Result, Rings
 from udptun.datapath.sockets import believed_mtus
@@ -22,8 +22,8 @@ from udptun.probing.carrier import Fate, Take
 
 log = logging.getLogger(__name__)
 
-_OUTER_HEADERS = 28
-"""Bytes: IPv4 20 and UDP 8."""
+_OUTER_HEADERS = {4: 28, 6: 48}
+"""Bytes: IPv4 20 or IPv6 40, and UDP 8; by the version of IP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,11 @@ class TunnelCarrier:
         self._is_narrow_changed = True
 
     def believed_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
-        around = self._around
-        asked = [host for host in hosts if isinstance(host, IPv4Address)]
-        return {host: mtu - around for host, mtu in believed_mtus(self._tunnel.underlay_address, asked).items()}
+        found: dict[IPAddress, int] = {}
+        for family, of_family in _by_family(hosts).items():
+            if of_family and (source := self._tunnel.where.of(family)) is not None:
+                found |= believed_mtus(source, of_family)
+        return {host: mtu - self._around(host) for host, mtu in found.items()}
 
     async def route_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
         try:
@@ -132,12 +134,11 @@ class TunnelCarrier:
         except KernelError as exc:
             log.warning("%s", exc)
             return {}
-        return {host: route.mtu - self._around for host, route in routes.items() if route.mtu is not None}
+        return {host: route.mtu - self._around(host) for host, route in routes.items() if route.mtu is not None}
 
-    @property
-    def _around(self) -> int:
-        """How many bytes there are around an inner packet."""
-        return _OUTER_HEADERS + (LAYOUT["prefix"] if self._tunnel.table.vtep else 0)
+    def _around(self, host: IPAddress) -> int:
+        """How many bytes there are around an inner packet to a host."""
+        return _OUTER_HEADERS[host.version] + (LAYOUT["prefix"] if self._tunnel.table.vtep else 0)
 
     async def publish(self) -> None:
         await self._tunnel.publish()
@@ -158,3 +159,10 @@ class TunnelCarrier:
             "longer ones are fragmented, or their senders told (fragmentation needed); "
             f"have all hosts use a Backend.MTU that is {full - mtu} lower, or mend the path"
         )
+
+
+def _by_family(hosts: Iterable[IPAddress]) -> dict[Family, list[IPAddress]]:
+    found: dict[Family, list[IPAddress]] = {family: [] for family in Family}
+    for host in hosts:
+        found[Family(host.version)].append(host)
+    return found

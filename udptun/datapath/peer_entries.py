@@ -7,7 +7,7 @@ out about it holds for the other one, its follower.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.tunnel import IPV6_MTU_MIN
@@ -25,7 +25,9 @@ class PeerEntries:
         self._table = table
         self._stats = stats
         self.mtu = 0
-        """How long packets may be by the device, bytes.  Who changes it adds the peers again."""
+        """How long packets may be by the device, bytes.  Who changes this or the next one adds the peers again."""
+        self.less_for: Callable[[Remote], int] = lambda remote: 0
+        """How many bytes fewer it is to that remote (`PacketSettings.less_for`)."""
         self._waiting: dict[IPNetwork, Remote] = {}
         """Peers for which the table has no room."""
         self._remotes: dict[IPNetwork, Remote] = {}
@@ -37,7 +39,9 @@ class PeerEntries:
         self._dead: set[IPNetwork] = set()
         """Without followers, as the next one."""
         self._path_mtus: dict[IPNetwork, int] = {}
-        """Of peers to which packets may not be as long as the device allows, bytes."""
+        """As they were found, of peers to which packets may not be as long as the device allows, bytes."""
+        self._longer_headed: set[IPNetwork] = set()
+        """Those to which packets may not be so long because of the outer header."""
 
     def set_all(self, peers: Mapping[IPNetwork, Remote]) -> None:
         """Have exactly these peers."""
@@ -69,6 +73,7 @@ class PeerEntries:
             self._remotes.pop(subnet, None)
             self._dead.discard(subnet)
             self._path_mtus.pop(subnet, None)
+            self._longer_headed.discard(subnet)
             self._unfollow(subnet)
             if (follower := self._followers.get(subnet)) is not None:
                 self.follow(follower, None)
@@ -121,7 +126,8 @@ class PeerEntries:
     @property
     def narrow(self) -> dict[IPNetwork, int]:
         """The peers to which packets may not be as long as the device allows, with the length in bytes."""
-        mtus = {subnet: self._mtu_to(subnet) for leader in self._path_mtus for subnet in self._host(leader)}
+        narrow = {subnet for leader in self._path_mtus for subnet in self._host(leader)} | self._longer_headed
+        mtus = {subnet: self._mtu_to(subnet) for subnet in narrow}
         return {subnet: mtu for subnet, mtu in mtus.items() if mtu < self.mtu}
 
     @property
@@ -142,7 +148,8 @@ class PeerEntries:
 
     def _mtu_to(self, subnet: IPNetwork) -> int:
         """How long packets to the peer may be, bytes.  Every link takes those of IPv6 of 1,280 (RFC 8200 5)."""
-        mtu = min(self.mtu, self._path_mtus.get(self.leader(subnet), self.mtu))
+        less = self.less_for(self._remotes[subnet]) if subnet in self._longer_headed else 0
+        mtu = min(self.mtu - less, self._path_mtus.get(self.leader(subnet), self.mtu))
         return mtu if subnet.version == 4 else max(mtu, IPV6_MTU_MIN)
 
     def _set_again(self, subnet: IPNetwork) -> None:
@@ -153,6 +160,7 @@ class PeerEntries:
 
     def _set(self, subnet: IPNetwork, remote: Remote) -> None:
         self._remotes[subnet] = remote
+        (self._longer_headed.add if self.less_for(remote) else self._longer_headed.discard)(subnet)
         index = self._table.index_of(subnet)
         is_dead = index is not None and self.leader(subnet) in self._dead
         received = self._stats.received(index) if is_dead and index is not None else 0

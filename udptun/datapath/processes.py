@@ -65,7 +65,7 @@ class Process:
         self._child = child
         self._pid_here = self.pid
         """Its pid as the kernel tells it to us; 0 while unknown, and for a process that cannot be seen from here."""
-        self._are_events_due = False
+        self._are_events_due, self._n_ipv6 = False, 0
         self._changed = asyncio.Event()
         self._not_understood = b""
         self._observers: list[Callable[[], None]] = []
@@ -244,7 +244,7 @@ class Process:
                 hello = None
             else:
                 kept = self.descriptors.as_list()
-                self._are_events_due = hello.has_events
+                self._are_events_due, self._n_ipv6 = hello.has_events, hello.n_ipv6
         for fd in fds:
             if fd not in kept:
                 os.close(fd)
@@ -266,8 +266,9 @@ class Process:
         n_kept = 0
         # One alone is of no use, as where we had room for no more descriptors.
         if self._are_events_due and self.descriptors is not None and len(fds) >= N_EVENTS:
-            n_kept = N_EVENTS
-            self.descriptors = replace(self.descriptors, events=tuple(fds[:N_EVENTS]))
+            n_kept = N_EVENTS + self._n_ipv6 if len(fds) >= N_EVENTS + self._n_ipv6 else N_EVENTS
+            events, ipv6 = tuple(fds[:N_EVENTS]), tuple(fds[N_EVENTS:n_kept])
+            self.descriptors = replace(self.descriptors, events=events, ipv6=ipv6)
         for fd in fds[n_kept:]:
             os.close(fd)
         self._are_events_due = False

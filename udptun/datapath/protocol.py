@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from udptun.core.tunnel import Confinement
-from udptun.datapath.worker import HELLO, HELLO_MAGIC
+from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_IPV6, HELLO_MAGIC
 
 MAX_DESCRIPTORS = 253
 """In one message (SCM_MAX_FD of linux/net/scm.h).  A later build may hand over more than we know what to do with."""
@@ -26,6 +26,8 @@ _CONFINEMENTS_AT = (HELLO.size, HELLO.size + 4)
 N_EVENTS = 2
 _EVENTS_VERSION = 3
 """Of HELLO, from which on processes answer EVENTS."""
+_IPV6_VERSION, _IPV6_AT = 5, HELLO.size + HELLO_CONFINEMENT.size
+"""From which on HELLO counts the sockets of IPv6, and where."""
 
 _OLD_HELLO = struct.Struct("=4sIIIIQ32s")
 """HELLO of the first builds, recognised by its size: magic, layout version, pid, 1 if active, number of workers, start
@@ -37,7 +39,7 @@ class Hello:
     """How a datapath process introduces itself.  `n_senders` None: all descriptors beyond the others are senders.
 
     `confinement` is what it has given up, `wanted_confinement` what it was told to; None when nobody knows.
-    `has_events`: it answers EVENTS.
+    `has_events`: it answers EVENTS, with `n_ipv6` sockets behind the eventfds.
     """
 
     pid: int
@@ -50,6 +52,7 @@ class Hello:
     confinement: Confinement | None = None
     wanted_confinement: Confinement | None = None
     has_events: bool = False
+    n_ipv6: int = 0
 
     @classmethod
     def parse(cls, message: bytes) -> Hello | None:
@@ -69,7 +72,12 @@ class Hello:
         build_id = build.decode("ascii", "replace")
         known = (pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id)
         given_up, wanted = (_confinement(message, at) for at in _CONFINEMENTS_AT)
-        return cls(*known, given_up, wanted, has_events=version >= _EVENTS_VERSION)
+        n_ipv6 = 0
+        if version >= _IPV6_VERSION and len(message) >= _IPV6_AT + HELLO_IPV6.size:
+            (n_ipv6,) = HELLO_IPV6.unpack_from(message, _IPV6_AT)
+        # One each, or it means something else.
+        n_ipv6 = n_ipv6 if n_ipv6 == n_workers else 0
+        return cls(*known, given_up, wanted, version >= _EVENTS_VERSION, n_ipv6)
 
 
 def _confinement(message: bytes, at: int) -> Confinement | None:
@@ -84,7 +92,8 @@ def _confinement(message: bytes, at: int) -> Confinement | None:
 class Descriptors:
     """What a datapath process works with: memory files, the lock, a TUN queue and a UDP socket a worker, senders.
 
-    `events`: the two eventfds of the rings (`rings.new_events`); none of a build that has no rings.
+    `events`: the two eventfds of the rings (`rings.new_events`); none of a build that has no rings.  `ipv6`: where the
+    UDP sockets are of IPv4, one of IPv6 a worker beside them, or none.
     """
 
     table: int
@@ -94,6 +103,7 @@ class Descriptors:
     udp: tuple[int, ...]
     senders: tuple[int, ...] = ()
     events: tuple[int, ...] = ()
+    ipv6: tuple[int, ...] = ()
 
     @classmethod
     def from_list(cls, fds: Sequence[int], hello: Hello) -> Descriptors:
@@ -111,4 +121,5 @@ class Descriptors:
 
     def as_list(self) -> list[int]:
         """All of them: first those of HELLO, in its order."""
-        return [self.table, self.stats, self.lock, *self.tun, *self.udp, *self.senders, *self.events]
+        fixed = [self.table, self.stats, self.lock]
+        return [*fixed, *self.tun, *self.udp, *self.senders, *self.events, *self.ipv6]

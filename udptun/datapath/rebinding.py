@@ -15,29 +15,57 @@ import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
+from udptun.core.family import Family
 from udptun.core.offload import Offload
-from udptun.datapath.sockets import bind_sockets, new_sockets, open_senders, open_sockets, share_port, spread_over
+from udptun.datapath.settings import Where
+from udptun.datapath.sockets import (
+    address_of,
+    bind_sockets,
+    family_of,
+    new_sockets,
+    open_senders,
+    open_sockets,
+    share_port,
+    spread_over,
+)
 from udptun.kernel.tun import Tun, attach_queues, new_queues
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """What the workers move packets between: a TUN queue and a UDP socket each, and sockets that all send from."""
+    """What the workers move packets between: a TUN queue and a UDP socket each, and sockets that all send from.
+
+    `ipv6`: where `sockets` are of IPv4, one of IPv6 for each worker beside them, or none.
+    """
 
     queues: tuple[int, ...]
     sockets: tuple[socket.socket, ...]
     senders: tuple[socket.socket, ...] = ()
+    ipv6: tuple[socket.socket, ...] = ()
 
     @property
-    def address(self) -> tuple[IPv4Address, int]:
-        """The address and port of all the sockets."""
-        address, port = self.sockets[0].getsockname()
-        return IPv4Address(address), port
+    def where(self) -> Where:
+        address, port = address_of(self.sockets[0])
+        beside = address_of(self.ipv6[0])[0] if self.ipv6 else None
+        assert not isinstance(beside, IPv4Address)
+        return Where(address, port, beside)
 
-    def fits(self, address: IPv4Address, port: int, n_workers: int, n_senders: int) -> bool:
+    @property
+    def sets(self) -> tuple[tuple[socket.socket, ...], ...]:
+        """The sockets that receive, by family."""
+        return (self.sockets, self.ipv6) if self.ipv6 else (self.sockets,)
+
+    def of(self, family: Family) -> tuple[socket.socket, ...]:
+        """The sockets of that family that receive."""
+        return next((them for them in self.sets if family_of(them[0]) is family), ())
+
+    @property
+    def all_sockets(self) -> tuple[socket.socket, ...]:
+        return (*self.sockets, *self.senders, *self.ipv6)
+
+    def fits(self, where: Where, n_workers: int, n_senders: int) -> bool:
         """Whether a tunnel of this shape needs no other endpoints."""
-        there = (self.address, len(self.queues), len(self.senders))
-        return there == ((address, port), n_workers, n_senders)
+        return (self.where, len(self.queues), len(self.senders)) == (where, n_workers, n_senders)
 
 
 class Rebinding:
@@ -52,38 +80,38 @@ class Rebinding:
 
     @classmethod
     def build(
-        cls,
-        tun: Tun,
-        old: Endpoints,
-        address: IPv4Address,
-        port: int,
-        n_workers: int,
-        n_senders: int,
-        wanted: Offload,
+        cls, tun: Tun, old: Endpoints, where: Where, n_workers: int, n_senders: int, wanted: Offload
     ) -> Rebinding:
         """Open what is missing.  Nothing changes for what the old process reads.  Raises KernelError.
 
         Sockets on the same address as the old ones are bound by `switch`: without SPREAD in `wanted`, or a kernel that
         can do it, they take datagrams from these at once.
         """
-        is_same = old.address == (address, port)
-        sockets = old.sockets[:n_workers] if is_same else ()
-        senders = old.senders[:n_senders] if old.address[0] == address else ()
+        senders = old.senders[:n_senders] if old.where.address == where.address else ()
         opened: list[socket.socket] = []
-        try:
-            if is_same:
-                opened += new_sockets(n_workers - len(sockets))
+
+        def sockets_of(family: Family) -> tuple[socket.socket, ...]:
+            address = where.of(family)
+            if address is None:
+                return ()
+            there = old.of(family)
+            if there and address_of(there[0]) == (address, where.port):
+                added = new_sockets(n_workers - len(there), family=family)
             else:
-                opened += open_sockets(address, port, n_workers, wanted)
-            opened += open_senders(address, n_senders - len(senders), senders)
+                there, added = (), open_sockets(address, where.port, n_workers, wanted)
+            opened.extend(added)
+            return (*there[:n_workers], *added)
+
+        try:
+            sets = [them for them in map(sockets_of, Family) if them]
+            senders_added = open_senders(where.address, n_senders - len(senders), senders)
+            opened += senders_added
             queues = (*old.queues[:n_workers], *new_queues(n_workers - len(old.queues)))
         except BaseException:
             for udp in opened:
                 udp.close()
             raise
-        n_opened = n_workers - len(sockets)
-        new = Endpoints(queues, (*sockets, *opened[:n_opened]), (*senders, *opened[n_opened:]))
-        return cls(tun, old, new, wanted)
+        return cls(tun, old, Endpoints(queues, sets[0], (*senders, *senders_added), *sets[1:]), wanted)
 
     def switch(self) -> None:
         """Bind the new sockets and attach the new queues.  Raises KernelError."""
@@ -91,16 +119,17 @@ class Rebinding:
         self._tun.attach_more(self._added_queues)
         # The Tun object stays, because others hold on to it.
         self._tun.fds = self.new.queues
-        if self.new.sockets[0] in self._old.sockets:
-            address, port = self._old.address
-            added = _missing(self.new.sockets, self._old.sockets)
-            bind_sockets(added, address, port, self._old.sockets, self._wanted)
+        for family in Family:
+            old, new = self._old.of(family), self.new.of(family)
+            if new and new[0] in old:
+                bind_sockets(_missing(new, old), *address_of(new[0]), old, self._wanted)
 
     def retire(self) -> None:
         """Close what the old endpoints alone have: no process reads it any more."""
-        for udp in (*self._left_sockets, *_missing(self._old.senders, self.new.senders)):
+        for udp in _missing(self._old.all_sockets, self.new.all_sockets):
             udp.close()
-        share_port(self.new.sockets, among_several=len(self.new.sockets) > 1)
+        for them in self.new.sets:
+            share_port(them, among_several=len(them) > 1)
         for fd in self._left_queues:
             os.close(fd)
 
@@ -110,20 +139,17 @@ class Rebinding:
         A socket that was to be given up and was connected (`close_out` in worker.py) stays so: its worker has nothing
         to read, and the others have it all.
         """
-        for udp in (*_missing(self.new.sockets, self._old.sockets), *_missing(self.new.senders, self._old.senders)):
+        for udp in _missing(self.new.all_sockets, self._old.all_sockets):
             udp.close()
-        share_port(self._old.sockets, among_several=len(self._old.sockets) > 1)
-        if Offload.SPREAD in self._wanted:
-            spread_over(self._old.sockets)
+        for them in self._old.sets:
+            share_port(them, among_several=len(them) > 1)
+            if Offload.SPREAD in self._wanted:
+                spread_over(them)
         for fd in self._added_queues:
             os.close(fd)
         if self._is_switched:
             attach_queues(self._left_queues)
             self._tun.fds = self._old.queues
-
-    @property
-    def _left_sockets(self) -> list[socket.socket]:
-        return _missing(self._old.sockets, self.new.sockets)
 
     @property
     def _left_queues(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from udptun.core.family import Family
 from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, Offload
 from udptun.core.tunnel import SourceCheck
@@ -15,6 +16,8 @@ _VXLAN = struct.Struct(">B3xI6s6sH")
 """Flags, VNI above a reserved byte (RFC 7348 5); inner destination and source MAC, EtherType."""
 _VNI_IS_VALID = 0x08
 _ETHERTYPE_IPV4 = 0x0800
+IPV6_HEADER_MORE = 20
+"""Bytes that an IPv6 header has more than one of IPv4 without options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,18 @@ class Vtep:
 
 
 @dataclass(frozen=True, slots=True)
+class Where:
+    """What the sockets of a tunnel are bound to.  `ipv6`: an address beside `address`, which is of IPv4 then."""
+
+    address: IPAddress
+    port: int
+    ipv6: IPv6Address | None = None
+
+    def of(self, family: Family) -> IPAddress | None:
+        return self.address if self.address.version == family.value else self.ipv6
+
+
+@dataclass(frozen=True, slots=True)
 class PacketSettings:
     """What a worker must know besides its peers.
 
@@ -40,7 +55,7 @@ class PacketSettings:
 
     network: IPv4Network
     own_subnet: IPv4Network
-    underlay_address: IPv4Address
+    underlay_address: IPAddress
     mtu: int
     source_check: SourceCheck
     offload: Offload = ALL
@@ -49,6 +64,13 @@ class PacketSettings:
     port: int = 0
     network_ipv6: IPv6Network | None = None
     own_subnet_ipv6: IPv6Network | None = None
+
+    def less_for(self, remote: Remote) -> int:
+        """How many bytes fewer than `mtu` a packet to there may have.
+
+        `mtu` allows for the header of `underlay_address`'s family, and that of IPv6 is longer.
+        """
+        return IPV6_HEADER_MORE if (self.underlay_address.version, remote.address.version) == (4, 6) else 0
 
     @property
     def tunnel_address(self) -> IPv4Address:

@@ -1,4 +1,8 @@
-"""The UDP sockets of the tunnel: one a worker, all on the same address and port, and those that VXLAN is sent from."""
+"""The UDP sockets of the tunnel: one a worker, all on the same address and port, and those that VXLAN is sent from.
+
+A host may have a second set, of IPv6 beside those of IPv4, on the same port.  Each function works on sockets of one
+family; those that take an address take it from that.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,13 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 
 from udptun._fastpath import spread
 from udptun._kabi import lib
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
+from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, Offload
 
 _RECEIVE_BUFFER_BYTES = 8 << 20
@@ -25,16 +31,29 @@ _SO_ATTACH_REUSEPORT_CBPF, _SO_MEMINFO, _SO_DETACH_REUSEPORT_BPF = 51, 55, 68
 """asm-generic/socket.h, since Linux 4.5, 4.12 and 5.3."""
 _MEMINFO_DROPS = 8
 """SK_MEMINFO_DROPS of linux/sock_diag.h."""
+_SOCKET_FAMILY = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
+_TOLD_TOS = {
+    socket.AF_INET: (socket.IPPROTO_IP, socket.IP_RECVTOS),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, socket.IPV6_RECVTCLASS),
+}
+_MTU_DISCOVER = {
+    socket.AF_INET: (socket.IPPROTO_IP, lib.IP_MTU_DISCOVER),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, lib.IPV6_MTU_DISCOVER),
+}
+_MTU = {
+    socket.AF_INET: (socket.IPPROTO_IP, lib.IP_MTU),
+    socket.AF_INET6: (socket.IPPROTO_IPV6, lib.IPV6_MTU),
+}
 _DROP_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0)
 """A program of classic BPF: return 0, which for a filter means no byte of the datagram."""
 
 
-def open_sockets(address: IPv4Address, port: int, n: int, wanted: Offload = ALL) -> list[socket.socket]:
+def open_sockets(address: IPAddress, port: int, n: int, wanted: Offload = ALL) -> list[socket.socket]:
     """`n` non-blocking sockets bound to the interface address; the caller owns them.  Raises KernelError.
 
     SPREAD in `wanted`: see `spread_over`.
     """
-    opened = new_sockets(n)
+    opened = new_sockets(n, family=Family(address.version))
     try:
         bind_sockets(opened, address, port, wanted=wanted)
         if Offload.SPREAD in wanted:
@@ -46,14 +65,16 @@ def open_sockets(address: IPv4Address, port: int, n: int, wanted: Offload = ALL)
     return opened
 
 
-def new_sockets(n: int, buffer_bytes: int = _RECEIVE_BUFFER_BYTES) -> list[socket.socket]:
+def new_sockets(
+    n: int, buffer_bytes: int = _RECEIVE_BUFFER_BYTES, family: Family = Family.IPV4
+) -> list[socket.socket]:
     """`n` non-blocking sockets that nothing arrives in before `bind_sockets`; the caller owns them."""
-    return [_new_socket(buffer_bytes) for _ in range(n)]
+    return [_new_socket(buffer_bytes, family) for _ in range(n)]
 
 
 def bind_sockets(
     sockets: Sequence[socket.socket],
-    address: IPv4Address,
+    address: IPAddress,
     port: int,
     beside: Sequence[socket.socket] = (),
     wanted: Offload = ALL,
@@ -69,7 +90,7 @@ def bind_sockets(
         if sockets and not beside:
             # With the option the first would bind beside a stranger, and without it no program can be attached to it.
             # So another one tries without, and makes way.
-            with _new_socket(0) as alone:
+            with _new_socket(0, Family(address.version)) as alone:
                 _bind(alone, address, port)
                 port = alone.getsockname()[1]
         for udp in sockets:
@@ -108,14 +129,14 @@ def share_port(sockets: Iterable[socket.socket], *, among_several: bool) -> None
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, among_several)
 
 
-def open_senders(address: IPv4Address, n: int, beside: Sequence[socket.socket] = ()) -> list[socket.socket]:
+def open_senders(address: IPAddress, n: int, beside: Sequence[socket.socket] = ()) -> list[socket.socket]:
     """`n` non-blocking sockets on ports that the kernel picks, for sending only; the caller owns them.
 
     Each inner flow leaves from one of them: the routers on the way and the peer's processors tell flows apart by the
     source port (RFC 7348 5).  The ports follow each other, and that of the last one `beside`, where they are free: then
     a receiver of ours spreads them evenly.  Nobody reads what comes to them.  Raises KernelError.
     """
-    opened = new_sockets(n, buffer_bytes=0)
+    opened = new_sockets(n, buffer_bytes=0, family=Family(address.version))
     last = beside[-1] if beside else None
     try:
         for udp in opened:
@@ -143,7 +164,8 @@ def set_offload(sockets: Sequence[socket.socket], wanted: Offload) -> Offload:
             udp.setsockopt(lib.SOL_UDP, lib.UDP_GRO, Offload.UDP_GRO in wanted)
             granted |= wanted & Offload.UDP_GRO
         with suppress(OSError):
-            udp.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, Offload.ECN in wanted)
+            level, option = _TOLD_TOS[udp.family]
+            udp.setsockopt(level, option, Offload.ECN in wanted)
             granted |= wanted & Offload.ECN
         with suppress(OSError):
             # This only asks whether the kernel knows it: the size goes with each message.
@@ -169,7 +191,7 @@ def open_sink(beside: socket.socket) -> socket.socket:
 
     Raises OSError.
     """
-    sink = _new_socket(0)
+    sink = _new_socket(0, family_of(beside))
     try:
         _attach(sink, lib.SO_ATTACH_FILTER, _DROP_ALL)
         share_port([sink], among_several=True)
@@ -181,30 +203,43 @@ def open_sink(beside: socket.socket) -> socket.socket:
 
 
 def leave_paths_to_us(sockets: Iterable[socket.socket]) -> None:
-    """Have every datagram get DF, as flannel's do by default, and one that its device cannot take get EMSGSIZE.
+    """Have every datagram of IPv4 get DF, as flannel's do by default, and one too long for its device get EMSGSIZE.
 
     With IP_PMTUDISC_WANT the kernel would fragment it in silence.  With IP_PMTUDISC_DO it would refuse for 10 minutes
     what one ICMP error has said to be too long, whether that was true or not, or is any more.  `believed_mtus` says it.
     """
     for udp in sockets:
-        udp.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_PROBE)
+        level, option = _MTU_DISCOVER[udp.family]
+        # IPv6 has the same numbers for its modes (linux/in6.h).
+        udp.setsockopt(level, option, lib.IP_PMTUDISC_PROBE)
 
 
-def believed_mtus(source: IPv4Address, addresses: Iterable[IPv4Address]) -> dict[IPv4Address, int]:
-    """How long outer packets to each address may be, in bytes, as the kernel believes.
+def believed_mtus(source: IPAddress, addresses: Iterable[IPAddress]) -> dict[IPAddress, int]:
+    """How long outer packets to each address may be, in bytes, as the kernel believes.  All are of one family.
 
     By the device, by the route where it has an `mtu`, and by ICMP errors about datagrams of this host's sockets.
     Addresses without a route are left out.
     """
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as udp, suppress(OSError):
+    found: dict[IPAddress, int] = {}
+    family = _SOCKET_FAMILY[Family(source.version)]
+    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as udp, suppress(OSError):
         udp.bind((str(source), 0))
         for address in addresses:
             with suppress(OSError):
                 # Only a connected socket can ask.  The port does not matter.
                 udp.connect((str(address), 9))
-                found[address] = udp.getsockopt(socket.IPPROTO_IP, lib.IP_MTU)
+                found[address] = udp.getsockopt(*_MTU[family])
     return found
+
+
+def address_of(udp: socket.socket) -> tuple[IPAddress, int]:
+    """The address and port that the socket is bound to."""
+    address, port, *_ = udp.getsockname()
+    return ip_address(address), port
+
+
+def family_of(udp: socket.socket) -> Family:
+    return Family.IPV4 if udp.family == socket.AF_INET else Family.IPV6
 
 
 def n_drops(udp: socket.socket) -> int:
@@ -216,7 +251,7 @@ def n_drops(udp: socket.socket) -> int:
 
 def _takes_programs() -> bool:
     """Whether the kernel lets a program choose a socket, and tells what a socket has dropped."""
-    with _new_socket(0) as udp:
+    with _new_socket(0, Family.IPV4) as udp:
         share_port([udp], among_several=True)
         try:
             choose_socket(udp, _DROP_ALL)
@@ -232,8 +267,11 @@ def _attach(udp: socket.socket, option: int, program: bytes) -> None:
     udp.setsockopt(socket.SOL_SOCKET, option, struct.pack("@HP", len(program) // 8, code.buffer_info()[0]))
 
 
-def _new_socket(buffer_bytes: int) -> socket.socket:
-    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+def _new_socket(buffer_bytes: int, family: Family) -> socket.socket:
+    udp = socket.socket(_SOCKET_FAMILY[family], socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    if family is Family.IPV6:
+        # Otherwise no socket of IPv4 could have the port, and what comes by IPv4 would come here.
+        udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     leave_paths_to_us([udp])
     try:
         udp.setsockopt(socket.SOL_SOCKET, lib.SO_RCVBUFFORCE, buffer_bytes)
@@ -243,7 +281,7 @@ def _new_socket(buffer_bytes: int) -> socket.socket:
     return udp
 
 
-def _bind(udp: socket.socket, address: IPv4Address, port: int) -> None:
+def _bind(udp: socket.socket, address: IPAddress, port: int) -> None:
     try:
         udp.bind((str(address), port))
     except OSError as exc:

@@ -2,6 +2,7 @@
 
     stranger    an outer source that is no peer's PublicIP, nor learned of a peer; SourceCheck refuses it
     sink        a socket on the workers' port that drops all it gets, and counts it
+    set         the workers' sockets of one outer family; each has a program and a sink of its own
 
 A program on the port sends strangers to the sink (stranger_program.py).  The control plane alone holds the sink, so it
 goes with the control plane, however that ends.  The program is then left with a number that no socket has, and the
@@ -20,14 +21,17 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import random
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from udptun.datapath.sockets import choose_socket, n_drops, open_sink, share_port, spread_over
+from udptun.core.network_state import IPAddress
+from udptun.datapath.sockets import choose_socket, family_of, n_drops, open_sink, share_port, spread_over
 from udptun.datapath.stats import Stats
-from udptun.datapath.stranger_program import MAX_ADDRESSES, packed, stranger_program
+from udptun.datapath.stranger_program import MAX_ADDRESSES, packed, source_keys, stranger_program
 from udptun.datapath.table import TableWriter
 
 log = logging.getLogger(__name__)
@@ -47,18 +51,19 @@ _LOOK_S, _CALM_S = 1.0, 10.0
 class StrangerFilter:
     """Begins with a flood and ends after it.  For one event loop; `state` may be read on any thread."""
 
-    def __init__(self, table: TableWriter, stats: Stats, sockets: Callable[[], Sequence[socket.socket]]) -> None:
+    def __init__(
+        self, table: TableWriter, stats: Stats, sets: Callable[[], Sequence[Sequence[socket.socket]]]
+    ) -> None:
         self._table = table
         self._stats = stats
-        self._sockets = sockets
+        self._sets = sets
         self._is_allowed = False
         self._is_paused = False
-        self._sink: socket.socket | None = None
-        self._n_counted = 0
-        """Drops of the present sink that are in the sum."""
+        self._sinks: list[_Sink] = []
+        self._multiplier = 1
         self._one_in = _ONE_IN
-        self._addresses: bytes | None = None
-        """What the program knows."""
+        self._sources: Set[IPAddress] | None = None
+        """What the programs know."""
         self._refusal = self._logged = ""
         self._n_before, self._looked_s, self._flood_s = self._n_refused_by_workers(), time.monotonic(), 0.0
 
@@ -71,7 +76,7 @@ class StrangerFilter:
         if n_peers + self._table.n_learned > MAX_ADDRESSES:
             beside = "" if n_peers > MAX_ADDRESSES else " and addresses that were learned"
             return f"off: more than {MAX_ADDRESSES} peers{beside}"
-        return self._refusal or ("ready" if self._sink is None else "on")
+        return self._refusal or ("on" if self._sinks else "ready")
 
     def allow(self, is_allowed: bool) -> None:
         """Whether there may be a filter at all."""
@@ -95,11 +100,11 @@ class StrangerFilter:
         self._n_before, self._looked_s = n, now_s
         if is_flood:
             self._flood_s = now_s
-            if self._sink is not None:
+            if self._sinks:
                 one_in = _fitting(self._one_in, by_sink / elapsed_s) if by_sink else self._one_in
                 # Or a datapath process that took over from another has set its own program.
                 if one_in != self._one_in or by_workers > limit:
-                    self._one_in, self._addresses = one_in, None
+                    self._one_in, self._sources = one_in, None
                     self.follow()
             elif not self._is_paused and self.state == "ready":
                 self._begin()
@@ -108,27 +113,28 @@ class StrangerFilter:
 
     def follow(self) -> None:
         """Let in the peers of the table that is about to be published; call this first, so that none is lost."""
-        if self._sink is None:
+        if not self._sinks:
             self._refusal = ""
         elif self.state != "on":
             self.end()
-        elif (addresses := self._table.next_sources(MAX_ADDRESSES)).tobytes() != self._addresses:
+        elif (sources := self._table.next_sources(MAX_ADDRESSES)) != self._sources:
             try:
-                self._attach(addresses)
+                self._attach(sources)
             except OSError as exc:
                 self._refuse(exc)
 
     def end(self) -> None:
         """Let everything in."""
-        if self._sink is None:
+        if not self._sinks:
             return
-        sockets = self._sockets()
-        # First, so that nothing is left to the kernel's own choice, which may be the sink.
-        spread_over(sockets)
+        for sockets in self._sets():
+            # First, so that nothing is left to the kernel's own choice, which may be the sink.
+            spread_over(sockets)
         self._count()
-        self._sink.close()
-        self._sink = None
-        share_port(sockets, among_several=len(sockets) > 1)
+        for sink in self._sinks:
+            sink.udp.close()
+        self._sinks.clear()
+        self._unshare()
         log.info("strangers reach the workers again dropped=%d", self._stats.n_strangers)
 
     @contextmanager
@@ -143,47 +149,65 @@ class StrangerFilter:
             self._refusal = ""
 
     def _begin(self) -> None:
-        sockets = self._sockets()
-        share_port(sockets, among_several=True)
         self._one_in = _ONE_IN
+        self._multiplier = random.SystemRandom().getrandbits(32) | 1
         try:
+            for sockets in self._sets():
+                share_port(sockets, among_several=True)
             # A program before there is a sink: the kernel's own choice may be the sink.
             self._attach(self._table.next_sources(MAX_ADDRESSES))
-            self._sink = open_sink(sockets[0])
-            self._n_counted = 0
+            for sockets in self._sets():
+                self._sinks.append(_Sink(open_sink(sockets[0])))
         except OSError as exc:
             self._refuse(exc)
             return
         log.info("strangers are kept from the workers, because more than %d packets/s are dropped", FLOOD_PER_S)
 
-    def _attach(self, addresses: memoryview) -> None:
-        sockets = self._sockets()
-        choose_socket(sockets[0], packed(stranger_program(addresses, len(sockets), self._one_in)))
-        self._addresses = addresses.tobytes()
+    def _attach(self, sources: Set[IPAddress]) -> None:
+        for sockets in self._sets():
+            family = family_of(sockets[0])
+            addresses = (int(it) for it in sources if it.version == family.value)
+            keys = source_keys(addresses, family, self._multiplier)
+            program = stranger_program(keys, len(sockets), self._one_in, family, self._multiplier)
+            choose_socket(sockets[0], packed(program))
+        self._sources = sources
 
     def _refuse(self, exc: OSError) -> None:
         """Do without, until peers or sockets change."""
         self._refusal = f"off: the kernel refuses it: {errno.errorcode.get(exc.errno or 0, exc.errno)}"
-        if self._sink is None:
-            sockets = self._sockets()
-            share_port(sockets, among_several=len(sockets) > 1)
+        if not self._sinks:
+            self._unshare()
         self.end()
         if self._refusal != self._logged:
             log.warning("cannot keep a flood of strangers from the workers, who drop it themselves: %s", exc)
             self._logged = self._refusal
 
+    def _unshare(self) -> None:
+        for sockets in self._sets():
+            share_port(sockets, among_several=len(sockets) > 1)
+
     def _count(self) -> int:
-        """Add to the sum what the sink has dropped since the last time, and return it."""
-        if self._sink is None:
-            return 0
-        before, self._n_counted = self._n_counted, n_drops(self._sink)
-        # The kernel counts in 32 bits.
-        n = (self._n_counted - before) & 0xFFFFFFFF
+        """Add to the sum what the sinks have dropped since the last time, and return it."""
+        n = sum(sink.count() for sink in self._sinks)
         self._stats.n_strangers += n
         return n
 
     def _n_refused_by_workers(self) -> int:
         return sum(n for name, n in self._stats.counters().items() if name.startswith("decap_drop_"))
+
+
+@dataclass(slots=True)
+class _Sink:
+    """The sink of one set.  `n_counted`: its drops that are in the sum."""
+
+    udp: socket.socket
+    n_counted: int = 0
+
+    def count(self) -> int:
+        """How much it has dropped since the last time."""
+        before, self.n_counted = self.n_counted, n_drops(self.udp)
+        # The kernel counts in 32 bits.
+        return (self.n_counted - before) & 0xFFFFFFFF
 
 
 def _fitting(one_in: int, per_s: float) -> int:

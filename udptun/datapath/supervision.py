@@ -362,7 +362,7 @@ class Datapath:
         self, path: Path, fds: Descriptors, old: Descriptors | None, confinement: Confinement
     ) -> tuple[socket.socket, subprocess.Popen[bytes]]:
         """Start a process that listens at `path`, and connect to it."""
-        old_tun, old_udp = ((), ()) if old is None else (old.tun, old.udp)
+        old_fds = ((), (), ()) if old is None else (old.tun, old.udp, old.ipv6)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(os.fspath(path))
             path.chmod(0o600)
@@ -377,13 +377,13 @@ class Datapath:
                         *(sys.executable, "-I", "-S", worker.__file__, fastpath.__file__, self._build_id),
                         *(str(fd) for fd in (listener.fileno(), fds.table, fds.stats, fds.lock)),
                         *(",".join(map(str, some)) for some in (fds.tun, fds.udp, fds.senders, fds.events)),
-                        *(",".join(map(str, some)) for some in (old_tun, old_udp)),
+                        *(",".join(map(str, some)) for some in (fds.ipv6, *old_fds)),
                         str(int(self.is_spread)),
                         str(CONFINEMENTS.index(confinement)),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    pass_fds={listener.fileno(), *fds.as_list(), *old_tun, *old_udp},
+                    pass_fds={listener.fileno(), *fds.as_list(), *(fd for some in old_fds for fd in some)},
                     # Out of the reach of the terminal's ^C and of our process group's end.
                     start_new_session=True,
                     cwd="/",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 from udptun._fastpath import LAYOUT, load_u64, store_u64
@@ -224,17 +224,16 @@ class TableWriter:
         self._next["learn_id"] = learn_id
         self._let_in = tuple(let_in)
 
-    def next_sources(self, limit: int) -> memoryview:
-        """From which IPv4 addresses datagrams may come by the next table: public IPs, and what was learned.
+    def next_sources(self, limit: int) -> Set[IPAddress]:
+        """From where datagrams may come by the next table: public IPs, and what was learned.
 
-        Numbers in host order, ascending, each once.  Those that `ask` lets in are among them as long as they are not
-        more than `limit` in all.
+        Those that `ask` lets in are among them as long as they are not more than `limit` in all.
         """
         sources = self._remotes.addresses()
         sources.update(address for of in self._learned.values() for address in of)
         if len(sources) + len(self._let_in) <= limit:
             sources.update(self._let_in)
-        return memoryview(array("I", sorted(int(it) for it in sources if isinstance(it, IPv4Address))))
+        return sources
 
     @property
     def n_remotes(self) -> int:

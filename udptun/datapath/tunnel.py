@@ -13,12 +13,12 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from ipaddress import IPv4Address
+from ipaddress import IPv6Address
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
 from udptun.core.lease import is_inside
-from udptun.core.network_state import DEVICE_NAME
+from udptun.core.network_state import DEVICE_NAME, IPAddress
 from udptun.core.offload import ALL, Offload, names
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
@@ -27,7 +27,7 @@ from udptun.datapath.processes import Process
 from udptun.datapath.protocol import Descriptors
 from udptun.datapath.rebinding import Endpoints, Rebinding
 from udptun.datapath.rings import Rings, new_events
-from udptun.datapath.settings import PacketSettings
+from udptun.datapath.settings import PacketSettings, Where
 from udptun.datapath.sockets import leave_paths_to_us, open_senders, open_sockets, set_offload, share_port
 from udptun.datapath.stats import Stats
 from udptun.datapath.strangers import StrangerFilter
@@ -61,14 +61,14 @@ class Tunnel:
         self.stats = stats
         self.peers = PeerEntries(table, stats)
         self.rings = Rings(stats, events)
-        self.strangers = StrangerFilter(table, stats, lambda: self._endpoints.sockets)
+        self.strangers = StrangerFilter(table, stats, lambda: self._endpoints.sets)
         self.tun = tun
         self.is_adopted = bool(processes)
         """Whether a datapath was running already when we came."""
         self._lock_fd, self._events = lock_fd, events
         self._endpoints = endpoints
-        self._asked: tuple[IPv4Address, int, int, int] | None = None
-        """Address, port, workers and senders that an adopted datapath gets with `start`."""
+        self._asked: tuple[Where, int, int] | None = None
+        """Where, and the workers and senders, that an adopted datapath gets with `start`."""
         self._rebinding: Rebinding | None = None
         """Built for that by `open`, and not yet carried out."""
         self._wanted_offload, self.granted_offload = wanted, Offload(0)
@@ -84,35 +84,37 @@ class Tunnel:
         cls,
         run_dir: Path,
         device: str,
-        address: IPv4Address,
+        address: IPAddress,
         port: int,
         n_workers: int,
         wanted: Offload = ALL,
         n_senders: int = 0,
         confinement: Confinement = Confinement.FULL,
+        ipv6: IPv6Address | None = None,
     ) -> Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
         What runs is left as it is until `start`, which gives it the address and the number of workers.  A datapath that
         serves the device of another backend is ended.  `wanted` says whether a new device has virtio headers.
         `n_senders`: sockets to send from to peers that take any source port; 0: packets leave from the sockets that
-        they come to.  `confinement` is what the processes shall give up.  No process is started yet.  Raises
-        KernelError, DatapathError.
+        they come to.  `confinement` is what the processes shall give up.  `ipv6`: an address to have sockets on beside
+        those on `address`, which is of IPv4 then.  No process is started yet.  Raises KernelError, DatapathError.
         """
+        where = Where(address, port, ipv6)
         found = await processes.find_running(run_dir)
         if any(_serves_another(process.descriptors, device) for process in found if process.descriptors):
             await processes.end_all(found)
             found = []
         if not found:
-            tun, endpoints = _open_new(device, address, port, n_workers, wanted, n_senders)
+            tun, endpoints = _open_new(device, where, n_workers, wanted, n_senders)
             memory = (TableWriter.create(), Stats.create(), new_lock(), new_events())
             return cls(run_dir, *memory, tun, endpoints, [], wanted, confinement)
         found = await _end_unfinished(found)
         held = _take_one_set(found)
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in found))
         tun = Tun(device, held.tun)
-        udp_sockets, udp_senders = (tuple(socket.socket(fileno=fd) for fd in fds) for fds in (held.udp, held.senders))
-        endpoints = Endpoints(held.tun, udp_sockets, udp_senders)
+        sockets = (tuple(socket.socket(fileno=fd) for fd in fds) for fds in (held.udp, held.senders, held.ipv6))
+        endpoints = Endpoints(held.tun, *sockets)
         if found[0].layout_version == LAYOUT["version"]:
             table, stats = TableWriter(held.table), Stats(held.stats)
         else:
@@ -127,19 +129,22 @@ class Tunnel:
         if not tun.is_attached():
             tun.reattach()
         # An earlier build switched the option off, and one worker of its datapath receives everything.
-        share_port(udp_sockets, among_several=len(udp_sockets) > 1)
-        tunnel._asked = address, port, n_workers, n_senders
-        if endpoints.address != (address, port):
+        for them in endpoints.sets:
+            share_port(them, among_several=len(them) > 1)
+        tunnel._asked = where, n_workers, n_senders
+        if endpoints.where != where:
             # A host that cannot have the address shall take no lease with it.
             tunnel._rebinding = tunnel._build(*tunnel._asked)
         return tunnel
 
-    async def rebind(self, address: IPv4Address, port: int, n_workers: int, n_senders: int = 0) -> None:
-        """Have `n_workers` workers on this address and port; nothing happens when it is so already.
+    async def rebind(
+        self, address: IPAddress, port: int, n_workers: int, n_senders: int = 0, ipv6: IPv6Address | None = None
+    ) -> None:
+        """Have `n_workers` workers on this address and port, as `open` says; nothing happens when it is so already.
 
         Raises KernelError, DatapathError: all is as it was.  A cancellation waits for the end of the change.
         """
-        rebinding = self._build(address, port, n_workers, n_senders)
+        rebinding = self._build(Where(address, port, ipv6), n_workers, n_senders)
         if rebinding is not None:
             await _to_its_end(self._carry_out(rebinding))
 
@@ -158,13 +163,13 @@ class Tunnel:
                 await _to_its_end(self._carry_out(rebinding))
         await self.datapath.start()
         # An earlier build has left this to the kernel.
-        leave_paths_to_us((*self._endpoints.sockets, *self._endpoints.senders))
+        leave_paths_to_us(self._endpoints.all_sockets)
 
-    def _build(self, address: IPv4Address, port: int, n_workers: int, n_senders: int) -> Rebinding | None:
+    def _build(self, where: Where, n_workers: int, n_senders: int) -> Rebinding | None:
         """What a change to this needs, opened; None when it is so already.  Raises KernelError."""
-        if self._endpoints.fits(address, port, n_workers, n_senders):
+        if self._endpoints.fits(where, n_workers, n_senders):
             return None
-        how = (address, port, n_workers, n_senders, self._wanted_offload)
+        how = (where, n_workers, n_senders, self._wanted_offload)
         return Rebinding.build(self.tun, self._endpoints, *how)
 
     async def _carry_out(self, rebinding: Rebinding) -> None:
@@ -178,7 +183,7 @@ class Tunnel:
             self._endpoints = rebinding.new
             rebinding.retire()
             # New sockets have no offloads yet.
-            set_offload(self._endpoints.sockets, self._wanted_offload)
+            self._set_socket_offload(self._wanted_offload)
 
     def set_offload(self, wanted: Offload) -> None:
         """Have device and sockets do what `wanted` asks for and the kernel grants (`granted_offload`).
@@ -187,7 +192,7 @@ class Tunnel:
         nothing has changed.
         """
         self.strangers.end()
-        granted = self.tun.set_offload(wanted) | set_offload(self._endpoints.sockets, wanted)
+        granted = self.tun.set_offload(wanted) | self._set_socket_offload(wanted)
         self._wanted_offload = wanted
         self.strangers.allow(Offload.STRANGER_FILTER in granted)
         self.datapath.is_spread = Offload.SPREAD in wanted
@@ -196,6 +201,11 @@ class Tunnel:
         if granted != self.granted_offload:
             log.info("offloads in_use=%s refused=%s", ",".join(names(granted)), ",".join(names(wanted & ~granted)))
         self.granted_offload = granted
+
+    def _set_socket_offload(self, wanted: Offload) -> Offload:
+        """What the kernel grants for the sockets of every family."""
+        granted = [set_offload(them, wanted) for them in self._endpoints.sets]
+        return granted[0] & granted[-1]
 
     def configure(self, settings: PacketSettings) -> None:
         """Set what applies to all packets, from the next `publish` on; peers of another Network or VTEP go."""
@@ -207,12 +217,12 @@ class Tunnel:
         # Whatever was wanted, the workers must know whether the device has virtio headers.
         offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
         self.table.configure(replace(settings, offload=offload))
-        self.peers.mtu = settings.mtu
+        self.peers.mtu, self.peers.less_for = settings.mtu, settings.less_for
 
     @property
-    def underlay_address(self) -> IPv4Address:
-        """Of the sockets."""
-        return self._endpoints.address[0]
+    def where(self) -> Where:
+        """The addresses and the port of the sockets."""
+        return self._endpoints.where
 
     async def publish(self) -> None:
         """Show the workers what was set since the last time; returns when they can see it."""
@@ -247,7 +257,7 @@ class Tunnel:
         self.strangers.end()
         if self._rebinding is not None:
             self._rebinding.undo()
-        for udp in (*self._endpoints.sockets, *self._endpoints.senders):
+        for udp in self._endpoints.all_sockets:
             udp.close()
         self.tun.close()
         self.table.close()
@@ -256,9 +266,10 @@ class Tunnel:
             os.close(fd)
 
     def _descriptors(self, endpoints: Endpoints) -> Descriptors:
-        udp, senders = (tuple(it.fileno() for it in them) for them in (endpoints.sockets, endpoints.senders))
+        sets = (endpoints.sockets, endpoints.senders, endpoints.ipv6)
+        udp, senders, ipv6 = (tuple(it.fileno() for it in them) for them in sets)
         fds = (self.table.fd, self.stats.fd, self._lock_fd)
-        return Descriptors(*fds, endpoints.queues, udp, senders, self._events)
+        return Descriptors(*fds, endpoints.queues, udp, senders, self._events, ipv6)
 
 
 async def _to_its_end(change: Coroutine[None, None, None]) -> None:
@@ -274,20 +285,24 @@ async def _to_its_end(change: Coroutine[None, None, None]) -> None:
 
 
 def _open_new(
-    device: str, address: IPv4Address, port: int, n_workers: int, wanted: Offload, n_senders: int
+    device: str, where: Where, n_workers: int, wanted: Offload, n_senders: int
 ) -> tuple[Tun, Endpoints]:
     """Queues and sockets for a datapath, as `Tunnel.open` says."""
-    senders: list[socket.socket] = []
-    sockets = open_sockets(address, port, n_workers, wanted)
+    opened: list[socket.socket] = []
     try:
-        senders = open_senders(address, n_senders)
+        for address in (where.address, where.ipv6):
+            if address is not None:
+                opened += open_sockets(address, where.port, n_workers, wanted)
+        senders = open_senders(where.address, n_senders)
+        opened += senders
         # Last: what it makes is persistent.
         tun = open_queues(device, n_workers, wanted)
     except BaseException:
-        for udp in (*sockets, *senders):
+        for udp in opened:
             udp.close()
         raise
-    return tun, Endpoints(tun.fds, tuple(sockets), tuple(senders))
+    sockets, ipv6 = opened[:n_workers], opened[n_workers : len(opened) - n_senders]
+    return tun, Endpoints(tun.fds, tuple(sockets), tuple(senders), tuple(ipv6))
 
 
 def _serves_another(held: Descriptors, device: str) -> bool:
@@ -323,4 +338,4 @@ async def _end_unfinished(processes: list[Process]) -> list[Process]:
 
 def _inodes(process: Process) -> list[int]:
     assert process.descriptors is not None
-    return [os.fstat(fd).st_ino for fd in process.descriptors.udp]
+    return [os.fstat(fd).st_ino for fd in (*process.descriptors.udp, *process.descriptors.ipv6)]

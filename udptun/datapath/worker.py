@@ -1,7 +1,7 @@
 """The datapath process.
 
     python -I -S worker.py <_fastpath .so> <build id> <listen> <table> <stats> <lock> <tun,…> <udp,…> <senders,…>
-                           <events,…> <old tun,…> <old udp,…> <spread> <confinement>
+                           <events,…> <ipv6,…> <old tun,…> <old udp,…> <old ipv6,…> <spread> <confinement>
 
 It is started with its descriptors inherited, needs no file but these two and imports next to nothing, so that it
 is ready in some 15 ms.  `socket` and `signal` would take half as long again: they make enums of what is in `_socket`
@@ -54,6 +54,8 @@ HELLO = struct.Struct("=4sIIIIQ32sIII")
     72  what it has given up (`CONFINEMENTS` of protocol.py)
     Since version 4:
     76  what it was told to give up; not every kernel can do all of it
+    Since version 5:
+    80  number of UDP sockets of IPv6 that the workers have beside those of IPv4: one each, or none
 
 The descriptors: table, statistics, lock, a TUN queue for each worker, a UDP socket for each worker, the sockets that
 all workers send from.  Numbers are in host order, because both ends are on one machine.
@@ -66,16 +68,20 @@ But the first builds take all descriptors at the end for sockets, so what is non
 Version 3: the message b"events" is answered with the same word and two eventfds.  The first one wakes worker 0 for a
 packet of the control plane's, the second one tells the control plane of packets for it (fastpath/ring.pxd).
 
+Version 5: behind these two the answer has the UDP sockets of IPv6 that HELLO counts.  Readers of the versions before
+take the first two and close the rest.
+
 The first builds had no length and no version: their HELLO has 60 bytes, with the layout version at 4, the pid at 8 and
 the rest as here.  A control plane of such a build reads 60 bytes of ours.  It can adopt and stop us, too: it takes our
 length for a layout version that it does not know, and makes new memory files.
 """
-HELLO_CONFINEMENT = struct.Struct("=II")
+HELLO_CONFINEMENT, HELLO_IPV6 = struct.Struct("=II"), struct.Struct("=I")
 HELLO_MAGIC = b"udpt"
-HELLO_VERSION = 4
+HELLO_VERSION = 5
 STOP = b"stop"
 EVENTS = b"events"
 
+NO_SOCKET = -1
 MAX_OLD_TURNS = 128
 """So many turns of 64 datagrams empty a full buffer.  A socket that stays may go on receiving for ever."""
 DISCARD_PORT = 9
@@ -102,17 +108,18 @@ def load_fastpath(path: str) -> ModuleType:
 def main(argv: list[str]) -> None:
     fastpath_file, build_id, *numbers = argv
     listen_fd, table_fd, stats_fd, lock_fd = map(int, numbers[:4])
-    lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:10]]
-    tun_fds, udp_fds, sender_fds, event_fds, old_tun_fds, old_udp_fds = lists
-    with_program, wanted_confinement = numbers[10] == "1", int(numbers[11])
+    lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:12]]
+    tun_fds, udp_fds, sender_fds, event_fds, ipv6_fds, *old = lists
+    with_program, wanted_confinement = numbers[12] == "1", int(numbers[13])
     descriptors = [table_fd, stats_fd, lock_fd, *tun_fds, *udp_fds, *sender_fds]
     # A terminal's or an init system's signals are meant for the control plane.
     for number in (_signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, _signal.SIG_IGN)
     fastpath = load_fastpath(fastpath_file)
+    no_ipv6 = [NO_SOCKET] * len(udp_fds)
     workers = [
-        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds, len(tun_fds), event_fds)
-        for i, (tun_fd, udp_fd) in enumerate(zip(tun_fds, udp_fds, strict=True))
+        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds, len(tun_fds), event_fds, ipv6_fd)
+        for i, (tun_fd, udp_fd, ipv6_fd) in enumerate(zip(tun_fds, udp_fds, ipv6_fds or no_ipv6, strict=True))
     ]
     started_ns = time.monotonic_ns()
     woken, wake = os.pipe()
@@ -126,9 +133,9 @@ def main(argv: list[str]) -> None:
         try:
             # A record lock belongs to the process and goes with it, however it dies (fcntl(2)).
             fcntl.lockf(lock_fd, fcntl.LOCK_EX)
-            if old_udp_fds:
+            if old[0]:
                 memory = (table_fd, stats_fd)
-                empty_old(fastpath, memory, sender_fds, (tun_fds, udp_fds), (old_tun_fds, old_udp_fds), with_program)
+                empty_old(fastpath, memory, sender_fds, [tun_fds, udp_fds, ipv6_fds], old, with_program)
             for i in range(len(workers)):
                 running.append(i)
                 _thread.start_new_thread(run, (i,))
@@ -148,11 +155,11 @@ def main(argv: list[str]) -> None:
     def hello(active: bool) -> bytes:
         build, layout_version = build_id.encode(), fastpath.LAYOUT["version"]
         counts = (os.getpid(), layout_version, len(sender_fds))
-        more = HELLO_CONFINEMENT.pack(confinement, wanted_confinement)
+        more = HELLO_CONFINEMENT.pack(confinement, wanted_confinement) + HELLO_IPV6.pack(len(ipv6_fds))
         head = (HELLO_MAGIC, HELLO.size + len(more), HELLO_VERSION)
         return HELLO.pack(*head, active, len(workers), started_ns, build, *counts) + more
 
-    serve(_socket.socket(fileno=listen_fd), descriptors, event_fds, woken, hello)
+    serve(_socket.socket(fileno=listen_fd), descriptors, [*event_fds, *ipv6_fds], woken, hello)
     stop_workers(workers, running)
     # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
     os._exit(0)
@@ -174,38 +181,46 @@ def empty_old(
     fastpath: ModuleType,
     memory: tuple[int, int],
     sender_fds: list[int],
-    own: tuple[list[int], list[int]],
-    old: tuple[list[int], list[int]],
+    own: list[list[int]],
+    old: list[list[int]],
     with_program: bool,
 ) -> None:
     """Move what waits for our predecessor, before anything that comes from now on, and close what is not ours.
 
-    `own` and `old`: TUN queues and UDP sockets, ours and the predecessor's.
+    `own` and `old`, ours and the predecessor's: TUN queues, UDP sockets, and those of IPv6 beside them or none.
     """
-    (tun_fds, udp_fds), (old_tun_fds, old_udp_fds) = own, old
+    tun_fds, *own_sets = own
+    old_tun_fds, *old_sets = old
+    kept = {fd for fds in own for fd in fds}
+    n_workers, last = len(tun_fds), len(old_tun_fds) - 1
 
     def move_what_waits(i: int) -> None:
-        tun_fd, udp_fd = old_tun_fds[i], old_udp_fds[i]
-        worker = fastpath.Worker(*memory, i % len(udp_fds), tun_fd, udp_fd, sender_fds)
+        tun_fd, udp_fd = old_tun_fds[i], old_sets[0][i]
+        # What waits in the queue may be for a peer that only the new sockets reach.
+        ipv6_fd = old_sets[1][i] if old_sets[1] else own_sets[1][i % n_workers] if own_sets[1] else NO_SOCKET
+        worker = fastpath.Worker(*memory, i % n_workers, tun_fd, udp_fd, sender_fds, ipv6_fd=ipv6_fd)
         for _ in range(MAX_OLD_TURNS):
             if not worker.turn():
                 break
-        if udp_fd not in udp_fds:
-            os.close(udp_fd)
-        if tun_fd not in tun_fds:
+        for fd in {udp_fd, ipv6_fd} - kept - {NO_SOCKET}:
+            os.close(fd)
+        if tun_fd not in kept:
             fastpath.detach_queue(tun_fd)
             os.close(tun_fd)
 
-    last = len(old_udp_fds) - 1
+    # Each set, and that of ours on the same port: what comes to an old socket may go to a new one of its family.
+    pairs = [(fds, next((it for it in own_sets if set(it) & set(fds)), [])) for fds in old_sets if fds]
     # All that comes gets into line in the last one, so that the others can be read empty.
-    is_spread = with_program and spread(fastpath, old_udp_fds, udp_fds, 1, last)
-    if not is_spread:
-        close_out(old_udp_fds, udp_fds)
+    directed = [with_program and spread(fastpath, fds, ours, 1, last) for fds, ours in pairs]
+    for (fds, ours), is_spread in zip(pairs, directed, strict=True):
+        if not is_spread:
+            close_out(fds, ours)
     for i in range(last):
         move_what_waits(i)
-    if is_spread:
-        # From now on it comes to where it belongs, and the last one can be read empty.
-        spread(fastpath, udp_fds, old_udp_fds, len(udp_fds))
+    for (fds, ours), is_spread in zip(pairs, directed, strict=True):
+        if is_spread:
+            # From now on it comes to where it belongs, and the last one can be read empty.
+            spread(fastpath, ours, fds, len(ours))
     move_what_waits(last)
 
 

@@ -5,7 +5,8 @@
 
 All packets of a flow leave from the same socket.  The routers on the way, the peer's network card and its workers
 spread flows by the port and keep the order within each (RFC 7348 5).  To any other peer, and where there are no
-senders, everything leaves from the worker's own socket.
+senders, everything leaves from the worker's own socket.  So does what goes to an IPv6 address from a worker with
+sockets of both families: its senders are of IPv4.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -22,8 +23,9 @@ cdef inline int sender_for(Loop *w, uint32_t peer, const uint8_t *d, int total) 
     """
     cdef uint32_t flow
     cdef int header
-    if w.n_senders == 0 or not w.slot.peers[peer].flags & UT_PEER_ANY_SOURCE_PORT:
-        return w.udp_fd
+    cdef int own = own_socket(w, remote_of(w.slot, peer))
+    if w.n_senders == 0 or not w.slot.peers[peer].flags & UT_PEER_ANY_SOURCE_PORT or own == w.ipv6_fd:
+        return own
     flow = ip_source(d) ^ ip_destination(d) * <uint32_t>0x9E3779B1
     header = ip_header_len(d)
     if (ip_protocol(d) == PROTO_TCP or ip_protocol(d) == PROTO_UDP) and not ip_is_fragment(d) and total >= header + 4:

@@ -127,7 +127,7 @@ cdef inline void answer_peer(Loop *w, const Packet *offender, int kind, int code
         message.msg_namelen = remote_of(w.slot, offender.peer).where_len
         message.msg_iov = &iov
         message.msg_iovlen = 1
-        if sendmsg(w.udp_fd, &message, MSG_DONTWAIT) >= 0:
+        if sendmsg(own_socket(w, remote_of(w.slot, offender.peer)), &message, MSG_DONTWAIT) >= 0:
             w.counters.icmp_sent += 1
             return
     w.counters.icmp_suppressed += 1

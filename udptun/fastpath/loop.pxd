@@ -55,6 +55,7 @@ cdef struct Loop:
     ut_ring *injects              # worker 0's: what the control plane hands over; NULL of the others
     int punt_fd                   # an eventfd that tells the control plane of punts; -1: nobody is told
     int tun_fd, udp_fd
+    int ipv6_fd                   # beside udp_fd, which is of IPv4 then; -1: udp_fd is all that we have
     int senders[16]               # sockets with ports of their own to send from (flow.pxd), the same for all workers
     int n_senders
     int index, n_workers          # which worker of how many
@@ -106,6 +107,11 @@ cdef inline void allow_offloads(Loop *w) noexcept nogil:
     w.vnet_len = VNET if allowed & UT_OFFLOAD_VNET_HDR else 0
     w.merger.tcp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_TCP
     w.merger.udp = w.vnet_len and allowed & UT_OFFLOAD_WRITE_UDP
+
+
+cdef inline int own_socket(const Loop *w, const ut_remote *remote) noexcept nogil:
+    """Our socket to send to the remote from: that of its family."""
+    return w.ipv6_fd if w.ipv6_fd >= 0 and remote.where.any.sa_family == AF_INET6 else w.udp_fd
 
 
 cdef inline void refuse(Loop *w, uint64_t offload) noexcept nogil:

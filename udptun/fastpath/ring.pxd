@@ -214,4 +214,4 @@ cdef inline ssize_t send_injected(Loop *w, const ut_remote *remote, uint8_t *dat
     message.msg_namelen = remote.where_len
     message.msg_iov = &iov
     message.msg_iovlen = 1
-    return sendmsg(w.udp_fd, &message, MSG_DONTWAIT)
+    return sendmsg(own_socket(w, remote), &message, MSG_DONTWAIT)

@@ -23,6 +23,7 @@ from udptun.fastpath.wire cimport *
 
 cdef enum:
     GROUP_BYTES = 65507           # UDP payload of an IPv4 packet, which UDP_SEGMENT is cut from
+    OUTER_IPV6 = 40               # bytes of an IPv6 header
     SINGLE_S = 10                 # a peer whose groups were refused gets single datagrams for so long
     PLAIN_SEGMENTS = 16           # to a peer that may read one datagram at a time: its queue holds some 90
 
@@ -229,7 +230,7 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
         if ip_fragment_word(p.data) & FLAG_DF:
             drop_too_big(w, p, &g.remote)
         else:
-            send_in_fragments(w, p, &message)
+            send_in_fragments(w, p, &message, own_socket(w, &g.remote))
         return False
     count_sent(w, p.peer, 1, p.len)
     if is_tos_refused:
@@ -249,44 +250,61 @@ cdef inline void drop_too_big(Loop *w, Packet *p, const ut_remote *remote) noexc
     if not may_answer(w, p):
         w.counters.icmp_suppressed += 1
         return
-    mtu = path_mtu(w, remote) - IPV4_HEADER_MIN - UDP_HEADER - w.prefix_len
+    mtu = path_mtu(w, remote) - outer_header(remote) - UDP_HEADER - w.prefix_len
     send_local_answer(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
 
 
-cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message) noexcept nogil:
+cdef inline int outer_header(const ut_remote *remote) noexcept nogil:
+    """How long the IP header of an outer packet is, bytes."""
+    return OUTER_IPV6 if remote.where.any.sa_family == AF_INET6 else IPV4_HEADER_MIN
+
+
+cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message, int fd) noexcept nogil:
     """Send a datagram that is longer than the path takes: the kernel fragments the outer packet.
 
-    It leaves from our own socket, whatever the flow's is: other workers may be sending from that one just now.
+    It leaves from `fd`, our own socket, whatever the flow's is: other workers may be sending from that one just now.
     """
     cdef ssize_t sent
-    cdef int mode = IP_PMTUDISC_DONT
-    setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
-    sent = sendmsg(w.udp_fd, message, MSG_DONTWAIT)
-    mode = IP_PMTUDISC_PROBE
-    setsockopt(w.udp_fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
+    cdef int family = (<const sockaddr *>message.msg_name).sa_family
+    discover_paths(fd, family, IP_PMTUDISC_DONT)
+    sent = sendmsg(fd, message, MSG_DONTWAIT)
+    discover_paths(fd, family, IP_PMTUDISC_PROBE)
     if sent < 0:
         w.counters.encap_drop_send += 1
     else:
         count_sent(w, p.peer, 1, p.len)
 
 
+cdef inline void discover_paths(int fd, int family, int mode) noexcept nogil:
+    """How the socket gets to know what a path takes.  The modes of IPv6 have the numbers of IPv4's."""
+    if family == AF_INET6:
+        setsockopt(fd, IPPROTO_IPV6, IPV6_MTU_DISCOVER, &mode, sizeof(int))
+    else:
+        setsockopt(fd, IPPROTO_IP, IP_MTU_DISCOVER, &mode, sizeof(int))
+
+
 cdef inline int path_mtu(Loop *w, const ut_remote *remote) noexcept nogil:
-    """What the kernel believes the MTU to an IPv4 `remote` is, bytes of outer packet; 0 when it does not say.
+    """What the kernel believes the MTU to `remote` is, bytes of outer packet; 0 when it does not say.
 
     Only a connected socket can ask.  Rare: at most once for each ICMP answer.
     """
-    cdef sockaddr_in own
-    cdef socklen_t n = sizeof(sockaddr_in)
-    cdef int mtu = 0
-    cdef int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0)
+    cdef ut_socket_address own
+    cdef socklen_t n = sizeof(ut_socket_address)
+    cdef int mtu = 0, status
+    cdef int fd = socket(remote.where.any.sa_family, SOCK_DGRAM | SOCK_CLOEXEC, 0)
     if fd < 0:
         return 0
-    if getsockname(w.udp_fd, <sockaddr *>&own, &n) == 0:
-        own.sin_port = 0
-        bind(fd, <sockaddr *>&own, n)
+    if getsockname(own_socket(w, remote), &own.any, &n) == 0:
+        # At the same place in both families.
+        own.ipv4.sin_port = 0
+        bind(fd, &own.any, n)
     if connect(fd, &remote.where.any, remote.where_len) == 0:
         n = sizeof(int)
-        if getsockopt(fd, IPPROTO_IP, IP_MTU, &mtu, &n) != 0:
+        if remote.where.any.sa_family == AF_INET6:
+            status = getsockopt(fd, IPPROTO_IPV6, IPV6_MTU, &mtu, &n)
+        else:
+            status = getsockopt(fd, IPPROTO_IP, IP_MTU, &mtu, &n)
+        if status != 0:
             mtu = 0
     close(fd)
     return mtu

@@ -25,7 +25,8 @@ cdef extern from "<netinet/in.h>" nogil:
         in6_addr sin6_addr
     struct sockaddr:
         uint16_t sa_family
-    int IPPROTO_IP
+    int IPPROTO_IP, IPPROTO_IPV6
+    int IPV6_MTU, IPV6_MTU_DISCOVER
 
 cdef extern from "<netinet/ip.h>" nogil:
     int IP_MTU

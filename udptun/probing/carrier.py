@@ -17,13 +17,15 @@ class Target:
     """A peer to probe.
 
     `address` is asked, and answers.  `host`: the PublicIP of its host.  `place`: where that is, for people.  `remote`:
-    what else makes it another peer when it changes.
+    what else makes it another peer when it changes.  `less`: so many bytes fewer than the device allows packets to it
+    may have, because more headers are put around them.
     """
 
     address: IPAddress
     host: IPAddress
     place: str
     remote: Hashable = None
+    less: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ K = TypeVar("K", bound=Hashable)
 class _Path:
     """Times are in seconds, of the caller's clock."""
 
+    full: int
+    """Of this path; see above."""
     size: int
     """Packets may be so long."""
     is_measured: bool = False
@@ -67,7 +69,9 @@ class _Path:
 
 
 class PathMtus(Generic[K]):
-    """All peers, by whatever the caller calls them.  `full`: see above.  `idle_check_s`: see IDLE_CHECK_S."""
+    """All peers, by whatever the caller calls them.  `full`: see above, where `add` says no other.  `idle_check_s`: see
+    IDLE_CHECK_S.
+    """
 
     def __init__(self, full: int, idle_check_s: float = IDLE_CHECK_S) -> None:
         self._full = full
@@ -78,10 +82,11 @@ class PathMtus(Generic[K]):
         self._changed: dict[K, int] = {}
         self._next_idle_s = float("-inf")
 
-    def add(self, keys: Iterable[K]) -> None:
+    def add(self, keys: Iterable[K], full: int | None = None) -> None:
         """Begin with peers of which nothing is known, or begin with them anew."""
+        full = self._full if full is None else full
         for key in keys:
-            self._paths[key] = _Path(self._full)
+            self._paths[key] = _Path(full, full)
             self._busy.discard(key)
             self._changed.pop(key, None)
 
@@ -165,11 +170,11 @@ class PathMtus(Generic[K]):
 
     def narrow(self) -> dict[K, int]:
         """The peers to which packets may not be as long as the device allows, with the length."""
-        return {key: path.size for key, path in list(self._paths.items()) if path.size < self._full}
+        return {key: path.size for key, path in list(self._paths.items()) if path.size < path.full}
 
     def _begin_round(self, path: _Path, now_s: float) -> list[int]:
-        if not path.passing and path.size < self._full and now_s >= path.grow_due_s and path.n_lost == 0:
-            path.passing, path.failing = path.size, self._full + 1
+        if not path.passing and path.size < path.full and now_s >= path.grow_due_s and path.n_lost == 0:
+            path.passing, path.failing = path.size, path.full + 1
         sizes = _between(path.passing, path.failing) if path.passing else [path.size]
         if path.passing < path.size:
             # In each round, also after it was lost: it tells a narrow path from an outage that is over.

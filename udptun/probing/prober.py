@@ -110,7 +110,8 @@ class Prober:
         added = [subnet for subnet in changed if self._carrier.add(subnet)]
         self._targets.update((subnet, peers[subnet]) for subnet in added)
         self._probing.add(added, self._now_s())
-        self._paths.add(added)
+        for subnet in added:
+            self._paths.add([subnet], self._full(subnet))
         if self._known:
             self._restore(added)
 
@@ -127,7 +128,7 @@ class Prober:
                 self._refused.add(subnet)
             if known.path_mtu is not None and self._known_full == self._mtu and LEAST <= known.path_mtu <= self._mtu:
                 self._paths.restore(subnet, known.path_mtu, now_s)
-                if known.path_mtu < self._mtu:
+                if known.path_mtu < self._full(subnet):
                     self._carrier.set_path_mtu(subnet, known.path_mtu)
                     self._narrow[subnet] = known.path_mtu
 
@@ -219,7 +220,12 @@ class Prober:
 
     def _narrow_line(self, subnet: IPNetwork, mtu: int) -> str:
         target = self._targets.get(subnet)
-        return self._carrier.narrow_line(_host(subnet, target and target.host), mtu, self._mtu)
+        return self._carrier.narrow_line(_host(subnet, target and target.host), mtu, self._full(subnet))
+
+    def _full(self, subnet: IPNetwork) -> int:
+        """How long packets to the peer may be by the device, bytes."""
+        target = self._targets.get(subnet)
+        return self._mtu - (0 if target is None else target.less)
 
     def _dead_line(self, subnet: IPNetwork, heard_s: float) -> str:
         since = time.strftime("%H:%M:%S", time.localtime(time.time() - (self._now_s() - heard_s)))
@@ -265,7 +271,7 @@ class Prober:
             subnets.update(self._beliefs.peers)
         hosts = {subnet: self._targets[subnet].host for subnet in subnets}
         believed = self._carrier.believed_mtus(set(hosts.values()))
-        self._beliefs.note({subnet: believed.get(host, self._mtu) for subnet, host in hosts.items()})
+        self._beliefs.note({subnet: self._said(subnet, believed.get(host)) for subnet, host in hosts.items()})
 
     async def _check_beliefs(self) -> None:
         """Have probes show whether it is so what ICMP has newly said of the paths to peers that answer."""
@@ -273,13 +279,17 @@ class Prober:
         if not hosts:
             return
         mtus = await self._carrier.route_mtus(set(hosts.values()))
-        routes = {subnet: mtus[host] for subnet, host in hosts.items() if host in mtus}
+        routes = {subnet: self._said(subnet, mtus[host]) for subnet, host in hosts.items() if host in mtus}
         now_s = self._now_s()
         for subnet, mtu in self._beliefs.note_routes(hosts.keys() & self._targets.keys(), routes).items():
             if self._has_answered(subnet):
                 self._paths.note_told(subnet, mtu, now_s)
         self._undecided |= hosts.keys()
         self._measure(self._paths.due((), now_s), now_s)
+
+    def _said(self, subnet: IPNetwork, mtu: int | None) -> int:
+        """What the kernel says of a path, where that is less than the device allows; else what the device takes."""
+        return self._mtu if mtu is None or mtu >= self._full(subnet) else mtu
 
     def _has_answered(self, subnet: IPNetwork) -> bool:
         return self._probing.liveness(subnet)[0] is not Liveness.UNKNOWN
@@ -382,12 +392,13 @@ class Prober:
         is_any = False
         for subnet in undecided & self._targets.keys():
             measured = self._paths.measured(subnet) if self._has_answered(subnet) else None
-            mtu = self._beliefs.path_mtu(subnet, measured)
-            if mtu != self._narrow.pop(subnet, self._mtu):
+            full = self._full(subnet)
+            mtu = min(self._beliefs.path_mtu(subnet, measured), full)
+            if mtu != self._narrow.pop(subnet, full):
                 is_any = True
                 self._carrier.set_path_mtu(subnet, mtu)
                 log.warning("path mtu=%d peer=%s public_ip=%s", mtu, subnet, self._targets[subnet].host)
-            if mtu < self._mtu:
+            if mtu < full:
                 self._narrow[subnet] = mtu
         return is_any
 
