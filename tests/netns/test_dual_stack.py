@@ -175,6 +175,32 @@ def picture(host: Host) -> list[str]:
     return [host.run(["sh", "-c", f"{command} 2>/dev/null; true"]).stdout for command in commands]
 
 
+HINDRANCES = {
+    "sysctl -qw net.ipv6.conf.all.forwarding=0": (
+        "sysctl -qw net.ipv6.conf.all.forwarding=1",
+        "net.ipv6.conf.all.forwarding is 0, so no IPv6 packet passes between pods here and other hosts; run `sysctl -w "
+        "net.ipv6.conf.all.forwarding=1`, and have /etc/sysctl.d keep it",
+    ),
+    "ip6tables -I FORWARD -i cni0 -j DROP": (
+        "ip6tables -D FORWARD -i cni0 -j DROP",
+        "rule 1 of FORWARD (ip6tables-nft, table filter) drops IPv6 packets from pods here to other hosts; delete it, "
+        f"or accept the overlay before it: `ip6tables-nft -I FORWARD -s {IPV6_NETWORK} -j ACCEPT`, and the same "
+        "with -d",
+    ),
+}
+
+
+@pytest.mark.parametrize("hindrance", HINDRANCES)
+def test_what_keeps_ipv6_packets_from_pods_is_named_until_it_is_gone(lab: Lab, hindrance: str, slack: int) -> None:
+    """`udptun status` said that all was well.  The line names what mends it."""
+    host = lab.host(1)
+    healing, line = HINDRANCES[hindrance]
+    host.run(hindrance.split())
+    wait_until("the line", lambda: problems(host) == [line], 5 * slack)
+    host.run(healing.split())
+    wait_until("none", lambda: problems(host) == [], 5 * slack)
+
+
 def test_a_host_that_loses_its_ipv4_address_goes_on_with_ipv6_and_takes_ipv4_up_again(slack: int) -> None:
     """It ended, and pods had no network at all after the next restart."""
     with dual_stack_lab("db", {"Type": "vxlan"}) as lab:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.netns, requires_netns]
 
 NETWORK = IPv4Network("10.244.0.0/16")
 PATH = PodPath(NETWORK, IPv4Network("10.244.1.0/24"), "flannel0")
+IPV6_NETWORK = IPv6Network("fd00:244::/48")
+IPV6_PATH = PodPath(IPV6_NETWORK, IPv6Network("fd00:244:0:1::/64"), "flannel0")
 
 BOTH = "between pods here and other hosts"
 OUT = "from pods here to other hosts"
@@ -39,6 +41,8 @@ def _world() -> Iterator[Namespace]:
             ns.ip(f"link add {link} type bridge")
             ns.ip(f"address add {address} dev {link}")
         ns.ip("link add flannel0 type veth peer name other0")
+        run(ns, "sysctl -qw net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.default.disable_ipv6=0")
+        ns.ip("address add fd00:244:0:1::1/64 dev cni0 nodad")
         yield ns
 
 
@@ -46,11 +50,12 @@ def _world() -> Iterator[Namespace]:
 def world(_world: Namespace) -> Namespace:
     """A namespace without any rule."""
     run(_world, "nft flush ruleset")
-    tables = _world.call(lambda: Path("/proc/thread-self/net/ip_tables_names").read_text().split())
-    for table in tables:
-        run(_world, f"iptables-legacy -t {table} -F; iptables-legacy -t {table} -X")
-        for chain in ("PREROUTING", "FORWARD"):
-            run(_world, f"iptables-legacy -t {table} -P {chain} ACCEPT 2>/dev/null || true")
+    for program, names in (("iptables-legacy", "ip_tables_names"), ("ip6tables-legacy", "ip6_tables_names")):
+        tables = _world.call(lambda names=names: Path(f"/proc/thread-self/net/{names}").read_text().split())
+        for table in tables:
+            run(_world, f"{program} -t {table} -F; {program} -t {table} -X")
+            for chain in ("PREROUTING", "FORWARD"):
+                run(_world, f"{program} -t {table} -P {chain} ACCEPT 2>/dev/null || true")
     return _world
 
 
@@ -67,9 +72,11 @@ def restore(ns: Namespace, program: str, text: str) -> None:
     subprocess.run(argv, input=text, text=True, check=True, timeout=30)
 
 
-def problems(ns: Namespace, path: PodPath | None = PATH) -> tuple[str, ...]:
+def problems(ns: Namespace, *paths: PodPath) -> tuple[str, ...]:
+    """Of IPv4 where no path is given."""
+
     async def look() -> tuple[str, ...]:
-        obstacles = Obstacles(lambda: path)
+        obstacles = Obstacles(lambda: paths or [PATH])
         await obstacles.look()
         return obstacles.problems
 
@@ -318,6 +325,120 @@ def test_chain_of_nftables_that_need_not_drop_is_not_named(world: Namespace, wha
     assert problems(world) == ()
 
 
+IP6TABLES = ["ip6tables-nft", "ip6tables-legacy"]
+LOUD_IPV6 = {
+    "REJECT": ("-A FORWARD -j REJECT", "rule 1 of FORWARD ({}, table filter) rejects IPv6", BOTH),
+    "policy": (":FORWARD DROP [0:0]", "the policy of FORWARD ({}, table filter) drops IPv6", BOTH),
+    "one host of the overlay": (
+        "-A FORWARD -s fd00:244:0:8::/64 -p udp -j ACCEPT\n-A FORWARD -s fd00:244:0:7::/64 -j DROP",
+        "rule 2 of FORWARD ({}, table filter) drops some IPv6",
+        IN,
+    ),
+    "by the pods' link": ("-A FORWARD -i cni+ -j DROP", "rule 1 of FORWARD ({}, table filter) drops IPv6", OUT),
+    "Docker's raw rule for a container": (
+        "*raw\n-A PREROUTING -d fd00:244:0:1::2/128 ! -i cni0 -j DROP",
+        "rule 1 of PREROUTING ({}, table raw) drops some IPv6",
+        IN,
+    ),
+    "behind goto and return": (
+        ":A - [0:0]\n:B - [0:0]\n-A FORWARD -j A\n-A FORWARD -j DROP\n"
+        "-A A -s 2001:db8::/32 -j RETURN\n-A A -g B\n-A A -j ACCEPT\n-A B -m hl --hl-gt 9 -j LOG",
+        "rule 2 of FORWARD ({}, table filter) drops IPv6",
+        BOTH,
+    ),
+    "all but strangers": (
+        "-A FORWARD ! -d 2001:db8::/32 -j DROP",
+        "rule 1 of FORWARD ({}, table filter) drops IPv6",
+        BOTH,
+    ),
+}
+
+
+@pytest.mark.parametrize("program", IP6TABLES)
+@pytest.mark.parametrize("what", LOUD_IPV6)
+def test_rule_of_ip6tables_that_drops_is_named(world: Namespace, what: str, program: str) -> None:
+    """Pods had no IPv6 to other hosts, and `udptun status` said that all was well."""
+    rules, begin, direction = LOUD_IPV6[what]
+    restore(world, program, rules)
+    (line,) = problems(world, PATH, IPV6_PATH)
+    assert line.partition("; ")[0] == f"{begin.format(program)} packets {direction}"
+
+
+SILENT_IPV6 = {
+    "flannel's rules": f":FORWARD DROP [0:0]\n-A FORWARD {ACCEPT}".replace(str(NETWORK), str(IPV6_NETWORK)),
+    "some packets": "-A FORWARD -p tcp -j DROP\n-A FORWARD -m conntrack --ctstate INVALID -j DROP",
+    "input": ":INPUT DROP [0:0]\n-A INPUT -j DROP",
+    "accepted by a part of each": (
+        ":FORWARD DROP [0:0]\n-A FORWARD -s fd00:244::/32 -d fd00::/8 -j ACCEPT\n-A FORWARD -j DROP"
+    ),
+}
+
+
+@pytest.mark.parametrize("program", IP6TABLES)
+@pytest.mark.parametrize("what", SILENT_IPV6)
+def test_rule_of_ip6tables_that_need_not_drop_is_not_named(world: Namespace, what: str, program: str) -> None:
+    restore(world, program, SILENT_IPV6[what])
+    assert problems(world, PATH, IPV6_PATH) == ()
+
+
+LOUD_IPV6_NFT = {
+    "a table of both families": (
+        table("meta nfproto ipv6 drop"),
+        "handle 2 of chain c (nft, table inet t) drops IPv6",
+        BOTH,
+    ),
+    "what accepts IPv4 alone": (
+        table("ip saddr 0.0.0.0/0 accept", "meta protocol ip accept", policy="drop"),
+        "policy of chain c (nft, table inet t) drops IPv6",
+        BOTH,
+    ),
+    "a set without an end": (
+        table(
+            "ip6 saddr @bad drop",
+            more="set bad { type ipv6_addr; flags interval; elements = { fd00:244:0:7::-ffff::, 1::/16 }; }",
+            name="ip6 t",
+        ),
+        "handle 3 of chain c (nft, table ip6 t) drops some IPv6",
+        IN,
+    ),
+    "a part of the address": (
+        table("ip6 daddr & ffff:ffff:ffff:ffff:: == fd00:244:0:7:: drop"),
+        "handle 2 of chain c (nft, table inet t) drops some IPv6",
+        OUT,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LOUD_IPV6_NFT)
+def test_chain_of_nftables_that_drops_ipv6_is_named(world: Namespace, what: str) -> None:
+    text, begin, direction = LOUD_IPV6_NFT[what]
+    nft(world, text)
+    (line,) = problems(world, PATH, IPV6_PATH)
+    assert begin in line
+    assert line.partition("; ")[0].endswith(f" packets {direction}")
+
+
+SILENT_IPV6_NFT = {
+    "IPv4 alone": table("ip saddr 0.0.0.0/0 accept", "meta nfproto ipv4 drop", "ip daddr 10.0.0.0/8 drop"),
+    "accepted by set": table(
+        "ip6 saddr @net accept",
+        policy="drop",
+        more="set net { type ipv6_addr; flags interval; elements = { fd00::/8 }; }",
+        name="ip6 t",
+    ),
+    "accepted by numbers": table("ip6 saddr >= fd00:: ip6 saddr < fe00:: accept", policy="drop", name="ip6 t"),
+    "addresses rewritten": table(
+        "ip6 daddr set fd99::1", "drop", hook="type filter hook prerouting priority -300; policy {};", name="ip6 t"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SILENT_IPV6_NFT)
+def test_chain_of_nftables_that_need_not_drop_ipv6_is_not_named(world: Namespace, what: str) -> None:
+    nft(world, SILENT_IPV6_NFT[what])
+    assert problems(world, IPV6_PATH) == ()
+
+
 REMEDIES = [
     (
         "iptables-nft -A FORWARD -j DROP",
@@ -356,10 +477,31 @@ def test_remedy_that_the_line_names_is_one(world: Namespace, fault: str, remedy:
     assert problems(world) == ()
 
 
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [(fault.replace("iptables", "ip6tables").replace("inet", "ip6"), remedy) for fault, remedy in REMEDIES],
+    ids=[fault.split(" -")[0] for fault, _ in REMEDIES],
+)
+def test_remedy_for_ipv6_is_one_too(world: Namespace, fault: str, remedy: Sequence[str]) -> None:
+    run(world, fault)
+    (line,) = problems(world, PATH, IPV6_PATH)
+    for old, new in (("iptables", "ip6tables"), ("inet t c ip ", "ip6 t c ip6 "), (str(NETWORK), str(IPV6_NETWORK))):
+        remedy = [command.replace(old, new) for command in remedy]
+    assert f"`{remedy[0]}`" in line
+    run(world, "; ".join(remedy))
+    assert problems(world, PATH, IPV6_PATH) == ()
+
+
+async def nothing_carried() -> tuple[str, ...]:
+    obstacles = Obstacles(list)
+    await obstacles.look()
+    return obstacles.problems
+
+
 def test_nothing_is_said_where_there_are_no_pods_or_nothing_is_carried(world: Namespace) -> None:
     run(world, "nft add table inet t; nft 'add chain inet t c { type filter hook forward priority 0; policy drop; }'")
     assert problems(world) != ()
-    assert problems(world, None) == ()
+    assert world.call_async(nothing_carried) == ()
     assert problems(world, PodPath(NETWORK, IPv4Network("10.244.2.0/24"), "flannel0")) == ()
 
 

@@ -300,7 +300,7 @@ class Daemon:
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
         me = Identity(underlay.host_address, attrs.port(0) or None, node_id, default_port, store.node_name)
         membership = self._membership(store, start, conf, me, forwarding, clock)
-        obstacles = Obstacles(lambda: forwarding.pod_path)
+        obstacles = Obstacles(lambda: forwarding.pod_paths)
         firewall = FirewallReconciler(firewall_settings(options, conf), [*ownerships.values()], obstacles)
         running = Running(options, conf, underlay, me, membership, forwarding, firewall, self._problems)
         undo.push_async_callback(self._undo_failed_start, running)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import IPv4Network
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +122,10 @@ class Forwarding:
     @property
     def ipv6_device(self) -> str | None:
         """The device that the pods' IPv6 packets to other hosts go through; None: there is none."""
-        if Family.IPV6 not in self.families:
-            return None
-        return next((link.name for link in self.backend.links(self._underlay, self.live, Family.IPV6)), None)
+        return self._device(Family.IPV6) if Family.IPV6 in self.families else None
+
+    def _device(self, family: Family) -> str | None:
+        return next((link.name for link in self.backend.links(self._underlay, self.live, family)), None)
 
     @property
     def is_adopted(self) -> bool:
@@ -243,20 +243,18 @@ class Forwarding:
         return tuple(dict.fromkeys(line for part in parts if part is not None for line in part.problems))
 
     @property
-    def pod_path(self) -> PodPath | None:
-        """Where IPv4 packets between the pods here and those of other hosts pass; None when we route none."""
-        if Family.IPV4 not in self.families:
-            return None
-        inputs = self._inputs(Family.IPV4)
-        device = self.backend.device
-        if device is None:
-            one_peer = replace(inputs, peers=tuple(islice(inputs.peers, 1)))
-            device = self._underlay.link_name if self.backend.desired(one_peer).routes else None
-        if device is None:
-            return None
-        assert isinstance(inputs.network, IPv4Network)
-        assert isinstance(inputs.own_subnet, IPv4Network)
-        return PodPath(inputs.network, inputs.own_subnet, device)
+    def pod_paths(self) -> Sequence[PodPath]:
+        """Where packets between the pods here and those of other hosts pass, by each family that we route."""
+        found = []
+        for family in self.families:
+            inputs = self._inputs(family)
+            device = self._device(family)
+            if device is None:
+                one_peer = replace(inputs, peers=tuple(islice(inputs.peers, 1)))
+                device = self._underlay.link_name if self.backend.desired(one_peer).routes else None
+            if device is not None:
+                found.append(PodPath(inputs.network, inputs.own_subnet, device))
+        return found
 
     def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
         """The keys of docs/status.md about carrying packets.  `leases` are the peers', in the order to show them in."""

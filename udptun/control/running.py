@@ -58,7 +58,7 @@ class Running:
             self.move,
             lambda: (membership.table.part(lease).public_ip for lease in membership.table.peers.values()),
         )
-        self.ip_forward_watch = IpForwardWatch(lambda: forwarding.pod_path)
+        self.ip_forward_watch = IpForwardWatch(lambda: forwarding.pod_paths)
         self.other_families = asyncio.Event()
         """Set when a family can be carried now and could not before, or the other way round: the daemon begins again.
         """

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Network
+
+from udptun.core.family import Family
+from udptun.core.network_state import IPNetwork
 
 
 @dataclass(frozen=True, slots=True)
 class PodPath:
-    """`network` is the whole overlay, `subnet` this host's part of it.  `device` names the link to the other hosts."""
+    """Of one address family.  `network` is the whole overlay, `subnet` this host's part of it.
 
-    network: IPv4Network
-    subnet: IPv4Network
+    `device` names the link to the other hosts.
+    """
+
+    network: IPNetwork
+    subnet: IPNetwork
     device: str
+
+    @property
+    def family(self) -> Family:
+        return Family(self.network.version)

@@ -14,7 +14,8 @@ async def find_pod_links(path: PodPath) -> tuple[str, ...]:
     A host that routes to each pod by itself, without an address on the link, has none that we know of.
     """
     async with Netlink() as kernel:
-        indexes = {address.link_index for address in await kernel.addresses() if address.ip in path.subnet}
+        addresses = await kernel.addresses(family=path.family)
+    indexes = {address.link_index for address in addresses if address.ip in path.subnet}
     names = set()
     for index in indexes:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from udptun.core.family import Family
 from udptun.core.pod_path import PodPath
 from udptun.firewall.obstacles.ruleset import (
     BaseChain,
@@ -56,7 +57,8 @@ def _describe(path: PodPath, drops: Sequence[tuple[int, Drop]]) -> Iterator[str]
         direction = _DIRECTIONS[2 if len(directions) == 2 else directions.pop()]
         _, drop = same[0]
         what = "rejects" if drop.rule is not None and drop.rule.verdict is Verdict.REJECT else "drops"
-        which = "some packets" if all(drop.is_partial for _, drop in same) else "packets"
+        packets = "packets" if path.family is Family.IPV4 else "IPv6 packets"
+        which = f"some {packets}" if all(drop.is_partial for _, drop in same) else packets
         yield f"{place} {what} {which} {direction}; {_remedy(drop, path)}"
 
 
@@ -74,7 +76,8 @@ def _remedy(drop: Drop, path: PodPath) -> str:
     if base.table == "firewalld":
         return f"`firewall-cmd --permanent --zone=trusted --add-source={network}`, then `firewall-cmd --reload`"
     if base.tool is Tool.NFT:
-        command = f"nft insert rule {base.family} {base.table} {base.name} ip"
+        header = "ip" if path.family is Family.IPV4 else "ip6"
+        command = f"nft insert rule {base.family} {base.table} {base.name} {header}"
         return f"accept the overlay there: `{command} saddr {network} accept`, and the same with daddr"
     if drop.rule is None:
         return (

@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from udptun.core.family import Family
 from udptun.firewall.obstacles.nft_messages import (
     INET,
-    IPV4,
+    NFPROTO,
     ChainHead,
     SetContents,
     decode_chain,
@@ -37,29 +38,37 @@ log = logging.getLogger(__name__)
 
 _NETLINK_NETFILTER = 12
 _IPT_SO_GET_INFO, _IPT_SO_GET_ENTRIES = 64, 65
-_LEGACY_TABLE_NAMES = Path("/proc/thread-self/net/ip_tables_names")
+"""And IP6T_SO_GET_INFO, IP6T_SO_GET_ENTRIES."""
+_LEGACY = {
+    Family.IPV4: (socket.AF_INET, socket.SOL_IP, Path("/proc/thread-self/net/ip_tables_names")),
+    Family.IPV6: (socket.AF_INET6, socket.IPPROTO_IPV6, Path("/proc/thread-self/net/ip6_tables_names")),
+}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _MAX_RULES = 2000
 """A chain of more rules, with all that it leads to, is not judged: reading them would hold up the daemon."""
 
 
-async def read_nft(links: Mapping[int, str]) -> tuple[list[BaseChain], frozenset[tuple[int, str, str]]]:
-    """The chains of nf_tables; and family, table and name of every chain that was read for them.
+async def read_nft(
+    links: Mapping[int, str], family: Family
+) -> tuple[list[BaseChain], frozenset[tuple[int, str, str]]]:
+    """The chains of nf_tables, as packets of `family` meet them; and netfilter's family, table and name of every chain
+    that was read for them.
 
     `links`: the names of the links that matter, by index.  Raises KernelError.
     """
     async with Conversation(_NETLINK_NETFILTER) as kernel:
-        reader = _NftReader(kernel, links)
+        reader = _NftReader(kernel, links, family)
         return await reader.read(), frozenset(reader.seen)
 
 
 class _NftReader:
     """Reads the chains of nf_tables that forwarded packets pass."""
 
-    def __init__(self, kernel: Conversation, links: Mapping[int, str]) -> None:
+    def __init__(self, kernel: Conversation, links: Mapping[int, str], family: Family) -> None:
         self._kernel = kernel
         self._links = links
+        self._family = family
         self.seen: set[tuple[int, str, str]] = set()
 
     async def read(self) -> list[BaseChain]:
@@ -69,13 +78,13 @@ class _NftReader:
             head
             for head in heads
             # A table of type nat sees the first packet of a connection, and is not for dropping.
-            if head.family in (INET, IPV4) and head.hook in tuple(Hook) and head.type == "filter"
+            if head.family in (INET, NFPROTO[self._family]) and head.hook in tuple(Hook) and head.type == "filter"
         ]
         return [await self._read_base(head) for head in bases if (head.family, head.table) not in dormant]
 
     async def _read_base(self, head: ChainHead) -> BaseChain:
         assert head.hook is not None
-        is_iptables = head.family == IPV4 and head.table in LEGACY_TABLES and head.name == Hook(head.hook).name
+        is_iptables = head.family != INET and head.table in LEGACY_TABLES and head.name == Hook(head.hook).name
         chains: dict[str, list[Rule]] = {}
         waiting = [head.name]
         n_rules = 0
@@ -91,11 +100,13 @@ class _NftReader:
                 break
             sets = {it: await self._read_set(head, it) for it in set_names(bodies)}
             known = {it: contents for it, contents in sets.items() if contents is not None}
-            chains[name] = decode_rules(bodies, known, self._links, is_iptables=is_iptables)
+            chains[name] = decode_rules(bodies, known, self._links, self._family, is_iptables=is_iptables)
             waiting += [rule.target for rule in chains[name] if rule.target]
+        iptables = Tool.IPTABLES_NFT if self._family is Family.IPV4 else Tool.IP6TABLES_NFT
+        family = "ip" if self._family is Family.IPV4 else "ip6"
         return BaseChain(
-            Tool.IPTABLES_NFT if is_iptables else Tool.NFT,
-            "ip" if head.family == IPV4 else "inet",
+            iptables if is_iptables else Tool.NFT,
+            "inet" if head.family == INET else family,
             head.table,
             head.name,
             Hook(head.hook),
@@ -111,34 +122,35 @@ class _NftReader:
         return decode_set(bodies[0], await self._kernel.dump(dump_elements(head.family, head.table, name)))
 
 
-def read_legacy() -> Iterator[BaseChain]:
-    """The chains of legacy iptables.  A table that does not exist is not asked for: that would make it."""
+def read_legacy(family: Family) -> Iterator[BaseChain]:
+    """The chains of legacy iptables or ip6tables.  A table that does not exist is not asked for: that would make it."""
+    socket_family, level, names = _LEGACY[family]
     try:
-        tables = _LEGACY_TABLE_NAMES.read_text().split()
+        tables = names.read_text().split()
     except OSError:
         return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(socket_family, socket.SOCK_DGRAM) as sock:
         for table in tables:
             if table in LEGACY_TABLES:
                 try:
-                    info = _ask_legacy(sock, _IPT_SO_GET_INFO, table.encode().ljust(INFO.size, b"\0"))
+                    info = _ask_legacy(sock, level, _IPT_SO_GET_INFO, table.encode().ljust(INFO.size, b"\0"))
                     *_, n_rules, size = INFO.unpack(info)
                     if n_rules > _MAX_RULES:
                         continue
                     question = table.encode().ljust(32, b"\0") + size.to_bytes(4, sys.byteorder)
-                    answer = _ask_legacy(sock, _IPT_SO_GET_ENTRIES, question.ljust(ENTRIES_AT + size, b"\0"))
+                    answer = _ask_legacy(sock, level, _IPT_SO_GET_ENTRIES, question.ljust(ENTRIES_AT + size, b"\0"))
                 except OSError as exc:
                     # EAGAIN: it has changed between the two questions.
                     log.debug("legacy iptables table not read table=%s error=%s", table, exc)
                     continue
-                yield from decode_legacy_table(table, info, answer[ENTRIES_AT:])
+                yield from decode_legacy_table(table, info, answer[ENTRIES_AT:], family)
 
 
-def _ask_legacy(sock: socket.socket, question: int, buffer: bytes) -> bytes:
+def _ask_legacy(sock: socket.socket, level: int, question: int, buffer: bytes) -> bytes:
     """getsockopt() that gets a question in the buffer of the answer, which Python's cannot.  Raises OSError."""
     answer = ctypes.create_string_buffer(buffer, len(buffer))
     length = ctypes.c_uint32(len(buffer))
-    if _libc.getsockopt(sock.fileno(), socket.SOL_IP, question, answer, ctypes.byref(length)) != 0:
+    if _libc.getsockopt(sock.fileno(), level, question, answer, ctypes.byref(length)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return answer.raw[: length.value]

@@ -7,10 +7,11 @@ attributes are in network byte order.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 
+from udptun.core.family import Family
 from udptun.firewall.obstacles.ruleset import Ranges, Verdict
 from udptun.kernel.rtnetlink import F_DUMP, Request, attribute, attributes
 
@@ -20,8 +21,10 @@ _HEAD = struct.Struct("!BBH")
 """struct nfgenmsg: family, version, resource id."""
 _U32, _I32 = struct.Struct("!I"), struct.Struct("!i")
 
-INET, IPV4 = 1, 2
-"""NFPROTO_INET and NFPROTO_IPV4: the families whose chains see IPv4 packets that are forwarded."""
+INET = 1
+"""NFPROTO_INET: its chains see forwarded packets of both address families."""
+NFPROTO: Mapping[Family, int] = {Family.IPV4: 2, Family.IPV6: 10}
+"""NFPROTO_IPV4 and NFPROTO_IPV6: their chains see those of one."""
 
 _DORMANT = 1
 _SET_INTERVAL, _ELEMENT_END = 4, 1
@@ -112,10 +115,11 @@ def decode_set(head: bytes, bodies: Iterable[bytes]) -> SetContents:
     ]
     keys = [(value_of(element.get(1, b"")), bool(number_of(element.get(3)) & _ELEMENT_END)) for element in elements]
     is_interval = bool(number_of(about.get(3)) & _SET_INTERVAL)
+    key_len = number_of(about.get(5))
     return SetContents(
-        number_of(about.get(5)),
+        key_len,
         frozenset() if is_interval else frozenset(key for key, _ in keys),
-        _ranges((int.from_bytes(key), is_end) for key, is_end in keys) if is_interval else None,
+        _ranges([(int.from_bytes(key), is_end) for key, is_end in keys], key_len) if is_interval else None,
         tuple(
             (key, *verdict_of(verdict))
             for (key, _), element in zip(keys, elements, strict=True)
@@ -124,8 +128,9 @@ def decode_set(head: bytes, bodies: Iterable[bytes]) -> SetContents:
     )
 
 
-def _ranges(keys: Iterable[tuple[int, bool]]) -> Ranges:
-    """A key begins a range, unless it is marked as an end: then it is the first number after one."""
+def _ranges(keys: Iterable[tuple[int, bool]], key_len: int) -> Ranges:
+    """A key, of `key_len` bytes, begins a range, unless it is marked as an end: then it is the first number after one.
+    """
     ranges: list[tuple[int, int]] = []
     begin: int | None = None
     # An end comes before the beginning of the next range at the same number.
@@ -134,7 +139,7 @@ def _ranges(keys: Iterable[tuple[int, bool]]) -> Ranges:
             ranges.append((begin, number - 1))
         begin = None if is_end else number
     if begin is not None:
-        ranges.append((begin, 0xFFFFFFFF))
+        ranges.append((begin, (1 << 8 * key_len) - 1))
     return tuple(ranges)
 
 

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from udptun.core.family import Family
 from udptun.firewall.obstacles.nft_messages import (
-    IPV4,
+    NFPROTO,
     SetContents,
     expressions,
     handle_of,
@@ -46,16 +47,23 @@ from udptun.kernel.rtnetlink import attributes
 
 
 def decode_rules(
-    bodies: Iterable[bytes], sets: Mapping[str, SetContents], link_names: Mapping[int, str], *, is_iptables: bool
+    bodies: Iterable[bytes],
+    sets: Mapping[str, SetContents],
+    link_names: Mapping[int, str],
+    family: Family,
+    *,
+    is_iptables: bool,
 ) -> list[Rule]:
-    """The rules of one chain, in order.  A verdict map makes a rule of each of its elements.
+    """The rules of one chain, in order, as packets of `family` meet them.
+
+    A verdict map makes a rule of each of its elements.
 
     `sets` has the sets that `set_names` asks for; one that is missing is not known.  `link_names`: of the links that
     matter, by index.
     """
     rules: list[Rule] = []
     for place, body in enumerate(bodies, 1):
-        rules += _RuleReader(sets, link_names).read(body, place if is_iptables else handle_of(body))
+        rules += _RuleReader(sets, link_names, family).read(body, place if is_iptables else handle_of(body))
     return rules
 
 
@@ -70,11 +78,21 @@ class _AddressLoad:
 
     field: Field
     n: int
-    mask: int = 0xFFFFFFFF
+    family: Family
+    mask: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole address."""
+        return self.family.bits // 8
 
     @property
     def is_whole(self) -> bool:
-        return self.n == 4 and self.mask == 0xFFFFFFFF
+        return self.n == self.size and self.mask == _all_ones(self.family)
+
+    def number(self, raw: bytes) -> int:
+        """The number of an address of which the first bytes are given."""
+        return int.from_bytes(raw[: self.size].ljust(self.size, b"\0"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +119,21 @@ _Load = _AddressLoad | _LinkLoad | _MarkLoad | _ValueLoad | None
 """None: something that we cannot judge."""
 
 _META_LOADS: Mapping[int, _Load] = {
-    1: _ValueLoad(b"\x08\x00"),  # protocol: ETH_P_IP
     3: _MarkLoad(),
     4: _LinkLoad(Side.IN, is_index=True),
     5: _LinkLoad(Side.OUT, is_index=True),
     6: _LinkLoad(Side.IN, is_index=False),
     7: _LinkLoad(Side.OUT, is_index=False),
-    15: _ValueLoad(bytes([IPV4])),  # nfproto
 }
-_META_MARK = 3
+_META_MARK, _META_PROTOCOL, _META_NFPROTO = 3, 1, 15
+_ETHER_TYPES = {Family.IPV4: b"\x08\x00", Family.IPV6: b"\x86\xdd"}
 _CT_LOADS: Mapping[int, _Load] = {
     0: _ValueLoad(struct.pack("=I", CT_STATE_NEW)),
     1: _ValueLoad(b"\0"),  # direction: original
     2: _ValueLoad(bytes(4)),  # status: no NAT
 }
-_SOURCE_AT, _DESTINATION_AT, _ADDRESSES_END = 12, 16, 20
-"""In the IPv4 header."""
+_ADDRESSES_AT = {Family.IPV4: (12, 16), Family.IPV6: (8, 24)}
+"""Source and destination in the header."""
 _EQUAL, _NOT_EQUAL, _LESS, _LESS_OR_EQUAL, _GREATER, _GREATER_OR_EQUAL = range(6)
 _PASSING = {"counter", "log", "notrack", "last", "dup", "flow_offload"}
 """Expressions that neither ask nor decide."""
@@ -129,9 +146,10 @@ _LOADING = {"byteorder", "exthdr", "fib", "hash", "inner", "numgen", "osf", "rt"
 class _RuleReader:
     """Reads the expressions of one rule, in order."""
 
-    def __init__(self, sets: Mapping[str, SetContents], link_names: Mapping[int, str]) -> None:
+    def __init__(self, sets: Mapping[str, SetContents], link_names: Mapping[int, str], family: Family) -> None:
         self._sets = sets
         self._link_names = link_names
+        self._family = family
         self._registers: dict[int, _Load] = {}
         self._conditions: list[Condition] = []
         self._verdict, self._target, self._marks = Verdict.NONE, "", False
@@ -153,12 +171,12 @@ class _RuleReader:
             case "immediate":
                 self._take_immediate(found)
             case "payload" if 1 in found:
-                self._load(found[1], _payload_load(found))
+                self._load(found[1], _payload_load(found, self._family))
             case "payload":
-                if _writes_addresses(found):
+                if _writes_addresses(found, self._family):
                     self._verdict = Verdict.UNKNOWN
             case "meta" if 1 in found:
-                self._load(found[1], _META_LOADS.get(number_of(found[2])))
+                self._load(found[1], self._meta(number_of(found[2])))
             case "meta":
                 self._marks |= number_of(found[2]) == _META_MARK
             case "ct" if 1 in found:
@@ -189,6 +207,11 @@ class _RuleReader:
                 self._ask(Other.PERHAPS)
                 if name not in _ASKING:
                     self._verdict = Verdict.UNKNOWN
+
+    def _meta(self, key: int) -> _Load:
+        if key == _META_PROTOCOL:
+            return _ValueLoad(_ETHER_TYPES[self._family])
+        return _ValueLoad(bytes([NFPROTO[self._family]])) if key == _META_NFPROTO else _META_LOADS.get(key)
 
     def _take_immediate(self, found: Mapping[int, bytes]) -> None:
         register = _register(found[1])
@@ -257,11 +280,11 @@ class _RuleReader:
         if contents is None:
             return Other.PERHAPS
         match load:
-            case _AddressLoad() if load.is_whole and contents.key_len == 4:
+            case _AddressLoad() if load.is_whole and contents.key_len == load.size:
                 ranges = contents.ranges
                 if ranges is None:
                     ranges = tuple(sorted((int.from_bytes(key), int.from_bytes(key)) for key in contents.keys))
-                return AddressIn(load.field, difference(ALL, ranges) if is_not else ranges)
+                return AddressIn(load.field, difference(ALL[load.family], ranges) if is_not else ranges)
             case _LinkLoad() if contents.ranges is None and contents.key_len == (4 if load.is_index else 16):
                 return LinkIs(load.side, frozenset(self._link_name(load, key) for key in contents.keys), is_not)
             case _ValueLoad() if contents.ranges is None and contents.key_len == len(load.value):
@@ -269,16 +292,23 @@ class _RuleReader:
         return Other.PERHAPS
 
 
-def _payload_load(found: Mapping[int, bytes]) -> _Load:
+def _all_ones(family: Family) -> int:
+    return (1 << family.bits) - 1
+
+
+def _payload_load(found: Mapping[int, bytes], family: Family) -> _Load:
     base, offset, length = (number_of(found.get(key)) for key in (2, 3, 4))
-    if base == 1 and offset in (_SOURCE_AT, _DESTINATION_AT) and length <= 4:
-        return _AddressLoad(Field.SOURCE if offset == _SOURCE_AT else Field.DESTINATION, length)
+    source_at, destination_at = _ADDRESSES_AT[family]
+    if base == 1 and offset in (source_at, destination_at) and length <= destination_at - source_at:
+        field = Field.SOURCE if offset == source_at else Field.DESTINATION
+        return _AddressLoad(field, length, family, _all_ones(family))
     return None
 
 
-def _writes_addresses(found: Mapping[int, bytes]) -> bool:
+def _writes_addresses(found: Mapping[int, bytes], family: Family) -> bool:
     base, offset, length = (number_of(found.get(key)) for key in (2, 3, 4))
-    return base == 1 and offset < _ADDRESSES_END and offset + length > _SOURCE_AT
+    source_at, destination_at = _ADDRESSES_AT[family]
+    return base == 1 and offset < 2 * destination_at - source_at and offset + length > source_at
 
 
 def _masked(load: _Load, found: Mapping[int, bytes]) -> _Load:
@@ -290,25 +320,25 @@ def _masked(load: _Load, found: Mapping[int, bytes]) -> _Load:
     if any(xor):
         return None
     if isinstance(load, _AddressLoad):
-        return replace(load, mask=load.mask & _address(mask))
+        return replace(load, mask=load.mask & load.number(mask))
     if isinstance(load, _MarkLoad) and len(mask) == 4:
         return _MarkLoad(load.mask & _native(mask))
     return None
 
 
 def _address_comparison(load: _AddressLoad, operation: int, data: bytes) -> Condition:
-    value = _address(data)
+    value = load.number(data)
     if operation in (_EQUAL, _NOT_EQUAL):
-        n_host_bits = 8 * (4 - min(load.n, len(data)))
+        n_host_bits = 8 * (load.size - min(load.n, len(data)))
         mask = load.mask >> n_host_bits << n_host_bits
-        return address_condition(load.field, value, mask, is_not=operation == _NOT_EQUAL)
+        return address_condition(load.field, value, mask, load.family, is_not=operation == _NOT_EQUAL)
     if not load.is_whole:
         return Other.PERHAPS
     low, high = {
         _LESS: (0, value - 1),
         _LESS_OR_EQUAL: (0, value),
-        _GREATER: (value + 1, 0xFFFFFFFF),
-        _GREATER_OR_EQUAL: (value, 0xFFFFFFFF),
+        _GREATER: (value + 1, _all_ones(load.family)),
+        _GREATER_OR_EQUAL: (value, _all_ones(load.family)),
     }[operation]
     return AddressIn(load.field, ((low, high),) if low <= high else ())
 
@@ -316,8 +346,8 @@ def _address_comparison(load: _AddressLoad, operation: int, data: bytes) -> Cond
 def _range_condition(load: _Load, found: Mapping[int, bytes]) -> Condition:
     if not isinstance(load, _AddressLoad) or not load.is_whole:
         return Other.PERHAPS
-    ranges: Ranges = ((_address(value_of(found[3])), _address(value_of(found[4]))),)
-    return AddressIn(load.field, difference(ALL, ranges) if number_of(found.get(2)) == 1 else ranges)
+    ranges: Ranges = ((load.number(value_of(found[3])), load.number(value_of(found[4]))),)
+    return AddressIn(load.field, difference(ALL[load.family], ranges) if number_of(found.get(2)) == 1 else ranges)
 
 
 def _register(number: bytes) -> int:
@@ -327,11 +357,6 @@ def _register(number: bytes) -> int:
     """
     n = number_of(number)
     return 8 + 4 * (n - 1) if 1 <= n <= 4 else n
-
-
-def _address(raw: bytes) -> int:
-    """The number of an address of which the first bytes are given."""
-    return int.from_bytes(raw[:4].ljust(4, b"\0"))
 
 
 def _native(raw: bytes) -> int:

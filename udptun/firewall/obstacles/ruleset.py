@@ -4,7 +4,7 @@ A rule says yes, no or perhaps to a packet: a condition that we cannot judge (a 
 is a "perhaps".  A false alarm is worse than silence.  So a drop counts only when its packets certainly reach it and fit
 it, and what an earlier rule may have accepted does not count.
 
-Judged is the first packet of an IPv4 connection, which nobody has marked.
+Judged is the first packet of a connection, which nobody has marked.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from ipaddress import IPv4Network
+
+from udptun.core.family import Family
+from udptun.core.network_state import IPNetwork
 
 Ranges = tuple[tuple[int, int], ...]
 """Addresses as numbers: first and last of each range, sorted and apart from each other."""
 
-ALL: Ranges = ((0, 0xFFFFFFFF),)
+ALL: Mapping[Family, Ranges] = {family: ((0, (1 << family.bits) - 1),) for family in Family}
 _MAX_DEPTH = 16
 """How deep jumps may go (NFT_JUMP_STACK_SIZE); the kernel refuses more."""
 
 
-def ranges_of(network: IPv4Network) -> Ranges:
+def ranges_of(network: IPNetwork) -> Ranges:
     return ((int(network.network_address), int(network.broadcast_address)),)
 
 
@@ -122,6 +124,8 @@ class Tool(Enum):
     NFT = "nft"
     IPTABLES_NFT = "iptables-nft"
     IPTABLES_LEGACY = "iptables-legacy"
+    IP6TABLES_NFT = "ip6tables-nft"
+    IP6TABLES_LEGACY = "ip6tables-legacy"
 
 
 class Hook(IntEnum):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
 from udptun.core.pod_path import PodPath
 from udptun.firewall.ruleset_notices import RulesetNotice
 from udptun.kernel.pod_links import find_pod_links
@@ -31,11 +32,11 @@ _REST = 100
 class Obstacles:
     """What keeps the overlay's packets from passing, as of the latest `look`.  For one event loop."""
 
-    def __init__(self, find_path: Callable[[], PodPath | None]) -> None:
-        """`find_path` says where the packets go now; None: we carry none."""
-        self._find_path = find_path
+    def __init__(self, find_paths: Callable[[], Sequence[PodPath]]) -> None:
+        """`find_paths` says where the packets go now, by each address family that we carry."""
+        self._find_paths = find_paths
         self._lines = ProblemLines(log, "nothing drops the overlay's packets any more")
-        self._nft: list[BaseChain] = []
+        self._nft: dict[Family, list[BaseChain]] = {}
         self._nft_seen: frozenset[tuple[int, str, str]] = frozenset()
         """Family, table and name of the chains in `_nft`."""
         self._is_stale = True
@@ -62,44 +63,52 @@ class Obstacles:
         from udptun.firewall.obstacles.judge import judge
         from udptun.firewall.obstacles.kernel_rules import read_legacy
 
-        path = self._find_path()
         try:
-            pod_links = () if path is None else await find_pod_links(path)
+            paths = [(path, links) for path in self._find_paths() if (links := await find_pod_links(path))]
         except KernelError as exc:
             log.debug("packet filters not looked at error=%s", exc)
             return
-        if path is None or not pod_links:
+        if not paths:
             self._lines.replace(())
             self._judged = None
             return
-        await self._read_nft((path.device, *pod_links))
-        legacy = list(read_legacy())
-        question = (path, pod_links, self._nft_read_s)
-        if legacy or question != self._judged:
-            self._lines.replace(judge(path, pod_links, [*self._nft, *legacy]))
-            self._judged = None if legacy else question
+        await self._read_nft(paths)
+        legacy = {path.family: list(read_legacy(path.family)) for path, _ in paths}
+        question = (paths, self._nft_read_s)
+        if any(legacy.values()) or question != self._judged:
+            lines = [
+                line
+                for path, links in paths
+                for line in judge(path, links, [*self._nft.get(path.family, ()), *legacy[path.family]])
+            ]
+            self._lines.replace(lines)
+            self._judged = None if any(legacy.values()) else question
 
-    async def _read_nft(self, link_names: Sequence[str]) -> None:
+    async def _read_nft(self, paths: Sequence[tuple[PodPath, Sequence[str]]]) -> None:
         """Read nf_tables if it may have changed."""
         from udptun.firewall.obstacles.kernel_rules import read_nft
 
         links = {}
-        for name in link_names:
+        for name in dict.fromkeys(name for path, pod_links in paths for name in (path.device, *pod_links)):
             try:
                 links[socket.if_nametoindex(name)] = name
             except OSError:
                 # It has gone meanwhile.
                 continue
         now_s = asyncio.get_running_loop().time()
-        is_due = self._is_stale or links != self._links or now_s >= self._nft_read_s + _PERIOD_S
+        families = {path.family for path, _ in paths}
+        is_due = self._is_stale or (links, families) != (self._links, set(self._nft))
+        is_due |= now_s >= self._nft_read_s + _PERIOD_S
         if now_s < self._nft_rest_s or not is_due:
             return
         self._is_stale, self._links = False, links
         try:
-            self._nft, self._nft_seen = await read_nft(links)
+            read = {family: await read_nft(links, family) for family in families}
         except KernelError as exc:
             # No nf_tables in this kernel, or it changes all the time.
             log.debug("nftables rules not read error=%s", exc)
-            self._nft, self._nft_seen = [], frozenset()
+            read = {family: ([], frozenset()) for family in families}
+        self._nft = {family: chains for family, (chains, _) in read.items()}
+        self._nft_seen = frozenset().union(*(seen for _, seen in read.values()))
         self._nft_read_s = asyncio.get_running_loop().time()
         self._nft_rest_s = self._nft_read_s + _REST * (self._nft_read_s - now_s)

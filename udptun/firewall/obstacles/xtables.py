@@ -1,7 +1,8 @@
 """What the extensions of iptables ask and do, and the tables of legacy iptables, out of the kernel's structures.  Pure.
 
 An extension's structure is the same in legacy iptables and, inside an nftables rule, in iptables-nft
-(include/uapi/linux/netfilter/xt_*.h).  The tables are those of linux/netfilter_ipv4/ip_tables.h.
+(include/uapi/linux/netfilter/xt_*.h).  The tables are those of linux/netfilter_ipv4/ip_tables.h and
+linux/netfilter_ipv6/ip6_tables.h.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from udptun.core.family import Family
 from udptun.firewall.obstacles.ruleset import ALL as ALL_ADDRESSES
 from udptun.firewall.obstacles.ruleset import (
     AddressIn,
@@ -42,7 +44,7 @@ _U32 = struct.Struct("=I")
 
 _PASSING_TARGETS = {
     *("LOG", "NFLOG", "ULOG", "TRACE", "AUDIT", "CT", "NOTRACK", "TCPMSS", "CLASSIFY", "DSCP", "TOS", "SET"),
-    *("CHECKSUM", "TTL", "IDLETIMER", "LED"),
+    *("CHECKSUM", "TTL", "HL", "IDLETIMER", "LED"),
 }
 """Targets after which the packet goes on to the next rule."""
 MARKING_TARGETS = {"MARK", "CONNMARK"}
@@ -87,13 +89,18 @@ INFO = struct.Struct("=32sI5I5III")
 ENTRIES_AT = 40
 """Where the entries begin in struct ipt_get_entries: after name, size and padding."""
 
-_ENTRY = struct.Struct("=4I16s16s16s16sHBBIHHI16x")
-"""struct ipt_entry: source, destination, their masks, two names and their masks, protocol, flags, inverted flags,
-nfcache, target_offset, next_offset, comefrom and two counters.  Addresses are in network byte order."""
+_ENTRIES = {
+    Family.IPV4: struct.Struct("=4s4s4s4s16s16s16s16sHBBIHHI16x"),
+    Family.IPV6: struct.Struct("=16s16s16s16s16s16s16s16sHxBB3xIHHI4x16x"),
+}
+"""struct ipt_entry and ip6t_entry: source, destination, their masks, two names and their masks, protocol, flags,
+inverted flags, nfcache, target_offset, next_offset, comefrom and two counters.  Addresses are in network byte order."""
 _EXTENSION = struct.Struct("=H29sB")
 """struct xt_entry_match and xt_entry_target: size of all, name, revision."""
 _VERDICT = struct.Struct("=i")
-_FRAGMENT, _GOTO = 1, 2
+_GOTO_FLAGS = {Family.IPV4: 2, Family.IPV6: 4}
+"""IPT_F_GOTO and IP6T_F_GOTO.  The other flags ask for more of the packet, but for IP6T_F_PROTO."""
+_IPV6_PROTOCOL_FLAG = 1
 _INVERT_IN, _INVERT_OUT, _INVERT_SOURCE, _INVERT_DESTINATION, _INVERT_OTHERS = 1, 2, 8, 0x10, 0x64
 _STANDARD_VERDICTS = {-1: Verdict.DROP, -2: Verdict.ACCEPT, -5: Verdict.RETURN}
 """-NF_DROP - 1, -NF_ACCEPT - 1, XT_RETURN.  Numbers from 0 on are the place of the chain to jump to."""
@@ -112,7 +119,7 @@ class _Entry:
     """The name of the chain that begins behind this entry; empty: none does."""
 
 
-def decode_legacy_table(table: str, info: bytes, entries: bytes) -> list[BaseChain]:
+def decode_legacy_table(table: str, info: bytes, entries: bytes, family: Family) -> list[BaseChain]:
     """The built-in chains of a table that forwarded packets pass.
 
     `info` is what IPT_SO_GET_INFO answers, `entries` what IPT_SO_GET_ENTRIES does, from its ENTRIES_AT on.
@@ -121,7 +128,7 @@ def decode_legacy_table(table: str, info: bytes, entries: bytes) -> list[BaseCha
     begins = {numbers[hook]: name for hook, name in enumerate(_BUILT_IN) if valid_hooks & 1 << hook}
     policies = {numbers[5 + hook]: name for hook, name in enumerate(_BUILT_IN) if valid_hooks & 1 << hook}
     built_in = tuple(begins.values())
-    found = list(_entries(entries))
+    found = list(_entries(entries, family))
     begins.update({entry.next_at: entry.chain_begins for entry in found[:-1] if entry.chain_begins})
 
     chains: dict[str, list[Rule]] = {name: [] for name in begins.values()}
@@ -135,9 +142,13 @@ def decode_legacy_table(table: str, info: bytes, entries: bytes) -> list[BaseCha
             verdict, target = _legacy_verdict(entry, begins)
             rule = Rule(len(chains[chain]) + 1, entry.conditions, verdict, target, entry.target in MARKING_TARGETS)
             chains[chain].append(rule)
+    tool, name_of_family = {
+        Family.IPV4: (Tool.IPTABLES_LEGACY, "ip"),
+        Family.IPV6: (Tool.IP6TABLES_LEGACY, "ip6"),
+    }[family]
     return [
         BaseChain(
-            Tool.IPTABLES_LEGACY, "ip", table, hook.name, hook, LEGACY_TABLES[table], is_policy_drop[hook.name], chains
+            tool, name_of_family, table, hook.name, hook, LEGACY_TABLES[table], is_policy_drop[hook.name], chains
         )
         for hook in Hook
         if hook.name in built_in
@@ -154,17 +165,19 @@ def _legacy_verdict(entry: _Entry, begins: dict[int, str]) -> tuple[Verdict, str
     return Verdict.GOTO if entry.is_goto else Verdict.JUMP, begins.get(entry.verdict, "")
 
 
-def _entries(data: bytes) -> Iterator[_Entry]:
-    at = 0
-    while at + _ENTRY.size <= len(data):
-        *head, protocol, flags, inverted, _, target_offset, next_offset, _ = _ENTRY.unpack_from(data, at)
-        if next_offset < _ENTRY.size:
+def _entries(data: bytes, family: Family) -> Iterator[_Entry]:
+    at, form = 0, _ENTRIES[family]
+    goto_flag = _GOTO_FLAGS[family]
+    harmless = goto_flag | (_IPV6_PROTOCOL_FLAG if family is Family.IPV6 else 0)
+    while at + form.size <= len(data):
+        *head, protocol, flags, inverted, _, target_offset, next_offset, _ = form.unpack_from(data, at)
+        if next_offset < form.size:
             return
-        conditions = list(_address_conditions(data, at, inverted))
+        conditions = list(_address_conditions(head[:4], inverted, family))
         conditions += _link_conditions(head[4:8], inverted)
-        if protocol or flags & _FRAGMENT or inverted & _INVERT_OTHERS:
+        if protocol or flags & ~harmless or inverted & _INVERT_OTHERS:
             conditions.append(Other.PERHAPS)
-        place = at + _ENTRY.size
+        place = at + form.size
         while place + _EXTENSION.size <= at + target_offset:
             size, name, revision = _EXTENSION.unpack_from(data, place)
             condition = match_condition(_text(name), revision, data[place + _EXTENSION.size : place + size])
@@ -177,28 +190,29 @@ def _entries(data: bytes) -> Iterator[_Entry]:
         # The head of a user's chain is an entry with this target; so is the end of the table.
         chain_begins = _text(data[content : content + 30]) if target == "ERROR" else ""
         verdict = 0 if target else _VERDICT.unpack_from(data, content)[0]
-        yield _Entry(at, at + next_offset, tuple(conditions), target, verdict, bool(flags & _GOTO), chain_begins)
+        yield _Entry(at, at + next_offset, tuple(conditions), target, verdict, bool(flags & goto_flag), chain_begins)
         at += next_offset
 
 
-def _address_conditions(data: bytes, at: int, inverted: int) -> Iterator[Condition]:
-    source, destination, source_mask, destination_mask = struct.unpack_from("!4I", data, at)
+def _address_conditions(addresses: list[bytes], inverted: int, family: Family) -> Iterator[Condition]:
+    source, destination, source_mask, destination_mask = map(int.from_bytes, addresses)
     for field, value, mask, bit in (
         (Field.SOURCE, source, source_mask, _INVERT_SOURCE),
         (Field.DESTINATION, destination, destination_mask, _INVERT_DESTINATION),
     ):
         if mask or inverted & bit:
-            yield address_condition(field, value, mask, is_not=bool(inverted & bit))
+            yield address_condition(field, value, mask, family, is_not=bool(inverted & bit))
 
 
-def address_condition(field: Field, value: int, mask: int, *, is_not: bool) -> Condition:
+def address_condition(field: Field, value: int, mask: int, family: Family, *, is_not: bool) -> Condition:
     """The address's bits under `mask` are `value`, or are not."""
-    host_bits = ~mask & 0xFFFFFFFF
+    ((_, all_ones),) = ALL_ADDRESSES[family]
+    host_bits = ~mask & all_ones
     if host_bits & (host_bits + 1):
         # Not one range.
         return Other.PERHAPS
     ranges: Ranges = ((value & mask, value & mask | host_bits),)
-    return AddressIn(field, difference(ALL_ADDRESSES, ranges) if is_not else ranges)
+    return AddressIn(field, difference(ALL_ADDRESSES[family], ranges) if is_not else ranges)
 
 
 def _link_conditions(names: list[bytes], inverted: int) -> Iterator[Condition]:
