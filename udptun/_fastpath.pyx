@@ -19,6 +19,7 @@ stage is a file of fastpath/ that opens with its own words:
     flow.pxd          from which port a flow leaves                sys.pxd     the kernel's calls and structures
     ecn.pxd           marks of congestion, in and out              loops.pxd   the tunnel's own datagrams inside it
     wire.pxd          where the fields of a packet are             stray.pxd   datagrams that no lease explains
+    packet.pxd        a packet of either family, read once
     ring.pxd          packets that the control plane gets, and that it hands over
 
 On the wire there are always single packets.  A read of the TUN may be a super-packet, which is cut up; datagrams of one
@@ -57,7 +58,7 @@ from udptun.fastpath.icmp cimport ICMP_BURST
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.ring cimport announce_punts, drop_half_injected, take_injected
 from udptun.fastpath.send cimport allow_groups_again, send_groups
-from udptun.fastpath.wire cimport ip_total_len, ip_undo_ttl_step, ip_version
+from udptun.fastpath.wire cimport ip_total_len, ip_version, ipv6_total_len
 from udptun.fastpath.write cimport write_items
 
 cdef enum:
@@ -112,12 +113,13 @@ cdef void encap_inherited(Loop *w) noexcept nogil:
     for i in range(n):
         tun_read = &w.in_flight.read[i]
         p.data = w.in_flight.arena + max(room, min(tun_read.at, room + <uint32_t>UT_READ_BYTES))
-        if ip_version(p.data) != 4:
+        p.is_ipv6 = ip_version(p.data) == 6
+        if not p.is_ipv6 and ip_version(p.data) != 4:
             continue
-        p.len = ip_total_len(p.data)
+        p.len = min(ipv6_total_len(p.data) if p.is_ipv6 else ip_total_len(p.data), <int>PACKET_MAX)
         if tun_read.is_stepped:
             tun_read.is_stepped = 0
-            ip_undo_ttl_step(p.data)
+            undo_ttl_step(&p)
         encap(w, &p, tun_read)
     send_groups(w)
     w.in_flight.n_reads = 0
@@ -381,7 +383,7 @@ cdef class Worker:
         if self._w == NULL:
             raise MemoryError
         self._w.event_fd = self._w.punt_fd = -1
-        self._w.headers = <uint8_t *>calloc(SEGMENTS, HEADER_ROOM)
+        self._w.headers = <uint8_t *>calloc(1, HEADERS_BYTES)
         self._w.merger = <Merger *>calloc(1, sizeof(Merger))
         if self._w.headers == NULL or self._w.merger == NULL:
             raise MemoryError

@@ -10,10 +10,11 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import closing
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import pytest
 from scapy.layers.inet import IP, UDP
+from scapy.layers.inet6 import IPv6
 
 from udptun._fastpath import FIELDS, LAYOUT, Worker
 from udptun.core.tunnel import SourceCheck
@@ -23,6 +24,8 @@ from udptun.datapath.table import TableWriter
 
 OWN = IPv4Network("10.244.1.0/24")
 PEER = IPv4Network("10.244.2.0/24")
+NETWORK_IPV6 = IPv6Network("2001:db8::/48")
+OWN_IPV6, PEER_IPV6 = IPv6Network("2001:db8:0:1::/64"), IPv6Network("2001:db8:0:2::/64")
 
 
 def outward(number: int) -> bytes:
@@ -31,6 +34,14 @@ def outward(number: int) -> bytes:
 
 def inward(number: int) -> bytes:
     return bytes(IP(src="10.244.2.7", dst="10.244.1.5", ttl=64) / UDP() / struct.pack("=Q", number))
+
+
+def outward_ipv6(number: int) -> bytes:
+    return bytes(IPv6(src=str(OWN_IPV6[5]), dst=str(PEER_IPV6[7]), hlim=64) / UDP() / struct.pack("=Q", number))
+
+
+def inward_ipv6(number: int) -> bytes:
+    return bytes(IPv6(src=str(PEER_IPV6[7]), dst=str(OWN_IPV6[5]), hlim=64) / UDP() / struct.pack("=Q", number))
 
 
 class Rig:
@@ -46,9 +57,14 @@ class Rig:
         for it in (self.kernel, self.tun, self.peer):
             it.setblocking(False)
         self.table.configure(
-            PacketSettings(IPv4Network("10.244.0.0/16"), OWN, IPv4Address("127.0.0.1"), 1472, SourceCheck.PEER)
+            PacketSettings(
+                *(IPv4Network("10.244.0.0/16"), OWN, IPv4Address("127.0.0.1"), 1472, SourceCheck.PEER),
+                network_ipv6=NETWORK_IPV6,
+                own_subnet_ipv6=OWN_IPV6,
+            )
         )
-        self.table.set_peer(PEER, Remote(IPv4Address("127.0.0.2"), self.peer.getsockname()[1], True), 1472)
+        for subnet in (PEER, PEER_IPV6):
+            self.table.set_peer(subnet, Remote(IPv4Address("127.0.0.2"), self.peer.getsockname()[1], True), 1472)
 
     def publish(self) -> None:
         assert self.table.publish(self.stats)
@@ -56,7 +72,7 @@ class Rig:
     def worker(self, index: int, n_workers: int) -> Worker:
         return Worker(self.table.fd, self.stats.fd, index, self.tun.fileno(), self.udp.fileno(), n_workers=n_workers)
 
-    def leave(self, index: int, *, read: bytes = b"", received: bytes = b"") -> None:
+    def leave(self, index: int, *, read: bytes = b"", is_stepped: bool = False, received: bytes = b"") -> None:
         """As worker `index` would, killed in a turn in which it had read and received these packets."""
         worker = FIELDS["stats"]["worker"][0] + index * LAYOUT["worker"]
         self.put("Q", worker + FIELDS["worker"]["turns"][0], 1)
@@ -65,6 +81,7 @@ class Rig:
             at = 64
             self.put("I", self.in_flight(index, "n_reads"), 1)
             self.put("I", self.in_flight(index, "read") + FIELDS["read"]["at"][0], at)
+            self.put("I", self.in_flight(index, "read") + FIELDS["read"]["is_stepped"][0], is_stepped)
             self.put(f"{len(read)}s", self.in_flight(index, "arena") + at, read)
         if received:
             self.put("I", self.in_flight(index, "n_messages"), 1)
@@ -120,6 +137,19 @@ def test_what_workers_that_are_no_more_had_in_flight_is_handed_on_by_those_that_
         rig.worker(i, 5).turn()
     assert (numbers(rig.peer), numbers(rig.kernel)) == ([], [])
     assert rig.stats.generations_seen()[:5] == [0] * 5
+
+
+def test_ipv6_in_flight_is_handed_on_with_its_hop_limit_stepped_once(rig: Rig) -> None:
+    rig.publish()
+    rig.leave(0, read=outward_ipv6(1), received=inward_ipv6(2))
+    rig.leave(1, read=outward_ipv6(3)[:7] + b"\x3f" + outward_ipv6(3)[8:], is_stepped=True)
+    # It was written already: its first byte says so.
+    rig.leave(2, received=b"\x06" + inward_ipv6(4)[1:])
+    rig.worker(0, 1).turn()
+    sent = [rig.peer.recv(2000) for _ in range(2)]
+    assert [(packet[7], *struct.unpack("=Q", packet[-8:])) for packet in sent] == [(63, 1), (63, 3)]
+    assert rig.kernel.recv(2000)[10 + 7] == 63
+    assert (numbers(rig.peer), numbers(rig.kernel)) == ([], [])
 
 
 def test_a_worker_moves_nothing_before_a_table_is_published(rig: Rig) -> None:

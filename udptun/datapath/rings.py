@@ -36,7 +36,7 @@ class Result(Enum):
     DONE = LAYOUT["inject.done"]
     """The kernel has taken it."""
     MALFORMED = LAYOUT["inject.malformed"]
-    """It was no IPv4 packet of that length, or somebody else has written to the ring."""
+    """It was no packet of that length and of a family that is carried, or somebody else has written to the ring."""
     NO_ROUTE = LAYOUT["inject.no_route"]
     """No peer leases its destination."""
     REFUSED = LAYOUT["inject.refused"]
@@ -91,7 +91,7 @@ class Rings:
         stray."""
 
     def inject(self, packet: bytes, length: int = 0, *, into_tun: bool = False) -> int | None:
-        """Have worker 0 send an IPv4 packet to the peer that leases its destination, or write it to the TUN.
+        """Have worker 0 send a packet to the peer that leases its destination, or write it to the TUN.
 
         It goes as it is: TTL and checksums are the caller's matter.  `length`: so many bytes in all, with zeros after
         `packet`; 0: `packet` is all of it.  Returns its number, for `injected`; None when the ring is full.  Raises

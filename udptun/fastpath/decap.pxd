@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memset
 from udptun.fastpath.coalesce cimport add_packet, begin_item, close_flow, is_full, start_batch
 from udptun.fastpath.coalesce cimport VNET, Item
 from udptun.fastpath.ecn cimport take_mark
-from udptun.fastpath.icmp cimport answer_peer
+from udptun.fastpath.icmp cimport TTL_EXCEEDED, answer_peer
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.loops cimport is_for_our_socket
 from udptun.fastpath.ring cimport is_asked_for, punt
@@ -36,7 +36,7 @@ cdef inline void decap_message(Loop *w, int i, bint is_inherited) noexcept nogil
     ut_read_control(&w.in_flight.message[i].msg_hdr, &gro_size, &tos)
     size = datagram_size(train, length, gro_size, w.prefix_len, is_inherited)
     while True:
-        if not is_inherited or at + w.prefix_len >= length or train[at + w.prefix_len] != IS_WRITTEN:
+        if not is_inherited or at + w.prefix_len >= length or not is_written(train + at + w.prefix_len):
             decap(w, i, train + at, min(size, length - at), gro_size if gro_size < size else 0, tos & ECN_MASK)
         at += size
         if at >= length:
@@ -52,11 +52,13 @@ cdef inline int datagram_size(
     inherited message such a packet may bear the mark of one that is written.
     """
     cdef const uint8_t *inner = d + prefix_len
-    cdef int inner_len = length - prefix_len
+    cdef int inner_len = length - prefix_len, version
     if gro_size <= 0 or gro_size >= length:
         return max(length, 1)
-    if (inner_len >= IPV4_HEADER_MIN and ip_total_len(inner) == inner_len
-            and (ip_version(inner) == 4 or is_inherited and inner[0] == IS_WRITTEN)):
+    version = inner[0] if is_inherited and is_written(inner) else ip_version(inner)
+    if inner_len >= IPV4_HEADER_MIN and version == 4 and ip_total_len(inner) == inner_len:
+        return length
+    if inner_len >= IPV6_HEADER and version == 6 and ipv6_total_len(inner) == inner_len:
         return length
     return gro_size
 
@@ -79,19 +81,19 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
     p.data = d
     p.len = length
     if drop == NULL:
-        drop = check_header(c, &p)
+        drop = check_header(w.slot, c, &p)
     if drop == NULL:
         drop = check_source(w.slot, c, &p, &w.in_flight.source[i])
-    if drop == NULL and (ip_destination(d) & w.slot.own_mask) != w.slot.own_subnet:
+    if drop == NULL and not is_in_own_subnet(w.slot, &p, destination_of(&p)):
         drop = &c.decap_drop_foreign_destination
     if drop == NULL and is_for_our_socket(w.slot, &p):
         drop = &c.decap_drop_loop
-    if drop == NULL and ip_ttl(d) <= 1:
+    if drop == NULL and ttl_of(&p) <= 1:
         drop = &c.decap_drop_ttl
-        answer_peer(w, &p, ICMP_TIME_EXCEEDED, 0)
+        answer_peer(w, &p, TTL_EXCEEDED)
     if drop == NULL:
-        drop = take_mark(c, d, outer_ecn)
-    if drop == NULL and ip_destination(d) == w.slot.tunnel_address and is_asked_for(w.slot, &p):
+        drop = take_mark(c, &p, outer_ecn)
+    if drop == NULL and is_tunnel_address(w.slot, &p, destination_of(&p)) and is_asked_for(w.slot, &p):
         punt(w, &p, &w.in_flight.source[i], False)
         return
     if drop == NULL:
@@ -102,7 +104,7 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
                 return
         drop[0] += 1
         return
-    ip_step_ttl(d)
+    step_ttl(&p)
     deliver(w, &p, &vnet)
 
 
@@ -116,48 +118,61 @@ cdef inline void deliver(Loop *w, Packet *p, virtio_net_hdr *vnet) noexcept nogi
         if vnet.gso_type != VIRTIO_NET_HDR_GSO_NONE:
             write_segments(w, p, vnet)
             return
-        complete_checksum(p.data, p.len, vnet)
+        complete_checksum(p, vnet)
         vnet.flags = 0
     if is_full(w.merger):
         write_items(w)
         start_batch(w.merger)
     if vnet.flags:
-        close_flow(w.merger, p.data, p.len)
-        it = begin_item(w.merger, p.data, p.len, p.peer)
+        close_flow(w.merger, p)
+        it = begin_item(w.merger, p)
         memcpy(it.vnet, vnet, VNET)
     else:
-        add_packet(w.merger, p.data, p.len, p.peer)
+        add_packet(w.merger, p)
 
 
-cdef inline Counter *check_header(Counters *c, Packet *p) noexcept nogil:
-    """Rows 1 to 9: is this an IPv4 packet?  Cuts off the bytes after the total length."""
-    cdef const uint8_t *d = p.data
-    cdef int header, total, fragment, payload
+cdef inline Counter *check_header(const ut_slot *table, Counters *c, Packet *p) noexcept nogil:
+    """Rows 1 to 9: is this a packet?  Cuts off the bytes behind it and reads its headers."""
     if p.len == 0:
         return &c.decap_drop_empty
     if p.len < IPV4_HEADER_MIN:
         return &c.decap_drop_short
-    if ip_version(d) != 4:
-        return &c.decap_drop_ipv6 if ip_version(d) == 6 else &c.decap_drop_version
-    header = ip_header_len(d)
+    p.is_ipv6 = ip_version(p.data) == 6
+    if p.is_ipv6:
+        return check_ipv6_header(c, p) if carries_ipv6(table) else &c.decap_drop_ipv6
+    return check_ipv4_header(c, p) if ip_version(p.data) == 4 else &c.decap_drop_version
+
+
+cdef inline Counter *check_ipv4_header(Counters *c, Packet *p) noexcept nogil:
+    """Rows 5 to 9."""
+    cdef const uint8_t *d = p.data
+    cdef int header = ip_header_len(d)
     if header < IPV4_HEADER_MIN or header > p.len:
         return &c.decap_drop_ihl
-    total = ip_total_len(d)
-    if total < header or total > p.len:
+    if not take_length(p):
         return &c.decap_drop_length
     if ut_fold(ut_sum(d, header, 0)) != 0xffff:
         return &c.decap_drop_checksum
     if header > IPV4_HEADER_MIN and not options_acceptable(d, header):
         return &c.decap_drop_options
-    fragment = ip_fragment_word(d)
-    if fragment & (FLAG_MF | FRAGMENT_MASK):
-        payload = total - header
-        if (fragment & FRAGMENT_MASK) * 8 + payload > PACKET_MAX:
-            return &c.decap_drop_fragment
-        if fragment & FLAG_MF and (payload == 0 or payload & 7):
-            return &c.decap_drop_fragment
-    p.len = total
+    read_headers(p)
+    if not p.is_whole and not is_fragment_possible(
+            (ip_fragment_word(d) & FRAGMENT_MASK) * 8, p.len - header, p.has_more):
+        return &c.decap_drop_fragment
     return NULL
+
+
+cdef inline Counter *check_ipv6_header(Counters *c, Packet *p) noexcept nogil:
+    """Rows 2, 6, 8 and 9."""
+    cdef int problem
+    if p.len < IPV6_HEADER:
+        return &c.decap_drop_short
+    if not take_length(p):
+        return &c.decap_drop_length
+    problem = read_headers(p)
+    if problem == PROBLEM_NONE:
+        return NULL
+    return &c.decap_drop_options if problem == PROBLEM_OPTIONS else &c.decap_drop_fragment
 
 
 cdef inline bint options_acceptable(const uint8_t *d, int header) noexcept nogil:
@@ -180,10 +195,10 @@ cdef inline bint options_acceptable(const uint8_t *d, int header) noexcept nogil
 cdef inline Counter *check_source(
         const ut_slot *table, Counters *c, Packet *p, const ut_socket_address *source) noexcept nogil:
     """Rows 10 to 14: may `source` send this inner source?  Sets p.peer."""
-    cdef uint32_t inner = ip_source(p.data)
+    cdef const uint8_t *inner = source_of(p)
     cdef bint is_from_its_peer
     cdef ut_address outer
-    p.peer = lookup(table, inner)
+    p.peer = leasing(table, p, inner)
     is_from_its_peer = p.peer != 0 and is_at(table, p.peer, source)
     if not is_from_its_peer and table.source_check != UT_SOURCE_OFF:
         outer = address_of(source)
@@ -191,13 +206,13 @@ cdef inline Counter *check_source(
             if not is_learned(table, p.peer, &outer, port_of(source)):
                 return &c.decap_drop_unknown_peer
             is_from_its_peer = True
-    if is_martian(inner):
+    if is_martian(p, inner):
         return &c.decap_drop_source_martian
-    if (inner & table.own_mask) == table.own_subnet or is_local(table, inner):
+    if is_in_own_subnet(table, p, inner) or is_of_this_host(table, p, inner):
         return &c.decap_drop_source_own
     if is_from_its_peer or table.source_check == UT_SOURCE_OFF:
         return NULL
-    if (inner & table.network_mask) == table.network:
+    if is_in_network(table, p, inner):
         return &c.decap_drop_source_spoofed
     if table.source_check == UT_SOURCE_STRICT:
         return &c.decap_drop_source_outside
@@ -207,56 +222,50 @@ cdef inline Counter *check_source(
 cdef inline Counter *offload_header(
         const ut_slot *table, Counters *c, Packet *p, int inner_size, virtio_net_hdr *vnet) noexcept nogil:
     """Row 17, and the virtio header that the TUN write needs."""
-    cdef uint8_t *d = p.data
-    cdef int header = ip_header_len(d), transport = p.len - header, check, tcp_header, flags
+    cdef uint8_t *transport = p.data + p.header
+    cdef int payload = p.len - p.header - UDP_HEADER, check = partial_checksum_offset(p), tcp_header
     memset(vnet, 0, sizeof(virtio_net_hdr))
-    check = partial_checksum_offset(p)
     if check:
         vnet.flags = VIRTIO_NET_HDR_F_NEEDS_CSUM
-        vnet.csum_start = <uint16_t>header
+        vnet.csum_start = <uint16_t>p.header
         vnet.csum_offset = <uint16_t>check
-    if check and ip_protocol(d) == PROTO_UDP and 0 < inner_size < transport - UDP_HEADER:
+    if check and p.protocol == PROTO_UDP and 0 < inner_size < payload:
         # These are several datagrams, however short together, and must not come out as one.
-        if header + UDP_HEADER + inner_size > <int>table.mtu:
+        if p.header + UDP_HEADER + inner_size > <int>table.mtu:
             return &c.decap_drop_oversize
         vnet.gso_type = VIRTIO_NET_HDR_GSO_UDP_L4
-        vnet.hdr_len = <uint16_t>(header + UDP_HEADER)
+        vnet.hdr_len = <uint16_t>(p.header + UDP_HEADER)
         vnet.gso_size = <uint16_t>inner_size
     elif <uint32_t>p.len > table.mtu:
-        if check == 0 or ip_protocol(d) == PROTO_UDP:
+        if check == 0 or p.protocol == PROTO_UDP:
             return &c.decap_drop_oversize
-        tcp_header = tcp_header_len(d + header)
-        flags = d[header + TCP_FLAGS]
-        if transport == tcp_header or flags & TCP_SYN_RST_URG or header + tcp_header >= <int>table.mtu:
+        tcp_header = tcp_header_len(transport)
+        if (p.len == p.header + tcp_header or transport[TCP_FLAGS] & TCP_SYN_RST_URG
+                or p.header + tcp_header >= <int>table.mtu):
             return &c.decap_drop_oversize
-        vnet.gso_type = VIRTIO_NET_HDR_GSO_TCPV4
-        if flags & TCP_CWR:
+        vnet.gso_type = VIRTIO_NET_HDR_GSO_TCPV6 if p.is_ipv6 else VIRTIO_NET_HDR_GSO_TCPV4
+        if transport[TCP_FLAGS] & TCP_CWR:
             # A device that cannot keep the flag to the first segment leaves the cutting to the kernel.
             vnet.gso_type |= VIRTIO_NET_HDR_GSO_ECN
-        vnet.hdr_len = <uint16_t>(header + tcp_header)
-        vnet.gso_size = <uint16_t>(table.mtu - header - tcp_header)
+        vnet.hdr_len = <uint16_t>(p.header + tcp_header)
+        vnet.gso_size = <uint16_t>(table.mtu - p.header - tcp_header)
     return NULL
 
 
 cdef inline int partial_checksum_offset(const Packet *p) noexcept nogil:
     """Where the check field is (bytes into the transport header) if the checksum is partial; else 0."""
-    cdef const uint8_t *d = p.data
-    cdef int header = ip_header_len(d), transport = p.len - header, at, tcp_header
+    cdef int transport = p.len - p.header, at = UDP_CHECKSUM, tcp_header
     cdef uint16_t field
-    if ip_is_fragment(d):
+    if not p.is_whole:
         return 0
-    if ip_protocol(d) == PROTO_TCP:
+    if p.protocol == PROTO_TCP:
         if transport < TCP_HEADER_MIN:
             return 0
-        tcp_header = tcp_header_len(d + header)
+        tcp_header = tcp_header_len(p.data + p.header)
         if tcp_header < TCP_HEADER_MIN or tcp_header > transport:
             return 0
         at = TCP_CHECKSUM
-    elif ip_protocol(d) == PROTO_UDP:
-        if transport < UDP_HEADER:
-            return 0
-        at = UDP_CHECKSUM
-    else:
+    elif p.protocol != PROTO_UDP or transport < UDP_HEADER:
         return 0
-    memcpy(&field, d + header + at, 2)
-    return at if field == pseudo_sum(d, transport) else 0
+    memcpy(&field, p.data + p.header + at, 2)
+    return at if field == pseudo_sum(p) else 0

@@ -12,7 +12,7 @@ from libc.string cimport memset
 
 from udptun.fastpath.ecn cimport outer_tos
 from udptun.fastpath.flow cimport sender_for
-from udptun.fastpath.icmp cimport answer_local
+from udptun.fastpath.icmp cimport NO_ROUTE, PEER_IS_DEAD, TOO_BIG, TTL_EXCEEDED, answer_local
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.loops cimport is_of_the_tunnel
 from udptun.fastpath.segment cimport *
@@ -26,64 +26,78 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
 
     `p` has its data, and for its length what was read.
     """
-    cdef uint8_t *d = p.data
     cdef virtio_net_hdr *vnet = <virtio_net_hdr *>tun_read.vnet
     cdef Counters *c = w.counters
-    cdef int length = p.len, header, total, longest, n = 1
+    cdef Counter *drop
     cdef SuperPacket s
+    cdef int n = 1, longest
     memset(&s, 0, sizeof(s))
-    if length < IPV4_HEADER_MIN:
-        drop_encap(w, &c.encap_drop_short, 1)
+    drop = take_read(w, p, vnet, &s)
+    if drop != NULL:
+        drop_encap(w, drop, 1)
         return
-    if ip_version(d) != 4:
-        drop_encap(w, &c.encap_drop_ipv6 if ip_version(d) == 6 else &c.encap_drop_malformed, 1)
-        return
-    header = ip_header_len(d)
-    total = ip_total_len(d)
-    if header < IPV4_HEADER_MIN or total < header or total > length:
-        drop_encap(w, &c.encap_drop_malformed, 1)
-        return
-    p.len = longest = total
-    if vnet.gso_type != VIRTIO_NET_HDR_GSO_NONE:
-        n = measure_super_packet(&s, d, total, vnet)
-        if n == 0 or n > SEGMENTS:
-            drop_encap(w, &c.encap_drop_malformed, 1)
-            return
-        longest = min(total, s.header + s.size)
-    elif vnet.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
-        if not complete_checksum(d, total, vnet):
-            drop_encap(w, &c.encap_drop_malformed, 1)
-            return
-        # A successor that finds the packet in flight must not complete it once more.
-        vnet.flags = 0
-    make_room(w, n)
-    p.peer = lookup(w.slot, ip_destination(d))
+    longest = p.len
+    if s.n:
+        n = s.n
+        longest = min(p.len, s.header + s.size)
+    make_room(w, n, n * (w.prefix_len + s.header))
+    p.peer = leasing(w.slot, p, destination_of(p))
     if is_of_the_tunnel(w.slot, p):
         drop_encap(w, &c.encap_drop_loop, n)
         return
     if p.peer == 0:
         drop_encap(w, &c.encap_drop_no_route, n)
-        answer_local(w, p, ICMP_UNREACHABLE, ICMP_NET_UNREACHABLE, 0)
+        answer_local(w, p, NO_ROUTE, 0)
         return
     if w.slot.peers[p.peer].flags & UT_PEER_DEAD and not is_back(w, p.peer):
         drop_encap(w, &c.encap_drop_dead, n)
-        answer_local(w, p, ICMP_UNREACHABLE, ICMP_HOST_UNREACHABLE, 0)
+        answer_local(w, p, PEER_IS_DEAD, 0)
         return
-    if ip_ttl(d) <= 1:
+    if ttl_of(p) <= 1:
         drop_encap(w, &c.encap_drop_ttl, n)
-        answer_local(w, p, ICMP_TIME_EXCEEDED, 0, 0)
+        answer_local(w, p, TTL_EXCEEDED, 0)
         return
-    if <uint32_t>longest > w.slot.peers[p.peer].mtu and ip_fragment_word(d) & FLAG_DF:
+    if <uint32_t>longest > w.slot.peers[p.peer].mtu and not may_be_fragmented(p, longest):
         drop_encap(w, &c.encap_drop_too_big, n)
-        answer_local(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, w.slot.peers[p.peer].mtu)
+        answer_local(w, p, TOO_BIG, least_mtu(p, w.slot.peers[p.peer].mtu))
         return
     c.encap_packets += n
-    ip_step_ttl(d)
+    step_ttl(p)
     tun_read.is_stepped = 1
-    if vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE:
-        queue_packet(w, p)
+    if s.n:
+        queue_segments(w, p, &s)
     else:
-        queue_segments(w, p.peer, &s)
+        queue_packet(w, p)
+
+
+cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPacket *s) noexcept nogil:
+    """Rows 1 to 3: is this a packet, or a super-packet whose measures `s` then has?  Completes its checksum.
+
+    The counter to drop it under, or NULL.
+    """
+    cdef Counters *c = w.counters
+    if p.len < IPV4_HEADER_MIN:
+        return &c.encap_drop_short
+    if ip_version(p.data) == 6:
+        if not carries_ipv6(w.slot):
+            return &c.encap_drop_ipv6
+        if p.len < IPV6_HEADER:
+            return &c.encap_drop_short
+    elif ip_version(p.data) != 4:
+        return &c.encap_drop_malformed
+    if not take_length(p):
+        return &c.encap_drop_malformed
+    read_headers(p)
+    if vnet.gso_type != VIRTIO_NET_HDR_GSO_NONE:
+        measure_super_packet(s, p, vnet)
+        if s.n == 0 or s.n > SEGMENTS or s.n * (w.prefix_len + s.header) > HEADERS_BYTES:
+            return &c.encap_drop_malformed
+    elif vnet.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
+        if not complete_checksum(p, vnet):
+            return &c.encap_drop_malformed
+        # A successor that finds the packet in flight must not complete it once more.
+        vnet.flags = 0
+    return NULL
 
 
 cdef inline bint is_back(const Loop *w, uint32_t peer) noexcept nogil:
@@ -110,23 +124,21 @@ cdef inline void queue_packet(Loop *w, Packet *p) noexcept nogil:
     cdef uint8_t *datagram = p.data - w.prefix_len
     put_prefix(w, p.peer, datagram)
     queue_datagram(
-        w, sender_for(w, p.peer, p.data, p.len), p.peer, outer_tos(w, p.peer, p.data), NULL, 0, datagram,
-        w.prefix_len + p.len, group_limit(w, p.peer))
+        w, sender_for(w, p), p.peer, outer_tos(w, p), NULL, 0, datagram, w.prefix_len + p.len, group_limit(w, p.peer))
 
 
-cdef inline void queue_segments(Loop *w, uint32_t peer, SuperPacket *s) noexcept nogil:
+cdef inline void queue_segments(Loop *w, Packet *p, SuperPacket *s) noexcept nogil:
     """Queue a super-packet's segments, spread evenly over as few messages as hold them."""
-    cdef int i, payload, most, n_messages, fd = sender_for(w, peer, s.data, s.header + s.payload)
-    cdef int tos = outer_tos(w, peer, s.data)
+    cdef int i, payload, most, n_messages, fd = sender_for(w, p), tos = outer_tos(w, p)
     cdef uint8_t *out
-    most = max(1, min(group_limit(w, peer), GROUP_BYTES // (w.prefix_len + s.header + s.size)))
+    most = max(1, min(group_limit(w, p.peer), GROUP_BYTES // (w.prefix_len + s.header + s.size)))
     n_messages = (s.n + most - 1) // most
     most = (s.n + n_messages - 1) // n_messages
     sum_headers(s)
     for i in range(s.n):
-        out = w.headers + w.n_headers * HEADER_ROOM
-        w.n_headers += 1
-        put_prefix(w, peer, out)
+        out = w.headers + w.n_header_bytes
+        w.n_header_bytes += w.prefix_len + s.header
+        put_prefix(w, p.peer, out)
         payload = write_segment_header(s, i, out + w.prefix_len)
         queue_datagram(
-            w, fd, peer, tos, out, w.prefix_len + s.header, <uint8_t *>s.data + s.header + i * s.size, payload, most)
+            w, fd, p.peer, tos, out, w.prefix_len + s.header, <uint8_t *>s.data + s.header + i * s.size, payload, most)

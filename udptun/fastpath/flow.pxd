@@ -15,21 +15,28 @@ from udptun.fastpath.loop cimport *
 from udptun.fastpath.wire cimport *
 
 
-cdef inline int sender_for(Loop *w, uint32_t peer, const uint8_t *d, int total) noexcept nogil:
-    """The socket that a packet to the peer leaves from: the same for all of an inner flow, also for its fragments.
+cdef inline int sender_for(Loop *w, const Packet *p) noexcept nogil:
+    """The socket that a packet to its peer leaves from: the same for all of an inner flow, also for its fragments.
 
     Fragments of a flow that has ports may leave from another one than its whole packets: they do not all know the
     ports.
     """
     cdef uint32_t flow
-    cdef int header
-    cdef int own = own_socket(w, remote_of(w.slot, peer))
-    if w.n_senders == 0 or not w.slot.peers[peer].flags & UT_PEER_ANY_SOURCE_PORT or own == w.ipv6_fd:
+    cdef int own = own_socket(w, remote_of(w.slot, p.peer))
+    if w.n_senders == 0 or not w.slot.peers[p.peer].flags & UT_PEER_ANY_SOURCE_PORT or own == w.ipv6_fd:
         return own
-    flow = ip_source(d) ^ ip_destination(d) * <uint32_t>0x9E3779B1
-    header = ip_header_len(d)
-    if (ip_protocol(d) == PROTO_TCP or ip_protocol(d) == PROTO_UDP) and not ip_is_fragment(d) and total >= header + 4:
-        flow ^= load_be32(d + header) * <uint32_t>0x85EBCA77    # both ports
+    flow = short_address(p, source_of(p)) ^ short_address(p, destination_of(p)) * <uint32_t>0x9E3779B1
+    if p.is_whole and has_ports(p):
+        flow ^= load_be32(p.data + p.header) * <uint32_t>0x85EBCA77    # both ports
     # The multiplication carries all bits to the upper ones, which choose.
     flow = (flow ^ flow >> 16) * <uint32_t>0x9E3779B1
     return w.senders[<uint64_t>flow * <uint32_t>w.n_senders >> 32]
+
+
+cdef inline uint32_t short_address(const Packet *p, const uint8_t *address) noexcept nogil:
+    """32 bits that are an IPv4 address, or follow from an IPv6 one."""
+    cdef ut_address whole
+    if not p.is_ipv6:
+        return load_be32(address)
+    whole = address_at(p, address)
+    return ut_hash_address(&whole)

@@ -1,6 +1,6 @@
 """What one worker holds while it moves packets: `Loop`, its buffers and their limits, and which offloads it may use.
 
-    packet      one inner IPv4 packet, or a super-packet that stands for several
+    packet      one inner packet, or a super-packet that stands for several (packet.pxd)
     group       datagrams of one size and outer TOS to one peer that the kernel takes as one message (send.pxd)
     item        packets of one flow that the TUN takes as one write (coalesce.pxd)
     prefix      bytes between the UDP header and the inner packet: none, or 22 with VXLAN (vxlan.pxd)
@@ -11,24 +11,20 @@ Who owns what is said beside each field.  A pointer into `in_flight` is valid un
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from udptun.fastpath.coalesce cimport ITEMS, VNET, Merger
+from udptun.fastpath.packet cimport *
 from udptun.fastpath.shm cimport *
 from udptun.fastpath.sys cimport *
 
 cdef enum:
-    PACKET_MAX = 65535            # an IPv4 total length
     SEGMENTS = 2048               # headers and datagrams a turn; one super-packet of 64 KiB with an MSS of 48 has 1,365
-    HEADER_ROOM = 144             # UT_PREFIX_BYTES and SEGMENT_HEADER_MAX are 142
+    HEADER_ROOM = 144             # for each, on the average: UT_PREFIX_BYTES, 60 of IPv4 and 60 of TCP are 142
     GROUPS = SEGMENTS             # each datagram may need a message of its own
     GROUP_SEGMENTS = 64           # UDP_MAX_SEGMENTS before Linux 6.9
+    HEADERS_BYTES = SEGMENTS * HEADER_ROOM
     ICMP_MAX = 576                # bytes of an ICMP answer, RFC 1812 4.3.2.3
+    ICMPV6_MAX = 1280             # RFC 4443 2.4(c)
     ICMP_ROOM = 32                # bytes before an ICMP answer, for a virtio header or a prefix
     SINGLE_ROOM = 32              # bytes before a single datagram's packet, for a prefix or a virtio header
-    IS_WRITTEN = 0                # in the first byte of a packet: no IP version begins so
-
-cdef struct Packet:
-    uint8_t *data                 # borrowed from a buffer until the end of the turn
-    int len                       # its IPv4 total length, bytes
-    uint32_t peer                 # index in the table; who gets it, or who sent it (0: a source outside Network)
 
 cdef struct Group:
     uint32_t peer
@@ -63,20 +59,21 @@ cdef struct Loop:
     int event_fd                  # wakes us; worker 0's is the control plane's too, and borrowed
     bint is_event_fd_ours
     uint32_t *single_until_s      # by peer: until when its datagrams go one by one; 0: in groups.  CLOCK_MONOTONIC
-    uint8_t *headers              # encap: SEGMENTS times HEADER_ROOM bytes, each for a prefix and a segment's header
+    uint8_t *headers              # encap: HEADERS_BYTES for segments' headers, each behind its prefix
     Merger *merger                # decap
     # Encap: the groups that wait for sending.
     Group group[GROUPS]
     iovec iov[2 * SEGMENTS]
-    int n_groups, n_iov, n_headers
+    int n_groups, n_iov, n_header_bytes
     mmsghdr message[GROUPS]
     uint8_t control[GROUPS][UT_SEND_CMSG_BYTES]
     uint8_t single_control[UT_SEND_CMSG_BYTES]
     # Decap: where each message is received to, and how many to ask recvmmsg for.
     iovec train_iov[UT_MESSAGES]
     int n_messages
-    uint8_t icmp[ICMP_ROOM + ICMP_MAX]    # an ICMP answer
+    uint8_t icmp[ICMP_ROOM + ICMPV6_MAX]  # an ICMP answer
     uint8_t single[SINGLE_ROOM + PACKET_MAX]  # one datagram put together, behind its prefix
+    uint8_t cut_header[PACKET_MAX]        # of a segment that is written to the TUN
     ut_ring_slot injected                 # a slot of `injects`, copied before it is looked at
     bint has_punted                       # the control plane has not been told of the last punts
     # The table of this turn, and what follows from it.
@@ -112,6 +109,16 @@ cdef inline void allow_offloads(Loop *w) noexcept nogil:
 cdef inline int own_socket(const Loop *w, const ut_remote *remote) noexcept nogil:
     """Our socket to send to the remote from: that of its family."""
     return w.ipv6_fd if w.ipv6_fd >= 0 and remote.where.any.sa_family == AF_INET6 else w.udp_fd
+
+
+cdef inline void mark_written(uint8_t *d) noexcept nogil:
+    """Mark a packet, so that a successor does not write it once more: its first byte is its version alone."""
+    d[0] >>= 4
+
+
+cdef inline bint is_written(const uint8_t *d) noexcept nogil:
+    """Whether it has the mark; no packet begins so."""
+    return d[0] == 4 or d[0] == 6
 
 
 cdef inline void refuse(Loop *w, uint64_t offload) noexcept nogil:

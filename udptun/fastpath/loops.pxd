@@ -6,7 +6,7 @@ A route that leads a peer's endpoint into our device sends our own datagrams bac
 our endpoint.  No route and no lease that we accept does that; this is for routes that others set.
 """
 
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint32_t
 
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.wire cimport *
@@ -14,11 +14,7 @@ from udptun.fastpath.wire cimport *
 
 cdef inline int udp_destination_port(const Packet *p) noexcept nogil:
     """The UDP port that the packet goes to; -1 where there is none to see."""
-    cdef const uint8_t *d = p.data
-    cdef int header = ip_header_len(d)
-    if ip_protocol(d) != PROTO_UDP or ip_fragment_word(d) & FRAGMENT_MASK or p.len < header + 4:
-        return -1
-    return load_be16(d + header + 2)
+    return load_be16(p.data + p.header + 2) if p.protocol == PROTO_UDP and has_ports(p) else -1
 
 
 cdef inline bint is_of_the_tunnel(const ut_slot *table, const Packet *p) noexcept nogil:
@@ -28,16 +24,14 @@ cdef inline bint is_of_the_tunnel(const ut_slot *table, const Packet *p) noexcep
     is one whatever its port: another peer may have another port.
     """
     cdef int port = udp_destination_port(p)
-    cdef ut_address destination
     if port < 0:
         return False
-    if (port != table.port and not is_local(table, ip_source(p.data))
+    if (port != table.port and not is_of_this_host(table, p, source_of(p))
             and (p.peer == 0 or port_of(&remote_of(table, p.peer).where) != <uint32_t>port)):
         return False
-    destination = mapped(be32(ip_destination(p.data)))
-    return is_remote(table, &destination) or is_local(table, ip_destination(p.data))
+    return is_public_ip(table, p, destination_of(p)) or is_of_this_host(table, p, destination_of(p))
 
 
 cdef inline bint is_for_our_socket(const ut_slot *table, const Packet *p) noexcept nogil:
     """Whether a peer's packet goes to our own UDP socket."""
-    return udp_destination_port(p) == table.port and is_local(table, ip_destination(p.data))
+    return udp_destination_port(p) == table.port and is_of_this_host(table, p, destination_of(p))

@@ -23,8 +23,8 @@ side, goes on where it stopped:
 * A producer that is killed in the middle of a slot has not moved `written`, and its successor fills the slot anew.
 * A worker that is killed in the middle of an injected packet has moved `begun`, not `taken`.  Its successor does not
   send this packet, because it may be what the other one died of: it is sent at most once, and its result says so.
-* A worker that is killed between a punt and the mark in its message (IS_WRITTEN) leaves it to a successor, which punts
-  it once more.  The control plane must expect that.
+* A worker that is killed between a punt and the mark in its message (`mark_written`) leaves it to a successor, which
+  punts it once more.  The control plane must expect that.
 * A control plane copies a punted packet and stores `taken` before it handles it.  One that dies of a packet takes it
   along, so the next one does not die of it.
 
@@ -36,8 +36,8 @@ before it believes a word: nothing torn is ever sent.
 A full ring drops: what is punted under decap_drop_punt_full, and what is injected by telling the control plane so.
 Nobody waits for the other side.
 
-Which packets are punted: ICMP echo replies to our tunnel address whose id is `punt_id` of the table.  They have passed
-all checks of the source, so they come from a peer.  Fragments but the first are not punted.
+Which packets are punted: ICMP echo replies of either family to our tunnel address whose id is `punt_id` of the table.
+They have passed all checks of the source, so they come from a peer.  Fragments but the first are not punted.
 
 There is one exception from the checks: stray.pxd says which packets from addresses that are no peer's are punted.
 """
@@ -59,15 +59,15 @@ cdef inline uint64_t monotonic_ns() noexcept nogil:
 # ------------------------------------------------------------------------------------- punt: to the control plane
 
 cdef inline bint is_asked_for(const ut_slot *table, const Packet *p) noexcept nogil:
-    """Whether a packet to our tunnel address is one that the control plane waits for; it has passed `check_header`."""
-    cdef const uint8_t *d = p.data
-    cdef int header = ip_header_len(d), fragment = ip_fragment_word(d)
-    if table.punt_id == 0 or ip_protocol(d) != PROTO_ICMP or fragment & FRAGMENT_MASK or p.len < header + ICMP_HEADER:
+    """Whether a packet to our tunnel address is one that the control plane waits for; its headers have been read."""
+    cdef const uint8_t *icmp = p.data + p.header
+    if table.punt_id == 0 or not is_icmp(p):
         return False
-    if d[header] != ICMP_ECHO_REPLY or load_be16(d + header + ICMP_ID) != table.punt_id:
+    if (icmp[0] != (ICMPV6_ECHO_REPLY if p.is_ipv6 else ICMP_ECHO_REPLY)
+            or load_be16(icmp + ICMP_ID) != table.punt_id):
         return False
     # The checksum of a packet in fragments covers what is not here.
-    return fragment & FLAG_MF or ut_fold(ut_sum(d + header, p.len - header, 0)) == 0xffff
+    return p.has_more or icmp_checksum_holds(p)
 
 
 cdef inline void punt(Loop *w, Packet *p, const ut_socket_address *source, bint is_stray) noexcept nogil:
@@ -91,7 +91,7 @@ cdef inline void punt(Loop *w, Packet *p, const ut_socket_address *source, bint 
     slot.checksum = ut_slot_checksum(slot, slot.kept)
     ut_store_u64(&ring.written, written + 1)
     # A successor that finds the message in flight must not punt it once more.
-    p.data[0] = IS_WRITTEN
+    mark_written(p.data)
     w.counters.decap_punted += 1
     w.has_punted = True
 
@@ -177,7 +177,7 @@ cdef inline uint32_t inject(Loop *w, ut_ring_slot *slot, uint64_t sequence) noex
     Its TTL is not stepped, and no MTU of a peer is looked at: whoever measures a path knows better.
     """
     cdef uint8_t *d = w.single + SINGLE_ROOM
-    cdef uint32_t peer
+    cdef Packet p
     slot.error = 0
     if (slot.sequence != sequence or slot.kept > UT_RING_BYTES or slot.kept < IPV4_HEADER_MIN
             or slot.length < slot.kept or slot.length > PACKET_MAX
@@ -186,21 +186,30 @@ cdef inline uint32_t inject(Loop *w, ut_ring_slot *slot, uint64_t sequence) noex
     memset(w.single, 0, SINGLE_ROOM)
     memcpy(d, slot.packet, slot.kept)
     memset(d + slot.kept, 0, slot.length - slot.kept)
-    if (ip_version(d) != 4 or <uint32_t>ip_total_len(d) != slot.length
-            or not IPV4_HEADER_MIN <= ip_header_len(d) <= <int>slot.length):
+    p.data = d
+    p.len = <int>slot.length
+    if not is_injectable(w.slot, &p):
         return UT_INJECT_MALFORMED
     if slot.way == UT_WAY_TUN:
         if write(w.tun_fd, d - w.vnet_len, w.vnet_len + slot.length) >= 0:
             return UT_INJECT_DONE
     else:
-        peer = lookup(w.slot, ip_destination(d))
-        if peer == 0:
+        p.peer = leasing(w.slot, &p, destination_of(&p))
+        if p.peer == 0:
             return UT_INJECT_NO_ROUTE
-        put_prefix(w, peer, d - w.prefix_len)
-        if send_injected(w, remote_of(w.slot, peer), d - w.prefix_len, w.prefix_len + <int>slot.length) >= 0:
+        put_prefix(w, p.peer, d - w.prefix_len)
+        if send_injected(w, remote_of(w.slot, p.peer), d - w.prefix_len, w.prefix_len + <int>slot.length) >= 0:
             return UT_INJECT_DONE
     slot.error = <uint32_t>errno
     return UT_INJECT_REFUSED
+
+
+cdef inline bint is_injectable(const ut_slot *table, Packet *p) noexcept nogil:
+    """Whether it is a packet from end to end, of a family that we carry."""
+    cdef int length = p.len
+    if ip_version(p.data) == 6:
+        return length >= IPV6_HEADER and carries_ipv6(table) and take_length(p) and p.len == length
+    return ip_version(p.data) == 4 and take_length(p) and p.len == length
 
 
 cdef inline ssize_t send_injected(Loop *w, const ut_remote *remote, uint8_t *datagram, int length) noexcept nogil:

@@ -15,51 +15,46 @@ fields that differ.
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from udptun.fastpath.packet cimport *
 from udptun.fastpath.sys cimport *
 from udptun.fastpath.wire cimport *
 
-cdef enum:
-    SEGMENT_HEADER_MAX = 120      # IPv4 60 + TCP 60
-
 cdef struct SuperPacket:
     const uint8_t *data           # borrowed
-    int header                    # IP and transport header together, bytes
-    int ip_header
+    int header                    # IP, extension and transport headers together, bytes
+    int ip_header                 # without the transport header
+    int protocol
+    bint is_ipv6
     int payload                   # bytes behind `header`
     int size                      # payload of every segment but the last
     int n                         # segments
-    bint is_tcp
-    uint64_t ip_sum               # of the IP header without length, id and checksum, unfolded
+    uint64_t ip_sum               # of the IPv4 header without length, id and checksum, unfolded
     uint64_t transport_sum        # of the transport header and addresses without what differs between segments
 
 
-cdef inline int measure_super_packet(
-        SuperPacket *s, const uint8_t *d, int total, const virtio_net_hdr *vnet) noexcept nogil:
-    """Take a super-packet's measures: `total` bytes at `d`, IPv4 header checked.  Number of segments; 0: not one.
+cdef inline int measure_super_packet(SuperPacket *s, const Packet *p, const virtio_net_hdr *vnet) noexcept nogil:
+    """Take a super-packet's measures.  Number of segments; 0: not one.
 
-    The virtio header's hdr_len is not looked at: it is wrong in packets that were forwarded from elsewhere.
+    The virtio header's hdr_len is not looked at: it is wrong in packets that were forwarded from elsewhere.  With
+    extension headers the kernel and we must agree where the transport header is, so csum_start is.
     """
-    cdef int kind = vnet.gso_type & ~VIRTIO_NET_HDR_GSO_ECN
-    cdef int ip_header = ip_header_len(d), transport
-    s.data = d
-    s.ip_header = ip_header
-    s.is_tcp = kind == VIRTIO_NET_HDR_GSO_TCPV4
-    if ip_is_fragment(d) or vnet.gso_size == 0:
+    cdef int kind = vnet.gso_type & ~VIRTIO_NET_HDR_GSO_ECN, transport = UDP_HEADER
+    s.data = p.data
+    s.ip_header = p.header
+    s.is_ipv6 = p.is_ipv6
+    s.protocol = p.protocol
+    if not p.is_whole or vnet.gso_size == 0 or p.is_ipv6 and vnet.csum_start != p.header:
         return 0
-    if s.is_tcp:
-        if ip_protocol(d) != PROTO_TCP or total < ip_header + TCP_HEADER_MIN:
+    if kind == (VIRTIO_NET_HDR_GSO_TCPV6 if p.is_ipv6 else VIRTIO_NET_HDR_GSO_TCPV4):
+        if p.protocol != PROTO_TCP or p.len < p.header + TCP_HEADER_MIN:
             return 0
-        transport = tcp_header_len(d + ip_header)
+        transport = tcp_header_len(p.data + p.header)
         if transport < TCP_HEADER_MIN:
             return 0
-    elif kind == VIRTIO_NET_HDR_GSO_UDP_L4:
-        if ip_protocol(d) != PROTO_UDP:
-            return 0
-        transport = UDP_HEADER
-    else:
+    elif kind != VIRTIO_NET_HDR_GSO_UDP_L4 or p.protocol != PROTO_UDP:
         return 0
-    s.header = ip_header + transport
-    s.payload = total - s.header
+    s.header = p.header + transport
+    s.payload = p.len - s.header
     s.size = vnet.gso_size
     if s.payload <= 0:
         return 0
@@ -70,15 +65,18 @@ cdef inline int measure_super_packet(
 cdef inline void sum_headers(SuperPacket *s) noexcept nogil:
     """Sum once what all segments share; after the TTL step.
 
-    Left out, and added for each: total length, id and checksum of IP; sequence number, flags and checksum of TCP;
+    Left out, and added for each: total length, id and checksum of IPv4; sequence number, flags and checksum of TCP;
     length and checksum of UDP.
     """
     cdef const uint8_t *d = s.data
     cdef const uint8_t *t = d + s.ip_header
-    s.ip_sum = ut_sum(d, 2, ut_sum(d + IP_FRAGMENT, 4, ut_sum(d + IP_SOURCE, s.ip_header - IP_SOURCE, 0)))
-    s.transport_sum = ut_sum(d + IP_SOURCE, 8, 0)
+    if s.is_ipv6:
+        s.transport_sum = ut_sum(d + IPV6_SOURCE, 32, 0)
+    else:
+        s.ip_sum = ut_sum(d, 2, ut_sum(d + IP_FRAGMENT, 4, ut_sum(d + IP_SOURCE, s.ip_header - IP_SOURCE, 0)))
+        s.transport_sum = ut_sum(d + IP_SOURCE, 8, 0)
     s.transport_sum = ut_sum(t, 4, s.transport_sum)    # ports
-    if s.is_tcp:
+    if s.protocol == PROTO_TCP:
         s.transport_sum = ut_sum(t + TCP_ACKNOWLEDGEMENT, 4, ut_sum(t + TCP_WINDOW, 2, s.transport_sum))
         # The urgent pointer and the options.
         s.transport_sum = ut_sum(t + TCP_URGENT, s.header - s.ip_header - TCP_URGENT, s.transport_sum)
@@ -94,12 +92,15 @@ cdef inline int write_segment_header(const SuperPacket *s, int i, uint8_t *out) 
     cdef int transport = s.header - s.ip_header + payload
     cdef uint8_t *t = out + s.ip_header
     memcpy(out, s.data, s.header)
-    store_be16(out + IP_TOTAL_LEN, s.header + payload)
-    store_be16(out + IP_ID, load_be16(s.data + IP_ID) + i)
-    store_memory16(out + IP_CHECKSUM, ~ut_fold(ut_sum(out + IP_TOTAL_LEN, 4, s.ip_sum)))
+    if s.is_ipv6:
+        store_be16(out + IPV6_PAYLOAD_LEN, s.header + payload - IPV6_HEADER)
+    else:
+        store_be16(out + IP_TOTAL_LEN, s.header + payload)
+        store_be16(out + IP_ID, load_be16(s.data + IP_ID) + i)
+        store_memory16(out + IP_CHECKSUM, ~ut_fold(ut_sum(out + IP_TOTAL_LEN, 4, s.ip_sum)))
     cdef uint64_t total = ut_sum(s.data + s.header + at, payload, s.transport_sum)
-    total = add_pseudo_header_end(out, transport, total)
-    if s.is_tcp:
+    total = add_pseudo_header_end(s.protocol, transport, total)
+    if s.protocol == PROTO_TCP:
         store_be32(t + TCP_SEQUENCE, load_be32(t + TCP_SEQUENCE) + <uint32_t>at)
         if i != s.n - 1:
             t[TCP_FLAGS] &= ~(TCP_FIN | TCP_PSH) & 0xff
@@ -119,13 +120,13 @@ cdef inline uint16_t nonzero(uint16_t check) noexcept nogil:
     return check if check else 0xffff
 
 
-cdef inline bint complete_checksum(uint8_t *d, int total, const virtio_net_hdr *vnet) noexcept nogil:
+cdef inline bint complete_checksum(Packet *p, const virtio_net_hdr *vnet) noexcept nogil:
     """Finish a transport checksum that the kernel left to us: the field holds the pseudo-header's sum.
 
     False when the virtio header points outside the packet, or into its IP header.
     """
     cdef int start = vnet.csum_start, at = vnet.csum_start + vnet.csum_offset
-    if at + 2 > total or start < ip_header_len(d):
+    if at + 2 > p.len or start < (IPV6_HEADER if p.is_ipv6 else p.header):
         return False
-    store_memory16(d + at, nonzero(~ut_fold(ut_sum(d + start, total - start, 0))))
+    store_memory16(p.data + at, nonzero(~ut_fold(ut_sum(p.data + start, p.len - start, 0))))
     return True

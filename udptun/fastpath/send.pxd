@@ -17,13 +17,12 @@ from libc.errno cimport EAGAIN, EINTR, EINVAL, EIO, EMSGSIZE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
-from udptun.fastpath.icmp cimport may_answer, send_local_answer
+from udptun.fastpath.icmp cimport TOO_BIG, may_answer, send_local_answer
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.wire cimport *
 
 cdef enum:
     GROUP_BYTES = 65507           # UDP payload of an IPv4 packet, which UDP_SEGMENT is cut from
-    OUTER_IPV6 = 40               # bytes of an IPv6 header
     SINGLE_S = 10                 # a peer whose groups were refused gets single datagrams for so long
     PLAIN_SEGMENTS = 16           # to a peer that may read one datagram at a time: its queue holds some 90
 
@@ -80,12 +79,12 @@ cdef inline void queue_datagram(
     g.is_closed = length < g.size
 
 
-cdef inline void make_room(Loop *w, int n) noexcept nogil:
-    """Have room for `n` more datagrams, SEGMENTS at most, each with a header and a message of its own.
+cdef inline void make_room(Loop *w, int n, int header_bytes) noexcept nogil:
+    """Have room for `n` more datagrams, SEGMENTS at most, each with a message of its own, and for their headers.
 
     Before the table is looked at: what is queued may have to be sent, and the table may change meanwhile.
     """
-    if w.n_groups + n > GROUPS or w.n_headers + n > SEGMENTS or w.n_iov + 2 * n > 2 * SEGMENTS:
+    if w.n_groups + n > GROUPS or w.n_header_bytes + header_bytes > HEADERS_BYTES or w.n_iov + 2 * n > 2 * SEGMENTS:
         send_groups(w)
 
 
@@ -117,7 +116,7 @@ cdef inline void send_groups(Loop *w) noexcept nogil:
             if send_one_by_one(w, g) and g.n > 1 and (error == EIO or error == EINVAL):
                 stop_grouping(w, g.peer)
             done += 1
-    w.n_groups = w.n_iov = w.n_headers = 0
+    w.n_groups = w.n_iov = w.n_header_bytes = 0
 
 
 cdef inline void stop_grouping(Loop *w, uint32_t peer) noexcept nogil:
@@ -202,7 +201,7 @@ cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
 cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
     """Send one datagram of a group, whose prefix stands before the packet.  True when the kernel took it as it is.
 
-    Where the path is too narrow for it, a packet with DF is answered, and any other one is sent in fragments.
+    Where the path is too narrow for it, it is sent in fragments if it may be, and answered otherwise.
     """
     cdef msghdr message
     cdef iovec iov
@@ -227,10 +226,12 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
         if errno != EMSGSIZE:
             w.counters.encap_drop_send += 1
             return False
-        if ip_fragment_word(p.data) & FLAG_DF:
-            drop_too_big(w, p, &g.remote)
-        else:
+        take_length(p)
+        read_headers(p)
+        if may_be_fragmented(p, p.len):
             send_in_fragments(w, p, &message, own_socket(w, &g.remote))
+        else:
+            drop_too_big(w, p, &g.remote)
         return False
     count_sent(w, p.peer, 1, p.len)
     if is_tos_refused:
@@ -246,17 +247,17 @@ cdef inline void drop_too_big(Loop *w, Packet *p, const ut_remote *remote) noexc
     """
     cdef int mtu
     w.counters.encap_drop_too_big += 1
-    ip_undo_ttl_step(p.data)
+    undo_ttl_step(p)
     if not may_answer(w, p):
         w.counters.icmp_suppressed += 1
         return
     mtu = path_mtu(w, remote) - outer_header(remote) - UDP_HEADER - w.prefix_len
-    send_local_answer(w, p, ICMP_UNREACHABLE, ICMP_FRAGMENTATION_NEEDED, mtu if mtu > 0 else 0)
+    send_local_answer(w, p, TOO_BIG, least_mtu(p, max(mtu, 0)))
 
 
 cdef inline int outer_header(const ut_remote *remote) noexcept nogil:
     """How long the IP header of an outer packet is, bytes."""
-    return OUTER_IPV6 if remote.where.any.sa_family == AF_INET6 else IPV4_HEADER_MIN
+    return IPV6_HEADER if remote.where.any.sa_family == AF_INET6 else IPV4_HEADER_MIN
 
 
 cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message, int fd) noexcept nogil:

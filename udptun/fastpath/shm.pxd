@@ -218,6 +218,17 @@ cdef inline uint32_t lookup_ipv6(const ut_slot *table, const uint8_t *address) n
     return 0
 
 
+cdef inline bint carries_ipv6(const ut_slot *table) noexcept nogil:
+    return table.own_subnet_ipv6.mask.half[0] != 0
+
+
+cdef inline bint is_within(const ut_prefix *prefix, const uint8_t *address) noexcept nogil:
+    cdef ut_address it
+    memcpy(&it, address, sizeof(ut_address))
+    return (it.half[0] & prefix.mask.half[0] == prefix.address.half[0]
+            and it.half[1] & prefix.mask.half[1] == prefix.address.half[1])
+
+
 cdef inline bint is_same(const ut_address *a, const ut_address *b) noexcept nogil:
     return a.half[0] == b.half[0] and a.half[1] == b.half[1]
 
@@ -231,6 +242,12 @@ cdef inline ut_address mapped(uint32_t address_be) noexcept nogil:
     end[2] = end[3] = 0xff
     memcpy(end + 4, &address_be, 4)
     return out
+
+
+cdef inline bint is_mapped(const ut_address *address) noexcept nogil:
+    """Whether it stands for an IPv4 address."""
+    cdef ut_address first = mapped(0)
+    return address.half[0] == 0 and memcmp(&address.half[1], &first.half[1], 4) == 0
 
 
 cdef inline ut_address address_of(const ut_socket_address *where) noexcept nogil:

@@ -30,7 +30,7 @@ cdef enum:
     STRAY_STEP = 1 << STRAY_STEP_BITS
     STRAY_STRENGTH = 16           # at most
     STRAY_IDLE_S = 10
-    QUESTION_LEN = 36             # IPv4 header 20, ICMP header 8, nonce 8
+    QUESTION_LEN = 16             # ICMP header 8, nonce 8
 
 
 cdef inline bint take_stray(Loop *w, Packet *p, const ut_socket_address *source, bint is_strangers) noexcept nogil:
@@ -43,7 +43,7 @@ cdef inline bint take_stray(Loop *w, Packet *p, const ut_socket_address *source,
         return False
     slot = note_stray(w, p, address_of(source))
     if (not is_strangers or w.slot.punt_id == 0 or w.slot.source_check != UT_SOURCE_PEER
-            or ip_destination(p.data) != w.slot.tunnel_address or not is_of_learning(w, p, slot)):
+            or not is_tunnel_address(w.slot, p, destination_of(p)) or not is_of_learning(w, p, slot)):
         return False
     if w.punts.written - ut_load_u64(&w.punts.taken) >= UT_RING_SLOTS // 4:
         return False
@@ -53,18 +53,17 @@ cdef inline bint take_stray(Loop *w, Packet *p, const ut_socket_address *source,
 
 cdef inline bint is_of_learning(Loop *w, const Packet *p, ut_stray *slot) noexcept nogil:
     """Whether a packet to our tunnel address is an answer, or a question that has its turn.  `slot` may be NULL."""
-    cdef const uint8_t *d = p.data
-    cdef int header = ip_header_len(d)
-    if ip_protocol(d) != PROTO_ICMP or ip_is_fragment(d) or p.len < header + ICMP_HEADER:
+    cdef const uint8_t *icmp = p.data + p.header
+    if not is_icmp(p) or not p.is_whole:
         return False
-    if d[header] == ICMP_ECHO_REPLY:
-        if w.slot.learn_id == 0 or load_be32(d + header + ICMP_ID) != w.slot.learn_id:
-            return False
-        return ut_fold(ut_sum(d + header, p.len - header, 0)) == 0xffff
+    if icmp[0] == (ICMPV6_ECHO_REPLY if p.is_ipv6 else ICMP_ECHO_REPLY):
+        return w.slot.learn_id != 0 and load_be32(icmp + ICMP_ID) == w.slot.learn_id and icmp_checksum_holds(p)
     # Probes whether we are alive have sequence 0.
-    if d[header] != ICMP_ECHO or p.len != QUESTION_LEN or load_be16(d + header + ICMP_ID + 2) == 0:
+    if icmp[0] != (ICMPV6_ECHO if p.is_ipv6 else ICMP_ECHO) or load_be16(icmp + ICMP_ID + 2) == 0:
         return False
-    if slot == NULL or slot.punted_s == slot.last_s or ut_fold(ut_sum(d + header, p.len - header, 0)) != 0xffff:
+    if p.len != (IPV6_HEADER if p.is_ipv6 else IPV4_HEADER_MIN) + QUESTION_LEN:
+        return False
+    if slot == NULL or slot.punted_s == slot.last_s or not icmp_checksum_holds(p):
         return False
     slot.punted_s = slot.last_s
     return True
@@ -83,7 +82,7 @@ cdef inline ut_stray *note_stray(Loop *w, const Packet *p, ut_address outer) noe
         if is_same(&slots[i].outer, &outer) and slots[i].peer == p.peer:
             slots[i].strength = min(slots[i].strength + 1, <uint32_t>STRAY_STRENGTH)
             slots[i].datagrams += 1
-            slots[i].inner = mapped(be32(ip_source(p.data)))
+            slots[i].inner = address_at(p, source_of(p))
             slots[i].last_s = now_s
             return &slots[i]
         if now_s - slots[i].last_s >= STRAY_IDLE_S:
@@ -99,7 +98,7 @@ cdef inline ut_stray *note_stray(Loop *w, const Packet *p, ut_address outer) noe
             return NULL
     slot.outer = outer
     slot.peer = p.peer
-    slot.inner = mapped(be32(ip_source(p.data)))
+    slot.inner = address_at(p, source_of(p))
     slot.last_s = now_s
     slot.datagrams = 1
     slot.strength = 1

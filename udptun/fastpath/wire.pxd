@@ -13,7 +13,16 @@
      16  destination                          20  options
      20  options
 
-    pseudo-header   source, destination, protocol and transport length: TCP and UDP checksums cover it too
+    IPv6 (RFC 8200)                          fragment header                   other extension headers
+      0  version, traffic class, flow label    0  next header                    0  next header
+      4  length of all behind this header      2  offset / 8, two bits, more     1  length in 8 bytes, less one; of an
+      6  next header                           4  identification                    authentication header in 4, less two
+      7  hop limit                                                               2  routing: type; options
+      8  source                                                                  3  routing: segments left
+     24  destination
+
+    pseudo-header   source, destination, protocol and transport length: TCP and UDP checksums cover it too, and of IPv6
+                    ICMPv6 checksums
     sum             ones'-complement sum of 16-bit words (RFC 1071); a checksum is its complement
     memory order    as the bytes stand in a packet: `ut_sum` adds words as they come, which gives the sum in this order
 
@@ -39,7 +48,14 @@ cdef enum:
     IP_SOURCE = 12
     IP_DESTINATION = 16
     IPV4_HEADER_MIN = 20
-    ECN_MASK = 3                  # of the TOS
+    IPV6_PAYLOAD_LEN = 4
+    IPV6_NEXT_HEADER = 6
+    IPV6_HOP_LIMIT = 7
+    IPV6_SOURCE = 8
+    IPV6_DESTINATION = 24
+    IPV6_HEADER = 40
+    IPV6_MTU_MIN = 1280           # every path takes packets of so many bytes
+    ECN_MASK = 3                  # of the TOS, or traffic class
     ECN_NOT_ECT = 0
     ECN_ECT_1 = 1
     ECN_ECT_0 = 2
@@ -50,6 +66,19 @@ cdef enum:
     PROTO_ICMP = 1
     PROTO_TCP = 6
     PROTO_UDP = 17
+    PROTO_ICMPV6 = 58
+    # Extension headers of IPv6
+    HOP_BY_HOP_OPTIONS = 0
+    ROUTING_HEADER = 43
+    FRAGMENT_HEADER = 44
+    AUTHENTICATION_HEADER = 51
+    DESTINATION_OPTIONS = 60
+    EXTENSION_UNIT = 8            # bytes; none is shorter
+    ROUTING_TYPE = 2
+    ROUTING_SEGMENTS_LEFT = 3
+    IPV6_MORE_FRAGMENTS = 1
+    IPV6_OFFSET_MASK = 0xfff8
+    OPTION_PAD1 = 0
     OPTION_END = 0
     OPTION_NOP = 1
     OPTION_LSRR = 131
@@ -71,18 +100,16 @@ cdef enum:
     TCP_ACK = 0x10
     TCP_CWR = 0x80
     TCP_SYN_RST_URG = 0x26
-    # ICMP: types, and codes of "unreachable"
+    # ICMP and ICMPv6: types
     ICMP_HEADER = 8
     ICMP_ID = 4                   # of an echo and its reply
     ICMP_ECHO_REPLY = 0
-    ICMP_UNREACHABLE = 3
-    ICMP_NET_UNREACHABLE = 0
-    ICMP_HOST_UNREACHABLE = 1
-    ICMP_FRAGMENTATION_NEEDED = 4
     ICMP_ECHO = 8
-    ICMP_TIME_EXCEEDED = 11
     ICMP_TIMESTAMP = 13
     ICMP_TIMESTAMP_REPLY = 14
+    ICMPV6_ECHO = 128             # all below are errors
+    ICMPV6_ECHO_REPLY = 129
+    ICMPV6_REDIRECT = 137
 
 
 cdef inline uint16_t load_be16(const uint8_t *p) noexcept nogil:
@@ -122,9 +149,6 @@ cdef inline int ip_fragment_word(const uint8_t *p) noexcept nogil:
     """Flags and offset together."""
     return load_be16(p + IP_FRAGMENT)
 
-cdef inline bint ip_is_fragment(const uint8_t *p) noexcept nogil:
-    return (load_be16(p + IP_FRAGMENT) & (FLAG_MF | FRAGMENT_MASK)) != 0
-
 cdef inline int ip_ttl(const uint8_t *p) noexcept nogil:
     return p[IP_TTL]
 
@@ -136,6 +160,9 @@ cdef inline uint32_t ip_source(const uint8_t *p) noexcept nogil:
 
 cdef inline uint32_t ip_destination(const uint8_t *p) noexcept nogil:
     return load_be32(p + IP_DESTINATION)
+
+cdef inline int ipv6_total_len(const uint8_t *p) noexcept nogil:
+    return IPV6_HEADER + load_be16(p + IPV6_PAYLOAD_LEN)
 
 cdef inline int tcp_header_len(const uint8_t *tcp) noexcept nogil:
     return (tcp[TCP_DATA_OFFSET] >> 4) * 4
@@ -167,19 +194,13 @@ cdef inline void ip_set_ecn(uint8_t *p, int ecn) noexcept nogil:
     total = (total & 0xffff) + (total >> 16)
     store_be16(p + IP_CHECKSUM, ~total & 0xffff)
 
-cdef inline bint is_martian(uint32_t address) noexcept nogil:
-    """0/8, 127/8, and 224/3 with all above: no host's address (RFC 1812 5.3.7)."""
-    cdef uint32_t first = address >> 24
-    return first == 0 or first == 127 or first >= 224
+cdef inline uint64_t add_pseudo_header_end(int protocol, int transport_len, uint64_t total) noexcept nogil:
+    """`total` and the part of the pseudo-header that is not the addresses.
 
-cdef inline uint64_t add_pseudo_header_end(const uint8_t *p, int transport_len, uint64_t total) noexcept nogil:
-    """`total` and the part of the pseudo-header that is not the addresses."""
+    With IPv6 both numbers have 32 bits, of which the upper 16 are zero: the sum is the same.
+    """
     cdef uint8_t end[4]
     end[0] = 0
-    end[1] = p[IP_PROTOCOL]
+    end[1] = <uint8_t>protocol
     store_be16(end + 2, transport_len)
     return ut_sum(end, 4, total)
-
-cdef inline uint16_t pseudo_sum(const uint8_t *p, int transport_len) noexcept nogil:
-    """Folded, uncomplemented pseudo-header sum, memory order: what an offloading sender leaves in the check field."""
-    return ut_fold(add_pseudo_header_end(p, transport_len, ut_sum(p + IP_SOURCE, 8, 0)))

@@ -1,7 +1,7 @@
 """Write the merger's items into the TUN: the last stage on the way from UDP.
 
     item        what one write carries: a packet as it came, or packets of one flow as one super-packet (coalesce.pxd)
-    written     said by IS_WRITTEN in a packet's first byte, for the successor of a killed process: it writes the others
+    written     said by a mark in a packet's first byte, for the successor of a killed process: it writes the others
 
 Every packet ends in a counter: decap_delivered or decap_drop_tun.
 """
@@ -13,7 +13,7 @@ from libc.string cimport memset
 from udptun.fastpath.coalesce cimport VNET, Item, seal, start_batch
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.segment cimport SuperPacket, measure_super_packet, sum_headers, write_segment_header
-from udptun.fastpath.wire cimport PROTO_TCP, ip_protocol
+from udptun.fastpath.wire cimport PROTO_TCP
 
 
 cdef inline void write_items(Loop *w) noexcept nogil:
@@ -26,13 +26,13 @@ cdef inline void write_items(Loop *w) noexcept nogil:
             count_delivered(w, it.peer, it.n, it.first_len if it.n == 1 else it.n * it.header_len + it.payload)
         elif it.n > 1 and errno == EINVAL:
             # The kernel does not take super-packets of this kind (some 6.6 kernels): write one by one from now on.
-            refuse(w, UT_OFFLOAD_WRITE_TCP if ip_protocol(it.first) == PROTO_TCP else UT_OFFLOAD_WRITE_UDP)
+            refuse(w, UT_OFFLOAD_WRITE_TCP if it.protocol == PROTO_TCP else UT_OFFLOAD_WRITE_UDP)
             write_one_by_one(w, it)
         else:
             if errno == EBADFD:
                 w.tun_lost = 1
             w.counters.decap_drop_tun += it.n
-        mark_written(it)
+        mark_item_written(it)
 
 
 cdef inline void count_delivered(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
@@ -42,12 +42,12 @@ cdef inline void count_delivered(Loop *w, uint32_t peer, int n, int nbytes) noex
     w.peer_stats[peer].decap_bytes += nbytes
 
 
-cdef inline void mark_written(Item *it) noexcept nogil:
+cdef inline void mark_item_written(Item *it) noexcept nogil:
     """Mark each packet of the item, so that a successor does not write it once more."""
     cdef int k
-    it.first[0] = IS_WRITTEN
+    mark_written(it.first)
     for k in range(1, it.n):
-        (<uint8_t *>it.iov[2 + k].iov_base - it.header_len)[0] = IS_WRITTEN
+        mark_written(<uint8_t *>it.iov[2 + k].iov_base - it.header_len)
 
 
 cdef inline void write_one_by_one(Loop *w, Item *it) noexcept nogil:
@@ -76,15 +76,15 @@ cdef inline void write_segments(Loop *w, Packet *p, const virtio_net_hdr *vnet) 
     # What was received earlier is written earlier.
     write_items(w)
     start_batch(w.merger)
-    measure_super_packet(&s, p.data, p.len, vnet)
+    measure_super_packet(&s, p, vnet)
     sum_headers(&s)
-    piece[0].iov_base = w.headers
+    piece[0].iov_base = w.cut_header
     piece[0].iov_len = s.header
     for i in range(s.n):
-        piece[1].iov_len = write_segment_header(&s, i, w.headers)
+        piece[1].iov_len = write_segment_header(&s, i, w.cut_header)
         piece[1].iov_base = p.data + s.header + i * s.size
         is_taken &= writev(w.tun_fd, piece, 2) >= 0
-    p.data[0] = IS_WRITTEN
+    mark_written(p.data)
     if is_taken:
         count_delivered(w, p.peer, 1, p.len)
     else:

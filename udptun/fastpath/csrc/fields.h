@@ -124,6 +124,7 @@ static const struct ut_field ut_fields[] = {
 
     /* The tests write here what a process that was killed leaves behind. */
     UT_FIELD(read, at),
+    UT_FIELD(read, is_stepped),
     UT_FIELD(in_flight, n_reads),
     UT_FIELD(in_flight, n_messages),
     UT_FIELD(in_flight, n_handed_on),
