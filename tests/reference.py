@@ -70,8 +70,8 @@ NOT_ECT, ECT_1, ECT_0, CE = range(4)
 _VNET_NEEDS_CSUM = 1
 _VNET_GSO_UDP_L4, _VNET_GSO_ECN = 5, 0x80
 
-_SEGMENTS_MAX = 2048
-"""Packets that one super-packet may stand for."""
+_SEGMENTS_MAX, _HEADERS_MAX = 2048, 2048 * 144
+"""Packets that one super-packet may stand for, and bytes of all their headers: no headers of IPv4 are that long."""
 
 _INNER_ECN: dict[int, tuple[int, int, int, int | None]] = {
     # Outer:    Not-ECT  ECT(1)   ECT(0)   CE
@@ -340,7 +340,10 @@ def _cut(packet: bytes, vnet: VnetHdr) -> list[bytes]:
         return []
     header_len = tcp_header_len(transport) if ip.protocol == TCP else UDP_HDR_LEN
     header, payload = transport[:header_len], transport[header_len:]
-    if vnet.gso_size == 0 or not payload or len(payload) > vnet.gso_size * _SEGMENTS_MAX:
+    if vnet.gso_size == 0 or not payload:
+        return []
+    n = -(-len(payload) // vnet.gso_size)
+    if n > _SEGMENTS_MAX or n * (ip.header_len + header_len) > _HEADERS_MAX:
         return []
     cut: list[bytes] = []
     for at in range(0, len(payload), vnet.gso_size):

@@ -299,6 +299,7 @@ class FastDatapath:
                         are put before what is written
     are_peers_udptun    the leases say that peers are udptun's
     is_vxlan            the worker sends VXLAN, from N_SENDERS sockets
+    has_ipv6            it carries IPv6, too
     """
 
     def __init__(
@@ -310,6 +311,7 @@ class FastDatapath:
         has_vnet_hdr: bool = True,
         are_peers_udptun: bool = True,
         is_vxlan: bool = False,
+        has_ipv6: bool = False,
     ) -> None:
         from udptun import _fastpath
         from udptun.datapath.rings import Rings
@@ -322,6 +324,7 @@ class FastDatapath:
         self._has_gro, self._is_in_trains = has_gro, is_in_trains
         self.has_vnet_hdr = has_vnet_hdr
         self._are_peers_udptun = are_peers_udptun
+        self._has_ipv6 = has_ipv6
         with ExitStack() as self._undo:
             self._set_up(TableWriter.create(), Stats.create(), is_vxlan=is_vxlan)
             self._undo = self._undo.pop_all()
@@ -356,7 +359,7 @@ class FastDatapath:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_RECVTOS, 1)
             ports[ip] = sock.getsockname()[1]
             self._by_remote[IPv4Address(ip), ports[ip]] = sock
-        self.table = overlay(ports, is_vxlan=is_vxlan)
+        self.table = overlay(ports, is_vxlan=is_vxlan, has_ipv6=self._has_ipv6)
 
         self._publish()
         self.renew_worker()
@@ -566,6 +569,8 @@ class FastDatapath:
                 vtep=None if table.vtep is None else shared.Vtep(table.vtep.vni, table.vtep.mac),
                 punt_id=table.punt_id,
                 port=table.port,
+                network_ipv6=table.network_ipv6,
+                own_subnet_ipv6=table.own_subnet_ipv6,
             )
         )
         assert self._writer.set_local_addresses(table.local_addresses) == 0

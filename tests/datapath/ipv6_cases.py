@@ -642,6 +642,10 @@ def _gso(packet: bytes, gso_type: int, *, size: int = 1000, start: int = 40, off
     return vnet_hdr(flags=NEEDS_CSUM, gso_type=gso_type, gso_size=size, start=start, offset=offset) + packet
 
 
+_LONG = _options(DESTINATION_OPTIONS, "01" + "5c" + "00" * 92)
+"""2,048 segments with it, 40 bytes of IPv6 and 20 of TCP have more bytes of headers than a worker holds."""
+
+
 def _super_behind(header: tuple[int, bytes], start: int) -> bytes:
     segment = tcp_segment(POD6, NEAR_POD6, bytes(3000), check=PARTIAL)
     return _gso(_out(segment, headers=[header], protocol=6), GSO_TCPV6, start=start)
@@ -662,9 +666,12 @@ MALFORMED_READS = {
     "super-packet-in-a-fragment": _super_behind(fragment_header(8, more=True), 48),
     "super-packet-behind-an-authentication-header": _super_behind(authentication_header(), 64),
     "super-packet-behind-a-broken-chain": _super_behind(_options(DESTINATION_OPTIONS, _PAD.hex(), length=255), 48),
+    "super-packet-of-too-many-long-headers": _gso(
+        _out(tcp_segment(POD6, NEAR_POD6, bytes(2048), check=PARTIAL), headers=[_LONG], protocol=6), GSO_TCPV6, size=1,
+        start=136),
     "super-packet-cut": _gso(_TCP_SUPER[:-1], GSO_TCPV6),
     "checksum-that-begins-in-the-header": _gso(_UDP_SUPER, 0, start=39, offset=6),
     "checksum-behind-the-packet": _gso(_out(bytes(7), protocol=17), 0, start=40, offset=6),
     "checksum-behind-the-packet-but-not-the-read": _gso(_out(bytes(8), payload_len=7), 0, start=40, offset=6),
-}
+}  # fmt: skip
 """Reads of the TUN whose virtio header does not fit the packet."""

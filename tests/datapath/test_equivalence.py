@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
@@ -26,9 +26,11 @@ from tests.datapath.harness import (
 )
 from tests.packets import (
     DEAF_POD,
+    DESTINATION_OPTIONS,
     FULL,
     GSO_ECN,
     GSO_TCPV4,
+    GSO_TCPV6,
     GSO_UDP_L4,
     LEARNED,
     LOCALS,
@@ -49,19 +51,25 @@ from tests.packets import (
     TWIN,
     TWIN_OTHER_POD,
     TWIN_POD,
+    TWIN_POD6,
     UNDERLAY,
     UNLEASED,
     WIDE,
     WIDE_POD,
+    fragment_header,
     icmp_message,
     ipv4,
+    ipv6,
+    options_header,
     pattern,
+    routing_header,
     tcp_segment,
     udp_segment,
     vnet_hdr,
     vxlan,
     with_header_checksum,
 )
+from tests.reference_ip import IPV6, read_header
 
 PEER_PODS = (NEAR_POD, NARROW_POD, TWIN_POD, TWIN_OTHER_POD, WIDE_POD, DEAF_POD)
 MARTIANS = ("0.0.0.0", "127.0.0.1", "224.0.0.1")
@@ -139,23 +147,27 @@ ANY_PACKET = mutated(
 
 
 @st.composite
-def reads(draw: st.DrawFn) -> bytes:
+def reads(draw: st.DrawFn, packets: st.SearchStrategy[bytes] | None = None) -> bytes:
     """What the TUN gives: a packet, and a virtio header that often asks for something and often fits the packet."""
-    packet = draw(ANY_PACKET)
+    packet = draw(ANY_PACKET if packets is None else packets)
     kind = draw(st.sampled_from(("plain", "gso", "checksum", "any")))
     if kind == "plain":
         return NO_VNET_HDR + packet
     if kind == "any":
         return draw(st.binary(min_size=10, max_size=10)) + packet
-    protocol = packet[9] if len(packet) > 9 else 0
-    start = (packet[0] & 15) * 4 if packet else 0
+    is_ipv6, protocol, start = False, 0, 0
+    if packet and len(packet) >= (40 if packet[0] >> 4 == 6 else 20):
+        header = read_header(packet)
+        is_ipv6, protocol, start = header.family is IPV6, header.protocol, header.header_len
     offset = 16 if protocol == 6 else 6
     if kind == "checksum":
         start, offset = draw(st.sampled_from(((start, offset), (start, 0), (start, len(packet) - start - 2 & 0xFFFF))))
         return vnet_hdr(flags=NEEDS_CSUM, start=start, offset=offset) + packet
-    gso_type = draw(st.sampled_from((GSO_TCPV4 if protocol == 6 else GSO_UDP_L4,) * 6 + (GSO_TCPV4, GSO_UDP_L4, 3, 4)))
+    fitting = GSO_UDP_L4 if protocol != 6 else GSO_TCPV6 if is_ipv6 else GSO_TCPV4
+    gso_type = draw(st.sampled_from((fitting,) * 6 + (GSO_TCPV4, GSO_UDP_L4, GSO_TCPV6, 3)))
     gso_type |= draw(st.sampled_from((0, 0, 0, GSO_ECN)))
     size = draw(st.sampled_from((0, 1, 2, 7, 100, 536, NARROW_MTU - 40, MTU - 40, MTU - 39, 65_535)))
+    start += draw(st.sampled_from((0,) * 15 + (8,)))
     return vnet_hdr(flags=NEEDS_CSUM, gso_type=gso_type, gso_size=size, start=start, offset=offset) + packet
 
 
@@ -172,11 +184,18 @@ class Sender:
     sequence: int
     ident: int
     tos: int
+    destination: str = POD
     sent: int = 0
+
+    @property
+    def perturbations(self) -> dict[str, dict[str, dict[str, Any]]]:
+        return PERTURBATIONS if self.destination == POD else PERTURBATIONS_IPV6
 
     def packet(self, n_bytes: int, how: str) -> bytes:
         """The next packet, perturbed in the way that `how` names."""
-        ip: dict[str, Any] = {"flags": self.ip_flags, "ident": self.ident, "tos": self.tos}
+        ip: dict[str, Any] = {"tos": self.tos}
+        if self.destination == POD:
+            ip.update(flags=self.ip_flags, ident=self.ident)
         tcp: dict[str, Any] = {"flags": 0x10, "options": self.options, "sequence": self.sequence}
         udp: dict[str, Any] = {}
         self.ident = (self.ident + 1) & 0xFFFF
@@ -184,16 +203,17 @@ class Sender:
         data = pattern(0 if how == "empty" else n_bytes, self.sent)
         self.sequence += len(data)
         for name, fields in (("ip", ip), ("tcp", tcp), ("udp", udp)):
-            fields.update(PERTURBATIONS[how].get(name, {}))
+            fields.update(self.perturbations[how].get(name, {}))
         if how in ("skipped", "repeated"):
             tcp["sequence"] += 1 if how == "skipped" else -len(data)
         if self.protocol == 6:
-            transport = tcp_segment(self.source, POD, data, ports=(self.port, 443), **tcp)
+            transport = tcp_segment(self.source, self.destination, data, ports=(self.port, 443), **tcp)
         else:
-            transport = udp_segment(self.source, POD, data, ports=(self.port, 53), **udp)
-        packet = ipv4(self.source, POD, transport, protocol=self.protocol, **ip)
-        if how == "corrupted" and len(packet) > 40:
-            at = 20 + self.sent % (len(packet) - 20)
+            transport = udp_segment(self.source, self.destination, data, ports=(self.port, 53), **udp)
+        make, header_len = (ipv4, 20) if self.destination == POD else (ipv6, 40)
+        packet = make(self.source, self.destination, transport, protocol=self.protocol, **ip)
+        if how == "corrupted" and len(packet) > header_len + 20:
+            at = header_len + self.sent % (len(packet) - header_len)
             packet = packet[:at] + bytes([packet[at] ^ 0x10]) + packet[at + 1 :]
         return packet + (b"trailing" if how == "trailing" else b"")
 
@@ -229,19 +249,41 @@ PERTURBATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "ip-checksum": {"ip": {"checksum": 7}},
 }
 
+PERTURBATIONS_IPV6: dict[str, dict[str, dict[str, Any]]] = {
+    **{how: fields for how, fields in PERTURBATIONS.items() if "ip" not in fields},
+    "ttl": {"ip": {"ttl": 9}},
+    "ttl-1": {"ip": {"ttl": 1}},
+    "tos": {"ip": {"tos": 3}},
+    "traffic-class": {"ip": {"tos": 0x10}},
+    "flow-label": {"ip": {"flow_label": 0x12344}},
+    "flow-label-above": {"ip": {"flow_label": 0x22345}},
+    "fragment": {"ip": {"headers": [fragment_header(8)]}},
+    "atomic-fragment": {"ip": {"headers": [fragment_header()]}},
+    "destination-options": {"ip": {"headers": [options_header(DESTINATION_OPTIONS)]}},
+    "routing-header": {"ip": {"headers": [routing_header()]}},
+    "payload-length": {"ip": {"payload_len": 9}},
+}
+
 HOW = st.sampled_from(("",) * 60 + tuple(PERTURBATIONS))
+HOW_IPV6 = st.sampled_from(("",) * 60 + tuple(PERTURBATIONS_IPV6))
 SIZES = (1, 2, 99, 100, 100, 536, MTU - 60)
 SIZE_OF = {size: st.sampled_from((size,) * 12 + (size - 1, size + 1, 1)) for size in SIZES}
 AT_A_TIME = st.sampled_from((1, 1, 2, 3, 10))
 
 
+Ends = tuple[str, str]
+"""Source and destination of a flow."""
+ENDS: tuple[Ends, ...] = ((NEAR_POD, POD), (NEAR_POD, POD), ("10.244.2.11", POD), (TWIN_POD, POD))
+
+
 @st.composite
-def streams(draw: st.DrawFn) -> list[Message]:
+def streams(draw: st.DrawFn, ends: Sequence[Ends] = ENDS) -> list[Message]:
     """Flows of some peers, mixed, most of their packets in sequence, in trains of any length."""
     flows = [
         Sender(
             protocol=draw(st.sampled_from((6, 6, 17))),
-            source=draw(st.sampled_from((NEAR_POD, NEAR_POD, "10.244.2.11", TWIN_POD))),
+            source=(between := draw(st.sampled_from(ends)))[0],
+            destination=between[1],
             port=draw(st.integers(1, 4)) * 0x101,
             size=draw(st.sampled_from(SIZES)),
             ip_flags=draw(st.sampled_from(("", "DF"))),
@@ -256,22 +298,24 @@ def streams(draw: st.DrawFn) -> list[Message]:
     for _ in range(draw(st.integers(1, 40))):
         flow = flows[draw(st.integers(0, len(flows) - 1))]
         for _ in range(draw(AT_A_TIME)):
-            packet = flow.packet(draw(SIZE_OF[flow.size]), draw(HOW))
-            datagrams.append((packet, TWIN if flow.source == TWIN_POD else NEAR))
+            packet = flow.packet(draw(SIZE_OF[flow.size]), draw(HOW if flow.destination == POD else HOW_IPV6))
+            datagrams.append((packet, TWIN if flow.source in (TWIN_POD, TWIN_POD6) else NEAR))
     messages = trains(datagrams, longest=draw(st.sampled_from((1, 2, 3, 10, 50))))
     return [replace(message, ecn=draw(MOSTLY_UNMARKED)) for message in messages]
 
 
 @st.composite
-def wire_messages(draw: st.DrawFn) -> list[Message]:
+def wire_messages(
+    draw: st.DrawFn,
+    packets: st.SearchStrategy[bytes] | None = None,
+    prefixes: Sequence[bytes] = (b"",) + (vxlan(b""),) * 5,
+) -> list[Message]:
     """What anybody may send: packets with and without a prefix, most of them changed, in trains of any size."""
     messages = []
     for _ in range(draw(st.integers(1, 8))):
         payload = b""
         for _ in range(draw(st.integers(1, 5))):
-            piece = bytearray(draw(ANY_PACKET))
-            if draw(st.integers(0, 5)):
-                piece[:0] = vxlan(b"")
+            piece = bytearray(draw(st.sampled_from(prefixes)) + draw(ANY_PACKET if packets is None else packets))
             for _ in range(draw(st.sampled_from((0, 0, 1, 2)))):
                 at = draw(st.integers(0, 41))
                 piece[at : at + 1] = draw(st.binary(max_size=2))
@@ -285,6 +329,8 @@ def wire_messages(draw: st.DrawFn) -> list[Message]:
 
 ENCAP_BATCHES = st.lists(reads(), min_size=5, max_size=40)
 DECAP_BATCHES = st.lists(st.tuples(ANY_PACKET, OUTER), min_size=5, max_size=40)
+WIRE_BATCHES = wire_messages()
+STREAM_BATCHES = streams()
 SOURCE_CHECKS = st.sampled_from(("off", "peer", "peer", "strict"))
 
 QUICK = settings(
@@ -306,7 +352,7 @@ trains, which the kernel cuts up; bare: as gro, with a TUN that knows no virtio 
 
 
 @contextmanager
-def both(kind: str) -> Iterator[Pair]:
+def both(kind: str, *, has_ipv6: bool = False) -> Iterator[Pair]:
     """Both, with the same table; their counters agree at the end too."""
     encapsulation, name = kind.split("-")
     how = {
@@ -314,6 +360,7 @@ def both(kind: str) -> Iterator[Pair]:
         "is_in_trains": name != "plain",
         "has_vnet_hdr": name != "bare",
         "is_vxlan": encapsulation == "vxlan",
+        "has_ipv6": has_ipv6,
     }
     model = ReferenceDatapath(**how)
     with FastDatapath(**how) as fast:
@@ -354,9 +401,11 @@ def assert_equal(fast: Batch, model: Batch) -> int:
     return assert_same_packets(fast.writes, model.writes)
 
 
-def check_encap(pairs: dict[str, Pair], how: settings) -> None:
+def check_encap(
+    pairs: dict[str, Pair], how: settings, batches: st.SearchStrategy[list[bytes]] = ENCAP_BATCHES
+) -> None:
     @how
-    @given(raws=ENCAP_BATCHES)
+    @given(raws=batches)
     def equal(raws: list[bytes]) -> None:
         bare = [NO_VNET_HDR + raw[len(NO_VNET_HDR) :] for raw in raws]
         for _, fast, model in each(pairs):
@@ -366,9 +415,11 @@ def check_encap(pairs: dict[str, Pair], how: settings) -> None:
     equal()
 
 
-def check_decap(pairs: dict[str, Pair], how: settings) -> None:
+def check_decap(
+    pairs: dict[str, Pair], how: settings, batches: st.SearchStrategy[list[tuple[bytes, str]]] = DECAP_BATCHES
+) -> None:
     @how
-    @given(datagrams=DECAP_BATCHES, source_check=SOURCE_CHECKS, ecn=ECN)
+    @given(datagrams=batches, source_check=SOURCE_CHECKS, ecn=ECN)
     def equal(datagrams: list[tuple[bytes, str]], source_check: str, ecn: int) -> None:
         for _, fast, model in each(pairs):
             if source_check != fast.table.source_check:
@@ -379,9 +430,11 @@ def check_decap(pairs: dict[str, Pair], how: settings) -> None:
     equal()
 
 
-def check_wire(pairs: dict[str, Pair], how: settings) -> None:
+def check_wire(
+    pairs: dict[str, Pair], how: settings, batches: st.SearchStrategy[list[Message]] = WIRE_BATCHES
+) -> None:
     @how
-    @given(messages=wire_messages())
+    @given(messages=batches)
     def equal(messages: list[Message]) -> None:
         for _, fast, model in each(pairs):
             assert_equal(fast.decap_wire(messages), model.decap_wire(messages))
@@ -389,11 +442,13 @@ def check_wire(pairs: dict[str, Pair], how: settings) -> None:
     equal()
 
 
-def check_streams(pairs: dict[str, Pair], how: settings) -> None:
+def check_streams(
+    pairs: dict[str, Pair], how: settings, batches: st.SearchStrategy[list[Message]] = STREAM_BATCHES
+) -> None:
     n_merged, n_written = Counter[str](), Counter[str]()
 
     @how
-    @given(messages=streams())
+    @given(messages=batches)
     def equal(messages: list[Message]) -> None:
         for kind, fast, model in each(pairs):
             got = fast.decap_messages(messages)

@@ -1,15 +1,15 @@
-"""IPv6 inside the tunnel: every row of the two tables in docs/wire-format.md."""
+"""IPv6 inside the tunnel: every row of the two tables in docs/wire-format.md, over both implementations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 
 from tests.datapath.cases import Bad
-from tests.datapath.harness import Datapath, Message, ReferenceDatapath
+from tests.datapath.harness import Datapath, FastDatapath, Message, ReferenceDatapath, skip_unless_built
 from tests.datapath.ipv6_cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, MALFORMED_READS
 from tests.packets import (
     DEAF_POD6,
@@ -62,10 +62,16 @@ EXTENSIONS = {
 behind_extensions = pytest.mark.parametrize("headers", EXTENSIONS.values(), ids=EXTENSIONS)
 
 
-@pytest.fixture
-def datapath() -> Datapath:
-    """The reference, carrying both families."""
-    return ReferenceDatapath(has_ipv6=True)
+@pytest.fixture(params=["reference", "fastpath", "trains"])
+def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
+    """Either implementation, carrying both families; the fast path without UDP_GRO, and with trains."""
+    if request.param == "reference":
+        yield ReferenceDatapath(has_ipv6=True)
+        return
+    skip_unless_built()
+    is_in_trains = request.param == "trains"
+    with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains, has_ipv6=True) as fast:
+        yield fast
 
 
 def remote_of(datapath: Datapath, pod: str) -> Remote:
@@ -363,3 +369,18 @@ def test_the_control_plane_injects_packets_of_both_families(datapath: Datapath) 
     assert datapath.inject(lost) == Outcome("inject_drop_no_route")
     for wrong in (packet[:39], packet[:-1], packet + b"\0", b"\x70" + packet[1:]):
         assert datapath.inject(wrong) == Outcome("inject_drop_malformed")
+
+
+@pytest.mark.parametrize("kind", ["answer", "question", "other-answer", "question-of-another-length", "fragment"])
+def test_learning_asks_and_is_asked_through_ipv6(datapath: Datapath, kind: str) -> None:
+    """Row 23: from an address that is no peer's only an answer to our question, and a question, reach anybody."""
+    datapath.configure(punt_id=PUNT_ID, learn_id=PUNT_ID << 16 | 7)
+    packet = {
+        "answer": reply(),
+        "question": reply(kind=128, ident=3),
+        "other-answer": reply(ident=3),
+        "question-of-another-length": reply(kind=128, headers=EXTENSIONS["behind-options"]),
+        "fragment": reply(headers=(fragment_header(),)),
+    }[kind]
+    is_taken = kind in ("answer", "question")
+    assert datapath.decap(packet, STRANGER).counter == ("decap_punted" if is_taken else "decap_drop_unknown_peer")

@@ -11,6 +11,7 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -21,15 +22,21 @@ from tests import reference
 from tests.datapath.harness import FastDatapath, inner_packet, skip_unless_built
 from tests.packets import (
     GSO_TCPV4,
+    GSO_TCPV6,
+    MTU,
     NEAR,
     NEAR_POD,
+    NEAR_POD6,
     NEEDS_CSUM,
     NO_VNET_HDR,
     OWN,
+    OWN6,
     PARTIAL,
     POD,
+    POD6,
     icmp_answer,
     ipv4,
+    ipv6,
     pattern,
     stepped,
     tcp_segment,
@@ -52,6 +59,12 @@ def narrow_path(fast_in_namespace: FastDatapath) -> FastDatapath:
 @pytest.fixture
 def fast_in_namespace(is_vxlan: bool) -> Iterator[FastDatapath]:
     """The fast path with all its sockets in a namespace of their own."""
+    with in_namespace(is_vxlan=is_vxlan) as datapath:
+        yield datapath
+
+
+@contextmanager
+def in_namespace(**how: bool) -> Iterator[FastDatapath]:
     skip_unless_built()
     libc = ctypes.CDLL(None, use_errno=True)
     with Path("/proc/thread-self/ns/net").open() as home:
@@ -60,7 +73,7 @@ def fast_in_namespace(is_vxlan: bool) -> Iterator[FastDatapath]:
             raise OSError(ctypes.get_errno(), "cannot make a network namespace")
         try:
             run_ip("link", "set", "lo", "up")
-            with FastDatapath(is_vxlan=is_vxlan) as datapath:
+            with FastDatapath(**how) as datapath:
                 yield datapath
         finally:
             if libc.setns(home.fileno(), clone_newnet) != 0:
@@ -150,10 +163,38 @@ def test_a_narrow_path_does_not_end_the_sending_of_groups(narrow_path: FastDatap
     assert not narrow_path.refused
 
 
-def outcome(datapath: FastDatapath, packet: bytes) -> Outcome:
+def test_ipv6_is_fragmented_outside_up_to_what_every_path_must_take_and_answered_above() -> None:
+    """RFC 2473 7.1: no host need send less than 1280 bytes, so nobody may be told to."""
+    with in_namespace(has_ipv6=True) as datapath:
+        for path_mtu, lengths in ((1000, (972, 973, 1280, 1281, MTU)), (1400, (1372, 1373, MTU))):
+            run_ip("link", "set", "lo", "mtu", str(path_mtu))
+            least = max(path_mtu - 28, 1280)
+            for n_bytes in lengths:
+                packet = ipv6(POD6, NEAR_POD6, bytes(n_bytes - 40))
+                expected = Outcome("encap_sent", sends=((datapath.table.peers[0].remote, stepped(packet)),))
+                if n_bytes > least:
+                    answer = NO_VNET_HDR + icmp_answer(2, 0, packet, source=OWN6, next_hop_mtu=least)
+                    expected = Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
+                assert datapath.encap(NO_VNET_HDR + packet) == expected == outcome(datapath, packet, path_mtu)
+
+
+def test_each_segment_of_ipv6_meets_the_path_mtu_by_itself() -> None:
+    segment = tcp_segment(POD6, NEAR_POD6, pattern(3 * 1400 + 17), check=PARTIAL)
+    packet = ipv6(POD6, NEAR_POD6, segment, protocol=6)
+    raw = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV6, gso_size=1400, start=40, offset=16) + packet
+    with in_namespace(has_ipv6=True) as datapath:
+        run_ip("link", "set", "lo", "mtu", str(PATH_MTU))
+        batch = datapath.encap_batch([raw])
+        outcomes = reference.encap(datapath.table, raw, path_mtu=PATH_MTU)
+        assert batch.counts == {"encap_packets": 4, "encap_sent": 1, "encap_drop_too_big": 3, "icmp_sent": 3}
+        assert batch.writes == [write for one in outcomes for write in one.writes]
+        assert [*batch.sends.values()] == [[payload for one in outcomes for _remote, payload in one.sends]]
+
+
+def outcome(datapath: FastDatapath, packet: bytes, path_mtu: int = PATH_MTU) -> Outcome:
     """The reference's, with the namespace's path MTU."""
     assert any(peer.remote[0] == IPv4Address(NEAR) for peer in datapath.table.peers)
-    (one,) = reference.encap(datapath.table, NO_VNET_HDR + packet, path_mtu=PATH_MTU)
+    (one,) = reference.encap(datapath.table, NO_VNET_HDR + packet, path_mtu=path_mtu)
     return bare(datapath, one)
 
 

@@ -1,8 +1,8 @@
 """Every kind of bad packet in every mode: refused under its counter, nothing written to the TUN, no byte to the sender.
 
-The kinds are those of cases.py.  The modes: SourceCheck, encapsulation, one worker or two, with and without virtio
-headers on the TUN, with and without UDP_GRO (then in trains of two), and a flood of strangers around each bad packet,
-which the workers read or the kernel keeps from them.
+The kinds are those of cases.py, and of ipv6_cases.py where IPv6 is carried.  The modes: SourceCheck, encapsulation, one
+worker or two, with and without virtio headers on the TUN, with and without UDP_GRO (then in trains of two), and a flood
+of strangers around each bad packet, which the workers read or the kernel keeps from them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_address
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from tests.datapath import ipv6_cases
 from tests.datapath.cases import DECAP, DECAP_VXLAN, ELSEWHERE, Bad
 from tests.datapath.harness import DEADLINE_S, TRAIN_BYTES, FastDatapath, Message, skip_unless_built
-from tests.packets import LEARNED, NEAR_POD, OWN, POD, STRANGER, icmp_answer_to_peer, udp, vxlan
+from tests.packets import LEARNED, NEAR_POD, OWN, OWN6, POD, STRANGER, icmp_answer_to_peer, source_of, udp, vxlan
 from tests.reference import Remote
 
 if TYPE_CHECKING:
@@ -70,9 +71,10 @@ QUICK_MODES = [
 class Besieged(FastDatapath):
     """The fast path in a mode: workers among whom the kernel spreads what comes, and the filter for strangers."""
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, *, has_ipv6: bool) -> None:
         self._mode = mode
-        super().__init__(has_gro=mode.has_gro, has_vnet_hdr=mode.has_vnet_hdr, is_vxlan=mode.encapsulation == "vxlan")
+        is_vxlan = mode.encapsulation == "vxlan"
+        super().__init__(has_gro=mode.has_gro, has_vnet_hdr=mode.has_vnet_hdr, is_vxlan=is_vxlan, has_ipv6=has_ipv6)
 
     def _set_up(self, writer: TableWriter, stats: Stats, *, is_vxlan: bool) -> None:
         from udptun.core.offload import ALL, Offload
@@ -190,7 +192,7 @@ class Besieged(FastDatapath):
         self._worker = self._workers[0]
 
     def _leaseholder(self, case: Bad) -> Remote:
-        source = IPv4Address(case.packet[12:16])
+        source = ip_address(source_of(case.packet))
         return next(peer.remote for peer in self.table.peers if source in peer.subnet)
 
     def _has_got_nothing(self, ip: str) -> bool:
@@ -204,10 +206,11 @@ class Besieged(FastDatapath):
 def _answer(case: Bad) -> bytes:
     assert case.answer is not None
     kind, code, _mtu = case.answer
-    return icmp_answer_to_peer(kind, code, case.quoted or case.packet, source=OWN)
+    own = OWN6 if case.packet[0] >> 4 == 6 else OWN
+    return icmp_answer_to_peer(kind, code, case.quoted or case.packet, source=own)
 
 
-def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> int:
+def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch, *, of_ipv6: bool = False) -> int:
     """Returns how many kinds of packets were refused, each under its counter, over all settings of SourceCheck."""
     skip_unless_built()
     from udptun.datapath import strangers
@@ -215,22 +218,39 @@ def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> int:
     # Each look is one at a flood.
     monkeypatch.setattr(strangers, "FLOOD_PER_S", -1)
     of_wire = DECAP_VXLAN if mode.encapsulation == "vxlan" else []
-    with Besieged(mode) as datapath:
+    inner, elsewhere = (ipv6_cases.DECAP, ipv6_cases.ELSEWHERE) if of_ipv6 else (DECAP, ELSEWHERE)
+    with Besieged(mode, has_ipv6=of_ipv6) as datapath:
         for check in CHECKS:
             datapath.use(check)
-            for case, is_wire in ((it, cases is of_wire) for cases in (DECAP, of_wire) for it in cases):
-                counter = case.counter if is_wire else ELSEWHERE.get((case.slug, check), case.counter)
+            for case, is_wire in ((it, cases is of_wire) for cases in (inner, of_wire) for it in cases):
+                counter = case.counter if is_wire else elsewhere.get((case.slug, check), case.counter)
                 try:
                     datapath.refuse(case, counter, is_wire=is_wire)
                 except BaseException as exc:
                     exc.add_note(f"{case.slug} with SourceCheck {check}")
                     raise
-    return len(CHECKS) * (len(DECAP) + len(of_wire))
+    return len(CHECKS) * (len(inner) + len(of_wire))
 
 
 @pytest.mark.parametrize("mode", QUICK_MODES, ids=str)
 def test_every_kind_of_bad_packet_is_refused_under_its_counter(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_all(mode, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", QUICK_MODES[0:4:3], ids=str)
+def test_every_kind_of_bad_packet_of_ipv6_is_refused_under_its_counter(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_all(mode, monkeypatch, of_ipv6=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.encapsulation == "udp"], ids=str)
+def test_every_kind_of_bad_packet_of_ipv6_is_refused_under_its_counter_in_every_mode(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch, figure: Callable[..., None]
+) -> None:
+    n = refuse_all(mode, monkeypatch, of_ipv6=True)
+    figure("kinds of packets of IPv6 refused, none delivered and each counted", n)
 
 
 @pytest.mark.full

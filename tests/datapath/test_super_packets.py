@@ -17,6 +17,7 @@ from tests.packets import (
     DEAF_POD,
     GSO_ECN,
     GSO_TCPV4,
+    GSO_TCPV6,
     GSO_UDP_L4,
     NARROW_MTU,
     NARROW_POD,
@@ -26,6 +27,7 @@ from tests.packets import (
     OWN,
     PARTIAL,
     POD,
+    POD6,
     TCP_ACK,
     TCP_CWR,
     TCP_FIN,
@@ -35,6 +37,7 @@ from tests.packets import (
     icmp_answer,
     icmp_message,
     ipv4,
+    ipv6,
     pattern,
     stepped,
     tcp,
@@ -65,13 +68,28 @@ class Super:
     gso_type: int = 0
     seed: int = 0
 
+    @property
+    def is_ipv6(self) -> bool:
+        return ":" in self.destination
+
+    @property
+    def gso_tcp(self) -> int:
+        return GSO_TCPV6 if self.is_ipv6 else GSO_TCPV4
+
+    @property
+    def start(self) -> int:
+        """Where the transport header begins; with IPv4 nobody looks at that."""
+        return 40 + sum(1 + len(rest) for _kind, rest in dict(self.ip).get("headers", ())) if self.is_ipv6 else 20
+
     def _packet(self, at: int, data: bytes, *, number: int = 0, flags: int = 0, **check: Any) -> bytes:
+        source = POD6 if self.is_ipv6 else POD
         if self.protocol == 6:
-            transport = tcp_segment(
-                POD, self.destination, data, sequence=self.sequence + at, flags=flags, options=self.tcp_options, **check
-            )
+            how = {"sequence": self.sequence + at, "flags": flags, "options": self.tcp_options, **check}
+            transport = tcp_segment(source, self.destination, data, **how)
         else:
-            transport = udp_segment(POD, self.destination, data, **check)
+            transport = udp_segment(source, self.destination, data, **check)
+        if self.is_ipv6:
+            return ipv6(source, self.destination, transport, protocol=self.protocol, **dict(self.ip))
         ident = (self.ident + number) & 0xFFFF
         return ipv4(POD, self.destination, transport, protocol=self.protocol, ident=ident, **dict(self.ip))
 
@@ -81,11 +99,11 @@ class Super:
 
     @property
     def raw(self) -> bytes:
-        gso_type = self.gso_type or (GSO_TCPV4 if self.protocol == 6 else GSO_UDP_L4)
+        gso_type = self.gso_type or (self.gso_tcp if self.protocol == 6 else GSO_UDP_L4)
         offset = 16 if self.protocol == 6 else 6
         # hdr_len is wrong on purpose: it is wrong in packets that come from elsewhere, too.
         return vnet_hdr(
-            flags=NEEDS_CSUM, gso_type=gso_type, hdr_len=7, gso_size=self.size, start=20, offset=offset
+            flags=NEEDS_CSUM, gso_type=gso_type, hdr_len=7, gso_size=self.size, start=self.start, offset=offset
         ) + self.whole
 
     @property

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.fuzz.rounds import ENCAPSULATIONS as PACKETS
+from tests.fuzz.rounds import CARRIED as PACKETS
 from tests.fuzz.table import TARGETS, Target
 
 ROOT = Path(__file__).parents[2]
@@ -74,15 +74,15 @@ def main() -> int:
     if given.list:
         for target in TARGETS.values():
             print(f"{target.name:<8} {target.about}")
-        for name in PACKETS:
-            print(f"{name:<8} packets through the fast path, with this encapsulation")
+        for name, about in PACKETS.items():
+            print(f"{name:<8} packets through the fast path: {about}")
         return 0
     rest += ["--cpu-seconds", str(60 * given.minutes if given.minutes else given.cpu_seconds)]
     for name in given.target or ["packets"]:
         if name in TARGETS:
             status = _run_guided(TARGETS[name], rest, keeps=given.keep)
         else:
-            how = ["--encapsulation", name] if name in PACKETS else []
+            how = ["--carried", name] if name in PACKETS else []
             status = _run_with_sanitizers(["tests.fuzz.rounds", *how, *rest])
         if status:
             return status
@@ -92,7 +92,7 @@ def main() -> int:
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--target", action="append", choices=(*TARGETS, *PACKETS), help="may be repeated; default: packets, both ways"
+        "--target", action="append", choices=(*TARGETS, *PACKETS), help="may be repeated; default: packets of all kinds"
     )
     parser.add_argument("--cpu-seconds", type=float, default=60.0, metavar="S", help="of each; default: %(default)g")
     parser.add_argument("--minutes", type=float, metavar="N", help="the same in minutes")

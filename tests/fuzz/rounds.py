@@ -2,7 +2,7 @@
 
     python -m tests.fuzz.rounds --cpu-seconds 600
 
-There are five kinds of rounds, over both encapsulations or the one that is named.  Three compare the fast path with the
+There are five kinds of rounds, over all that is CARRIED or what is named of it.  Three compare the fast path with the
 reference: on all that the TUN may give, on all that peers may send, and on all that anybody may send.  One has flows to
 merge, also against the reference.  In the last one worker cuts super-packets up and another puts them together again;
 some are corrupted on the way.
@@ -16,20 +16,34 @@ import argparse
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv6Network
 from itertools import product
+from typing import Any
 
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from tests.datapath import test_equivalence as ipv4_batches
+from tests.datapath import test_ipv6_equivalence as dual_batches
 from tests.datapath.harness import Batch, FastDatapath, Message, ReferenceDatapath, assert_same_packets, trains
-from tests.datapath.test_equivalence import DECAP_BATCHES, ECN, ENCAP_BATCHES, QUICK, streams, wire_messages
+from tests.datapath.test_equivalence import ECN, QUICK
 from tests.datapath.test_super_packets import Super
-from tests.packets import MTU, NEAR, NO_VNET_HDR, stepped
+from tests.packets import (
+    DESTINATION_OPTIONS,
+    MTU,
+    NEAR,
+    NEAR_POD,
+    NEAR_POD6,
+    NO_VNET_HDR,
+    options_header,
+    stepped,
+)
+from tests.reference_ip import read_header
 
 CHUNK = settings(QUICK, max_examples=25, derandomize=False, phases=(Phase.generate,))
 PROGRESS_S = 15.0
-ENCAPSULATIONS = ("udp", "vxlan")
+CARRIED = {"udp": "IPv4 in udp", "dual": "IPv4 and IPv6 in udp", "vxlan": "IPv4 over VXLAN"}
 KINDS = ("encap", "decap", "wire", "flows", "round trips")
 
 
@@ -37,26 +51,31 @@ KINDS = ("encap", "decap", "wire", "flows", "round trips")
 class Rounds:
     """Workers, their references, and how much they have done."""
 
-    encapsulations: Sequence[str] = ENCAPSULATIONS
+    carried: Sequence[str] = tuple(CARRIED)
     n: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     n_merged: int = 0
 
     def __post_init__(self) -> None:
         self._undo = ExitStack()
         self._pairs = []
-        kinds = [encapsulation == "vxlan" for encapsulation in self.encapsulations]
-        for is_vxlan, has_gro, has_vnet_hdr in product(kinds, (True, False), (True, False)):
-            how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr, "is_vxlan": is_vxlan}
+        kinds = [{"is_vxlan": kind == "vxlan", "has_ipv6": kind == "dual"} for kind in self.carried]
+        for kind, has_gro, has_vnet_hdr in product(kinds, (True, False), (True, False)):
+            how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr, **kind}
             fast, model = self._undo.enter_context(FastDatapath(**how)), ReferenceDatapath(**how)
             model.table = fast.table
             self._pairs.append((fast, model))
         # Near and far: the subnet that packets go to is the far end's, and they come from the near end's.
         self._ends = []
-        for is_vxlan in kinds:
-            far = self._undo.enter_context(FastDatapath(is_vxlan=is_vxlan))
+        for kind in kinds:
+            far = self._undo.enter_context(FastDatapath(**kind))
             near = next(peer for peer in far.table.peers if str(peer.remote[0]) == NEAR)
             far.set_overlay("10.244.0.0/16", "10.244.2.0/24", [("10.244.1.0/24", near)])
-            self._ends.append((self._undo.enter_context(FastDatapath(is_vxlan=is_vxlan)), far))
+            if kind["has_ipv6"]:
+                own, peers = IPv6Network("fd00:244:0:2::/64"), far.table.peers
+                lease = replace(near, index=2, subnet=IPv6Network("fd00:244:0:1::/64"))
+                tunnel_address = own.network_address
+                far.configure(own_subnet_ipv6=own, tunnel_address_ipv6=tunnel_address, peers=(*peers, lease))
+            self._ends.append((self._undo.enter_context(FastDatapath(**kind)), far))
 
     def close(self) -> None:
         self._undo.close()
@@ -64,10 +83,12 @@ class Rounds:
     def chunk(self, number: int) -> None:
         """Some rounds of each kind; another `number` makes other rounds."""
         fast, model = self._pairs[number % len(self._pairs)]
+        near, far = self._ends[number % len(self._ends)]
+        batches = ipv4_batches if fast.table.network_ipv6 is None else dual_batches
 
         @seed(number)
         @CHUNK
-        @given(raws=ENCAP_BATCHES)
+        @given(raws=batches.ENCAP_BATCHES)
         def encap(raws: list[bytes]) -> None:
             if not fast.has_vnet_hdr:
                 raws = [NO_VNET_HDR + raw[len(NO_VNET_HDR) :] for raw in raws]
@@ -75,27 +96,27 @@ class Rounds:
 
         @seed(number)
         @CHUNK
-        @given(datagrams=DECAP_BATCHES, ecn=ECN)
+        @given(datagrams=batches.DECAP_BATCHES, ecn=ECN)
         def decap(datagrams: list[tuple[bytes, str]], ecn: int) -> None:
             self._compare("decap", fast.decap_batch(datagrams, ecn), model.decap_batch(datagrams, ecn))
 
         @seed(number)
         @CHUNK
-        @given(messages=wire_messages())
+        @given(messages=batches.WIRE_BATCHES)
         def wire(messages: list[Message]) -> None:
             self._compare("wire", fast.decap_wire(messages), model.decap_wire(messages))
 
         @seed(number)
         @CHUNK
-        @given(messages=streams())
+        @given(messages=batches.STREAM_BATCHES)
         def flows(messages: list[Message]) -> None:
             self._compare("flows", fast.decap_messages(messages), model.decap_messages(messages))
 
         @seed(number)
         @CHUNK
-        @given(supers=st.lists(super_packets(), min_size=1, max_size=4), data=st.data())
+        @given(supers=super_packets(has_ipv6=near.table.network_ipv6 is not None), data=st.data())
         def round_trip(supers: list[Super], data: st.DataObject) -> None:
-            self._there_and_back(*self._ends[number % len(self._ends)], supers, data)
+            self._there_and_back(near, far, supers, data)
 
         for kind in (encap, decap, wire, flows, round_trip):
             kind()
@@ -113,7 +134,7 @@ class Rounds:
         for _ in range(data.draw(st.sampled_from((0, 0, 1, 3)))):
             spoilt = data.draw(st.integers(0, len(sent) - 1))
             # Behind the IP header: a packet with a spoilt IP header is dropped.
-            at = data.draw(st.integers((sent[spoilt][0] & 15) * 4, len(sent[spoilt]) - 1))
+            at = data.draw(st.integers(read_header(sent[spoilt]).header_len, len(sent[spoilt]) - 1))
             flipped = sent[spoilt][at] ^ (1 << data.draw(st.integers(0, 7)))
             sent[spoilt] = sent[spoilt][:at] + bytes([flipped]) + sent[spoilt][at + 1 :]
         got = far.decap_messages(trains([(payload, NEAR) for payload in sent]))
@@ -127,28 +148,40 @@ class Rounds:
 
 
 @st.composite
-def super_packets(draw: st.DrawFn) -> Super:
-    """Towards NEAR_POD, of segments that fit."""
+def super_packets(draw: st.DrawFn, *, has_ipv6: bool) -> list[Super]:
+    """Towards one host, of segments that fit; of either family where IPv6 is carried."""
+    return [draw(one_super(is_ipv6=has_ipv6 and draw(st.booleans()))) for _ in range(draw(st.integers(1, 4)))]
+
+
+@st.composite
+def one_super(draw: st.DrawFn, *, is_ipv6: bool) -> Super:
     protocol = draw(st.sampled_from((6, 6, 17)))
     options = draw(st.sampled_from((b"", bytes.fromhex("0101080a0000000100000002"), b"\1" * 40)))
-    ip_options = draw(st.sampled_from((b"", b"", b"\1" * 4)))
-    header = 20 + len(ip_options) + (20 + len(options) if protocol == 6 else 8)
+    ip: list[tuple[str, Any]] = [
+        ("tos", draw(st.sampled_from((0, 2, 0xB8)))),
+        ("ttl", draw(st.integers(3, 255))),
+    ]
+    if is_ipv6:
+        headers = draw(st.sampled_from(((), (), (options_header(DESTINATION_OPTIONS),))))
+        ip += [("headers", headers), ("flow_label", draw(st.sampled_from((0, 0xFFFFF))))]
+        header = 40 + 8 * len(headers)
+    else:
+        ip_options = draw(st.sampled_from((b"", b"", b"\1" * 4)))
+        ip += [("flags", draw(st.sampled_from(("", "DF")))), ("options", ip_options)]
+        header = 20 + len(ip_options)
+    header += 20 + len(options) if protocol == 6 else 8
     size = draw(st.sampled_from((1, 7, 100, 536, MTU - header)))
     n_bytes = draw(st.integers(1, min(60_000, 200 * size)) | st.integers(1, 3 * size))
     return Super(
         n_bytes,
         size,
         protocol=protocol,
+        destination=NEAR_POD6 if is_ipv6 else NEAR_POD,
         flags=draw(st.sampled_from((0x10, 0x18, 0x19, 0x90, 0x50)) | st.integers(0, 255)),
         sequence=draw(st.sampled_from((0, 1000, 0xFFFFFF00))),
         tcp_options=options,
         ident=draw(st.integers(0, 0xFFFF)),
-        ip=(
-            ("flags", draw(st.sampled_from(("", "DF")))),
-            ("tos", draw(st.sampled_from((0, 2, 0xB8)))),
-            ("ttl", draw(st.integers(3, 255))),
-            ("options", ip_options),
-        ),
+        ip=tuple(ip),
         seed=draw(st.integers(0, 255)),
     )
 
@@ -157,12 +190,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.rounds", description=__doc__)
     parser.add_argument("--cpu-seconds", type=float, default=60.0, metavar="S", help="default: %(default)g")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000, metavar="N", help="of the first round")
-    parser.add_argument("--encapsulation", choices=ENCAPSULATIONS, help="default: both, in turn")
+    parser.add_argument("--carried", choices=CARRIED, help="default: all, in turn")
     given_arguments = parser.parse_args()
-    one = given_arguments.encapsulation
-    rounds = Rounds((one,) if one else ENCAPSULATIONS)
+    one = given_arguments.carried
+    rounds = Rounds((one,) if one else tuple(CARRIED))
     number, said_s = given_arguments.seed, 0.0
-    print(f"{' and '.join(rounds.encapsulations)}, first seed {number}", flush=True)
+    print(f"{' and '.join(CARRIED[name] for name in rounds.carried)}, first seed {number}", flush=True)
     try:
         while (used_s := time.process_time()) < given_arguments.cpu_seconds:
             rounds.chunk(number)

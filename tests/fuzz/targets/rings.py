@@ -17,7 +17,22 @@ from typing import Any
 from tests import reference
 from tests.datapath.harness import DEADLINE_S, FastDatapath
 from tests.fuzz.mutate import json_mutator
-from tests.packets import NEAR, NEAR_POD, OWN, POD, icmp_message, ipv4, udp
+from tests.packets import (
+    DESTINATION_OPTIONS,
+    NEAR,
+    NEAR_POD,
+    NEAR_POD6,
+    OWN,
+    OWN6,
+    POD,
+    POD6,
+    icmp_message,
+    icmpv6_message,
+    ipv4,
+    ipv6,
+    options_header,
+    udp,
+)
 from udptun._fastpath import FIELDS, LAYOUT
 from udptun.datapath import rings, stats
 
@@ -29,6 +44,14 @@ _SLOT_FIELDS = ("checksum", "result", "error", "time_ns", "sequence", "way", "le
 _FLIGHT_FIELDS = ("n_reads", "n_messages", "n_handed_on", "message_len", "read", "controllen")
 _PACKET = udp(POD, NEAR_POD, b"payload")
 _REPLY = ipv4(NEAR_POD, OWN, icmp_message(0, rest=struct.pack(">HH", ID, 7), data=b"12345678"), protocol=1)
+_PACKET_IPV6 = udp(POD6, NEAR_POD6, b"payload")
+_REPLY_IPV6 = ipv6(
+    NEAR_POD6,
+    OWN6,
+    icmpv6_message(NEAR_POD6, OWN6, 129, rest=struct.pack(">HH", ID, 7), data=b"12345678"),
+    protocol=58,
+    headers=[options_header(DESTINATION_OPTIONS)],
+)
 FOUND = {
     "a worker's ring is ahead of itself": b'[["word", 1, "taken", 9]]',
     "a worker's ring has more than its slots": b'[["word", 1, "written", 9999]]',
@@ -64,6 +87,9 @@ SEEDS = tuple(
         [["flight", "n_messages", 1, _REPLY.hex()], ["flight", "controllen", 64, "20" * 24], ["heir"]],
         [["flight", "n_messages", 1, _REPLY.hex()], ["flight", "controllen", 2**63, "0000000001000000" * 3], ["heir"]],
         [["reply", 0], ["take"], ["reply", 5]],
+        [["inject", _PACKET_IPV6.hex(), 0, 0], ["turn"], ["injected", 1], ["inject", _PACKET_IPV6.hex(), 900, 1]],
+        [["flight", "n_reads", 9, _PACKET_IPV6.hex()], ["heir"]],
+        [["flight", "n_messages", 3, _REPLY_IPV6.hex()], ["flight", "message_len", 2**32 - 1, ""], ["heir"]],
     )
 )
 mutate = json_mutator(
@@ -71,6 +97,7 @@ mutate = json_mutator(
     (
         *("inject", "injected", "turn", "take", "heir", "fix", "slot", "word", "packet", "flight", "reply"),
         *(*_WORDS, *_SLOT_FIELDS, *_FLIGHT_FIELDS, _PACKET.hex(), _REPLY.hex(), _PACKET.hex() * 20, "45" * 448),
+        *(_PACKET_IPV6.hex(), _REPLY_IPV6.hex(), "60" * 448),
         *(0, 1, 2, 3, 63, 64, 65, 127, 448, 449, 2**32 - 1, 2**64 - 1, 2**64 - 64, ["turn"], ["take"], ["heir"]),
         *(["fix", 0, 0], ["word", 0, "written", 1], ["word", 1, "taken", 5]),
     ),
@@ -81,7 +108,7 @@ class _Machine:
     """One worker with its sockets, the other half of its rings, and the memory between them."""
 
     def __init__(self) -> None:
-        self.fast = FastDatapath()
+        self.fast = FastDatapath(has_ipv6=True)
         self.fast.configure(punt_id=ID)
         # In its first turn a worker hands on what another one has left.
         self.fast.turn()
