@@ -318,9 +318,7 @@ def _completed(packet: bytes, start: int, offset: int) -> list[bytes]:
     (RFC 768), elsewhere the two are the same.
     """
     at = start + offset
-    ip = read_header(packet)
-    least = ip.header_len if ip.family is IPV4 else IPV6_HDR_LEN
-    if start < least or at + 2 > len(packet):
+    if start < read_header(packet).header_len or at + 2 > len(packet):
         return []
     check = (0xFFFF ^ fold_sum(packet[start:])) or 0xFFFF
     return [packet[:at] + struct.pack(">H", check) + packet[at + 2 :]]

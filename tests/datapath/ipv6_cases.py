@@ -671,6 +671,7 @@ MALFORMED_READS = {
         start=136),
     "super-packet-cut": _gso(_TCP_SUPER[:-1], GSO_TCPV6),
     "checksum-that-begins-in-the-header": _gso(_UDP_SUPER, 0, start=39, offset=6),
+    "checksum-that-begins-in-an-extension-header": _gso(_out(headers=[_HBH, _DO]), 0, start=48, offset=0),
     "checksum-behind-the-packet": _gso(_out(bytes(7), protocol=17), 0, start=40, offset=6),
     "checksum-behind-the-packet-but-not-the-read": _gso(_out(bytes(8), payload_len=7), 0, start=40, offset=6),
 }  # fmt: skip

@@ -126,7 +126,7 @@ cdef inline bint complete_checksum(Packet *p, const virtio_net_hdr *vnet) noexce
     False when the virtio header points outside the packet, or into its IP header.
     """
     cdef int start = vnet.csum_start, at = vnet.csum_start + vnet.csum_offset
-    if at + 2 > p.len or start < (IPV6_HEADER if p.is_ipv6 else p.header):
+    if at + 2 > p.len or start < p.header:
         return False
     store_memory16(p.data + at, nonzero(~ut_fold(ut_sum(p.data + start, p.len - start, 0))))
     return True
