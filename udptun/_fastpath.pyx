@@ -67,6 +67,9 @@ cdef enum:
     TUN_LOST_WAIT_MS = 20
     NO_TABLE_WAIT_MS = 10
     MOST_HAND_ONS = 2             # of what was in flight: it may be what ends whoever hands it on
+    N_COUNTERS = sizeof(Counters) // sizeof(Counter)
+    N_DIRECTIONS = 3              # whose packets are counted: encap, decap, inject
+    NO_DIRECTION = -1
 
 # ------------------------------------------------------------------------------------------ encap: TUN to UDP
 
@@ -186,8 +189,11 @@ cdef inline void use_table(Loop *w) noexcept nogil:
     allow_offloads(w)
 
 
-cdef void hand_on(Loop *w) noexcept nogil:
-    """Hand on what is in `w.in_flight`, or drop it when two successors have died of that already."""
+cdef void hand_on(Loop *w, ut_worker *dead) noexcept nogil:
+    """Hand on what is in `w.in_flight`, which `dead` had, or drop it when two successors have died of that already."""
+    cdef Counters since
+    memset(&since, 0, sizeof(Counters))
+    w.counters = &since
     if w.in_flight.n_handed_on < MOST_HAND_ONS:
         ut_store_u64(&w.in_flight.n_handed_on, w.in_flight.n_handed_on + 1)
         encap_inherited(w)
@@ -195,6 +201,32 @@ cdef void hand_on(Loop *w) noexcept nogil:
     else:
         drop_inherited(w)
     ut_store_u64(&w.in_flight.n_handed_on, 0)
+    w.counters = <Counters *>w.worker.counter
+    settle(dead.counter, <Counter *>&since)
+
+
+cdef void settle(Counter *counter, const Counter *since) noexcept nogil:
+    """Add to a dead worker's counters what was counted `since`, such that each packet has one end again.
+
+    The worker counted a packet when it saw it, and its end once the kernel had taken it.  What it was killed with in
+    between was handed on and so counted twice; or the kernel had taken it, and it was marked as written.
+    """
+    cdef Counter before, ends
+    cdef int direction, i
+    for direction in range(N_DIRECTIONS):
+        before = counter[packets_of[direction]]
+        ends = 0
+        for i in range(N_COUNTERS):
+            if direction_of[i] == direction:
+                counter[i] += since[i]
+                ends += counter[i]
+        if ends < before:
+            counter[uncounted_of[direction]] += before - ends
+        else:
+            counter[packets_of[direction]] = ends
+    for i in range(N_COUNTERS):
+        if direction_of[i] == NO_DIRECTION:
+            counter[i] += since[i]
 
 
 cdef void drop_inherited(Loop *w) noexcept nogil:
@@ -224,7 +256,7 @@ cdef void hand_on_inherited(Loop *w) noexcept nogil:
     # The kernel may take what it has refused an earlier process.
     w.worker.refused = 0
     use_table(w)
-    hand_on(w)
+    hand_on(w, w.worker)
     drop_half_injected(w)
     # The process may have been killed before it told of its punts.
     w.has_punted = True
@@ -234,7 +266,7 @@ cdef void hand_on_inherited(Loop *w) noexcept nogil:
         # A worker that never ran has left nothing, and its memory costs nothing until it is looked at.
         if w.stats.worker[i].turns:
             w.in_flight = &w.stats.in_flight[i]
-            hand_on(w)
+            hand_on(w, &w.stats.worker[i])
             w.stats.worker[i].state = UT_STATE_STOPPED
             ut_store_u64(&w.stats.worker[i].pid, 0)
             ut_table_leave(&w.stats.worker[i])
@@ -680,3 +712,27 @@ COUNTERS = tuple(<dict>_no_counts)
 
 if len(COUNTERS) > UT_MAX_COUNTERS:
     raise ImportError(f"{len(COUNTERS)} counters: the shared memory has room for {UT_MAX_COUNTERS}")
+
+# What `settle` must know of the counters, by their place in COUNTERS: whose end each counter is, where the packets of a
+# direction are counted, and its end for a packet that was taken and not counted.
+cdef int direction_of[N_COUNTERS]
+cdef int packets_of[N_DIRECTIONS]
+cdef int uncounted_of[N_DIRECTIONS]
+
+
+def _sort_counters():
+    cdef int i, direction
+    uncounted = {"encap": "encap_sent", "decap": "decap_delivered", "inject": "inject_drop_in_flight"}
+    for i, name in enumerate(COUNTERS):
+        direction_of[i] = NO_DIRECTION
+        for direction, prefix in enumerate(uncounted):
+            if name == f"{prefix}_packets":
+                packets_of[direction] = i
+                direction_of[i] = N_DIRECTIONS
+            elif name.startswith(f"{prefix}_"):
+                direction_of[i] = direction
+            if name == uncounted[prefix]:
+                uncounted_of[direction] = i
+
+
+_sort_counters()

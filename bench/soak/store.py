@@ -120,7 +120,12 @@ class LocalStore:
         path = self._lab.switch.at().path(LEASES)
         aside = path.with_suffix(".away")
         path.rename(aside)
-        path.mkdir()
+        while True:
+            # A daemon that opens its store just then makes a new one.
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                break
         try:
             yield
         finally:

@@ -16,7 +16,8 @@ import pytest
 from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 
-from udptun._fastpath import FIELDS, LAYOUT, Worker
+from bench.soak.checks import sum_problems
+from udptun._fastpath import COUNTERS, FIELDS, LAYOUT, Worker
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
@@ -89,6 +90,12 @@ class Rig:
             source = struct.pack("=H", socket.AF_INET) + bytes(2) + IPv4Address("127.0.0.2").packed
             self.put(f"{len(source)}s", self.in_flight(index, "source"), source)
             self.put(f"{len(received)}s", self.in_flight(index, "train"), received)
+
+    def count(self, index: int, counters: dict[str, int]) -> None:
+        """As worker `index` has counted by the time it was killed."""
+        first = FIELDS["stats"]["worker"][0] + index * LAYOUT["worker"] + FIELDS["worker"]["counter"][0]
+        for name, n in counters.items():
+            self.put("Q", first + 8 * COUNTERS.index(name), n)
 
     def in_flight(self, index: int, field: str) -> int:
         """Where in the memory a field of what worker `index` has in flight is."""
@@ -187,3 +194,41 @@ def test_what_was_in_flight_when_three_processes_died_is_dropped_and_counted(rig
     rig.kernel.send(bytes(10) + outward(4))
     rig.worker(0, 2).turn()
     assert numbers(rig.peer) == [4]
+
+
+WRITTEN = b"\0" + inward(2)[1:]
+MOMENTS = {
+    "before any was counted": (outward(1), inward(2), {}, {"encap_sent": 1, "decap_delivered": 1}),
+    "when they were counted": (
+        outward(1), inward(2), {"encap_packets": 1, "decap_packets": 1}, {"encap_sent": 1, "decap_delivered": 1},
+    ),
+    "when a part was sent": (
+        outward(1), b"", {"encap_packets": 9, "encap_sent": 6, "encap_drop_ttl": 2},
+        {"encap_sent": 7, "encap_drop_ttl": 2},
+    ),
+    "when it was written and not counted": (
+        b"", WRITTEN, {"decap_packets": 4, "decap_delivered": 2, "decap_punted": 1},
+        {"decap_delivered": 3, "decap_punted": 1},
+    ),
+    "in the middle of counting an injected one": (
+        b"", b"", {"inject_packets": 3, "inject_sent": 2}, {"inject_sent": 2, "inject_drop_in_flight": 1},
+    ),
+    "when an end was counted first": (
+        b"", b"", {"decap_packets": 1, "decap_drop_ttl": 2, "icmp_sent": 5}, {"decap_drop_ttl": 2, "icmp_sent": 5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["of a worker", "of one that is no more"])
+@pytest.mark.parametrize(("read", "received", "counted", "ends"), MOMENTS.values(), ids=MOMENTS)
+def test_each_packet_has_one_end_whenever_a_process_was_killed(
+    rig: Rig, read: bytes, received: bytes, counted: dict[str, int], ends: dict[str, int], index: int
+) -> None:
+    """A process that was killed between counting a packet and counting what became of it left one without an end."""
+    rig.publish()
+    rig.leave(index, read=read, received=received)
+    rig.count(index, counted)
+    rig.worker(0, 1).turn()
+    counters = rig.stats.counters()
+    assert sum_problems(counters) == []
+    assert {name: n for name, n in counters.items() if n and not name.endswith("_packets")} == ends
