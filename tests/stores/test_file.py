@@ -91,6 +91,8 @@ def test_keys_are_matched_without_case_and_port_and_node_may_be_absent() -> None
         ({**A, "IPv6Subnet": "fd00::"}, "IPv6Subnet fd00:: has no prefix length; write it as fd00:244:0:1::/64"),
         ({**A, "IPv6Subnet": "10.244.3.0/24"}, "At least 3 parts expected"),
         ({"IPv6Subnet": "fd00::/64", "PublicIPv6": "192.0.2.7"}, "At least 3 parts expected"),
+        ({**A, "PublicIPv6": "fe80::1%eth0"}, "'fe80::1%eth0' has a zone"),
+        ({**A, "IPv6Subnet": "fd00::%eth0/64"}, "'fd00::%eth0/64' has a zone"),
         (B, "subnet 10.244.2.0/24 overlaps entry 1"),
         ({**A, "Subnet": "10.244.0.0/16"}, "subnet 10.244.0.0/16 overlaps entry 1"),
         ({**A, "Subnet": "10.244.2.128/25"}, "subnet 10.244.2.128/25 overlaps entry 1"),

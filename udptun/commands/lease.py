@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network
 
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
@@ -16,7 +16,7 @@ from udptun.config.flags import LeaseRequest
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.family import Family
-from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
+from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets, ipv6_network
 from udptun.membership.allocate import fits
 from udptun.membership.identity import Identity
 from udptun.stores.base import Snapshot, Store
@@ -167,7 +167,7 @@ def _subnets_of(word: str) -> Subnets:
     try:
         if "-" in word:
             return Subnets.from_key(word)
-        return Subnets(None, IPv6Network(word)) if ":" in word else Subnets(IPv4Network(word))
+        return Subnets(None, ipv6_network(word)) if ":" in word else Subnets(IPv4Network(word))
     except (LeaseFormatError, ValueError) as exc:
         raise UsageError(f"{word!r} is neither a subnet as 10.244.3.0/24 nor a key as 10.244.3.0-24: {exc}") from exc
 

@@ -42,6 +42,7 @@ from udptun.config.store_flags import (
     parse_store,
 )
 from udptun.core.errors import UsageError, one_line
+from udptun.core.lease import ipv6_address
 from udptun.core.offload import Offload
 from udptun.core.offload import parse as parse_offloads
 from udptun.core.tunnel import (
@@ -90,7 +91,7 @@ def _address_or_none(text: str) -> IPv4Address | IPv6Address | None:
 
 def _ipv6_or_none(text: str) -> IPv6Address | None:
     try:
-        return IPv6Address(text) if text else None
+        return ipv6_address(text) if text else None
     except ValueError:
         raise ValueError("must be an IPv6 address") from None
 

@@ -148,15 +148,25 @@ _IPV6_KEY = r"([0-9a-f:]+)-(0|[1-9]\d{0,2})"
 _KEY = re.compile(rf"(\d+\.\d+\.\d+\.\d+)-(0|[1-9]\d?)(?:&{_IPV6_KEY})?|{_IPV6_KEY}")
 
 
+_NO_ADDRESS = IPv4Address(0)
+
+
 @dataclass(frozen=True, slots=True)
 class LeaseAttrs:
-    """What a host says about itself in its lease.  It names an address of one family at least."""
+    """What a host says about itself in its lease.  It names an address of one family at least.
+
+    A PublicIP of 0.0.0.0 beside a PublicIPv6 is flannel's for none.
+    """
 
     public_ip: IPv4Address | None
     public_ipv6: IPv6Address | None = None
     backend_type: str = ""
     backend_data: Json = None
     backend_v6_data: Json = None
+
+    def __post_init__(self) -> None:
+        if self.public_ipv6 is not None and self.public_ip == _NO_ADDRESS:
+            object.__setattr__(self, "public_ip", None)
 
     @property
     def is_udptun(self) -> bool:
@@ -237,13 +247,11 @@ class LeaseAttrs:
             raise LeaseFormatError(f"a lease is a JSON object, not {type(value).__name__}")
         try:
             v4, v6 = value.get("PublicIP"), value.get("PublicIPv6")
-            public_ipv6 = None if v6 is None else IPv6Address(_text(value, "PublicIPv6"))
+            public_ipv6 = None if v6 is None else ipv6_address(_text(value, "PublicIPv6"))
             may_lack = v4 is None and public_ipv6 is not None
             public_ip = None if may_lack else IPv4Address(_text(value, "PublicIP"))
         except ValueError as exc:
             raise LeaseFormatError(str(exc)) from exc
-        if public_ip == _NO_ADDRESS and public_ipv6 is not None:
-            public_ip = None
         backend_type = value.get("BackendType", "")
         if not isinstance(backend_type, str):
             raise LeaseFormatError("BackendType is not a string")
@@ -252,7 +260,20 @@ class LeaseAttrs:
 
 _ATTRS = TextCache[LeaseAttrs](_REMEMBERED_BYTES)
 
-_NO_ADDRESS = IPv4Address(0)
+def ipv6_address(text: str) -> IPv6Address:
+    """Raises ValueError, also for one with a zone (`%eth0`): that says something to the host which wrote it alone."""
+    return IPv6Address(_without_zone(text))
+
+
+def ipv6_network(text: str, *, strict: bool = True) -> IPv6Network:
+    """The same of a prefix; `strict` as in `ipaddress`."""
+    return IPv6Network(_without_zone(text), strict)
+
+
+def _without_zone(text: str) -> str:
+    if "%" in text:
+        raise ValueError(f"{text!r} has a zone")
+    return text
 
 
 def _text(value: Mapping[str, Json], key: str) -> str:

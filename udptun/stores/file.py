@@ -30,14 +30,14 @@ from bisect import bisect
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
 from udptun.config.go_json import JsonObject, shown
 from udptun.core.errors import ConfigError, LeaseLostError, one_line
 from udptun.core.family import Family
-from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets, ipv6_address, ipv6_network
 from udptun.stores.base import (
     LEASE_TTL_S,
     Chooser,
@@ -132,14 +132,14 @@ def _entry(number: int, item: Json) -> Entry:
         if key in fields:
             raise ValueError(f"{key} is there twice")
         fields[key] = value
-    ipv6 = _value(fields, "IPv6Subnet", IPv6Network)
+    ipv6 = _value(fields, "IPv6Subnet", ipv6_network)
     ipv4 = _value(fields, "Subnet", IPv4Network, is_required=ipv6 is None)
     for name, subnet in (("Subnet", ipv4), ("IPv6Subnet", ipv6)):
         # What is made of an address without a length.
         if subnet is not None and subnet.prefixlen == subnet.max_prefixlen:
             sample = "10.244.1.0/24" if name == "Subnet" else "fd00:244:0:1::/64"
             raise ValueError(f"{name} {subnet.network_address} has no prefix length; write it as {sample}")
-    public_ipv6 = _value(fields, "PublicIPv6", IPv6Address)
+    public_ipv6 = _value(fields, "PublicIPv6", ipv6_address)
     public_ip = _value(fields, "PublicIP", IPv4Address, is_required=public_ipv6 is None)
     backend_data: dict[str, Json] = {"Udptun": 1}
     if ipv6 is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network
+from ipaddress import ip_network
 
 from tests.bad_data import CONFIGS
 from tests.fuzz.mutate import json_mutator
@@ -12,7 +12,7 @@ from udptun.backends.vxlan import VxlanKeys
 from udptun.config import subnet_env
 from udptun.config.net_conf import NetConf, keys_that_need_a_restart, replace_live_keys
 from udptun.core.errors import ConfigError, UdptunError
-from udptun.core.lease import Subnets
+from udptun.core.lease import Subnets, is_inside
 
 GOOD = (
     '{"Network": "10.244.0.0/16"}',
@@ -64,10 +64,12 @@ def check(data: bytes) -> None:
     assert conf == parse_net_conf(text, "net-conf.json")
     assert keys_that_need_a_restart(conf, conf) == []
     assert replace_live_keys(conf.backend, conf.backend) == conf.backend
-    subnets = Subnets(IPv4Network((conf.ipv4.subnet_min, conf.ipv4.subnet_len)))
+    pools = [conf.ipv4, conf.ipv6]
+    ipv4, ipv6 = (None if it is None else ip_network((it.subnet_min, it.subnet_len)) for it in pools)
+    subnets = Subnets(ipv4, ipv6)
     written = subnet_env.render(conf, subnets, 1450, ip_masq=True)
     assert subnet_env.parse(written) == (subnets, "")
-    assert subnet_env.parse_networks(written) == (conf.network, subnets.ipv4)
+    assert subnet_env.parse_networks(written) == (None if ipv4 is None else (conf.network, ipv4))
     for support in (KernelSupport(), KernelSupport(no_vxlan="EOPNOTSUPP")):
         try:
             choose(conf.backend, support, "02:00:00:00:00:01")
@@ -85,21 +87,19 @@ def _is_wide(data: bytes) -> bool:
 
 def _check_pool(conf: NetConf) -> None:
     """What the datapath, the routes and the allocation rely on."""
-    pool = conf.ipv4
-    assert 8 <= pool.network.prefixlen <= 28
-    assert 16 <= pool.subnet_len <= 30
-    assert pool.network.prefixlen + 2 <= pool.subnet_len
-    assert pool.subnet_min in pool.network
-    assert pool.subnet_max in pool.network
-    assert pool.subnet_min <= pool.subnet_max
-    assert all(prefix.subnet_of(pool.network) for prefix in pool.leasable)
-    assert sum(prefix.num_addresses for prefix in pool.leasable) % pool.subnet_size == 0
-    first = int(pool.network.network_address) >> 24
-    assert first not in (0, 127)
-    assert first < 224
-    if conf.ipv6 is not None:
-        assert conf.ipv6.subnet_min in conf.ipv6.network
-        assert conf.ipv6.subnet_max in conf.ipv6.network
+    for pool in map(conf.pool, conf.families):
+        assert pool.network.prefixlen + 2 <= pool.subnet_len
+        assert pool.subnet_min in pool.network
+        assert pool.subnet_max in pool.network
+        assert int(pool.subnet_min) <= int(pool.subnet_max)
+        assert all(is_inside(prefix, pool.network) for prefix in pool.leasable)
+        assert sum(prefix.num_addresses for prefix in pool.leasable) % pool.subnet_size == 0
+    if conf.ipv4 is not None:
+        assert 8 <= conf.ipv4.network.prefixlen <= 28
+        assert 16 <= conf.ipv4.subnet_len <= 30
+        first = int(conf.ipv4.network.network_address) >> 24
+        assert first not in (0, 127)
+        assert first < 224
     assert type(conf.backend) in KINDS.values()
     if isinstance(conf.backend, VxlanKeys):
         assert 0 <= conf.backend.vni < 1 << 24

@@ -17,6 +17,7 @@ from tests.fuzz.mutate import json_mutator, words_mutator
 from tests.fuzz.oracles import check_line, check_lines
 from udptun.config import env_file, subnet_env
 from udptun.core.errors import ConfigError
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.membership import saved
 from udptun.stores import file
@@ -59,7 +60,10 @@ _ENV = words_mutator(
         *(b"10.244.3.1/24", b"fd00:1::1/64", b",", b"'", b'"', b"\n", b" #", b"export ", b"/33", b"%eth0", b"\xd9\xa1"),
     )
 )
-_LEASES = json_mutator(("Subnet", "PublicIP", "Port", "Node", "port"), ("10.244.3.0/24", "10.244.0.0/30", 8285))
+_LEASES = json_mutator(
+    ("Subnet", "PublicIP", "IPv6Subnet", "PublicIPv6", "Port", "Node", "port"),
+    ("10.244.3.0/24", "10.244.0.0/30", "fd00:1::/64", "fd00::7", "0.0.0.0", 8285),
+)
 _SAVED = json_mutator(
     ("schema", "saved_at", "config", "network", "own", "peers", "key", "value", "expires"),
     ("10.244.9.0-24", '{"PublicIP":"192.0.2.9"}', NOW_S, NOW_S - 9, 2, {}, []),
@@ -102,12 +106,17 @@ def _leases(text: str) -> None:
         check_lines(exc.problems)
         return
     check_lines(leases.skipped)
-    spans = sorted((it.lease.subnet[0], it.lease.subnet[-1]) for it in leases.entries)
-    assert all(last < first for (_, last), (first, _) in pairwise(spans))
+    for family in Family:
+        subnets = [subnet for it in leases.entries if (subnet := it.lease.subnets.of(family)) is not None]
+        spans = sorted((int(subnet[0]), int(subnet[-1])) for subnet in subnets)
+        assert all(last < first for (_, last), (first, _) in pairwise(spans))
     for entry in leases.entries:
         assert Subnets.from_key(entry.lease.key) == entry.lease.subnets
         assert LeaseAttrs.from_json(entry.lease.attrs.to_json()) == entry.lease.attrs
-        again = {"Subnet": str(entry.lease.subnet), "PublicIP": str(entry.lease.attrs.public_ip), "Node": entry.node}
+        subnets, attrs = entry.lease.subnets, entry.lease.attrs
+        fields = {"Subnet": subnets.ipv4, "PublicIP": attrs.public_ip}
+        fields |= {"IPv6Subnet": subnets.ipv6, "PublicIPv6": attrs.public_ipv6}
+        again = {key: str(value) for key, value in fields.items() if value is not None} | {"Node": entry.node}
         port = entry.lease.attrs.port(0)
         (found,) = file.parse(json.dumps([again | ({"Port": port} if port else {})])).entries
         assert (found.lease, found.node) == (entry.lease, entry.node)

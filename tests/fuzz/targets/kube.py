@@ -10,9 +10,10 @@ from contextlib import suppress
 
 from tests.fuzz.mutate import json_mutator, lines_mutator
 from tests.fuzz.oracles import check_line, check_lines
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership import saved
-from udptun.stores.kube.annotations import Annotations, annotations_patch, condition_patch, subnets
+from udptun.stores.kube.annotations import Annotations, annotations_patch, condition_patch, lack, subnets
 from udptun.stores.kube.node import (
     Node,
     NodeEvent,
@@ -133,7 +134,9 @@ def _check_node(node: Node) -> None:
     missing = ANNOTATIONS.missing(node, _ATTRS)
     assert json.loads(annotations_patch(missing))["metadata"]["annotations"] == missing
     assert json.loads(condition_patch("True", "NoPodCIDR", node.name, "now"))
-    for read in (subnets, ANNOTATIONS.lease, ANNOTATIONS.node_public_ip_of):
+    for families in ((Family.IPV4,), (Family.IPV6,), tuple(Family)):
+        check_lines([line] if (line := lack(node, families)) else [])
+    for read in (subnets, ANNOTATIONS.lease, ANNOTATIONS.node_public_addresses):
         try:
             found = read(node)  # type: ignore[operator]  # each takes a node
         except LeaseFormatError as exc:

@@ -6,7 +6,8 @@ An input has a lease a line: key, blank, JSON value.  All of them come into one 
 from __future__ import annotations
 
 import json
-from ipaddress import IPv4Network
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from itertools import pairwise
 from random import Random
 
@@ -15,13 +16,17 @@ from tests.fuzz.mutate import Mutate, json_mutator, lines_mutator, words_mutator
 from tests.fuzz.oracles import check_line
 from udptun.backends import vxlan
 from udptun.core.family import Family
-from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseFormatError, Subnets, validate
+from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseFormatError, Subnets, is_inside, validate
 from udptun.core.lease_table import LeaseTable
+from udptun.core.network_state import IPNetwork
 from udptun.membership import saved
 from udptun.membership.other_types import OtherTypes
 
 NETWORK = IPv4Network("10.244.0.0/16")
 OWN = IPv4Network("10.244.3.0/24")
+NETWORKS: Mapping[Family, IPNetwork] = {Family.IPV4: NETWORK, Family.IPV6: IPv6Network("fd00:1::/48")}
+OWNS: Mapping[Family, IPNetwork] = {Family.IPV4: OWN, Family.IPV6: IPv6Network("fd00:1:0:3::/64")}
+"""By family, of the tables."""
 
 _VALUES = (
     '{"PublicIP":"192.0.2.7","PublicIPv6":null}',
@@ -30,6 +35,7 @@ _VALUES = (
     '{"PublicIP":"192.0.2.9","PublicIPv6":null,"BackendType":"udp",'
     '"BackendData":{"NodeID":"6f","Udptun":1,"Port":8286,"AnySourcePort":true}}',
     '{"PublicIP":"10.244.9.9","PublicIPv6":null,"BackendType":"host-gw"}',
+    '{"PublicIP":"0.0.0.0","PublicIPv6":"fd00::9","BackendType":"vxlan","BackendV6Data":{"VtepMAC":"3e:a4:b3:b6:22:6b"}}',
 )
 FOUND = {
     "NaN comes into a lease": b'10.244.1.0-24 {"PublicIP": "192.0.2.1", "BackendData": NaN}',
@@ -40,6 +46,7 @@ FOUND = {
 SEEDS = (
     *(f"10.244.{i}.0-24 {value}".encode() for i, value in enumerate(_VALUES)),
     "\n".join(f"10.244.{i + 4}.0-24&fd00:1:0:{i}::-64 {value}" for i, value in enumerate(_VALUES)).encode(),
+    *(f"fd00:1:0:{i + 16}::-64 {value}".encode() for i, value in enumerate(_VALUES)),
     b"10.244.9.0-25 " + _VALUES[0].encode() + b"\n10.244.9.0-24 " + _VALUES[1].encode(),
     *(f"{key} {value}".encode() for key, value, _ in LEASES if "\n" not in key + value and len(value) < 4000),
 )
@@ -65,7 +72,16 @@ mutate: Mutate = lines_mutator(_line)
 
 def check(data: bytes) -> None:
     leases = [lease for line in data.split(b"\n")[:50] if (lease := _read(line)) is not None]
-    table = LeaseTable(Family.IPV4, NETWORK, [NETWORK], OWN, lambda _: False, vxlan.refusal, peer_types=("vxlan",))
+    for family in Family:
+        _check_family(leases, family)
+
+
+def _check_family(leases: list[Lease], family: Family) -> None:
+    def refusal(lease: Lease) -> str | None:
+        return vxlan.refusal(lease, family)
+
+    network = NETWORKS[family]
+    table = LeaseTable(family, network, [network], OWNS[family], lambda _: False, refusal, peer_types=("vxlan",))
     other_types = OtherTypes(table.of_other_type, "vxlan")
     known: dict[str, Lease] = {}
     for lease in leases:
@@ -105,9 +121,9 @@ def _read(line: bytes) -> Lease | None:
     again = saved.parse(saved.render(last, 5.0), NETWORK, 5.0)
     assert again.last is not None, again.reason
     assert [(it.subnets, it.attrs) for it in again.last.peers] == [(subnets, attrs)]
-    reason = validate(lease, Family.IPV4, NETWORK, [NETWORK])
-    if reason is not None:
-        check_line(reason)
+    for family, network in NETWORKS.items():
+        if subnets.of(family) is not None and (reason := validate(lease, family, network, [network])) is not None:
+            check_line(reason)
     return lease
 
 
@@ -137,16 +153,18 @@ def _take(known: dict[str, Lease], events: list[LeaseEvent]) -> None:
 
 def _check_table(table: LeaseTable, known: dict[str, Lease], other_types: OtherTypes) -> None:
     assert dict(table.peers) == known
-    spans = sorted((int(it.subnet.network_address), int(it.subnet.broadcast_address)) for it in known.values())
+    family, parts = table.family, [table.part(lease) for lease in known.values()]
+    spans = sorted((int(it.subnet.network_address), int(it.subnet.broadcast_address)) for it in parts)
     assert all(last < first for (_, last), (first, _) in pairwise(spans)), "two peers overlap"
-    for lease in known.values():
-        assert lease.subnet.subnet_of(NETWORK)
-        assert not lease.subnet.overlaps(OWN)
-        assert 16 <= lease.subnet.prefixlen <= 30
-        assert lease.attrs.public_ip not in NETWORK
-        assert not lease.attrs.public_ip.is_multicast
-        assert not lease.attrs.public_ip.is_loopback
-        assert vxlan.mac_in(lease.part(Family.IPV4)).count(":") == 5
+    for part in parts:
+        assert is_inside(part.subnet, NETWORKS[family])
+        assert not part.subnet.overlaps(OWNS[family])
+        assert family is Family.IPV6 or 16 <= part.subnet.prefixlen <= 30
+        assert part.subnet.prefixlen <= family.bits - 2
+        assert part.public_ip not in NETWORKS[family]
+        assert not part.public_ip.is_multicast
+        assert not part.public_ip.is_loopback
+        assert vxlan.mac_in(part).count(":") == 5
     for key, reason in table.refused.items():
         assert key not in known
         check_line(f"{key}: {reason}")

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TypeVar
 
 from udptun.core.family import Family
-from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, load_json
+from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, ipv6_address, ipv6_network, load_json
 from udptun.stores.base import PublicAddresses
 from udptun.stores.kube.node import NETWORK_UNAVAILABLE, Node
 
@@ -44,9 +44,7 @@ class Annotations:
         texts = node.annotations
         data, v6_data = self._json(node, self.backend_data), self._json(node, self.backend_v6_data)
         public_ip = self._address(node, self.public_ip, IPv4Address)
-        public_ipv6 = self._address(node, self.public_ipv6, IPv6Address)
-        if public_ip == _NO_ADDRESS and public_ipv6 is not None:
-            public_ip = None
+        public_ipv6 = self._address(node, self.public_ipv6, ipv6_address)
         if public_ip is None and public_ipv6 is None:
             raise LeaseFormatError(f"it has no annotation {self.public_ip} or {self.public_ipv6}")
         attrs = LeaseAttrs(public_ip, public_ipv6, texts.get(self.backend_type, ""), data, v6_data)
@@ -59,7 +57,7 @@ class Annotations:
         """
         return PublicAddresses(
             self._address(node, self.node_public_ip, IPv4Address),
-            self._address(node, self.node_public_ipv6, IPv6Address),
+            self._address(node, self.node_public_ipv6, ipv6_address),
         )
 
     def _address(self, node: Node, key: str, kind: Callable[[str], T]) -> T | None:
@@ -114,7 +112,7 @@ def subnets(node: Node) -> Subnets:
     for text in node.pod_cidrs:
         try:
             if ":" in text:
-                ipv6 = ipv6 or IPv6Network(text, strict=False)
+                ipv6 = ipv6 or ipv6_network(text, strict=False)
             else:
                 ipv4 = ipv4 or IPv4Network(text, strict=False)
         except ValueError as exc:
@@ -137,7 +135,7 @@ def lack(node: Node, families: Collection[Family]) -> str:
 def _address_or(text: str, own: IPv4Address | IPv6Address) -> str:
     """`text`, if it is an address of the same family as `own`, else that."""
     try:
-        return text if text and type(own)(text) else str(own)
+        return text if text and "%" not in text and type(own)(text) else str(own)
     except ValueError:
         return str(own)
 
