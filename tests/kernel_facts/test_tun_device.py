@@ -13,7 +13,28 @@ from pathlib import Path
 
 import pytest
 from namespace import Namespace, namespace, requires_netns, seconds_until
-from packets import FULL, GSO_TCPV4, GSO_UDP_L4, NEEDS_CSUM, PARTIAL, internet_sum, tcp, udp, vnet_hdr
+from packets import (
+    DESTINATION_OPTIONS,
+    FULL,
+    GSO_TCPV4,
+    GSO_TCPV6,
+    GSO_UDP_L4,
+    HOP_BY_HOP,
+    NEEDS_CSUM,
+    PARTIAL,
+    authentication_header,
+    destination_of,
+    fragment_header,
+    internet_sum,
+    ipv6,
+    options_header,
+    routing_header,
+    tcp,
+    tcp_segment,
+    udp,
+    udp_segment,
+    vnet_hdr,
+)
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
@@ -239,6 +260,37 @@ def test_a_device_that_is_down_refuses_a_good_super_packet_with_eio_and_a_bad_on
     with pytest.raises(OSError, match="Invalid") as refused:
         os.write(fd, super_packet(GSO_UDP_L4, 129))
     assert refused.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("protocol", [6, 17])
+def test_a_super_packet_of_ipv6_is_cut_behind_options_but_not_behind_fragment_or_authentication_headers(
+    ns: Namespace, undo: ExitStack, protocol: int
+) -> None:
+    """ipv6_gso_pull_exthdrs.  It is taken in any case, and what cannot be cut is lost on its way."""
+    fd = queue(ns, undo)
+    ns.ip("link set t0 up mtu 1400")
+    ns.call(lambda: Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1"))
+    ns.ip("-6 route add default dev t0")
+    # Each goes back out through the device that it came from.
+    source, destination = "fd00:a::1", "fd00:b::1"
+    chains: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = {
+        "nothing": (3, ()),
+        "options": (3, (options_header(HOP_BY_HOP), options_header(DESTINATION_OPTIONS))),
+        "routing": (3, (routing_header(4, 0),)),
+        "fragment": (0, (fragment_header(),)),
+        "authentication": (0, (authentication_header(),)),
+    }
+    make, offset, kind = (tcp_segment, 16, GSO_TCPV6) if protocol == 6 else (udp_segment, 6, GSO_UDP_L4)
+    segment = make(source, destination, bytes(3000), check=PARTIAL)
+    for n_segments, headers in chains.values():
+        packet = ipv6(source, destination, segment, protocol=protocol, headers=headers)
+        start = len(packet) - len(segment)
+        header = vnet_hdr(
+            flags=NEEDS_CSUM, gso_type=kind, hdr_len=len(packet) - 3000, gso_size=1000, start=start, offset=offset
+        )
+        os.write(fd, header + packet)
+        sent = [read[HEADER:] for read in read_packets(fd) if destination_of(read[HEADER:]) == destination]
+        assert [len(one) for one in sent] == [len(packet) - 2000] * n_segments, headers
 
 
 def test_a_kernel_that_encapsulates_hands_a_super_packet_over_whole_with_an_unfinished_checksum(
