@@ -52,8 +52,8 @@ from tests.reference_ip import (
 Remote = tuple[IPAddress, int]
 """Where a peer listens: public IP and UDP port."""
 
-OUTER_LEN = 28
-"""Bytes around a UDP payload on the wire: IPv4 header 20 + UDP header 8."""
+OUTER_LEN = {4: 28, 6: 48}
+"""Bytes around a UDP payload on the wire, by the version of the outer packet: IP header 20 or 40 + UDP header 8."""
 
 PREFIX_LEN = 22
 """Bytes before an inner packet in a VXLAN datagram: VXLAN header 8 + inner Ethernet header 14."""
@@ -263,7 +263,7 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
 
     outcomes = []
     if path_mtu is not None:
-        most = max(path_mtu - OUTER_LEN - table.prefix_len, family.least_mtu)
+        most = max(path_mtu - OUTER_LEN[peer.remote[0].version] - table.prefix_len, family.least_mtu)
     for packet in packets:
         payload = table.wrapped(step_ttl(packet), peer)
         if path_mtu is not None and ip.dont_fragment and len(packet) > most:  # 7
