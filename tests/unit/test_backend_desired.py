@@ -22,6 +22,7 @@ from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import RouteType, Vxlan
 from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
+from udptun.datapath.settings import Where
 from udptun.kernel.underlay import Underlay
 
 NETWORK = IPv4Network("10.244.0.0/16")
@@ -238,6 +239,31 @@ def test_udp_takes_leases_whose_hosts_say_so_for_peers_by_ipv6() -> None:
     reason = "its host does not take IPv6 in Type udp: it runs flannel, an earlier udptun, or cannot carry IPv6"
     for other in (lease(2, ""), lease(2, "udp", {"Udptun": 1}), lease(2, "udp", {"Udptun": 1, "IPv6": "yes"})):
         assert backend.refusal(other, Family.IPV6) == reason
+
+
+def test_udp_goes_to_a_host_by_ipv4_where_both_have_it_and_else_by_ipv6() -> None:
+    ours, theirs = IPv6Address("2001:db8::1"), IPv6Address("2001:db8::2")
+    dual_stack = replace(UNDERLAY, ipv6=ours, public_ipv6=ours)
+    ipv6_alone = replace(dual_stack, address=None, public_ip=None)
+    ipv4_attrs = lease(2).attrs
+    both_attrs = replace(ipv4_attrs, public_ipv6=theirs)
+    ipv6_attrs = replace(both_attrs, public_ip=None)
+    first = UNDERLAY.address
+    assert first is not None
+    for underlay, where, overhead, reached in (
+        (UNDERLAY, Where(first, 8285), 28, (ipv4_attrs.public_ip, ipv4_attrs.public_ip, None)),
+        (dual_stack, Where(first, 8285, ours), 28, (ipv4_attrs.public_ip, ipv4_attrs.public_ip, theirs)),
+        (ipv6_alone, Where(ours, 8285), 48, (None, theirs, theirs)),
+    ):
+        backend = Udp(8285, outer=underlay.families)
+        assert (backend.where(underlay), backend.overhead, backend.ipv6_overhead) == (where, overhead, overhead)
+        for attrs, address in zip((ipv4_attrs, both_attrs, ipv6_attrs), reached, strict=True):
+            for family in Family:
+                assert attrs.address(backend.outer(attrs, family)) == address
+            if address is not None:
+                assert backend.remote(replace(lease(2), attrs=attrs)).address == address
+        said = backend.attrs(underlay, LIVE, "n" * 32)
+        assert (said.public_ip, said.public_ipv6) == (underlay.public_ip, underlay.public_ipv6)
 
 
 def test_datapath_is_told_of_the_families_that_are_carried() -> None:

@@ -25,11 +25,14 @@ from udptun.config.net_conf import (
     keys_that_need_a_restart,
 )
 from udptun.control.settings import lack as lack_of
-from udptun.control.settings import live_settings
+from udptun.control.settings import live_settings, underlay_options
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
 from udptun.kernel.underlay import Underlay
+
+IPV4_PODS: dict[str, object] = {"Network": "10.3.0.0/16"}
+IPV6_PODS: dict[str, object] = {"EnableIPv4": False, "EnableIPv6": True, "IPv6Network": "fd00:3::/48"}
 
 
 def parse(text: str) -> NetConf:
@@ -179,6 +182,27 @@ def test_source_ports_are_the_flags_then_the_configs_and_auto_is_one_a_worker(
 ) -> None:
     options = parse_daemon_flags(argv, {})
     assert live(options, keys).source_ports == ports
+
+
+@pytest.mark.parametrize(
+    ("kind", "pods", "argv", "wanted"),
+    [
+        ("udp", IPV4_PODS, [], (True, False)),
+        ("udp", IPV4_PODS, ["--public-ipv6=2001:db8::1"], (True, True)),
+        ("udp", IPV4_PODS, ["--iface=eth0", "--iface=2001:db8::1"], (True, True)),
+        ("udp", IPV4_PODS, ["--iface=eth0", "--iface=192.0.2.1"], (True, False)),
+        ("udp", IPV4_PODS, ["--iface-can-reach=2001:db8::1"], (True, True)),
+        ("udp", IPV6_PODS, [], (True, True)),
+        ("vxlan", IPV4_PODS, ["--public-ipv6=2001:db8::1"], (True, False)),
+        ("vxlan", IPV6_PODS, [], (False, True)),
+    ],
+)
+def test_udp_looks_for_an_address_of_either_family_whatever_the_pods_have(
+    kind: str, pods: dict[str, object], argv: list[str], wanted: tuple[bool, bool]
+) -> None:
+    conf = parse(json.dumps({**pods, "Backend": {"Type": kind}}))
+    options = underlay_options(parse_daemon_flags(argv, {}), conf)
+    assert (options.with_ipv4, options.with_ipv6) == wanted
 
 
 def test_config_takes_every_key_of_a_vxlan_backend() -> None:

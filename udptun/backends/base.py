@@ -17,7 +17,7 @@ from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.offload import ALL, Offload
 from udptun.core.offload import parse as parse_offloads
 from udptun.core.tunnel import MTU_MIN, UNDERLAY_MTUS, WORKERS, SourceCheck
-from udptun.datapath.settings import PacketSettings, Remote, Vtep
+from udptun.datapath.settings import PacketSettings, Remote, Vtep, Where
 from udptun.kernel.underlay import Underlay
 
 
@@ -138,14 +138,13 @@ def packet_settings(inputs: Mapping[Family, BackendInput], port: int, vtep: Vtep
     ipv4, ipv6 = inputs.get(Family.IPV4), inputs.get(Family.IPV6)
     first = ipv4 or ipv6
     assert first is not None
-    assert first.underlay.address is not None, "the datapath's sockets are of IPv4"
     network, own = (_NO_IPV4, _NO_IPV4) if ipv4 is None else (ipv4.network, ipv4.own_subnet)
     network_ipv6, own_ipv6 = (None, None) if ipv6 is None else (ipv6.network, ipv6.own_subnet)
     assert isinstance(network, IPv4Network)
     assert isinstance(own, IPv4Network)
     assert network_ipv6 is None or isinstance(network_ipv6, IPv6Network)
     assert own_ipv6 is None or isinstance(own_ipv6, IPv6Network)
-    live, address = first.live, first.underlay.address
+    live, address = first.live, first.underlay.first_address
     return PacketSettings(
         network,
         own,
@@ -211,9 +210,8 @@ def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address | None)
 class Encapsulation(Protocol):
     """What the datapath is told by a backend whose packets it carries."""
 
-    @property
-    def port(self) -> int:
-        """The UDP port of its sockets."""
+    def where(self, underlay: Underlay) -> Where:
+        """The addresses and the UDP port of its sockets."""
 
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
         """How many sockets, each with a port of its own, datagrams leave from to peers that take any source port.
@@ -263,8 +261,8 @@ class Backend(Protocol):
         """Bytes around each inner IPv6 packet."""
 
     @property
-    def needs_ipv6_underlay(self) -> bool:
-        """Whether IPv6 packets travel between IPv6 addresses of the hosts alone."""
+    def needs_same_family(self) -> bool:
+        """Whether packets of a family travel between addresses of that family alone."""
 
     @property
     def encapsulation(self) -> Encapsulation | None:

@@ -17,6 +17,7 @@ from udptun.backends.vxlan import Fallback, KernelVxlan, VxlanKeys, device_name
 from udptun.config import net_conf
 from udptun.config.net_conf import BackendKeys, NetConf
 from udptun.core.errors import UdptunError
+from udptun.core.family import Family
 
 KINDS: Mapping[str, type[BackendKeys]] = {kind.type: kind for kind in (UdpKeys, VxlanKeys, HostGwKeys, AllocKeys)}
 """The keys of each `Backend.Type` there is."""
@@ -47,18 +48,24 @@ _TUN_HINT = "`modprobe tun`, or let the container have /dev/net/tun"
 
 
 def choose(
-    keys: BackendKeys, support: KernelSupport, mac: str, tun_name: str = TUN_NAME, ipv6_mac: str = ""
+    keys: BackendKeys,
+    support: KernelSupport,
+    mac: str,
+    tun_name: str = TUN_NAME,
+    ipv6_mac: str = "",
+    outer: frozenset[Family] = frozenset((Family.IPV4,)),
 ) -> BackendChoice:
     """The backend for `keys` on a host whose kernel has `support`.  `mac` is our VTEP's, and `ipv6_mac` that of IPv6.
 
-    `tun_name` is what the device of the udp backend is called.  Raises UdptunError when there is no way to do vxlan
+    `tun_name` is what the device of the udp backend is called, and `outer` are the families of this host's addresses
+    that it sends from.  Raises UdptunError when there is no way to do vxlan
     that `keys` allow.  A missing TUN device is not looked at here: the failure to open it says more.
     """
     match keys:
         case UdpKeys():
-            return BackendChoice(Udp(keys.port, keys.own_port, tun_name), "as configured")
+            return BackendChoice(Udp(keys.port, keys.own_port, tun_name, outer), "as configured")
         case VxlanKeys():
-            return _choose_vxlan(keys, support, mac, tun_name, ipv6_mac)
+            return _choose_vxlan(keys, support, mac, tun_name, ipv6_mac, outer)
         case HostGwKeys():
             return BackendChoice(HostGw(), "as configured")
         case AllocKeys():
@@ -83,7 +90,7 @@ def describe(support: KernelSupport) -> list[tuple[str, bool, str]]:
 
 
 def _choose_vxlan(
-    keys: VxlanKeys, support: KernelSupport, mac: str, tun_name: str, ipv6_mac: str
+    keys: VxlanKeys, support: KernelSupport, mac: str, tun_name: str, ipv6_mac: str, outer: frozenset[Family]
 ) -> BackendChoice:
     if not keys.userspace and not support.no_vxlan:
         return BackendChoice(KernelVxlan(keys, mac, ipv6_mac), "the kernel has vxlan")
@@ -92,7 +99,8 @@ def _choose_vxlan(
         case Fallback.VTEP:
             return BackendChoice(UserspaceVtep(keys, mac), f"{reason}: userspace VTEP")
         case Fallback.UDP:
-            return BackendChoice(Udp(UdpKeys().port, device=tun_name), f"{reason} and Backend.Fallback is udp")
+            udp = Udp(UdpKeys().port, device=tun_name, outer=outer)
+            return BackendChoice(udp, f"{reason} and Backend.Fallback is udp")
         case Fallback.NONE:
             raise UdptunError(
                 f"cannot create {device_name(keys.vni)} (vxlan id {keys.vni}): {reason} and Backend.Fallback is none; "

@@ -28,7 +28,7 @@ class HostGw:
     families = frozenset(Family)
     device = None
     overhead = ipv6_overhead = 0
-    needs_ipv6_underlay = True
+    needs_same_family = True
     encapsulation = None
     routes_network = False
     peer_types = frozenset((HostGwKeys.type,))

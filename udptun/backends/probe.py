@@ -31,7 +31,12 @@ _LACKING = {errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.E
 
 
 async def choose_backend(
-    keys: BackendKeys, ownerships: Mapping[Family, Ownership], state_dir: Path, *, pretend_no_vxlan: bool
+    keys: BackendKeys,
+    ownerships: Mapping[Family, Ownership],
+    state_dir: Path,
+    outer: frozenset[Family],
+    *,
+    pretend_no_vxlan: bool,
 ) -> BackendChoice:
     """`choice.choose` with what it has to know of this host.  `ownerships`: of each family that is enabled.
 
@@ -39,7 +44,7 @@ async def choose_backend(
     """
     ownership = next(iter(ownerships.values()))
     if isinstance(keys, UdpKeys):
-        return choose(keys, KernelSupport(), "", await find_tun_name(ownership))
+        return choose(keys, KernelSupport(), "", await find_tun_name(ownership), outer=outer)
     if not isinstance(keys, VxlanKeys):
         return choose(keys, KernelSupport(), "")
     macs = {}
@@ -53,7 +58,7 @@ async def choose_backend(
         macs[family] = identity.vtep_mac(state_dir, first, family)
     support = await kernel_support(pretend_no_vxlan=pretend_no_vxlan)
     mac, ipv6_mac = macs.get(Family.IPV4, ""), macs.get(Family.IPV6, "")
-    return choose(keys, support, mac, await find_tun_name(ownership), ipv6_mac)
+    return choose(keys, support, mac, await find_tun_name(ownership), ipv6_mac, outer)
 
 
 async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:

@@ -16,11 +16,11 @@ from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, Desir
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS
-from udptun.datapath.settings import PacketSettings, Remote
+from udptun.datapath.settings import PacketSettings, Remote, Where
 from udptun.kernel.underlay import Underlay
 
-UDP_OVERHEAD = 28
-"""Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go)."""
+UDP_OVERHEAD, UDP_IPV6_OVERHEAD = 28, 48
+"""Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go), or IPv6 header 40."""
 
 TUN_NAME = "flannel0"
 """The name of the device, unless it belongs to a daemon of ours for another Network.  flannel asks for `flannel%d`, and
@@ -58,18 +58,27 @@ class Udp:
 
     type = UdpKeys.type
     summary = "userspace tunnel, flannel's udp wire format"
-    overhead = UDP_OVERHEAD
     families = frozenset((Family.IPV4,))
-    ipv6_overhead = UDP_OVERHEAD
-    needs_ipv6_underlay = False
+    needs_same_family = False
     routes_network = True
     peer_types = frozenset((UdpKeys.type, ""))
     needs_backend_data = False
     asks_direct = False
 
-    def __init__(self, port: int, own_port: int | None = None, device: str = TUN_NAME) -> None:
-        """`port` is that of every peer whose lease names none, as flannel's.  It is ours too without an `own_port`."""
+    def __init__(
+        self,
+        port: int,
+        own_port: int | None = None,
+        device: str = TUN_NAME,
+        outer: frozenset[Family] = frozenset((Family.IPV4,)),
+    ) -> None:
+        """`port` is that of every peer whose lease names none, as flannel's.  It is ours too without an `own_port`.
+
+        `outer`: the families of which this host has an address to send from.
+        """
         self.device = device
+        self._outer = [family for family in Family if family in outer]
+        self.overhead = self.ipv6_overhead = UDP_OVERHEAD if Family.IPV4 in outer else UDP_IPV6_OVERHEAD
         self.port = own_port or port
         self._default_port = port
 
@@ -86,10 +95,15 @@ class Udp:
             data["ECN"] = True
         if live.ipv6_mtu is not None:
             data["IPv6"] = True
-        return LeaseAttrs(underlay.public_ip, backend_type=self.type, backend_data=data)
+        return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, self.type, data)
 
     def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
-        return Family.IPV4
+        """IPv4 where both hosts have it, else IPv6; where they have none in common that which the lease lacks."""
+        return next((it for it in self._outer if attrs.address(it) is not None), self._outer[0])
+
+    def where(self, underlay: Underlay) -> Where:
+        beside = underlay.ipv6 if underlay.address is not None else None
+        return Where(underlay.first_address, self.port, beside)
 
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         """By IPv4 every lease is accepted, as by flannel: any host that listens on the port is a peer.
@@ -109,9 +123,10 @@ class Udp:
 
     def remote(self, lease: Lease) -> Remote:
         attrs = lease.attrs
-        assert attrs.public_ip is not None
+        address = attrs.address(self.outer(attrs, Family.IPV4))
+        assert address is not None
         return Remote(
-            attrs.public_ip,
+            address,
             attrs.port(self._default_port),
             attrs.is_udptun,
             attrs.takes_any_source_port,

@@ -15,7 +15,7 @@ from udptun.backends.udp import tun_link
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
-from udptun.datapath.settings import PacketSettings, Remote, Vtep
+from udptun.datapath.settings import PacketSettings, Remote, Vtep, Where
 from udptun.kernel.underlay import Underlay
 
 N_SENDERS = 4
@@ -31,7 +31,7 @@ class UserspaceVtep:
     overhead = vxlan.VXLAN_OVERHEAD
     families = frozenset((Family.IPV4,))
     ipv6_overhead = 0
-    needs_ipv6_underlay = True
+    needs_same_family = True
     routes_network = False
     peer_types = frozenset((vxlan.VxlanKeys.type,))
     needs_backend_data = True
@@ -56,6 +56,10 @@ class UserspaceVtep:
 
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         return vxlan.refusal(lease)
+
+    def where(self, underlay: Underlay) -> Where:
+        assert underlay.address is not None
+        return Where(underlay.address, self.port)
 
     def n_senders(self, underlay: Underlay, live: LiveSettings) -> int:
         return N_SENDERS

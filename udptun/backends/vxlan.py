@@ -78,7 +78,7 @@ class KernelVxlan:
     families = frozenset(Family)
     overhead = VXLAN_OVERHEAD
     ipv6_overhead = VXLAN_IPV6_OVERHEAD
-    needs_ipv6_underlay = True
+    needs_same_family = True
     encapsulation = None
     routes_network = False
     peer_types = frozenset((VxlanKeys.type,))

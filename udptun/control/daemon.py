@@ -275,7 +275,11 @@ class Daemon:
 
         async with starting():
             choice = await probe.choose_backend(
-                conf.backend, ownerships, options.state_dir, pretend_no_vxlan=options.pretend_no_vxlan
+                conf.backend,
+                ownerships,
+                options.state_dir,
+                underlay.families,
+                pretend_no_vxlan=options.pretend_no_vxlan,
             )
             backend = choice.backend
             check_store(store, conf, backend)
@@ -385,10 +389,9 @@ class Daemon:
 
 
 async def _end_with_families(running: Running) -> None:
-    """Raise BeginAgainError when a family can be carried now, or no longer."""
+    """Raise BeginAgainError when a family can be carried, or carry others, that could not before, or no longer."""
     await running.other_families.wait()
-    had = " and ".join(map(str, running.forwarding.families))
-    raise BeginAgainError(f"other families than {had} can be carried over {running.underlay.link_name} now")
+    raise BeginAgainError(f"the addresses of {running.underlay.link_name} are of other families now")
 
 
 async def _end_with_subnet(running: Running) -> None:

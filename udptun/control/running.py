@@ -60,8 +60,8 @@ class Running:
         )
         self.ip_forward_watch = IpForwardWatch(lambda: forwarding.pod_paths)
         self.other_families = asyncio.Event()
-        """Set when a family can be carried now and could not before, or the other way round: the daemon begins again.
-        """
+        """Set when a family can be carried now and could not before, or the other way round, and when this host has
+        addresses of other families than before: the daemon begins again."""
         self.supervisor = Supervisor()
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
@@ -127,7 +127,7 @@ class Running:
             # Raises when this host cannot be a peer from there.
             backend.attrs(present, self.forwarding.live, self.me.node_id)
             live = self._live_settings(self.conf, present)
-            if live.families != self.forwarding.live.families:
+            if live.families != self.forwarding.live.families or present.families != self.underlay.families:
                 self.other_families.set()
                 return
             await self._apply(present, live)

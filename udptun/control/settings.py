@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import replace
+from ipaddress import IPv6Address, ip_address
 
 from udptun.backends.base import Backend, LiveSettings, ProbedKeys, TunnelKeys, claimed, mtu_for
 from udptun.backends.choice import parse_net_conf
@@ -13,6 +15,7 @@ from udptun.config.flags import Options
 from udptun.config.net_conf import LogLevel, NetConf
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
+from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, corrupted_by, tells_marks
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, IPV6_MTU_MIN, default_workers
 from udptun.firewall.reconciler import FirewallSettings
@@ -85,7 +88,7 @@ def lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend, 
         return ""
     if family not in backend.families:
         return f"the tunnel in user space carries no {family}; the kernel's vxlan and host-gw do (Backend.Type)"
-    if underlay.address_of(family) is None:
+    if backend.needs_same_family and underlay.address_of(family) is None:
         return underlay.problem_of(family)
     return _ipv6_lack(options, conf, underlay, backend) if family is Family.IPV6 else ""
 
@@ -130,15 +133,29 @@ def set_log_level(options: Options, configured: LogLevel | None) -> None:
 
 
 def underlay_options(options: Options, conf: NetConf) -> UnderlayOptions:
+    """An address of each family that the pods have is looked for.
+
+    The tunnel of Type udp carries both over either.  So it looks for IPv4 in any case, and for IPv6 also where a flag
+    names an address of that family.
+    """
+    is_udp = isinstance(conf.backend, UdpKeys)
+    named = (options.public_ipv6, options.iface_can_reach, *map(_address_or_none, options.iface))
     return UnderlayOptions(
         options.iface,
         options.iface_regex,
         options.iface_can_reach,
         options.public_ip,
         options.public_ipv6,
-        with_ipv4=conf.ipv4 is not None,
-        with_ipv6=conf.ipv6 is not None,
+        with_ipv4=conf.ipv4 is not None or is_udp,
+        with_ipv6=conf.ipv6 is not None or (is_udp and any(isinstance(it, IPv6Address) for it in named)),
     )
+
+
+def _address_or_none(iface: str) -> IPAddress | None:
+    """What --iface names may be an address."""
+    with suppress(ValueError):
+        return ip_address(iface)
+    return None
 
 
 def firewall_settings(options: Options, conf: NetConf) -> FirewallSettings:

@@ -61,10 +61,9 @@ class Tunnelled:
         confinement: Confinement,
     ) -> Tunnelled:
         """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
-        assert underlay.address is not None
-        where = (run_dir, device, underlay.address, encapsulation.port)
-        n_senders = encapsulation.n_senders(underlay, live)
-        tunnel = await Tunnel.open(*where, live.workers, live.offload, n_senders, confinement=confinement)
+        where, n_senders = encapsulation.where(underlay), encapsulation.n_senders(underlay, live)
+        how = (run_dir, device, where.address, where.port, live.workers, live.offload, n_senders)
+        tunnel = await Tunnel.open(*how, confinement=confinement, ipv6=where.ipv6)
         return cls(encapsulation, tunnel, run_dir)
 
     async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
@@ -78,7 +77,7 @@ class Tunnelled:
         self._follow(self._leases.get(Family.IPV6, ()))
         self._switch(settings, live)
         leaders = self._leaders(remotes)
-        self._prober.set_peers(_targets(leaders))
+        self._prober.set_peers(self._targets(leaders))
         self._learner.set_peers(leaders)
         local = await find_local_addresses(inputs)
         self._set_local_addresses(local)
@@ -121,7 +120,7 @@ class Tunnelled:
         self.tunnel.peers.add(self._remotes(added))
         self._follow(ipv6)
         leaders = self._leaders(self._remotes({**added, **{subnet: of_ipv6[subnet] for subnet in ipv6}}))
-        self._prober.add_peers(_targets(leaders))
+        self._prober.add_peers(self._targets(leaders))
         self._learner.add_peers(leaders)
         await self.tunnel.publish()
 
@@ -130,12 +129,11 @@ class Tunnelled:
     ) -> LiveSettings:
         """Change from `inputs` to these, and return the settings that are then in force.  Raises UdptunError."""
         how, before = self._encapsulation, _any(inputs)
-        n_senders = how.n_senders(underlay, live)
-        assert underlay.address is not None
+        n_senders, where = how.n_senders(underlay, live), how.where(underlay)
         try:
-            await self.tunnel.rebind(underlay.address, how.port, live.workers, n_senders)
+            await self.tunnel.rebind(where.address, where.port, live.workers, n_senders, where.ipv6)
         except UdptunError as exc:
-            if underlay.address != before.underlay.address:
+            if where != how.where(before.underlay):
                 raise
             live = replace(live, workers=before.live.workers, source_ports=before.live.source_ports)
             log.error("not reloaded, the workers stay %d: %s", live.workers, exc)
@@ -153,13 +151,14 @@ class Tunnelled:
             self.tunnel.peers.add(remotes)
             self._switch(settings, live)
             leaders = self._leaders(remotes)
-            self._prober.add_peers(_targets(leaders))
+            self._prober.add_peers(self._targets(leaders))
             self._learner.add_peers(leaders)
             await self.tunnel.publish()
         return live
 
     def _switch(self, settings: PacketSettings, live: LiveSettings) -> None:
         """After `tunnel.configure`."""
+        self._less_for = settings.less_for
         self._carrier.own_addresses = settings.tunnel_addresses
         self._prober.switch(is_on=live.probe, mtu=settings.mtu)
         is_learning = live.probe and live.source_check is SourceCheck.PEER
@@ -228,6 +227,7 @@ class Tunnelled:
         counts = self.tunnel.stats.peers([table.index_of(subnet) for subnet in subnets], live.workers)
         return [
             {
+                "public_ip": str(remote.address),
                 "port": remote.port,
                 "any_source_port": remote.takes_any_source_port,
                 "ecn": remote.carries_ecn,
@@ -258,15 +258,20 @@ class Tunnelled:
         """The peers that stand for their hosts: these are probed, and asked."""
         return {subnet: it for subnet, it in remotes.items() if self.tunnel.peers.leader(subnet) == subnet}
 
+    def _targets(self, remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPNetwork, Target]:
+        """A peer is asked at its tunnel address, which any kernel answers."""
+        return {
+            subnet: Target(
+                subnet.network_address,
+                it.address,
+                f"{it.address} UDP port {it.port}",
+                it,
+                self._less_for(it),
+            )
+            for subnet, it in remotes.items()
+        }
+
 
 def _any(inputs: Mapping[Family, BackendInput]) -> BackendInput:
     """For what is the same in the inputs of all families."""
     return next(iter(inputs.values()))
-
-
-def _targets(remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPNetwork, Target]:
-    """A peer is asked at its tunnel address, which any kernel answers."""
-    return {
-        subnet: Target(subnet.network_address, remote.address, f"{remote.address} UDP port {remote.port}", remote)
-        for subnet, remote in remotes.items()
-    }

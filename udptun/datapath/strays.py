@@ -85,10 +85,11 @@ class StrayWatch:
         return lines
 
     def _line(self, outer: IPAddress, datagrams: int, subnet: IPNetwork, public_ip: IPAddress) -> str:
+        flag = "--public-ip" if outer.version == 4 else "--public-ipv6"
         whose = "the PublicIP of another host" if self._table.has_remote(outer) else "no host's PublicIP"
         return (
             f"{datagrams} packets of {subnet} came from {outer}, {whose}, and were dropped, because the host of "
             f"{subnet} has the PublicIP {public_ip}; if {outer} is that host, start its daemon with "
-            f"--public-ip={outer}, or have the NAT on the way translate the source of what it sends to {public_ip}; "
+            f"{flag}={outer}, or have the NAT on the way translate the source of what it sends to {public_ip}; "
             "with SourceCheck off packets may come from anywhere"
         )

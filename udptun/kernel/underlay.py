@@ -35,7 +35,7 @@ class UnderlayError(UdptunError):
 class UnderlayOptions:
     """What --iface, --iface-regex, --iface-can-reach, --public-ip and --public-ipv6 say.
 
-    `with_ipv4` and `with_ipv6`: which families the pods have.  An address of each is looked for on the interface.
+    `with_ipv4` and `with_ipv6`: an address of which families is looked for on the interface.
     """
 
     ifaces: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class UnderlayOptions:
 
     @property
     def families(self) -> tuple[Family, ...]:
-        """Those that the pods have, IPv4 first."""
+        """Those that are looked for, IPv4 first."""
         return (Family.IPV4,) * self.with_ipv4 + (Family.IPV6,) * self.with_ipv6
 
 
@@ -89,6 +89,11 @@ class Underlay:
         return address
 
     @property
+    def families(self) -> frozenset[Family]:
+        """Those that it has an address of."""
+        return frozenset(family for family in Family if self.address_of(family) is not None)
+
+    @property
     def host_address(self) -> IPAddress:
         """What the peers know this host by: PublicIP, without one PublicIPv6."""
         address = self.public_ip or self.public_ipv6
@@ -106,7 +111,7 @@ class Underlay:
     @property
     def is_behind_nat(self) -> bool:
         """Whether the peers send to another address than the one that our sockets are bound to."""
-        return self.public_ip != self.address or (self.public_ip is None and self.public_ipv6 != self.ipv6)
+        return self.public_ip != self.address or self.public_ipv6 != self.ipv6
 
 
 def pick(

@@ -26,7 +26,7 @@ _MAX_ASKED = 64
 async def find_underlay(options: UnderlayOptions) -> Underlay:
     """The interface that `options` describe.  Raises UdptunError.
 
-    The first family that leads to one chooses it: IPv4 where the pods have that.
+    The first family that leads to one chooses it: IPv4 where that is looked for.
     """
     first, *others = options.families
     try:
