@@ -10,10 +10,11 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import pytest
 from scapy.layers.inet import IP, TCP, UDP
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.packet import Packet
 
 from udptun._fastpath import Worker
@@ -26,6 +27,7 @@ from udptun.datapath.table import TableWriter
 HERE, THERE = IPv4Address("127.0.0.1"), IPv4Address("127.0.0.2")
 OWN, ANY, PLAIN = (IPv4Network(f"10.244.{i}.0/24") for i in (1, 2, 3))
 """Our subnet; that of a peer that takes any source port; that of one that does not."""
+OWN_IPV6, ANY_IPV6 = IPv6Network("fd00:244:0:1::/64"), IPv6Network("fd00:244:0:2::/64")
 N_SENDERS, N_WORKERS, N_FLOWS, N_ROUNDS = 16, 4, 64, 8
 UDP_GRO = 104
 
@@ -46,9 +48,11 @@ class Rig:
         table, stats = TableWriter.create(), Stats.create()
         undo.callback(table.close)
         undo.callback(stats.close)
-        table.configure(PacketSettings(IPv4Network("10.244.0.0/16"), OWN, HERE, 1472, SourceCheck.PEER))
-        for subnet in (ANY, PLAIN):
-            table.set_peer(subnet, Remote(THERE, port, True, takes_any_source_port=subnet == ANY), 1472)
+        network, network_ipv6 = IPv4Network("10.244.0.0/16"), IPv6Network("fd00:244::/48")
+        ipv6 = {"network_ipv6": network_ipv6, "own_subnet_ipv6": OWN_IPV6}
+        table.configure(PacketSettings(network, OWN, HERE, 1472, SourceCheck.PEER, **ipv6))
+        for subnet in (ANY, PLAIN, ANY_IPV6):
+            table.set_peer(subnet, Remote(THERE, port, True, takes_any_source_port=subnet != PLAIN), 1472)
         assert table.publish(stats)
         fds = [udp.fileno() for udp in senders]
         self._worker = Worker(table.fd, stats.fd, 0, worker_tun.fileno(), ours.fileno(), fds)
@@ -61,12 +65,12 @@ class Rig:
         while self._worker.turn():
             pass
 
-    def received(self, udp: socket.socket) -> Iterator[tuple[IP, int]]:
+    def received(self, udp: socket.socket) -> Iterator[tuple[IP | IPv6, int]]:
         """Packets and the ports that they came from."""
         try:
             while True:
                 payload, (_, port) = udp.recvfrom(1 << 16)
-                yield IP(payload), port
+                yield (IPv6 if payload[0] >> 4 == 6 else IP)(payload), port
         except BlockingIOError:
             return
 
@@ -110,6 +114,30 @@ def test_everything_to_a_peer_that_wants_one_port_leaves_from_ours(rig: Rig) -> 
     got = [list(rig.received(udp)) for udp in rig.peer]
     assert sorted(map(len, got)) == [0, 0, 0, N_FLOWS * N_ROUNDS]
     assert {port for it in got for _, port in it} == {rig.port}
+
+
+def test_each_flow_of_ipv6_leaves_from_one_port_and_so_do_fragments(rig: Rig) -> None:
+    header = IPv6(src=str(OWN_IPV6[5]), dst=str(ANY_IPV6[7]))
+    for _ in range(2):
+        for flow in range(N_FLOWS):
+            rig.send(header / UDP(sport=2000 + flow, dport=53) / bytes(flow))
+            rig.send(header / IPv6ExtHdrDestOpt() / UDP(sport=2000 + flow, dport=53) / bytes(flow))
+        rig.run()
+    ports: dict[int, set[int]] = defaultdict(set)
+    for packet, port in (it for udp in rig.peer for it in rig.received(udp)):
+        ports[packet[UDP].sport].add(port)
+    assert len(ports) == N_FLOWS
+    assert all(len(it) == 1 for it in ports.values()), "also what is behind extension headers"
+    used = Counter(port for (port,) in ports.values())
+    assert set(used) <= set(rig.sender_ports)
+    assert len(used) > N_SENDERS / 2, used
+
+    for offset, more in ((0, 1), (175, 1), (350, 0)):
+        rig.send(header / IPv6ExtHdrFragment(offset=offset, m=more, nh=17, id=9) / bytes(1400 if more else 4))
+    rig.run()
+    got = [port for udp in rig.peer for _, port in rig.received(udp)]
+    assert len(got) == 3
+    assert len(set(got)) == 1
 
 
 def test_fragments_of_a_packet_leave_from_one_port(rig: Rig) -> None:
