@@ -97,6 +97,22 @@ async def test_next_daemon_goes_on_when_all_processes_were_killed(rig: Rig, mana
     await datapath.stop()
 
 
+async def test_sockets_of_ipv6_come_back_with_those_of_ipv4(rig: Rig, manager: Manager) -> None:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as ipv6:
+        ipv6.bind(("::1", 0))
+        both = dataclasses.replace(rig.descriptors, ipv6=(ipv6.fileno(),))
+        await next_daemon(manager).keep("flannel0", both)
+        manager.read()
+        assert kinds(manager) == sorted([*WHOLE, "ipv6/0"])
+        await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)
+        (found,) = await processes.find_running(rig.run_dir)
+        assert found.descriptors is not None
+        (theirs,) = found.descriptors.ipv6
+        assert os.path.sameopenfile(theirs, ipv6.fileno())
+        found.close_descriptors()
+        await Datapath(rig.run_dir, both, [found]).stop()
+
+
 async def test_a_datapath_that_lives_is_left_as_it_is(rig: Rig, manager: Manager) -> None:
     await next_daemon(manager).keep("flannel0", rig.descriptors)
     manager.read()

@@ -123,7 +123,7 @@ class UnderlayWatch:
     async def _on_public_ip(self) -> Underlay | None:
         """The underlay with PublicIP as its address, where this host has got that only now."""
         options, current = self._options, self._current
-        wanted: IPAddress | None = options.public_ip if options.with_ipv4 else options.public_ipv6
+        wanted: IPAddress | None = options.public_ipv6 if current.address is None else options.public_ip
         if wanted is None or wanted == current.first_address:
             return None
         async with Netlink() as kernel:
