@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 TUNNEL = "udptun"
@@ -14,6 +14,7 @@ PYTUN = "pytun loop"
 UNDERLAY_ONLY = "underlay"
 FLANNELD = "flanneld"
 FASTD = "fastd"
+TUNNEL_IPV6, UNDERLAY_IPV6 = f"{TUNNEL}, IPv6", f"{UNDERLAY_ONLY}, IPv6"
 OPENVPN = "openvpn"
 
 PATHS: Mapping[str, str] = {
@@ -27,8 +28,16 @@ PATHS: Mapping[str, str] = {
     "flanneld": FLANNELD,
     "fastd": FASTD,
     "openvpn": OPENVPN,
+    "udptun-ipv6": TUNNEL_IPV6,
+    "underlay-ipv6": UNDERLAY_IPV6,
 }
 """Word on the command line -> name in tables, in the order of tables."""
+
+
+def paths_of(words: Sequence[str], families: Sequence[str]) -> tuple[str, ...]:
+    """The words of PATHS for these paths by these families, `4` and `6`; a path that has no IPv6 is left out there."""
+    found = {"4": words, "6": [word for word in (f"{it}-ipv6" for it in words) if word in PATHS]}
+    return tuple(word for family in families for word in found[family])
 
 
 @dataclass(frozen=True, slots=True)

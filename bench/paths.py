@@ -18,7 +18,21 @@ from pathlib import Path as File
 from typing import Protocol, TypeVar
 
 from bench.compiler import SOURCES, compiled, missing_compiler
-from bench.figures import FASTD, FLANNELD, NAIVE, OPENVPN, PATHS, PLAIN, PYTUN, TUNNEL, UNDERLAY_ONLY, VTEP, VXLAN
+from bench.figures import (
+    FASTD,
+    FLANNELD,
+    NAIVE,
+    OPENVPN,
+    PATHS,
+    PLAIN,
+    PYTUN,
+    TUNNEL,
+    TUNNEL_IPV6,
+    UNDERLAY_IPV6,
+    UNDERLAY_ONLY,
+    VTEP,
+    VXLAN,
+)
 from udptun.core.network_state import IPAddress
 from udptun.lab.comparison import Way, kernel_vxlan, over_device, plain_routing
 from udptun.lab.errors import LabError
@@ -123,6 +137,12 @@ def _udptun(lab: Lab, _tools: Tools | None) -> Path:
     return Path(TUNNEL, lab.host(1).mtu, client, server, server.address, tuple(processes))
 
 
+def _udptun_ipv6(lab: Lab, tools: Tools | None) -> Path:
+    address = lab.host(2).pod(1).ipv6_address
+    assert address is not None
+    return replace(_udptun(lab, tools), name=TUNNEL_IPV6, address=address)
+
+
 def daemon_and_datapath(host: Host) -> list[Process]:
     """The processes of the host's udptun.
 
@@ -142,6 +162,10 @@ def daemon_and_datapath(host: Host) -> list[Process]:
 
 def _underlay(lab: Lab, _tools: Tools | None) -> Path:
     return Path(UNDERLAY_ONLY, lab.underlay_mtu, lab.host(1), lab.host(2), lab.host(2).underlay_address)
+
+
+def _underlay_ipv6(lab: Lab, tools: Tools | None) -> Path:
+    return replace(_underlay(lab, tools), name=UNDERLAY_IPV6, address=lab.host(2).underlay_ipv6)
 
 
 def _plain(lab: Lab, _tools: Tools | None) -> Path:
@@ -355,5 +379,7 @@ KINDS: Mapping[str, Callable[[Lab, Tools | None], Path]] = {
     "flanneld": _flanneld,
     "fastd": _fastd,
     "openvpn": _openvpn,
+    "udptun-ipv6": _udptun_ipv6,
+    "underlay-ipv6": _underlay_ipv6,
 }
 """Word on the command line (figures.PATHS) -> the function that sets the path up."""

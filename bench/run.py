@@ -16,11 +16,11 @@ from bench import machine, report, results
 from bench.compiler import missing_compiler
 from bench.cpu import Usage
 from bench.errors import BenchError
-from bench.figures import FIGURES, LEASES_OF, MODES, N_LEASES, PATHS, TUNNEL, WORKLOADS, lease_path
+from bench.figures import FIGURES, LEASES_OF, MODES, N_LEASES, PATHS, TUNNEL, WORKLOADS, lease_path, paths_of
 from bench.measure import Result, wait_for_path
 from bench.paths import Path, Tools, connect, interleave
 from bench.session import BUSY_LIMIT, Screen, check_idle, run, uninterrupted_end, whole_number
-from bench.workloads import NETWORK, RUN, Bench, prepare, set_leases
+from bench.workloads import IPV6_NETWORK, NETWORK, RUN, Bench, prepare, set_leases
 from udptun.lab.errors import LabError
 from udptun.lab.topology import Lab, Offload, missing_requirements
 
@@ -29,16 +29,20 @@ _NEEDED = ("ip", "bridge", "nsenter", "ping", "iperf3", "ethtool")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is measured: words of figures.MODES, .PATHS and .WORKLOADS, rounds, seconds a run."""
+    """What is measured: words of figures.MODES, .PATHS and .WORKLOADS, rounds, seconds a run.
+
+    The paths of IPv6 follow from `families`.
+    """
 
     modes: tuple[str, ...]
     paths: tuple[str, ...]
     workloads: tuple[str, ...]
     repeats: int
     seconds: int
+    families: tuple[str, ...] = ("4",)
 
 
-FULL = Options(tuple(MODES), tuple(PATHS), tuple(WORKLOADS), 5, 3)
+FULL = Options(tuple(MODES), tuple(it for it in PATHS if not it.endswith("-ipv6")), tuple(WORKLOADS), 5, 3)
 QUICK = Options(("A", "B"), ("udptun", "naive", "vxlan"), ("tcp_1", "udp_64", "rtt"), 3, 1)
 
 
@@ -63,6 +67,12 @@ def main(arguments: Sequence[str]) -> int:
     words("paths", FULL.paths, FULL.paths)
     words("workloads", FULL.workloads, FULL.workloads)
     parser.add_argument(
+        "--family",
+        type=_some_of(("4", "6")),
+        metavar="4,6",
+        help="by which IP between pods: 6 and 4,6 measure the paths that have IPv6 by it (default: 4)",
+    )
+    parser.add_argument(
         "--repeats", type=whole_number(1, 1000), metavar="N", help=f"interleaved rounds (default: {FULL.repeats})"
     )
     parser.add_argument(
@@ -73,9 +83,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=File, metavar="FILE", help="write every run there, the report beside it")
     given = vars(parser.parse_args(arguments))
     named = {name: given[name] for name in ("modes", "paths", "workloads", "repeats", "seconds") if given[name]}
-    options = replace(QUICK if given["quick"] else FULL, **named)
+    options = replace(QUICK if given["quick"] else FULL, **named, families=given["family"] or ("4",))
     if given["flanneld"] and "paths" not in named:
         options = replace(options, paths=tuple(dict.fromkeys((*options.paths, "flanneld"))))
+    options = replace(options, paths=paths_of(options.paths, options.families))
+    if not options.paths:
+        parser.error("--family 6: none of these --paths has IPv6; udptun and underlay have")
     screen = Screen()
     return run(screen, lambda: bench(screen, options, given["flanneld"], given["json"]))
 
@@ -101,8 +114,15 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
     # Before the first round: a file that cannot be written must not cost a whole measurement.
     save()
     screen.step("bringing up two hosts with a pod each")
-    conf = {"Network": str(NETWORK), "Backend": {"Type": "udp"}}
-    with tempfile.TemporaryDirectory() as directory, Lab("bench", net_conf=conf) as lab, uninterrupted_end():
+    conf: dict[str, object] = {"Network": str(NETWORK), "Backend": {"Type": "udp"}}
+    has_ipv6 = "6" in options.families
+    if has_ipv6:
+        conf |= {"EnableIPv6": True, "IPv6Network": str(IPV6_NETWORK)}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Lab("bench", net_conf=conf, ipv6=has_ipv6) as lab,
+        uninterrupted_end(),
+    ):
         lab.start()
         tools = prepare(lab, File(directory), options.seconds)
         screen.step("connecting the pods by " + ", ".join(PATHS[key] for key in options.paths))

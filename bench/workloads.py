@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path as File
 
 from bench import measure
@@ -20,6 +20,8 @@ from udptun.lab.topology import LEASES, Lab
 
 NETWORK = IPv4Network("100.0.0.0/8")
 """Network of the bench's lab.  It has room for the most leases there can be, and no other path's addresses in it."""
+IPV6_NETWORK = IPv6Network("fd00:244::/48")
+"""Of the bench's lab, where IPv6 is measured."""
 
 _LEASES_TIMEOUT_S = 120.0
 """How long both daemons may take to have 65,534 leases in use; a few seconds on an idle machine."""

@@ -12,9 +12,9 @@
  * Receivers block in the kernel: none of the ends spins.  Nothing is batched (no sendmmsg, no segmentation offload), so
  * datagrams reach the tunnel as those of an ordinary program do.  Sequence numbers are in the machine's byte order.
  */
-#include <arpa/inet.h>
 #include <err.h>
 #include <errno.h>
+#include <netdb.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -41,15 +41,19 @@ static uint64_t now_ns(void)
 
 static int open_socket(const char *address, const char *port, int listens)
 {
-    struct sockaddr_in there = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(port))};
-    int buffer_bytes = RECEIVE_BUFFER;
-    int udp = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    const struct addrinfo hints = {.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV, .ai_socktype = SOCK_DGRAM};
+    struct addrinfo *there;
+    int buffer_bytes = RECEIVE_BUFFER, udp;
 
-    if (udp < 0 || inet_pton(AF_INET, address, &there.sin_addr) != 1)
-        errx(2, "%s is not an IPv4 address", address);
+    if (getaddrinfo(address, port, &hints, &there) != 0)
+        errx(2, "%s and %s are not an IP address and a port", address, port);
+    udp = socket(there->ai_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (udp < 0)
+        err(1, "cannot open a UDP socket");
     (void)setsockopt(udp, SOL_SOCKET, SO_RCVBUFFORCE, &buffer_bytes, sizeof buffer_bytes);
-    if ((listens ? bind : connect)(udp, (struct sockaddr *)&there, sizeof there) < 0)
-        err(1, "cannot %s UDP %s:%s", listens ? "listen on" : "connect to", address, port);
+    if ((listens ? bind : connect)(udp, there->ai_addr, there->ai_addrlen) < 0)
+        err(1, "cannot %s UDP %s port %s", listens ? "listen on" : "connect to", address, port);
+    freeaddrinfo(there);
     return udp;
 }
 
@@ -97,7 +101,7 @@ static void blast(int udp, size_t bytes, double seconds)
 
 static void echo(int udp)
 {
-    struct sockaddr_in from;
+    struct sockaddr_storage from;
     socklen_t size = sizeof from;
     ssize_t len;
 

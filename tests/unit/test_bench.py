@@ -28,6 +28,7 @@ from bench.figures import (
     VXLAN,
     WORKLOADS,
     lease_path,
+    paths_of,
 )
 from bench.goals import GOALS
 from bench.goals import judge as judge_goals
@@ -166,6 +167,14 @@ def test_every_word_of_the_command_line_has_something_behind_it() -> None:
         assert set(options.modes) <= set(MODES)
         assert set(options.paths) <= set(PATHS)
         assert set(options.workloads) <= set(WORKLOADS)
+
+
+def test_family_chooses_the_paths_that_have_ipv6() -> None:
+    assert paths_of(("naive", "udptun"), ("6",)) == ("udptun-ipv6",)
+    assert paths_of(("naive", "udptun"), ("4", "6")) == ("naive", "udptun", "udptun-ipv6")
+    assert paths_of(("naive",), ("6",)) == ()
+    for options in (FULL, QUICK):
+        assert paths_of(options.paths, options.families) == options.paths
 
 
 def test_goals_name_workloads_and_figures_that_there_are() -> None:
