@@ -304,13 +304,13 @@ def problems(host: Host) -> Any:
 
 
 def test_a_backend_without_ipv6_says_so_and_refuses_its_packets() -> None:
-    with dual_stack_lab("du", {"Type": "udp"}) as lab:
+    with dual_stack_lab("du", {"Type": "vxlan", "Userspace": True}) as lab:
         lab.start()
         wait_for_peers(lab)
         one, other = lab.host(1), lab.host(2)
         wait_until("IPv4", lambda: answers(one.pod(1), other.pod(1).address), 10)
         assert read_status(one)["problems"] == [
-            "pods have no IPv6 to other hosts: the tunnel in user space carries no IPv6; "
-            "the kernel's vxlan and host-gw do (Backend.Type)"
+            "pods have no IPv6 to other hosts: the VTEP in user space carries no IPv6; "
+            "the kernel's vxlan, udp and host-gw do (Backend.Type)"
         ]
         assert is_refused(one.pod(1), other.pod(1))

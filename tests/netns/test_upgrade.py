@@ -19,25 +19,35 @@ from traffic import kill, nothing_in_clear_text, processes, read_status, tcp_flo
 
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import Lab
+from udptun.lab.topology import DUAL_STACK_NET_CONF, Lab
 
 pytestmark = [pytest.mark.netns, pytest.mark.full]
 
 ROOT = Path(__file__).parents[2]
 EARLIER = os.environ.get("UPGRADE_FROM", "55aaccc15617243c24b822dd94a57ae0b4208603")
+BEFORE_IPV6 = "ea72ee595266a8cc656d8fc32ca0f00dcef4f342"
+"""The last commit whose datapath carries no IPv6, and whose leases have IPv6 subnets all the same."""
 RATE = 2000
 
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the package of the earlier commit is, built."""
-    directory = tmp_path_factory.mktemp("earlier")
-    archive = subprocess.run(["git", "-C", ROOT, "archive", EARLIER], capture_output=True)
+    return build(EARLIER, tmp_path_factory.mktemp("earlier"))
+
+
+@pytest.fixture(scope="module")
+def before_ipv6(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(BEFORE_IPV6, tmp_path_factory.mktemp("before_ipv6"))
+
+
+def build(commit: str, directory: Path) -> Path:
+    archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True)
     if archive.returncode:
-        pytest.skip(f"this is no clone with the commit {EARLIER[:7]}")
+        pytest.skip(f"this is no clone with the commit {commit[:7]}")
     subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
-    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    subprocess.run(build, cwd=directory, check=True, capture_output=True, timeout=300)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=300)
     return directory
 
 
@@ -114,3 +124,53 @@ def test_nothing_is_lost_when_daemons_are_upgraded_and_on_the_way_back(
     assert datagrams.report.n_spoilt == 0
     assert datagrams.report.n_duplicates <= n_changes * 128
     assert datagrams.report.n_out_of_order == 0
+
+
+def test_ipv6_in_udp_begins_once_both_hosts_are_upgraded_and_ends_on_the_way_back(
+    before_ipv6: Path, tmp_path: Path, figure: Callable[..., None]
+) -> None:
+    """The build before names IPv6 subnets and drops the packets: a host that sent them to it would lose them."""
+    with Lab(f"u6{os.getpid()}", net_conf=DUAL_STACK_NET_CONF, ipv6=True) as lab:
+        new_command = of(ROOT, lab.daemon_command)
+        old_command = lab.daemon_command = of(before_ipv6, lab.daemon_command)
+        lab.start()
+        one, two = (host.pod(1) for host in lab.hosts)
+
+        def says() -> str:
+            return one.run(["ping", "-c", "1", "-W", "1", str(two.ipv6_address)], check=False).stdout
+
+        with (
+            nothing_in_clear_text(lab, tmp_path / "c.pcap", "icmp6"),
+            udp_flow(one, two, RATE) as datagrams,
+            tcp_flow(two, one) as stream,
+        ):
+            assert "Destination unreachable" in says()
+            change_build(lab.host(1), ROOT, new_command, "stopped")
+            datagrams.wait_for_more(500)
+            assert "Destination unreachable" in says()
+            change_build(lab.host(2), ROOT, new_command, "stopped")
+            wait_until("IPv6", lambda: " 0% packet loss" in says(), 10)
+            with udp_flow(one, two, RATE, port=5005, ipv6=True) as ipv6:
+                for how in ("killed", "stopped"):
+                    change_daemon(lab.host(1), new_command, how)
+                    ipv6.wait_for_more(500)
+            change_build(lab.host(2), before_ipv6, old_command, "stopped")
+            wait_until("no IPv6", lambda: "Destination unreachable" in says(), 10)
+            datagrams.wait_for_more(500)
+        for host in lab.hosts:
+            assert "Traceback" not in host.daemon_log()
+    figure("of IPv4 packets over 3 changes of build, lost", len(datagrams.report.lost))
+    stream.report.assert_exact()
+    assert (datagrams.report.lost, ipv6.report.lost) == ([], [])
+    assert (datagrams.report.n_spoilt, ipv6.report.n_spoilt) == (0, 0)
+
+
+def change_daemon(host: Host, command: list[str], how: str) -> None:
+    """Replace the daemon with one of the same build, which goes on with the same datapath."""
+    if how == "stopped":
+        assert host.stop_daemon(signal.SIGTERM) == 0
+    else:
+        kill(host, read_status(host)["pid"])
+        wait_until(f"the daemon of {host.name} to be gone", lambda: host.daemon and host.daemon.poll() is not None, 5)
+    host.start_daemon(command=command)
+    host.wait_ready(20)

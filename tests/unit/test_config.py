@@ -281,13 +281,21 @@ def test_config_ignores_what_is_wrong_with_the_range_of_a_disabled_family() -> N
     assert parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/127","IPv6SubnetLen":3}').ipv6 is None
 
 
-IN_USER_SPACE = "the tunnel in user space carries no IPv6; the kernel's vxlan and host-gw do (Backend.Type)"
+IN_USER_SPACE = "the VTEP in user space carries no IPv6; the kernel's vxlan, udp and host-gw do (Backend.Type)"
 
 
 @pytest.mark.parametrize(
     ("keys", "underlay", "lack", "mtus"),
     [
-        (UdpKeys(), {}, IN_USER_SPACE, (1472, None, 1472)),
+        (UdpKeys(), {}, "", (1472, 1472, 1472)),
+        (UdpKeys(), {"ipv6": None, "public_ipv6": None, "ipv6_problem": "eth0 has none"}, "", (1472, 1472, 1472)),
+        (
+            UdpKeys(),
+            {"mtu": 1307},
+            "an underlay MTU of 1307 leaves 1279 bytes for the pods' packets; IPv6 needs 1280, so the underlay needs "
+            "1308",
+            (1279, None, 1279),
+        ),
         (VxlanKeys(), {}, "", (1450, 1430, 1430)),
         (HostGwKeys(), {}, "", (1500, 1500, 1500)),
         (AllocKeys(), {}, "", (1500, 1500, 1500)),
@@ -329,6 +337,15 @@ def test_ipv6_is_carried_or_the_reason_is_said_and_ipv4_is_not_touched(
     live = live_settings(options, conf, here, backend(keys))
     assert (live.mtu, live.ipv6_mtu, live.pod_mtu) == mtus
     assert lack_of(options, replace(conf, ipv6=None), here, backend(keys), Family.IPV6) == ""
+
+
+def test_a_kernel_without_ipv6_is_named_as_what_ipv6_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each address and route of IPv6 would have failed, again and again."""
+    monkeypatch.setattr("udptun.control.settings.read_sysctl", lambda path: None)
+    conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}')
+    here = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
+    said = lack_of(parse_daemon_flags([], {}), conf, here, backend(UdpKeys()), Family.IPV6)
+    assert said == "this kernel has no IPv6; boot it without ipv6.disable=1"
 
 
 def net(**keys: object) -> str:

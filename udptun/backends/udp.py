@@ -58,7 +58,7 @@ class Udp:
 
     type = UdpKeys.type
     summary = "userspace tunnel, flannel's udp wire format"
-    families = frozenset((Family.IPV4,))
+    families = frozenset(Family)
     needs_same_family = False
     routes_network = True
     peer_types = frozenset((UdpKeys.type, ""))

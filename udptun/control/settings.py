@@ -19,6 +19,7 @@ from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, corrupted_by, tells_marks
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, IPV6_MTU_MIN, default_workers
 from udptun.firewall.reconciler import FirewallSettings
+from udptun.kernel.sysctl import read_sysctl
 from udptun.kernel.underlay import Underlay, UnderlayOptions
 from udptun.stores.base import Store
 
@@ -87,7 +88,9 @@ def lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend, 
     if family not in conf.families:
         return ""
     if family not in backend.families:
-        return f"the tunnel in user space carries no {family}; the kernel's vxlan and host-gw do (Backend.Type)"
+        return f"the VTEP in user space carries no {family}; the kernel's vxlan, udp and host-gw do (Backend.Type)"
+    if family is Family.IPV6 and read_sysctl("net/ipv6/conf/all/disable_ipv6") is None:
+        return "this kernel has no IPv6; boot it without ipv6.disable=1"
     if backend.needs_same_family and underlay.address_of(family) is None:
         return underlay.problem_of(family)
     return _ipv6_lack(options, conf, underlay, backend) if family is Family.IPV6 else ""

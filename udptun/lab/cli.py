@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     up.add_argument(
         "--ipv6",
         action="store_true",
-        help="the underlay has IPv6 too; without --net-conf pods have both families, and Type is vxlan",
+        help="the underlay has IPv6 too; without --net-conf pods have both families",
     )
     up.add_argument("--underlay-mtu", type=int, default=1500, metavar="BYTES")
     up.add_argument(

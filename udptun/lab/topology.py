@@ -49,7 +49,7 @@ DUAL_STACK_NET_CONF: Mapping[str, object] = {
     "Network": "10.244.0.0/16",
     "EnableIPv6": True,
     "IPv6Network": "fd00:244::/48",
-    "Backend": {"Type": "vxlan"},
+    "Backend": {"Type": "udp"},
 }
 
 REQUIRED_TOOLS = ("ip", "nsenter")
