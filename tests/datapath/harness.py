@@ -23,7 +23,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, ip_address
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
@@ -497,7 +497,7 @@ class FastDatapath:
 
     def peer_counts(self, pod: str) -> list[int]:
         """PEER_COUNTERS of the peer that leases `pod`."""
-        peer = self.table.leasing(IPv4Address(pod))
+        peer = self.table.leasing(ip_address(pod))
         assert peer is not None
         (counts,) = self.stats.peers([self._writer.index_of(peer.subnet)], 1)
         return counts

@@ -189,6 +189,9 @@ def test_both_families_share_a_batch_and_keep_their_order(datapath: Datapath) ->
     into = [IN, ipv4_in, IN, ipv4_in]
     batch = datapath.decap_batch([(packet, NEAR) for packet in into])
     assert batch.counts == {"decap_packets": 4, "decap_delivered": 4}
+    if isinstance(datapath, FastDatapath):
+        assert datapath.peer_counts(NEAR_POD6) == [2, 2 * len(OUT), 2, 2 * len(IN)]
+        assert datapath.peer_counts(NEAR_POD) == [2, 2 * len(ipv4_out), 2, 2 * len(ipv4_in)]
 
 
 def test_a_packet_of_one_family_never_reaches_a_lease_of_the_other(datapath: Datapath) -> None:

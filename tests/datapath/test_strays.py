@@ -10,8 +10,23 @@ import socket
 import struct
 import time
 
-from tests.datapath.harness import FastDatapath
-from tests.packets import NARROW_POD, NEAR, NEAR_POD, OUTSIDE, POD, STRANGER, TWIN, TWIN_OTHER_POD, TWIN_POD, vxlan
+from tests.datapath.harness import FastDatapath, skip_unless_built
+from tests.packets import (
+    NARROW_POD,
+    NEAR,
+    NEAR_POD,
+    NEAR_POD6,
+    OUTSIDE,
+    OUTSIDE6,
+    POD,
+    POD6,
+    STRANGER,
+    TWIN,
+    TWIN_OTHER_POD,
+    TWIN_OTHER_POD6,
+    TWIN_POD,
+    vxlan,
+)
 from tests.packets import udp as udp_packet
 
 _IP_PKTINFO = 8
@@ -36,6 +51,16 @@ def test_a_stray_may_come_from_the_address_of_another_peer(fast: FastDatapath) -
     """So it is where a host of the overlay is the router of others, and hides their addresses behind its own."""
     fast.decap_batch([(udp_packet(NEAR_POD, POD), TWIN)] * 2)
     assert noted(fast) == {(TWIN, NEAR_POD): 2}
+
+
+def test_strays_of_both_families_are_told_apart() -> None:
+    """Those of one host have two peers, one for each family."""
+    skip_unless_built()
+    with FastDatapath(has_ipv6=True) as fast:
+        fast.decap_batch([(udp_packet(NEAR_POD6, POD6), STRANGER)] * 3 + [(udp_packet(NEAR_POD, POD), STRANGER)])
+        fast.decap_batch([(udp_packet(TWIN_OTHER_POD6, POD6), NEAR), (udp_packet(OUTSIDE6, POD6), STRANGER)])
+        of_one_host = {(STRANGER, NEAR_POD6): 3, (STRANGER, NEAR_POD): 1}
+        assert noted(fast) == of_one_host | {(NEAR, TWIN_OTHER_POD6): 1}
 
 
 def test_nothing_is_noted_of_what_no_peer_leases_or_is_dropped_for_another_reason(fast: FastDatapath) -> None:
