@@ -368,7 +368,7 @@ def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False, has_
         ("10.244.9.0/24", DEAF, MTU),
     )
     learned = ["10.244.2.0/24"]
-    ipv6: dict[str, IPv6Network | IPv6Address] = {}
+    of_ipv6: dict[str, IPv6Network | IPv6Address] = {}
     local: tuple[str, ...] = (UNDERLAY, *LOCALS)
     if has_ipv6:
         leases += (
@@ -380,7 +380,7 @@ def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False, has_
             ("fd00:244:0:9::/64", DEAF, MTU),
         )
         learned.append("fd00:244:0:2::/64")
-        ipv6 = {
+        of_ipv6 = {
             "network_ipv6": IPv6Network("fd00:244::/48"),
             "own_subnet_ipv6": IPv6Network("fd00:244:0:1::/64"),
             "tunnel_address_ipv6": IPv6Address(OWN6),
@@ -407,5 +407,5 @@ def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False, has_
         ),
         vtep=Vtep(VNI, OUR_MAC) if is_vxlan else None,
         learned=tuple((ip_network(subnet), IPv4Address(LEARNED), 0) for subnet in learned),
-        **ipv6,  # type: ignore[arg-type]
+        **of_ipv6,  # type: ignore[arg-type]
     )

@@ -96,7 +96,7 @@ def extensions(draw: st.DrawFn) -> list[tuple[int, bytes]]:
     """Extension headers, none of them most of the time, and most of them such as a packet may have."""
     headers = []
     for kind in draw(st.lists(st.sampled_from("hddrfga"), max_size=draw(st.sampled_from((0, 0, 0, 1, 1, 3, 10))))):
-        if kind == "h" or kind == "d":
+        if kind in ("h", "d"):
             which = HOP_BY_HOP if kind == "h" else DESTINATION_OPTIONS
             headers.append(options_header(which, draw(OPTIONS), length=draw(MOSTLY_RIGHT)))
         elif kind == "r":
