@@ -97,7 +97,10 @@ def test_subnet_env_and_status_name_both_families(lab: Lab) -> None:
         "address": str(host.underlay_ipv6),
         "device": DEVICE if is_vxlan(lab) else None,
         "mtu": 1430 if is_vxlan(lab) else 1500,
-        "peers": [{"subnet": str(other.ipv6_gateway.network), "public_ip": str(other.underlay_ipv6)}],
+        "peers": [
+            {"subnet": str(other.ipv6_gateway.network), "public_ip": str(other.underlay_ipv6)}
+            | {"liveness": "unknown", "rtt_ms": None, "path_mtu": None}
+        ],
     }
     assert status["problems"] == []
     text = host.run([sys.executable, "-m", "udptun", "status"]).stdout

@@ -9,9 +9,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 from test_dual_stack import IPV6_NETWORK, answers
+from test_host_probes import ALLOWED, OFTEN, let_ping
 from traffic import CLEANUP, REAL_TIME, read_status, wait_for_peers
 
 from udptun.lab.host import UNDERLAY_IPV6, Host
@@ -26,6 +28,8 @@ WAYS: Mapping[str, tuple[str, str]] = {"kube": ("vxlan", "kube"), "local": ("hos
 def ipv6_lab(name: str, backend: str, store: str) -> Lab:
     conf = {"EnableIPv4": False, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": {"Type": backend}}
     lab = Lab(f"{name}{os.getpid()}", net_conf=conf, store=store, ipv6=True, ipv4=False)
+    assert lab.daemon_command[:3] == [sys.executable, "-m", "udptun"]
+    lab.daemon_command[1:3] = ["-c", OFTEN]
     lab.daemon_command[:0] = REAL_TIME
     lab.daemon_command.append("--ip-masq")
     return lab
@@ -65,14 +69,35 @@ def test_all_that_is_said_is_of_ipv6(lab: Lab) -> None:
     assert status["network"] == IPV6_NETWORK
     assert status["lease"]["subnet"] == gateway_network(host)
     assert status["lease"]["public_ip"] == status["underlay"]["address"] == str(host.underlay_ipv6)
-    assert [(it["subnet"], it["public_ip"]) for it in status["peers"]] == [
-        (gateway_network(other), str(other.underlay_ipv6))
-    ]
-    assert status["ipv6"]["peers"] == [{"subnet": gateway_network(other), "public_ip": str(other.underlay_ipv6)}]
+    peer = {"subnet": gateway_network(other), "public_ip": str(other.underlay_ipv6)}
+    for peers in (status["peers"], status["ipv6"]["peers"]):
+        assert [{key: it[key] for key in peer} for it in peers] == [peer]
     text = host.run([sys.executable, "-m", "udptun", "status"]).stdout
     assert f"lease      {gateway_network(host)} of {IPV6_NETWORK}, " in text
     assert host.run(["ip", "-4", "route", "show", "proto", "158"]).stdout == ""
     assert host.run(["ip", "link", "show", "flannel.1"], check=False).returncode != 0
+
+
+def test_peers_are_probed_by_icmpv6(lab: Lab, slack: int) -> None:
+    """Nothing was known of them; with vxlan the tunnel address of a peer is asked, with host-gw its PublicIPv6."""
+    host = lab.host(1)
+    let_ping(host, ALLOWED)
+
+    def peer() -> dict[str, Any]:
+        (found,) = read_status(host)["peers"]
+        return dict(found)
+
+    wait_until("the measure", lambda: peer()["path_mtu"] is not None, 5 * slack)
+    assert (peer()["liveness"], peer()["path_mtu"]) == ("alive", host.mtu)
+    assert read_status(host)["backend"]["probes"] == "on"
+    drop = "add table inet t; add chain inet t c { type filter hook input priority 0; }; add rule inet t c icmpv6 type"
+    lab.host(2).run(["nft", f"{drop} echo-request drop"])
+    wait_until("the verdict", lambda: peer()["liveness"] == "dead", 10 * slack)
+    (line,) = read_status(host)["problems"]
+    where = f"{gateway_network(lab.host(2))} at {lab.host(2).underlay_ipv6}"
+    assert line.startswith(f"the host of {where} has answered and does not any more")
+    lab.host(2).run(["nft", "delete table inet t"])
+    wait_until("alive", lambda: peer()["liveness"] == "alive", 10 * slack)
 
 
 def test_the_node_has_annotations_of_ipv6_alone_and_is_available(lab: Lab) -> None:

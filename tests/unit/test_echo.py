@@ -70,14 +70,19 @@ def test_anything_else_is_no_reply(packet: bytes) -> None:
 @pytest.mark.parametrize("length", [MIN_LENGTH, 1472])
 def test_message_is_what_the_request_has_after_its_header_but_for_checksum_and_id(length: int) -> None:
     expected = bytes(ICMP(id=0, seq=0, chksum=0) / (NONCE + bytes(length - MIN_LENGTH)))
-    assert echo_message(NONCE, length) == expected
+    assert echo_message(NONCE, length, 4) == expected
+    in_ipv6 = echo_message(NONCE, length + 20, 6)
+    assert (in_ipv6[:2], in_ipv6[2:]) == (b"\x80\0", expected[2:])
 
 
 def test_reply_message_is_known_from_what_it_begins_with() -> None:
     message = REPLY[20:]
-    assert parse_echo_reply_message(message[:16]) == parse_echo_reply_message(message) == NONCE
-    assert parse_echo_reply_message(message[:15]) is None
-    assert parse_echo_reply_message(echo_message(NONCE)) is None
+    assert parse_echo_reply_message(message[:16], 4) == parse_echo_reply_message(message, 4) == NONCE
+    assert parse_echo_reply_message(message[:15], 4) is None
+    assert parse_echo_reply_message(echo_message(NONCE, MIN_LENGTH, 4), 4) is None
+    assert parse_echo_reply_message(b"\x81" + message[1:], 6) == NONCE
+    assert parse_echo_reply_message(b"\x81" + message[1:], 4) is None
+    assert parse_echo_reply_message(message, 6) is None
 
 
 # --- IPv6

@@ -13,6 +13,7 @@ import pytest
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.control import host_probes
 from udptun.control.host_probes import HostProbes
+from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
@@ -149,8 +150,8 @@ def test_probes_of_a_host_go_on_with_what_those_before_them_have_found(
     inputs = BackendInput(own_subnet.supernet(8), (), Underlay("eth0", 2, 1500, here, here), own_subnet, live, (peer,))
 
     def started(why_not: str | None) -> HostProbes:
-        monkeypatch.setattr(host_probes, "HostCarrier", lambda device: InstantCarrier(why_not))
-        probes = HostProbes("flannel.1", Memory(tmp_path / "probes.json"))
+        monkeypatch.setattr(host_probes, "HostCarrier", lambda device, family: InstantCarrier(why_not))
+        probes = HostProbes(Family.IPV4, "flannel.1", Memory(tmp_path / "probes.json"))
         probes.use(inputs)
         return probes
 

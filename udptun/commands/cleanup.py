@@ -15,7 +15,7 @@ from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.control.instance import NETWORKS_FILE, claim_files, claim_leftovers, starting
 from udptun.control.node_status import path_beside
-from udptun.control.run_dir import LOCK_FILE, PROBES_FILE, SOCKET_NAME, lock_run_dir
+from udptun.control.run_dir import IPV6_PROBES_FILE, LOCK_FILE, PROBES_FILE, SOCKET_NAME, lock_run_dir
 from udptun.core.errors import FirewallError
 from udptun.core.ownership import Ownership
 from udptun.datapath import processes
@@ -79,6 +79,7 @@ async def _clean_up(options: Options, ownership: Ownership, release: bool) -> No
         options.run_dir / SOCKET_NAME,
         options.run_dir / LOCK_FILE,
         options.run_dir / PROBES_FILE,
+        options.run_dir / IPV6_PROBES_FILE,
     ):
         _delete(path)
     if left:

@@ -20,7 +20,7 @@ from udptun.backends.choice import BackendChoice
 from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
-from udptun.control.run_dir import PROBES_FILE
+from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseEvent, Subnets
 from udptun.core.lease_table import LeaseTable
@@ -64,10 +64,11 @@ class Forwarding:
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
-        carries = bool(choice.backend.peer_types)
-        memory = Memory(run_dir / PROBES_FILE)
-        carries &= live.has_ipv4
-        self._probes = HostProbes(choice.backend.device, memory) if tunnel is None and carries else None
+        self._probes: dict[Family, HostProbes] = {}
+        if tunnel is None and choice.backend.peer_types:
+            for family in live.families:
+                memory = Memory(run_dir / (PROBES_FILE if family is Family.IPV4 else IPV6_PROBES_FILE))
+                self._probes[family] = HostProbes(family, self._device(family), memory)
         self._kept = kept
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""
@@ -160,10 +161,10 @@ class Forwarding:
             # A datapath may be left of a run with another backend, and the kernel may need its port.
             await processes.end_all(await processes.find_running(self._run_dir))
             await self._kept.forget()
-        if not self.live.has_ipv4:
-            self._probes = None
-        if self._probes is not None:
-            self._probes.use(self._inputs(Family.IPV4))
+        # A family of which our lease has no subnet has no peers.
+        self._probes = {family: probes for family, probes in self._probes.items() if family in self._routings}
+        for family, probes in self._probes.items():
+            probes.use(self._inputs(family))
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
         alias = None if self._tunnel is None else self._ownership.alias
         if self._tunnel is not None:
@@ -183,8 +184,8 @@ class Forwarding:
                 tasks.create_task(routing.run(), name=f"reconcile {routing.family}")
             if self._tunnel is not None:
                 tasks.create_task(self._tunnel.run(), name="datapath")
-            if self._probes is not None:
-                tasks.create_task(self._probes.run(), name="probes")
+            for family, probes in self._probes.items():
+                tasks.create_task(probes.run(), name=f"probes by {family}")
 
     async def peers_changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
         """Follow a change of the peers, as LeaseTable reports it.  Ignored before `start`, which is given all peers."""
@@ -193,8 +194,8 @@ class Forwarding:
         self._routings[family].change_peers(events)
         if self._tunnel is not None:
             await self._tunnel.peers_changed(family, events)
-        if self._probes is not None and family is Family.IPV4:
-            self._probes.peers_changed(events)
+        if family in self._probes:
+            self._probes[family].peers_changed(events)
         self._update_desired()
 
     async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
@@ -207,8 +208,8 @@ class Forwarding:
             live = await self._tunnel.apply(self._carried_inputs(), underlay, live)
             await self._keep_descriptors()
         self._underlay, self.live = underlay, live
-        if self._probes is not None:
-            self._probes.use(self._inputs(Family.IPV4))
+        for family, probes in self._probes.items():
+            probes.use(self._inputs(family))
         self._update_desired()
 
     async def undo_failed_start(self) -> None:
@@ -238,7 +239,7 @@ class Forwarding:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        parts = (self._tunnel, self._probes, *self._routings.values())
+        parts = (self._tunnel, *self._probes.values(), *self._routings.values())
         # What is wrong with a device that both families use, both say.
         return tuple(dict.fromkeys(line for part in parts if part is not None for line in part.problems))
 
@@ -265,9 +266,9 @@ class Forwarding:
             "mtu": self.live.mtu,
         }
         peers = [_peer(lease) for lease in leases]
-        if self._probes is not None:
-            backend |= {"probes": self._probes.state}
-            peers = [peer | self._probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
+        if (probes := self._probes.get(self._first)) is not None:
+            backend |= {"probes": probes.state}
+            peers = [peer | probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
         if self._tunnel is None:
             return {"backend": backend, "datapath": None, "peers": peers, "counters": {}}
         own = self._tunnel.document(leases, self.live)
@@ -281,7 +282,8 @@ class Forwarding:
     def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
         """What is known of these peers by IPv6 beside their leases: keys of docs/status.md."""
         if self._tunnel is None:
-            return [{} for _ in leases]
+            probes = self._probes.get(Family.IPV6)
+            return [{} if probes is None else probes.document(lease) for lease in leases]
         return self._tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases, self.live)
 
     async def _keep_descriptors(self) -> None:

@@ -22,21 +22,22 @@ too many probes, they come less often.
 
 
 class HostProbes:
-    """Probes the peers by IPv4.  `device` is the one that packets to them go through, None: there is none."""
+    """Probes the peers by one family.  `device` is the one that packets to them go through, None: there is none."""
 
-    def __init__(self, device: str | None, memory: Memory) -> None:
+    def __init__(self, family: Family, device: str | None, memory: Memory) -> None:
         """`memory` has what the daemon before has found out."""
+        self._family = family
         self._device = device
-        self._prober = Prober(HostCarrier(device), _IDLE_S, _IDLE_S, memory=memory)
+        self._prober = Prober(HostCarrier(device, family), _IDLE_S, _IDLE_S, memory=memory)
 
     def use(self, inputs: BackendInput) -> None:
         """Have these settings, and exactly these peers."""
-        self._prober.switch(is_on=inputs.live.probe, mtu=inputs.live.mtu)
+        self._prober.switch(is_on=inputs.live.probe, mtu=inputs.live.mtu_of(self._family))
         self._prober.set_peers(self._targets(inputs.peers))
 
     def peers_changed(self, events: Sequence[LeaseEvent]) -> None:
         removed = (event.lease for event in events if event.type is EventType.REMOVED)
-        self._prober.remove_peers(lease.subnet_of(Family.IPV4) for lease in removed)
+        self._prober.remove_peers(lease.subnet_of(self._family) for lease in removed)
         self._prober.add_peers(self._targets(event.lease for event in events if event.type is EventType.ADDED))
 
     async def run(self) -> None:
@@ -55,18 +56,16 @@ class HostProbes:
 
     def document(self, lease: Lease) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
-        return self._prober.document(lease.subnet_of(Family.IPV4))
+        return self._prober.document(lease.subnet_of(self._family))
 
     def _targets(self, leases: Iterable[Lease]) -> Mapping[IPNetwork, Target]:
         """Whom to ask, so that echoes go the way of packets to the pods.
 
         A peer has the first address of its subnet on the device.  Without one nothing of its subnet has to be there
-        before its first pod; its PublicIP is what packets to its pods go through.
+        before its first pod; its PublicIP (PublicIPv6) is what packets to its pods go through.
         """
         found: dict[IPNetwork, Target] = {}
-        for lease in leases:
-            subnet, host = lease.subnet_of(Family.IPV4), lease.attrs.public_ip
-            assert host is not None
-            address = host if self._device is None else subnet.network_address
-            found[subnet] = Target(address, host, str(host))
+        for part in (lease.part(self._family) for lease in leases):
+            address = part.public_ip if self._device is None else part.subnet.network_address
+            found[part.subnet] = Target(address, part.public_ip, str(part.public_ip))
         return found

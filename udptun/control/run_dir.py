@@ -24,11 +24,13 @@ SOCKET_NAME = "udptun.sock"
 LOCK_FILE = "daemon.lock"
 """flock()ed by the daemon, whose pid it holds."""
 
-PROBES_FILE = "probes.json"
-"""What the daemon knows of the peers by its probes, for the next one."""
+PROBES_FILE, IPV6_PROBES_FILE = "probes.json", "probes-v6.json"
+"""What the daemon knows of the peers by its probes, for the next one.  Where the kernel carries the packets, each
+address family has its own."""
 
 _OWN_FILE = re.compile(
-    rf"{re.escape(SOCKET_NAME)}|{re.escape(LOCK_FILE)}|\.?{re.escape(PROBES_FILE)}(\.new)?|datapath-\w+\.sock"
+    rf"{re.escape(SOCKET_NAME)}|{re.escape(LOCK_FILE)}|"
+    rf"\.?({re.escape(PROBES_FILE)}|{re.escape(IPV6_PROBES_FILE)})(\.new)?|datapath-\w+\.sock"
 )
 
 

@@ -59,9 +59,13 @@ def echo_reply(request: Echo) -> bytes:
     return _message(is_request=False, it=replace(request, source=request.destination, destination=request.source))
 
 
-def echo_message(nonce: bytes, length: int = MIN_LENGTH) -> bytes:
-    """The ICMP message of an IPv4 packet of `length` bytes.  Whoever sends it fills in the checksum and the id."""
-    return _ECHO.pack(_ECHO_REQUEST, 0, 0, 0, 0, nonce).ljust(length - _IPV4.size, b"\0")
+def echo_message(nonce: bytes, length: int, version: int) -> bytes:
+    """The ICMP or ICMPv6 message of a packet of `length` bytes and of that IP version.
+
+    Whoever sends it fills in the checksum and the id.
+    """
+    kind, header_len = (_ECHO_REQUEST, _IPV4.size) if version == 4 else (_ECHO_REQUEST_V6, _IPV6.size)
+    return _ECHO.pack(kind, 0, 0, 0, 0, nonce).ljust(length - header_len, b"\0")
 
 
 def parse_echo_request(packet: bytes) -> Echo | None:
@@ -116,12 +120,12 @@ def _parse(packet: bytes, kind: int, kind_v6: int) -> Echo | None:
     return Echo(source, destination, id, sequence, nonce)
 
 
-def parse_echo_reply_message(message: bytes) -> bytes | None:
-    """The nonce in what an ICMP message begins with; None unless it is an echo reply that has room for one."""
+def parse_echo_reply_message(message: bytes, version: int) -> bytes | None:
+    """The nonce in what an ICMP or ICMPv6 message begins with; None unless it is an echo reply with room for one."""
     if len(message) < _ECHO.size:
         return None
     kind, code, _, _, _, nonce = _ECHO.unpack_from(message)
-    return nonce if (kind, code) == (_ECHO_REPLY, 0) else None
+    return nonce if (kind, code) == (_ECHO_REPLY if version == 4 else _ECHO_REPLY_V6, 0) else None
 
 
 def _checksum(data: bytes) -> bytes:

@@ -1,11 +1,12 @@
 """Probes to peers whose packets the kernel carries leave from a socket of this host.
 
-It is an ICMP datagram socket (SOCK_DGRAM, IPPROTO_ICMP), as ping has it.  The kernel chooses the id, computes the
-checksums, and hands over the replies with that id and nothing else.  It needs no capability; a raw socket needs
-CAP_NET_RAW, and is woken by every ICMP packet of the host.  But net.ipv4.ping_group_range has to name one of our
-groups, which not even root's capabilities replace.
+It is an ICMP datagram socket (SOCK_DGRAM with IPPROTO_ICMP or IPPROTO_ICMPV6), as ping has it.  The kernel chooses the
+id, computes the checksums, and hands over the replies with that id and nothing else.  It needs no capability; a raw
+socket needs CAP_NET_RAW, and is woken by every ICMP packet of the host.  But net.ipv4.ping_group_range has to name one
+of our groups, for ICMPv6 too, which not even root's capabilities replace.
 
 IP_PMTUDISC_PROBE sets DF and has the kernel send whatever the device takes, also when it believes the path narrower.
+With IPv6 the kernel itself would fragment what the device does not take, but for IPV6_DONTFRAG.
 ICMP errors are not looked at: anybody can make one up.  A probe has passed when its nonce has come back.
 """
 
@@ -21,6 +22,7 @@ from ipaddress import ip_address
 
 from udptun._kabi import lib
 from udptun.core.echo import MIN_LENGTH, echo_message, parse_echo_reply_message
+from udptun.core.family import Family
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.probing.carrier import Fate, Take
 
@@ -33,11 +35,13 @@ _MOST_READ = 64
 class HostCarrier:
     """See `Carrier`.  Nothing comes of what is found but what is shown: the kernel carries the packets.
 
-    `device` is the one that they go through; None: they go through the underlay's as they are.
+    `device` is the one that they go through; None: they go through the underlay's as they are.  All peers are asked by
+    `family`.
     """
 
-    def __init__(self, device: str | None) -> None:
+    def __init__(self, device: str | None, family: Family = Family.IPV4) -> None:
         self._device = device
+        self._family = family
         self._socket: socket.socket | None = None
         self._obstacle: str | None = None
         self._try_at_s = float("-inf")
@@ -55,7 +59,7 @@ class HostCarrier:
         if self._socket is None and time.monotonic() >= self._try_at_s:
             self._try_at_s = time.monotonic() + _RETRY_S
             try:
-                self._socket = _open_socket()
+                self._socket = _open_socket(self._family)
             except OSError as exc:
                 self._obstacle = _why_not(exc)
             else:
@@ -68,11 +72,11 @@ class HostCarrier:
             return
         for _ in range(_MOST_READ):
             try:
-                message, (source, _) = self._socket.recvfrom(MIN_LENGTH)
+                message, (source, *_) = self._socket.recvfrom(MIN_LENGTH)
             except OSError:
                 return
             now_ns = time.monotonic_ns()
-            nonce = parse_echo_reply_message(message)
+            nonce = parse_echo_reply_message(message, self._family.value)
             if nonce is not None:
                 self._take(nonce, ip_address(source), now_ns)
 
@@ -91,7 +95,7 @@ class HostCarrier:
             return None
         at_ns = time.monotonic_ns()
         try:
-            self._socket.sendto(echo_message(nonce, length), (str(address), 0))
+            self._socket.sendto(echo_message(nonce, length, address.version), (str(address), 0))
         except OSError as exc:
             # Others: no route, no room, a rule of nftables.  That says nothing about the peer.
             return _Sent(Fate(has_left=False, is_too_long=exc.errno == errno.EMSGSIZE))
@@ -141,10 +145,17 @@ class _Sent:
         return self._fate
 
 
-def _open_socket() -> socket.socket:
+def _open_socket(family: Family) -> socket.socket:
     """Raises OSError."""
-    found = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, socket.IPPROTO_ICMP)
-    found.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_PROBE)
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
+    if family is Family.IPV4:
+        found = socket.socket(socket.AF_INET, kind, socket.IPPROTO_ICMP)
+        found.setsockopt(socket.IPPROTO_IP, lib.IP_MTU_DISCOVER, lib.IP_PMTUDISC_PROBE)
+        return found
+    found = socket.socket(socket.AF_INET6, kind, socket.IPPROTO_ICMPV6)
+    # IPV6_PMTUDISC_PROBE is the same number.
+    found.setsockopt(socket.IPPROTO_IPV6, lib.IPV6_MTU_DISCOVER, lib.IP_PMTUDISC_PROBE)
+    found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DONTFRAG, 1)
     return found
 
 
