@@ -391,3 +391,47 @@ def test_a_host_whose_network_has_ipv4_alone_stays_a_peer_by_ipv4(lab: Lab, slac
     assert host.stop_daemon() == 0
     removed = host.run([*CLEANUP[:-1], str(NET_CONF.with_name("ipv4.json"))]).stdout
     assert "deleted link flannel0\n" in removed
+
+
+# --- other hosts, other pods
+
+ALONE = {"EnableIPv4": False, **{key: value for key, value in CONF.items() if key not in ("Network", "SubnetMax")}}
+KINDS = [
+    pytest.param(ALONE, True, id="IPv6 alone over IPv4"),
+    pytest.param(ALONE, False, id="IPv6 alone over IPv6", marks=pytest.mark.full),
+    pytest.param(CONF, False, id="both over IPv6", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("conf", "ipv4"), KINDS)
+def test_pods_and_hosts_may_have_other_families(conf: Mapping[str, object], ipv4: bool, slack: int) -> None:
+    mtu = MTU if ipv4 else MTU - 20
+    with Lab(f"o6{os.getpid()}", net_conf=conf, ipv6=True, ipv4=ipv4) as lab:
+        lab.daemon_command[:0] = REAL_TIME
+        lab.start()
+        wait_for_peers(lab)
+        host = lab.host(1)
+        one, other = host.pod(1), lab.host(2).pod(1)
+        wait_for_ipv6(lab)
+        assert is_answered(one, other.ipv6_address, mtu - 48)
+        assert conf is ALONE or is_answered(one, other.address, mtu - 28)
+        (peer,) = read_status(host)["ipv6"]["peers"]
+        there = lab.host(2).underlay_address if ipv4 else lab.host(2).underlay_ipv6
+        assert peer["public_ip"] == str(there)
+        with udp_flow(one, other, 500, ipv6=True) as datagrams, tcp_flow(other, one, ipv6=True) as stream:
+            assert host.stop_daemon(signal.SIGKILL) == -signal.SIGKILL
+            host.start_daemon()
+            host.wait_ready(20)
+            datagrams.wait_for_more()
+        stream.report.assert_exact()
+        assert (datagrams.report.lost, datagrams.report.n_spoilt) == ([], 0)
+
+        def measured() -> tuple[object, object]:
+            (peer,) = read_status(host)["ipv6"]["peers"]
+            return peer["liveness"], peer["path_mtu"]
+
+        wait_until("a measure", lambda: measured() == ("alive", mtu), 10 * slack)
+        assert read_status(host)["problems"] == []
+        # A subnet that is shown among the peers is not shown again.
+        text = host.run([sys.executable, "-m", "udptun", "status"]).stdout
+        assert text.count(f"\n{gateway(lab.host(2)).network} ") == 1

@@ -103,7 +103,7 @@ def render(document: Document, now_s: float) -> str:
                 _number(peer.get("path_mtu"), "d"),
                 *(str(peer.get(key, "-")) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
             ]
-            for peer in (*document["peers"], *_carried_peers(ipv6 or {}))
+            for peer in (*document["peers"], *_peers_by_ipv6(document))
         ],
     )
     lines += _learned(document["peers"])
@@ -122,9 +122,12 @@ def _ipv6(ipv6: Document) -> str:
     return f"IPv6       {ipv6['subnet']} of {ipv6['network']}, {public}{carried}, {len(ipv6['peers'])} peers"
 
 
-def _carried_peers(ipv6: Document) -> list[Document]:
-    """The peers by IPv6 whose packets the datapath carries, which only udptun does; the kernel counts none."""
-    return [peer for peer in ipv6.get("peers", ()) if "encap_packets" in peer]
+def _peers_by_ipv6(document: Document) -> list[Document]:
+    """Those whose packets the datapath carries, for the kernel counts none, and that are not among `peers` themselves.
+    """
+    shown = {peer["subnet"] for peer in document["peers"]}
+    peers = (document.get("ipv6") or {}).get("peers", ())
+    return [peer for peer in peers if "encap_packets" in peer and peer["subnet"] not in shown]
 
 
 def _datapath(datapath: Document) -> str:
