@@ -2,7 +2,7 @@
 
     pod h1/p1 -- cni0 - flannel0 [h1] eth0 -- underlay (fd00:77::/64) -- eth0 [h2] flannel0 - cni0 -- pod h2/p1
 
-The pods have IPv4.  The tests are in order: the last one gives h2 and h3 IPv4 addresses.
+The pods have both families.  The tests are in order: the last one gives h2 and h3 IPv4 addresses.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ from udptun.lab.topology import Lab
 
 pytestmark = pytest.mark.netns
 
-CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "udp"}}
+CONF = {
+    "Network": "10.244.0.0/16",
+    "EnableIPv6": True,
+    "IPv6Network": "fd00:244::/48",
+    "Backend": {"Type": "udp"},
+}
 PORT, MTU, LESS = 8285, 1500 - 48, 20
 STRANGER = "fd00:77::99"
 SEND = """
@@ -89,6 +94,7 @@ def test_hosts_are_known_by_their_ipv6_addresses_and_pods_reach_each_other(lab: 
         assert status["backend"]["mtu"] == host.mtu == MTU
     for a, b in itertools.permutations(lab.hosts, 2):
         ping(a.pod(1), b.pod(1).address, "-M", "do", "-s", str(MTU - 28), count=1)
+        ping(a.pod(1), b.pod(1).ipv6_address, "-M", "do", "-s", str(MTU - 48), count=1)
         ping(a, tunnel_address(b), count=1)
     text = lab.host(1).run([sys.executable, "-m", "udptun", "status"]).stdout
     assert f"public {lab.host(1).underlay_ipv6}" in text
@@ -98,11 +104,11 @@ def test_streams_and_datagrams_arrive_byte_for_byte_and_kill_9_loses_none(lab: L
     one, two, three = lab.hosts
     with no_packet_errors(*lab.hosts, *(host.pod(1) for host in lab.hosts)), contextlib.ExitStack() as flows:
         streams = [
-            flows.enter_context(tcp_flow(a.pod(1), b.pod(1), 4e6, 5100 + i))
+            flows.enter_context(tcp_flow(a.pod(1), b.pod(1), 4e6, 5100 + i, ipv6=i < 2))
             for i, (a, b) in enumerate([(one, two), (two, three), (three, one)])
         ]
         inwards = flows.enter_context(udp_flow(two.pod(1), one.pod(1), 1000, 5201))
-        outwards = flows.enter_context(udp_flow(one.pod(1), three.pod(1), 1000, 5202))
+        outwards = flows.enter_context(udp_flow(one.pod(1), three.pod(1), 1000, 5202, ipv6=True))
         inwards.wait_for_more(100)
         kill(one, read_status(one)["datapath"]["pid"])
         for flow in (inwards, outwards):
@@ -177,7 +183,8 @@ def test_hosts_that_get_ipv4_use_it_among_themselves_and_ipv6_to_the_others(lab:
     ping(two.pod(1), three.pod(1).address, "-M", "do", "-s", str(MTU - 28), count=1)
     # From the host, whose route to the pods over IPv6 is narrower than the device.
     ping(two, three.pod(1).address, "-M", "dont", "-s", str(MTU + LESS - 28), count=1)
-    ping(two, one.pod(1).address, "-M", "dont", "-s", str(MTU + LESS - 28), count=1)
+    for address in (one.pod(1).address, one.pod(1).ipv6_address):
+        ping(two, address, "-M", "dont", "-s", str(MTU + LESS - 28), count=1)
     wanted = {one_ipv6: MTU, three_ipv4: MTU + LESS}
     seconds_until(lambda: path_mtus(two) == wanted, "both paths to be measured", 30)
     route = two.run(["ip", "route", "get", str(one.pod(1).address)]).stdout
