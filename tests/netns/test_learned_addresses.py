@@ -37,9 +37,11 @@ STRANGER = UNDERLAY[99]
 
 
 @contextmanager
-def lab_of(backend: str) -> Iterator[Lab]:
-    net_conf = {"Network": "10.244.0.0/16", "Backend": BACKENDS[backend]}
-    with Lab(f"la{os.getpid()}", n_hosts=2, net_conf=net_conf) as lab:
+def lab_of(backend: str, *, ipv6: bool = False) -> Iterator[Lab]:
+    net_conf: dict[str, object] = {"Network": "10.244.0.0/16", "Backend": BACKENDS[backend]}
+    if ipv6:
+        net_conf |= {"EnableIPv6": True, "IPv6Network": "fd00:244::/48"}
+    with Lab(f"la{os.getpid()}", n_hosts=2, net_conf=net_conf, ipv6=ipv6) as lab:
         yield lab
         for host in lab.hosts:
             assert "Traceback" not in host.daemon_log()
@@ -68,8 +70,12 @@ def answers(source: Host, destination: Host) -> bool:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hosts_behind_a_nat_that_translates_only_destinations_reach_each_other(backend: str) -> None:
-    """Each dropped what came from the other one, the question where it sends from as well."""
-    with lab_of(backend) as lab:
+    """Each dropped what came from the other one, the question where it sends from as well.
+
+    With udp the pods have both families: what is learned by IPv4 holds for IPv6.
+    """
+    has_ipv6 = backend == "udp"
+    with lab_of(backend, ipv6=has_ipv6) as lab:
         one, two = lab.hosts
         lab.switch.run(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv4.conf.all.send_redirects=0"])
         lab.switch.run(["sysctl", "-qw", "net.ipv4.conf.underlay.send_redirects=0"])
@@ -85,6 +91,10 @@ def test_hosts_behind_a_nat_that_translates_only_destinations_reach_each_other(b
             assert learned(host) == [{"address": str(other.underlay_address), "port": port}]
             assert "peer sends from an address beside its PublicIP, as it has proved" in host.daemon_log()
         wait_until("the end of the lines", lambda: not read_status(one)["problems"], LEARNED_S)
+        if has_ipv6:
+            assert is_answered(one.pod(1), two.pod(1).ipv6_address)
+            (peer,) = read_status(one)["ipv6"]["peers"]
+            assert peer["learned"] == learned(one)
 
         with udp_flow(two.pod(1), one.pod(1), 200) as flow:
             # A daemon stops, is killed, and finds what was learned each time.
@@ -97,6 +107,7 @@ def test_hosts_behind_a_nat_that_translates_only_destinations_reach_each_other(b
             start(one, "--public-ip=203.0.113.1")
             assert learned(one)
             flow.wait_for_more()
+            assert not has_ipv6 or is_answered(one.pod(1), two.pod(1).ipv6_address)
         assert flow.report.lost == []
 
         # Another lease has nothing of it.
