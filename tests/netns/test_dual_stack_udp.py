@@ -30,6 +30,7 @@ from traffic import (
     wait_for_peers,
 )
 
+from udptun.core.errors import UdptunError
 from udptun.lab.host import UNDERLAY_IPV6, Host, Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, Lab
@@ -217,6 +218,8 @@ DAMAGES = {
     "address": "ip -6 addr flush dev flannel0",
     "device": "ip link del flannel0; ip -6 route flush proto 158",
     "IPv6 of the device": "sysctl -qw net.ipv6.conf.flannel0.disable_ipv6=1",
+    # The kernel takes IPv6 from such a device, and gives it back with its own settings and a link-local address.
+    "MTU": "ip link set flannel0 mtu 1279",
     "rules": "ip6tables -t nat -F FLANNEL-POSTRTG",
 }
 
@@ -298,6 +301,41 @@ def test_a_path_that_takes_less_is_narrow_for_both_families(lab: Lab, slack: int
             host.start_daemon()
         for host in (one, two):
             host.wait_ready(20)
+
+
+@pytest.mark.full
+def test_an_underlay_that_takes_too_little_for_ipv6_switches_it_off_until_it_takes_more(lab: Lab, slack: int) -> None:
+    """IPv4 goes on with the smaller MTU, and its packets are carried while the daemon begins again."""
+    host, two = lab.hosts[:2]
+    one, other = host.pod(1), two.pod(1)
+    wait_for_ipv6(lab)
+    lack = (
+        "pods have no IPv6 to other hosts: an underlay MTU of 1300 leaves 1272 bytes for the pods' packets; IPv6 needs "
+        "1280, so the underlay needs 1308"
+    )
+
+    def problems() -> Any:
+        """While the daemon begins again it has no status."""
+        try:
+            return read_status(host)["problems"]
+        except UdptunError:
+            return None
+
+    with udp_flow(one, other, 500) as flow:
+        host.run(["ip", "link", "set", "eth0", "mtu", "1300"])
+        wait_until("the problem", lambda: problems() == [lack], 10 * slack)
+        said = one.run(["ping", "-c", "1", "-W", "1", str(other.ipv6_address)], check=False).stdout
+        assert "Destination unreachable: No route" in said
+        # The others do not send it any, either.
+        key = f"{host.subnet.network_address}-24&{gateway(host).network.network_address}-64"
+        refused = f"{key}: its host does not take IPv6"
+        wait_until("a refusal", lambda: any(it.startswith(refused) for it in read_status(two)["skipped"]), 10 * slack)
+        host.run(["ip", "link", "set", "eth0", "mtu", "1500"])
+        wait_until("its end", lambda: problems() == [], 10 * slack)
+        wait_for_ipv6(lab)
+        flow.wait_for_more()
+    assert flow.report.lost == []
+    wait_until("the peer", lambda: len(read_status(two)["ipv6"]["peers"]) == 2, 10 * slack)
 
 
 STRANGE_LEASES = """

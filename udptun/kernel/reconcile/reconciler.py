@@ -241,13 +241,14 @@ class Reconciler:
         desired = self._desired = await self._direct.look(kernel) or self._desired
         links = {wanted.name: await kernel.link(wanted.name) for wanted in desired.links}
         family = self._family
-        # The kernel gives each device a link-local IPv6 address by itself.
+        # The kernel gives each device a link-local IPv6 address by itself.  On the datapath's nobody needs it, and the
+        # kernel would solicit routers from it.
         addresses = [
             a
             for link in links.values()
             if link
             for a in await kernel.addresses(link.index, family)
-            if a.ip.version == 4 or not a.ip.is_link_local
+            if a.ip.version == 4 or link.vxlan is None or not a.ip.is_link_local
         ]
         vxlan = [link.index for link in links.values() if link is not None and link.vxlan is not None]
         self._own_links = {link.index: name for name, link in links.items() if link is not None}
