@@ -236,7 +236,7 @@ def _open_queue(name: str, flags: int) -> int:
 def _tun_features(offload: Offload) -> int:
     features = 0
     if Offload.TSO in offload:
-        features |= lib.TUN_F_CSUM | lib.TUN_F_TSO4
+        features |= lib.TUN_F_CSUM | lib.TUN_F_TSO4 | lib.TUN_F_TSO6
     if Offload.USO in offload:
         # The kernel takes both families or none.
         features |= lib.TUN_F_CSUM | lib.TUN_F_USO4 | lib.TUN_F_USO6
