@@ -196,7 +196,7 @@ def test_what_was_in_flight_when_three_processes_died_is_dropped_and_counted(rig
     assert numbers(rig.peer) == [4]
 
 
-WRITTEN = b"\0" + inward(2)[1:]
+WRITTEN = b"\x04" + inward(2)[1:]
 MOMENTS = {
     "before any was counted": (outward(1), inward(2), {}, {"encap_sent": 1, "decap_delivered": 1}),
     "when they were counted": (

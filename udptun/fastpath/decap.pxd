@@ -137,10 +137,11 @@ cdef inline Counter *check_header(const ut_slot *table, Counters *c, Packet *p) 
         return &c.decap_drop_empty
     if p.len < IPV4_HEADER_MIN:
         return &c.decap_drop_short
-    p.is_ipv6 = ip_version(p.data) == 6
-    if p.is_ipv6:
-        return check_ipv6_header(c, p) if carries_ipv6(table) else &c.decap_drop_ipv6
-    return check_ipv4_header(c, p) if ip_version(p.data) == 4 else &c.decap_drop_version
+    if ip_version(p.data) == 4:
+        return check_ipv4_header(c, p)
+    if ip_version(p.data) != 6:
+        return &c.decap_drop_version
+    return check_ipv6_header(c, p) if carries_ipv6(table) else &c.decap_drop_ipv6
 
 
 cdef inline Counter *check_ipv4_header(Counters *c, Packet *p) noexcept nogil:
@@ -149,13 +150,13 @@ cdef inline Counter *check_ipv4_header(Counters *c, Packet *p) noexcept nogil:
     cdef int header = ip_header_len(d)
     if header < IPV4_HEADER_MIN or header > p.len:
         return &c.decap_drop_ihl
-    if not take_length(p):
+    if not take_ipv4_length(p):
         return &c.decap_drop_length
     if ut_fold(ut_sum(d, header, 0)) != 0xffff:
         return &c.decap_drop_checksum
     if header > IPV4_HEADER_MIN and not options_acceptable(d, header):
         return &c.decap_drop_options
-    read_headers(p)
+    read_ipv4_header(p)
     if not p.is_whole and not is_fragment_possible(
             (ip_fragment_word(d) & FRAGMENT_MASK) * 8, p.len - header, p.has_more):
         return &c.decap_drop_fragment
@@ -167,9 +168,9 @@ cdef inline Counter *check_ipv6_header(Counters *c, Packet *p) noexcept nogil:
     cdef int problem
     if p.len < IPV6_HEADER:
         return &c.decap_drop_short
-    if not take_length(p):
+    if not take_ipv6_length(p):
         return &c.decap_drop_length
-    problem = read_headers(p)
+    problem = read_ipv6_headers(p)
     if problem == PROBLEM_NONE:
         return NULL
     return &c.decap_drop_options if problem == PROBLEM_OPTIONS else &c.decap_drop_fragment

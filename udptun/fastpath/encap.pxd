@@ -83,11 +83,13 @@ cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPa
             return &c.encap_drop_ipv6
         if p.len < IPV6_HEADER:
             return &c.encap_drop_short
-    elif ip_version(p.data) != 4:
-        return &c.encap_drop_malformed
-    if not take_length(p):
-        return &c.encap_drop_malformed
-    read_headers(p)
+        if not take_ipv6_length(p):
+            return &c.encap_drop_malformed
+        read_ipv6_headers(p)
+    else:
+        if ip_version(p.data) != 4 or not take_ipv4_length(p):
+            return &c.encap_drop_malformed
+        read_ipv4_header(p)
     if vnet.gso_type != VIRTIO_NET_HDR_GSO_NONE:
         measure_super_packet(s, p, vnet)
         if s.n == 0 or s.n > SEGMENTS or s.n * (w.prefix_len + s.header) > HEADERS_BYTES:

@@ -40,20 +40,24 @@ cdef struct Packet:
 cdef inline bint take_length(Packet *p) noexcept nogil:
     """Cut off what is behind the packet, by its own length.  False where its header does not fit what was read.
 
-    There are at least IPV4_HEADER_MIN bytes, and IPV6_HEADER of a packet of version 6.  A jumbogram (RFC 2675) does not
-    fit.
+    There are at least IPV4_HEADER_MIN bytes, and IPV6_HEADER of a packet of version 6.
     """
-    cdef const uint8_t *d = p.data
-    cdef int header = IPV6_HEADER, total
-    p.is_ipv6 = ip_version(d) == 6
-    if p.is_ipv6:
-        total = ipv6_total_len(d)
-        if total == IPV6_HEADER and d[IPV6_NEXT_HEADER] == HOP_BY_HOP_OPTIONS:
-            return False
-    else:
-        header = ip_header_len(d)
-        total = ip_total_len(d)
+    p.is_ipv6 = ip_version(p.data) == 6
+    return take_ipv6_length(p) if p.is_ipv6 else take_ipv4_length(p)
+
+
+cdef inline bint take_ipv4_length(Packet *p) noexcept nogil:
+    cdef int header = ip_header_len(p.data), total = ip_total_len(p.data)
     if header < IPV4_HEADER_MIN or total < header or total > p.len:
+        return False
+    p.len = total
+    return True
+
+
+cdef inline bint take_ipv6_length(Packet *p) noexcept nogil:
+    """A jumbogram (RFC 2675) does not fit."""
+    cdef int total = ipv6_total_len(p.data)
+    if total > p.len or total == IPV6_HEADER and p.data[IPV6_NEXT_HEADER] == HOP_BY_HOP_OPTIONS:
         return False
     p.len = total
     return True
@@ -61,20 +65,29 @@ cdef inline bint take_length(Packet *p) noexcept nogil:
 
 cdef inline int read_headers(Packet *p) noexcept nogil:
     """Find the transport header, and what the fragment's fields say.  The problem of an IPv6 chain."""
-    cdef int fragment
     if p.is_ipv6:
-        p.header = IPV6_HEADER
-        p.protocol = p.data[IPV6_NEXT_HEADER]
-        p.has_fragment_header = p.has_more = p.is_later_fragment = False
-        p.is_whole = True
-        return follow_chain(p) if is_extension(p.protocol) else PROBLEM_NONE
-    fragment = ip_fragment_word(p.data)
+        return read_ipv6_headers(p)
+    read_ipv4_header(p)
+    return PROBLEM_NONE
+
+
+cdef inline void read_ipv4_header(Packet *p) noexcept nogil:
+    cdef int fragment = ip_fragment_word(p.data)
+    p.is_ipv6 = False
     p.header = ip_header_len(p.data)
     p.protocol = ip_protocol(p.data)
     p.has_more = fragment & FLAG_MF != 0
     p.is_later_fragment = fragment & FRAGMENT_MASK != 0
-    p.is_whole = not p.has_more and not p.is_later_fragment
-    return PROBLEM_NONE
+    p.is_whole = fragment & (FLAG_MF | FRAGMENT_MASK) == 0
+
+
+cdef inline int read_ipv6_headers(Packet *p) noexcept nogil:
+    p.is_ipv6 = True
+    p.header = IPV6_HEADER
+    p.protocol = p.data[IPV6_NEXT_HEADER]
+    p.has_fragment_header = p.has_more = p.is_later_fragment = False
+    p.is_whole = True
+    return follow_chain(p) if is_extension(p.protocol) else PROBLEM_NONE
 
 
 cdef inline bint is_extension(int protocol) noexcept nogil:
@@ -168,9 +181,6 @@ cdef inline const uint8_t *source_of(const Packet *p) noexcept nogil:
 cdef inline const uint8_t *destination_of(const Packet *p) noexcept nogil:
     return p.data + (IPV6_DESTINATION if p.is_ipv6 else IP_DESTINATION)
 
-cdef inline int address_len(const Packet *p) noexcept nogil:
-    return 16 if p.is_ipv6 else 4
-
 cdef inline ut_address address_at(const Packet *p, const uint8_t *address) noexcept nogil:
     """An address of the packet as the shared memory has it."""
     cdef ut_address out
@@ -231,7 +241,11 @@ cdef inline bint is_icmp(const Packet *p) noexcept nogil:
             and p.len >= p.header + ICMP_HEADER)
 
 cdef inline uint64_t sum_addresses(const Packet *p) noexcept nogil:
-    return ut_sum(source_of(p), 2 * address_len(p), 0)
+    cdef uint32_t words[2]
+    if p.is_ipv6:
+        return ut_sum(p.data + IPV6_SOURCE, 32, 0)
+    memcpy(words, p.data + IP_SOURCE, sizeof(words))
+    return <uint64_t>words[0] + words[1]
 
 cdef inline uint16_t pseudo_sum(const Packet *p) noexcept nogil:
     """Folded, uncomplemented pseudo-header sum, memory order: what an offloading sender leaves in the check field."""
