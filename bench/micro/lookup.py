@@ -1,4 +1,4 @@
-"""Nanoseconds per peer lookup, for tables of 1, 1,000 and 65,534 leases.
+"""Nanoseconds per peer lookup, for tables of 1, 1,000 and 65,534 leases of each family.
 
 A lookup is what encap does for a packet: destination address -> peer -> the peer's remote address.  Addresses come from
 one lease (a burst of one connection) or at random from all leases (the worst a cache can get).
@@ -10,7 +10,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,29 @@ N_LEASES = (1, 1_000, 65_534)
 N_ADDRESSES = 1 << 20
 """In one timed call, which takes a millisecond or so: the cost of the call itself does not show."""
 
-_NETWORK = IPv4Network("10.0.0.0/8")
+_NETWORK, _NETWORK_IPV6 = IPv4Network("10.0.0.0/8"), IPv6Network("2001:db8::/40")
 _FIRST_REMOTE = int(IPv4Address("198.18.0.0"))
 _SEED = 1
+
+Case = tuple[int, int]
+"""IP version and number of leases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Addresses to look up, and the number of the lease of each."""
+
+    addresses: NDArray[np.uint32]
+    leases: NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
 class Lookups:
-    """One table and the addresses to look up in it."""
+    """One table and what to look up in it."""
 
     reader: TableReader
-    one_lease: NDArray[np.uint32]
-    all_leases: NDArray[np.uint32]
+    one_lease: Asked
+    all_leases: Asked
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,30 +59,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--repeats", type=whole_number(1, 10_000), default=50, metavar="N", help="timed calls (default: %(default)s)"
     )
     repeats = parser.parse_args(arguments).repeats
-    cases = {n: make(n) for n in N_LEASES}
+    cases = {(version, n): make(version, n) for version in (4, 6) for n in N_LEASES}
     figures = measure(cases, repeats)
-    rows = [[f"{n:,}", *(f"{of.median:.2f} ({of.low:.2f} to {of.high:.2f})" for of in figures[n])] for n in N_LEASES]
+    rows = [
+        [f"IPv{version}", f"{n:,}", *(f"{of.median:.2f} ({of.low:.2f} to {of.high:.2f})" for of in figures[version, n])]
+        for version, n in cases
+    ]
     print(f"ns per lookup, median (least to greatest) of {repeats} x {N_ADDRESSES:,} lookups")
-    print("\n".join(table(["leases", "of one lease", "of all, at random"], rows)))
+    print("\n".join(table(["", "leases", "of one lease", "of all, at random"], rows)))
 
 
-def make(n_leases: int) -> Lookups:
-    """A table with `n_leases` /24 leases of 10.0.0.0/8, the first /24 being our own."""
+def make(version: int, n_leases: int) -> Lookups:
+    """A table with `n_leases` /24 leases of 10.0.0.0/8, the first /24 being our own; or /64 leases of 2001:db8::/40."""
     stats, writer = Stats.create(), TableWriter.create()
-    subnets = [IPv4Network((int(_NETWORK.network_address) + ((1 + i) << 8), 24)) for i in range(n_leases)]
     own = next(_NETWORK.subnets(new_prefix=24))
     writer.configure(PacketSettings(_NETWORK, own, IPv4Address("192.0.2.1"), 1472, SourceCheck.PEER))
-    for i, subnet in enumerate(subnets):
-        writer.set_peer(subnet, Remote(IPv4Address(_FIRST_REMOTE + i), 8285, True), 1472)
+    for i in range(n_leases):
+        writer.set_peer(_subnet(version, i), Remote(IPv4Address(_FIRST_REMOTE + i), 8285, True), 1472)
     if not writer.publish(stats):
         raise DatapathError("a new table could not be published")
-    firsts = np.array([int(subnet.network_address) for subnet in subnets], np.uint32)
     rng = np.random.default_rng(_SEED)
-    hosts = rng.integers(1, 255, N_ADDRESSES, np.uint32)
     lookups = Lookups(
         TableReader(writer.fd, stats.fd, 0),
-        np.asarray(firsts[n_leases // 2] + hosts, np.uint32),
-        np.asarray(rng.choice(firsts, N_ADDRESSES) + hosts, np.uint32),
+        _asked(version, np.full(N_ADDRESSES, n_leases // 2, np.uint32), rng),
+        _asked(version, rng.integers(0, n_leases, N_ADDRESSES, np.uint32), rng),
     )
     # The reader has mapped both files.
     writer.close()
@@ -79,31 +90,43 @@ def make(n_leases: int) -> Lookups:
     return lookups
 
 
-def measure(cases: dict[int, Lookups], repeats: int) -> dict[int, tuple[Spread, Spread]]:
+def _subnet(version: int, i: int) -> IPv4Network | IPv6Network:
+    """Of lease `i`."""
+    if version == 4:
+        return IPv4Network((int(_NETWORK.network_address) + ((1 + i) << 8), 24))
+    return IPv6Network((int(_NETWORK_IPV6.network_address) + (i << 64), 64))
+
+
+def _asked(version: int, leases: NDArray[np.uint32], rng: np.random.Generator) -> Asked:
+    """An address at random of each of these leases."""
+    hosts = rng.integers(1, 255, len(leases), np.uint32)
+    if version == 4:
+        first = int(_subnet(4, 0).network_address)
+        return Asked(np.asarray((leases << np.uint32(8)) + np.uint32(first) + hosts, np.uint32), leases)
+    words = np.zeros((len(leases), 4), ">u4")
+    words[:, 0] = int(_NETWORK_IPV6.network_address) >> 96
+    words[:, 1], words[:, 3] = leases, hosts
+    return Asked(words.view(np.uint32), leases)
+
+
+def measure(cases: dict[Case, Lookups], repeats: int) -> dict[Case, tuple[Spread, Spread]]:
     """Time all cases in turn, `repeats` times; (of one lease, of all leases) of each, ns per lookup."""
     peers, remotes = np.zeros(N_ADDRESSES, np.uint32), np.zeros(N_ADDRESSES, np.uint32)
     took_ns = np.zeros((len(cases), 2, repeats))
     for repeat in range(-1, repeats):  # the first round only warms up, and is checked
-        for i, (n_leases, lookups) in enumerate(cases.items()):
-            for j, addresses in enumerate((lookups.one_lease, lookups.all_leases)):
+        for i, (case, lookups) in enumerate(cases.items()):
+            for j, asked in enumerate((lookups.one_lease, lookups.all_leases)):
                 start = time.perf_counter_ns()
-                lookups.reader.lookup(addresses, peers, remotes)
+                lookups.reader.lookup(asked.addresses, peers, remotes)
                 took = time.perf_counter_ns() - start
                 if repeat >= 0:
                     took_ns[i, j, repeat] = took / N_ADDRESSES
-                else:
-                    _check(n_leases, addresses, remotes)
+                # The remotes must be those that `make` gave the leases.
+                elif not np.array_equal(remotes.byteswap(), asked.leases + np.uint32(_FIRST_REMOTE)):
+                    raise DatapathError(f"wrong answers from the table of {case[1]} leases of IPv{case[0]}")
     return {
-        n_leases: (Spread.of(took_ns[i, 0].tolist()), Spread.of(took_ns[i, 1].tolist()))
-        for i, n_leases in enumerate(cases)
+        case: (Spread.of(took_ns[i, 0].tolist()), Spread.of(took_ns[i, 1].tolist())) for i, case in enumerate(cases)
     }
-
-
-def _check(n_leases: int, addresses: NDArray[np.uint32], remotes: NDArray[np.uint32]) -> None:
-    """The remotes must be those that `make` gave the leases.  Raises DatapathError."""
-    expected = _FIRST_REMOTE + (addresses >> 8) - (int(_NETWORK.network_address) >> 8) - 1
-    if not np.array_equal(remotes.byteswap(), expected):
-        raise DatapathError(f"wrong answers from the table of {n_leases} leases")
 
 
 if __name__ == "__main__":
