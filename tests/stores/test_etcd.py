@@ -119,6 +119,17 @@ def test_a_dual_stack_lease_has_both_prefixes_in_its_key(harness: EtcdHarness) -
     assert harness.keys() == ["10.244.11.0-24&fd00:244:0:f::-64"]
 
 
+def test_a_key_of_ipv6_alone_is_none_as_to_flannel(harness: EtcdHarness) -> None:
+    harness.etcdctl("put", harness.key("fd00:1::-64"), '{"PublicIP":"0.0.0.0","PublicIPv6":"fd99::1"}')
+
+    async def main(store: etcd.EtcdStore) -> None:
+        snapshot = await store.snapshot()
+        assert snapshot.leases == ()
+        assert snapshot.skipped == ("lease 'fd00:1::-64': flannel's keys in etcd begin with an IPv4 subnet",)
+
+    on_store(harness, main)
+
+
 @pytest.mark.parametrize(
     "value",
     [

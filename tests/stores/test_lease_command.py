@@ -115,6 +115,26 @@ def test_show_takes_a_subnet_or_a_key(lease: Lease) -> None:
     assert lease("show", "10.0.9.0/24", status=1).startswith("there is no lease 10.0.9.0/24 in ")
 
 
+def test_a_store_of_ipv6_alone_is_listed_reserved_and_released(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harness = LocalHarness(tmp_path)
+    lease = Lease(flags_of(harness), capsys)
+    harness.write([])
+    harness.net_conf.write_text('{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:1::/48"}')
+    missing = "lease reserve: --public-ipv6 is missing: for which host is the subnet?"
+    assert lease("reserve", "fd00:1:0:7::/64", status=2) == missing
+    wrong = lease("reserve", "fd00:2::/64", "--public-ipv6=fd99::7", status=1)
+    assert "the subnets of fd00:1::/48 are those of length /64 from fd00:1:0:1:: to fd00:1:0:ffff::" in wrong
+    assert lease("reserve", "fd00:1:0:7::/64", "--public-ipv6=fd99::7").startswith(
+        "reserved fd00:1:0:7::/64 for fd99::7 in "
+    )
+    assert [line.split()[:2] for line in lease("list").splitlines()[1:]] == [["fd00:1:0:7::/64", "fd99::7"]]
+    shown = json.loads(lease("show", "fd00:1:0:7::/64", "--json"))
+    assert (shown["key"], shown["public_ip"], shown["public_ipv6"]) == ("fd00:1:0:7::-64", None, "fd99::7")
+    assert lease("release", "fd00:1:0:7::/64").startswith("released the reservation fd00:1:0:7::/64 of fd99::7 in ")
+
+
 def test_reserve_and_release_say_what_they_did(lease: Lease) -> None:
     line = lease("reserve", "10.0.7.0/24", "--public-ip=192.0.2.7")
     assert line.startswith("reserved 10.0.7.0/24 for 192.0.2.7 in ")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
+from fake_store import FakeStore
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,8 +25,8 @@ from udptun.config.net_conf import (
     SubnetPool,
     keys_that_need_a_restart,
 )
+from udptun.control.settings import check_store, live_settings, underlay_options
 from udptun.control.settings import lack as lack_of
-from udptun.control.settings import live_settings, underlay_options
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
@@ -625,6 +626,18 @@ def test_a_host_outside_what_is_leased_starts_inside_network(keys: BackendKeys, 
     check_underlay(backend(keys), parse(FLANNELS_EXAMPLE), IPv4Address(address))
     # By default the first subnet is not leased.
     check_underlay(backend(keys), parse('{"Network": "10.244.0.0/16"}'), IPv4Address("10.244.0.5"))
+
+
+def test_ipv6_alone_is_refused_by_a_store_that_cannot_keep_it() -> None:
+    conf = parse('{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fc00::/48","Backend":{"Type":"host-gw"}}')
+    store = FakeStore()
+    check_store(store, conf, backend(HostGwKeys()))
+    store.keeps_ipv6_alone = False
+    with pytest.raises(ConfigError) as refused:
+        check_store(store, conf, backend(HostGwKeys()))
+    (line,) = refused.value.problems
+    assert line.startswith("EnableIPv4: IPv6 alone does not work with the store fake: the keys of flannel's leases ")
+    check_store(store, parse('{"Network":"10.3.0.0/16"}'), backend(HostGwKeys()))
 
 
 @pytest.mark.parametrize("keys", NOT_UDP.values(), ids=NOT_UDP)

@@ -63,13 +63,15 @@ def fetch(run_dir: Path) -> str:
 def render(document: Document, now_s: float) -> str:
     """The document for people.  `now_s` (Unix seconds) is for the time that is left until a lease expires."""
     lease, underlay, backend, datapath = (document[key] for key in ("lease", "underlay", "backend", "datapath"))
-    port = "" if lease["port"] is None else f":{lease['port']}"
+    public_ip = lease["public_ip"]
+    if lease["port"] is not None:
+        public_ip = f"[{public_ip}]:{lease['port']}" if ":" in public_ip else f"{public_ip}:{lease['port']}"
     source_check = f", source check {backend['source_check']}" if "source_check" in backend else ""
     lines = [
         f"lease      {lease['subnet']} of {document['network']}, {_left(lease['expires_at'], now_s)}",
         f"store      {document['store']}",
         f"underlay   {underlay['interface']} {underlay['address']} mtu {underlay['mtu']}, "
-        f"public {lease['public_ip']}{port}",
+        f"public {public_ip}",
         f"backend    {backend['type']} {backend['device'] or 'no device'} mtu {backend['mtu']}{source_check} "
         f"({backend['reason']})",
     ]
