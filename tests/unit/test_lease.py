@@ -688,6 +688,7 @@ def test_ipv6_subnet_whose_packets_travel_over_ipv4_needs_a_usable_public_ip_and
         ("::1", "PublicIPv6 ::1 is not a unicast address"),
         ("ff02::1", "PublicIPv6 ff02::1 is not a unicast address"),
         ("fe80::1", "PublicIPv6 fe80::1 is not a unicast address"),
+        ("::ffff:c000:201", "PublicIPv6 ::ffff:c000:201 is not a unicast address"),
         ("fd00:244:0:9::1", "PublicIPv6 fd00:244:0:9::1 lies inside IPv6Network fd00:244::/48"),
         ("2001:db8::1", None),
     ],

@@ -147,7 +147,6 @@ _SUBNETS = TextCache[Subnets](_REMEMBERED_BYTES)
 _IPV6_KEY = r"([0-9a-f:]+)-(0|[1-9]\d{0,2})"
 _KEY = re.compile(rf"(\d+\.\d+\.\d+\.\d+)-(0|[1-9]\d?)(?:&{_IPV6_KEY})?|{_IPV6_KEY}")
 
-
 _NO_ADDRESS = IPv4Address(0)
 
 
@@ -259,6 +258,7 @@ class LeaseAttrs:
 
 
 _ATTRS = TextCache[LeaseAttrs](_REMEMBERED_BYTES)
+
 
 def ipv6_address(text: str) -> IPv6Address:
     """Raises ValueError, also for one with a zone (`%eth0`): that says something to the host which wrote it alone."""
@@ -402,7 +402,7 @@ def _is_unicast(ip: IPAddress) -> bool:
     """Whether it can be a host's address on a network.  A link-local IPv6 address says nothing without its link."""
     if isinstance(ip, IPv4Address):
         return int(ip) >> 24 not in (0, 127) and int(ip) >> 29 != 0b111
-    return not (ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip.is_link_local)
+    return not (ip.is_unspecified or ip.is_loopback or ip.is_multicast or ip.is_link_local or ip.ipv4_mapped)
 
 
 def is_inside(subnet: IPNetwork, network: IPNetwork) -> bool:
