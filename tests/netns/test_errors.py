@@ -474,7 +474,7 @@ CASES = [
         "a leases file whose entry of ours is bad",
         2,
         r"/run/leases\.json has no usable entry with PublicIP 192\.168\.77\.11 "
-        r"\(entry 1: unknown key 'Prot'; known are Subnet, PublicIP, Port, Node\): add one .*",
+        r"\(entry 1: unknown key 'Prot'; known are Subnet, PublicIP, IPv6Subnet, PublicIPv6, Port, Node\): add one .*",
         leases({**MINE, "Prot": 8285}),
         FILE,
     ),

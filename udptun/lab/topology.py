@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, ip_interface
 from pathlib import Path
 from types import TracebackType
 
@@ -181,7 +181,7 @@ class Lab:
         for host in self.hosts:
             host.wait_ready(timeout)
             env = host.subnet_env()
-            subnet = env.get("FLANNEL_SUBNET", env.get("FLANNEL_IPV6_SUBNET"))
+            subnet = ip_interface(env.get("FLANNEL_SUBNET") or env["FLANNEL_IPV6_SUBNET"]).network
             address = host.underlay_address if self._has_ipv4 else host.underlay_ipv6
             log.info("host %s is ready: subnet %s, underlay %s", host.name, subnet, address)
         for host in self.hosts:
