@@ -1,7 +1,10 @@
 """The memory that a worker shares with the control plane (csrc/shm.h), and how the worker finds a peer in it.
 
     table       the peers, written by the control plane, read-only here; a turn uses one of its slots from begin to end
-    slot        one complete picture of the overlay: own subnet, MTU, peers, and the index that `lookup` reads
+    slot        one complete picture of the overlay: own subnets, MTU, peers, and what `lookup` and `lookup_ipv6` read
+    peer        one subnet that another host leases, of either family
+    remote      where a host is: its address and port, which all its peers share
+    address     16 bytes, with IPv4 as ::ffff:a.b.c.d; elsewhere IPv4 addresses are numbers in host order
     worker      a block of words that one worker writes: the generation it uses, its state, its counters
     in flight   what a worker has read from the kernel and not yet handed on: its successor goes on with it
     stray       a slot of a worker for datagrams from an address that no lease explains

@@ -291,8 +291,8 @@ static inline uint32_t ut_hash(uint32_t word)
     return (word * UT_HASH) >> 16;
 }
 
-/* 32 bits of which each depends on all bits of the address.  With a mask it is where in a hash table of addresses, or of
- * what has one, an address is looked for, entry by entry in a circle, until one is free. */
+/* 32 bits of which each depends on most bits of the address.  With a mask they are where in a hash table of addresses,
+ * or of what has one, an address is looked for, entry by entry in a circle, until one is free. */
 static inline uint32_t ut_hash_address(const struct ut_address *address)
 {
     uint64_t mixed = address->half[0] * UT_HASH_UPPER + address->half[1] * UT_HASH_LOWER;
