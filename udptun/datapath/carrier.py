@@ -13,6 +13,7 @@ from udptun.core.echo import echo_request, min_length, parse_echo_reply
 from udptun.core.errors import KernelError
 from udptun.core.family import Family
 from udptun.core.network_state import IPAddress, IPNetwork
+from udptun.core.tunnel import IPV6_MTU_MIN
 from udptun.datapath.rings import Punt, Result, Rings
 from udptun.datapath.sockets import believed_mtus
 from udptun.datapath.stats import PeerTraffic
@@ -154,9 +155,11 @@ class TunnelCarrier:
         )
 
     def narrow_line(self, host: str, mtu: int, full: int) -> str:
+        lost = f"; IPv6 packets of up to {IPV6_MTU_MIN} bytes, which every link has to take, are lost"
         return (
             f"the path to {host} takes packets of {mtu} bytes, {full - mtu} fewer than {self._tunnel.tun.name}; "
-            "longer ones are fragmented, or their senders told (fragmentation needed); "
+            f"longer ones are fragmented, or their senders told (fragmentation needed)"
+            f"{lost if mtu < IPV6_MTU_MIN and 6 in self.own_addresses else ''}; "
             f"have all hosts use a Backend.MTU that is {full - mtu} lower, or mend the path"
         )
 
