@@ -486,10 +486,10 @@ def inject(table: Table, packet: bytes, *, into_tun: bool = False, is_refused: b
 
     `is_refused`: the kernel refuses the datagram, or the write to the TUN device.
     """
-    if not _has_header(packet) or read_header(packet).total_len != len(packet):
+    if not _has_header(packet) or not _is_packet(packet):
         return Outcome("inject_drop_malformed")
     ip = read_header(packet)
-    if table.space(ip.family) is None or not ip.family.header_len <= ip.header_len <= len(packet):
+    if ip.total_len != len(packet) or table.space(ip.family) is None:
         return Outcome("inject_drop_malformed")
     peer = table.leasing(ip.destination)
     if peer is None and not into_tun:

@@ -370,7 +370,8 @@ def test_the_control_plane_injects_packets_of_both_families(datapath: Datapath) 
     assert datapath.inject(packet, into_tun=True) == Outcome("inject_delivered", writes=(NO_VNET_HDR + packet,))
     lost = packet[:24] + address(UNLEASED6) + packet[40:]
     assert datapath.inject(lost) == Outcome("inject_drop_no_route")
-    for wrong in (packet[:39], packet[:-1], packet + b"\0", b"\x70" + packet[1:]):
+    jumbogram = packet[:4] + bytes(3) + packet[7:40]
+    for wrong in (packet[:39], packet[:-1], packet + b"\0", b"\x70" + packet[1:], jumbogram):
         assert datapath.inject(wrong) == Outcome("inject_drop_malformed")
 
 

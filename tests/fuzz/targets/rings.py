@@ -19,6 +19,7 @@ from tests.datapath.harness import DEADLINE_S, FastDatapath
 from tests.fuzz.mutate import json_mutator
 from tests.packets import (
     DESTINATION_OPTIONS,
+    HOP_BY_HOP,
     NEAR,
     NEAR_POD,
     NEAR_POD6,
@@ -52,6 +53,7 @@ _REPLY_IPV6 = ipv6(
     protocol=58,
     headers=[options_header(DESTINATION_OPTIONS)],
 )
+_JUMBOGRAM = ipv6(POD6, NEAR_POD6, headers=[options_header(HOP_BY_HOP)], payload_len=0)[:40]
 FOUND = {
     "a worker's ring is ahead of itself": b'[["word", 1, "taken", 9]]',
     "a worker's ring has more than its slots": b'[["word", 1, "written", 9999]]',
@@ -68,6 +70,7 @@ FOUND = {
             ["take"],
         ]
     ).encode(),
+    "the reference would inject a jumbogram": json.dumps([["inject", _JUMBOGRAM.hex(), 0, 0], ["turn"]]).encode(),
     "the control of a message goes on behind its room": json.dumps(
         [["flight", "n_messages", 1, _REPLY.hex()], ["flight", "controllen", 2**63, "0000000001000000" * 3], ["heir"]]
     ).encode(),
