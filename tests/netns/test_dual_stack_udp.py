@@ -170,6 +170,7 @@ def test_subnets_that_nobody_leases_are_refused_and_never_leave_in_clear_text(la
 
 def test_status_and_subnet_env_name_both_families(lab: Lab) -> None:
     host, other = lab.host(1), lab.host(3)
+    wait_until("IPv6", lambda: is_answered(host.pod(1), other.pod(1).ipv6_address), 10)
     env, status = host.subnet_env(), read_status(host)
     assert env["FLANNEL_IPV6_NETWORK"] == IPV6_NETWORK
     assert (env["FLANNEL_MTU"], env["FLANNEL_IPV6_SUBNET"]) == (str(MTU), str(gateway(host)))
