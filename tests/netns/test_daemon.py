@@ -669,7 +669,8 @@ def test_previous_subnet_is_left_to_its_new_holder(host: Host) -> None:
     assert {peer["subnet"] for peer in read_status(host)["peers"]} == {str(own)}
 
 
-def test_ipv6_is_named_in_lease_and_subnet_env_and_carries_no_traffic(host: Host) -> None:
+def test_ipv6_is_named_in_lease_and_subnet_env_and_its_network_leads_into_the_device(host: Host) -> None:
+    """Also where the host itself has no IPv6 address: the datagrams are those of IPv4."""
     ipv6 = {"Network": "10.244.0.0/16", "EnableIPv6": True, "IPv6Network": "fd00:244::/48"}
     host.path(NET_CONF).write_text(json.dumps(ipv6))
     host.start_daemon()
@@ -684,8 +685,10 @@ def test_ipv6_is_named_in_lease_and_subnet_env_and_carries_no_traffic(host: Host
     assert match is not None, text
     assert sql(host, "select key from leases") == f"10.244.{match[1]}.0-24&{match[2]}-64\n"
     assert '"PublicIPv6":null,' in sql(host, "select value from leases")
-    assert host.run(["ip", "-6", "-o", "addr", "show", "dev", "flannel0"]).stdout == ""
-    assert host.run(["ip", "-6", "route", "show", "dev", "flannel0"]).stdout == ""
+    (address,) = host.run(["ip", "-6", "-o", "addr", "show", "dev", "flannel0"]).stdout.splitlines()
+    assert address.split()[3] == f"{match[2]}/128"
+    routes = host.run(["ip", "-6", "route", "show", "dev", "flannel0", "proto", "158"]).stdout.splitlines()
+    assert [route.split()[0] for route in routes] == ["fd00:244::/48"]
 
 
 # --- what it says about the world
