@@ -9,23 +9,31 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Sum of `blocks` times 64 bytes as 32-bit words, in sixteen lanes that compilers turn into vector instructions.  What
- * every x86-64 and arm64 has is enough: SSE2 reaches the speed of memory here, and versions for AVX2 (target_clones)
- * were slower, because the lanes then went through memory. */
+typedef uint64_t ut_lanes __attribute__((vector_size(16)));
+
+/* Sum of `blocks` times 64 bytes as 32-bit words.  The two words of each 64-bit lane are summed apart, the lower ones by
+ * a mask and the upper ones by a shift.  Compilers keep the four sums in registers wherever this is inlined; a loop over
+ * sixteen lanes in an array was a quarter as fast where they did not.  What every x86-64 and arm64 has is enough: SSE2
+ * reaches the speed of memory here. */
 static inline uint64_t ut_sum_blocks(const unsigned char *p, size_t blocks)
 {
-    uint64_t lane[16] = {0};
+    const ut_lanes lower_word = {0xffffffffu, 0xffffffffu};
+    ut_lanes lower[2] = {{0}, {0}}, upper[2] = {{0}, {0}};
 
     for (; blocks; p += 64, blocks--) {
-        uint32_t word[16];
+        ut_lanes word[4];
         memcpy(word, p, 64);
-        for (int i = 0; i < 16; i++)
-            lane[i] += word[i];
+        lower[0] += word[0] & lower_word;
+        upper[0] += word[0] >> 32;
+        lower[1] += word[1] & lower_word;
+        upper[1] += word[1] >> 32;
+        lower[0] += word[2] & lower_word;
+        upper[0] += word[2] >> 32;
+        lower[1] += word[3] & lower_word;
+        upper[1] += word[3] >> 32;
     }
-    uint64_t sum = 0;
-    for (int i = 0; i < 16; i++)
-        sum += lane[i];
-    return sum;
+    ut_lanes sum = lower[0] + lower[1] + upper[0] + upper[1];
+    return sum[0] + sum[1];
 }
 
 /* Ones'-complement sum of `len` bytes added to `sum`, unfolded, in memory order: fold it, and store the result as
