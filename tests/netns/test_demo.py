@@ -340,5 +340,6 @@ def test_lookup_benchmark_checks_its_answers_and_prints_a_line_for_every_size() 
     lookup = run("bench.micro.lookup", "--repeats", "2")
     assert (lookup.returncode, lookup.stderr) == (0, "")
     figure = r" +\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)"
-    for n in ("1", "1,000", "65,534"):
-        assert re.search(rf"^{n}{figure}{figure}$", lookup.stdout, re.MULTILINE), lookup.stdout
+    for family in ("IPv4", "IPv6"):
+        for n in ("1", "1,000", "65,534"):
+            assert re.search(rf"^{family} +{n}{figure}{figure}$", lookup.stdout, re.MULTILINE), lookup.stdout

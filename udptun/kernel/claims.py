@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ _SOCKETS = Path("/proc/net/unix")
 _ASKING = 128
 """How many processes may ask for the holder of a name; what they have asked is never read."""
 _LOCK_RETRY_S = 0.02
+_TAKE_TRIES = 5
+_TAKE_RETRY_S = 0.001
+"""A holder that has just ended, or that does not listen yet, is gone or there a moment later."""
 
 UNKNOWN = -1
 """In the place of a pid: the holder could not be asked."""
@@ -40,17 +44,22 @@ class Claims:
 
     def take(self, name: str) -> int | None:
         """Hold `name`.  Returns None, or what `find_holder` says of the process that holds it already."""
-        holding = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            holding.bind(_address(name))
-            holding.listen(_ASKING)
-        except OSError as exc:
-            holding.close()
-            if exc.errno == errno.EADDRINUSE and (pid := find_holder(name)) is not None:
-                return pid
-            log.warning("other daemons on this host cannot see a name of ours name=%r error=%s", name, exc)
-            return None
-        self._sockets.append(holding)
+        for tries_left in reversed(range(_TAKE_TRIES)):
+            holding = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            try:
+                holding.bind(_address(name))
+                holding.listen(_ASKING)
+            except OSError as exc:
+                holding.close()
+                if exc.errno == errno.EADDRINUSE and (pid := find_holder(name)) is not None:
+                    return pid
+                if exc.errno != errno.EADDRINUSE or not tries_left:
+                    log.warning("other daemons on this host cannot see a name of ours name=%r error=%s", name, exc)
+                    break
+                time.sleep(_TAKE_RETRY_S)
+            else:
+                self._sockets.append(holding)
+                break
         return None
 
     def close(self) -> None:
