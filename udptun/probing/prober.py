@@ -39,7 +39,6 @@ _BELIEFS_S = 5.0
 """Between two looks at what the kernel believes of narrow paths that nothing is sent on."""
 _SAVE_S = 10.0
 """What is known of peers is saved so late at most.  What keeps packets from them, or makes them short, is at once."""
-_NOT_YET = "they have not begun"
 _MAX_LINES = 4
 """Of problems of one kind, and of the log at once."""
 
@@ -74,7 +73,8 @@ class Prober:
         """By the daemon before us, of peers that have not been added yet."""
         self._known_full = 0
         self._save_due_s = float("inf")
-        self._obstacle: str | None = _NOT_YET
+        self._obstacle: str | None = None
+        """Why nobody is probed, once somebody has looked."""
         self._mtu, self._idle_check_s = 0, idle_check_s
         self._probing: Probing[IPNetwork] = Probing(random.Random(), idle_s)
         self._paths: PathMtus[IPNetwork] = PathMtus(0, idle_check_s)
@@ -234,7 +234,7 @@ class Prober:
 
     def _can_probe(self) -> bool:
         before, self._obstacle = self._obstacle, self._carrier.obstacle()
-        if self._obstacle != before and (before, self._obstacle) != (_NOT_YET, None):
+        if self._obstacle != before:
             log.info("probes are %s", self.state)
         return self._obstacle is None
 
