@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
-import gc
 import os
 import re
 import signal
@@ -27,6 +26,7 @@ from pathlib import Path
 import pytest
 from scapy.layers.inet import IP, UDP
 
+from tests.namespace import open_fds
 from udptun import _fastpath
 from udptun._kabi import lib
 from udptun.core.errors import DatapathError
@@ -110,13 +110,6 @@ def with_datapath(rig: Rig, test: Callable[[Datapath], Awaitable[None]], *, is_s
             await datapath.stop()
 
     asyncio.run(main())
-
-
-def open_fds() -> int:
-    """How many descriptors this process has, the one that reads the directory included."""
-    # Those of an earlier test that are in a cycle go whenever the collector runs.
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def until(condition: Callable[[], bool], within_s: float = 5.0) -> None:
