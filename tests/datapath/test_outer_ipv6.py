@@ -7,6 +7,7 @@ All in a namespace whose lo has the addresses.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -47,7 +48,7 @@ from udptun.core.tunnel import SourceCheck
 from udptun.datapath import strangers
 from udptun.datapath.rings import Rings
 from udptun.datapath.settings import PacketSettings, Remote
-from udptun.datapath.sockets import address_of, open_senders, open_sockets, set_offload
+from udptun.datapath.sockets import address_of, choose_socket, open_senders, open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.strangers import StrangerFilter
 from udptun.datapath.table import TableWriter
@@ -314,6 +315,37 @@ def test_strangers_of_both_families_are_kept_from_the_workers_during_a_flood(
     flood_filter.end()
     send(rig.stranger, HERE)
     assert sum(map(n_waiting, sets[1])) == 500
+
+
+def test_a_family_whose_program_is_refused_leaves_the_sockets_of_the_other_one_as_they_were(
+    undo: ExitStack, ns: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of IPv4 kept a program with the peers of that moment, which sent others to other workers than before."""
+    rig = Rig(undo, ns, is_beside=True)
+    sets = [rig.in_ns(lambda here=here: open_sockets(here, 8286, 2)) for here in (HERE_IPV4, HERE)]
+    sources = [rig.bound(IPv4Address("127.0.0.9")) for _ in range(32)]
+
+    def workers() -> list[int]:
+        """Which of the sockets of IPv4 gets what each of the sources sends."""
+        found = []
+        for source in sources:
+            source.sendto(b"x", (str(HERE_IPV4), 8286))
+            found.append([n_waiting(udp) for udp in sets[0]].index(1))
+        return found
+
+    def choose(udp: socket.socket, program: bytes) -> None:
+        if udp.family == socket.AF_INET6:
+            raise OSError(errno.EINVAL, "refused")
+        choose_socket(udp, program)
+
+    before = workers()
+    flood_filter = StrangerFilter(rig.table, rig.stats, lambda: sets)
+    flood_filter.allow(True)
+    monkeypatch.setattr(strangers, "FLOOD_PER_S", -1)
+    monkeypatch.setattr(strangers, "choose_socket", choose)
+    ns.call(flood_filter.look)
+    assert flood_filter.state == "off: the kernel refuses it: EINVAL"
+    assert workers() == before
 
 
 @pytest.mark.parametrize(

@@ -127,14 +127,7 @@ class StrangerFilter:
         """Let everything in."""
         if not self._sinks:
             return
-        for sockets in self._sets():
-            # First, so that nothing is left to the kernel's own choice, which may be the sink.
-            spread_over(sockets)
-        self._count()
-        for sink in self._sinks:
-            sink.udp.close()
-        self._sinks.clear()
-        self._unshare()
+        self._take_away()
         log.info("strangers reach the workers again dropped=%d", self._stats.n_strangers)
 
     @contextmanager
@@ -175,14 +168,24 @@ class StrangerFilter:
     def _refuse(self, exc: OSError) -> None:
         """Do without, until peers or sockets change."""
         self._refusal = f"off: the kernel refuses it: {errno.errorcode.get(exc.errno or 0, exc.errno)}"
-        if not self._sinks:
-            self._unshare()
-        self.end()
+        if self._sinks:
+            self.end()
+        else:
+            # Another family may have got its program before.
+            self._take_away()
         if self._refusal != self._logged:
             log.warning("cannot keep a flood of strangers from the workers, who drop it themselves: %s", exc)
             self._logged = self._refusal
 
-    def _unshare(self) -> None:
+    def _take_away(self) -> None:
+        """Have the kernel spread everything over the workers again; without programs, as far as there are any."""
+        for sockets in self._sets():
+            # First, so that nothing is left to the kernel's own choice, which may be the sink.
+            spread_over(sockets)
+        self._count()
+        for sink in self._sinks:
+            sink.udp.close()
+        self._sinks.clear()
         for sockets in self._sets():
             share_port(sockets, among_several=len(sockets) > 1)
 
