@@ -14,7 +14,7 @@ import socket
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from pathlib import Path
 
 import pytest
@@ -82,8 +82,8 @@ class Rig:
         self.table.set_peer(PEER, Remote(there, 9, True), 1472)
         assert self.table.publish(self.stats)
 
-    def descriptors(self, n: int) -> Descriptors:
-        """For `n` workers; sockets that are missing are opened."""
+    def descriptors(self, n: int, outer: str | None = None) -> Descriptors:
+        """For `n` workers; sockets that are missing are opened.  `outer`: those of this family alone, of both."""
         for sockets, address in ((self.sockets, self.here), (self.ipv4, HERE)):
             if sockets:
                 missing = new_sockets(max(n - len(sockets), 0), family=Family(address.version))
@@ -93,9 +93,9 @@ class Rig:
         udp, ipv4 = (tuple(it.fileno() for it in them[:n]) for them in (self.sockets, self.ipv4))
         queues = tuple(self._undo.enter_context(self._worker_tun.dup()).fileno() for _ in range(n))
         fds = (self.table.fd, self.stats.fd, self.lock, queues)
-        if self._has_both:
+        if self._has_both and outer not in ("IPv4", "IPv6"):
             return Descriptors(*fds, ipv4, events=self.events, ipv6=udp)
-        return Descriptors(*fds, udp, events=self.events)
+        return Descriptors(*fds, ipv4 if self._has_both and outer == "IPv4" else udp, events=self.events)
 
     def send(self, numbers: range) -> None:
         """A packet with each of these numbers in each flow."""
@@ -175,3 +175,37 @@ async def test_what_waits_in_the_sockets_is_delivered_first_and_in_order(
         assert sorted(numbers) == list(range(2 * N_EACH))
         if is_spread:
             assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "there"),
+    [("IPv6", "both", "127.0.0.2"), ("IPv4", "both", "::1"), ("IPv6", "IPv4", "127.0.0.2"), ("IPv4", "IPv6", "::1")],
+)
+async def test_what_waits_in_the_queue_for_a_host_of_a_new_family_leaves_from_a_new_socket(
+    undo: ExitStack, tmp_path: Path, before: str, after: str, there: str
+) -> None:
+    """From IPv6 alone to both families, the successor sent to hosts of IPv4 from an old socket of IPv6: all was lost.
+
+    So it was when the one family came in place of the other one.
+    """
+    rig = Rig(undo, 2, "both")
+    peer = undo.enter_context(socket.socket(socket.AF_INET if "." in there else socket.AF_INET6, socket.SOCK_DGRAM))
+    peer.bind((there, 0))
+    peer.setblocking(False)
+    rig.table.set_peer(PEER, Remote(ip_address(there), peer.getsockname()[1], True), 1400)
+    assert rig.table.publish(rig.stats)
+    datapath = Datapath(tmp_path, rig.descriptors(2, before), [])
+    await datapath.start()
+    try:
+        assert datapath.active is not None
+        os.kill(datapath.active.pid, signal.SIGSTOP)
+        while not is_stopped(datapath.active.pid):
+            await asyncio.sleep(0.001)
+        packet = ipv4(*reversed(PODS), udp_segment(*reversed(PODS), b"x"))
+        rig.tun.send(bytes(10) + packet)
+        await datapath.replace(rig.descriptors(2, after))
+        async with asyncio.timeout(10):
+            sent = await asyncio.get_running_loop().sock_recv(peer, 2000)
+    finally:
+        await datapath.stop()
+    assert sent[20:] == packet[20:]

@@ -193,11 +193,13 @@ def empty_old(
     old_tun_fds, *old_sets = old
     kept = {fd for fds in own for fd in fds}
     n_workers, last = len(tun_fds), len(old_tun_fds) - 1
+    families = list(zip(of_families(*old_sets), of_families(*own_sets), strict=True))
 
     def move_what_waits(i: int) -> None:
-        tun_fd, udp_fd = old_tun_fds[i], old_sets[0][i]
-        # What waits in the queue may be for a peer that only the new sockets reach.
-        ipv6_fd = old_sets[1][i] if old_sets[1] else own_sets[1][i % n_workers] if own_sets[1] else NO_SOCKET
+        tun_fd = old_tun_fds[i]
+        # What waits in the queue may be for a peer of a family that only the new sockets reach.
+        fds = [theirs[i] if theirs else ours[i % n_workers] for theirs, ours in families if theirs or ours]
+        udp_fd, ipv6_fd = (*fds, NO_SOCKET)[:2]
         worker = fastpath.Worker(*memory, i % n_workers, tun_fd, udp_fd, sender_fds, ipv6_fd=ipv6_fd)
         for _ in range(MAX_OLD_TURNS):
             if not worker.turn():
@@ -222,6 +224,14 @@ def empty_old(
             # From now on it comes to where it belongs, and the last one can be read empty.
             spread(fastpath, ours, fds, len(ours))
     move_what_waits(last)
+
+
+def of_families(udp_fds: list[int], ipv6_fds: list[int]) -> tuple[list[int], list[int]]:
+    """The sockets of IPv4 and those of IPv6, which are the first ones where there are no others."""
+    with_family = _socket.socket(fileno=os.dup(udp_fds[0]))
+    is_ipv6 = with_family.family == _socket.AF_INET6
+    with_family.close()
+    return ([], udp_fds) if is_ipv6 else (udp_fds, ipv6_fds)
 
 
 def spread(fastpath: ModuleType, over: list[int], others: list[int], n: int, first: int = 0) -> bool:
