@@ -25,6 +25,7 @@ from udptun.core.errors import DatapathError
 from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import stats as stats_module
+from udptun.datapath import table as table_module
 from udptun.datapath.rebinding import Endpoints
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.stats import Stats
@@ -235,6 +236,33 @@ def test_another_network_of_ipv4_leaves_the_peers_by_ipv6_as_they_are(stats: Sta
         table.configure(settings())
     table.remove_peer(ipv4)
     table.configure(settings())
+
+
+def test_a_peer_that_stays_where_it_is_does_not_have_all_learned_addresses_sorted_again(
+    table: TableWriter, stats: Stats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each host that was found dead, or whose path was narrow, left its remote and took it again as if it were new."""
+    subnets = list(IPv4Network("10.1.0.0/22").subnets(new_prefix=24))
+    own = IPv4Network("10.255.0.0/24")
+    table.configure(PacketSettings(NETWORK, own, HERE, 1472, SourceCheck.PEER, punt_id=1))
+    for i, subnet in enumerate(subnets):
+        table.set_peer(subnet, remote(i), 1472)
+        table.set_learned(subnet, {remote(1000 + i).address: 8285})
+    n_sorted = Mock(side_effect=sorted)
+    monkeypatch.setattr(table_module, "sorted", n_sorted, raising=False)
+    assert table.publish(stats)
+    for mtu, is_dead in ((1472, True), (1400, False)):
+        for i, subnet in enumerate(subnets):
+            table.set_peer(subnet, remote(i), mtu, is_dead=is_dead)
+        assert table.publish(stats)
+    assert n_sorted.call_count == 1
+    # What has become a public IP is learned no more.
+    table.set_peer(subnets[0], remote(1001), 1472)
+    assert table.publish(stats)
+    assert n_sorted.call_count == 2
+    assert table.learned(subnets[1]) == {}
+    assert table.learned(subnets[2]) == {remote(1002).address: 8285}
+    assert table.n_remotes == len(subnets)
 
 
 @pytest.mark.parametrize("network", ["10.244.0.0/16", "10.244.8.0/22", "10.244.8.0/24", "10.244.8.128/25"])

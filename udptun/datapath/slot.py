@@ -182,6 +182,10 @@ class Remotes:
         self._users[index] += 1
         return index
 
+    def is_at(self, index: int, address: IPAddress, port: int) -> bool:
+        """Whether the index stands for this address and port; 0 stands for none."""
+        return self.entry(index) == _entry(address, port)
+
     def leave(self, index: int) -> None:
         """One peer less is there."""
         self._users[index] -= 1

@@ -152,6 +152,7 @@ class TableWriter:
         vtep = self.vtep
         index = self._index.get(subnet)
         before = None if index is None else self._identity(index)
+        was_at = 0 if index is None else self._remote_of(index)
         if index is None:
             if not self._free:
                 raise DatapathError(f"cannot add the peer {subnet}: the table holds {LAYOUT['max_peers'] - 1} at most")
@@ -159,13 +160,11 @@ class TableWriter:
             self._index[subnet] = index
             self._fresh.append(index)
             self._top = max(self._top, index)
-        else:
-            self._remotes.leave(self._remote_of(index))
         _PEER_FIELDS.pack_into(
             self._next.peers,
             index * PEER.size,
             *shm.mapped_subnet(subnet),
-            self._take_remote(remote),
+            self._take_remote(remote, was_at),
             mtu,
             _FLAG_UDPTUN * remote.is_udptun
             | _FLAG_ANY_SOURCE_PORT * remote.takes_any_source_port
@@ -324,7 +323,12 @@ class TableWriter:
         remote: int = _PEER_KEY.unpack_from(self._next.peers, index * PEER.size)[2]
         return remote
 
-    def _take_remote(self, remote: Remote) -> int:
+    def _take_remote(self, remote: Remote, was_at: int) -> int:
+        """Where a peer is now, as an index; it was at `was_at`, or nowhere, which is 0."""
+        if self._remotes.is_at(was_at, remote.address, remote.port):
+            return was_at
+        if was_at:
+            self._remotes.leave(was_at)
         n_before = len(self._remotes)
         index = self._remotes.take(remote.address, remote.port)
         if len(self._remotes) > n_before:
