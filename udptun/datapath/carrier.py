@@ -155,9 +155,10 @@ class TunnelCarrier:
         )
 
     def narrow_line(self, host: str, mtu: int, full: int) -> str:
+        device = self._tunnel.tun.name
         lost = f"; IPv6 packets of up to {IPV6_MTU_MIN} bytes, which every link has to take, are lost"
         return (
-            f"the path to {host} takes packets of {mtu} bytes, {full - mtu} fewer than {self._tunnel.tun.name}; "
+            f"the path to {host} takes packets of {mtu} bytes, {self._tunnel.peers.mtu - mtu} fewer than {device}; "
             f"longer ones are fragmented, or their senders told (fragmentation needed)"
             f"{lost if mtu < IPV6_MTU_MIN and 6 in self.own_addresses else ''}; "
             f"have all hosts use a Backend.MTU that is {full - mtu} lower, or mend the path"
