@@ -70,6 +70,7 @@ cdef enum:
     N_COUNTERS = sizeof(Counters) // sizeof(Counter)
     N_DIRECTIONS = 3              # whose packets are counted: encap, decap, inject
     NO_DIRECTION = -1
+    IS_TOTAL = N_DIRECTIONS       # the packets of a direction: `settle` sets it by their ends, and adds nothing to it
 
 # ------------------------------------------------------------------------------------------ encap: TUN to UDP
 
@@ -728,7 +729,7 @@ def _sort_counters():
         for direction, prefix in enumerate(uncounted):
             if name == f"{prefix}_packets":
                 packets_of[direction] = i
-                direction_of[i] = N_DIRECTIONS
+                direction_of[i] = IS_TOTAL
             elif name.startswith(f"{prefix}_"):
                 direction_of[i] = direction
             if name == uncounted[prefix]:
