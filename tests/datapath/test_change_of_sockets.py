@@ -60,7 +60,7 @@ class Rig:
         self._undo = undo
         self.here, there = (HERE, THERE) if outer == "IPv4" else (LOOPBACK_IPV6, LOOPBACK_IPV6)
         self._has_both = outer == "both"
-        port = free_port()
+        port = free_port() if self._has_both else 0
         self.sockets = [undo.enter_context(udp) for udp in open_sockets(self.here, port, n_sockets)]
         self.ipv4: list[socket.socket] = []
         if self._has_both:

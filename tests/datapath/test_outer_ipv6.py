@@ -401,8 +401,10 @@ def test_a_host_gains_and_loses_a_family_while_its_datapath_goes_on(
             await tunnel.datapath.stop()
             tunnel.detach()
 
-    ns.call_async(body)
-    ns.ip("link delete flannel0")
+    try:
+        ns.call_async(body)
+    finally:
+        ns.ip("link delete flannel0")
 
 
 def inode(udp: socket.socket) -> int:

@@ -191,7 +191,7 @@ def test_peer_of_an_address_is_the_one_that_a_worker_finds(table: TableWriter, s
     assert not table.has_remote(IPv4Address("0.0.0.0"))
 
 
-def test_numpy_makes_the_same_of_a_large_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_sums_and_clears_the_counters_of_a_large_table_as_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is counted, in the memory files themselves."""
     subnets = [
         subnet for block in ("10.1.0.0/16", "10.2.0.0/23") for subnet in IPv4Network(block).subnets(new_prefix=27)

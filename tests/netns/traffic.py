@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Interface
 from pathlib import Path
 from typing import Any
 
 from udptun.commands import status
+from udptun.core.errors import UdptunError
 from udptun.lab.host import UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import KUBE_PORT, LEASES, NET_CONF, Lab
@@ -241,9 +242,10 @@ def ping(source: Host | Pod, address: object, *options: str, count: int = 2) -> 
     return source.run(["ping", "-c", str(count), "-i", "0.02", "-W", "5", *options, str(address)]).stdout
 
 
-def is_answered(source: Host | Pod, address: object) -> bool:
-    """Whether one echo comes back within a second."""
-    return source.run(["ping", "-c", "1", "-W", "1", str(address)], check=False).returncode == 0
+def is_answered(source: Host | Pod, address: object, size: int = 56) -> bool:
+    """Whether one echo of `size` bytes of data, which nobody may fragment, comes back within a second."""
+    command = ["ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(size), str(address)]
+    return source.run(command, check=False).returncode == 0
 
 
 def tunnel_address(host: Host) -> IPv4Address:
@@ -251,9 +253,25 @@ def tunnel_address(host: Host) -> IPv4Address:
     return host.subnet.network_address
 
 
+def ipv6_gateway(host: Host) -> IPv6Interface:
+    """FLANNEL_IPV6_SUBNET of a host that has one."""
+    found = host.ipv6_gateway
+    assert found is not None
+    return found
+
+
 def read_status(host: Host) -> Any:
     """What `udptun status --json` prints, without starting an interpreter for it."""
     return json.loads(status.fetch(host.path("/run/udptun")))
+
+
+def problems(host: Host) -> list[str] | None:
+    """The problem lines.  None while the daemon has no status, as it begins again or is not ready."""
+    try:
+        found: list[str] = read_status(host)["problems"]
+    except UdptunError:
+        return None
+    return found
 
 
 def lock_database(host: Host, kind: str) -> subprocess.Popen[str]:
