@@ -58,6 +58,9 @@ class Reservations:
     def _read(self, name: str) -> Reservation | None:
         try:
             # host-local keeps a lock and the last address that it gave in the same directory.
+            # It writes no zone, which Python takes.
+            if "%" in name:
+                return None
             address = str(ipaddress.ip_address(name))
             with open(os.path.join(self._directory, name), encoding="utf-8", errors="replace") as file:
                 container_id, _, ifname = file.read().strip().partition("\n")

@@ -71,7 +71,8 @@ def _has_one(values: dict[str, str], kind: str) -> bool:
 def _network(values: dict[str, str], key: str, text: str, path: str) -> str:
     made = ipaddress.IPv6Network if "IPV6" in key else ipaddress.IPv4Network
     try:
-        if "/" not in text:
+        # Python takes an IPv6 zone, which is of use on the host that has written it alone.
+        if "/" not in text or "%" in text:
             raise ValueError(text)
         return str(made(text, strict=False))
     except ValueError as exc:

@@ -16,7 +16,8 @@ from udptun.config.flags import LeaseRequest
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.family import Family
-from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets, ipv6_network
+from udptun.core.ip_text import ipv6_network
+from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.membership.allocate import fits
 from udptun.membership.identity import Identity
 from udptun.stores.base import Snapshot, Store

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from udptun.config.go_flags import (
@@ -42,7 +42,7 @@ from udptun.config.store_flags import (
     parse_store,
 )
 from udptun.core.errors import UsageError, one_line
-from udptun.core.lease import ipv6_address
+from udptun.core.ip_text import ip_address, ipv6_address
 from udptun.core.offload import Offload
 from udptun.core.offload import parse as parse_offloads
 from udptun.core.tunnel import (

@@ -19,6 +19,7 @@ from typing import ClassVar, Generic, TypeVar
 from udptun.config.go_json import JsonFields, JsonObject, Report, boolean, choice, integer, key, keys_of, read_keys
 from udptun.core.errors import did_you_mean
 from udptun.core.family import Family
+from udptun.core.ip_text import ip_address
 
 _DEFAULT_BACKEND = "udp"
 """flannel's, when there is no `Backend` (parseBackendType)."""
@@ -217,8 +218,8 @@ class _Family(Generic[NetworkT, AddressT]):
 
     def _read_address(self, value: object) -> AddressT:
         try:
-            if isinstance(value, str) and "%" not in value:
-                return self.address_type(value)
+            if isinstance(value, str) and isinstance(found := ip_address(value), self.address_type):
+                return found
         except ValueError:
             pass
         raise ValueError(f"must be an {self.name} address like {self.sample_address}")

@@ -14,6 +14,7 @@ from udptun.config import env_file
 from udptun.config.net_conf import NetConf
 from udptun.core import atomic_file
 from udptun.core.errors import KernelError, one_line
+from udptun.core.ip_text import ipv6_network
 from udptun.core.lease import Subnets
 
 _READ_LIMIT = 64 * 1024
@@ -89,9 +90,9 @@ def _ipv4_network(text: str) -> IPv4Network:
 
 
 def _ipv6_network(text: str) -> IPv6Network:
-    if "/" not in text or "%" in text:
+    if "/" not in text:
         raise ValueError(text)
-    return IPv6Network(text, strict=False)
+    return ipv6_network(text, strict=False)
 
 
 def read_previous(path: Path) -> tuple[Subnets | None, str]:

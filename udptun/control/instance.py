@@ -11,13 +11,13 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from ipaddress import ip_network
 from pathlib import Path
 
 from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError, KernelError, UdptunError
+from udptun.core.ip_text import ip_network
 from udptun.core.lease import overlap
 from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership

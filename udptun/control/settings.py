@@ -6,7 +6,7 @@ import logging
 import os
 from contextlib import suppress
 from dataclasses import replace
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address
 
 from udptun.backends.base import Backend, LiveSettings, ProbedKeys, TunnelKeys, claimed, mtu_for
 from udptun.backends.choice import parse_net_conf
@@ -15,6 +15,7 @@ from udptun.config.flags import Options
 from udptun.config.net_conf import LogLevel, NetConf
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
+from udptun.core.ip_text import ip_address
 from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, corrupted_by, tells_marks
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, IPV6_MTU_MIN, default_workers

@@ -18,6 +18,7 @@ from typing import Any
 
 from udptun.core.errors import one_line
 from udptun.core.family import Family
+from udptun.core.ip_text import ipv6_address
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.text_cache import TextCache
 
@@ -258,22 +259,6 @@ class LeaseAttrs:
 
 
 _ATTRS = TextCache[LeaseAttrs](_REMEMBERED_BYTES)
-
-
-def ipv6_address(text: str) -> IPv6Address:
-    """Raises ValueError, also for one with a zone (`%eth0`): that says something to the host which wrote it alone."""
-    return IPv6Address(_without_zone(text))
-
-
-def ipv6_network(text: str, *, strict: bool = True) -> IPv6Network:
-    """The same of a prefix; `strict` as in `ipaddress`."""
-    return IPv6Network(_without_zone(text), strict)
-
-
-def _without_zone(text: str) -> str:
-    if "%" in text:
-        raise ValueError(f"{text!r} has a zone")
-    return text
 
 
 def _text(value: Mapping[str, Json], key: str) -> str:

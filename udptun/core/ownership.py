@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import ip_network
 
+from udptun.core.ip_text import ip_network
 from udptun.core.lease import is_inside
 from udptun.core.network_state import DEVICE_NAME, Address, IPNetwork, Link, Route
 

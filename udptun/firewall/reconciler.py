@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from ipaddress import ip_network
+from ipaddress import IPv6Network
 
 from udptun.core.errors import FirewallError, KernelError
 from udptun.core.lease import Subnets
@@ -48,7 +48,7 @@ timer alone brings repairs."""
 
 _LOCK, _PATIENCE_S = "firewall", 5.0
 """A repair waits so long for that of another daemon.  A tool that waits for the lock of iptables takes seconds."""
-_ALL_IPV6 = ip_network("::/0")
+_ALL_IPV6 = IPv6Network("::/0")
 """Without IPv6 all that an older flannel has left of it is removed, as flannel does."""
 
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network
 
+from udptun.core.ip_text import ip_network
 from udptun.core.network_state import IPNetwork
 
 MARK = 0x4000
 """kube-proxy's KUBE-MARK-MASQ.  kube-proxy masquerades packets with this mark itself, later in POSTROUTING."""
 
-MULTICAST: Mapping[int, IPNetwork] = {4: ip_network("224.0.0.0/4"), 6: ip_network("ff00::/8")}
+MULTICAST: Mapping[int, IPNetwork] = {4: IPv4Network("224.0.0.0/4"), 6: IPv6Network("ff00::/8")}
 
 _MIN_ADDRESSES = 4
 """Of a host's subnet: the longest prefix is /30."""

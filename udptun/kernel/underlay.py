@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from udptun.config.go_regex import compile_go
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.family import Family
+from udptun.core.ip_text import ip_address
 from udptun.core.network_state import DEVICE_NAME, Address, IPAddress, IPNetwork, Link, Route, RouteType
 
 _EVERYWHERE: tuple[IPNetwork, ...] = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))

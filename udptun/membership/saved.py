@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from udptun.core.clock import Clock
 from udptun.core.errors import KernelError, one_line
+from udptun.core.ip_text import ip_network
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
 from udptun.core.network_state import IPNetwork
 from udptun.membership.child_writer import ChildWriter

@@ -10,10 +10,10 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_network
 from pathlib import Path
 
 from udptun.core import atomic_file
+from udptun.core.ip_text import ip_network
 from udptun.core.network_state import IPNetwork
 from udptun.probing.liveness import Liveness
 

@@ -37,7 +37,8 @@ from typing import TypeVar
 from udptun.config.go_json import JsonObject, shown
 from udptun.core.errors import ConfigError, LeaseLostError, one_line
 from udptun.core.family import Family
-from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets, ipv6_address, ipv6_network
+from udptun.core.ip_text import ipv6_address, ipv6_network
+from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
 from udptun.stores.base import (
     LEASE_TTL_S,
     Chooser,

@@ -44,6 +44,8 @@ FOUND = {
     + saved.render(_LAST, NOW_S).replace(f"{NOW_S + 5}", "1e999").encode(),
     "a Node of a leases file is 5,000 characters long": b'leases\n[{"Subnet": "%s"}]' % (b"x" * 5000),
     "each of hundreds of subnets has its words": b"env\nFLANNEL_SUBNET=" + b"x," * 300,
+    "the Network of a saved file has a zone": b"saved\n"
+    + saved.render(_LAST, NOW_S).replace('"network":"10.244.0.0/16"', r'"network":"fe80::1%a\nb/128"').encode(),
     "a schema is 5,000 characters long": b'saved\n{"schema": "%s"}' % (b"x" * 5000),
 }
 SEEDS = (

@@ -8,7 +8,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TypeVar
 
 from udptun.core.family import Family
-from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, ipv6_address, ipv6_network, load_json
+from udptun.core.ip_text import ip_address, ipv6_address, ipv6_network
+from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, load_json
 from udptun.stores.base import PublicAddresses
 from udptun.stores.kube.node import NETWORK_UNAVAILABLE, Node
 
@@ -135,7 +136,7 @@ def lack(node: Node, families: Collection[Family]) -> str:
 def _address_or(text: str, own: IPv4Address | IPv6Address) -> str:
     """`text`, if it is an address of the same family as `own`, else that."""
     try:
-        return text if text and "%" not in text and type(own)(text) else str(own)
+        return text if ip_address(text).version == own.version else str(own)
     except ValueError:
         return str(own)
 

@@ -12,12 +12,13 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from ipaddress import ip_address, ip_network
 from ssl import SSLContext
 from typing import Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import h11
+
+from udptun.core.ip_text import ip_address, ip_network
 
 _CHUNK = 1 << 15
 """At most so much is read at once, bytes.  The head of an answer may not be longer than twice that."""
@@ -299,7 +300,8 @@ def needs_proxy(url: str, exceptions: str) -> bool:
     """
     host = urlsplit(url).hostname or ""
     try:
-        address = ip_address(host)
+        # A server may be named with a zone, which is no part of its address.
+        address = ip_address(host.partition("%")[0])
     except ValueError:
         address = None
     if host == "localhost" or (address is not None and address.is_loopback):
