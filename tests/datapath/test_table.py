@@ -366,7 +366,10 @@ def test_next_control_plane_goes_on_with_the_published_peers_and_their_indexes(s
     assert [second.index_of(subnet) for subnet in subnets] == indexes
     assert [second.index_of(subnet) for subnet in ipv6] == indexes_ipv6
     assert set(second.subnets) == {*subnets, *ipv6}
+    assert [second.subnet_at(index) for index in (*indexes, second.top + 1)] == [*subnets, None]
+    assert second.top == max(indexes + indexes_ipv6)
     second.remove_peer(subnets[2])
+    assert second.subnet_at(indexes[2]) is None
     second.remove_peer(ipv6[0])
     second.set_peer(IPv6Network("2001:db8:3::/56"), remote(7), 1472)
     second.set_peer(IPv4Network("10.4.0.128/25"), remote(8), 1472)

@@ -40,7 +40,7 @@ class FakeTable:
         return 1 if subnet in self.entries else None
 
     def set_peer(self, subnet: IPNetwork, remote: Remote, mtu: int, *, is_dead: bool, received: int) -> None:
-        assert received == (7 if is_dead else 0)
+        assert received == (7 if is_dead and subnet in self.entries else 0)
         self.entries[subnet] = (remote, mtu, is_dead)
 
     def remove_peer(self, subnet: IPNetwork) -> None:
@@ -48,7 +48,8 @@ class FakeTable:
         self.sources.pop(subnet, None)
 
     def set_learned(self, subnet: IPNetwork, sources: Mapping[IPAddress, int]) -> None:
-        self.sources[subnet] = sources
+        if subnet in self.entries:
+            self.sources[subnet] = sources
 
     def learned(self, subnet: IPNetwork) -> Mapping[IPAddress, int]:
         return self.sources.get(subnet, {})
@@ -133,3 +134,20 @@ def test_peers_without_room_wait_and_are_named(table: FakeTable, peers: PeerEntr
     assert peers.add_waiting()
     assert more in table.entries
     assert peers.problems == ()
+
+
+def test_who_has_waited_for_room_is_dead_narrow_and_let_in_as_its_leader(table: FakeTable, peers: PeerEntries) -> None:
+    """It came alive, and its packets from the learned address were dropped, until something changed about its host."""
+    sources: dict[IPAddress, int] = {IPv4Address("203.0.113.9"): 8285}
+    peers.remove([ONE_V6])
+    peers.set_dead(ONE, is_dead=True)
+    peers.set_path_mtu(ONE, 1372)
+    peers.set_learned(ONE, sources)
+    table.room = 3
+    peers.add({ONE_V6: HERE})
+    peers.follow(ONE_V6, ONE)
+    assert ONE_V6 not in table.entries
+    table.room = 4
+    assert peers.add_waiting()
+    assert table.entries[ONE_V6] == (HERE, 1372, True)
+    assert table.sources[ONE_V6] == sources

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -17,6 +17,7 @@ from udptun.control import host_probes
 from udptun.control.host_probes import HostProbes
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
+from udptun.core.network_state import IPNetwork
 from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath.carrier import TunnelCarrier
@@ -150,6 +151,21 @@ def test_the_line_about_a_narrow_path_over_ipv6_says_how_much_less_than_the_devi
     line = carrier.narrow_line("the host of X", 1352, 1452)
     assert "takes packets of 1352 bytes, 120 fewer than flannel0; " in line
     assert "a Backend.MTU that is 100 lower" in line
+
+
+def test_what_a_follower_exchanges_is_its_hosts_also_when_it_has_waited_for_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The carrier was told of followers while they waited, and knew nothing of them later."""
+    ipv6, other = IPv6Network("fd00:244:0:2::/64"), IPv4Network("10.244.3.0/24")
+    subnets: dict[int, IPNetwork] = {1: SUBNET, 2: other, 5: ipv6}
+    table = SimpleNamespace(top=5, subnet_at=subnets.get)
+    peers = SimpleNamespace(leader=lambda subnet: SUBNET if subnet == ipv6 else subnet)
+    carrier = TunnelCarrier(cast(Tunnel, SimpleNamespace(table=table, peers=peers, stats=None)))
+    # The peer of the fourth index has just been removed.
+    counts = {1: (1, 2), 2: (0, 5), 4: (7, 7), 5: (30, 40)}
+    monkeypatch.setattr(carrier, "_traffic", SimpleNamespace(look=lambda top: counts if top == 5 else {}))
+    assert carrier.traffic() == {SUBNET: (31, 42), other: (0, 5)}
 
 
 def test_probes_of_a_host_go_on_with_what_those_before_them_have_found(

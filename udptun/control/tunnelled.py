@@ -252,7 +252,6 @@ class Tunnelled:
             if twin is None or twin.key != lease.key:
                 leader = None
             self.tunnel.peers.follow(subnet, leader)
-            self._carrier.follow(subnet, leader)
 
     def _leaders(self, remotes: Mapping[IPNetwork, Remote]) -> dict[IPNetwork, Remote]:
         """The peers that stand for their hosts: these are probed, and asked."""

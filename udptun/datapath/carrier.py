@@ -51,9 +51,6 @@ class TunnelCarrier:
         self._tunnel = tunnel
         self._traffic = PeerTraffic(tunnel.stats)
         self._is_narrow_changed = False
-        self._peers: dict[int, IPNetwork] = {}
-        """By the index in the table; what a follower sends and gets is its leader's (`peer_entries.py`)."""
-        self._indexes: dict[IPNetwork, int] = {}
 
     def listen(self, take: Take) -> None:
         self._take_answer = take
@@ -78,32 +75,19 @@ class TunnelCarrier:
 
     def add(self, peer: IPNetwork) -> bool:
         """After it was added to the tunnel, whose table may be full."""
-        index = self._tunnel.table.index_of(peer)
-        if index is None:
-            return False
-        self._peers[index], self._indexes[peer] = peer, index
-        return True
+        return self._tunnel.table.index_of(peer) is not None
 
     def remove(self, peer: IPNetwork) -> None:
         self._tunnel.peers.set_dead(peer, is_dead=False)
         self._tunnel.peers.set_path_mtu(peer, None)
-        self._forget(peer)
-
-    def follow(self, peer: IPNetwork, leader: IPNetwork | None) -> None:
-        """After `PeerEntries.follow`."""
-        self._forget(peer)
-        index = self._tunnel.table.index_of(peer)
-        if leader is not None and index is not None:
-            self._peers[index], self._indexes[peer] = leader, index
-
-    def _forget(self, peer: IPNetwork) -> None:
-        if peer in self._indexes:
-            del self._peers[self._indexes.pop(peer)]
 
     def traffic(self) -> Mapping[IPNetwork, tuple[int, int]]:
+        """What a follower sends and gets is its leader's (`peer_entries.py`)."""
+        table, leader = self._tunnel.table, self._tunnel.peers.leader
         found: dict[IPNetwork, tuple[int, int]] = {}
-        for index, (n_sent, n_received) in self._traffic.look(max(self._peers, default=0)).items():
-            if (peer := self._peers.get(index)) is not None:
+        for index, (n_sent, n_received) in self._traffic.look(table.top).items():
+            if (subnet := table.subnet_at(index)) is not None:
+                peer = leader(subnet)
                 n_sent_before, n_received_before = found.get(peer, (0, 0))
                 found[peer] = n_sent_before + n_sent, n_received_before + n_received
         return found

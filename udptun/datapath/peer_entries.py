@@ -162,6 +162,9 @@ class PeerEntries:
         self._remotes[subnet] = remote
         (self._longer_headed.add if self.less_for(remote) else self._longer_headed.discard)(subnet)
         index = self._table.index_of(subnet)
-        is_dead = index is not None and self.leader(subnet) in self._dead
+        is_dead = self.leader(subnet) in self._dead
         received = self._stats.received(index) if is_dead and index is not None else 0
         self._table.set_peer(subnet, remote, self._mtu_to(subnet), is_dead=is_dead, received=received)
+        if index is None and (leader := self._leaders.get(subnet)) is not None:
+            # It has waited for room.
+            self._table.set_learned(subnet, self._table.learned(leader))

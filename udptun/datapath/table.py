@@ -50,6 +50,8 @@ class TableWriter:
         self._underlay_address: IPAddress = IPv4Address(0)
         self._local: tuple[IPAddress, ...] = ()
         self._index: dict[IPNetwork, int] = {}
+        self._subnet_at: dict[int, IPNetwork] = {}
+        """The same the other way round."""
         self._lengths: Counter[tuple[int, int]] = Counter()
         """By IP version and prefix length: how many peers there are."""
         self._learned: dict[int, dict[IPAddress, int]] = {}
@@ -157,7 +159,7 @@ class TableWriter:
             if not self._free:
                 raise DatapathError(f"cannot add the peer {subnet}: the table holds {LAYOUT['max_peers'] - 1} at most")
             index = self._free.pop()
-            self._index[subnet] = index
+            self._index[subnet], self._subnet_at[index] = index, subnet
             self._fresh.append(index)
             self._top = max(self._top, index)
         _PEER_FIELDS.pack_into(
@@ -185,6 +187,7 @@ class TableWriter:
         index = self._index.pop(subnet, None)
         if index is None:
             return
+        del self._subnet_at[index]
         self._leave(subnet, index)
         self._remotes.leave(self._remote_of(index))
         self._forget_learned(index)
@@ -253,6 +256,15 @@ class TableWriter:
         """The peer's index, for its statistics."""
         return self._index.get(subnet)
 
+    @property
+    def top(self) -> int:
+        """No peer has a higher index."""
+        return self._top
+
+    def subnet_at(self, index: int) -> IPNetwork | None:
+        """The subnet of the peer that has this index; None: no peer has it."""
+        return self._subnet_at.get(index)
+
     def peer_of(self, address: IPAddress) -> tuple[IPNetwork, IPAddress] | None:
         """The subnet and the public IP of the peer that leases an inner address; None: nobody does."""
         for version, length in list(self._lengths):
@@ -301,17 +313,16 @@ class TableWriter:
         for index, (first, length, remote) in enumerate(_PEER_KEY.iter_unpack(peers)):
             if length:
                 subnet = shm.unmapped_subnet(first, length)
-                self._index[subnet] = index
+                self._index[subnet], self._subnet_at[index] = index, subnet
                 self._lengths[subnet.version, subnet.prefixlen] += 1
                 remotes.append(remote)
-        self._top = max(self._index.values(), default=0)
+        self._top = max(self._subnet_at, default=0)
         self._remotes.load(remotes)
         self._peer_hash.load()
         for outer, index, port in LEARNED.iter_unpack(slot.learned[: slot["n_learned"] * LEARNED.size]):
             self._learned.setdefault(index, {})[shm.unmapped(outer)] = port
         self.ask(0)
-        taken = set(self._index.values())
-        self._free = array("I", (index for index in self._free if index not in taken))
+        self._free = array("I", (index for index in self._free if index not in self._subnet_at))
 
     def _identity(self, index: int) -> tuple[bytes, int, bytes]:
         """What of a peer's entry says which host it is."""
