@@ -16,7 +16,7 @@ from pathlib import Path
 from udptun.backends.vtep import N_SENDERS
 from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck, default_workers
-from udptun.datapath.settings import PacketSettings, Remote, Vtep
+from udptun.datapath.settings import PacketSettings, Remote, Vtep, Where
 from udptun.datapath.tunnel import Tunnel
 
 _VNI = 2
@@ -32,7 +32,7 @@ async def main(words: list[str]) -> None:
     run_dir = Path(directory)
     run_dir.mkdir(parents=True)
     n_workers = default_workers(len(os.sched_getaffinity(0)))
-    tunnel = await Tunnel.open(run_dir, device, here, int(port), n_workers, ALL, N_SENDERS)
+    tunnel = await Tunnel.open(run_dir, device, Where(here, int(port)), n_workers, ALL, N_SENDERS)
     tunnel.configure(
         PacketSettings(
             *(IPv4Network(network), IPv4Network(own), here, int(mtu), SourceCheck.PEER, ALL), Vtep(_VNI, _mac(here))

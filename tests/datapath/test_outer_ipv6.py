@@ -47,7 +47,7 @@ from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import strangers
 from udptun.datapath.rings import Rings
-from udptun.datapath.settings import PacketSettings, Remote
+from udptun.datapath.settings import PacketSettings, Remote, Where
 from udptun.datapath.sockets import address_of, choose_socket, open_senders, open_sockets, set_offload
 from udptun.datapath.stats import Stats
 from udptun.datapath.strangers import StrangerFilter
@@ -369,7 +369,7 @@ def test_a_host_gains_and_loses_a_family_while_its_datapath_goes_on(
 
     async def opened(place: Place) -> Tunnel:
         first, ipv6, n_workers = place
-        return await Tunnel.open(tmp_path, "flannel0", first, 8287, n_workers, ipv6=ipv6)
+        return await Tunnel.open(tmp_path, "flannel0", Where(first, 8287, ipv6), n_workers)
 
     def bound_to(tunnel: Tunnel) -> list[list[str]]:
         return [[str(address_of(udp)[0]) for udp in them] for them in tunnel._endpoints.sets]
@@ -387,7 +387,7 @@ def test_a_host_gains_and_loses_a_family_while_its_datapath_goes_on(
             assert bound_to(tunnel) == wanted(before)
             old = {inode(udp): address_of(udp) for udp in tunnel._endpoints.all_sockets}
             first, ipv6, n_workers = after
-            await tunnel.rebind(first, 8287, n_workers, ipv6=ipv6)
+            await tunnel.rebind(Where(first, 8287, ipv6), n_workers)
             assert bound_to(tunnel) == wanted(after)
             new = {inode(udp): address_of(udp) for udp in tunnel._endpoints.all_sockets}
             staying = {address for address in old.values() if address in new.values()}

@@ -18,7 +18,7 @@ from traffic import datapath_pids, kill, locked_database, read_status, udp_flow
 
 from tests.namespace import namespace
 from udptun.core.tunnel import SourceCheck
-from udptun.datapath.settings import PacketSettings
+from udptun.datapath.settings import PacketSettings, Where
 from udptun.datapath.sockets import open_sockets
 from udptun.datapath.supervision import Datapath
 from udptun.datapath.tunnel import Tunnel
@@ -144,7 +144,7 @@ def test_what_a_change_that_was_not_finished_has_left_is_ended(tmp_path: Path) -
     network, own = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.1.0/24")
 
     async def body() -> None:
-        tunnel = await Tunnel.open(tmp_path, "flannel0", address, 8285, 1)
+        tunnel = await Tunnel.open(tmp_path, "flannel0", Where(address, 8285), 1)
         try:
             tunnel.configure(PacketSettings(network, own, address, 1472, SourceCheck.PEER))
             await tunnel.publish()
@@ -157,7 +157,7 @@ def test_what_a_change_that_was_not_finished_has_left_is_ended(tmp_path: Path) -
             other.close()
         finally:
             tunnel.detach()
-        tunnel = await Tunnel.open(tmp_path, "flannel0", address, 8285, 1)
+        tunnel = await Tunnel.open(tmp_path, "flannel0", Where(address, 8285), 1)
         try:
             assert sorted(process.pid for process in tunnel.datapath.processes) == kept
             assert left.pid not in kept

@@ -62,9 +62,8 @@ class Tunnelled:
     ) -> Tunnelled:
         """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
         where, n_senders = encapsulation.where(underlay), encapsulation.n_senders(underlay, live)
-        how = (run_dir, device, where.address, where.port, live.workers, live.offload, n_senders)
-        tunnel = await Tunnel.open(*how, confinement=confinement, ipv6=where.ipv6)
-        return cls(encapsulation, tunnel, run_dir)
+        how = (where, live.workers, live.offload, n_senders, confinement)
+        return cls(encapsulation, await Tunnel.open(run_dir, device, *how), run_dir)
 
     async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
         """Carry packets of these families."""
@@ -131,7 +130,7 @@ class Tunnelled:
         how, before = self._encapsulation, _any(inputs)
         n_senders, where = how.n_senders(underlay, live), how.where(underlay)
         try:
-            await self.tunnel.rebind(where.address, where.port, live.workers, n_senders, where.ipv6)
+            await self.tunnel.rebind(where, live.workers, n_senders)
         except UdptunError as exc:
             if where != how.where(before.underlay):
                 raise

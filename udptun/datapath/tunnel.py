@@ -13,12 +13,11 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from ipaddress import IPv6Address
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
 from udptun.core.lease import is_inside
-from udptun.core.network_state import DEVICE_NAME, IPAddress
+from udptun.core.network_state import DEVICE_NAME
 from udptun.core.offload import ALL, Offload, names
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
@@ -84,23 +83,20 @@ class Tunnel:
         cls,
         run_dir: Path,
         device: str,
-        address: IPAddress,
-        port: int,
+        where: Where,
         n_workers: int,
         wanted: Offload = ALL,
         n_senders: int = 0,
         confinement: Confinement = Confinement.FULL,
-        ipv6: IPv6Address | None = None,
     ) -> Tunnel:
         """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
 
-        What runs is left as it is until `start`, which gives it the address and the number of workers.  A datapath that
+        What runs is left as it is until `start`, which gives it `where` and the number of workers.  A datapath that
         serves the device of another backend is ended.  `wanted` says whether a new device has virtio headers.
         `n_senders`: sockets to send from to peers that take any source port; 0: packets leave from the sockets that
-        they come to.  `confinement` is what the processes shall give up.  `ipv6`: an address to have sockets on beside
-        those on `address`, which is of IPv4 then.  No process is started yet.  Raises KernelError, DatapathError.
+        they come to.  `confinement` is what the processes shall give up.  No process is started yet.  Raises
+        KernelError, DatapathError.
         """
-        where = Where(address, port, ipv6)
         found = await processes.find_running(run_dir)
         if any(_serves_another(process.descriptors, device) for process in found if process.descriptors):
             await processes.end_all(found)
@@ -137,14 +133,12 @@ class Tunnel:
             tunnel._rebinding = tunnel._build(*tunnel._asked)
         return tunnel
 
-    async def rebind(
-        self, address: IPAddress, port: int, n_workers: int, n_senders: int = 0, ipv6: IPv6Address | None = None
-    ) -> None:
-        """Have `n_workers` workers on this address and port, as `open` says; nothing happens when it is so already.
+    async def rebind(self, where: Where, n_workers: int, n_senders: int = 0) -> None:
+        """Have `n_workers` workers there, as `open` says; nothing happens when it is so already.
 
         Raises KernelError, DatapathError: all is as it was.  A cancellation waits for the end of the change.
         """
-        rebinding = self._build(Where(address, port, ipv6), n_workers, n_senders)
+        rebinding = self._build(where, n_workers, n_senders)
         if rebinding is not None:
             await _to_its_end(self._carry_out(rebinding))
 
