@@ -359,7 +359,7 @@ class Host:
         }
         self.peers = PeerEntries(self.table, self.stats)
         self.learner = Learner(self, lambda: 1)  # type: ignore[arg-type]
-        self.learner.set_peers(peers)
+        self.learner.add_peers(peers)
         self.learner.switch(is_on=True, own_addresses={4: IPv4Address(OWN)}, echo_id=ID)
 
     async def publish(self) -> None:

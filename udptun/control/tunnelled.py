@@ -68,19 +68,15 @@ class Tunnelled:
     async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
         """Carry packets of these families."""
         settings, live = self._settings(inputs), _any(inputs).live
-        self._tunnel_addresses = settings.tunnel_addresses
         self.tunnel.configure(settings)
         self._leases = {family: {it.subnet_of(family): it for it in of.peers} for family, of in inputs.items()}
         remotes = self._remotes(ChainMap(*self._leases.values()))
         self.tunnel.peers.set_all(remotes)
         self._follow(self._leases.get(Family.IPV6, ()))
         self._switch(settings, live)
-        leaders = self._leaders(remotes)
-        self._prober.set_peers(self._targets(leaders))
-        self._learner.set_peers(leaders)
         local = await find_local_addresses(inputs)
         self._set_local_addresses(local)
-        await self.tunnel.publish()
+        await self._publish(remotes)
         await self.tunnel.start()
         self.tunnel.set_offload(live.offload)
         self._local_watch = LocalAddressWatch(tuple(inputs), local, self._use_local_addresses)
@@ -118,10 +114,7 @@ class Tunnelled:
         self.tunnel.peers.remove(removed)
         self.tunnel.peers.add(self._remotes(added))
         self._follow(ipv6)
-        leaders = self._leaders(self._remotes({**added, **{subnet: of_ipv6[subnet] for subnet in ipv6}}))
-        self._prober.add_peers(self._targets(leaders))
-        self._learner.add_peers(leaders)
-        await self.tunnel.publish()
+        await self._publish(self._remotes({**added, **{subnet: of_ipv6[subnet] for subnet in ipv6}}))
 
     async def apply(
         self, inputs: Mapping[Family, BackendInput], underlay: Underlay, live: LiveSettings
@@ -149,15 +142,11 @@ class Tunnelled:
             remotes = self._remotes(ChainMap(*self._leases.values()))
             self.tunnel.peers.add(remotes)
             self._switch(settings, live)
-            leaders = self._leaders(remotes)
-            self._prober.add_peers(self._targets(leaders))
-            self._learner.add_peers(leaders)
-            await self.tunnel.publish()
+            await self._publish(remotes)
         return live
 
     def _switch(self, settings: PacketSettings, live: LiveSettings) -> None:
         """After `tunnel.configure`."""
-        self._less_for = settings.less_for
         self._carrier.own_addresses = settings.tunnel_addresses
         self._prober.switch(is_on=live.probe, mtu=settings.mtu)
         is_learning = live.probe and live.source_check is SourceCheck.PEER
@@ -179,7 +168,7 @@ class Tunnelled:
         commands = [
             f"`{'iptables' if version == 4 else 'ip6tables'} -t raw -A PREROUTING -i {device} -m addrtype "
             f"--src-type LOCAL ! -s {address} -j DROP`"
-            for version, address in self._tunnel_addresses.items()
+            for version, address in self._carrier.own_addresses.items()
         ]
         self._not_refused = (
             f"packets that peers send from {' and '.join(left)} are not refused, because so many do not fit; run "
@@ -252,9 +241,12 @@ class Tunnelled:
                 leader = None
             self.tunnel.peers.follow(subnet, leader)
 
-    def _leaders(self, remotes: Mapping[IPNetwork, Remote]) -> dict[IPNetwork, Remote]:
-        """The peers that stand for their hosts: these are probed, and asked."""
-        return {subnet: it for subnet, it in remotes.items() if self.tunnel.peers.leader(subnet) == subnet}
+    async def _publish(self, remotes: Mapping[IPNetwork, Remote]) -> None:
+        """Show the workers what was set.  Those of these peers that stand for their hosts are probed and asked."""
+        leaders = {subnet: it for subnet, it in remotes.items() if self.tunnel.peers.leader(subnet) == subnet}
+        self._prober.add_peers(self._targets(leaders))
+        self._learner.add_peers(leaders)
+        await self.tunnel.publish()
 
     def _targets(self, remotes: Mapping[IPNetwork, Remote]) -> Mapping[IPNetwork, Target]:
         """A peer is asked at its tunnel address, which any kernel answers."""
@@ -264,7 +256,7 @@ class Tunnelled:
                 it.address,
                 f"{it.address} UDP port {it.port}",
                 it,
-                self._less_for(it),
+                self.tunnel.peers.less_for(it),
             )
             for subnet, it in remotes.items()
         }

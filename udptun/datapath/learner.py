@@ -58,11 +58,6 @@ class Learner:
         self._woken = asyncio.Event()
         tunnel.rings.take_first = self._take
 
-    def set_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
-        """Have exactly these peers, after the tunnel has them."""
-        self.remove_peers([subnet for subnet in self._remotes if subnet not in peers])
-        self.add_peers(peers)
-
     def add_peers(self, peers: Mapping[IPNetwork, Remote]) -> None:
         """After they were added to the tunnel, which knows what of the learned addresses still holds."""
         for subnet, remote in peers.items():
