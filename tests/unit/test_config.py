@@ -15,7 +15,7 @@ from udptun.backends.alloc import AllocKeys
 from udptun.backends.base import Backend, LiveSettings, check_underlay, mtu_for
 from udptun.backends.choice import KernelSupport, choose, parse_net_conf
 from udptun.backends.hostgw import HostGwKeys
-from udptun.backends.udp import UDP_OVERHEAD, UdpKeys
+from udptun.backends.udp import UdpKeys
 from udptun.backends.vxlan import Fallback, VxlanKeys
 from udptun.config.flags import Options, parse_daemon_flags
 from udptun.config.net_conf import (
@@ -30,6 +30,7 @@ from udptun.control.settings import lack as lack_of
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
+from udptun.datapath.settings import OUTER_HEADERS
 from udptun.kernel.underlay import Underlay
 
 IPV4_PODS: dict[str, object] = {"Network": "10.3.0.0/16"}
@@ -705,13 +706,13 @@ def test_what_can_be_leased_is_said_in_the_fewest_prefixes(text: str, prefixes: 
 
 
 def test_mtu_for_takes_off_the_28_bytes_of_the_outer_headers() -> None:
-    assert mtu_for(1500, UDP_OVERHEAD) == 1472
-    assert mtu_for(96, UDP_OVERHEAD) == 68
+    assert mtu_for(1500, OUTER_HEADERS[4]) == 1472
+    assert mtu_for(96, OUTER_HEADERS[4]) == 68
 
 
 def test_mtu_for_refuses_less_than_ipv4_needs() -> None:
     with pytest.raises(ConfigError, match="an underlay MTU of 95 leaves 67 bytes"):
-        mtu_for(95, UDP_OVERHEAD)
+        mtu_for(95, OUTER_HEADERS[4])
 
 
 @pytest.mark.parametrize(("n_cpus", "workers"), [(1, 1), (2, 1), (3, 1), (4, 2), (6, 3), (8, 4), (64, 4)])

@@ -16,11 +16,8 @@ from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, Desir
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS
-from udptun.datapath.settings import PacketSettings, Remote, Where
+from udptun.datapath.settings import OUTER_HEADERS, PacketSettings, Remote, Where
 from udptun.kernel.underlay import Underlay
-
-UDP_OVERHEAD, UDP_IPV6_OVERHEAD = 28, 48
-"""Bytes around an inner packet: IPv4 header 20 + UDP header 8 (flannel udp_network_amd64.go), or IPv6 header 40."""
 
 TUN_NAME = "flannel0"
 """The name of the device, unless it belongs to a daemon of ours for another Network.  flannel asks for `flannel%d`, and
@@ -78,7 +75,7 @@ class Udp:
         """
         self.device = device
         self._outer = [family for family in Family if family in outer]
-        self.overhead = self.ipv6_overhead = UDP_OVERHEAD if Family.IPV4 in outer else UDP_IPV6_OVERHEAD
+        self.overhead = self.ipv6_overhead = OUTER_HEADERS[self._outer[0].value]
         self.port = own_port or port
         self._default_port = port
 

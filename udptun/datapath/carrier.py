@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from udptun._fastpath import LAYOUT
@@ -15,6 +15,7 @@ from udptun.core.family import Family
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.tunnel import IPV6_MTU_MIN
 from udptun.datapath.rings import Punt, Result, Rings
+from udptun.datapath.settings import OUTER_HEADERS
 from udptun.datapath.sockets import believed_mtus
 from udptun.datapath.stats import PeerTraffic
 from udptun.datapath.tunnel import Tunnel
@@ -22,9 +23,6 @@ from udptun.kernel.netlink import Netlink
 from udptun.probing.carrier import Fate, Take
 
 log = logging.getLogger(__name__)
-
-_OUTER_HEADERS = {4: 28, 6: 48}
-"""Bytes: IPv4 20 or IPv6 40, and UDP 8; by the version of IP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +103,15 @@ class TunnelCarrier:
         self._tunnel.peers.set_path_mtu(peer, mtu)
         self._is_narrow_changed = True
 
-    def believed_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
+    def believed_mtus(self, hosts: Collection[IPAddress]) -> Mapping[IPAddress, int]:
         found: dict[IPAddress, int] = {}
-        for family, of_family in _by_family(hosts).items():
+        for family in Family:
+            of_family = [host for host in hosts if host.version == family.value]
             if of_family and (source := self._tunnel.where.of(family)) is not None:
                 found |= believed_mtus(source, of_family)
         return {host: mtu - self._around(host) for host, mtu in found.items()}
 
-    async def route_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
+    async def route_mtus(self, hosts: Collection[IPAddress]) -> Mapping[IPAddress, int]:
         try:
             async with Netlink() as kernel:
                 routes = await kernel.routes_to(hosts, as_configured=True)
@@ -123,7 +122,7 @@ class TunnelCarrier:
 
     def _around(self, host: IPAddress) -> int:
         """How many bytes there are around an inner packet to a host."""
-        return _OUTER_HEADERS[host.version] + (LAYOUT["prefix"] if self._tunnel.table.vtep else 0)
+        return OUTER_HEADERS[host.version] + (LAYOUT["prefix"] if self._tunnel.table.vtep else 0)
 
     async def publish(self) -> None:
         await self._tunnel.publish()
@@ -147,10 +146,3 @@ class TunnelCarrier:
             f"{lost if mtu < IPV6_MTU_MIN and 6 in self.own_addresses else ''}; "
             f"have all hosts use a Backend.MTU that is {full - mtu} lower, or mend the path"
         )
-
-
-def _by_family(hosts: Iterable[IPAddress]) -> dict[Family, list[IPAddress]]:
-    found: dict[Family, list[IPAddress]] = {family: [] for family in Family}
-    for host in hosts:
-        found[Family(host.version)].append(host)
-    return found

@@ -16,8 +16,10 @@ _VXLAN = struct.Struct(">B3xI6s6sH")
 """Flags, VNI above a reserved byte (RFC 7348 5); inner destination and source MAC, EtherType."""
 _VNI_IS_VALID = 0x08
 _ETHERTYPE_IPV4 = 0x0800
-IPV6_HEADER_MORE = 20
-"""Bytes that an IPv6 header has more than one of IPv4 without options."""
+OUTER_HEADERS = {4: 28, 6: 48}
+"""Bytes around an inner packet, by the version of IP: IPv4 header 20 (as flannel's udp_network_amd64.go has it) or IPv6
+header 40, and UDP header 8.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class PacketSettings:
 
         `mtu` allows for the header of `underlay_address`'s family, and that of IPv6 is longer.
         """
-        return IPV6_HEADER_MORE if (self.underlay_address.version, remote.address.version) == (4, 6) else 0
+        return max(0, OUTER_HEADERS[remote.address.version] - OUTER_HEADERS[self.underlay_address.version])
 
     @property
     def tunnel_address(self) -> IPv4Address:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -71,7 +71,7 @@ class Carrier(Protocol):
         """Packets sent to peers and received from them since the last time, without our probes and their answers."""
 
     def send(self, address: IPAddress, nonce: bytes, length: int) -> Sent | None:
-        """Send an echo request with DF, `length` bytes with its IPv4 header; None: there is no room for it now."""
+        """Send an echo request with DF, `length` bytes with its IP header; None: there is no room for it now."""
 
     def set_dead(self, peer: IPNetwork, *, is_dead: bool) -> None:
         """A peer was found dead, or alive again; it takes effect with `publish`."""
@@ -79,13 +79,13 @@ class Carrier(Protocol):
     def set_path_mtu(self, peer: IPNetwork, mtu: int) -> None:
         """Packets to the peer may be `mtu` bytes long; it takes effect with `publish`."""
 
-    def believed_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
+    def believed_mtus(self, hosts: Collection[IPAddress]) -> Mapping[IPAddress, int]:
         """How long packets to peers on these hosts may be, as the kernel believes; those without a path are left out.
 
         Nothing, when the kernel itself keeps packets so short.
         """
 
-    async def route_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
+    async def route_mtus(self, hosts: Collection[IPAddress]) -> Mapping[IPAddress, int]:
         """Likewise by the `mtu` of the route to each host; those without one are left out."""
 
     async def publish(self) -> None: ...

@@ -17,7 +17,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from ipaddress import ip_address
 
 from udptun._kabi import lib
@@ -107,11 +107,11 @@ class HostCarrier:
     def set_path_mtu(self, peer: IPNetwork, mtu: int) -> None:
         """The kernel goes by what it has learnt itself."""
 
-    def believed_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
+    def believed_mtus(self, hosts: Collection[IPAddress]) -> Mapping[IPAddress, int]:
         """The kernel itself goes by what it believes."""
         return {}
 
-    async def route_mtus(self, hosts: Iterable[IPAddress]) -> Mapping[IPAddress, int]:
+    async def route_mtus(self, hosts: Collection[IPAddress]) -> Mapping[IPAddress, int]:
         return {}
 
     async def publish(self) -> None: ...
