@@ -6,7 +6,7 @@ socket needs CAP_NET_RAW, and is woken by every ICMP packet of the host.  But ne
 of our groups, for ICMPv6 too, which not even root's capabilities replace.
 
 IP_PMTUDISC_PROBE sets DF and has the kernel send whatever the device takes, also when it believes the path narrower.
-With IPv6 the kernel itself would fragment what the device does not take, but for IPV6_DONTFRAG.
+With IPV6_PMTUDISC_PROBE, too, it refuses what the device does not take, and fragments nothing.
 ICMP errors are not looked at: anybody can make one up.  A probe has passed when its nonce has come back.
 """
 
@@ -155,7 +155,6 @@ def _open_socket(family: Family) -> socket.socket:
     found = socket.socket(socket.AF_INET6, kind, socket.IPPROTO_ICMPV6)
     # IPV6_PMTUDISC_PROBE is the same number.
     found.setsockopt(socket.IPPROTO_IPV6, lib.IPV6_MTU_DISCOVER, lib.IP_PMTUDISC_PROBE)
-    found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DONTFRAG, 1)
     return found
 
 
