@@ -29,8 +29,8 @@ class World:
     changes: list[tuple[float, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.paths: PathMtus[str] = PathMtus(self.full)
-        self.paths.add(["a"])
+        self.paths: PathMtus[str] = PathMtus()
+        self.paths.add("a", self.full)
         self._chance = random.Random(3)
         self._lost: list[tuple[float, int]] = []
         self.answer_small()
@@ -181,8 +181,9 @@ def test_an_idle_peer_is_checked_with_the_answers_that_it_gives_anyway() -> None
 
 
 def test_thousands_of_idle_peers_are_checked_evenly() -> None:
-    paths: PathMtus[int] = PathMtus(FULL)
-    paths.add(range(10_000))
+    paths: PathMtus[int] = PathMtus()
+    for key in range(10_000):
+        paths.add(key, FULL)
     n = 0
     for round_ in range(3):
         for key in range(10_000):

@@ -56,8 +56,8 @@ def test_a_directory_that_cannot_be_written_to_is_told_once(tmp_path: Path, capl
 
 
 def test_a_narrow_path_that_was_known_is_so_from_the_begin_and_grows_in_its_time() -> None:
-    paths: PathMtus[str] = PathMtus(1472)
-    paths.add(["a"])
+    paths: PathMtus[str] = PathMtus()
+    paths.add("a", 1472)
     paths.restore("a", 1272, 1000.0)
     assert (paths.measured("a"), paths.narrow()) == (1272, {"a": 1272})
     assert paths.due(["a"], 1000.0) == [("a", 1272)]

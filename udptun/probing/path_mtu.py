@@ -69,12 +69,9 @@ class _Path:
 
 
 class PathMtus(Generic[K]):
-    """All peers, by whatever the caller calls them.  `full`: see above, where `add` says no other.  `idle_check_s`: see
-    IDLE_CHECK_S.
-    """
+    """All peers, by whatever the caller calls them.  `idle_check_s`: see IDLE_CHECK_S."""
 
-    def __init__(self, full: int, idle_check_s: float = IDLE_CHECK_S) -> None:
-        self._full = full
+    def __init__(self, idle_check_s: float = IDLE_CHECK_S) -> None:
         self._idle_check_s = idle_check_s
         self._paths: dict[K, _Path] = {}
         self._busy: set[K] = set()
@@ -82,13 +79,11 @@ class PathMtus(Generic[K]):
         self._changed: dict[K, int] = {}
         self._next_idle_s = float("-inf")
 
-    def add(self, keys: Iterable[K], full: int | None = None) -> None:
-        """Begin with peers of which nothing is known, or begin with them anew."""
-        full = self._full if full is None else full
-        for key in keys:
-            self._paths[key] = _Path(full, full)
-            self._busy.discard(key)
-            self._changed.pop(key, None)
+    def add(self, key: K, full: int) -> None:
+        """Begin with a peer of which nothing is known, or begin with it anew.  `full`: see above."""
+        self._paths[key] = _Path(full, full)
+        self._busy.discard(key)
+        self._changed.pop(key, None)
 
     def restore(self, key: K, size: int, now_s: float) -> None:
         """It was measured before, by somebody else.  Whether the path takes more is tried as after a measure."""

@@ -77,7 +77,7 @@ class Prober:
         """Why nobody is probed, once somebody has looked."""
         self._mtu, self._idle_check_s = 0, idle_check_s
         self._probing: Probing[IPNetwork] = Probing(random.Random(), idle_s)
-        self._paths: PathMtus[IPNetwork] = PathMtus(0, idle_check_s)
+        self._paths: PathMtus[IPNetwork] = PathMtus(idle_check_s)
         self._beliefs: Beliefs[IPNetwork] = Beliefs(0)
         self._beliefs_due_s = float("-inf")
         self._undecided: set[IPNetwork] = set()
@@ -111,7 +111,7 @@ class Prober:
         self._targets.update((subnet, peers[subnet]) for subnet in added)
         self._probing.add(added, self._now_s())
         for subnet in added:
-            self._paths.add([subnet], self._full(subnet))
+            self._paths.add(subnet, self._full(subnet))
         if self._known:
             self._restore(added)
 
@@ -169,7 +169,7 @@ class Prober:
             self._is_on, self._mtu = is_on, mtu
             peers = dict(self._targets)
             self.remove_peers(peers)
-            self._paths, self._beliefs = PathMtus(mtu, self._idle_check_s), Beliefs(mtu)
+            self._paths, self._beliefs = PathMtus(self._idle_check_s), Beliefs(mtu)
             self.add_peers(peers)
 
     async def run(self) -> None:
