@@ -86,7 +86,7 @@ class Rig:
         """For `n` workers; sockets that are missing are opened.  `outer`: those of this family alone, of both."""
         for sockets, address in ((self.sockets, self.here), (self.ipv4, HERE)):
             if sockets:
-                missing = new_sockets(max(n - len(sockets), 0), family=Family(address.version))
+                missing = new_sockets(max(n - len(sockets), 0), Family(address.version))
                 more = [self._undo.enter_context(udp) for udp in missing]
                 bind_sockets(more, address, self.address[1], sockets)
                 sockets += more

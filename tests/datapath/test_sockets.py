@@ -15,6 +15,7 @@ import pytest
 
 from tests.udp_sockets import n_waiting
 from udptun.core.errors import KernelError
+from udptun.core.family import Family
 from udptun.core.offload import ALL, Offload
 from udptun.datapath.sockets import (
     bind_sockets,
@@ -47,7 +48,7 @@ def opened(undo: ExitStack, n: int, beside: list[socket.socket] | None = None) -
         sockets = [first, *opened(undo, n - 1, [first])]
         assert spread_over(sockets)
         return sockets
-    more = [undo.enter_context(udp) for udp in new_sockets(n)]
+    more = [undo.enter_context(udp) for udp in new_sockets(n, Family.IPV4)]
     bind_sockets(more, LOOPBACK, port, beside or ())
     return more
 
@@ -120,7 +121,7 @@ def test_a_worker_that_goes_gets_nothing_more_and_the_others_keep_what_they_had(
 
 def test_without_the_program_the_kernel_shares_at_once(undo: ExitStack) -> None:
     first = opened(undo, 1)
-    more = [undo.enter_context(udp) for udp in new_sockets(3)]
+    more = [undo.enter_context(udp) for udp in new_sockets(3, Family.IPV4)]
     bind_sockets(more, LOOPBACK, first[0].getsockname()[1], first, ALL & ~Offload.SPREAD)
     sockets = [*first, *more]
     assert set_offload(sockets, ALL) & Offload.SPREAD

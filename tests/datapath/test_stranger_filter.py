@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.udp_sockets import n_waiting
+from udptun.core.family import Family
 from udptun.core.offload import ALL, Offload
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath import strangers
@@ -262,7 +263,7 @@ def test_the_sum_of_what_was_dropped_goes_on_with_the_datapath_of_another_build(
 def test_sockets_join_while_the_filter_pauses(undo: ExitStack, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.begin(monkeypatch)
     with rig.filter.paused():
-        more = [undo.enter_context(udp) for udp in new_sockets(2)]
+        more = [undo.enter_context(udp) for udp in new_sockets(2, Family.IPV4)]
         bind_sockets(more, HERE, rig.sockets[0].getsockname()[1], rig.sockets)
         rig.begin(monkeypatch)
         assert rig.filter.state == "ready"

@@ -197,7 +197,7 @@ from udptun.probing.prober import Prober
 subnets = list(IPv4Network("10.0.0.0/8").subnets(new_prefix=24))[:10_000]
 
 async def main(n_s):
-    prober = Prober(HostCarrier("flannel.1"), 60, 60)
+    prober = Prober(HostCarrier("flannel.1", Family.IPV4), 60, 60)
     prober.switch(is_on=True, mtu=1450)
     prober.set_peers({it: Target(it.network_address, it.network_address, "") for it in subnets})
     running = asyncio.create_task(prober.run())

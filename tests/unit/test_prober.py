@@ -38,7 +38,7 @@ class InstantCarrier(HostCarrier):
     """Every probe is answered as soon as it was sent, from `answers_from`."""
 
     def __init__(self, why_not: str | None = None, answers_from: IPv4Address = TARGET.address) -> None:
-        super().__init__(None)
+        super().__init__(None, Family.IPV4)
         self.why_not = why_not
         self.answers_from = answers_from
         self.lengths: list[int] = []
@@ -139,7 +139,7 @@ def test_an_answer_from_another_address_than_was_asked_is_none() -> None:
 def test_lines_about_hosts_say_what_can_be_done_with_this_backend(
     device: str | None, carried: str, remedy: str
 ) -> None:
-    carrier = HostCarrier(device)
+    carrier = HostCarrier(device, Family.IPV4)
     assert carrier.dead_line("the host of X", "12:00:00").endswith(carried)
     assert f"have all hosts use {remedy}" in carrier.narrow_line("the host of X", 1300, 1450)
 

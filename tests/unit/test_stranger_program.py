@@ -80,7 +80,7 @@ def test_each_address_reaches_its_worker_and_a_stranger_the_sink(n: int, seed: i
     known = addresses(n, seed)
     chance = random.Random(n)
     n_workers = chance.choice([1, 2, 4, 16])
-    program = stranger_program(known, n_workers, 256)
+    program = stranger_program(known, n_workers, 256, Family.IPV4)
     for source in known:
         port = chance.randrange(1 << 16)
         assert run(program, source, port, chance.randrange(1 << 32)) == worker_of(source, port, n_workers)
@@ -113,7 +113,7 @@ def test_keys_of_ipv4_are_the_addresses_whatever_the_multiplier() -> None:
 
 @pytest.mark.parametrize("one_in", [1, 8, 256, 1 << 20])
 def test_one_of_so_many_datagrams_of_a_stranger_reaches_a_worker(one_in: int) -> None:
-    program = stranger_program([10, 20, 30], 4, one_in)
+    program = stranger_program([10, 20, 30], 4, one_in, Family.IPV4)
     chances = {0, 1, 2, 3, *range(one_in - 2, one_in + 3), 2 * one_in - 1, 2 * one_in, 3 * one_in, 3 * one_in + 1}
     passed = {chance for chance in chances if run(program, 15, 8285, chance) != 4}
     assert passed == {chance for chance in chances if chance % one_in == 0}
@@ -122,7 +122,7 @@ def test_one_of_so_many_datagrams_of_a_stranger_reaches_a_worker(one_in: int) ->
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_kernel_takes_a_program_of_as_many_addresses_as_we_promise(seed: int) -> None:
-    program = stranger_program(addresses(MAX_ADDRESSES, seed), 16, 256)
+    program = stranger_program(addresses(MAX_ADDRESSES, seed), 16, 256, Family.IPV4)
     assert len(program) <= BPF_MAXINSNS
     assert all(it.if_true < 256 and it.if_false < 256 and it.k < 1 << 32 for it in program)
     assert len(packed(program)) == 8 * len(program)

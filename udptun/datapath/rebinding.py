@@ -96,7 +96,7 @@ class Rebinding:
                 return ()
             there = old.of(family)
             if there and address_of(there[0]) == (address, where.port):
-                added = new_sockets(n_workers - len(there), family=family)
+                added = new_sockets(n_workers - len(there), family)
             else:
                 there, added = (), open_sockets(address, where.port, n_workers, wanted)
             opened.extend(added)

@@ -53,7 +53,7 @@ def open_sockets(address: IPAddress, port: int, n: int, wanted: Offload = ALL) -
 
     SPREAD in `wanted`: see `spread_over`.
     """
-    opened = new_sockets(n, family=Family(address.version))
+    opened = new_sockets(n, Family(address.version))
     try:
         bind_sockets(opened, address, port, wanted=wanted)
         if Offload.SPREAD in wanted:
@@ -65,9 +65,7 @@ def open_sockets(address: IPAddress, port: int, n: int, wanted: Offload = ALL) -
     return opened
 
 
-def new_sockets(
-    n: int, buffer_bytes: int = _RECEIVE_BUFFER_BYTES, family: Family = Family.IPV4
-) -> list[socket.socket]:
+def new_sockets(n: int, family: Family, buffer_bytes: int = _RECEIVE_BUFFER_BYTES) -> list[socket.socket]:
     """`n` non-blocking sockets that nothing arrives in before `bind_sockets`; the caller owns them."""
     return [_new_socket(buffer_bytes, family) for _ in range(n)]
 
@@ -136,7 +134,7 @@ def open_senders(address: IPAddress, n: int, beside: Sequence[socket.socket] = (
     source port (RFC 7348 5).  The ports follow each other, and that of the last one `beside`, where they are free: then
     a receiver of ours spreads them evenly.  Nobody reads what comes to them.  Raises KernelError.
     """
-    opened = new_sockets(n, buffer_bytes=0, family=Family(address.version))
+    opened = new_sockets(n, Family(address.version), buffer_bytes=0)
     last = beside[-1] if beside else None
     try:
         for udp in opened:

@@ -67,7 +67,7 @@ def source_keys(addresses: Iterable[int], family: Family, multiplier: int) -> li
 
 
 def stranger_program(
-    keys: Sequence[int], n_workers: int, one_in: int, family: Family = Family.IPV4, multiplier: int = 1
+    keys: Sequence[int], n_workers: int, one_in: int, family: Family, multiplier: int = 1
 ) -> list[Instruction]:
     """What sends strangers to socket `n_workers` of the port, and the rest to those before it.
 

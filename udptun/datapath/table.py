@@ -122,8 +122,8 @@ class TableWriter:
     def set_local_addresses(self, addresses: Iterable[IPAddress]) -> int:
         """Set what of `addresses` the table has room for as this host's, from the next `publish` on.
 
-        Returns how many did not fit: there is room for as many of each family.  That of our UDP socket always belongs
-        to them.
+        Returns how many did not fit: there is room for as many of each family.  `underlay_address` of the settings
+        always belongs to them.
         """
         asked = tuple(dict.fromkeys(addresses))
         left = {4: LAYOUT["max_local"] - 1, 6: LAYOUT["max_local"] - 1}
@@ -239,7 +239,7 @@ class TableWriter:
 
     @property
     def n_remotes(self) -> int:
-        """How many hosts the peers are."""
+        """How many addresses and ports the peers have."""
         return len(self._remotes)
 
     @property

@@ -39,7 +39,7 @@ class HostCarrier:
     `family`.
     """
 
-    def __init__(self, device: str | None, family: Family = Family.IPV4) -> None:
+    def __init__(self, device: str | None, family: Family) -> None:
         self._device = device
         self._family = family
         self._socket: socket.socket | None = None
