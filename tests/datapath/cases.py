@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tests.packets import (
@@ -61,6 +62,11 @@ class Bad:
     quoted: bytes | None = None
     """What the answer quotes, where that is not `packet`."""
 
+    @property
+    def icmp(self) -> str | None:
+        """The counter of its answer."""
+        return "icmp_sent" if self.answer else "icmp_suppressed" if self.is_suppressed else None
+
 
 NET_UNREACHABLE = (3, 0, 0)
 TIME_EXCEEDED = (11, 0, 0)
@@ -90,12 +96,31 @@ def _options(text: str) -> bytes:
     return options
 
 
-def _slugged(cases: list[Bad]) -> list[Bad]:
+def slugged(cases: list[Bad]) -> list[Bad]:
     assert len({case.slug for case in cases}) == len(cases)
     return cases
 
 
-ENCAP = _slugged(
+def elsewhere(
+    let_in_by_off: Iterable[str],
+    let_in_unless_strict: Iterable[str],
+    of_a_stranger_with_the_check_off: Iterable[str],
+    others: Mapping[tuple[str, str], str],
+) -> dict[tuple[str, str], str]:
+    """By slug in DECAP and SourceCheck: the counter, where that is not the case's own."""
+    return {
+        **{(slug, "off"): "decap_delivered" for slug in let_in_by_off},
+        **{(slug, check): "decap_delivered" for slug in let_in_unless_strict for check in ("off", "peer")},
+        **{
+            (slug, check): "decap_drop_unknown_peer"
+            for slug in of_a_stranger_with_the_check_off
+            for check in ("peer", "strict")
+        },
+        **others,
+    }
+
+
+ENCAP = slugged(
     [
         Bad("no-packet-at-all", "encap_drop_short", b""),
         Bad("one-byte", "encap_drop_short", _OUT[:1]),
@@ -205,7 +230,7 @@ ENCAP = _slugged(
 )  # fmt: skip
 
 
-DECAP = _slugged(
+DECAP = slugged(
     [
         Bad("empty", "decap_drop_empty", b""),
         Bad("empty-from-a-stranger", "decap_drop_empty", b"", source=STRANGER),
@@ -360,7 +385,7 @@ def _flipped(mac: bytes, bit: int) -> bytes:
     return (int.from_bytes(mac) ^ 1 << bit).to_bytes(6)
 
 
-DECAP_VXLAN = _slugged(
+DECAP_VXLAN = slugged(
     [
         *(Bad(f"{n}-bytes", "decap_drop_vxlan_short", vxlan(_IN)[:n]) for n in range(PREFIX_LEN)),
         Bad("short-and-zero", "decap_drop_vxlan_short", bytes(PREFIX_LEN - 1)),
@@ -440,20 +465,17 @@ _OF_A_STRANGER_WITH_THE_CHECK_OFF = (
     "open-relay-with-the-check-off",
     "ttl-1-from-an-unleased-source-is-not-answered",
 )
-ELSEWHERE: dict[tuple[str, str], str] = {
-    **{(slug, "off"): "decap_delivered" for slug in _LET_IN_BY_OFF},
-    **{(slug, check): "decap_delivered" for slug in _LET_IN_UNLESS_STRICT for check in ("off", "peer")},
-    **{
-        (slug, check): "decap_drop_unknown_peer"
-        for slug in _OF_A_STRANGER_WITH_THE_CHECK_OFF
-        for check in ("peer", "strict")
+ELSEWHERE = elsewhere(
+    _LET_IN_BY_OFF,
+    _LET_IN_UNLESS_STRICT,
+    _OF_A_STRANGER_WITH_THE_CHECK_OFF,
+    {
+        ("learned-address-strict", "peer"): "decap_delivered",
+        ("learned-address-and-foreign-destination", "strict"): "decap_drop_unknown_peer",
+        ("stranger-with-a-martian-source", "off"): "decap_drop_source_martian",
+        ("ttl-1-from-outside-is-not-answered", "strict"): "decap_drop_source_outside",
     },
-    ("learned-address-strict", "peer"): "decap_delivered",
-    ("learned-address-and-foreign-destination", "strict"): "decap_drop_unknown_peer",
-    ("stranger-with-a-martian-source", "off"): "decap_drop_source_martian",
-    ("ttl-1-from-outside-is-not-answered", "strict"): "decap_drop_source_outside",
-}
-"""By slug in DECAP and SourceCheck: the counter, where that is not the case's own."""
+)
 
 
 GOOD_ENCAP = {

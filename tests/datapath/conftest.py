@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.datapath.harness import Datapath, FastDatapath, ReferenceDatapath, skip_unless_built
+from tests.datapath.harness import Datapath, FastDatapath, implementation, skip_unless_built
 
 
 @pytest.fixture(params=["udp", "vxlan"])
@@ -31,19 +31,10 @@ def fast(is_vxlan: bool) -> Iterator[FastDatapath]:
 
 @pytest.fixture(params=["udp-reference", "udp-fastpath", "udp-trains", "vxlan-reference", "vxlan-trains"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
-    """Either implementation, fresh, with the overlay of tests/packets.py and SourceCheck peer.
-
-    The fast path without UDP_GRO, and with trains wherever a batch allows them.
-    """
-    encapsulation, implementation = request.param.split("-")
-    is_vxlan = encapsulation == "vxlan"
-    if implementation == "reference":
-        yield ReferenceDatapath(is_vxlan=is_vxlan)
-        return
-    skip_unless_built()
-    is_in_trains = implementation == "trains"
-    with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains, is_vxlan=is_vxlan) as fast:
-        yield fast
+    """Either implementation, fresh, with the overlay of tests/packets.py and SourceCheck peer."""
+    encapsulation, name = request.param.split("-")
+    with implementation(name, is_vxlan=encapsulation == "vxlan") as datapath:
+        yield datapath
 
 
 @pytest.fixture(scope="session")

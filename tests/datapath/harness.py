@@ -21,7 +21,7 @@ import socket
 import struct
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network, ip_address
 from types import TracebackType
@@ -691,6 +691,31 @@ def _another_overlay(table: Table, network: str, own_subnet: str, leases: Sequen
         tunnel_address=own.network_address,
         peers=tuple(replace(peer, subnet=IPv4Network(subnet)) for subnet, peer in leases),
     )
+
+
+def remote_of(datapath: Datapath, pod: str) -> Remote:
+    """Of the peer in whose subnet the address is."""
+    return next(peer.remote for peer in datapath.table.peers if ip_address(pod) in peer.subnet)
+
+
+def assert_every_packet_is_counted(datapath: Datapath) -> None:
+    """All that has come has one end each."""
+    counters = datapath.counters
+    for direction in ("encap", "decap"):
+        names = [name for name in counters if name.startswith(direction) and not name.endswith("_packets")]
+        assert counters[f"{direction}_packets"] == sum(counters[name] for name in names)
+
+
+@contextmanager
+def implementation(name: str, *, is_vxlan: bool = False, has_ipv6: bool = False) -> Iterator[Datapath]:
+    """`reference`; `fastpath`, which is without UDP_GRO; or `trains`, which come wherever a batch allows them."""
+    if name == "reference":
+        yield ReferenceDatapath(is_vxlan=is_vxlan, has_ipv6=has_ipv6)
+        return
+    skip_unless_built()
+    with_trains = name == "trains"
+    with FastDatapath(has_gro=with_trains, is_in_trains=with_trains, is_vxlan=is_vxlan, has_ipv6=has_ipv6) as fast:
+        yield fast
 
 
 def skip_unless_built() -> None:

@@ -5,7 +5,7 @@ For a host that carries IPv6; what one does that carries IPv4 alone is in cases.
 
 from __future__ import annotations
 
-from tests.datapath.cases import Bad
+from tests.datapath.cases import Bad, elsewhere, slugged
 from tests.packets import (
     AUTHENTICATION,
     DESTINATION_OPTIONS,
@@ -98,12 +98,7 @@ def _options(kind: int, text: str, **length: int) -> tuple[int, bytes]:
     return options_header(kind, bytes.fromhex(text), **length)
 
 
-def _slugged(cases: list[Bad]) -> list[Bad]:
-    assert len({case.slug for case in cases}) == len(cases)
-    return cases
-
-
-ENCAP = _slugged(
+ENCAP = slugged(
     [
         Bad("cut-within-an-ipv4-header", "encap_drop_short", _OUT[:19]),
         Bad("cut-behind-an-ipv4-header", "encap_drop_short", _OUT[:20]),
@@ -226,7 +221,7 @@ ENCAP = _slugged(
 )  # fmt: skip
 
 
-DECAP = _slugged(
+DECAP = slugged(
     [
         Bad("cut-within-an-ipv4-header", "decap_drop_short", _IN[:19]),
         Bad("cut-behind-an-ipv4-header", "decap_drop_short", _IN[:20]),
@@ -500,20 +495,17 @@ _OF_A_STRANGER_WITH_THE_CHECK_OFF = (
     "open-relay-with-the-check-off",
     "hop-limit-1-from-an-unleased-source-is-not-answered",
 )
-ELSEWHERE: dict[tuple[str, str], str] = {
-    **{(slug, "off"): "decap_delivered" for slug in _LET_IN_BY_OFF},
-    **{(slug, check): "decap_delivered" for slug in _LET_IN_UNLESS_STRICT for check in ("off", "peer")},
-    **{
-        (slug, check): "decap_drop_unknown_peer"
-        for slug in _OF_A_STRANGER_WITH_THE_CHECK_OFF
-        for check in ("peer", "strict")
+ELSEWHERE = elsewhere(
+    _LET_IN_BY_OFF,
+    _LET_IN_UNLESS_STRICT,
+    _OF_A_STRANGER_WITH_THE_CHECK_OFF,
+    {
+        ("learned-address-strict", "peer"): "decap_delivered",
+        ("learned-address-and-foreign-destination", "strict"): "decap_drop_unknown_peer",
+        ("stranger-with-a-martian-source", "off"): "decap_drop_source_martian",
+        ("hop-limit-1-from-outside-is-not-answered", "strict"): "decap_drop_source_outside",
     },
-    ("learned-address-strict", "peer"): "decap_delivered",
-    ("learned-address-and-foreign-destination", "strict"): "decap_drop_unknown_peer",
-    ("stranger-with-a-martian-source", "off"): "decap_drop_source_martian",
-    ("hop-limit-1-from-outside-is-not-answered", "strict"): "decap_drop_source_outside",
-}
-"""By slug in DECAP and SourceCheck: the counter, where that is not the case's own."""
+)
 
 
 GOOD_ENCAP = {

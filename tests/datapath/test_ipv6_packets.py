@@ -8,8 +8,14 @@ from ipaddress import ip_address
 
 import pytest
 
-from tests.datapath.cases import Bad
-from tests.datapath.harness import Datapath, FastDatapath, Message, ReferenceDatapath, skip_unless_built
+from tests.datapath.harness import (
+    Datapath,
+    FastDatapath,
+    Message,
+    assert_every_packet_is_counted,
+    implementation,
+    remote_of,
+)
 from tests.datapath.ipv6_cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, MALFORMED_READS
 from tests.packets import (
     DEAF_POD6,
@@ -64,25 +70,9 @@ behind_extensions = pytest.mark.parametrize("headers", EXTENSIONS.values(), ids=
 
 @pytest.fixture(params=["reference", "fastpath", "trains"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
-    """Either implementation, carrying both families; the fast path without UDP_GRO, and with trains."""
-    if request.param == "reference":
-        yield ReferenceDatapath(has_ipv6=True)
-        return
-    skip_unless_built()
-    is_in_trains = request.param == "trains"
-    with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains, has_ipv6=True) as fast:
-        yield fast
-
-
-def remote_of(datapath: Datapath, pod: str) -> Remote:
-    return next(peer.remote for peer in datapath.table.peers if ip_address(pod) in peer.subnet)
-
-
-def assert_counted(datapath: Datapath) -> None:
-    counters = datapath.counters
-    for direction in ("encap", "decap"):
-        names = [name for name in counters if name.startswith(direction) and not name.endswith("_packets")]
-        assert counters[f"{direction}_packets"] == sum(counters[name] for name in names)
+    """Either implementation, carrying both families."""
+    with implementation(request.param, has_ipv6=True) as datapath:
+        yield datapath
 
 
 def for_each(slugs: Iterable[str], check: Callable[[str], None]) -> None:
@@ -93,10 +83,6 @@ def for_each(slugs: Iterable[str], check: Callable[[str], None]) -> None:
         except BaseException as exc:
             exc.add_note(slug)
             raise
-
-
-def icmp_counter(case: Bad) -> str | None:
-    return "icmp_sent" if case.answer else "icmp_suppressed" if case.is_suppressed else None
 
 
 def test_encap_drops_every_kind_of_bad_packet_under_its_own_counter_and_goes_on(datapath: Datapath) -> None:
@@ -110,11 +96,11 @@ def test_encap_drops_every_kind_of_bad_packet_under_its_own_counter_and_goes_on(
             answer = icmp_answer(type_, code, case.quoted or case.packet, source=OWN6, next_hop_mtu=mtu)
             writes = (NO_VNET_HDR + answer,)
         outcome = datapath.encap(NO_VNET_HDR + case.packet)
-        assert outcome == Outcome(case.counter, writes=writes, icmp=icmp_counter(case))  # type: ignore[arg-type]
+        assert outcome == Outcome(case.counter, writes=writes, icmp=case.icmp)  # type: ignore[arg-type]
 
     for_each(cases, check)
     assert_good_packets_pass(datapath)
-    assert_counted(datapath)
+    assert_every_packet_is_counted(datapath)
 
 
 def test_decap_drops_every_kind_of_bad_packet_under_its_own_counter_and_goes_on(datapath: Datapath) -> None:
@@ -130,11 +116,11 @@ def test_decap_drops_every_kind_of_bad_packet_under_its_own_counter_and_goes_on(
             answer = icmp_answer_to_peer(type_, code, case.quoted or case.packet, source=OWN6)
             sends = ((remote_of(datapath, source_of(case.packet)), answer),)
         outcome = datapath.decap(case.packet, case.source)
-        assert outcome == Outcome(case.counter, sends=sends, icmp=icmp_counter(case))  # type: ignore[arg-type]
+        assert outcome == Outcome(case.counter, sends=sends, icmp=case.icmp)  # type: ignore[arg-type]
 
     for_each(cases, check)
     assert_good_packets_pass(datapath)
-    assert_counted(datapath)
+    assert_every_packet_is_counted(datapath)
 
 
 def assert_good_packets_pass(datapath: Datapath) -> None:

@@ -9,7 +9,7 @@ from ipaddress import IPv4Address
 import pytest
 
 from tests.datapath.cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, Bad
-from tests.datapath.harness import Datapath, FastDatapath
+from tests.datapath.harness import Datapath, FastDatapath, assert_every_packet_is_counted, remote_of
 from tests.packets import (
     DEAF_POD,
     MTU,
@@ -46,17 +46,6 @@ OUT = udp(POD, NEAR_POD, b"a good packet")
 IN = udp(NEAR_POD, POD, b"a good packet")
 
 
-def remote_of(datapath: Datapath, pod: str) -> Remote:
-    return next(peer.remote for peer in datapath.table.peers if IPv4Address(pod) in peer.subnet)
-
-
-def assert_every_packet_is_counted(datapath: Datapath) -> None:
-    counters = datapath.counters
-    for direction in ("encap", "decap"):
-        names = [name for name in counters if name.startswith(direction) and not name.endswith("_packets")]
-        assert counters[f"{direction}_packets"] == sum(counters[name] for name in names)
-
-
 def assert_good_packets_pass(datapath: Datapath) -> None:
     out, into = datapath.encap(NO_VNET_HDR + OUT), datapath.decap(IN, NEAR)
     assert out == Outcome("encap_sent", sends=((remote_of(datapath, NEAR_POD), stepped(OUT)),))
@@ -69,15 +58,11 @@ def expected_answer(case: Bad) -> bytes:
     return icmp_answer(type_, code, case.quoted or case.packet, source=OWN, next_hop_mtu=mtu)
 
 
-def icmp_counter(case: Bad) -> str | None:
-    return "icmp_sent" if case.answer else "icmp_suppressed" if case.is_suppressed else None
-
-
 @pytest.mark.parametrize("case", ENCAP, ids=lambda case: case.slug)
 def test_encap_drops_a_bad_packet_under_its_own_counter_and_goes_on(datapath: Datapath, case: Bad) -> None:
     outcome = datapath.encap(NO_VNET_HDR + case.packet)
     writes = (NO_VNET_HDR + expected_answer(case),) if case.answer else ()
-    assert outcome == Outcome(case.counter, writes=writes, icmp=icmp_counter(case))  # type: ignore[arg-type]
+    assert outcome == Outcome(case.counter, writes=writes, icmp=case.icmp)  # type: ignore[arg-type]
     assert_good_packets_pass(datapath)
     assert_every_packet_is_counted(datapath)
 
@@ -91,7 +76,7 @@ def test_decap_drops_a_bad_packet_under_its_own_counter_and_goes_on(datapath: Da
         type_, code, _mtu = case.answer
         answer = icmp_answer_to_peer(type_, code, case.quoted or case.packet, source=OWN)
         sends = ((remote_of(datapath, str(IPv4Address(case.packet[12:16]))), answer),)
-    assert outcome == Outcome(case.counter, sends=sends, icmp=icmp_counter(case))  # type: ignore[arg-type]
+    assert outcome == Outcome(case.counter, sends=sends, icmp=case.icmp)  # type: ignore[arg-type]
     assert_good_packets_pass(datapath)
     assert_every_packet_is_counted(datapath)
 

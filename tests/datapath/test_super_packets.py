@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
 
-from tests.datapath.harness import Batch, Datapath, FastDatapath, ReferenceDatapath, skip_unless_built
+from tests.datapath.harness import Batch, Datapath, FastDatapath, ReferenceDatapath, remote_of, skip_unless_built
 from tests.packets import (
     DEAF_POD,
     GSO_ECN,
@@ -119,10 +118,6 @@ class Super:
         return [
             self._packet(at, data[at : at + self.size], number=i, flags=flags[i]) for i, at in enumerate(starts)
         ]
-
-
-def remote_of(datapath: Datapath, pod: str) -> Remote:
-    return next(peer.remote for peer in datapath.table.peers if IPv4Address(pod) in peer.subnet)
 
 
 def assert_sent(datapath: Datapath, *supers: Super) -> None:

@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, TypeVar
 from unittest.mock import Mock
 
 import numpy as np
@@ -36,6 +37,8 @@ from udptun.kernel.tun import Tun
 NETWORK = IPv4Network("10.0.0.0/8")
 NETWORK_IPV6 = IPv6Network("2001:db8::/40")
 HERE = IPv4Address("192.0.2.1")
+
+N = TypeVar("N", IPv4Network, IPv6Network)
 
 
 def settings(network: IPv4Network = NETWORK) -> PacketSettings:
@@ -77,6 +80,29 @@ def look_up(
     ]
 
 
+def come_and_go(table: TableWriter, leases: dict[N, Remote], gone: list[N]) -> list[N]:
+    """Set all leases, remove those of `gone`, and set every second one of them anew; `leases` follows."""
+    for subnet, where in leases.items():
+        table.set_peer(subnet, where, 1472)
+    for subnet in gone:
+        table.remove_peer(subnet)
+        del leases[subnet]
+    for subnet in gone[::2]:
+        leases[subnet] = remote(1000 + len(leases))
+        table.set_peer(subnet, leases[subnet], 1472)
+    return gone
+
+
+def edges(subnets: Sequence[N]) -> list[Any]:
+    """The first, middle and last address of each, and its neighbours; none is the first or the last of the family."""
+    return [
+        address
+        for subnet in subnets
+        for first, last in [(subnet[0], subnet[-1])]
+        for address in (first - 1, first, first + (int(last) - int(first)) // 2, last, last + 1)
+    ]
+
+
 def test_lookup_agrees_with_ipaddress_for_leases_of_every_allowed_length(table: TableWriter, stats: Stats) -> None:
     rng = random.Random(7)
     leases: dict[IPv4Network, Remote] = {}
@@ -84,22 +110,10 @@ def test_lookup_agrees_with_ipaddress_for_leases_of_every_allowed_length(table: 
         length = 16 + i % 15
         for subnet in rng.sample(list(block.subnets(new_prefix=length)), min(6, 1 << (length - 16))):
             leases[subnet] = remote(len(leases))
-    for subnet, where in leases.items():
-        table.set_peer(subnet, where, 1472)
-    # Some peers come and go, so that pages of the second level become free and are used again.
-    gone = rng.sample(list(leases), len(leases) // 3)
-    for subnet in gone:
-        table.remove_peer(subnet)
-        del leases[subnet]
-    for subnet in gone[::2]:
-        leases[subnet] = remote(1000 + len(leases))
-        table.set_peer(subnet, leases[subnet], 1472)
+    # So pages of the second level become free and are used again.
+    gone = come_and_go(table, leases, rng.sample(list(leases), len(leases) // 3))
     assert table.publish(stats)
-
-    addresses = [IPv4Address(rng.randrange(1 << 32)) for _ in range(2000)]
-    for subnet in [*leases, *gone]:
-        first, last = int(subnet.network_address), int(subnet.broadcast_address)
-        addresses += [IPv4Address(n & 0xFFFFFFFF) for n in (first - 1, first, (first + last) // 2, last, last + 1)]
+    addresses = [IPv4Address(rng.randrange(1 << 32)) for _ in range(2000)] + edges([*leases, *gone])
     expected = [next((leases[s].address for s in leases if address in s), None) for address in addresses]
     assert look_up(table, stats, addresses) == expected
 
@@ -111,22 +125,10 @@ def test_lookup_agrees_with_ipaddress_for_ipv6_leases_of_any_length(table: Table
         for n in {rng.randrange(1 << min(i * 2, 16)) for _ in range(6)}:
             leases[IPv6Network((block.network_address + (n << (80 - i * 2)), 48 + i * 2))] = remote(len(leases))
     leases[IPv6Network("2001:db8:ff00::1/128")] = remote(len(leases))
-    for subnet, where in leases.items():
-        table.set_peer(subnet, where, 1472)
-    # Some come and go, and so do some prefix lengths, and the table of hashes is moved about.
-    gone = rng.sample(list(leases), len(leases) // 2)
-    for subnet in gone:
-        table.remove_peer(subnet)
-        del leases[subnet]
-    for subnet in gone[::2]:
-        leases[subnet] = remote(1000 + len(leases))
-        table.set_peer(subnet, leases[subnet], 1472)
+    # So some prefix lengths do so too, and the table of hashes is moved about.
+    gone = come_and_go(table, leases, rng.sample(list(leases), len(leases) // 2))
     assert table.publish(stats)
-
-    addresses = [IPv6Address(rng.randrange(1 << 128)) for _ in range(500)]
-    for subnet in [*leases, *gone]:
-        first, last = int(subnet.network_address), int(subnet.broadcast_address)
-        addresses += map(IPv6Address, (first - 1, first, (first + last) // 2, last, last + 1))
+    addresses = [IPv6Address(rng.randrange(1 << 128)) for _ in range(500)] + edges([*leases, *gone])
     expected = [next((leases[s].address for s in leases if address in s), None) for address in addresses]
     assert look_up(table, stats, addresses) == expected
     assert [it and it[1] for it in map(table.peer_of, addresses)] == expected

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.datapath.cases import DECAP_VXLAN, Bad
-from tests.datapath.harness import Datapath, FastDatapath, Message, ReferenceDatapath, skip_unless_built
+from tests.datapath.harness import Datapath, FastDatapath, Message, implementation, skip_unless_built
 from tests.packets import (
     GSO_TCPV4,
     GSO_UDP_L4,
@@ -47,13 +47,8 @@ def is_vxlan() -> bool:
 
 @pytest.fixture(params=["reference", "fastpath", "trains"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
-    if request.param == "reference":
-        yield ReferenceDatapath(is_vxlan=True)
-        return
-    skip_unless_built()
-    is_in_trains = request.param == "trains"
-    with FastDatapath(has_gro=is_in_trains, is_in_trains=is_in_trains, is_vxlan=True) as fast:
-        yield fast
+    with implementation(request.param, is_vxlan=True) as datapath:
+        yield datapath
 
 
 def decap_wire(datapath: Datapath, payload: bytes, source: str = NEAR) -> Outcome:

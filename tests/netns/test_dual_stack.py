@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import pytest
 from traffic import (
@@ -60,6 +61,16 @@ def wait_for_both(lab: Lab) -> None:
     one, other = lab.host(1).pod(1), lab.host(2).pod(1)
     for address in (other.address, other.ipv6_address):
         wait_until(f"{address} to answer", lambda address=address: is_answered(one, address), 10)
+
+
+@contextmanager
+def vxlan_lab(name: str) -> Iterator[Lab]:
+    """Two hosts of one test's own, whose pods reach each other by both families."""
+    with dual_stack_lab(name, {"Type": "vxlan"}) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        wait_for_both(lab)
+        yield lab
 
 
 def is_refused(source: Pod, destination: Pod) -> bool:
@@ -205,10 +216,7 @@ def test_what_keeps_ipv6_packets_from_pods_is_named_until_it_is_gone(lab: Lab, h
 
 def test_a_host_that_loses_its_ipv4_address_goes_on_with_ipv6_and_takes_ipv4_up_again(slack: int) -> None:
     """It ended, and pods had no network at all after the next restart."""
-    with dual_stack_lab("db", {"Type": "vxlan"}) as lab:
-        lab.start()
-        wait_for_peers(lab)
-        wait_for_both(lab)
+    with vxlan_lab("db") as lab:
         one, other = lab.host(1), lab.host(2)
         address = f"{one.underlay_address}/{UNDERLAY.prefixlen}"
         one.machine.at().ip(f"addr del {address} dev eth0")
@@ -225,10 +233,7 @@ def test_a_host_that_loses_its_ipv4_address_goes_on_with_ipv6_and_takes_ipv4_up_
 
 def test_a_host_that_loses_its_ipv6_address_goes_on_with_ipv4_and_takes_ipv6_up_again(slack: int) -> None:
     """The guard routes refuse IPv6 packets meanwhile, so that none leaves in clear text by the default route."""
-    with dual_stack_lab("da", {"Type": "vxlan"}) as lab:
-        lab.start()
-        wait_for_peers(lab)
-        wait_for_both(lab)
+    with vxlan_lab("da") as lab:
         one, other = lab.host(1), lab.host(2)
         address = f"{one.underlay_ipv6}/{UNDERLAY_IPV6.prefixlen}"
         one.machine.at().ip(f"addr del {address} dev eth0")
