@@ -18,14 +18,15 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Address
 
 from udptun.backends import probe
-from udptun.backends.base import check_underlay, claimed
-from udptun.backends.choice import parse_net_conf
+from udptun.backends.base import LiveSettings, check_underlay, claimed
+from udptun.backends.choice import BackendChoice, parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config import subnet_env
 from udptun.config.flags import Options
@@ -53,7 +54,9 @@ from udptun.control.settings import (
 )
 from udptun.core.clock import Clock
 from udptun.core.errors import BeginAgainError, KernelError, UdptunError
+from udptun.core.family import Family
 from udptun.core.lease import LeaseAttrs
+from udptun.core.ownership import Ownership
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel import cgroup
@@ -61,6 +64,7 @@ from udptun.kernel.arp import is_in_use
 from udptun.kernel.claims import Claims
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.supervisor import first_failure
+from udptun.kernel.underlay import Underlay
 from udptun.kernel.underlay_watch import find_underlay
 from udptun.membership import identity
 from udptun.membership.allocate import chooser
@@ -289,17 +293,7 @@ class Daemon:
             node_id = identity.node_id(options.state_dir)
             attrs = backend.attrs(underlay, live, node_id)
             remember(options.state_dir, [network for it in ownerships.values() for network in it.networks])
-            routings = [
-                Routing(
-                    *(backend, it, ownerships[it], conf.pool(it).leasable),
-                    is_carried=it in live.families,
-                    with_blackhole=options.ip_blackhole_route,
-                )
-                for it in conf.families
-            ]
-            forwarding = await Forwarding.open(
-                choice, routings, underlay, live, options.run_dir, options.datapath_confinement, self._kept
-            )
+            forwarding = await self._open_forwarding(choice, conf, ownerships, underlay, live)
         undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
         me = Identity(underlay.host_address, attrs.port(0) or None, node_id, default_port, store.node_name)
@@ -317,6 +311,28 @@ class Daemon:
         running.write_subnet_env()
         remember(options.state_dir, [conf.pool(it).network for it in conf.families])
         return running
+
+    async def _open_forwarding(
+        self,
+        choice: BackendChoice,
+        conf: NetConf,
+        ownerships: Mapping[Family, Ownership],
+        underlay: Underlay,
+        live: LiveSettings,
+    ) -> Forwarding:
+        """`Forwarding.open` with a routing of each family that is enabled."""
+        options = self._options
+        routings = [
+            Routing(
+                *(choice.backend, it, ownerships[it], conf.pool(it).leasable),
+                is_carried=it in live.families,
+                with_blackhole=options.ip_blackhole_route,
+            )
+            for it in conf.families
+        ]
+        return await Forwarding.open(
+            choice, routings, underlay, live, options.run_dir, options.datapath_confinement, self._kept
+        )
 
     def _membership(
         self, store: Store, start: Start, conf: NetConf, me: Identity, forwarding: Forwarding, clock: Clock
