@@ -286,14 +286,47 @@ def test_a_node_with_one_podcidr_carries_that_family_and_says_what_the_other_lac
         said = f"Flannel is running on this node; {lack}"
         wait_until("the condition", lambda: network_message(one) == said, 5 * slack)
 
-        url, cidrs = f"{NODES}/h1", ["10.244.1.0/24", "fd00:244:0:1::/64"]
-        node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": "h1"}, "spec": {"podCIDRs": cidrs}}
-        one.run(["curl", "-sf", "-X", "DELETE", url])
-        one.run(["curl", "-sf", "-H", "Content-Type: application/json", "-d", json.dumps(node), NODES])
+        give_both_podcidrs(one)
         subnets = {"FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"}
         wait_until("both families", lambda: problems(one) == [] and subnets <= one.subnet_env().keys(), 5 * slack)
         assert list(one.subnet_env())[1:4:2] == ["FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"]
         wait_until("the condition", lambda: network_message(one) == "Flannel is running on this node", 5 * slack)
+
+
+@pytest.fixture(scope="module")
+def ipv6_podcidrs() -> Iterator[Lab]:
+    """Type udp in dual stack, on nodes that have an IPv6 podCIDR alone."""
+    conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": {"Type": "udp"}}
+    with Lab(f"do{os.getpid()}", net_conf=conf, store="kube", ipv6=True, pod_cidrs=[Family.IPV6]) as lab:
+        lab.daemon_command[:0] = REAL_TIME
+        lab.start()
+        wait_for_peers(lab)
+        yield lab
+
+
+def test_type_udp_with_an_ipv6_podcidr_alone_starts_and_starts_again(ipv6_podcidrs: Lab) -> None:
+    """Each start deleted flannel0, which has the mark of IPv4's Network, because the lease has no IPv4 subnet.  It then
+    ended with EBADFD.
+    """
+    host, other = ipv6_podcidrs.hosts
+    wait_until("IPv6", lambda: is_answered(host.pod(1), other.pod(1).address), 10)
+    assert host.stop_daemon() == 0
+    # It may be there of a time with both podCIDRs.
+    host.run(["ip", "addr", "add", "10.244.1.0/32", "dev", "flannel0"])
+    host.start_daemon()
+    host.wait_ready(20)
+    assert is_answered(host.pod(1), other.pod(1).address)
+    (problem,) = read_status(host)["problems"]
+    assert problem.startswith("pods have no IPv4 to other hosts: our lease has no IPv4 subnet; ")
+    assert host.run(["ip", "-4", "addr", "show", "dev", "flannel0"]).stdout == ""
+    assert host.run(["ip", "-4", "route", "show", "proto", "158"]).stdout == ""
+
+
+def give_both_podcidrs(host: Host) -> None:
+    cidrs = [f"10.244.{host.index}.0/24", f"fd00:244:0:{host.index}::/64"]
+    node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": host.name}, "spec": {"podCIDRs": cidrs}}
+    host.run(["curl", "-sf", "-X", "DELETE", f"{NODES}/{host.name}"])
+    host.run(["curl", "-sf", "-H", "Content-Type: application/json", "-d", json.dumps(node), NODES])
 
 
 NODES = f"http://{UNDERLAY[1]}:{KUBE_PORT}/api/v1/nodes"

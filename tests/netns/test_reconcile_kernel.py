@@ -505,6 +505,18 @@ def test_remove_leaves_nothing_of_ours_and_everything_else(ns: Namespace) -> Non
     tun.close()
 
 
+def test_remove_takes_of_a_device_to_keep_the_addresses_alone_that_are_ours(ns: Namespace) -> None:
+    """It was deleted under the daemon that went on with it for another family."""
+    tun = ns.call(lambda: open_queues(TUN_NAME, 1))
+    converge(ns, tun)
+    ns.ip(f"address add 10.99.0.1/32 dev {TUN_NAME}")
+    lines = ns.call_async(lambda: remove_ours(OURS, keep=TUN_NAME))
+    assert lines[0] == f"deleted address {SUBNET.network_address} of {TUN_NAME}"
+    assert [it["local"] for it in ns.show(f"address show dev {TUN_NAME}")[0]["addr_info"]] == ["10.99.0.1"]
+    assert ns.show(f"route show proto {ROUTE_PROTOCOL}") == []
+    tun.close()
+
+
 @pytest.mark.parametrize("command", [f"tuntap add {TUN_NAME} mode tun", f"link add {TUN_NAME} type bridge"])
 def test_remove_leaves_a_device_that_is_not_ours(ns: Namespace, command: str) -> None:
     ns.ip(command)

@@ -144,6 +144,7 @@ class Forwarding:
 
         `tables` have the peers, one of each family that is carried.
         """
+        device = None if self._tunnel is None else self._tunnel.tunnel.tun
         peers = {table.family: table.peers.values() for table in tables}
         for family, routing in [*self._routings.items()]:
             own_subnet = own.of(family)
@@ -152,7 +153,8 @@ class Forwarding:
                 continue
             # Where a store gives the subnets, it may give one of one family alone.
             del self._routings[family]
-            await remove_ours(routing.ownership)
+            # The datapath's device carries the other family.
+            await remove_ours(routing.ownership, keep="" if device is None else device.name)
             self.live = self.live.without(family)
         if self._tunnel is not None:
             await self._tunnel.start(self._carried_inputs())
@@ -165,7 +167,6 @@ class Forwarding:
         self._probes = {family: probes for family, probes in self._probes.items() if family in self._routings}
         for family, probes in self._probes.items():
             probes.use(self._inputs(family))
-        device = None if self._tunnel is None else self._tunnel.tunnel.tun
         alias = None if self._tunnel is None else self._ownership.alias
         if self._tunnel is not None:
             self._tunnel.tunnel.narrow_changed = self._update_desired

@@ -18,7 +18,7 @@ from udptun.core.network_state import (
     describe_route,
 )
 from udptun.core.ownership import Ownership, is_marked, marked_network
-from udptun.kernel.link_messages import delete_link, set_link
+from udptun.kernel.link_messages import delete_address, delete_link, set_link
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.rtnetlink import delete_route
 
@@ -98,8 +98,8 @@ async def delete_own_vxlan(name: str, ownership: Ownership) -> None:
                 log.info("deleted link %s reason=the userspace VTEP takes its place", name)
 
 
-async def remove_ours(ownership: Ownership) -> list[str]:
-    """Take out every device and every route of ours.
+async def remove_ours(ownership: Ownership, keep: str = "") -> list[str]:
+    """Take out every device and every route of ours.  Of the device `keep` only the addresses go that are ours.
 
     Returns a line for each thing removed, and for what was left: other daemons' devices and routes, and devices that
     have a name like ours.  Removing nothing is no error.  Raises KernelError when the kernel refuses.
@@ -108,7 +108,13 @@ async def remove_ours(ownership: Ownership) -> list[str]:
     async with Netlink() as kernel:
         addresses = await kernel.addresses()
         for link in await kernel.links():
-            if ownership.owns_link(link, addresses):
+            if link.name == keep:
+                here = [address for family in Family for address in await kernel.addresses(link.index, family)]
+                for address in here:
+                    if any(address.ip in network for network in ownership.networks):
+                        await kernel.do(delete_address(address))
+                        lines.append(f"deleted address {address.ip} of {keep}")
+            elif ownership.owns_link(link, addresses):
                 await kernel.do(delete_link(link))
                 lines.append(f"deleted link {link.name}")
             elif is_marked(link):
