@@ -322,6 +322,27 @@ def test_type_udp_with_an_ipv6_podcidr_alone_starts_and_starts_again(ipv6_podcid
     assert host.run(["ip", "-4", "route", "show", "proto", "158"]).stdout == ""
 
 
+def test_status_shows_a_peer_with_both_subnets_by_the_family_that_is_carried(ipv6_podcidrs: Lab, slack: int) -> None:
+    """It had the IPv4 subnet, which nothing was known of: no counters, and liveness unknown."""
+    host, other = ipv6_podcidrs.hosts
+    give_both_podcidrs(other)
+    wait_until("the other lease", lambda: "FLANNEL_SUBNET" in other.subnet_env(), 5 * slack)
+    # From here on it knows that lease alone.
+    assert host.stop_daemon() == 0
+    host.start_daemon()
+    host.wait_ready(20)
+    shown = {"subnet": "fd00:244:0:2::/64", "public_ip": str(other.underlay_address), "liveness": "alive"}
+
+    def is_shown() -> bool:
+        is_answered(host.pod(1), other.pod(1).address)
+        status = read_status(host)
+        (peer,) = status["peers"]
+        assert [it["subnet"] for it in status["ipv6"]["peers"]] == [peer["subnet"]] == [shown["subnet"]]
+        return shown.items() <= peer.items() and peer["encap_packets"] > 0
+
+    wait_until("what is known of the peer", is_shown, 10 * slack)
+
+
 def give_both_podcidrs(host: Host) -> None:
     cidrs = [f"10.244.{host.index}.0/24", f"fd00:244:0:{host.index}::/64"]
     node = {"kind": "Node", "apiVersion": "v1", "metadata": {"name": host.name}, "spec": {"podCIDRs": cidrs}}

@@ -13,6 +13,8 @@ from udptun import __version__
 from udptun.control.http import Response, Routes
 from udptun.control.running import Running
 from udptun.core.family import Family
+from udptun.core.lease import Lease, LeasePart
+from udptun.core.lease_table import LeaseTable
 
 SCHEMA = 1
 """Of the status document.  Keys are only ever added."""
@@ -65,7 +67,7 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
     of a view.
     """
     own, me, underlay = running.membership.own, running.me, running.underlay
-    leases = sorted(running.membership.table.peers.values(), key=lambda lease: int(lease.subnet.network_address))
+    leases, parts = _peers(running.membership.table)
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -82,7 +84,7 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
         },
         "underlay": {"interface": underlay.link_name, "address": str(underlay.first_address), "mtu": underlay.mtu},
         "ipv6": _ipv6(running),
-        **running.forwarding.document(leases),
+        **running.forwarding.document(leases, parts),
         "firewall": running.firewall.document(),
         "other_types": [
             {
@@ -97,16 +99,19 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
     }
 
 
+def _peers(table: LeaseTable) -> tuple[list[Lease], list[LeasePart]]:
+    """The leases of the peers in the order of their subnets, and what each says of the table's family."""
+    leases = sorted(table.peers.values(), key=lambda lease: int(lease.subnet_of(table.family).network_address))
+    return leases, [*map(table.part, leases)]
+
+
 def _ipv6(running: Running) -> dict[str, object] | None:
     """The key `ipv6`: None where the configuration does not enable it."""
     pool, own, live = running.conf.ipv6, running.membership.own, running.forwarding.live
     if pool is None:
         return None
-    tables = {table.family: table for table in running.membership.tables}
-    table = tables.get(Family.IPV6)
-    leases = [] if table is None else list(table.peers.values())
-    leases.sort(key=lambda lease: int(lease.subnet_of(Family.IPV6).network_address))
-    parts = [] if table is None else [*map(table.part, leases)]
+    table = next((it for it in running.membership.tables if it.family is Family.IPV6), None)
+    leases, parts = ([], []) if table is None else _peers(table)
     address = running.underlay.ipv6
     return {
         "network": str(pool.network),

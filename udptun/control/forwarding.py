@@ -22,7 +22,7 @@ from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
 from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
 from udptun.core.family import Family
-from udptun.core.lease import Lease, LeaseEvent, Subnets
+from udptun.core.lease import Lease, LeaseEvent, LeasePart, Subnets
 from udptun.core.lease_table import LeaseTable
 from udptun.core.network_state import IPNetwork
 from udptun.core.pod_path import PodPath
@@ -258,25 +258,29 @@ class Forwarding:
                 found.append(PodPath(inputs.network, inputs.own_subnet, device))
         return found
 
-    def document(self, leases: Sequence[Lease]) -> dict[str, Any]:
-        """The keys of docs/status.md about carrying packets.  `leases` are the peers', in the order to show them in."""
+    def document(self, leases: Sequence[Lease], parts: Sequence[LeasePart]) -> dict[str, Any]:
+        """The keys of docs/status.md about carrying packets.
+
+        `leases` are the peers' by the first family, in the order to show them in, and `parts` what each says of it.
+        """
         backend = {
             "type": self.backend.type,
             "reason": self._reason,
-            "device": self.backend.device if self.live.has_ipv4 else self.ipv6_device,
+            "device": self._device(self._first),
             "mtu": self.live.mtu,
         }
-        peers = [_peer(lease) for lease in leases]
+        peers = [_peer(lease, part) for lease, part in zip(leases, parts, strict=True)]
         if (probes := self._probes.get(self._first)) is not None:
             backend |= {"probes": probes.state}
             peers = [peer | probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
         if self._tunnel is None:
             return {"backend": backend, "datapath": None, "peers": peers, "counters": {}}
-        own = self._tunnel.document(leases, self.live)
+        own = self._tunnel.document(self.live)
+        known = self._tunnel.peer_documents([part.subnet for part in parts], leases, self.live)
         return {
             "backend": backend | own["backend"],
             "datapath": own["datapath"],
-            "peers": [peer | more for peer, more in zip(peers, own["peers"], strict=True)],
+            "peers": [peer | more for peer, more in zip(peers, known, strict=True)],
             "counters": own["counters"],
         }
 
@@ -309,10 +313,10 @@ class Forwarding:
         return self._routings[family].inputs(self._underlay, self.live)
 
 
-def _peer(lease: Lease) -> dict[str, Any]:
+def _peer(lease: Lease, part: LeasePart) -> dict[str, Any]:
     return {
-        "subnet": str(lease.subnet),
-        "public_ip": str(lease.attrs.host_address),
+        "subnet": str(part.subnet),
+        "public_ip": str(part.public_ip),
         "port": lease.attrs.port(0) or None,
         "udptun": lease.attrs.is_udptun,
         "expires_at": lease.expires_s,

@@ -179,8 +179,8 @@ class Tunnelled:
         if self._not_refused != said:
             log.warning("%s", self._not_refused or "packets from all addresses of this host are refused again")
 
-    def document(self, leases: Sequence[Lease], live: LiveSettings) -> dict[str, Any]:
-        """The datapath's part of the keys of docs/status.md; of each peer by IPv4 what the datapath knows of it."""
+    def document(self, live: LiveSettings) -> dict[str, Any]:
+        """The datapath's part of the keys of docs/status.md, without what it knows of each peer."""
         stats, datapath = self.tunnel.stats, self.tunnel.datapath
         active = datapath.active
         return {
@@ -199,7 +199,6 @@ class Tunnelled:
                 "workers": [worker.name.lower() for worker in stats.states(live.workers)],
                 "worker_counters": stats.worker_counters(live.workers),
             },
-            "peers": self.peer_documents([lease.subnet for lease in leases], leases, live),
             "counters": {
                 **stats.counters(),
                 "inject_drop_full": self.tunnel.rings.n_refused,
