@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from traffic import (
 from udptun.core.family import Family
 from udptun.lab.host import UNDERLAY, UNDERLAY_IPV6, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import KUBE_PORT, Lab
+from udptun.lab.topology import KUBE_PORT, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -116,6 +117,34 @@ def test_subnet_env_and_status_name_both_families(lab: Lab) -> None:
     assert status["problems"] == []
     text = host.run([sys.executable, "-m", "udptun", "status"]).stdout
     assert f"IPv6       {ipv6_gateway(host).network} of {IPV6_NETWORK}, public {host.underlay_ipv6}, " in text
+
+
+@pytest.mark.parametrize("lab", ["vxlan"], indirect=True)
+def test_a_reload_whose_mtu_is_too_small_for_ipv6_switches_it_off_until_another_one(lab: Lab, slack: int) -> None:
+    """The reload ended the daemon with an AssertionError, or left what IPv6 needed as it was."""
+    host, other = lab.hosts
+    wait_for_both(lab)
+    text = host.path(NET_CONF).read_text()
+    conf = json.loads(text)
+    conf["Backend"]["MTU"] = 1349
+    lack = (
+        "pods have no IPv6 to other hosts: an underlay MTU of 1349 leaves 1279 bytes for the pods' packets; IPv6 needs "
+        "1280, so the underlay needs 1350"
+    )
+    reload(host, json.dumps(conf))
+    wait_until("the problem", lambda: problems(host) == [lack], 5 * slack)
+    wait_until("the MTU", lambda: host.mtu == 1299, 5 * slack)
+    wait_until("refusals", lambda: is_refused(host.pod(1), other.pod(1)), 5 * slack)
+    assert is_answered(host.pod(1), other.pod(1).address)
+    reload(host, text)
+    wait_until("IPv6", lambda: problems(host) == [] and host.mtu == 1430, 5 * slack)
+    wait_for_both(lab)
+
+
+def reload(host: Host, text: str) -> None:
+    host.path(NET_CONF).write_text(text)
+    assert host.daemon is not None
+    host.daemon.send_signal(signal.SIGHUP)
 
 
 def test_the_kernel_has_what_flannel_would_have_set_up(lab: Lab) -> None:

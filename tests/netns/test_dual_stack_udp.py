@@ -333,6 +333,36 @@ def test_an_underlay_that_takes_too_little_for_ipv6_switches_it_off_until_it_tak
     wait_until("the peer", lambda: len(read_status(two)["ipv6"]["peers"]) == 2, 10 * slack)
 
 
+def test_a_reload_with_another_mtu_switches_ipv6_off_and_on(lab: Lab, slack: int) -> None:
+    """With a larger MTU the lease said that IPv6 is taken, and every packet of it that peers sent was dropped."""
+    host, two = lab.hosts[:2]
+    one, other = host.pod(1), two.pod(1)
+    wait_for_ipv6(lab)
+    text = host.path(NET_CONF).read_text()
+
+    def reload(text: str) -> None:
+        host.path(NET_CONF).write_text(text)
+        assert host.daemon is not None
+        host.daemon.send_signal(signal.SIGHUP)
+
+    lack = (
+        "pods have no IPv6 to other hosts: an underlay MTU of 1300 leaves 1272 bytes for the pods' packets; IPv6 needs "
+        "1280, so the underlay needs 1308"
+    )
+    with udp_flow(one, other, 500) as flow:
+        reload(json.dumps({**CONF, "Backend": {"Type": "udp", "MTU": 1300}}))
+        wait_until("the problem", lambda: problems(host) == [lack], 10 * slack)
+        assert host.mtu == 1272
+        said = one.run(["ping", "-c", "1", "-W", "1", str(other.ipv6_address)], check=False).stdout
+        assert "Destination unreachable: No route" in said
+        reload(text)
+        wait_until("its end", lambda: problems(host) == [] and host.mtu == MTU, 10 * slack)
+        wait_for_ipv6(lab)
+        wait_until("answers", lambda: is_answered(other, one.ipv6_address), 10 * slack)
+        flow.wait_for_more()
+    assert flow.report.lost == []
+
+
 STRANGE_LEASES = """
 import asyncio, sys
 from ipaddress import *

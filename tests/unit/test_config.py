@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Any
 
 import pytest
 from fake_store import FakeStore
@@ -29,6 +30,7 @@ from udptun.control.settings import check_store, live_settings, underlay_options
 from udptun.control.settings import lack as lack_of
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
+from udptun.core.lease import Subnets
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
 from udptun.datapath.settings import OUTER_HEADERS
 from udptun.kernel.underlay import Underlay
@@ -148,7 +150,7 @@ def live(options: Options, keys: BackendKeys) -> LiveSettings:
     """What a host with these flags runs with, on an interface with an MTU of 1500."""
     address = IPv4Address("192.0.2.1")
     conf = replace(parse('{"Network":"10.3.0.0/16"}'), backend=keys)
-    return live_settings(options, conf, Underlay("eth0", 2, 1500, address, address), backend(keys))
+    return live_settings(options, conf, Underlay("eth0", 2, 1500, address, address), backend(keys), None)
 
 
 @pytest.mark.parametrize("keys", [UdpKeys, VxlanKeys, HostGwKeys])
@@ -335,10 +337,53 @@ def test_ipv6_is_carried_or_the_reason_is_said_and_ipv4_is_not_touched(
     own = IPv4Address("192.0.2.1"), IPv6Address("2001:db8::1")
     here = replace(Underlay("eth0", 2, 1500, own[0], own[0], ipv6=own[1], public_ipv6=own[1]), **underlay)  # type: ignore[arg-type]  # of the table
     options = parse_daemon_flags([], {})
-    assert lack_of(options, conf, here, backend(keys), Family.IPV6) == lack
-    live = live_settings(options, conf, here, backend(keys))
+    assert lack_of(options, conf, here, backend(keys), None, Family.IPV6) == lack
+    live = live_settings(options, conf, here, backend(keys), None)
     assert (live.mtu, live.ipv6_mtu, live.pod_mtu) == mtus
-    assert lack_of(options, replace(conf, ipv6=None), here, backend(keys), Family.IPV6) == ""
+    assert lack_of(options, replace(conf, ipv6=None), here, backend(keys), None, Family.IPV6) == ""
+
+
+NO_SUBNET = "our lease has no {0} subnet; give this host one, as a second podCIDR where Kubernetes does"
+
+
+@pytest.mark.parametrize("given", Family, ids=str)
+def test_a_family_of_which_the_lease_has_no_subnet_is_not_carried(given: Family) -> None:
+    conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48","Backend":{"Type":"vxlan"}}')
+    (lacking,) = set(Family) - {given}
+    options, how = parse_daemon_flags([], {}), backend(conf.backend)
+    own = ONE_SUBNET[given]
+    live = live_settings(options, conf, BOTH_ADDRESSES, how, own)
+    assert live.families == (given,)
+    assert live.mtu == live.pod_mtu == (1450 if given is Family.IPV4 else 1430)
+    assert lack_of(options, conf, BOTH_ADDRESSES, how, own, given) == ""
+    assert lack_of(options, conf, BOTH_ADDRESSES, how, own, lacking) == NO_SUBNET.format(lacking)
+
+
+@pytest.mark.parametrize("given", Family, ids=str)
+def test_a_lease_of_one_family_on_a_host_with_addresses_of_the_other_is_an_error_that_names_both(given: Family) -> None:
+    """An AssertionError came again and again after such a host had lost its address, and no line told anybody."""
+    conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48","Backend":{"Type":"vxlan"}}')
+    (lacking,) = set(Family) - {given}
+    here = replace(BOTH_ADDRESSES, **WITHOUT[given])
+    with pytest.raises(ConfigError) as caught:
+        live_settings(parse_daemon_flags([], {}), conf, here, backend(conf.backend), ONE_SUBNET[given])
+    assert f"pods have no {lacking} to other hosts: {NO_SUBNET.format(lacking)}" in str(caught.value)
+    assert f"pods have no {given} to other hosts: eth0 has none" in str(caught.value)
+
+
+WITHOUT: dict[Family, dict[str, Any]] = {
+    Family.IPV4: {"address": None, "public_ip": None, "ipv4_problem": "eth0 has none"},
+    Family.IPV6: {"ipv6": None, "public_ipv6": None, "ipv6_problem": "eth0 has none"},
+}
+ONE_SUBNET = {
+    Family.IPV4: Subnets(IPv4Network("10.3.1.0/24")),
+    Family.IPV6: Subnets(None, IPv6Network("fc00:0:0:1::/64")),
+}
+BOTH_ADDRESSES = Underlay(
+    *("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1")),
+    ipv6=IPv6Address("2001:db8::1"),
+    public_ipv6=IPv6Address("2001:db8::1"),
+)
 
 
 def test_a_kernel_without_ipv6_is_named_as_what_ipv6_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +391,7 @@ def test_a_kernel_without_ipv6_is_named_as_what_ipv6_lacks(monkeypatch: pytest.M
     monkeypatch.setattr("udptun.control.settings.read_sysctl", lambda path: None)
     conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48"}')
     here = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.1"), IPv4Address("192.0.2.1"))
-    said = lack_of(parse_daemon_flags([], {}), conf, here, backend(UdpKeys()), Family.IPV6)
+    said = lack_of(parse_daemon_flags([], {}), conf, here, backend(UdpKeys()), None, Family.IPV6)
     assert said == "this kernel has no IPv6; boot it without ipv6.disable=1"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Protocol
 
@@ -76,15 +76,6 @@ class LiveSettings:
     def families(self) -> tuple[Family, ...]:
         """Those that are carried, IPv4 first."""
         return (Family.IPV4,) * self.has_ipv4 + (Family.IPV6,) * (self.ipv6_mtu is not None)
-
-    def without(self, family: Family) -> LiveSettings:
-        """The same where that family, which is not the only one, is not carried."""
-        if family not in self.families:
-            return self
-        if family is Family.IPV6:
-            return replace(self, ipv6_mtu=None)
-        assert self.ipv6_mtu is not None
-        return replace(self, has_ipv4=False, mtu=self.ipv6_mtu)
 
     @property
     def pod_mtu(self) -> int:

@@ -289,7 +289,7 @@ class Daemon:
             check_store(store, conf, backend)
             check_underlay(backend, conf, underlay.address)
             log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
-            live = live_settings(options, conf, underlay, backend)
+            live = live_settings(options, conf, underlay, backend, None)
             node_id = identity.node_id(options.state_dir)
             attrs = backend.attrs(underlay, live, node_id)
             remember(options.state_dir, [network for it in ownerships.values() for network in it.networks])
@@ -305,9 +305,10 @@ class Daemon:
         self._node_status.starts(f"waits for its lease in {store.name}")
         await self._join(running, attrs)
         self._node_status.starts("sets up routes and rules")
-        await forwarding.start(membership.own.subnets, membership.tables)
+        own = membership.own.subnets
+        await forwarding.start(own, live_settings(options, conf, underlay, backend, own), membership.tables)
         # The subnet.env of the run before is still there.
-        await firewall.set_up(membership.own.subnets, subnet_env.read_networks(options.subnet_file))
+        await firewall.set_up(own, subnet_env.read_networks(options.subnet_file))
         running.write_subnet_env()
         remember(options.state_dir, [conf.pool(it).network for it in conf.families])
         return running
@@ -405,9 +406,9 @@ class Daemon:
 
 
 async def _end_with_families(running: Running) -> None:
-    """Raise BeginAgainError when a family can be carried, or carry others, that could not before, or no longer."""
+    """Raise BeginAgainError when this host carries other families than before, or has addresses of other families."""
     await running.other_families.wait()
-    raise BeginAgainError(f"the addresses of {running.underlay.link_name} are of other families now")
+    raise BeginAgainError("this host carries other families than before, or has addresses of other families")
 
 
 async def _end_with_subnet(running: Running) -> None:

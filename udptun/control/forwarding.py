@@ -9,7 +9,7 @@ The daemon drives it with leases and settings, and does not know which backend i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -112,13 +112,13 @@ class Forwarding:
         return cls(choice, routings, underlay, live, run_dir, tunnel, kept, was_clean)
 
     @property
-    def families(self) -> Collection[Family]:
+    def families(self) -> Sequence[Family]:
         """Those that are carried, IPv4 first."""
-        return [family for family, routing in self._routings.items() if routing.is_carried]
+        return self.live.families
 
     @property
     def _first(self) -> Family:
-        return next(iter(self.families))
+        return self.families[0]
 
     @property
     def ipv6_device(self) -> str | None:
@@ -139,11 +139,13 @@ class Forwarding:
             return f"this host's underlay address {address} lies in it"
         return self.backend.refusal(lease, family)
 
-    async def start(self, own: Subnets, tables: Iterable[LeaseTable]) -> None:
+    async def start(self, own: Subnets, live: LiveSettings, tables: Iterable[LeaseTable]) -> None:
         """Carry packets from now on.  Raises UdptunError when that cannot be.
 
-        `tables` have the peers, one of each family that is carried.
+        `own` are the subnets of our lease, and `live` are the settings with these.  `tables` have the peers, one of
+        each family that is carried.
         """
+        self.live = live
         device = None if self._tunnel is None else self._tunnel.tunnel.tun
         peers = {table.family: table.peers.values() for table in tables}
         for family, routing in [*self._routings.items()]:
@@ -155,7 +157,6 @@ class Forwarding:
             del self._routings[family]
             # The datapath's device carries the other family.
             await remove_ours(routing.ownership, keep="" if device is None else device.name)
-            self.live = self.live.without(family)
         if self._tunnel is not None:
             await self._tunnel.start(self._carried_inputs())
             await self._keep_descriptors()
@@ -171,9 +172,9 @@ class Forwarding:
         if self._tunnel is not None:
             self._tunnel.tunnel.narrow_changed = self._update_desired
         self._has_started = True
+        narrow, first = self._narrow, self._first
         for family, routing in self._routings.items():
-            is_first = family is self._first
-            await routing.start(device, alias, self._inputs(family), self._narrow, is_first=is_first)
+            await routing.start(device, alias, self._inputs(family), narrow, is_first=family is first)
 
     async def run(self) -> None:
         """Keep it so, until cancelled."""
@@ -298,8 +299,9 @@ class Forwarding:
 
     def _update_desired(self) -> None:
         """Tell the reconcilers what the backend desires now."""
+        narrow = self._narrow
         for family, routing in self._routings.items():
-            routing.want(self._inputs(family), self._narrow)
+            routing.want(self._inputs(family), narrow)
 
     @property
     def _narrow(self) -> Mapping[IPNetwork, int]:

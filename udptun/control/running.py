@@ -17,7 +17,6 @@ from udptun.config.net_conf import NetConf, keys_that_need_a_restart, replace_li
 from udptun.control.forwarding import Forwarding
 from udptun.control.settings import lack, live_settings, set_log_level, underlay_options
 from udptun.core.errors import UdptunError
-from udptun.core.family import Family
 from udptun.core.lease import LeaseAttrs
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel.ip_forward import IpForwardWatch
@@ -83,34 +82,29 @@ class Running:
     @property
     def lacks(self) -> list[str]:
         """A line for each family that is enabled and not carried."""
-        return [f"pods have no {it} to other hosts: {why}" for it in self.conf.families if (why := self._lack(it))]
-
-    def _lack(self, family: Family) -> str:
-        why = lack(self.options, self.conf, self.underlay, self.forwarding.backend, family)
-        if not why and self.membership.own.subnets.of(family) is None:
-            why = f"our lease has no {family} subnet; give this host one, as a second podCIDR where Kubernetes does"
-        return why
-
-    def _live_settings(self, conf: NetConf, underlay: Underlay) -> LiveSettings:
-        live = live_settings(self.options, conf, underlay, self.forwarding.backend)
-        for family in self.conf.families:
-            if self.membership.own.subnets.of(family) is None:
-                live = live.without(family)
-        return live
+        how = (self.options, self.conf, self.underlay, self.forwarding.backend, self.membership.own.subnets)
+        return [f"pods have no {it} to other hosts: {why}" for it in self.conf.families if (why := lack(*how, it))]
 
     async def reload(self, conf: NetConf) -> None:
-        """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed."""
+        """Change what can change while packets flow; name what cannot.  Raises UdptunError: nothing changed.
+
+        Where other families can be carried with the new MTU, the daemon begins again with all of `conf`.
+        """
         async with self._changing:
             backend = self.forwarding.backend
             check_underlay(backend, conf, self.underlay.address)
             was = self._attrs()
-            live = self._live_settings(conf, self.underlay)
+            # A later change of the underlay starts from these keys.
+            present = replace(self.conf, backend=replace_live_keys(self.conf.backend, conf.backend))
+            live = live_settings(self.options, present, self.underlay, backend, self.membership.own.subnets)
+            if live.families != self.forwarding.live.families:
+                self.other_families.set()
+                return
             for key in keys_that_need_a_restart(self.conf, conf):
                 log.warning("config changed, takes effect with the next start key=%s", key)
             await self._apply(self.underlay, live)
             set_log_level(self.options, conf.backend.log_level)
-            # A later change of the underlay starts from these keys.
-            self.conf = replace(self.conf, backend=replace_live_keys(self.conf.backend, conf.backend))
+            self.conf = present
             live = self.forwarding.live
             if self._attrs() != was:
                 self.membership.move(self.me, self._attrs())
@@ -126,7 +120,7 @@ class Running:
             was = self._attrs()
             # Raises when this host cannot be a peer from there.
             backend.attrs(present, self.forwarding.live, self.me.node_id)
-            live = self._live_settings(self.conf, present)
+            live = live_settings(self.options, self.conf, present, backend, self.membership.own.subnets)
             if live.families != self.forwarding.live.families or present.families != self.underlay.families:
                 self.other_families.set()
                 return

@@ -16,6 +16,7 @@ from udptun.config.net_conf import LogLevel, NetConf
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
 from udptun.core.ip_text import ip_address
+from udptun.core.lease import Subnets
 from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, corrupted_by, tells_marks
 from udptun.core.tunnel import AS_MANY_AS_WORKERS, IPV6_MTU_MIN, default_workers
@@ -42,10 +43,13 @@ def read_config(text: str, source: str, options: Options) -> NetConf:
     return replace(conf, backend=replace(conf.backend, own_port=options.port))
 
 
-def live_settings(options: Options, conf: NetConf, underlay: Underlay, backend: Backend) -> LiveSettings:
+def live_settings(
+    options: Options, conf: NetConf, underlay: Underlay, backend: Backend, own: Subnets | None
+) -> LiveSettings:
     """A flag says it for this host, the configuration for all, and the interface or the machine when neither does.
 
-    Raises ConfigError when the MTU is too small for IPv4, and when nothing at all can be carried.
+    `own` are the subnets of our lease; None: they are not known yet.  Raises ConfigError when the MTU is too small for
+    IPv4, and when nothing at all can be carried.
     """
     keys = conf.backend
     tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
@@ -58,14 +62,14 @@ def live_settings(options: Options, conf: NetConf, underlay: Underlay, backend: 
     offload = tunnel.offload if options.offload_disabled is None else ALL & ~options.offload_disabled
     offload &= ~corrupted_by(release)
     underlay_mtu = _underlay_mtu(options, conf, underlay)
-    lacks = {family: lack(options, conf, underlay, backend, family) for family in conf.families}
+    lacks = {family: lack(options, conf, underlay, backend, own, family) for family in conf.families}
     if all(lacks.values()):
         raise ConfigError("; ".join(f"pods have no {family} to other hosts: {why}" for family, why in lacks.items()))
-    mtus = {
-        Family.IPV4: lambda: mtu_for(underlay_mtu, backend.overhead),
-        Family.IPV6: lambda: underlay_mtu - backend.ipv6_overhead,
-    }
-    carried = {family: mtus[family]() for family, why in lacks.items() if not why}
+    carried = {}
+    if lacks.get(Family.IPV4) == "":
+        carried[Family.IPV4] = mtu_for(underlay_mtu, backend.overhead)
+    if lacks.get(Family.IPV6) == "":
+        carried[Family.IPV6] = underlay_mtu - backend.ipv6_overhead
     return LiveSettings(
         next(iter(carried.values())),
         workers,
@@ -84,8 +88,10 @@ def _underlay_mtu(options: Options, conf: NetConf, underlay: Underlay) -> int:
     return options.mtu or configured or underlay.mtu
 
 
-def lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend, family: Family) -> str:
-    """Why that family is not carried; empty when it is, or nobody has enabled it."""
+def lack(
+    options: Options, conf: NetConf, underlay: Underlay, backend: Backend, own: Subnets | None, family: Family
+) -> str:
+    """Why that family is not carried; empty when it is, or nobody has enabled it.  `own` as in `live_settings`."""
     if family not in conf.families:
         return ""
     if family not in backend.families:
@@ -94,7 +100,11 @@ def lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend, 
         return "this kernel has no IPv6; boot it without ipv6.disable=1"
     if backend.needs_same_family and underlay.address_of(family) is None:
         return underlay.problem_of(family)
-    return _ipv6_lack(options, conf, underlay, backend) if family is Family.IPV6 else ""
+    if family is Family.IPV6 and (why := _ipv6_lack(options, conf, underlay, backend)):
+        return why
+    if own is not None and own.of(family) is None:
+        return f"our lease has no {family} subnet; give this host one, as a second podCIDR where Kubernetes does"
+    return ""
 
 
 def _ipv6_lack(options: Options, conf: NetConf, underlay: Underlay, backend: Backend) -> str:
