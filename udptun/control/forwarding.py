@@ -59,8 +59,8 @@ class Forwarding:
         self._reason = choice.reason
         self.live = live
         self._routings = {routing.family: routing for routing in routings}
-        self._ownership = routings[0].ownership
-        """Of the datapath's device, which serves all families."""
+        self._ownerships = [routing.ownership for routing in routings]
+        """Of all families that are enabled.  The first is that of the datapath's device, which serves all of them."""
         self._underlay = underlay
         self._run_dir = run_dir
         self._tunnel = tunnel
@@ -168,7 +168,7 @@ class Forwarding:
         self._probes = {family: probes for family, probes in self._probes.items() if family in self._routings}
         for family, probes in self._probes.items():
             probes.use(self._inputs(family))
-        alias = None if self._tunnel is None else self._ownership.alias
+        alias = None if self._tunnel is None else self._ownerships[0].alias
         if self._tunnel is not None:
             self._tunnel.tunnel.narrow_changed = self._update_desired
         self._has_started = True
@@ -226,8 +226,8 @@ class Forwarding:
             await self._tunnel.tunnel.datapath.stop()
             await self._kept.forget()
         if self._was_clean:
-            for routing in self._routings.values():
-                await remove_ours(routing.ownership)
+            for ownership in self._ownerships:
+                await remove_ours(ownership)
 
     def detach(self) -> None:
         """Close what we hold of the datapath, which goes on."""
