@@ -17,28 +17,28 @@ from pathlib import Path
 import pytest
 
 from udptun.control import http as server
-from udptun.control.http import Response, Routes, serve
+from udptun.control.http import Request, Response, Routes, serve
 from udptun.core.errors import KernelError
 from udptun.kernel import supervisor
 
 
-async def _slow() -> Response:
+async def _slow(request: Request) -> Response:
     await asyncio.sleep(0.01)
     return Response(HTTPStatus.OK, "at last")
 
 
-async def _broken() -> Response:
+async def _broken(request: Request) -> Response:
     raise ZeroDivisionError
 
 
 ROUTES: Routes = {
     "/slow": _slow,
     "/slow_and_broken": _broken,
-    "/healthz": lambda: Response(HTTPStatus.OK, "flanneld is running"),
-    "/readyz": lambda: Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet"),
-    "/status": lambda: Response(HTTPStatus.OK, '{"ä":1}', "application/json"),
-    "/broken": lambda: Response(HTTPStatus.OK, str(1 // 0)),
-    "/large": lambda: Response(HTTPStatus.OK, "x" * 50_000_000),
+    "/healthz": lambda request: Response(HTTPStatus.OK, "flanneld is running"),
+    "/readyz": lambda request: Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet"),
+    "/status": lambda request: Response(HTTPStatus.OK, '{"ä":1}', "application/json"),
+    "/broken": lambda request: Response(HTTPStatus.OK, str(1 // 0)),
+    "/large": lambda request: Response(HTTPStatus.OK, "x" * 50_000_000),
 }
 
 
@@ -95,11 +95,42 @@ def test_get_is_answered_by_the_paths_route(path: str, status: int, body: str, c
     run(test)
 
 
+def test_head_is_answered_as_get_without_the_body() -> None:
+    async def test(host: str, port: int) -> None:
+        get, head = [
+            await answer_to(host, port, f"{method} /status HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            for method in ("GET", "HEAD")
+        ]
+        assert head == get.removesuffix('{"ä":1}'.encode()) != get
+
+    run(test)
+
+
+def test_route_gets_what_the_client_says() -> None:
+    got: list[Request] = []
+
+    def note(request: Request) -> Response:
+        got.append(request)
+        return Response(HTTPStatus.OK, "")
+
+    async def main() -> None:
+        listening = await serve({"/it": note}, ("127.0.0.1", 0))
+        try:
+            head = b"GET /it?a=b HTTP/1.1\r\nAccept:  text/plain \r\nACCEPT: x\r\nno colon\r\n: no name\r\n\r\n"
+            await answer_to(*listening.sockets[0].getsockname(), head)
+        finally:
+            listening.close()
+
+    asyncio.run(main())
+    assert [(it.method, it.path, it.headers["accept"]) for it in got] == [("GET", "/it", "text/plain")]
+
+
 @pytest.mark.parametrize(
     ("request_", "status_line"),
     [
         (b"POST /healthz HTTP/1.1\r\n\r\n", b"HTTP/1.1 405 Method Not Allowed"),
-        (b"HEAD /healthz HTTP/1.1\r\n\r\n", b"HTTP/1.1 405 Method Not Allowed"),
+        (b"DELETE /healthz HTTP/1.1\r\n\r\n", b"HTTP/1.1 405 Method Not Allowed"),
+        (b"HEAD /nope HTTP/1.1\r\n\r\n", b"HTTP/1.1 404 Not Found"),
         (b"POST /nope HTTP/1.1\r\n\r\n", b"HTTP/1.1 404 Not Found"),
         (b"GET /healthz\r\n\r\n", b"HTTP/1.1 400 Bad Request"),
         (b"GET  /healthz HTTP/1.1\r\n\r\n", b"HTTP/1.1 400 Bad Request"),
@@ -114,7 +145,7 @@ def test_requests_that_are_no_get_of_a_route_are_refused(request_: bytes, status
     async def test(host: str, port: int) -> None:
         answer = await answer_to(host, port, request_)
         assert answer.split(b"\r\n")[0] == status_line
-        assert (b"\r\nAllow: GET\r\n" in answer) == (b" 405 " in status_line)
+        assert (b"\r\nAllow: GET, HEAD\r\n" in answer) == (b" 405 " in status_line)
 
     run(test)
 
@@ -254,7 +285,7 @@ def test_idle_clients_never_take_healthz_away(
     turned away unanswered.  A kubelet restarts the container then.
     """
     monkeypatch.setattr(server, "REQUEST_S", 60.0)
-    monkeypatch.setitem(ROUTES, "/large", lambda: Response(HTTPStatus.OK, "x" * 1_000_000))  # type: ignore[misc]
+    monkeypatch.setitem(ROUTES, "/large", lambda request: Response(HTTPStatus.OK, "x" * 1_000_000))  # type: ignore[misc]
 
     async def test(connect: Connect) -> None:
         clients = [await connect() for _ in range(n_clients)]
@@ -319,7 +350,7 @@ def test_the_client_that_is_idle_the_longest_is_turned_out_first(
     monkeypatch.setattr(server, "CLIENTS", 3)
     answer = asyncio.Event()
 
-    async def waits() -> Response:
+    async def waits(request: Request) -> Response:
         await answer.wait()
         return Response(HTTPStatus.OK, "at last")
 
@@ -348,7 +379,7 @@ def test_when_every_client_is_being_answered_the_oldest_makes_room(monkeypatch: 
     """Answers that never come do not take /healthz away either."""
     monkeypatch.setattr(server, "CLIENTS", 2)
 
-    async def never() -> Response:
+    async def never(request: Request) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 

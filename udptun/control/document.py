@@ -10,7 +10,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 
 from udptun import __version__
-from udptun.control.http import Response, Routes
+from udptun.control.http import Request, Response, Routes
 from udptun.control.running import Running
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeasePart
@@ -41,15 +41,15 @@ class Answers:
         """What this host's root may ask."""
         return {**self.health, "/status": self._status}
 
-    def _healthz(self) -> Response:
+    def _healthz(self, request: Request) -> Response:
         return Response(HTTPStatus.OK, "flanneld is running")
 
-    def _readyz(self) -> Response:
+    def _readyz(self, request: Request) -> Response:
         if self.running is None:
             return Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet")
         return Response(HTTPStatus.OK, "flanneld is ready")
 
-    async def _status(self) -> Response:
+    async def _status(self, request: Request) -> Response:
         running = self.running
         if running is None:
             message = f"the daemon is not ready yet: {self._waiting()}\n"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
-from udptun.control.http import Response, Routes
+from udptun.control.http import Request, Response, Routes
 from udptun.control.run_dir import SOCKET_NAME, RunDirInUseError, lock_run_dir
 
 PATH = "/hand-over"
@@ -102,7 +102,7 @@ class HandOver:
                     return lock_fd
             await asyncio.sleep(_RESERVE_S)
 
-    def _hand_over(self) -> Response:
+    def _hand_over(self, request: Request) -> Response:
         if not self.is_in_reserve:
             self.is_in_reserve = True
             # The answer is sent before the event loop comes to this.

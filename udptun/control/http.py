@@ -14,7 +14,7 @@ import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 
@@ -46,8 +46,18 @@ class Response:
     content_type: str = "text/plain; charset=utf-8"
 
 
-Routes = Mapping[str, Callable[[], Response | Awaitable[Response]]]
-"""Path -> what makes the answer to a GET of it; `POST path` -> to a POST.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client has asked for.  `headers` are by their names in small letters; of several alike the first counts.
+    """
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Routes = Mapping[str, Callable[[Request], Response | Awaitable[Response]]]
+"""Path -> what makes the answer to a GET of it, and to a HEAD; `POST path` -> to a POST.
 
 It is called in the event loop, so it must not block but await what takes longer.
 """
@@ -169,26 +179,29 @@ class Server:
 
     async def _attend(self, client: _Client) -> None:
         try:
-            response = await self._response(client)
-            if response is not None:
+            answer = await self._answer(client)
+            if answer is not None:
                 async with asyncio.timeout(REQUEST_S):
-                    await asyncio.get_running_loop().sock_sendall(client.connection, _encode(response))
+                    await asyncio.get_running_loop().sock_sendall(client.connection, answer)
         except OSError:  # TimeoutError is one
             log.debug("an http client left, or does not read its answer")
 
-    async def _response(self, client: _Client) -> Response | None:
+    async def _answer(self, client: _Client) -> bytes | None:
         """None for a client that left without a word."""
         try:
             async with asyncio.timeout(REQUEST_S):
                 head = await _read_head(client.connection)
         except TimeoutError:
-            return _error(HTTPStatus.BAD_REQUEST)
+            return _encode(_error(HTTPStatus.BAD_REQUEST))
         if head is None:
             return None
+        request = _parse(head)
+        if request is None:
+            return _encode(_error(HTTPStatus.BAD_REQUEST))
         client.is_idle = False
-        response = await _respond(self._routes, head)
+        response = await _respond(self._routes, request)
         client.is_idle = True
-        return response
+        return _encode(response, with_body=request.method != "HEAD")
 
 
 async def _read_head(connection: socket.socket) -> bytes | None:
@@ -203,22 +216,31 @@ async def _read_head(connection: socket.socket) -> bytes | None:
     return head
 
 
-async def _respond(routes: Routes, head: bytes) -> Response:
-    end = head.find(b"\r\n\r\n")
-    words = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ")
+def _parse(head: bytes) -> Request | None:
+    """None for what is no request, or too long."""
+    text, end, _ = head.partition(b"\r\n\r\n")
+    first, *lines = text.decode("latin-1").split("\r\n")
+    words = first.split(" ")
     is_http = len(words) == 3 and words[2].startswith("HTTP/1.") and words[1].startswith("/")
-    if not is_http or not 0 <= end <= REQUEST_BYTES:
-        return _error(HTTPStatus.BAD_REQUEST)
-    method, target, _ = words
-    path = target.partition("?")[0]
-    route = routes.get(path if method == "GET" else f"{method} {path}")
+    if not is_http or not end or len(text) > REQUEST_BYTES:
+        return None
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        headers.setdefault(name.strip().lower(), value.strip())
+    return Request(words[0], words[1].partition("?")[0], headers)
+
+
+async def _respond(routes: Routes, request: Request) -> Response:
+    is_get = request.method in ("GET", "HEAD")
+    route = routes.get(request.path if is_get else f"{request.method} {request.path}")
     if route is None:
-        return _error(HTTPStatus.METHOD_NOT_ALLOWED if path in routes else HTTPStatus.NOT_FOUND)
+        return _error(HTTPStatus.METHOD_NOT_ALLOWED if request.path in routes else HTTPStatus.NOT_FOUND)
     try:
-        response = route()
+        response = route(request)
         return response if isinstance(response, Response) else await response
     except Exception:
-        log.exception("no answer for a request path=%s", one_line(target))
+        log.exception("no answer for a request path=%s", one_line(request.path))
         return _error(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
@@ -226,12 +248,12 @@ def _error(status: HTTPStatus) -> Response:
     return Response(status, f"{status.value} {status.phrase.lower()}\n")
 
 
-def _encode(response: Response) -> bytes:
+def _encode(response: Response, *, with_body: bool = True) -> bytes:
     body = response.body.encode()
-    allow = "Allow: GET\r\n" if response.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
+    allow = "Allow: GET, HEAD\r\n" if response.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
     head = (
         f"HTTP/1.1 {response.status.value} {response.status.phrase}\r\n"
         f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n{allow}"
         "Connection: close\r\n\r\n"
     )
-    return head.encode() + body
+    return head.encode() + (body if with_body else b"")

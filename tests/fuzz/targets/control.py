@@ -36,14 +36,14 @@ _STATUSES = (
 )
 
 
-def _fail() -> Response:
+def _fail(request: server.Request) -> Response:
     raise ValueError("as a fault of ours would")
 
 
 _ROUTES: server.Routes = {
-    "/healthz": lambda: Response(HTTPStatus.OK, "ok\n"),
+    "/healthz": lambda request: Response(HTTPStatus.OK, "ok\n"),
     "/fails": _fail,
-    "POST /hand-over": lambda: Response(HTTPStatus.ACCEPTED, "stepping back\n"),
+    "POST /hand-over": lambda request: Response(HTTPStatus.ACCEPTED, "stepping back\n"),
 }
 
 
@@ -53,7 +53,8 @@ def check(data: bytes) -> None:
 
 async def _ask(data: bytes) -> None:
     with mock.patch.object(server.log, "exception") as said:
-        response = await server._respond(_ROUTES, data[: REQUEST_BYTES + 100])
+        request = server._parse(data[: REQUEST_BYTES + 100])
+        response = server._error(HTTPStatus.BAD_REQUEST) if request is None else await server._respond(_ROUTES, request)
     for call in said.call_args_list:
         line = call.args[0] % call.args[1:]
         assert line.isprintable(), line
