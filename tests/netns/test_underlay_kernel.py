@@ -8,7 +8,9 @@ from ipaddress import IPv4Address
 import pytest
 from namespace import Namespace, namespace, requires_netns, seconds_until
 
-from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions
+from udptun.core.family import Family
+from udptun.kernel.interfaces import UnderlayError
+from udptun.kernel.underlay import Underlay, UnderlayOptions
 from udptun.kernel.underlay_watch import UnderlayWatch, find_underlay
 
 pytestmark = [pytest.mark.netns, requires_netns]
@@ -42,6 +44,17 @@ def test_the_interface_is_the_one_the_kernel_would_use(ns: Namespace) -> None:
 def test_the_default_route_of_the_better_metric_wins(ns: Namespace) -> None:
     ns.ip("route add default via 198.51.100.254 metric 50")
     assert choose(ns, UnderlayOptions()).link_name == ns.show("route get 203.0.113.1")[0]["dev"] == "v1"
+
+
+def test_a_public_ip_that_the_host_lacks_is_refused_where_ipv6_is_looked_for_too(ns: Namespace) -> None:
+    """Before, IPv6 chose the interface, and the PublicIP was published as that of a NAT."""
+    ns.ip("-6 address add 2001:db8::1/64 dev v0 nodad")
+    ns.ip("-6 route add default via 2001:db8::ff dev v0")
+    unusable = UnderlayOptions(public_ip=IPv4Address("203.0.113.5"), families=tuple(Family))
+    with pytest.raises(UnderlayError, match=r"No interface with given IP found: 203\.0\.113\.5"):
+        choose(ns, unusable)
+    ns.ip("route del default")
+    assert str(choose(ns, UnderlayOptions(families=tuple(Family))).chosen_address) == "2001:db8::1"
 
 
 def test_can_reach_follows_the_kernels_route(ns: Namespace) -> None:

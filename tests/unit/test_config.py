@@ -191,22 +191,22 @@ def test_source_ports_are_the_flags_then_the_configs_and_auto_is_one_a_worker(
 @pytest.mark.parametrize(
     ("kind", "pods", "argv", "wanted"),
     [
-        ("udp", IPV4_PODS, [], (True, False)),
-        ("udp", IPV4_PODS, ["--public-ipv6=2001:db8::1"], (True, True)),
-        ("udp", IPV4_PODS, ["--iface=eth0", "--iface=2001:db8::1"], (True, True)),
-        ("udp", IPV4_PODS, ["--iface=eth0", "--iface=192.0.2.1"], (True, False)),
-        ("udp", IPV4_PODS, ["--iface-can-reach=2001:db8::1"], (True, True)),
-        ("udp", IPV6_PODS, [], (True, True)),
-        ("vxlan", IPV4_PODS, ["--public-ipv6=2001:db8::1"], (True, False)),
-        ("vxlan", IPV6_PODS, [], (False, True)),
+        ("udp", IPV4_PODS, [], (Family.IPV4,)),
+        ("udp", IPV4_PODS, ["--public-ipv6=2001:db8::1"], tuple(Family)),
+        ("udp", IPV4_PODS, ["--iface=eth0", "--iface=2001:db8::1"], tuple(Family)),
+        ("udp", IPV4_PODS, ["--iface=eth0", "--iface=192.0.2.1"], (Family.IPV4,)),
+        ("udp", IPV4_PODS, ["--iface-can-reach=2001:db8::1"], tuple(Family)),
+        ("udp", IPV6_PODS, [], tuple(Family)),
+        ("vxlan", IPV4_PODS, ["--public-ipv6=2001:db8::1"], (Family.IPV4,)),
+        ("vxlan", IPV6_PODS, [], (Family.IPV6,)),
     ],
 )
 def test_udp_looks_for_an_address_of_either_family_whatever_the_pods_have(
-    kind: str, pods: dict[str, object], argv: list[str], wanted: tuple[bool, bool]
+    kind: str, pods: dict[str, object], argv: list[str], wanted: tuple[Family, ...]
 ) -> None:
     conf = parse(json.dumps({**pods, "Backend": {"Type": kind}}))
     options = underlay_options(parse_daemon_flags(argv, {}), conf)
-    assert (options.with_ipv4, options.with_ipv6) == wanted
+    assert options.families == wanted
 
 
 def test_config_takes_every_key_of_a_vxlan_backend() -> None:

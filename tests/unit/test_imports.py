@@ -38,7 +38,7 @@ PURE = {"core", "config"}
 PURE_MODULES = [
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
     *("backends.udp", "backends.vtep", "backends.vxlan"),
-    *("kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
+    *("kernel.interfaces", "kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
     *("probing.beliefs", "probing.carrier", "probing.liveness", "probing.path_mtu"),
     *("datapath.learning", "datapath.restarts", "datapath.settings", "datapath.stranger_program"),
     *("firewall.iptables_form", "firewall.nft_form", "firewall.rules"),

@@ -70,7 +70,7 @@ def _probe_memory(text: str, directory: Path) -> object:
 def _iface(text: str, directory: Path) -> object:
     """IPv6 is looked for where --iface is an address of it."""
     options = parse_daemon_flags([f"--iface={text}"], {})
-    return underlay_options(options, parse_net_conf('{"Network":"10.244.0.0/16"}', "net-conf.json")).with_ipv6
+    return underlay_options(options, parse_net_conf('{"Network":"10.244.0.0/16"}', "net-conf.json")).families[1:]
 
 
 def _net_conf(key: str) -> Callable[[str, Path], object]:

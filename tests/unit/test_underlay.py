@@ -10,7 +10,8 @@ import pytest
 from udptun.core.errors import UsageError
 from udptun.core.family import Family
 from udptun.core.network_state import Address, Link, Route, RouteType, Scope
-from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick, probe_address, refresh
+from udptun.kernel.interfaces import NoAddressError, UnderlayError
+from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, probe_address, refresh
 
 LO = Link(1, "lo", "", 65536, True, True, True, 1000)
 ETH0 = Link(2, "eth0", "", 1500, True, True, False, 1000)
@@ -328,7 +329,7 @@ GLOBAL, OTHER, LINK_LOCAL = ip6("2001:db8::1"), ip6("2001:db8::2"), ip6("fe80::1
 
 
 def choose_dual(*ipv6: Address, **options: object) -> Underlay:
-    asked = UnderlayOptions(with_ipv6=True, **options)  # type: ignore[arg-type]  # of the caller
+    asked = UnderlayOptions(families=tuple(Family), **options)  # type: ignore[arg-type]  # of the caller
     return pick(asked, LINKS, [*ADDRESSES, *ipv6], ROUTES)
 
 
@@ -378,12 +379,29 @@ def test_iface_may_be_an_ipv6_address() -> None:
     )
 
 
+def test_the_ipv6_address_that_iface_names_is_the_one_that_is_bound() -> None:
+    """Before, it chose the interface alone, and the first IPv6 address there was bound."""
+    found = choose_dual(GLOBAL, OTHER, ifaces=(str(OTHER.ip),))
+    assert (found.link_name, found.ipv6, found.public_ipv6) == ("eth0", OTHER.ip, OTHER.ip)
+    again = refresh(found, UnderlayOptions(families=tuple(Family)), LINKS, [*ADDRESSES, GLOBAL, OTHER])
+    assert again == found
+
+
+def test_iface_may_be_a_link_local_ipv6_address_and_finds_its_link() -> None:
+    """Before, such an address was on no link."""
+    there = ip6("fe80::3", 3, scope=Scope.LINK)
+    found = choose_dual(there, ip6("2001:db8::3", 3), ifaces=("fe80::3",))
+    assert (found.link_name, str(found.address), str(found.ipv6)) == ("eth1", "198.51.100.1", "2001:db8::3")
+    alone = choose_ipv6(there, ip6("2001:db8::3", 3), ifaces=("fe80::3",))
+    assert (alone.link_name, str(alone.ipv6)) == ("eth1", "2001:db8::3")
+
+
 IPV6_DEFAULT = Route(IPv6Network("::/0"), IPv6Address("fe80::ff"), 2, protocol=3)
 IPV6_ROUTES = [Route(IPv6Network("fe80::/64"), oif=3), Route(IPv6Network("2001:db8::/64"), oif=2), IPV6_DEFAULT]
 
 
 def choose_ipv6(*ipv6: Address, reach: Route | None = None, **options: object) -> Underlay:
-    asked = UnderlayOptions(with_ipv4=False, with_ipv6=True, **options)  # type: ignore[arg-type]  # of the caller
+    asked = UnderlayOptions(families=(Family.IPV6,), **options)  # type: ignore[arg-type]  # of the caller
     return pick(asked, LINKS, [*ADDRESSES, *ipv6], IPV6_ROUTES, reach, family=Family.IPV6)
 
 
@@ -411,7 +429,7 @@ def test_ipv6_alone_has_every_way_to_choose_and_no_ipv4_address(options: dict[st
     assert f"{found.link_name} {found.ipv6}" == chosen
     assert found.public_ipv6 == found.host_address == found.first_address == found.ipv6
     assert (found.address, found.public_ip, found.ipv4_problem, found.is_behind_nat) == (None, None, "", False)
-    options = UnderlayOptions(with_ipv4=False, with_ipv6=True)
+    options = UnderlayOptions(families=(Family.IPV6,))
     assert refresh(found, options, LINKS, [ip6(str(found.ipv6), found.link_index)]) == replace(found, others=())
     assert refresh(found, options, LINKS, ADDRESSES) is None
 
@@ -419,14 +437,14 @@ def test_ipv6_alone_has_every_way_to_choose_and_no_ipv4_address(options: dict[st
 def test_ipv6_alone_without_an_address_or_a_default_route_says_so() -> None:
     with pytest.raises(UnderlayError, match="failed to find IPv6 address for interface eth0"):
         choose_ipv6(LINK_LOCAL, replace(GLOBAL, is_tentative=True))
-    asked = UnderlayOptions(with_ipv4=False, with_ipv6=True)
+    asked = UnderlayOptions(families=(Family.IPV6,))
     with pytest.raises(UnderlayError, match="unable to find default route; use --iface"):
         pick(asked, LINKS, [GLOBAL], IPV6_ROUTES[:2], family=Family.IPV6)
 
 
 def test_an_interface_chosen_by_ipv6_has_its_ipv4_address_too() -> None:
     """A host whose IPv4 has no default route."""
-    asked = UnderlayOptions(with_ipv6=True)
+    asked = UnderlayOptions(families=tuple(Family))
     found = pick(asked, LINKS, [*ADDRESSES, GLOBAL], IPV6_ROUTES, family=Family.IPV6)
     assert (found.ipv6, found.address, found.public_ip) == (GLOBAL.ip, *[IPv4Address("192.0.2.1")] * 2)
     without = pick(asked, LINKS, [GLOBAL], IPV6_ROUTES, family=Family.IPV6)
@@ -436,8 +454,36 @@ def test_an_interface_chosen_by_ipv6_has_its_ipv4_address_too() -> None:
     )
 
 
+def test_an_underlay_chosen_by_ipv6_is_recognised_by_that_address() -> None:
+    """Before, that of IPv4, which is on another link, was looked for where the one of IPv6 is."""
+    asked = UnderlayOptions(families=tuple(Family))
+    addresses = [*ADDRESSES, ip6("2001:db8::1", 1)]
+    beyond = Route(IPv6Network("2001:db8:9::9/128"), oif=2, prefsrc=IPv6Address("2001:db8::1"))
+    found = pick(asked, LINKS, addresses, IPV6_ROUTES, beyond=beyond, family=Family.IPV6)
+    assert (found.link_name, found.address_link, str(found.chosen_address)) == ("eth0", "lo", "2001:db8::1")
+    assert (found.is_routed, str(found.address)) == (True, "192.0.2.1")
+    assert refresh(found, asked, LINKS, addresses, [beyond]) == found
+
+
+def test_ways_by_link_local_ipv4_routes_count() -> None:
+    """Links between routers may have 169.254.0.0/16 and nothing else.  Before, no such route led anywhere."""
+    route = Route(IPv4Network("169.254.0.0/16"), oif=3)
+    found = pick(UnderlayOptions(public_ip=ON_LO), LINKS, on(LO), [route])
+    assert (found.link_name, found.mtu) == ("eth1", 9000)
+
+
+def test_only_the_want_of_an_address_or_a_default_route_is_another_familys_turn() -> None:
+    for options, routes in ((UnderlayOptions(), []), (UnderlayOptions(ifaces=("bare0",)), ROUTES)):
+        with pytest.raises(NoAddressError):
+            pick(options, LINKS, ADDRESSES, routes)
+    for options in (UnderlayOptions(public_ip=ON_LO), UnderlayOptions(ifaces=("eth9",))):
+        with pytest.raises(UnderlayError) as refused:
+            pick(options, LINKS, ADDRESSES, ROUTES)
+        assert not isinstance(refused.value, NoAddressError)
+
+
 def test_the_ipv6_address_stays_while_it_is_there_and_is_followed_when_it_goes() -> None:
-    options = UnderlayOptions(with_ipv6=True)
+    options = UnderlayOptions(families=tuple(Family))
     old = choose_dual(OTHER)
     assert refresh(old, options, [ETH0], [*ADDRESSES, GLOBAL, OTHER]) == old
     assert refresh(old, options, [ETH0], [*ADDRESSES, GLOBAL]) == replace(old, ipv6=GLOBAL.ip, public_ipv6=GLOBAL.ip)

@@ -164,7 +164,7 @@ def log_underlay(what: str, it: Underlay) -> None:
         "underlay %s iface=%s address=%s public_ip=%s mtu=%d reason=%r others=%s",
         what,
         it.link_name,
-        it.first_address,
+        it.chosen_address,
         it.host_address,
         it.mtu,
         it.reason,

@@ -154,14 +154,16 @@ def underlay_options(options: Options, conf: NetConf) -> UnderlayOptions:
     """
     is_udp = isinstance(conf.backend, UdpKeys)
     named = (options.public_ipv6, options.iface_can_reach, *map(_address_or_none, options.iface))
+    wanted = set(conf.families)
+    if is_udp:
+        wanted |= {Family.IPV4, *(Family.IPV6 for it in named if isinstance(it, IPv6Address))}
     return UnderlayOptions(
         options.iface,
         options.iface_regex,
         options.iface_can_reach,
         options.public_ip,
         options.public_ipv6,
-        with_ipv4=conf.ipv4 is not None or is_udp,
-        with_ipv6=conf.ipv6 is not None or (is_udp and any(isinstance(it, IPv6Address) for it in named)),
+        tuple(family for family in Family if family in wanted),
     )
 
 

@@ -10,9 +10,10 @@ from itertools import islice
 from udptun.core.errors import UdptunError
 from udptun.core.family import Family
 from udptun.core.network_state import Address, IPAddress, Route, RouteType
+from udptun.kernel.interfaces import NoAddressError, UnderlayError
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.notices import Notice, NoticeKind, watch
-from udptun.kernel.underlay import Underlay, UnderlayError, UnderlayOptions, pick, probe_address, refresh
+from udptun.kernel.underlay import Underlay, UnderlayOptions, pick, probe_address, refresh
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
 log = logging.getLogger(__name__)
@@ -26,13 +27,14 @@ _MAX_ASKED = 64
 async def find_underlay(options: UnderlayOptions) -> Underlay:
     """The interface that `options` describe.  Raises UdptunError.
 
-    The first family that leads to one chooses it: IPv4 where that is looked for.
+    The first family that leads to one chooses it: IPv4 where that is looked for.  One that has no address or no default
+    route leaves that to the next, unless a flag names its public address.
     """
     first, *others = options.families
     try:
         return await _find_underlay(options, first)
-    except UnderlayError:
-        for family in others:
+    except NoAddressError:
+        for family in () if options.public(first) else others:
             with suppress(UnderlayError):
                 return await _find_underlay(options, family)
         raise
@@ -123,15 +125,15 @@ class UnderlayWatch:
     async def _on_public_ip(self) -> Underlay | None:
         """The underlay with PublicIP as its address, where this host has got that only now."""
         options, current = self._options, self._current
-        wanted: IPAddress | None = options.public_ipv6 if current.address is None else options.public_ip
-        if wanted is None or wanted == current.first_address:
+        wanted = options.public(current.chosen_by)
+        if wanted is None or wanted == current.chosen_address:
             return None
         async with Netlink() as kernel:
             way = (await kernel.routes_to([wanted])).get(wanted)
         if way is None or way.type != RouteType.LOCAL:
             return None
         found = await find_underlay(self._options)
-        return found if found.first_address == wanted else None
+        return found if found.chosen_address == wanted else None
 
     async def _present(self) -> Underlay:
         current = self._current
