@@ -215,6 +215,38 @@ async def test_node_public_ip_is_told_before_the_claim(cluster: Cluster) -> None
     await store.aclose()
 
 
+async def test_a_node_that_loses_ipv6_takes_its_ipv6_annotations_back(cluster: Cluster) -> None:
+    """Before, public-ipv6 and backend-v6-data of an earlier run stayed, and peers of Type udp sent there."""
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24,fd00::/64"))
+    store = cluster.store()
+    with_ipv6 = replace(host(1), public_ipv6=IPv6Address("2001:db8::1"), backend_v6_data={"VNI": 1})
+    assert (await claim(store, with_ipv6)).attrs == with_ipv6
+    assert (await claim(store, host(1))).attrs == host(1)
+    (lease,) = (await store.snapshot()).leases
+    assert lease.attrs == host(1)
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("family", "cidr", "lacks"),
+    [(Family.IPV4, "fd00:0:0:2::/64", "no IPv4 podCIDR"), (Family.IPV6, "10.0.2.0/24", "no IPv6 podCIDR")],
+)
+async def test_a_node_without_a_pod_cidr_of_the_network_is_named_as_skipped(
+    cluster: Cluster, family: Family, cidr: str, lacks: str
+) -> None:
+    """Before, its lease was in no table, and nobody said why."""
+    cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24,fd00:0:0:1::/64"))
+    annotations = {f"{PREFIX}kube-subnet-manager": "true", f"{PREFIX}public-ip": "192.0.2.2"}
+    cluster.put_right(lambda it: it.add_node("n2", cidr, annotations))
+    store = cluster.store()
+    store.want_families([family])
+    await claim(store, host(1))
+    snapshot = await store.snapshot()
+    assert [lease.node_name for lease in snapshot.leases] == ["n1"]
+    assert snapshot.skipped == (f"node n2: it has {lacks}, only {cidr}",)
+    await store.aclose()
+
+
 async def test_public_ipv6_overwrite_is_what_peers_get_and_public_ip_stays(cluster: Cluster) -> None:
     overwrite = f"{PREFIX}public-ipv6-overwrite"
     cluster.put_right(lambda it: it.add_node("n1", "fd00::/64,10.0.1.0/24", {overwrite: "2001:db8::9"}))

@@ -97,7 +97,7 @@ def check(data: bytes) -> None:
         read_failure(line)
         with suppress(NodeFormatError):
             _check_node(read_node(line, PREFIX))
-    table = NodeTable(ANNOTATIONS, "b")
+    table = NodeTable(ANNOTATIONS, "b", tuple(Family))
     follower = _Follower()
     try:
         page = read_page(first, PREFIX)

@@ -9,13 +9,14 @@ from typing import TypeVar
 
 from udptun.core.family import Family
 from udptun.core.ip_text import ip_address, ipv6_address, ipv6_network
-from udptun.core.lease import Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, load_json
+from udptun.core.lease import NO_ADDRESS, Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, load_json
 from udptun.stores.base import PublicAddresses
 from udptun.stores.kube.node import NETWORK_UNAVAILABLE, Node
 
 T = TypeVar("T")
 
-_NO_ADDRESS = IPv4Address(0)
+_NO_IPV6_ADDRESS = IPv6Address(0)
+"""What public-ipv6 says of a node that had an address before."""
 
 
 class Annotations:
@@ -46,6 +47,8 @@ class Annotations:
         data, v6_data = self._json(node, self.backend_data), self._json(node, self.backend_v6_data)
         public_ip = self._address(node, self.public_ip, IPv4Address)
         public_ipv6 = self._address(node, self.public_ipv6, ipv6_address)
+        if public_ip is not None and public_ipv6 == _NO_IPV6_ADDRESS:
+            public_ipv6 = None
         if public_ip is None and public_ipv6 is None:
             raise LeaseFormatError(f"it has no annotation {self.public_ip} or {self.public_ipv6}")
         attrs = LeaseAttrs(public_ip, public_ipv6, texts.get(self.backend_type, ""), data, v6_data)
@@ -93,10 +96,14 @@ class Annotations:
             wanted[self.public_ip] = _address_or(texts.get(self.public_ip_overwrite, ""), attrs.public_ip)
         elif self.public_ip in texts:
             # Of a run before, in which pods had IPv4 too.
-            wanted[self.public_ip] = str(_NO_ADDRESS)
+            wanted[self.public_ip] = str(NO_ADDRESS)
         if attrs.public_ipv6 is not None:
             wanted[self.backend_v6_data] = _text(attrs.backend_v6_data)
             wanted[self.public_ipv6] = _address_or(texts.get(self.public_ipv6_overwrite, ""), attrs.public_ipv6)
+        elif self.public_ipv6 in texts:
+            # The same of IPv6.  To flannel, a node without an address there would be none of IPv4 either.
+            wanted[self.backend_v6_data] = _text(attrs.backend_v6_data)
+            wanted[self.public_ipv6] = str(_NO_IPV6_ADDRESS)
         return {key: text for key, text in sorted(wanted.items()) if texts.get(key) != text}
 
 

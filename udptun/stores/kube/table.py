@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from udptun.core.errors import one_line
+from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseEvent, LeaseFormatError
 from udptun.core.network_state import IPAddress
-from udptun.stores.kube.annotations import Annotations
+from udptun.stores.kube.annotations import Annotations, lack
 from udptun.stores.kube.node import Node
 
 K = TypeVar("K")
@@ -44,9 +45,11 @@ class Difference:
 class NodeTable:
     """Two nodes with one podCIDR have one lease between them: `own_name`'s, or that of the first by name."""
 
-    def __init__(self, annotations: Annotations, own_name: str) -> None:
+    def __init__(self, annotations: Annotations, own_name: str, families: Collection[Family]) -> None:
+        """`families`: what pods have.  A node without a podCIDR of any of them has no lease."""
         self._annotations = annotations
         self._own_name = own_name
+        self._families = families
         self._known: dict[str, _Known] = {}
         self._holders: dict[str, set[str]] = {}
         """The names of the nodes with a lease, by its key."""
@@ -120,9 +123,14 @@ class NodeTable:
         if not self._annotations.is_host(node):
             return None
         try:
-            return _Known(self._annotations.lease(node))
+            lease = self._annotations.lease(node)
+            has_any = any(lease.subnets.of(family) is not None for family in self._families)
+            problem = "" if has_any else lack(node, self._families)
         except LeaseFormatError as exc:
-            return _Known(None, one_line(f"node {node.name}: {exc}"[:_PROBLEM_CHARS]))
+            problem = str(exc)
+        if problem:
+            return _Known(None, one_line(f"node {node.name}: {problem}"[:_PROBLEM_CHARS]))
+        return _Known(lease)
 
     def _change(self, name: str, new: _Known | None, before: dict[str, Lease | None], lines: dict[str, bool]) -> None:
         old = self._known.get(name)

@@ -59,7 +59,7 @@ class Nodes:
         self._own = own
         self._last: _Place | None = None
         """Where a list or a watch has ended.  There is one copy, so a watch takes it out."""
-        self._table = NodeTable(annotations, own.name)
+        self._table = NodeTable(annotations, own.name, own.families)
         """The newest, also while a watch has it."""
         self._listed_s: float | None = None
 
@@ -162,7 +162,7 @@ class Nodes:
 
     async def _list_once(self, *, is_first: bool) -> tuple[NodeTable, int, list[str], Node | None] | None:
         """The same, and our own node; None when the server has forgotten the page before."""
-        table, own = NodeTable(self._annotations, self._own.name), None
+        table, own = NodeTable(self._annotations, self._own.name, self._own.families), None
         skipped: list[str] = []
         params = {"limit": str(PAGE), **({"resourceVersion": "0"} if is_first else {})}
         while True:
