@@ -122,7 +122,7 @@ def test_a_store_of_ipv6_alone_is_listed_reserved_and_released(
     lease = Lease(flags_of(harness), capsys)
     harness.write([])
     harness.net_conf.write_text('{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:1::/48"}')
-    missing = "lease reserve: --public-ipv6 is missing: for which host is the subnet?"
+    missing = "lease reserve: --public-ip or --public-ipv6 is missing: for which host is the subnet?"
     assert lease("reserve", "fd00:1:0:7::/64", status=2) == missing
     wrong = lease("reserve", "fd00:2::/64", "--public-ipv6=fd99::7", status=1)
     assert "the subnets of fd00:1::/48 are those of length /64 from fd00:1:0:1:: to fd00:1:0:ffff::" in wrong
@@ -133,6 +133,32 @@ def test_a_store_of_ipv6_alone_is_listed_reserved_and_released(
     shown = json.loads(lease("show", "fd00:1:0:7::/64", "--json"))
     assert (shown["key"], shown["public_ip"], shown["public_ipv6"]) == ("fd00:1:0:7::-64", None, "fd99::7")
     assert lease("release", "fd00:1:0:7::/64").startswith("released the reservation fd00:1:0:7::/64 of fd99::7 in ")
+
+
+def test_an_ipv4_subnet_is_reserved_for_a_host_without_ipv4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, --public-ip was asked for, which such a host does not have."""
+    harness = LocalHarness(tmp_path)
+    lease = Lease(flags_of(harness), capsys)
+    harness.write([])
+    said = lease("reserve", "10.0.7.0/24", "--public-ipv6=fd99::7")
+    assert said.startswith("reserved 10.0.7.0/24 for fd99::7 in ")
+    again = lease("reserve", "10.0.8.0/24", "--public-ip=192.0.2.7", "--public-ipv6=fd99::7", status=1)
+    assert again.startswith("cannot reserve 10.0.8.0/24: 10.0.7.0/24 is reserved for 192.0.2.7 already; ")
+
+
+@pytest.mark.skipif(bool(NEEDS), reason=f"needs {NEEDS}")
+@ON_SHARED_SERVERS
+def test_etcd_refuses_a_reservation_of_ipv6_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before, it got a key that every host refuses, flannel's too."""
+    harness = EtcdHarness(tmp_path)
+    lease = Lease(flags_of(harness), capsys)
+    config = '{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:1::/48"}'
+    harness.etcdctl("put", f"{harness.prefix}/config", config)
+    said = lease("reserve", "fd00:1:0:7::/64", "--public-ipv6=fd99::7", status=1)
+    assert said.startswith("cannot reserve fd00:1:0:7::/64 in etcd: its leases begin with an IPv4 subnet; ")
+    assert json.loads(lease("list", "--json"))["leases"] == []
 
 
 def test_reserve_and_release_say_what_they_did(lease: Lease) -> None:

@@ -177,7 +177,7 @@ def test_overview_goes_to_stderr_with_status_2_when_there_is_no_command(
         (["lease", "list", "x"], "unexpected argument 'x'"),
         (["lease", "show"], "lease show: which one? give a SUBNET, as 10.244.3.0/24, or a KEY"),
         (["lease", "show", "nope"], "'nope' is neither a subnet as 10.244.3.0/24 nor a key as 10.244.3.0-24"),
-        (["lease", "reserve", "10.1.2.0/24"], "lease reserve: --public-ip is missing"),
+        (["lease", "reserve", "10.1.2.0/24"], "lease reserve: --public-ip or --public-ipv6 is missing"),
         (["lease", "release", "10.1.2.0-40"], "'10.1.2.0-40' is neither a subnet"),
         (["lease", "init"], "lease init: the following arguments are required: PATH"),
         (["version", "x"], "version: unrecognized arguments: x"),

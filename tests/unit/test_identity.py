@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 import threading
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 
 import pytest
@@ -138,6 +138,29 @@ def test_node_is_named_by_address_port_and_id() -> None:
 )
 def test_double_has_our_address_or_our_node_id(node: Node, is_double: bool) -> None:
     assert Identity(IPv4Address("192.0.2.1"), 8285, OURS).is_double(node) is is_double
+
+
+@pytest.mark.parametrize(
+    ("addresses", "is_ours"),
+    [
+        (("192.0.2.1", None), True),
+        ((None, "2001:db8::1"), True),
+        (("192.0.2.1", "2001:db8::9"), True),
+        (("192.0.2.9", "2001:db8::1"), False),
+        ((None, "2001:db8::9"), False),
+    ],
+    ids=str,
+)
+def test_lease_that_names_one_of_our_addresses_is_ours(
+    addresses: tuple[str | None, str | None], is_ours: bool
+) -> None:
+    """Before, a host with both had PublicIP alone, and was another one than that of its PublicIPv6."""
+    ipv4, ipv6 = addresses
+    public = (None if ipv4 is None else IPv4Address(ipv4), None if ipv6 is None else IPv6Address(ipv6))
+    attrs = LeaseAttrs(*public, backend_data={"Port": 8285})
+    held = Lease(Subnets(IPv4Network("10.244.1.0/24")), attrs)
+    me = Identity(IPv4Address("192.0.2.1"), 8285, OURS, public_ipv6=IPv6Address("2001:db8::1"))
+    assert me.owns(held) is me.is_double(me.node_of(held)) is is_ours
 
 
 def test_double_of_a_backend_without_ports_has_our_address() -> None:

@@ -234,7 +234,7 @@ def _health(argv: list[str], environ: Mapping[str, str]) -> int:
 _LEASE_USAGE = """\
 usage: udptun lease list [--json] [FLAG...]
        udptun lease show SUBNET|KEY [--json] [FLAG...]
-       udptun lease reserve SUBNET|KEY --public-ip IP [--port N] [FLAG...]
+       udptun lease reserve SUBNET|KEY --public-ip IP|--public-ipv6 IP [--port N] [FLAG...]
        udptun lease release SUBNET|KEY [FLAG...]
        udptun lease init [--force] PATH
 

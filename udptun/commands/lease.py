@@ -82,13 +82,12 @@ def show(request: LeaseRequest) -> int:
 
 
 def reserve(request: LeaseRequest) -> int:
-    """Keep a subnet for the node with --public-ip."""
+    """Keep a subnet for the node with --public-ip or --public-ipv6."""
     (word,) = request.words
     subnets = _subnets_of(word)
     public_ip, public_ipv6 = request.options.public_ip, request.options.public_ipv6
-    if public_ip is None and (public_ipv6 is None or subnets.ipv4 is not None):
-        key = "--public-ip" if subnets.ipv4 is not None else "--public-ipv6"
-        raise UsageError(f"lease reserve: {key} is missing: for which host is the subnet?")
+    if public_ip is None and public_ipv6 is None:
+        raise UsageError("lease reserve: --public-ip or --public-ipv6 is missing: for which host is the subnet?")
     port = request.options.port
     attrs = LeaseAttrs(public_ip, public_ipv6, backend_data=None if port is None else {"Port": port})
 
@@ -102,10 +101,15 @@ def reserve(request: LeaseRequest) -> int:
                 f"/{pool.subnet_len} from {pool.subnet_min} to {pool.subnet_max}"
                 + (f", each with one of {conf.pool(Family.IPV6).network} behind an & in the key" if also else "")
             )
+        if subnets.ipv4 is None and not store.keeps_ipv6_alone:
+            raise UdptunError(
+                f"cannot reserve {word} in {store.name}: its leases begin with an IPv4 subnet; "
+                "the store `local`, `file` or `kube` has those of IPv6 alone"
+            )
         lease = await store.reserve(subnets, attrs)
         held = f", which node {lease.attrs.node_id} holds" if lease.attrs.node_id else ""
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
-        host = Identity(attrs.host_address, port or default_port, "", default_port)
+        host = Identity(public_ip, port or default_port, "", default_port, "", public_ipv6)
         others = [other for other in (await store.snapshot()).leases if host.owns(other) and other.key != lease.key]
         print(
             f"reserved {lease.subnet} for {lease.attrs.host_address} in {store.name}{held}; it does not expire, and "

@@ -16,6 +16,7 @@ from typing import Any
 
 from udptun.control.run_dir import SOCKET_NAME, check_run_dir
 from udptun.core.errors import UdptunError
+from udptun.core.network_state import socket_address
 
 _TIMEOUT_S = 5.0
 _SHOWN_SKIPPED, _SHOWN_CHARS = 100, 300
@@ -65,7 +66,7 @@ def render(document: Document, now_s: float) -> str:
     lease, underlay, backend, datapath = (document[key] for key in ("lease", "underlay", "backend", "datapath"))
     public_ip = lease["public_ip"]
     if lease["port"] is not None:
-        public_ip = f"[{public_ip}]:{lease['port']}" if ":" in public_ip else f"{public_ip}:{lease['port']}"
+        public_ip = socket_address(public_ip, lease["port"])
     source_check = f", source check {backend['source_check']}" if "source_check" in backend else ""
     lines = [
         f"lease      {lease['subnet']} of {document['network']}, {_left(lease['expires_at'], now_s)}",

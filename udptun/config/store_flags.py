@@ -11,6 +11,7 @@ from pathlib import Path
 
 from udptun.config.go_flags import Given, boolean, flag, flags_of, settled_flag
 from udptun.core.errors import UsageError
+from udptun.core.network_state import socket_address
 
 ETCD_TOPIC, KUBE_TOPIC = "etcd", "Kubernetes"
 
@@ -74,8 +75,8 @@ class Endpoint:
 
     @property
     def address(self) -> str:
-        """`host:port`, IPv6 in brackets."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        """See `socket_address`."""
+        return socket_address(self.host, self.port)
 
     def __str__(self) -> str:
         return f"{'https' if self.is_tls else 'http'}://{self.address}"

@@ -296,7 +296,14 @@ class Daemon:
             forwarding = await self._open_forwarding(choice, conf, ownerships, underlay, live)
         undo.callback(forwarding.detach)
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
-        me = Identity(underlay.host_address, attrs.port(0) or None, node_id, default_port, store.node_name)
+        me = Identity(
+            underlay.public_ip,
+            attrs.port(0) or None,
+            node_id,
+            default_port,
+            store.node_name,
+            underlay.public_ipv6,
+        )
         membership = self._membership(store, start, conf, me, forwarding, clock)
         obstacles = Obstacles(lambda: forwarding.pod_paths)
         firewall = FirewallReconciler(firewall_settings(options, conf), [*ownerships.values()], obstacles)

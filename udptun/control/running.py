@@ -127,7 +127,7 @@ class Running:
             await self._apply(present, live)
             attrs = self._attrs()
         if attrs != was:
-            self.me = replace(self.me, public_ip=present.host_address)
+            self.me = replace(self.me, public_ip=present.public_ip, public_ipv6=present.public_ipv6)
             self.membership.move(self.me, attrs)
         else:
             # A lease whose subnet has our own address in it is no peer's.

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Any
+from typing import Any, Protocol
 
 from udptun.core.errors import one_line
 from udptun.core.family import Family
@@ -127,7 +127,9 @@ class Subnets:
     def _parse(cls, key: str) -> Subnets:
         match = _KEY.fullmatch(key)
         if match is None:
-            raise LeaseFormatError(f"{key!r} is not of the form <IPv4>-<length> or <IPv4>-<length>&<IPv6>-<length>")
+            raise LeaseFormatError(
+                f"{key!r} is not of the form <IPv4>-<length>, <IPv6>-<length> or <IPv4>-<length>&<IPv6>-<length>"
+            )
         v4, v4_len, v6, v6_len, alone, alone_len = match.groups()
         v6, v6_len = v6 or alone, v6_len or alone_len
         try:
@@ -148,7 +150,31 @@ _SUBNETS = TextCache[Subnets](_REMEMBERED_BYTES)
 _IPV6_KEY = r"([0-9a-f:]+)-(0|[1-9]\d{0,2})"
 _KEY = re.compile(rf"(\d+\.\d+\.\d+\.\d+)-(0|[1-9]\d?)(?:&{_IPV6_KEY})?|{_IPV6_KEY}")
 
-_NO_ADDRESS = IPv4Address(0)
+NO_ADDRESS = IPv4Address(0)
+
+
+class HostAddresses(Protocol):
+    """By what a host is known among others: an address of one family at least."""
+
+    @property
+    def public_ip(self) -> IPv4Address | None: ...
+
+    @property
+    def public_ipv6(self) -> IPv6Address | None: ...
+
+
+def host_address(host: HostAddresses) -> IPAddress:
+    """PublicIP, without one PublicIPv6: what the host is called by."""
+    address = host.public_ip or host.public_ipv6
+    assert address is not None, "a host names an address of one family at least"
+    return address
+
+
+def is_same_host(a: HostAddresses, b: HostAddresses) -> bool:
+    """Whether both are at one address: by PublicIP where both have one, else by PublicIPv6."""
+    if a.public_ip is not None and b.public_ip is not None:
+        return a.public_ip == b.public_ip
+    return a.public_ipv6 is not None and a.public_ipv6 == b.public_ipv6
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +191,7 @@ class LeaseAttrs:
     backend_v6_data: Json = None
 
     def __post_init__(self) -> None:
-        if self.public_ipv6 is not None and self.public_ip == _NO_ADDRESS:
+        if self.public_ipv6 is not None and self.public_ip == NO_ADDRESS:
             object.__setattr__(self, "public_ip", None)
 
     @property
@@ -191,10 +217,8 @@ class LeaseAttrs:
 
     @property
     def host_address(self) -> IPAddress:
-        """PublicIP, without one PublicIPv6: what the host is known by."""
-        address = self.public_ip or self.public_ipv6
-        assert address is not None, "a host names an address of one family at least"
-        return address
+        """See the function."""
+        return host_address(self)
 
     @property
     def carries_ipv6(self) -> bool:
@@ -221,7 +245,7 @@ class LeaseAttrs:
         Without a PublicIP it is 0.0.0.0, which is flannel's.
         """
         fields: dict[str, Json] = {
-            "PublicIP": str(self.public_ip or _NO_ADDRESS),
+            "PublicIP": str(self.public_ip or NO_ADDRESS),
             "PublicIPv6": None if self.public_ipv6 is None else str(self.public_ipv6),
         }
         if self.backend_type:

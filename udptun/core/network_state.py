@@ -185,6 +185,11 @@ class FdbEntry:
     is_permanent: bool = True
 
 
+def socket_address(host: IPAddress | str, port: int) -> str:
+    """`host:port`, IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
 def describe_route(route: Route, link_names: Mapping[int, str] | None = None) -> str:
     """The route as `ip route` takes it.  A link that `link_names` does not know is called by its index."""
     words = [] if route.type == RouteType.UNICAST else [_type_name(route.type)]

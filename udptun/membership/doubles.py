@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from udptun.core.errors import LeaseLostError
-from udptun.core.lease import EventType, Lease, LeaseEvent, Subnets
+from udptun.core.lease import EventType, Lease, LeaseEvent, Subnets, host_address
 from udptun.membership.identity import Identity, Node
 from udptun.stores.base import SubnetChoice
 
@@ -96,7 +96,7 @@ class Doubles:
                     f"{self.me.node_of(own)} and leave it alone: {self.remedy(node)}"
                 )
             raise LeaseLostError(
-                f"{own.subnet} is leased to {node.public_ip} (node {node.node_id or 'without id'}) now; "
+                f"{own.subnet} is leased to {host_address(node)} (node {node.node_id or 'without id'}) now; "
                 "restart to lease another subnet"
             )
         return SubnetChoice(own.subnets)
@@ -110,7 +110,7 @@ class Doubles:
             )
         if not self.me.is_double(other):
             return "stop this daemon, delete its subnet.env, and start it again: it gets another subnet"
-        flag = "--public-ip" if self.me.public_ip.version == 4 else "--public-ipv6"
+        flag = "--public-ipv6" if self.me.public_ip is None else "--public-ip"
         return f"start one of the two with another {flag}{' or Backend.Port' if self.me.port else ''}"
 
 

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from ipaddress import IPv4Address
 
 from udptun.core.errors import LeaseError
-from udptun.core.lease import Lease, LeaseAttrs, Subnets
+from udptun.core.lease import Lease, LeaseAttrs, Subnets, is_same_host
 
 IsInUse = Callable[[IPv4Address], Awaitable[bool]]
 """Whether another host has the address, or may have it: true wherever that cannot be told."""
@@ -78,11 +78,12 @@ class FormerLease:
         if own.subnets == self._subnets:
             return ""
         for lease in leases:
-            if self._may_be_ours(lease) and lease.attrs.host_address != own.attrs.host_address:
+            if self._may_be_ours(lease) and not is_same_host(lease.attrs, own.attrs):
+                flag = "--public-ipv6" if own.attrs.public_ip is None else "--public-ip"
                 return (
                     f"{lease.subnet}, which subnet.env names, is left to {lease.attrs.host_address}, which may be "
                     f"another host; if it was this host's address, `udptun lease release {lease.subnet}` and `udptun "
-                    f"lease reserve {lease.subnet} --public-ip {own.attrs.host_address}`: the first start after a "
+                    f"lease reserve {lease.subnet} {flag} {own.attrs.host_address}`: the first start after a "
                     "reboot or `udptun cleanup` takes it"
                 )
         return ""

@@ -9,13 +9,14 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
-from udptun.core.lease import Lease
-from udptun.core.network_state import IPAddress
+from udptun.core.lease import Lease, host_address, is_same_host
+from udptun.core.network_state import socket_address
 
 _NODE_ID = "node-id"
 _VTEP_MACS = {Family.IPV4: "vtep-mac", Family.IPV6: "vtep-mac-v6"}
@@ -25,18 +26,17 @@ _VTEP_MACS = {Family.IPV4: "vtep-mac", Family.IPV6: "vtep-mac-v6"}
 class Node:
     """A node as its lease names it.  Two nodes that agree in all of it cannot be told apart.
 
-    `public_ip` is its PublicIP, without one its PublicIPv6; so it is in `Identity`.
     `port` 0: the lease names none, and neither does our backend.
     """
 
-    public_ip: IPAddress
+    public_ip: IPv4Address | None
     port: int
     node_id: str | None
+    public_ipv6: IPv6Address | None = None
 
     def __str__(self) -> str:
-        where = str(self.public_ip)
-        if self.port:
-            where = f"[{where}]:{self.port}" if self.public_ip.version == 6 else f"{where}:{self.port}"
+        address = host_address(self)
+        where = socket_address(address, self.port) if self.port else str(address)
         return f"{where} (node {self.node_id or 'without id'})"
 
 
@@ -44,19 +44,20 @@ class Node:
 class Identity:
     """How we know our own leases, and by what we know other nodes from theirs.
 
-    A lease is ours when PublicIP and port are; `node_id` outlives both.  `port` None: our backend publishes none, so
-    there is one of us at a PublicIP, as with flannel.  A lease that names no port, as flannel's, has `default_port`, or
-    ours when that is None.
+    A lease is ours when its address (see `is_same_host`) and port are; `node_id` outlives both.  `port` None: our
+    backend publishes none, so there is one of us at a PublicIP, as with flannel.  A lease that names no port, as
+    flannel's, has `default_port`, or ours when that is None.
 
     `node_name` is what the store calls us.  Where it has names, a lease is ours when it has ours, whatever else it
     says: the PublicIP in it may be an operator's.
     """
 
-    public_ip: IPAddress
+    public_ip: IPv4Address | None
     port: int | None
     node_id: str
     default_port: int | None = None
     node_name: str = ""
+    public_ipv6: IPv6Address | None = None
 
     def named(self, node_name: str) -> Identity:
         """The same with the store's name for us, which a store that is away at the start tells later."""
@@ -64,7 +65,8 @@ class Identity:
 
     def node_of(self, lease: Lease) -> Node:
         """Who wrote the lease."""
-        return Node(lease.attrs.host_address, self._port_of(lease), lease.attrs.node_id)
+        attrs = lease.attrs
+        return Node(attrs.public_ip, self._port_of(lease), attrs.node_id, attrs.public_ipv6)
 
     def owns(self, lease: Lease) -> bool:
         """Whether the lease is ours: by name, or at our address."""
@@ -74,7 +76,7 @@ class Identity:
 
     def is_at(self, lease: Lease) -> bool:
         """Whether the lease is at our address, so that packets for it would come back to us."""
-        return lease.attrs.host_address == self.public_ip and self.port in (None, self._port_of(lease))
+        return is_same_host(lease.attrs, self) and self.port in (None, self._port_of(lease))
 
     def must_have_written(self, lease: Lease) -> bool:
         """Whether no other node can have written the lease; flannel's have no NodeID."""
@@ -82,7 +84,7 @@ class Identity:
 
     def is_double(self, node: Node) -> bool:
         """Whether the node has our address or our NodeID."""
-        is_here = node.public_ip == self.public_ip and self.port in (None, node.port)
+        is_here = is_same_host(node, self) and self.port in (None, node.port)
         return is_here or node.node_id == self.node_id
 
     def _port_of(self, lease: Lease) -> int:

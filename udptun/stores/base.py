@@ -23,7 +23,7 @@ from typing import Protocol
 
 from udptun.core.errors import ConfigError, LeaseError
 from udptun.core.family import Family
-from udptun.core.lease import Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.core.lease import Lease, LeaseAttrs, LeaseEvent, Subnets, is_same_host
 
 LEASE_TTL_S = 86_400
 """How long a lease lasts without renewal, seconds (flannel pkg/subnet/etcd subnetTTL)."""
@@ -219,10 +219,10 @@ class HostsWithoutNames:
 
 
 def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
-    """Whether one host wrote both: by NodeID where both have one, else by PublicIP, flannel's identity."""
+    """Whether one host wrote both: by NodeID where both have one, else by address, flannel's identity."""
     if a.node_id is not None and b.node_id is not None:
         return a.node_id == b.node_id
-    return a.host_address == b.host_address
+    return is_same_host(a, b)
 
 
 def dropped_by(choice: SubnetChoice, leases: Iterable[Lease]) -> tuple[list[Lease], bool]:
@@ -244,7 +244,7 @@ def reservation(leases: Iterable[Lease], subnets: Subnets, attrs: LeaseAttrs) ->
     """
     for lease in leases:
         port, other_port = attrs.port(0), lease.attrs.port(0)
-        is_same = lease.attrs.host_address == attrs.host_address and (port == other_port or not port or not other_port)
+        is_same = is_same_host(lease.attrs, attrs) and (port == other_port or not port or not other_port)
         if lease.subnets == subnets and is_same:
             attrs = lease.attrs
         elif lease.subnets.overlap(subnets):

@@ -38,7 +38,7 @@ from udptun.config.go_json import JsonObject, shown
 from udptun.core.errors import ConfigError, LeaseLostError, one_line
 from udptun.core.family import Family
 from udptun.core.ip_text import ipv6_address, ipv6_network
-from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets
+from udptun.core.lease import EventType, Json, Lease, LeaseAttrs, LeaseEvent, Subnets, is_same_host
 from udptun.stores.base import (
     LEASE_TTL_S,
     Chooser,
@@ -76,13 +76,6 @@ class Entry:
     number: int
     lease: Lease
     node: str | None
-
-    def is_at(self, attrs: LeaseAttrs) -> bool:
-        """By PublicIP where both have one, else by PublicIPv6."""
-        ours = self.lease.attrs
-        if ours.public_ip is not None and attrs.public_ip is not None:
-            return ours.public_ip == attrs.public_ip
-        return ours.public_ipv6 is not None and ours.public_ipv6 == attrs.public_ipv6
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +186,7 @@ class FileStore(HostsWithoutNames):
     Before the first good reading every call raises ConfigError.  Afterwards, while the file is gone or unreadable as a
     whole, the last good leases stay in force, and the watch says why, once for each reason.
 
-    The own entry is the one named `node`.  Without a name it is the one with the PublicIP (see `Entry.is_at`) of the
+    The own entry is the one named `node`.  Without a name it is the one with the PublicIP (see `is_same_host`) of the
     attributes that are claimed with, and with their Port where several entries share that address.  Once claimed, it
     appears in snapshots and events with those attributes, and the others with the same backend.
 
@@ -251,7 +244,7 @@ class FileStore(HostsWithoutNames):
         self._refresh()
         own = self._find_own(attrs)
         port = attrs.port(0)
-        if own.is_at(attrs) and port and own.lease.attrs.port(port) != port:
+        if is_same_host(own.lease.attrs, attrs) and port and own.lease.attrs.port(port) != port:
             raise ConfigError(
                 f"{self._path} entry {own.number} says Port {own.lease.attrs.port(0)} for {attrs.host_address} and "
                 f"this daemon listens on {port}: peers would send to the wrong port; make the two equal"
@@ -335,7 +328,7 @@ class FileStore(HostsWithoutNames):
             sought = f"Node {self._node!r}"
             advice = f'"Node": {json.dumps(self._node)}'
         else:
-            found = [entry for entry in entries if entry.is_at(attrs)]
+            found = [entry for entry in entries if is_same_host(entry.lease.attrs, attrs)]
             key = "PublicIPv6" if attrs.public_ip is None else "PublicIP"
             sought = f"{key} {attrs.host_address}"
             advice = f'"{key}": "{attrs.host_address}"'
