@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.membership.allocate import CANDIDATES, chooser, left_reservations
 from udptun.membership.former import FormerLease, UndecidedError
 from udptun.membership.identity import Identity
-from udptun.stores.base import SubnetChoice
+from udptun.stores.base import SubnetChoice, dropped_by
 
 ME = Identity(IPv4Address("192.0.2.1"), 8285, "me")
 DUAL = '"EnableIPv6":true,"IPv6Network":"fc00::/48"'
@@ -306,6 +306,32 @@ def test_own_lease_keeps_its_ipv4_part_when_ipv6_is_switched_on() -> None:
 def test_own_lease_is_dropped_when_ipv6_is_switched_off() -> None:
     own = lease("10.244.7.0/24", "192.0.2.1", "fc00:0:0:5::/64")
     assert choose(conf(), [own], own.subnets) == SubnetChoice(subnets("10.244.7.0/24"), (own.key,))
+
+
+def test_a_reservation_keeps_the_ipv6_subnet_that_fits_when_ipv4_has_to_change() -> None:
+    """Before, only its IPv4 subnet was kept: the reservation was left, and a random IPv6 subnet taken."""
+    held = reserved("10.99.1.0/24", "192.0.2.1", "fc00:0:0:5::/64")
+    choice = choose(conf(DUAL), [held])
+    assert choice.drop == (held.key,)
+    assert choice.subnets.ipv6 == held.subnets.ipv6
+    assert choice.subnets.ipv4 != held.subnets.ipv4
+    assert dropped_by(choice, [held]) == ([held], True)
+
+
+def test_a_reservation_keeps_its_ipv6_subnet_when_ipv4_is_switched_off() -> None:
+    held = reserved("10.244.7.0/24", "192.0.2.1", "fc00:0:0:5::/64")
+    config = parse_net_conf('{"EnableIPv4":false,' + DUAL + "}", "test")
+    choice = choose(config, [held])
+    assert choice == SubnetChoice(Subnets(None, held.subnets.ipv6), (held.key,))
+    assert dropped_by(choice, [held]) == ([held], True)
+
+
+def test_a_reservation_by_public_ipv6_is_taken_by_a_host_that_has_ipv4_too() -> None:
+    """Before, such a host was known by its PublicIP alone."""
+    attrs = LeaseAttrs(None, IPv6Address("2001:db8::1"))
+    held = Lease(subnets("10.244.7.0/24"), attrs)
+    me = replace(ME, public_ipv6=IPv6Address("2001:db8::1"))
+    assert choose(conf(), [held, lease("10.244.8.0/24", "192.0.2.9")], me=me) == SubnetChoice(held.subnets)
 
 
 def test_dual_stack_lease_and_previous_subnets_are_taken_again() -> None:

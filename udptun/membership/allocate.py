@@ -67,13 +67,15 @@ def chooser(
         drop = tuple(lease.key for lease in ours if lease.subnets != kept and not lease.is_reservation)
         if kept is not None:
             return SubnetChoice(kept, drop)
-        wanted = None if previous is None else previous.ipv4
-        half = next((lease for lease in ours if _is_of(conf.ipv4, lease.subnets.ipv4)), None)
+        wanted, wanted_ipv6 = (None, None) if previous is None else (previous.ipv4, previous.ipv6)
+        halves = ((_is_of(conf.ipv4, it.subnets.ipv4), _is_of(conf.ipv6, it.subnets.ipv6), it) for it in ours)
+        keeps, keeps_ipv6, half = next((it for it in halves if it[0] or it[1]), (False, False, None))
         if half is not None and half.is_reservation:
             # The other family alone has to change: the store reserves the new subnets instead of these.
-            drop, wanted = (*drop, half.key), half.subnets.ipv4
+            drop = (*drop, half.key)
+            wanted = half.subnets.ipv4 if keeps else wanted
+            wanted_ipv6 = half.subnets.ipv6 if keeps_ipv6 else wanted_ipv6
         others = [lease.subnets for lease in leases if lease.key not in drop]
-        wanted_ipv6 = None if previous is None else previous.ipv6
         ipv4 = None if conf.ipv4 is None else _pick(conf.ipv4, [it.ipv4 for it in others], wanted, rng)
         ipv6 = None if conf.ipv6 is None else _pick(conf.ipv6, [it.ipv6 for it in others], wanted_ipv6, rng)
         return SubnetChoice(Subnets(ipv4, ipv6), drop)

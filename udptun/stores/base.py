@@ -228,11 +228,11 @@ def is_same_node(a: LeaseAttrs, b: LeaseAttrs) -> bool:
 def dropped_by(choice: SubnetChoice, leases: Iterable[Lease]) -> tuple[list[Lease], bool]:
     """Which of `leases` a claim of `choice` deletes, and whether what it takes is a reservation in their place.  Pure.
 
-    A reservation in `choice.drop` is deleted only if its first subnet is the one that is taken: its IPv6 subnet
-    changes, and it stays a reservation under the other key.
+    A reservation in `choice.drop` is deleted only if the subnet of one family is taken: that of the other changes, and
+    it stays a reservation under the other key.
     """
     there = [lease for lease in leases if lease.key in choice.drop]
-    dropped = [lease for lease in there if not lease.is_reservation or lease.subnet == choice.subnets.first]
+    dropped = [lease for lease in there if not lease.is_reservation or lease.subnets.overlap(choice.subnets)]
     return dropped, any(lease.is_reservation for lease in dropped)
 
 
