@@ -27,6 +27,7 @@ FLOORS = (
     {"membership"},
     {"backends"},
     {"control"},
+    {"doctor"},
     {"commands"},
 )
 """The folders from the ground up.  A module imports from its own folder and from lower floors.

@@ -66,10 +66,11 @@ async def kernel_support(*, pretend_no_vxlan: bool) -> KernelSupport:
 
     `pretend_no_vxlan`: answer as a kernel without vxlan does, for the tests.
     """
-    return KernelSupport(_no_tun(), "EOPNOTSUPP, pretended" if pretend_no_vxlan else await _no_vxlan())
+    return KernelSupport(why_no_tun(), "EOPNOTSUPP, pretended" if pretend_no_vxlan else await _no_vxlan())
 
 
-def _no_tun() -> str:
+def why_no_tun() -> str:
+    """The name of the error with which /dev/net/tun cannot be opened; empty when it can."""
     try:
         os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
     except OSError as exc:

@@ -225,6 +225,12 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     return status.show(given.run_dir, given.json)
 
 
+def _doctor(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import doctor
+
+    return doctor.run(argv, environ)
+
+
 def _health(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands import health
 
@@ -326,6 +332,7 @@ def _version(argv: list[str], environ: Mapping[str, str]) -> int:
 _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "daemon": ("join this host to the overlay network; installed as flanneld too", _daemon),
     "status": ("say what the daemon of this host is doing", _status),
+    "doctor": ("say what is wrong on this host and what to do about it", _doctor),
     "health": ("say whether the daemon lives (--live) and is ready (--ready); for probes", _health),
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
     "lease": ("list, show, reserve and release leases; write a leases file", _lease),

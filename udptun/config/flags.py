@@ -283,6 +283,9 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
 """Every flag, under the heading that the help puts it."""
 
 _RELEASE = Flag("release", "", boolean, False, "", "give the lease back too; without it the host finds it again")
+_ALL = Flag("all", "", boolean, False, "", "also what is fine, and what could not be looked at")
+_CNI_CONF_DIR = Flag("cni-conf-dir", "", _path, Path("/etc/cni/net.d"), "DIR", "where the CNI configurations are")
+_CNI_BIN_DIR = Flag("cni-bin-dir", "", _path, Path("/opt/cni/bin"), "DIR", "where their plugins are")
 _JSON = Flag("json", "", boolean, False, "", "for programs")
 
 
@@ -320,6 +323,25 @@ def parse_lease_flags(argv: Sequence[str], environ: Mapping[str, str], n_words: 
     return LeaseRequest(_options(given, environ), tuple(given.words), given.values[_JSON.name])
 
 
+@dataclass(frozen=True, slots=True)
+class DoctorRequest:
+    """The arguments of `udptun doctor`."""
+
+    options: Options
+    cni_conf_dir: Path
+    cni_bin_dir: Path
+    json: bool
+    all: bool
+
+
+def parse_doctor_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> DoctorRequest:
+    """What `udptun doctor` takes: every flag of the daemon, and its own."""
+    own = (_CNI_CONF_DIR, _CNI_BIN_DIR, _JSON, _ALL)
+    given = _given(argv, environ, *own, ends_at_word=as_flanneld)
+    options = _options(given, environ, as_flanneld=as_flanneld)
+    return DoctorRequest(options, *(given.values[it.name] for it in own))
+
+
 def daemon_help() -> str:
     """What `udptun daemon --help` says about the flags."""
     return help_text(FLAGS, ENVIRONMENT_PREFIX)
@@ -329,6 +351,11 @@ def lease_help() -> str:
     """What `udptun lease --help` says about the flags."""
     topics = (_LEASES, ETCD_TOPIC, KUBE_TOPIC)
     return help_text({"": (_JSON,), **{topic: FLAGS[topic] for topic in topics}}, ENVIRONMENT_PREFIX)
+
+
+def doctor_help() -> str:
+    """What `udptun doctor --help` says about the flags."""
+    return help_text({"": (_JSON, _ALL, _CNI_CONF_DIR, _CNI_BIN_DIR), **FLAGS}, ENVIRONMENT_PREFIX)
 
 
 def cleanup_help() -> str:

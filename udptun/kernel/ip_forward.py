@@ -56,13 +56,16 @@ class IpForwardWatch:
             return False
         # On a host without pods there is nothing to forward yet.  The first pod brings the setting with it.
         faults = [
-            line
-            for path, pod_links in links.items()
-            if pod_links
-            for line in _FIND_FAULTS[path.family]((path.device, *pod_links))
+            line for path, pod_links in links.items() if pod_links for line in find_forwarding_faults(path, pod_links)
         ]
         self._lines.replace(faults)
         return True
+
+
+def find_forwarding_faults(path: PodPath, pod_links: Sequence[str]) -> list[str]:
+    """A line for each setting that keeps packets from passing between these links and the path's device."""
+    find = _find_ipv4_faults if path.family is Family.IPV4 else _find_ipv6_faults
+    return find((path.device, *pod_links))
 
 
 def _find_ipv4_faults(links: Sequence[str]) -> list[str]:
@@ -88,9 +91,6 @@ def _find_ipv6_faults(links: Sequence[str]) -> list[str]:
         "net.ipv6.conf.all.forwarding is 0, so no IPv6 packet passes between pods here and other hosts; "
         "run `sysctl -w net.ipv6.conf.all.forwarding=1`, and have /etc/sysctl.d keep it"
     ]
-
-
-_FIND_FAULTS = {Family.IPV4: _find_ipv4_faults, Family.IPV6: _find_ipv6_faults}
 
 
 def _notices() -> AsyncGenerator[bytes | None, None]:

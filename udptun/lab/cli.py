@@ -1,4 +1,4 @@
-"""`udptun lab up | exec | status | down`."""
+"""`udptun lab up | exec | status | doctor | down`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +21,7 @@ from udptun._kabi import lib
 from udptun.core.errors import UdptunError
 from udptun.lab import owner
 from udptun.lab.errors import LabError
-from udptun.lab.machine import Place
+from udptun.lab.machine import SOURCE_ROOT, Place
 from udptun.lab.topology import DEFAULT_NET_CONF, DUAL_STACK_NET_CONF, SWITCH, Lab
 
 
@@ -64,6 +66,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     execute.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     status = command("status", _status, "what runs where")
     status.add_argument("--json", action="store_true")
+    doctor = command("doctor", _doctor, "udptun doctor in every host, or in those that are named")
+    doctor.add_argument("hosts", nargs="*", metavar="HOST")
+    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument("--all", action="store_true", help="also what is fine")
     command("down", _down, "remove the lab and everything that runs in it")
 
 
@@ -229,6 +235,23 @@ def _status(options: argparse.Namespace) -> int:
         for pod in host["pods"]:
             print(f"    {host['name']}/{pod['name']:<6} {pod['address']}")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """At the same time in all of them; the exit status is the worst of theirs."""
+    lab = owner.RunningLab.find(options.name)
+    with lab.connection:
+        status = lab.status()
+    names = options.hosts or [host["name"] for host in status["hosts"] if host["up"]]
+    command = [sys.executable, "-m", "udptun", "doctor", *(["--json"] * options.json), *(["--all"] * options.all)]
+    environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+    running = {it: _place(status, it).popen(command, stdout=subprocess.PIPE, env=environ) for it in names}
+    said = {name: child.communicate()[0] for name, child in running.items()}
+    if options.json:
+        print(json.dumps({name: json.loads(text) for name, text in said.items()}))
+    else:
+        print("\n".join(f"{name}:\n{textwrap.indent(text, '  ')}" for name, text in said.items()), end="")
+    return max(child.returncode for child in running.values())
 
 
 def _down(options: argparse.Namespace) -> int:

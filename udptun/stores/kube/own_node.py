@@ -87,6 +87,10 @@ class OwnNode:
         except LeaseFormatError as exc:
             raise ConfigError(f"node {self.name}: {exc}") from exc
 
+    async def find_lack(self) -> str:
+        """Why the node has no lease to give; empty when it has."""
+        return self._lacks(await self._read())
+
     async def claim(self, attrs: LeaseAttrs) -> Lease:
         """Write `attrs` into the annotations; the lease that the server then has.
 

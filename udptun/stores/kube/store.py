@@ -54,6 +54,10 @@ class KubeStore:
     def want_families(self, families: Collection[Family]) -> None:
         self._own.families = families
 
+    async def find_lack(self) -> str:
+        """Why our node has no lease to give; empty when it has.  For `udptun doctor`; nothing is written."""
+        return await self._own.find_lack()
+
     async def snapshot(self, *, exact: bool = False) -> Snapshot:
         return await self._nodes.snapshot()
 

@@ -1,0 +1,329 @@
+"""udptun doctor: its table and page, what its checks make of facts, and how it prints them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from udptun.config.flags import parse_daemon_flags, parse_doctor_flags
+from udptun.core.network_state import Address, Link, Route
+from udptun.doctor import daemon, kernel, others, paths, store
+from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination, examine
+from udptun.doctor.facts import Facts, Peer, StoreView
+from udptun.doctor.finding import Finding, NotHereError, Severity
+from udptun.doctor.processes import daemon_words, flanneld_in
+from udptun.doctor.report import as_json, as_text
+from udptun.doctor.sample import MOST, sample
+from udptun.stores.base import LEASE_TTL_S
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "doctor.md"
+NOW_S = 1_800_000_000.0
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """Of a host that is well, with one peer."""
+    peer = {"subnet": "10.244.7.0/24", "public_ip": "192.0.2.7", "port": 8285, "liveness": "alive", "path_mtu": 1472}
+    return {
+        "network": "10.244.0.0/16",
+        "lease": {"subnet": "10.244.1.0/24", "public_ip": "192.0.2.1", "expires_at": NOW_S + LEASE_TTL_S},
+        "underlay": {"interface": "eth0", "address": "192.0.2.1", "mtu": 1500},
+        "ipv6": None,
+        "backend": {"type": "udp", "device": "flannel0", "mtu": 1472, "offloads": ["tso"]},
+        "datapath": {"pid": 7, "standby_pids": [8], "workers": ["running"], "confinement": "full"},
+        "peers": [peer],
+        "skipped": [],
+        "problems": [],
+        **changes,
+    }
+
+
+def link(index: int, name: str, **more: Any) -> Link:
+    return Link(index, name, "", 1500, is_up=True, has_carrier=True, is_loopback=False, tx_queue_len=0, **more)
+
+
+def facts(said: dict[str, Any] | None = None, **changes: Any) -> Facts:
+    found = Facts(
+        parse_daemon_flags([], {}),
+        Path("/nowhere"),
+        (Path("/nowhere"),),
+        document() if said is None else said,
+        "",
+        lambda: None,
+        None,
+        StoreView("local"),
+        None,
+        (),
+        {1: link(1, "eth0"), 2: link(2, "flannel0", alias="udptun 10.244.0.0/16")},
+        (),
+        (),
+        "",
+        "6.12.1",
+        NOW_S,
+    )
+    return replace(found, **changes)
+
+
+async def causes(look: Any, of: Facts) -> list[str]:
+    return [finding.cause for finding in await look(of)]
+
+
+# --- the table
+
+
+def test_page_has_a_row_for_each_check_and_the_same_words() -> None:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \| (\w+) \| (.*) \|$", PAGE.read_text(), re.MULTILINE)
+    assert rows[:-1] == [(it.name, it.looks_at, it.worst.word, it.remedy) for it in CHECKS]
+    assert rows[-1][0] == PROBLEM_LINES
+
+
+def test_page_and_changelog_say_how_many_checks_there_are() -> None:
+    n = len(CHECKS) + 1
+    assert f"{n} checks, " in PAGE.read_text()
+    assert f"({n} checks:" in (PAGE.parents[1] / "CHANGELOG.md").read_text()
+
+
+def test_names_of_checks_are_different() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+# --- checks
+
+
+async def test_a_clock_that_is_behind_or_ahead_shows_by_our_lease() -> None:
+    assert await causes(kernel.clock, facts()) == []
+    (behind,) = await causes(kernel.clock, facts(now_s=NOW_S - 7200))
+    assert "is behind" in behind
+    (ahead,) = await causes(kernel.clock, facts(now_s=NOW_S + LEASE_TTL_S + 7200))
+    assert "is ahead" in ahead
+    (ancient,) = await causes(kernel.clock, facts(now_s=1000.0))
+    assert "before 2025" in ancient
+
+
+async def test_a_kernel_that_corrupts_what_is_sent_is_a_note_and_an_error_where_it_is_used() -> None:
+    assert await causes(kernel.kernel_version, facts()) == []
+    (note,) = await kernel.kernel_version(facts(release="7.1.0"))
+    assert note.severity is Severity.NOTE
+    used = document(backend={**document()["backend"], "offloads": ["udp_segment"]})
+    (error,) = await kernel.kernel_version(facts(used, release="7.1.0"))
+    assert error.severity is Severity.ERROR
+    assert "--offload-disabled=udp_segment" in error.remedy
+
+
+async def test_a_datapath_without_process_worker_or_standby_is_named() -> None:
+    assert await causes(daemon.datapath, facts()) == []
+    none = {"pid": None, "standby_pids": [], "workers": ["stopped"], "confinement": None}
+    assert await causes(daemon.datapath, facts(document(datapath=none))) == [
+        "no datapath process runs, so no packet passes the tunnel"
+    ]
+    half = {"pid": 7, "standby_pids": [], "workers": ["running", "tun_lost"], "confinement": "full"}
+    assert len(await causes(daemon.datapath, facts(document(datapath=half)))) == 2
+
+
+async def test_an_mtu_that_the_underlay_does_not_take_is_named() -> None:
+    small = {1: replace(link(1, "eth0"), mtu=1400)}
+    (finding,) = await paths.mtu(facts(links=small, document=document()))
+    assert finding.severity is Severity.WARNING
+    assert "1472 bytes, 1500 on eth0, and that takes 1400" in finding.cause
+
+
+async def test_a_route_of_others_to_a_peer_is_an_error_and_one_to_nobody_a_warning() -> None:
+    routes = (
+        Route(ip_network("10.244.7.0/24"), ip_address("192.0.2.7"), 1, protocol=4),
+        Route(ip_network("10.244.9.0/24"), None, 1, protocol=4),
+        Route(ip_network("10.0.0.0/8"), None, 1, protocol=4),
+        Route(ip_network("10.244.0.0/16"), None, 2),
+    )
+    found = await others.foreign_routes(facts(routes=routes))
+    assert [(it.severity, it.subject) for it in found] == [
+        (Severity.ERROR, "10.244.7.0/24"),
+        (Severity.WARNING, "10.244.9.0/24"),
+    ]
+    assert "`ip route delete 10.244.7.0/24 via 192.0.2.7 dev eth0 proto 4`" in found[0].remedy
+
+
+async def test_a_bridge_of_an_earlier_lease_is_named() -> None:
+    bridge = {**facts().links, 3: replace(link(3, "cni0"), kind="bridge")}
+    old = Address(3, ip_address("10.244.5.1"), 24)
+    (finding,) = await others.overlapping_networks(facts(links=bridge, addresses=(old,)))
+    assert "`ip link delete cni0`" in finding.remedy
+    own = Address(3, ip_address("10.244.1.1"), 24)
+    assert await causes(others.overlapping_networks, facts(links=bridge, addresses=(own,))) == []
+
+
+async def test_lines_of_the_daemon_that_a_check_has_found_are_not_said_twice() -> None:
+    line = "net.ipv4.ip_forward is 0, so no packet passes; run `sysctl`"
+    dead = "the host of 10.244.7.0/24 at 192.0.2.7 has answered and does not any more; is it up?"
+    said = facts(document(problems=[line, dead, "something else"]))
+    assert [it.cause for it in daemon.problem_lines(said, [])] == [
+        "net.ipv4.ip_forward is 0, so no packet passes",
+        "the host of 10.244.7.0/24 at 192.0.2.7 has answered and does not any more",
+        "something else",
+    ]
+    found = [
+        ("forwarding", Finding.of_line(Severity.ERROR, line)),
+        ("reachability", Finding(Severity.ERROR, "10.244.7.0/24", "x", "y")),
+    ]
+    assert [it.cause for it in daemon.problem_lines(said, found)] == ["something else"]
+
+
+async def test_a_store_that_fails_is_an_error_with_what_to_do() -> None:
+    (finding,) = await store.store(facts(store=StoreView("etcd", error="etcd: connection refused")))
+    assert finding.severity is Severity.ERROR
+    assert "is the server up" in finding.remedy
+    (finding,) = await store.network_config(facts(conf_problems=("Network: missing",)))
+    assert finding.cause == "Network: missing"
+
+
+async def test_without_a_daemon_what_needs_one_does_not_apply() -> None:
+    silent = facts(document=None, silence="no udptun daemon answers at /run/x; is it running?")
+    with pytest.raises(NotHereError):
+        await daemon.datapath(silent)
+    (finding,) = await daemon.daemon(silent)
+    assert finding.cause == "no udptun daemon answers at /run/x"
+    assert finding.remedy.startswith("is it running?")
+
+
+# --- peers
+
+
+def many(n: int, dead: Iterable[int] = ()) -> list[Peer]:
+    gone = set(dead)
+    return [
+        Peer(
+            ip_network((0x0A000000 + (i << 8), 24)),
+            ip_address(0x0B000000 + i),
+            ip_address(0x0A000000 + (i << 8)),
+            liveness="dead" if i in gone else "alive",
+        )
+        for i in range(n)
+    ]
+
+
+def test_all_of_a_hundred_peers_are_asked_and_of_ten_thousand_a_sample_with_the_dead_ones() -> None:
+    few = sample(many(MOST))
+    assert len(few.chosen) == MOST
+    assert str(few) == "100 peers"
+    large = sample(many(10_000, dead=(17, 9_876)))
+    assert len(large.chosen) == len(set(large.chosen)) == MOST
+    assert sum(peer.liveness == "dead" for peer in large.chosen) == 2
+    assert str(large) == "a sample of 100 of 10000 peers"
+    assert len(sample(many(10_000, dead=range(5_000))).chosen) == MOST
+
+
+def test_peers_of_both_families_are_asked_at_the_addresses_that_answer() -> None:
+    ipv6 = {
+        "network": "fd00:244::/48",
+        "subnet": "fd00:244::1:0/112",
+        "device": "flannel0",
+        "mtu": 1472,
+        "peers": [{"subnet": "fd00:244::7:0/112", "public_ip": "192.0.2.7", "port": 8285, "liveness": "alive"}],
+    }
+    found = facts(document(ipv6=ipv6)).peers
+    assert [str(peer.inner) for peer in found] == ["10.244.7.0", "fd00:244::7:0"]
+    bare = document(backend={**document()["backend"], "type": "host-gw", "device": None})
+    assert [str(peer.inner) for peer in facts(bare).peers] == ["192.0.2.7"]
+
+
+# --- running and printing
+
+
+async def test_a_check_that_cannot_look_keeps_no_other_from_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(_: Facts) -> list[Finding]:
+        raise OSError("no")
+
+    async def hangs(_: Facts) -> list[Finding]:
+        await asyncio.sleep(60)
+        return []
+
+    async def finds(_: Facts) -> list[Finding]:
+        return [Finding(Severity.NOTE, "", "a", "b"), Finding(Severity.WARNING, "", "c", "d")]
+
+    checks = tuple(replace(check, look=look) for check, look in zip(CHECKS, (fails, hangs, finds), strict=False))
+    monkeypatch.setattr("udptun.doctor.checks.CHECKS", checks)
+    monkeypatch.setattr("udptun.doctor.checks._CHECK_S", 0.01)
+    found = await examine(facts())
+    assert [it.cause for _, it in found.findings] == ["c", "a"]
+    assert found.not_looked_at == {checks[0].name: "it could not look: no", checks[1].name: "it took more than 0 s"}
+    assert found.exit_status == 1
+
+
+def examination(*severities: Severity) -> Examination:
+    findings = tuple(("forwarding", Finding(it, "eth0", "it is off", "switch it on")) for it in severities)
+    return Examination(findings, {"pod-cidr": "only Kubernetes gives podCIDRs"}, 35, "3 peers")
+
+
+def test_text_has_problems_first_two_lines_each_and_colour_on_a_terminal_only() -> None:
+    text = as_text(examination(Severity.ERROR, Severity.NOTE), with_all=False, with_colour=False)
+    assert text.splitlines() == [
+        "error    forwarding: eth0: it is off",
+        "         -> switch it on",
+        "note     forwarding: eth0: it is off",
+        "         -> switch it on",
+        "",
+        "35 checks, 3 peers asked: 1 error, 1 note; 1 do not apply here (--all says why)",
+    ]
+    assert "\33" in as_text(examination(Severity.ERROR), with_all=False, with_colour=True)
+    whole = as_text(examination(), with_all=True, with_colour=False)
+    assert "ok       clock: " in whole
+    assert "-        pod-cidr: not looked at: only Kubernetes gives podCIDRs" in whole
+    assert "nothing wrong" in whole.splitlines()[-1]
+
+
+def test_json_has_every_check_once_and_the_keys_of_the_page() -> None:
+    said = json.loads(as_json(examination(Severity.WARNING)))
+    named = {said["findings"][0]["check"], *said["fine"], *said["not_looked_at"]}
+    assert named == {*(check.name for check in CHECKS), PROBLEM_LINES}
+    assert said["exit_status"] == 1
+    keys = [*said, *(f"findings[].{key}" for key in said["findings"][0])]
+    table = PAGE.read_text().partition("## For programs")[2]
+    assert sorted(re.findall(r"^\| `([\w.\[\]]+)` \|", table, re.MULTILINE)) == sorted(keys)
+
+
+@pytest.mark.parametrize(("severities", "status"), [((), 0), ((1,), 0), ((1, 2), 1), ((2, 3), 2)])
+def test_exit_status_is_by_the_worst(severities: tuple[int, ...], status: int) -> None:
+    assert examination(*map(Severity, severities)).exit_status == status
+
+
+def test_what_others_wrote_cannot_command_the_terminal() -> None:
+    assert "\33" not in Finding(Severity.NOTE, "\33[2J", "a\nb", "c").subject
+
+
+# --- the daemon's flags
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("/usr/bin/python3 -m udptun daemon --store etcd", (False, ["--store", "etcd"])),
+        ("/usr/bin/python3 /usr/bin/udptun daemon", (False, [])),
+        ("/usr/bin/python3 /opt/bin/flanneld --ip-masq --kube-subnet-mgr", (True, ["--ip-masq", "--kube-subnet-mgr"])),
+        ("/usr/bin/python3 -I /usr/bin/flanneld -v 1", (True, ["-v", "1"])),
+        ("/opt/bin/flanneld --ip-masq", None),
+        ("/usr/bin/python3 -m udptun status", None),
+        ("bash", None),
+    ],
+)
+def test_flags_of_a_daemon_are_read_off_its_command_line(line: str, found: object) -> None:
+    assert daemon_words(line.split()) == found
+
+
+def test_flannels_own_program_is_known_by_its_name() -> None:
+    assert flanneld_in(["/opt/bin/flanneld", "--kube-subnet-mgr"])
+    assert not flanneld_in(["/usr/bin/python3", "/opt/bin/flanneld"])
+    assert not flanneld_in([])
+
+
+def test_doctor_takes_the_daemons_flags_and_its_own() -> None:
+    request = parse_doctor_flags(["--run-dir=/r", "--json", "--cni-conf-dir", "/host/cni"], {"FLANNELD_MTU": "1400"})
+    assert request.options.run_dir == Path("/r")
+    assert request.options.mtu == 1400
+    assert (request.json, request.all) == (True, False)
+    assert (request.cni_conf_dir, request.cni_bin_dir) == (Path("/host/cni"), Path("/opt/cni/bin"))

@@ -1,0 +1,97 @@
+"""The daemon of this host: whether it answers, its datapath, and what it says is wrong."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Collection
+from pathlib import Path
+
+from udptun.control.run_dir import SOCKET_NAME
+from udptun.doctor.facts import Facts
+from udptun.doctor.finding import Finding, NotHereError, Severity
+from udptun.kernel.peer import peer_of
+
+_WAIT_S = 5.0
+
+
+def find_pid(run_dir: Path) -> int | None:
+    """Of the daemon that listens in `run_dir`; None when there is none, or it cannot be seen from here."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(_WAIT_S)
+        try:
+            asking.connect(str(run_dir / SOCKET_NAME))
+            return peer_of(asking)[0] or None
+        except OSError:
+            return None
+
+
+async def daemon(facts: Facts) -> list[Finding]:
+    if facts.document is not None:
+        return []
+    remedy = (
+        "`systemctl status flanneld`, or the pod's log; give the daemon's --run-dir if it has another one"
+        if facts.daemon_pid is None
+        else "its log says more; what it waits for may be a finding above"
+    )
+    cause, _, more = facts.silence.partition("; ")
+    return [Finding(Severity.ERROR, str(facts.options.run_dir), cause, f"{more}; {remedy}" if more else remedy)]
+
+
+async def datapath(facts: Facts) -> list[Finding]:
+    if facts.document is None:
+        raise NotHereError("no daemon says how its datapath is")
+    it = facts.document["datapath"]
+    if it is None:
+        raise NotHereError(f"with Backend.Type {facts.backend_type} the kernel carries the packets")
+    found = []
+    if it["pid"] is None:
+        cause = "no datapath process runs, so no packet passes the tunnel"
+        found.append(Finding(Severity.ERROR, "", cause, "the daemon starts one; if it does not, its log says why"))
+    for number, state in enumerate(it["workers"]):
+        if it["pid"] is not None and state != "running":
+            cause = f"worker {number} of the datapath is {state.replace('_', ' ')}"
+            remedy = "the daemon brings it back; if it does not, `udptun status` and its log say why"
+            found.append(Finding(Severity.ERROR, f"worker {number}", cause, remedy))
+    if it["pid"] is not None and not it["standby_pids"]:
+        cause = "no datapath process is on standby, so packets are lost when the active one dies"
+        found.append(Finding(Severity.WARNING, "", cause, "the daemon starts one; if it does not, its log says why"))
+    wanted = facts.options.datapath_confinement.value
+    if it.get("confinement") not in (None, wanted) and facts.daemon_pid is not None:
+        cause = f"the datapath has given up {it['confinement']}, and --datapath-confinement asks for {wanted}"
+        found.append(
+            Finding(Severity.WARNING, "", cause, "`problems` in `udptun status` says why; restart it to try again")
+        )
+    return found
+
+
+_SAME_THING = (
+    (r"has answered and does not any more", "reachability"),
+    (r"^the path to ", "path-mtu"),
+)
+"""What a line of the daemon says, and the check that says the same thing of the same peer in other words."""
+
+_SEVERITIES = (
+    (r"has answered and does not any more", Severity.ERROR),
+    (r"forwarding is 0|ip_forward is 0", Severity.ERROR),
+    (r" (drops|rejects) (some )?(IPv6 )?packets ", Severity.ERROR),
+    (r"^peer .* leases .* for ", Severity.ERROR),
+    (r"^pods have no ", Severity.ERROR),
+    (r"^cannot bind ", Severity.ERROR),
+)
+"""How bad a line is; a warning where nothing here fits."""
+
+
+def problem_lines(facts: Facts, found: Collection[tuple[str, Finding]]) -> list[Finding]:
+    """What the daemon says is wrong and no check has found.  `found` comes with the names of the checks."""
+    if facts.document is None:
+        raise NotHereError("no daemon says what is wrong")
+    said = {(it.cause, it.remedy) for _, it in found}
+    lines = []
+    for line in facts.document["problems"]:
+        severity = next((severity for text, severity in _SEVERITIES if re.search(text, line)), Severity.WARNING)
+        is_found = any(re.search(text, line) and any(name == check for name, _ in found) for text, check in _SAME_THING)
+        finding = Finding.of_line(severity, line)
+        if not is_found and (finding.cause, finding.remedy) not in said:
+            lines.append(finding)
+    return lines

@@ -1,0 +1,83 @@
+"""An examination as text for people and as JSON for programs.  Pure."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from udptun import __version__
+from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination
+from udptun.doctor.finding import Severity
+
+SCHEMA = 1
+"""Of the JSON document.  Keys are only ever added."""
+
+_COLOURS = {Severity.ERROR: "\33[1;31m", Severity.WARNING: "\33[1;33m", Severity.NOTE: "\33[36m"}
+_GREEN, _DIM, _PLAIN = "\33[32m", "\33[2m", "\33[0m"
+
+
+def as_text(it: Examination, *, with_all: bool, with_colour: bool) -> str:
+    """Problems first, two lines each, and a summary at the end.  `with_all`: also what is fine."""
+    lines = []
+    for name, finding in it.findings:
+        word = _paint(f"{finding.severity.word:<8}", _COLOURS[finding.severity], with_colour)
+        subject = f"{finding.subject}: " if finding.subject and finding.subject not in finding.cause else ""
+        lines += [f"{word} {name}: {subject}{finding.cause}", f"         -> {finding.remedy}"]
+    if with_all:
+        lines += _others(it, with_colour)
+    return "\n".join([*lines, *([""] if lines else []), _summary(it)]) + "\n"
+
+
+def _others(it: Examination, with_colour: bool) -> list[str]:
+    wrong = {name for name, _ in it.findings}
+    lines = []
+    for name, looks_at in (*((check.name, check.looks_at) for check in CHECKS), (PROBLEM_LINES, _OF_THE_DAEMON)):
+        if name in it.not_looked_at:
+            lines.append(f"{_paint('-       ', _DIM, with_colour)} {name}: not looked at: {it.not_looked_at[name]}")
+        elif name not in wrong:
+            lines.append(f"{_paint('ok      ', _GREEN, with_colour)} {name}: {looks_at.replace('`', '')}")
+    return lines
+
+
+_OF_THE_DAEMON = "what the daemon says is wrong"
+
+
+def _summary(it: Examination) -> str:
+    counts = Counter(finding.severity for _, finding in it.findings)
+    words = [_count(counts[severity], severity.word) for severity in reversed(Severity) if counts[severity]]
+    skipped = f"; {len(it.not_looked_at)} do not apply here (--all says why)" if it.not_looked_at else ""
+    return f"{it.n_checks} checks, {it.peers} asked: {', '.join(words) or 'nothing wrong'}{skipped}"
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'s' if n > 1 else ''}"
+
+
+def _paint(text: str, colour: str, with_colour: bool) -> str:
+    return f"{colour}{text}{_PLAIN}" if with_colour else text
+
+
+def as_json(it: Examination) -> str:
+    """One line; docs/doctor.md says what it has."""
+    wrong = {name for name, _ in it.findings}
+    names = (*(check.name for check in CHECKS), PROBLEM_LINES)
+    return json.dumps(
+        {
+            "schema": SCHEMA,
+            "version": __version__,
+            "exit_status": it.exit_status,
+            "peers": it.peers,
+            "findings": [
+                {
+                    "severity": finding.severity.word,
+                    "check": name,
+                    "subject": finding.subject,
+                    "cause": finding.cause,
+                    "remedy": finding.remedy,
+                }
+                for name, finding in it.findings
+            ],
+            "fine": [name for name in names if name not in wrong and name not in it.not_looked_at],
+            "not_looked_at": it.not_looked_at,
+        }
+    )
