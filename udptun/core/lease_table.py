@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from itertools import chain
+from typing import NamedTuple
 
 from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeasePart, overlap, validate
@@ -58,7 +59,7 @@ class LeaseTable:
         self._peer_types = peer_types
         self._known: dict[str, Lease] = {}
         self._used: dict[str, Lease] = {}
-        self._space = _AddressSpace(self.part, network)
+        self._space = _AddressSpace(network)
         self._waiting: dict[str, Lease] = {}
         """Refused only because of another lease."""
         self._expiries = _Expiries()
@@ -153,8 +154,11 @@ class LeaseTable:
             return f"PublicIP {ip} lies inside our own lease {self._own_subnet}"
         return validate(lease, self.family, self._network, self._claimed, outer)
 
-    def _address(self, lease: Lease) -> IPAddress | None:
-        return lease.attrs.address(self._outer(lease.attrs))
+    def _addresses(self, lease: Lease) -> _Addresses:
+        """Those of a lease that has no fault."""
+        subnet, public_ip = lease.subnet_of(self.family), lease.attrs.address(self._outer(lease.attrs))
+        assert public_ip is not None
+        return _Addresses(*_span(subnet), subnet, public_ip)
 
     def _order(self, lease: Lease) -> tuple[int, int]:
         """By address, the wider subnet first."""
@@ -185,25 +189,23 @@ class LeaseTable:
                 if self._fault(new) is None:
                     self._note_type(new)
                 new = None
-            if new is not None and old is not None and self._space.move(old, new):
+            before = None if old is None else self._addresses(old)
+            if new is not None and before is not None and self._space.move(before, now := self._addresses(new)):
                 self._used[key] = new  # the same key is the same subnet: it keeps its addresses
                 self._note_type(new)
                 added.append(new)
-                has_moved |= self._address(old) != self._address(new)
-            elif new is not None:
-                if old is not None:
-                    del self._used[key]
-                    self._space.free(old)
-                    removed.append(old)
-                newcomers.append(new)
-            elif old is not None:
+                has_moved |= before != now
+                continue
+            if old is not None and before is not None:
                 del self._used[key]
-                self._space.free(old)
+                self._space.free(before)
                 removed.append(old)
+            if new is not None:
+                newcomers.append(new)
         if removed or has_moved:
             newcomers += self._waiting.values()
         for lease in sorted(newcomers, key=self._order):
-            reason = self._space.claim(lease)
+            reason = self._space.claim(lease.key, self._addresses(lease))
             if reason is None:
                 self._used[lease.key] = lease
                 self.refused.pop(lease.key, None)
@@ -240,87 +242,86 @@ def _span(subnet: IPNetwork) -> tuple[int, int]:
     return first, first | (1 << subnet.max_prefixlen - subnet.prefixlen) - 1
 
 
+class _Addresses(NamedTuple):
+    """What a lease takes: its subnet, which is also `first` to `last`, and its PublicIP."""
+
+    first: int
+    last: int
+    subnet: IPNetwork
+    public_ip: IPAddress
+
+
 class _AddressSpace:
     """Which addresses of a family are taken: disjoint subnets, by their first address, and PublicIPs between them."""
 
-    def __init__(self, part: Callable[[Lease], LeasePart], network: IPNetwork) -> None:
-        """All subnets lie inside `network`, so PublicIPs outside need no look.
-
-        A lease that lacks subnet or PublicIP, without which there is no `part`, is refused before it comes here.
-        """
-        self._part = part
+    def __init__(self, network: IPNetwork) -> None:
+        """All subnets lie inside `network`, so PublicIPs outside need no look."""
         self._version = network.version
         self._network = _span(network)
         self._firsts: list[int] = []
-        self._holder: dict[int, Lease] = {}
+        self._holders: dict[int, tuple[int, str]] = {}
+        """By the first address of a subnet: the last one, and the key of its lease."""
         self._public_ips: list[int] = []
         """Those inside Network, sorted; hosts that share an address have it there more than once."""
 
-    def claim(self, lease: Lease) -> str | None:
-        """Take the lease's subnet and PublicIP.  Where one of them is taken, take nothing and return the reason."""
-        subnet = self._part(lease).subnet
-        first, last = _span(subnet)
-        other = self._reaching(first, last)
+    def claim(self, key: str, wanted: _Addresses) -> str | None:
+        """Take subnet and PublicIP of the lease `key`.  Where one is taken, take nothing and return the reason."""
+        other = self._reaching(wanted.first, wanted.last)
         if other is not None:
-            return f"subnet {subnet} overlaps the lease {other.key}"
-        reason = self._reason_against(lease)
+            return f"subnet {wanted.subnet} overlaps the lease {other}"
+        reason = self._reason_against(wanted)
         if reason is not None:
             return reason
-        insort(self._firsts, first)
-        self._holder[first] = lease
-        self._add_public_ip(lease)
+        insort(self._firsts, wanted.first)
+        self._holders[wanted.first] = wanted.last, key
+        self._add_public_ip(wanted.public_ip)
         return None
 
-    def move(self, old: Lease, new: Lease) -> bool:
+    def move(self, old: _Addresses, new: _Addresses) -> bool:
         """Go from the PublicIP of `old` to that of `new`, which has the same subnet; False: that one is taken."""
-        if self._part(old).public_ip == self._part(new).public_ip:
+        if old.public_ip == new.public_ip:
             return True
         if self._reason_against(new) is not None:
             return False
-        self._remove_public_ip(old)
-        self._add_public_ip(new)
+        self._remove_public_ip(old.public_ip)
+        self._add_public_ip(new.public_ip)
         return True
 
-    def free(self, lease: Lease) -> None:
+    def free(self, taken: _Addresses) -> None:
         """Give back what `claim` took."""
-        first = int(self._part(lease).subnet.network_address)
-        del self._holder[first]
-        del self._firsts[bisect_left(self._firsts, first)]
-        self._remove_public_ip(lease)
+        del self._holders[taken.first]
+        del self._firsts[bisect_left(self._firsts, taken.first)]
+        self._remove_public_ip(taken.public_ip)
 
-    def _reason_against(self, lease: Lease) -> str | None:
+    def _reason_against(self, wanted: _Addresses) -> str | None:
         """Why packets for the lease, or for a host whose address lies in it, would go round in circles."""
-        part = self._part(lease)
-        subnet, ip = part.subnet, part.public_ip
-        first, last = _span(subnet)
+        first, last, subnet, ip = wanted
         place = bisect_left(self._public_ips, first)
         if place < len(self._public_ips) and self._public_ips[place] <= last:
             theirs = type(subnet.network_address)(self._public_ips[place])
             return f"subnet {subnet} has the PublicIP of another host in it, {theirs}"
         other = self._reaching(int(ip), int(ip)) if self._is_inside(ip) else None
-        return None if other is None else f"PublicIP {ip} lies inside the lease {other.key}"
+        return None if other is None else f"PublicIP {ip} lies inside the lease {other}"
 
-    def _reaching(self, first: int, last: int) -> Lease | None:
-        """The lease whose subnet has any of these addresses."""
+    def _reaching(self, first: int, last: int) -> str | None:
+        """The key of the lease whose subnet has any of these addresses."""
         # Of disjoint subnets only the last one that begins before our end can reach into us.
         place = bisect_right(self._firsts, last)
         if place:
-            other = self._holder[self._firsts[place - 1]]
-            if _span(self._part(other).subnet)[1] >= first:
-                return other
+            end, key = self._holders[self._firsts[place - 1]]
+            if end >= first:
+                return key
         return None
 
     def _is_inside(self, ip: IPAddress) -> bool:
         first, last = self._network
         return ip.version == self._version and first <= int(ip) <= last
 
-    def _add_public_ip(self, lease: Lease) -> None:
-        ip = self._part(lease).public_ip
+    def _add_public_ip(self, ip: IPAddress) -> None:
         if self._is_inside(ip):
             insort(self._public_ips, int(ip))
 
-    def _remove_public_ip(self, lease: Lease) -> None:
-        ip = self._part(lease).public_ip
+    def _remove_public_ip(self, ip: IPAddress) -> None:
         if self._is_inside(ip):
             del self._public_ips[bisect_left(self._public_ips, int(ip))]
 
