@@ -16,5 +16,10 @@ class Family(Enum):
         """The length of an address, bits."""
         return 32 if self is Family.IPV4 else 128
 
+    @property
+    def all_ones(self) -> int:
+        """The last address as a number."""
+        return (1 << self.bits) - 1
+
     def __str__(self) -> str:
         return f"IPv{self.value}"

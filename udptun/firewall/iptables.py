@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from udptun.core.errors import FirewallError
+from udptun.core.family import Family
 from udptun.core.network_state import IPNetwork
 from udptun.firewall import tool
 from udptun.firewall.iptables_form import (
@@ -20,13 +21,12 @@ from udptun.firewall.iptables_form import (
     iptables_repair,
     rules_of_table,
 )
+from udptun.firewall.obstacles.nft_messages import NFPROTO
 from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 from udptun.firewall.tool import TimedOutError, UnreadableError
 
 _LEGACY_TABLES = {4: Path("/proc/thread-self/net/ip_tables_names"), 6: Path("/proc/thread-self/net/ip6_tables_names")}
-_NFPROTO = {4: 2, 6: 10}
-"""NFPROTO_IPV4 and NFPROTO_IPV6 (include/uapi/linux/netfilter.h)."""
 _UNWANTED = iptables_chains(DesiredRules())
 _INCOMPATIBLE = "is incompatible, use 'nft' tool"
 """iptables-nft 1.8.9 says so about a chain or table with rules that it cannot express, which nft has set."""
@@ -147,7 +147,7 @@ class IptablesRules:
         await self._program.restore(script)
 
     def concerns(self, notice: RulesetNotice) -> bool:
-        is_ours = notice.family == _NFPROTO[self.version] and notice.table == self._table
+        is_ours = notice.family == NFPROTO[Family(self.version)] and notice.table == self._table
         return is_ours and notice.chain in self._chains_concerned
 
 

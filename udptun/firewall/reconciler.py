@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Network
 
 from udptun.core.errors import FirewallError, KernelError
+from udptun.core.family import Family
 from udptun.core.lease import Subnets
 from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
@@ -202,11 +203,10 @@ class FirewallReconciler:
 
     def _choose_rules(self) -> tuple[list[Rules], list[Rules]]:
         """The rules to keep, and those that must not exist.  Raises FirewallError when the tool is missing."""
-        assert self._subnets is not None
         kept: list[Rules] = []
         unwanted: list[Rules] = []
         for ownership in self._ownerships:
-            kept_of_family, unwanted_of_family = self._choose_rules_of(ownership, self._subnets)
+            kept_of_family, unwanted_of_family = self._choose_rules_of(ownership)
             kept += kept_of_family
             unwanted += unwanted_of_family
         if len(self._ownerships) == 1:
@@ -215,11 +215,12 @@ class FirewallReconciler:
             unwanted += [OldIptablesRules(program, *self._previous) for program in self._installed]
         return kept, unwanted
 
-    def _choose_rules_of(self, ownership: Ownership, subnets: Subnets) -> tuple[list[Rules], list[Rules]]:
+    def _choose_rules_of(self, ownership: Ownership) -> tuple[list[Rules], list[Rules]]:
         """The same about one family, whose Networks are those of `ownership`; none to keep without a subnet of it."""
+        assert self._subnets is not None
         settings, network, networks = self._settings, ownership.network, ownership.networks
         version = network.version
-        subnet = subnets.ipv4 if version == 4 else subnets.ipv6
+        subnet = self._subnets.of(Family(version))
         installed = [it if version == 4 else it.for_ipv6 for it in self._installed]
         desired = DesiredRules()
         if subnet is not None:

@@ -24,7 +24,7 @@ _U32, _I32 = struct.Struct("!I"), struct.Struct("!i")
 INET = 1
 """NFPROTO_INET: its chains see forwarded packets of both address families."""
 NFPROTO: Mapping[Family, int] = {Family.IPV4: 2, Family.IPV6: 10}
-"""NFPROTO_IPV4 and NFPROTO_IPV6: their chains see those of one."""
+"""NFPROTO_IPV4 and NFPROTO_IPV6 (include/uapi/linux/netfilter.h): their chains see those of one."""
 
 _DORMANT = 1
 _SET_INTERVAL, _ELEMENT_END = 4, 1
@@ -129,8 +129,7 @@ def decode_set(head: bytes, bodies: Iterable[bytes]) -> SetContents:
 
 
 def _ranges(keys: Iterable[tuple[int, bool]], key_len: int) -> Ranges:
-    """A key, of `key_len` bytes, begins a range, unless it is marked as an end: then it is the first number after one.
-    """
+    """The ranges between `keys`, each of `key_len` bytes: one marked as an end is the first number after a range."""
     ranges: list[tuple[int, int]] = []
     begin: int | None = None
     # An end comes before the beginning of the next range at the same number.

@@ -88,7 +88,7 @@ class _AddressLoad:
 
     @property
     def is_whole(self) -> bool:
-        return self.n == self.size and self.mask == _all_ones(self.family)
+        return self.n == self.size and self.mask == self.family.all_ones
 
     def number(self, raw: bytes) -> int:
         """The number of an address of which the first bytes are given."""
@@ -292,16 +292,12 @@ class _RuleReader:
         return Other.PERHAPS
 
 
-def _all_ones(family: Family) -> int:
-    return (1 << family.bits) - 1
-
-
 def _payload_load(found: Mapping[int, bytes], family: Family) -> _Load:
     base, offset, length = (number_of(found.get(key)) for key in (2, 3, 4))
     source_at, destination_at = _ADDRESSES_AT[family]
     if base == 1 and offset in (source_at, destination_at) and length <= destination_at - source_at:
         field = Field.SOURCE if offset == source_at else Field.DESTINATION
-        return _AddressLoad(field, length, family, _all_ones(family))
+        return _AddressLoad(field, length, family, family.all_ones)
     return None
 
 
@@ -337,8 +333,8 @@ def _address_comparison(load: _AddressLoad, operation: int, data: bytes) -> Cond
     low, high = {
         _LESS: (0, value - 1),
         _LESS_OR_EQUAL: (0, value),
-        _GREATER: (value + 1, _all_ones(load.family)),
-        _GREATER_OR_EQUAL: (value, _all_ones(load.family)),
+        _GREATER: (value + 1, load.family.all_ones),
+        _GREATER_OR_EQUAL: (value, load.family.all_ones),
     }[operation]
     return AddressIn(load.field, ((low, high),) if low <= high else ())
 

@@ -19,7 +19,7 @@ from udptun.core.network_state import IPNetwork
 Ranges = tuple[tuple[int, int], ...]
 """Addresses as numbers: first and last of each range, sorted and apart from each other."""
 
-ALL: Mapping[Family, Ranges] = {family: ((0, (1 << family.bits) - 1),) for family in Family}
+ALL: Mapping[Family, Ranges] = {family: ((0, family.all_ones),) for family in Family}
 _MAX_DEPTH = 16
 """How deep jumps may go (NFT_JUMP_STACK_SIZE); the kernel refuses more."""
 

@@ -206,8 +206,7 @@ def _address_conditions(addresses: list[bytes], inverted: int, family: Family) -
 
 def address_condition(field: Field, value: int, mask: int, family: Family, *, is_not: bool) -> Condition:
     """The address's bits under `mask` are `value`, or are not."""
-    ((_, all_ones),) = ALL_ADDRESSES[family]
-    host_bits = ~mask & all_ones
+    host_bits = ~mask & family.all_ones
     if host_bits & (host_bits + 1):
         # Not one range.
         return Other.PERHAPS
