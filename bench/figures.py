@@ -31,12 +31,15 @@ PATHS: Mapping[str, str] = {
     "udptun-ipv6": TUNNEL_IPV6,
     "underlay-ipv6": UNDERLAY_IPV6,
 }
-"""Word on the command line -> name in tables, in the order of tables."""
+"""Word -> name in tables, in the order of tables."""
+
+IPV6_OF = {"udptun": "udptun-ipv6", "underlay": "underlay-ipv6"}
+"""The paths that can be measured by IPv6: word on the command line -> that of the same by IPv6, which is none there."""
 
 
 def paths_of(words: Sequence[str], families: Sequence[str]) -> tuple[str, ...]:
     """The words of PATHS for these paths by these families, `4` and `6`; a path that has no IPv6 is left out there."""
-    found = {"4": words, "6": [word for word in (f"{it}-ipv6" for it in words) if word in PATHS]}
+    found = {"4": words, "6": [IPV6_OF[word] for word in words if word in IPV6_OF]}
     return tuple(word for family in families for word in found[family])
 
 

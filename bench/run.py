@@ -16,7 +16,7 @@ from bench import machine, report, results
 from bench.compiler import missing_compiler
 from bench.cpu import Usage
 from bench.errors import BenchError
-from bench.figures import FIGURES, LEASES_OF, MODES, N_LEASES, PATHS, TUNNEL, WORKLOADS, lease_path, paths_of
+from bench.figures import FIGURES, IPV6_OF, LEASES_OF, MODES, N_LEASES, PATHS, TUNNEL, WORKLOADS, lease_path, paths_of
 from bench.measure import Result, wait_for_path
 from bench.paths import Path, Tools, connect, interleave
 from bench.session import BUSY_LIMIT, Screen, check_idle, run, uninterrupted_end, whole_number
@@ -42,7 +42,7 @@ class Options:
     families: tuple[str, ...] = ("4",)
 
 
-FULL = Options(tuple(MODES), tuple(it for it in PATHS if not it.endswith("-ipv6")), tuple(WORKLOADS), 5, 3)
+FULL = Options(tuple(MODES), tuple(it for it in PATHS if it not in IPV6_OF.values()), tuple(WORKLOADS), 5, 3)
 QUICK = Options(("A", "B"), ("udptun", "naive", "vxlan"), ("tcp_1", "udp_64", "rtt"), 3, 1)
 
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         "--family",
         type=_some_of(("4", "6")),
         metavar="4,6",
-        help="by which IP between pods: 6 and 4,6 measure the paths that have IPv6 by it (default: 4)",
+        help=f"IP versions between pods; by 6 only {' and '.join(IPV6_OF)} are measured (default: 4)",
     )
     parser.add_argument(
         "--repeats", type=whole_number(1, 1000), metavar="N", help=f"interleaved rounds (default: {FULL.repeats})"

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.soak.ground import Ground, processes, read_status
 from bench.soak.store import REAL_TIME
-from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
+from udptun.control.run_dir import PROBES_FILES
 from udptun.lab.host import SUBNET_ENV, Host
 
 _SEPARATOR = "=== soak ==="
@@ -61,9 +61,7 @@ def kernel_state(ground: Ground, host: Host) -> dict[str, list[str]]:
         "routes": [_route(route) for route in json.loads(found.pop("routes"))],
         # What is known of the peers' paths comes and goes with it.
         "run directory": [
-            it.name
-            for it in host.path("/run/udptun").iterdir()
-            if PROBES_FILE not in it.name and IPV6_PROBES_FILE not in it.name
+            it.name for it in host.path("/run/udptun").iterdir() if not PROBES_FILES.fullmatch(it.name)
         ],
         "state directory": [path.name for path in host.path("/var/lib/udptun").iterdir() if path.name != SAVED],
         "subnet.env": host.path(SUBNET_ENV).read_text().splitlines(),

@@ -28,9 +28,11 @@ PROBES_FILE, IPV6_PROBES_FILE = "probes.json", "probes-v6.json"
 """What the daemon knows of the peers by its probes, for the next one.  Where the kernel carries the packets, each
 address family has its own."""
 
+PROBES_FILES = re.compile(rf"\.?({re.escape(PROBES_FILE)}|{re.escape(IPV6_PROBES_FILE)})(\.new)?")
+"""Their names, also while they are written."""
+
 _OWN_FILE = re.compile(
-    rf"{re.escape(SOCKET_NAME)}|{re.escape(LOCK_FILE)}|"
-    rf"\.?({re.escape(PROBES_FILE)}|{re.escape(IPV6_PROBES_FILE)})(\.new)?|datapath-\w+\.sock"
+    rf"{re.escape(SOCKET_NAME)}|{re.escape(LOCK_FILE)}|{PROBES_FILES.pattern}|datapath-\w+\.sock"
 )
 
 
