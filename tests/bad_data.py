@@ -115,12 +115,12 @@ CONFIGS: list[tuple[str, str]] = [
 """The text of a net-conf.json, and words of the problem that is found in it."""
 
 SUBNET_ENVS: list[tuple[bytes, str]] = [
-    (b"", "no FLANNEL_SUBNET in it"),
-    (b"\0\0\0", "no FLANNEL_SUBNET in it"),
-    (b"\xff\xfe\xfa", "no FLANNEL_SUBNET in it"),
-    (b"FLANNEL_SUBNET", "no FLANNEL_SUBNET in it"),
-    (b"FLANNEL_SUBNET=\n", "no FLANNEL_SUBNET in it"),
-    (b"FLANNEL_NETWORK=10.244.0.0/16\n", "no FLANNEL_SUBNET in it"),
+    (b"", "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
+    (b"\0\0\0", "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
+    (b"\xff\xfe\xfa", "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
+    (b"FLANNEL_SUBNET", "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
+    (b"FLANNEL_SUBNET=\n", "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
+    (b"FLANNEL_NETWORK=10.244.0.0/16\n", "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
     (b"FLANNEL_SUBNET=nonsense\n", "FLANNEL_SUBNET: 'nonsense' is not a subnet"),
     (b"FLANNEL_SUBNET=10.244.3.1\n", "FLANNEL_SUBNET: '10.244.3.1' is not a subnet"),
     (b"FLANNEL_SUBNET=10.244.3.1/33\n", "FLANNEL_SUBNET: '10.244.3.1/33' is not a subnet"),

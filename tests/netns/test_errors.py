@@ -619,7 +619,7 @@ def test_a_start_waits_for_a_store_that_does_not_answer_and_leaves_nothing_behin
 @pytest.mark.parametrize(
     ("text", "warning"),
     [
-        ("", "previous subnet ignored: /run/flannel/subnet.env: no FLANNEL_SUBNET in it"),
+        ("", "previous subnet ignored: /run/flannel/subnet.env: no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
         (
             "FLANNEL_SUBNET=10.244.1.1/24,10.244.2.1/24\n",
             "previous subnet ignored: /run/flannel/subnet.env: FLANNEL_SUBNET: 2 subnets where one is expected",

@@ -83,9 +83,9 @@ def test_parse_reads_what_flannel_reads(text: str, subnets: Subnets) -> None:
             DUAL,
             "FLANNEL_IPV6_SUBNET: 'x' is not a subnet",
         ),
-        ("", None, "no FLANNEL_SUBNET in it"),
-        ("\0\0\0", None, "no FLANNEL_SUBNET in it"),
-        ("FLANNEL_SUBNET=\n", None, "no FLANNEL_SUBNET in it"),
+        ("", None, "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
+        ("\0\0\0", None, "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
+        ("FLANNEL_SUBNET=\n", None, "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"),
         ("FLANNEL_SUBNET=x\nFLANNEL_IPV6_SUBNET=fd00::1/64\n", V6, "FLANNEL_SUBNET: 'x' is not a subnet"),
         ("FLANNEL_SUBNET=fd00::1/64\n", None, "FLANNEL_SUBNET: 'fd00::1/64' is not a subnet"),
         ("FLANNEL_SUBNET=10.244.30.1\n", None, "FLANNEL_SUBNET: '10.244.30.1' is not a subnet"),
@@ -143,7 +143,7 @@ def test_read_previous_is_silent_when_there_is_no_file(tmp_path: Path) -> None:
 def test_read_previous_names_the_file_when_it_is_no_use(tmp_path: Path) -> None:
     path = tmp_path / "subnet.env"
     path.write_bytes(b"\xff\xfe")
-    assert subnet_env.read_previous(path) == (None, f"{path}: no FLANNEL_SUBNET in it")
+    assert subnet_env.read_previous(path) == (None, f"{path}: no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it")
     assert subnet_env.read_previous(tmp_path) == (None, f"cannot read {tmp_path}: Is a directory")
 
 

@@ -126,7 +126,9 @@ def _ipv6(ipv6: Document) -> str:
 
 
 def _peers_by_ipv6(document: Document) -> list[Document]:
-    """Those whose packets the datapath carries, for the kernel counts none, and that are not among `peers` themselves.
+    """Rows for IPv6 peers that `peers` does not show.
+
+    There are none where the kernel carries the packets: it counts them by device.
     """
     shown = {peer["subnet"] for peer in document["peers"]}
     peers = (document.get("ipv6") or {}).get("peers", ())

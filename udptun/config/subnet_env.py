@@ -51,12 +51,14 @@ def parse(text: str) -> tuple[Subnets | None, str]:
     ipv4 = _subnet(values, "FLANNEL_SUBNET", _ipv4_network, wrong)
     ipv6 = _subnet(values, "FLANNEL_IPV6_SUBNET", _ipv6_network, wrong)
     if ipv4 is None and ipv6 is None:
-        return None, one_line("; ".join(wrong)) or "no FLANNEL_SUBNET in it"
+        return None, one_line("; ".join(wrong)) or "no FLANNEL_SUBNET or FLANNEL_IPV6_SUBNET in it"
     return Subnets(ipv4, ipv6), one_line("; ".join(wrong))
 
 
 def parse_networks(text: str) -> tuple[IPv4Network, IPv4Network] | None:
-    """Network and subnet of IPv4 of the run that wrote the text; None unless it has exactly one of each.  Never raises.
+    """The IPv4 Network and subnet of the run that wrote the text; None unless it has exactly one of each.
+
+    Never raises.
     """
     values, wrong = env_file.parse(text), list[str]()
     network = _subnet(values, "FLANNEL_NETWORK", _ipv4_network, wrong)

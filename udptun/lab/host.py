@@ -40,7 +40,7 @@ class Pod:
     """A network namespace of a host, with eth0 behind the host's cni0; a container's, if the host has containers."""
 
     def __init__(self, host: Host, number: int, address: IPAddress, ipv6_address: IPv6Address | None = None) -> None:
-        """`address` is of IPv4; without that it is `ipv6_address`, too."""
+        """`address` is that of IPv4.  In a pod without IPv4 it is `ipv6_address`."""
         self.host = host
         self.number = number
         self.name = f"p{number}"
