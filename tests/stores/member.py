@@ -43,6 +43,7 @@ class Member:
         self.membership = Membership(
             *(store, Start(CONFIG), CONF, self._me, state_dir, margin_s),
             *({Family.IPV4: (CONF.network,)}, lambda lease, family: None, self._changed, parse_net_conf, clock),
+            outer=lambda attrs, family: family,
         )
         self.running: asyncio.Task[None] | None = None
 

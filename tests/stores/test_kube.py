@@ -100,7 +100,7 @@ async def test_the_requests_are_flannels_to_the_byte(cluster: Cluster, attrs: Le
     lease = await claim(store, attrs)
     assert (str(lease.subnet), lease.attrs, lease.expires_s, lease.node_name) == ("10.0.1.0/24", attrs, None, "n1")
     async with watching(store):
-        await store.note_ready()
+        await store.note_ready(())
         await holds(lambda: len(cluster.patches()) == 2, "both patches")
     annotate, condition = cluster.patches()
     assert annotate.line == condition.line == ANNOTATE
@@ -392,7 +392,7 @@ async def test_network_unavailable_is_set_again_when_somebody_else_sets_it_with_
     await claim(store, host(1))
     assert status() == ""
     async with asyncio.timeout(20), watching(store):
-        await store.note_ready()
+        await store.note_ready(())
         await is_false()
         began_s = time.monotonic()
         for _ in range(3):
@@ -408,7 +408,7 @@ async def test_network_unavailable_is_left_alone_when_the_flag_says_so(cluster: 
     store = cluster.store("n1", "--set-node-network-unavailable=false")
     await claim(store, host(1))
     async with watching(store) as watcher:
-        await store.note_ready()
+        await store.note_ready(())
         await asyncio.to_thread(cluster.admin.add_node, "n2", "10.0.2.0/24", annotations(2))
         await watcher.until(lambda: "10.0.2.0-24" in watcher.leases)
     assert len(cluster.patches()) == 1

@@ -24,7 +24,8 @@ GOOD_KEY = "10.244.200.0-24"
 
 def table() -> LeaseTable:
     found = LeaseTable(
-        Family.IPV4, NETWORK, (NETWORK,), OWN, lambda lease: lease.attrs.public_ip == OWN_IP, lambda lease: None
+        *(Family.IPV4, NETWORK, (NETWORK,), OWN, lambda lease: lease.attrs.public_ip == OWN_IP, lambda lease: None),
+        outer=lambda attrs: Family.IPV4,
     )
     found.reset([Lease(Subnets.from_key(GOOD_KEY), LeaseAttrs.from_json(GOOD))])
     return found

@@ -79,6 +79,7 @@ class Member:
             *(store, start or Start(CONFIG), CONF, me, directory, margin_s),
             *({Family.IPV4: (CONF.network,)}, lambda lease, family: None),
             *(self._changed, parse_net_conf, clock or Clock()),
+            outer=lambda attrs, family: family,
         )
 
     async def _changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
@@ -1136,6 +1137,7 @@ async def test_a_full_table_leaves_the_event_loop_to_others(tmp_path: Path, n_le
     member = Membership(
         *(store, Start(CONFIG), conf, ME, tmp_path, 3600),
         *({Family.IPV4: (conf.network,)}, lambda lease, family: None, ignore, parse_net_conf, Clock()),
+        outer=lambda attrs, family: family,
     )
     await member.join(OWN_ATTRS, chooser(conf, ME, None, random.Random(1)))
     await member.catch_up()

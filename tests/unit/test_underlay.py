@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
@@ -28,8 +29,11 @@ DEFAULT = Route(IPv4Network("0.0.0.0/0"), IPv4Address("192.0.2.254"), 2, protoco
 ROUTES = [Route(IPv4Network("192.0.2.0/24"), oif=2, protocol=2), DEFAULT]
 
 
+by_ipv4 = partial(pick, family=Family.IPV4)
+
+
 def choose(reach: Route | None = None, **options: object) -> Underlay:
-    return pick(UnderlayOptions(**options), LINKS, ADDRESSES, ROUTES, reach)  # type: ignore[arg-type]  # the test's own keywords
+    return by_ipv4(UnderlayOptions(**options), LINKS, ADDRESSES, ROUTES, reach)  # type: ignore[arg-type]  # the test's own keywords
 
 
 def test_the_default_routes_interface_is_taken_without_options() -> None:
@@ -43,12 +47,12 @@ def test_the_first_default_route_that_leads_somewhere_counts() -> None:
         replace(DEFAULT, oif=3),
         DEFAULT,
     ]
-    assert pick(UnderlayOptions(), LINKS, ADDRESSES, routes).link_name == "eth1"
+    assert by_ipv4(UnderlayOptions(), LINKS, ADDRESSES, routes).link_name == "eth1"
 
 
 def test_without_a_default_route_the_error_says_so_and_what_there_is() -> None:
     with pytest.raises(UnderlayError) as refused:
-        pick(UnderlayOptions(), LINKS, ADDRESSES, [])
+        by_ipv4(UnderlayOptions(), LINKS, ADDRESSES, [])
     assert str(refused.value) == (
         "Failed to find any valid interface to use: failed to get default interface: unable to find default route;"
         " use --iface (there are: eth0 192.0.2.1 192.0.2.2, eth1 198.51.100.1, bare0)"
@@ -81,7 +85,7 @@ def test_the_socket_is_bound_to_a_public_ip_that_the_host_has(public_ip: str, ow
     """It was bound to the interface's first address, and the peers, who know only PublicIP, dropped what it sent."""
     ip = IPv4Address(public_ip)
     addresses = [*ADDRESSES, Address(1, IPv4Address("203.0.113.5"), 32)]
-    found = pick(UnderlayOptions(ifaces=("eth0",), public_ip=ip), LINKS, addresses, ROUTES)
+    found = by_ipv4(UnderlayOptions(ifaces=("eth0",), public_ip=ip), LINKS, addresses, ROUTES)
     assert found == Underlay("eth0", 2, 1500, ip, ip, owner)
     assert f"; we send from PublicIP, which is on {owner or 'eth0'}" in found.reason
     assert refresh(found, UnderlayOptions(), [LO, replace(ETH0, mtu=1400), ETH1], addresses) == replace(found, mtu=1400)
@@ -146,11 +150,11 @@ def test_a_broken_regular_expression_needs_a_person(regex: str) -> None:
 
 def test_an_interface_without_mtu_is_an_error() -> None:
     with pytest.raises(UnderlayError, match=r"failed to determine MTU for 192\.0\.2\.1 interface eth0"):
-        pick(UnderlayOptions(), [replace(ETH0, mtu=0)], ADDRESSES, ROUTES)
+        by_ipv4(UnderlayOptions(), [replace(ETH0, mtu=0)], ADDRESSES, ROUTES)
 
 
 def addresses_of_eth0(*addresses: Address) -> str:
-    return str(pick(UnderlayOptions(ifaces=("eth0",)), LINKS, addresses, ROUTES).address)
+    return str(by_ipv4(UnderlayOptions(ifaces=("eth0",)), LINKS, addresses, ROUTES).address)
 
 
 A, B = Address(2, IPv4Address("192.0.2.1"), 24), Address(2, IPv4Address("192.0.2.2"), 24)
@@ -201,7 +205,7 @@ def test_a_floating_address_is_not_taken_for_the_hosts_own() -> None:
     When the virtual IP moved to another host, that host leased with the same PublicIP.
     """
     for beyond, routes in ((BEYOND, ROUTES), (None, [replace(DEFAULT, prefsrc=IPv4Address("192.0.2.1"))])):
-        found = pick(UnderlayOptions(), LINKS, [FLOATING, BY_DHCP], routes, beyond=beyond)
+        found = by_ipv4(UnderlayOptions(), LINKS, [FLOATING, BY_DHCP], routes, beyond=beyond)
         assert str(found.address) == "192.0.2.1"
         assert found.reason == "the source of the default route"
         assert [str(ip) for ip in found.others] == ["192.0.2.100"]
@@ -224,21 +228,22 @@ def test_a_floating_address_is_not_taken_for_the_hosts_own() -> None:
 def test_it_is_said_why_an_address_was_chosen(
     options: dict[str, object], addresses: list[Address], reason: str, others: list[str]
 ) -> None:
-    found = pick(UnderlayOptions(**options), LINKS, addresses, ROUTES)  # type: ignore[arg-type]  # the test's own
+    found = by_ipv4(UnderlayOptions(**options), LINKS, addresses, ROUTES)  # type: ignore[arg-type]  # the test's own
     assert (found.reason, [str(ip) for ip in found.others]) == (reason, others)
 
 
 def test_a_source_that_is_deprecated_is_passed_over() -> None:
-    found = pick(UnderlayOptions(), LINKS, [replace(A, is_deprecated=True), B], ROUTES, beyond=BEYOND)
+    found = by_ipv4(UnderlayOptions(), LINKS, [replace(A, is_deprecated=True), B], ROUTES, beyond=BEYOND)
     assert str(found.address) == "192.0.2.2"
 
 
 def test_the_probe_is_an_address_that_none_but_a_default_route_leads_to() -> None:
     documentation = [Route(IPv4Network(text), oif=2) for text in ("203.0.113.0/24", "198.51.100.1/32")]
-    assert str(probe_address(ROUTES)) == "203.0.113.1"
-    assert str(probe_address([*documentation, DEFAULT])) == "192.0.2.1"
-    assert probe_address(documentation) is None
-    assert probe_address([DEFAULT, *(Route(IPv4Network(text), oif=3) for text in ("0.0.0.0/1", "128.0.0.0/1"))]) is None
+    assert str(probe_address(ROUTES, Family.IPV4)) == "203.0.113.1"
+    assert str(probe_address([*documentation, DEFAULT], Family.IPV4)) == "192.0.2.1"
+    assert probe_address(documentation, Family.IPV4) is None
+    halves = [Route(IPv4Network(text), oif=3) for text in ("0.0.0.0/1", "128.0.0.0/1")]
+    assert probe_address([DEFAULT, *halves], Family.IPV4) is None
 
 
 def test_a_host_that_can_reach_itself_does_not_send_through_lo() -> None:
@@ -274,7 +279,7 @@ def on(link: Link) -> list[Address]:
 def test_an_address_on_lo_leaves_by_the_way_to_the_others(link: Link, options: dict[str, object]) -> None:
     """lo was taken for the underlay: pods got an MTU of 65508, and a VXLAN device on lo reached nobody."""
     reach = Route(IPv4Network("198.51.100.9/32"), oif=1, type=RouteType.LOCAL) if "can_reach" in options else None
-    found = pick(UnderlayOptions(**options), [*LINKS, DUMMY], on(link), ROUTES, reach, BEYOND)  # type: ignore[arg-type]  # the test's own
+    found = by_ipv4(UnderlayOptions(**options), [*LINKS, DUMMY], on(link), ROUTES, reach, BEYOND)  # type: ignore[arg-type]  # the test's own
     assert (found.link_name, found.link_index, found.mtu) == ("eth0", 2, 1500)
     assert (found.address, found.address_link, found.is_routed) == (ON_LO, link.name, True)
     assert found.reason.endswith(f"it is on {link.name}, and the routes to other hosts lead through eth0")
@@ -288,19 +293,19 @@ def test_without_a_default_route_the_way_is_the_widest_one_through_a_router() ->
         Route(IPv4Network("198.51.100.16/28"), IPv4Address("192.0.2.254"), 2),
         Route(IPv4Network("198.51.0.0/16"), IPv4Address("198.51.100.254"), 3),
     ]
-    found = pick(UnderlayOptions(public_ip=ON_LO), [*LINKS, flannel0], on(LO), routes)
+    found = by_ipv4(UnderlayOptions(public_ip=ON_LO), [*LINKS, flannel0], on(LO), routes)
     assert (found.link_name, found.mtu) == ("eth1", 9000)
 
 
 def test_a_lone_address_on_lo_is_taken_as_it_is() -> None:
-    found = pick(UnderlayOptions(public_ip=ON_LO), LINKS, on(LO), [])
+    found = by_ipv4(UnderlayOptions(public_ip=ON_LO), LINKS, on(LO), [])
     assert (found.link_name, found.mtu, found.is_routed) == ("lo", 65536, False)
 
 
 def test_a_default_route_without_addresses_on_its_link_uses_one_on_lo() -> None:
     """Unnumbered links: the error was "failed to find IPv4 address for interface bare0"."""
     beyond = Route(IPv4Network("203.0.113.1/32"), oif=4, prefsrc=ON_LO)
-    found = pick(UnderlayOptions(), LINKS, on(LO), [replace(DEFAULT, gateway=None, oif=4)], beyond=beyond)
+    found = by_ipv4(UnderlayOptions(), LINKS, on(LO), [replace(DEFAULT, gateway=None, oif=4)], beyond=beyond)
     assert (found.link_name, found.address, found.address_link, found.is_routed) == ("bare0", ON_LO, "lo", True)
 
 
@@ -330,7 +335,7 @@ GLOBAL, OTHER, LINK_LOCAL = ip6("2001:db8::1"), ip6("2001:db8::2"), ip6("fe80::1
 
 def choose_dual(*ipv6: Address, **options: object) -> Underlay:
     asked = UnderlayOptions(families=tuple(Family), **options)  # type: ignore[arg-type]  # of the caller
-    return pick(asked, LINKS, [*ADDRESSES, *ipv6], ROUTES)
+    return by_ipv4(asked, LINKS, [*ADDRESSES, *ipv6], ROUTES)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +363,7 @@ def test_an_interface_without_an_ipv6_address_has_ipv4_and_the_reason(there: lis
 
 
 def test_nobody_looks_for_an_ipv6_address_unless_pods_have_ipv6() -> None:
-    found = pick(UnderlayOptions(), LINKS, [*ADDRESSES, GLOBAL], ROUTES)
+    found = by_ipv4(UnderlayOptions(), LINKS, [*ADDRESSES, GLOBAL], ROUTES)
     assert (found.ipv6, found.public_ipv6, found.ipv6_problem) == (None, None, "")
 
 
@@ -468,17 +473,17 @@ def test_an_underlay_chosen_by_ipv6_is_recognised_by_that_address() -> None:
 def test_ways_by_link_local_ipv4_routes_count() -> None:
     """Links between routers may have 169.254.0.0/16 and nothing else.  Before, no such route led anywhere."""
     route = Route(IPv4Network("169.254.0.0/16"), oif=3)
-    found = pick(UnderlayOptions(public_ip=ON_LO), LINKS, on(LO), [route])
+    found = by_ipv4(UnderlayOptions(public_ip=ON_LO), LINKS, on(LO), [route])
     assert (found.link_name, found.mtu) == ("eth1", 9000)
 
 
 def test_only_the_want_of_an_address_or_a_default_route_is_another_familys_turn() -> None:
     for options, routes in ((UnderlayOptions(), []), (UnderlayOptions(ifaces=("bare0",)), ROUTES)):
         with pytest.raises(NoAddressError):
-            pick(options, LINKS, ADDRESSES, routes)
+            by_ipv4(options, LINKS, ADDRESSES, routes)
     for options in (UnderlayOptions(public_ip=ON_LO), UnderlayOptions(ifaces=("eth9",))):
         with pytest.raises(UnderlayError) as refused:
-            pick(options, LINKS, ADDRESSES, ROUTES)
+            by_ipv4(options, LINKS, ADDRESSES, ROUTES)
         assert not isinstance(refused.value, NoAddressError)
 
 

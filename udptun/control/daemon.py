@@ -358,7 +358,7 @@ class Daemon:
             parse_net_conf,
             clock,
             forwarding.backend.peer_types,
-            forwarding.backend.outer,
+            outer=forwarding.backend.outer,
         )
 
     async def _join(self, running: Running, attrs: LeaseAttrs) -> None:

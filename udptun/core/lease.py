@@ -323,8 +323,9 @@ class Lease:
         return subnet
 
     def part(self, family: Family, outer: Family | None = None) -> LeasePart:
-        """What it says of one family, which it has a subnet of.  `outer`: see `validate`; the lease has an address of
-        it, as the peers of a table have.
+        """What it says of one family, which it has a subnet of.
+
+        `outer`: see `validate`; None: the family itself.  The lease has an address of it, as a table's peers have.
         """
         public_ip = self.attrs.address(outer or family)
         assert public_ip is not None
@@ -370,15 +371,14 @@ def validate(
     family: Family,
     network: IPNetwork,
     claimed: Collection[IPNetwork],
-    outer: Family | None = None,
+    outer: Family,
 ) -> str | None:
     """Why the part of a lease, our own or a peer's, that is of `family` cannot be used inside `network`; None: it can.
 
-    The lease has a subnet of the family.  Its packets travel between addresses of the family `outer`; None: of the same
-    one.  A wrong address here would send pod traffic to loopback, to a multicast group or to nobody.  What goes to
-    `claimed` prefixes goes into the tunnel, and so would the tunnel's own datagrams to such a host.
+    The lease has a subnet of the family.  Its packets travel between addresses of the family `outer`.  A wrong address
+    here would send pod traffic to loopback, to a multicast group or to nobody.  What goes to `claimed` prefixes goes
+    into the tunnel, and so would the tunnel's own datagrams to such a host.
     """
-    outer = outer or family
     subnet, ip = lease.subnet_of(family), lease.attrs.address(outer)
     if not is_inside(subnet, network):
         return f"subnet {subnet} is outside {_NETWORK_KEY[family]} {network}"
@@ -391,11 +391,11 @@ def validate(
     if not _is_unicast(ip):
         return f"{name} {ip} is not a unicast address"
     if ip in network or outer is not family:
-        if ip in network and network in claimed:
-            return f"{name} {ip} lies inside {_NETWORK_KEY[family]} {network}"
         for prefix in claimed:
             if ip in prefix:
-                return f"{name} {ip} lies in {prefix}, which hosts may lease (SubnetMin to SubnetMax)"
+                is_whole = prefix == network
+                where = f"inside {_NETWORK_KEY[family]} {network}" if is_whole else f"in {prefix}, which is for pods"
+                return f"{name} {ip} lies {where}"
         if ip in subnet:
             return f"{name} {ip} lies inside the lease's own subnet"
     return None

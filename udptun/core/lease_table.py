@@ -28,7 +28,7 @@ class LeaseTable:
     A lease that cannot be used is in `refused` (key -> reason), and costs no other lease its place.  Of two leases that
     overlap, the first keeps the addresses until it goes; the same holds where one's subnet has the other's PublicIP.
     `own_subnet` is nobody else's.  In `claimed` prefixes, of whichever family, there may be no PublicIP, see
-    `validate`.  `outer` says by which of a host's addresses its packets travel; None: by that of `family`.
+    `validate`.  `outer` says by which of a host's addresses its packets travel.
 
     `of_other_type` has the valid leases whose BackendType is none of `peer_types`, whether the backend refuses them or
     not.  Reservations that wait for their host are left out.  Without `peer_types` there are none.
@@ -47,10 +47,11 @@ class LeaseTable:
         is_own: Callable[[Lease], bool],
         refusal: Callable[[Lease], str | None],
         peer_types: Collection[str] = (),
-        outer: Callable[[LeaseAttrs], Family] | None = None,
+        *,
+        outer: Callable[[LeaseAttrs], Family],
     ) -> None:
         self.family = family
-        self._outer = outer or (lambda attrs: family)
+        self._outer = outer
         self._network = network
         self._claimed = claimed
         self._own_subnet = own_subnet

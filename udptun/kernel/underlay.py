@@ -131,7 +131,8 @@ def pick(
     routes: Sequence[Route],
     reach: Route | None = None,
     beyond: Route | None = None,
-    family: Family = Family.IPV4,
+    *,
+    family: Family,
 ) -> Underlay:
     """The interface that `options` describe, chosen by addresses and routes of `family`.
 
@@ -182,7 +183,7 @@ def pick(
     )
 
 
-def probe_address(routes: Iterable[Route], family: Family = Family.IPV4) -> IPAddress | None:
+def probe_address(routes: Iterable[Route], family: Family) -> IPAddress | None:
     """An address that of `routes`, the family's main table, none but a default route leads to; None: there is none.
 
     Nothing is sent to it.  The kernel's route to it has the source address that the default route uses.

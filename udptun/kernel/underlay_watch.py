@@ -48,7 +48,7 @@ async def _find_underlay(options: UnderlayOptions, family: Family) -> Underlay:
         ways = await kernel.routes_to(ip for ip in (options.can_reach, beyond) if ip is not None)
         reach = None if options.can_reach is None else ways.get(options.can_reach)
         way_beyond = None if beyond is None else ways.get(beyond)
-        return pick(options, links, addresses, routes, reach, way_beyond, family)
+        return pick(options, links, addresses, routes, reach, way_beyond, family=family)
 
 
 async def _addresses(kernel: Netlink, options: UnderlayOptions, link_index: int = 0) -> list[Address]:

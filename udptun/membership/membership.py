@@ -67,7 +67,8 @@ class Membership:
         parse: ParseNetConf,
         clock: Clock,
         peer_types: Collection[str] = (),
-        outer: Callable[[LeaseAttrs, Family], Family] | None = None,
+        *,
+        outer: Callable[[LeaseAttrs, Family], Family],
     ) -> None:
         self._store = store
         self._config = start.config
@@ -75,10 +76,11 @@ class Membership:
         self._conf = conf
         self._state_dir = state_dir
         self._margin_s = margin_s
-        self._claimed = claimed
+        self._families = tuple(claimed)
+        self._claimed = [*chain.from_iterable(claimed.values())]
         self._refusal = refusal
         self._peer_types = peer_types
-        self._outer = outer or (lambda attrs, family: family)
+        self._outer = outer
         self._on_change = on_change
         self._parse = parse
         self._clock = clock
@@ -142,19 +144,18 @@ class Membership:
             lease, self._last = replace(got.own, attrs=attrs), got
         else:
             lease, self._last = got, None
-        if all(lease.subnets.of(family) is None for family in self._claimed):
-            families = " or ".join(map(str, self._claimed))
+        if all(lease.subnets.of(family) is None for family in self._families):
+            families = " or ".join(map(str, self._families))
             raise ConfigError(f"our lease in {self._store.name} has no subnet of {families}, only {lease.subnet}")
         self._make_parts(lease, attrs, is_provisional=self._last is not None)
         seen = self._first_claim.take_seen()
         dropped = [other for other in seen if self._first_claim.is_dropped(other)]
         self._doubles.took_over([*dropped, *(other for other in seen if other.key == lease.key)], lease)
-        claimed = [*chain.from_iterable(self._claimed.values())]
-        for family in self._claimed:
+        for family in self._families:
             if lease.subnets.of(family) is None:
                 continue
-            outer = self._outer(lease.attrs, family)
-            if (reason := validate(lease, family, self._conf.pool(family).network, claimed, outer)) is not None:
+            network, outer = self._conf.pool(family).network, self._outer(lease.attrs, family)
+            if (reason := validate(lease, family, network, self._claimed, outer)) is not None:
                 raise ConfigError(f"our lease in {self._store.name} cannot be used: {reason}")
         if self._last is not None:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
@@ -260,7 +261,7 @@ class Membership:
         )
         tables = [
             self._make_table(family, own_subnet, lease.subnets)
-            for family in self._claimed
+            for family in self._families
             if (own_subnet := lease.subnets.of(family)) is not None
         ]
         self._peers = Peers(tables, asked.backend_type, self._on_change, self._clones, self._saved, self._lease_clock)
@@ -279,12 +280,12 @@ class Membership:
         return LeaseTable(
             family,
             self._conf.pool(family).network,
-            [*chain.from_iterable(self._claimed.values())],
+            self._claimed,
             own_subnet,
             lambda other: self._doubles.is_own(other, own),
             lambda other: self._doubles.refusal(other) or self._refusal(other, family),
             self._peer_types,
-            lambda attrs: self._outer(attrs, family),
+            outer=lambda attrs: self._outer(attrs, family),
         )
 
     async def _confirm(self) -> None:

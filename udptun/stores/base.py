@@ -174,7 +174,7 @@ class Store(Protocol):
     async def release(self, lease: Lease) -> None:
         """Give the lease back if it is still ours.  A reservation stays; a lease that is gone is no error."""
 
-    async def note_ready(self, lacks: Sequence[str] = ()) -> None:
+    async def note_ready(self, lacks: Sequence[str]) -> None:
         """The host's pods can talk from now on.  Called once, after the claim; it does not wait for a server.
 
         `lacks`: a line for each address family by which they cannot.
@@ -214,7 +214,7 @@ class HostsWithoutNames:
     def want_families(self, families: Collection[Family]) -> None:
         pass
 
-    async def note_ready(self, lacks: Sequence[str] = ()) -> None:
+    async def note_ready(self, lacks: Sequence[str]) -> None:
         pass
 
 

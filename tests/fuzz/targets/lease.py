@@ -81,7 +81,9 @@ def _check_family(leases: list[Lease], family: Family) -> None:
         return vxlan.refusal(lease, family)
 
     network = NETWORKS[family]
-    table = LeaseTable(family, network, [network], OWNS[family], lambda _: False, refusal, peer_types=("vxlan",))
+    table = LeaseTable(
+        *(family, network, [network], OWNS[family], lambda _: False, refusal, ("vxlan",)), outer=lambda _: family
+    )
     other_types = OtherTypes(table.of_other_type, "vxlan")
     known: dict[str, Lease] = {}
     for lease in leases:
@@ -122,7 +124,7 @@ def _read(line: bytes) -> Lease | None:
     assert again.last is not None, again.reason
     assert [(it.subnets, it.attrs) for it in again.last.peers] == [(subnets, attrs)]
     for family, network in NETWORKS.items():
-        if subnets.of(family) is not None and (reason := validate(lease, family, network, [network])) is not None:
+        if subnets.of(family) is not None and (reason := validate(lease, family, network, [network], family)):
             check_line(reason)
     return lease
 

@@ -76,7 +76,7 @@ class KubeStore:
     async def release(self, lease: Lease) -> None:
         """The podCIDR is the node's for good, and flannel leaves its annotations, too."""
 
-    async def note_ready(self, lacks: Sequence[str] = ()) -> None:
+    async def note_ready(self, lacks: Sequence[str]) -> None:
         self._own.set_ready(lacks)
 
     async def reserve(self, subnets: Subnets, attrs: LeaseAttrs) -> Lease:
