@@ -155,6 +155,24 @@ def test_each_library_with_an_owner_is_imported_by_its_owner_only() -> None:
             assert str(path.relative_to(PACKAGE)) in OWNERS[library], f"{path} imports {library}"
 
 
+def test_text_of_others_is_read_by_ip_text_alone() -> None:
+    """The functions of `ipaddress` take zones.  The other modules here give them what the kernel or host-local says."""
+    owners = {"core/ip_text.py", "kernel/link_messages.py", "probing/host.py", "datapath/sockets.py"}
+    owners |= {"cni/bridge.py", "cni/reservations.py"}
+    functions = {"ip_address", "ip_network", "ip_interface"}
+    found = set()
+    for path in {*PACKAGE.rglob("*.py")} - {*(PACKAGE / "lab").rglob("*.py")}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = set[str]()
+            if isinstance(node, ast.ImportFrom) and node.module == "ipaddress":
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ipaddress":
+                names = {node.attr}
+            if names & functions:
+                found.add(str(path.relative_to(PACKAGE)))
+    assert found == owners
+
+
 def test_cli_alone_reads_argv_and_the_environment() -> None:
     """Besides the programs of their own: the datapath worker, the writer of a file, and those of the lab."""
     programs = ("commands/cli.py", "_kabi_build.py", "datapath/worker.py", "core/atomic_file.py", "cni/plugin.py")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import udptun
 from udptun.backends.choice import parse_net_conf
 from udptun.cni import subnet_env as cni_subnet_env
 from udptun.cni.errors import CniError
@@ -36,7 +34,6 @@ from udptun.stores.kube.annotations import Annotations, subnets
 from udptun.stores.kube.http import needs_proxy
 from udptun.stores.kube.node import Node
 
-PACKAGE = Path(udptun.__file__).parent
 ANNOTATIONS = Annotations("flannel.alpha.coreos.com/")
 LINK = Link(1, "lo", "", 65536, is_up=True, has_carrier=True, is_loopback=True, tx_queue_len=0)
 NODE = Node("n", 1, {}, ("fd00::/64",), None)
@@ -158,22 +155,3 @@ def test_lease_command_takes_no_zone(capsys: pytest.CaptureFixture[str]) -> None
 def test_server_named_with_a_zone_needs_no_proxy_where_its_address_needs_none() -> None:
     assert not needs_proxy("https://[fe80::1%eth0]:6443", "fe80::/10")
     assert needs_proxy("https://[fe80::1%eth0]:6443", "fd00::/8")
-
-
-def test_text_is_read_by_ip_text_alone() -> None:
-    """`ipaddress` reads either family by functions; these modules give them what the kernel or host-local says."""
-    owners = {"core/ip_text.py", "kernel/link_messages.py", "probing/host.py", "datapath/sockets.py"}
-    owners |= {"cni/bridge.py", "cni/reservations.py"}
-    functions = {"ip_address", "ip_network", "ip_interface"}
-    found = set()
-    for path in {*PACKAGE.rglob("*.py")} - {*(PACKAGE / "lab").rglob("*.py")}:
-        for node in ast.walk(ast.parse(path.read_text())):
-            imports = isinstance(node, ast.ImportFrom) and node.module == "ipaddress" and functions & _names(node)
-            calls = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            if imports or (calls and node.value.id == "ipaddress" and node.attr in functions):
-                found.add(str(path.relative_to(PACKAGE)))
-    assert found == owners
-
-
-def _names(node: ast.ImportFrom) -> set[str]:
-    return {alias.name for alias in node.names}

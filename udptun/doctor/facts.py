@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from udptun.config.net_conf import NetConf
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import ConfigError, KernelError, UdptunError
 from udptun.core.family import Family
+from udptun.core.ip_text import ip_address, ip_network
 from udptun.core.lease import Lease
 from udptun.core.network_state import Address, IPAddress, IPNetwork, Link, Route
 from udptun.core.ownership import marked_network

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from ipaddress import ip_network
 from pathlib import Path
 
 from udptun.backends.udp import UdpKeys
 from udptun.config.flags import parse_daemon_flags
 from udptun.core.errors import UdptunError
 from udptun.core.family import Family
+from udptun.core.ip_text import ip_network
 from udptun.core.lease import is_inside, overlap
 from udptun.core.network_state import (
     DEVICE_NAME,
@@ -130,7 +130,7 @@ async def foreign_routes(facts: Facts) -> list[Finding]:
     if not facts.networks:
         raise NotHereError("the Network is not known")
     ours = {facts.device(family) for family in Family}
-    pods = [(it.link_index, ip_network((it.ip, it.prefixlen), strict=False)) for it in facts.addresses]
+    pods = [(it.link_index, ip_network(f"{it.ip}/{it.prefixlen}", strict=False)) for it in facts.addresses]
     names = _names(facts)
     found = []
     for route in facts.routes:

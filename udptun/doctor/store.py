@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
-
+from udptun.core.ip_text import ip_address, ip_network
 from udptun.core.network_state import IPNetwork
 from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
