@@ -18,10 +18,12 @@ from udptun.core.errors import KernelError
 from udptun.core.family import Family
 from udptun.core.offload import ALL, Offload
 from udptun.datapath.sockets import (
+    ReceiveQueue,
     bind_sockets,
     new_sockets,
     open_senders,
     open_sockets,
+    receive_queue,
     set_offload,
     share_port,
     spread_over,
@@ -149,6 +151,18 @@ def iter_waiting(udp: socket.socket) -> Iterator[bytes]:
     with suppress(BlockingIOError):
         while True:
             yield udp.recv(1)
+
+
+def test_queue_of_a_socket_says_what_waits_and_what_found_no_room(undo: ExitStack) -> None:
+    (udp,) = opened(undo, 1)
+    udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    assert receive_queue(udp) == ReceiveQueue(0, udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF), 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as source:
+        for _ in range(100):
+            source.sendto(bytes(1000), udp.getsockname())
+    queue = receive_queue(udp)
+    assert 0 < queue.waiting_bytes <= queue.limit_bytes + 4096
+    assert queue.drops == 100 - n_waiting(udp) > 0
 
 
 @pytest.mark.parametrize("is_sharing", [False, True])

@@ -285,6 +285,23 @@ def test_a_new_mtu_and_subnet_replace_the_old_ones_while_running(running: Runnin
     running.wait_until_wanted(subnet=subnet, mtu=1300)
 
 
+def test_changes_are_counted_as_repairs_only_where_nobody_of_us_wanted_them(running: Running) -> None:
+    def counts(is_repair: bool) -> dict[str, int]:
+        return {thing: n for (thing, it), n in running.reconciler.changes.items() if it is is_repair}
+
+    # The last look of the set-up, which finds nothing left to do, may not be over.
+    seconds_until(lambda: running.reconciler._n_fulfilled == 1, 10)
+    assert counts(is_repair=True) == {}
+    set_up = counts(is_repair=False)
+    running.ns.ip(f"route del {NETWORK} dev flannel0")
+    running.wait_until_wanted()
+    seconds_until(lambda: counts(is_repair=True) == {"route": 1}, 10)
+    running.on_loop(lambda: running.reconciler.set_desired(udp(NETWORK, SUBNET, 1300)))
+    running.wait_until_wanted(mtu=1300)
+    seconds_until(lambda: counts(is_repair=False) == {**set_up, "link": set_up["link"] + 1}, 10)
+    assert counts(is_repair=True) == {"route": 1}
+
+
 def test_nothing_of_an_old_network_is_left(ns: Namespace, tun: Tun) -> None:
     converge(ns, tun)
     network, subnet = IPv4Network("10.96.0.0/12"), IPv4Network("10.97.1.0/24")

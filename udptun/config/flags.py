@@ -60,6 +60,9 @@ ENVIRONMENT_PREFIX = "FLANNELD_"
 RENEW_MARGINS_MIN = range(1, 1440)
 """What --subnet-lease-renew-margin may be, minutes: a lease lasts 24 h (flannel main.go)."""
 
+METRICS_PEERS = range(65537)
+"""What --metrics-peers may be."""
+
 RESYNC_S = range(1, 86401)
 """What --iptables-resync may be, seconds."""
 
@@ -220,8 +223,11 @@ class Options:
     state_dir: Path = flag(
         _RUNNING, _path, Path("/var/lib/udptun"), "DIR", "what outlives a reboot: node id, last leases"
     )
-    healthz_ip: str = flag(_RUNNING, str, "0.0.0.0", "IP", "address of /healthz and /readyz")
+    healthz_ip: str = flag(_RUNNING, str, "0.0.0.0", "IP", "address of /healthz, /readyz and /metrics")
     healthz_port: int = flag(_RUNNING, integer_in(range(PORTS.stop)), 0, "PORT", "their TCP port; 0: do not serve them")
+    metrics_peers: int = flag(
+        _RUNNING, integer_in(METRICS_PEERS), 100, "N", "of how many peers /metrics has series, the busiest ones"
+    )
     take_over: bool = flag(
         _RUNNING, boolean, False, "", "ask a daemon that runs with this --run-dir to step back, and go on in its place"
     )

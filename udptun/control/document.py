@@ -1,4 +1,4 @@
-"""What the daemon answers over HTTP: whether it lives, whether it is ready, and its status (docs/status.md)."""
+"""What the daemon answers over HTTP: whether it lives, whether it is ready, its status (docs/status.md) and metrics."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from http import HTTPStatus
+from typing import Any
 
 from udptun import __version__
 from udptun.control.http import Request, Response, Routes
+from udptun.control.metrics.page import MetricsPage
+from udptun.control.metrics.samples import daemon_samples, samples
+from udptun.control.metrics.text import Sample
 from udptun.control.running import Running
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeasePart
 from udptun.core.lease_table import LeaseTable
+from udptun.kernel.process_usage import usage_of
 
 SCHEMA = 1
 """Of the status document.  Keys are only ever added."""
@@ -30,11 +36,12 @@ class Answers:
         self._waiting = waiting
         self.running: Running | None = None
         self._started_s = time.time()
+        self._metrics = MetricsPage(self._samples)
 
     @property
     def health(self) -> Routes:
         """What everybody who can reach the health port may ask."""
-        return {"/healthz": self._healthz, "/readyz": self._readyz}
+        return {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics.answer}
 
     @property
     def all(self) -> Routes:
@@ -60,20 +67,38 @@ class Answers:
         return Response(HTTPStatus.OK, text, "application/json")
 
 
-def document(running: Running, uptime_s: float) -> dict[str, object]:
-    """What docs/status.md describes.
+    def _samples(self) -> Iterator[Sample]:
+        """Of this moment, for a thread beside the event loop."""
+        running, now_s = self.running, time.time()
+        usage = usage_of(os.getpid())
+        yield from daemon_samples(__version__, self._started_s, usage, is_ready=running is not None)
+        if running is not None:
+            leases = {lease.key: lease for table in running.membership.tables for lease in list(table.peers.values())}
+            peers, forwarding = list(leases.values()), running.forwarding
+            liveness = Counter(map(forwarding.liveness, peers))
+            shown = {lease.key for lease in forwarding.busiest(peers, running.options.metrics_peers)}
+            yield from samples(document(running, now_s - self._started_s, shown), liveness, now_s)
+
+
+def document(running: Running, uptime_s: float, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """What docs/status.md describes; with `keys` only the peers whose leases have these.
 
     This runs in a thread beside the event loop.  What the loop may change meanwhile is copied in one step, as by `list`
     of a view.
     """
     own, me, underlay = running.membership.own, running.me, running.underlay
-    leases, parts = _peers(running.membership.table)
+    leases, parts = _peers(running.membership.table, keys)
+    usage = usage_of(os.getpid())
     return {
         "schema": SCHEMA,
         "version": __version__,
         "pid": os.getpid(),
         "uptime_s": round(uptime_s, 1),
+        "cpu_s": usage and usage.cpu_s,
+        "memory_bytes": usage and usage.memory_bytes,
         "store": str(running.options.store),
+        "store_answers": running.membership.store_answers,
+        "store_answered_at": running.membership.store_answered_s,
         "network": str(running.conf.network),
         "lease": {
             "subnet": str(own.subnet),
@@ -83,7 +108,7 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
             "expires_at": own.expires_s,
         },
         "underlay": {"interface": underlay.link_name, "address": str(underlay.first_address), "mtu": underlay.mtu},
-        "ipv6": _ipv6(running),
+        "ipv6": _ipv6(running, keys),
         **running.forwarding.document(leases, parts),
         "firewall": running.firewall.document(),
         "other_types": [
@@ -99,19 +124,20 @@ def document(running: Running, uptime_s: float) -> dict[str, object]:
     }
 
 
-def _peers(table: LeaseTable) -> tuple[list[Lease], list[LeasePart]]:
+def _peers(table: LeaseTable, keys: Collection[str] | None) -> tuple[list[Lease], list[LeasePart]]:
     """The leases of the peers in the order of their subnets, and what each says of the table's family."""
-    leases = sorted(table.peers.values(), key=lambda lease: int(lease.subnet_of(table.family).network_address))
+    leases = [lease for lease in list(table.peers.values()) if keys is None or lease.key in keys]
+    leases.sort(key=lambda lease: int(lease.subnet_of(table.family).network_address))
     return leases, [*map(table.part, leases)]
 
 
-def _ipv6(running: Running) -> dict[str, object] | None:
+def _ipv6(running: Running, keys: Collection[str] | None) -> dict[str, object] | None:
     """The key `ipv6`: None where the configuration does not enable it."""
     pool, own, live = running.conf.ipv6, running.membership.own, running.forwarding.live
     if pool is None:
         return None
     table = next((it for it in running.membership.tables if it.family is Family.IPV6), None)
-    leases, parts = ([], []) if table is None else _peers(table)
+    leases, parts = ([], []) if table is None else _peers(table, keys)
     address = running.underlay.ipv6
     return {
         "network": str(pool.network),

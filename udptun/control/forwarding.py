@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,12 @@ from udptun.core.network_state import IPNetwork
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
+from udptun.kernel.device_counters import read_device_counters
 from udptun.kernel.reconcile.apply import create_missing_vxlans
+from udptun.kernel.reconcile.change import OBJECTS
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
 from udptun.kernel.underlay import Underlay
+from udptun.probing.liveness import Liveness
 from udptun.probing.memory import Memory
 
 if TYPE_CHECKING:
@@ -270,20 +273,57 @@ class Forwarding:
             "device": self._device(self._first),
             "mtu": self.live.mtu,
         }
+        common = {"devices": self._devices(), "changes": self._changes()}
         peers = [_peer(lease, part) for lease, part in zip(leases, parts, strict=True)]
         if (probes := self._probes.get(self._first)) is not None:
             backend |= {"probes": probes.state}
             peers = [peer | probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
         if self._tunnel is None:
-            return {"backend": backend, "datapath": None, "peers": peers, "counters": {}}
+            return {"backend": backend, "datapath": None, **common, "peers": peers, "counters": {}}
         own = self._tunnel.document(self.live)
         known = self._tunnel.peer_documents([part.subnet for part in parts], leases, self.live)
         return {
             "backend": backend | own["backend"],
             "datapath": own["datapath"],
+            **common,
             "peers": [peer | more for peer, more in zip(peers, known, strict=True)],
             "counters": own["counters"],
         }
+
+    def _devices(self) -> list[dict[str, Any]]:
+        names = sorted({name for family in self.families if (name := self._device(family)) is not None})
+        counters = read_device_counters(names)
+        return [{"name": name, **asdict(it)} for name in names if (it := counters.get(name)) is not None]
+
+    def _changes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "family": f"ipv{family.value}",
+                "object": thing,
+                "desired": routing.changes.get((thing, False), 0),
+                "repairs": routing.changes.get((thing, True), 0),
+            }
+            for family, routing in list(self._routings.items())
+            for thing in sorted(set(OBJECTS.values()))
+        ]
+
+    def liveness(self, lease: Lease) -> Liveness:
+        """What is known of a peer.  May be asked on another thread."""
+        family = next(it for it in self.families if lease.subnets.of(it) is not None)
+        if self._tunnel is not None:
+            return self._tunnel.liveness(lease.subnet_of(family))
+        probes = self._probes.get(family)
+        return Liveness.UNKNOWN if probes is None else probes.liveness(lease)
+
+    def busiest(self, leases: Sequence[Lease], n: int) -> Sequence[Lease]:
+        """The `n` of these peers that the most bytes were exchanged with.  May be asked on another thread.
+
+        Where the kernel carries the packets, which does not say it, they are the first ones.
+        """
+        if self._tunnel is None or len(leases) <= n:
+            return leases[:n]
+        traffic = self._tunnel.traffic(leases, self.live)
+        return [leases[i] for i in sorted(range(len(leases)), key=lambda i: -traffic[i])[:n]]
 
     def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
         """What is known of these peers by IPv6 beside their leases: keys of docs/status.md."""

@@ -10,6 +10,7 @@ from udptun.core.lease import EventType, Lease, LeaseEvent
 from udptun.core.network_state import IPNetwork
 from udptun.probing.carrier import Target
 from udptun.probing.host import HostCarrier
+from udptun.probing.liveness import Liveness
 from udptun.probing.memory import Memory
 from udptun.probing.prober import Prober
 
@@ -57,6 +58,9 @@ class HostProbes:
     def document(self, lease: Lease) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
         return self._prober.document(lease.subnet_of(self._family))
+
+    def liveness(self, lease: Lease) -> Liveness:
+        return self._prober.liveness(lease.subnet_of(self._family))
 
     def _targets(self, leases: Iterable[Lease]) -> Mapping[IPNetwork, Target]:
         """Whom to ask, so that echoes go the way of packets to the pods.

@@ -110,6 +110,11 @@ class Routing:
     def problems(self) -> tuple[str, ...]:
         return () if self._reconciler is None else self._reconciler.problems
 
+    @property
+    def changes(self) -> Mapping[tuple[str, bool], int]:
+        """See `Reconciler.changes`."""
+        return {} if self._reconciler is None else self._reconciler.changes
+
     def _desired(self, inputs: BackendInput, narrow: Mapping[IPNetwork, int]) -> DesiredState:
         if not self.is_carried:
             return DesiredState(pods=inputs.pods(self._leasable))

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from udptun.datapath.tunnel import Tunnel
 from udptun.kernel.local_addresses import LocalAddresses, LocalAddressWatch, find_local_addresses
 from udptun.kernel.underlay import Underlay
 from udptun.probing.carrier import Target
+from udptun.probing.liveness import Liveness
 from udptun.probing.memory import Memory
 from udptun.probing.prober import Prober
 
@@ -183,6 +184,7 @@ class Tunnelled:
         """The datapath's part of the keys of docs/status.md, without what it knows of each peer."""
         stats, datapath = self.tunnel.stats, self.tunnel.datapath
         active = datapath.active
+        usage = active.usage if active else None
         return {
             "backend": {
                 "probes": self._prober.state,
@@ -196,6 +198,12 @@ class Tunnelled:
                 "standby_pids": [process.pid for process in datapath.standbys],
                 "stranger_filter": self.tunnel.strangers.state,
                 "confinement": active.confinement.value if active and active.confinement else None,
+                "cpu_s": usage and usage.cpu_s,
+                "memory_bytes": usage and usage.memory_bytes,
+                "receive_queues": [
+                    {"worker": worker, "family": f"ipv{family.value}", **asdict(queue)}
+                    for worker, family, queue in self.tunnel.receive_queues
+                ],
                 "workers": [worker.name.lower() for worker in stats.states(live.workers)],
                 "worker_counters": stats.worker_counters(live.workers),
             },
@@ -205,6 +213,20 @@ class Tunnelled:
                 "drop_stranger": stats.n_strangers,
             },
         }
+
+    def liveness(self, subnet: IPNetwork) -> Liveness:
+        """What is known of a peer."""
+        return self._prober.liveness(self.tunnel.peers.leader(subnet))
+
+    def traffic(self, leases: Sequence[Lease], live: LiveSettings) -> list[int]:
+        """How many bytes have been exchanged with each of these peers, by all families."""
+        table, sums = self.tunnel.table, [0] * len(leases)
+        at = [PEER_COUNTERS.index(name) for name in ("encap_bytes", "decap_bytes")]
+        for family in list(self._leases):
+            indexes = [None if (it := lease.subnets.of(family)) is None else table.index_of(it) for lease in leases]
+            for i, row in enumerate(self.tunnel.stats.peers(indexes, live.workers)):
+                sums[i] += sum(row[column] for column in at)
+        return sums
 
     def peer_documents(
         self, subnets: Sequence[IPNetwork], leases: Sequence[Lease], live: LiveSettings

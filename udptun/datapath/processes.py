@@ -24,6 +24,7 @@ from udptun.core.errors import DatapathError
 from udptun.core.tunnel import Confinement
 from udptun.datapath import worker
 from udptun.datapath.protocol import MAX_DESCRIPTORS, MAX_HELLO_BYTES, N_EVENTS, Descriptors, Hello
+from udptun.kernel.process_usage import Usage, usage_of
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,11 @@ class Process:
         if status < 0:
             return f"by signal {-status} ({signal.strsignal(-status)})"
         return f"with exit status {status}"
+
+    @property
+    def usage(self) -> Usage | None:
+        """None where that cannot be seen."""
+        return usage_of(self._pid_here) if self._pid_here else None
 
     @property
     def is_elsewhere(self) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from ipaddress import ip_address
 
 from udptun._fastpath import spread
@@ -29,8 +29,8 @@ kernel counts as some 1.3 KiB."""
 
 _SO_ATTACH_REUSEPORT_CBPF, _SO_MEMINFO, _SO_DETACH_REUSEPORT_BPF = 51, 55, 68
 """asm-generic/socket.h, since Linux 4.5, 4.12 and 5.3."""
-_MEMINFO_DROPS = 8
-"""SK_MEMINFO_DROPS of linux/sock_diag.h."""
+_MEMINFO_RMEM_ALLOC, _MEMINFO_RCVBUF, _MEMINFO_DROPS = 0, 1, 8
+"""SK_MEMINFO_* of linux/sock_diag.h."""
 _SOCKET_FAMILY = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 _TOLD_TOS = {
     socket.AF_INET: (socket.IPPROTO_IP, socket.IP_RECVTOS),
@@ -240,11 +240,29 @@ def family_of(udp: socket.socket) -> Family:
     return Family.IPV4 if udp.family == socket.AF_INET else Family.IPV6
 
 
-def n_drops(udp: socket.socket) -> int:
-    """How many datagrams the socket has dropped, modulo 2**32.  With a filter these are what the filter dropped, too.
+@dataclass(frozen=True, slots=True)
+class ReceiveQueue:
+    """What waits in a socket, and how much may, in bytes as the kernel counts them: with what it needs around a packet.
+
+    `drops`: how many datagrams the socket has dropped, modulo 2**32: those that found no room, or failed a checksum.
+    With a filter what the filter dropped, too.
     """
+
+    waiting_bytes: int
+    limit_bytes: int
+    drops: int
+
+
+def receive_queue(udp: socket.socket) -> ReceiveQueue:
+    """Raises OSError."""
     info = udp.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, 4 * (_MEMINFO_DROPS + 1))
-    return int.from_bytes(info[4 * _MEMINFO_DROPS :], sys.byteorder)
+    numbers = memoryview(info).cast("I")
+    return ReceiveQueue(numbers[_MEMINFO_RMEM_ALLOC], numbers[_MEMINFO_RCVBUF], numbers[_MEMINFO_DROPS])
+
+
+def n_drops(udp: socket.socket) -> int:
+    """`ReceiveQueue.drops` of the socket."""
+    return receive_queue(udp).drops
 
 
 def _takes_programs() -> bool:

@@ -12,10 +12,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
+from udptun.core.family import Family
 from udptun.core.lease import is_inside
 from udptun.core.network_state import DEVICE_NAME
 from udptun.core.offload import ALL, Offload, names
@@ -27,7 +29,16 @@ from udptun.datapath.protocol import Descriptors
 from udptun.datapath.rebinding import Endpoints, Rebinding
 from udptun.datapath.rings import Rings, new_events
 from udptun.datapath.settings import PacketSettings, Where
-from udptun.datapath.sockets import leave_paths_to_us, open_senders, open_sockets, set_offload, share_port
+from udptun.datapath.sockets import (
+    ReceiveQueue,
+    family_of,
+    leave_paths_to_us,
+    open_senders,
+    open_sockets,
+    receive_queue,
+    set_offload,
+    share_port,
+)
 from udptun.datapath.stats import Stats
 from udptun.datapath.strangers import StrangerFilter
 from udptun.datapath.supervision import Datapath, new_lock
@@ -212,6 +223,16 @@ class Tunnel:
         offload = (settings.offload | Offload.VNET_HDR) & self.tun.supported
         self.table.configure(replace(settings, offload=offload))
         self.peers.mtu, self.peers.less_for = settings.mtu, settings.less_for
+
+    @property
+    def receive_queues(self) -> list[tuple[int, Family, ReceiveQueue]]:
+        """Of each worker by each outer family.  May be read on another thread: a socket that was just closed lacks."""
+        found = []
+        for them in self._endpoints.sets:
+            for worker, udp in enumerate(them):
+                with suppress(OSError):
+                    found.append((worker, family_of(udp), receive_queue(udp)))
+        return found
 
     @property
     def where(self) -> Where:

@@ -92,6 +92,8 @@ class FirewallReconciler:
         self._standing: set[str] = set()
         """Which kinds of rules have been in place since the start: `masquerade`, `forward`."""
         self._is_new = False
+        self.n_repairs = 0
+        """Differences that were repaired since `set_up`."""
         self._repaired: deque[float] = deque(maxlen=_STRIFE_REPAIRS)
         self._lines = ProblemLines(log, "firewall rules are as wanted again")
         pace = Pace(_SETTLE_S, _MAX_SETTLE_S, storm_s=0.0, period_s=settings.resync_s, retry_s=settings.resync_s)
@@ -285,6 +287,7 @@ class FirewallReconciler:
             "form": self._settings.form if self._standing else None,
             "masquerade": "masquerade" in self._standing,
             "forward": "forward" in self._standing,
+            "repairs": self.n_repairs,
         }
 
     async def run(self) -> None:
@@ -315,6 +318,7 @@ class FirewallReconciler:
         """Repair what differs; return whether all is as wanted now."""
         attempt = await self._repair_differences()
         lines = list(self._describe(attempt.failures))
+        self.n_repairs += len(attempt.found)
         if attempt.found:
             self._repaired.append(asyncio.get_running_loop().time())
         if attempt.found and not self._is_strife:

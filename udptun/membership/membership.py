@@ -124,6 +124,16 @@ class Membership:
         return self._peers.other_types.leases
 
     @property
+    def store_answers(self) -> bool:
+        """Whether the store is not away."""
+        return not self._outage.reason
+
+    @property
+    def store_answered_s(self) -> float | None:
+        """When the store last answered or told of a change, Unix seconds; None: not yet in this run."""
+        return self._outage.answered_s
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """One line for each thing that is wrong with our lease or with the store right now."""
         expired = ""

@@ -37,6 +37,8 @@ class Outage:
         self._began_s = self._say_again_s = 0.0
         self.reason = ""
         """Why the store does not answer; empty while it does."""
+        self.answered_s: float | None = None
+        """When it last answered, Unix seconds; None: not yet."""
 
     def goes_on(self, reason: str, doing: str) -> None:
         """It failed once more; `doing` says what we do meanwhile."""
@@ -55,6 +57,7 @@ class Outage:
 
     def end(self) -> None:
         """It answers."""
+        self.answered_s = self._clock.unix_s()
         if self.reason:
             away_s = self._clock.elapsed_s() - self._began_s
             log.info("lease store answers again store=%s after_s=%.1f", self._store_name, away_s)

@@ -199,6 +199,10 @@ class Prober:
         """`on`, `off`, or `off: ` and why nobody is probed."""
         return "off" if not self._is_on else "on" if self._obstacle is None else f"off: {self._obstacle}"
 
+    def liveness(self, subnet: IPNetwork) -> Liveness:
+        """What is known of a peer.  May be asked on another thread."""
+        return self._probing.liveness(subnet)[0]
+
     def document(self, subnet: IPNetwork) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
         liveness, rtt_s = self._probing.liveness(subnet)

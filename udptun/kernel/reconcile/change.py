@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,6 +11,19 @@ from udptun.core.network_state import Address, FdbEntry, Link, LinkSettings, Nei
 
 _PerPeer = Route | Neighbour | FdbEntry
 Thing = _PerPeer | Address | Link | LinkSettings | DesiredLink | Sysctl
+
+
+OBJECTS: Mapping[type, str] = {
+    Route: "route",
+    Address: "address",
+    Neighbour: "neighbour",
+    FdbEntry: "fdb",
+    LinkSettings: "link",
+    Link: "device",
+    DesiredLink: "device",
+    Sysctl: "sysctl",
+}
+"""What a thing is called, where changes are counted."""
 
 
 class Verb(Enum):
@@ -41,6 +55,11 @@ class Change:
     def is_per_peer(self) -> bool:
         """Whether there may be one of these for each peer.  Without it that peer is cut off, and no other."""
         return isinstance(self.thing, _PerPeer)
+
+    @property
+    def object(self) -> str:
+        """One of the words in OBJECTS."""
+        return OBJECTS[type(self.thing)]
 
     def __str__(self) -> str:
         """For log lines and problems."""

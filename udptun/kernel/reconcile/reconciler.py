@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ class Reconciler:
         self._busy = asyncio.Lock()
         self._loop = WatchLoop("kernel state", self._relevant_notices, self._look, _PACE)
         self.last = Outcome()
+        self.changes: Counter[tuple[str, bool]] = Counter()
+        """How many have been made, by object, and whether as a repair: nobody has wanted anything else meanwhile."""
+        self._n_wishes = 1
+        """How often something else was wanted, the first time included."""
+        self._n_fulfilled = 0
+        """The wish that the kernel was last as wanted with."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -127,6 +134,7 @@ class Reconciler:
     def set_desired(self, desired: DesiredState) -> None:
         """Want something else from now on; `run` (or the next converge) changes what differs."""
         self._desired = desired
+        self._n_wishes += 1
         self._direct.set_decision((), None)
         self._look_again()
 
@@ -136,6 +144,7 @@ class Reconciler:
         It is asked again whenever they change.
         """
         self._desired = self._direct.set_decision(gateways, decide) or self._desired
+        self._n_wishes += 1
         self._look_again()
 
     def _look_again(self) -> None:
@@ -162,7 +171,7 @@ class Reconciler:
                     async with Netlink() as kernel:
                         actual = await self._read_actual(kernel)
                         conflict_lines = await self._describe_conflicts(kernel, actual)
-                        now_s = asyncio.get_running_loop().time()
+                        now_s, wish = asyncio.get_running_loop().time(), self._n_wishes
                         planned = plan(self._desired, actual, self._alias)
                         done, failed = await apply(kernel, self._device, self._contests.allow(planned, now_s))
                         self._contests.note(done, now_s)
@@ -170,15 +179,19 @@ class Reconciler:
                     failures, is_broken = (str(exc),), True
                     break
                 rounds.append(done)
+                self.changes.update((change.object, wish == self._n_fulfilled) for change in done)
                 self._note_foreign(done, failed)
                 if (without := self._direct.note_refused(failed)) is not None:
                     self._desired = without
+                    self._n_wishes += 1
                     continue
                 refusals = tuple(_refusals(failed))
                 failed = [(change, error) for change, error in failed if not isinstance(change.thing, Sysctl)]
                 failures = tuple(f"{change}: {error}" for change, error in failed)
                 is_broken = not all(change.is_per_peer for change, _ in failed)
                 if not done:
+                    if not failed:
+                        self._n_fulfilled = wish
                     break
             else:
                 is_unfinished = True
@@ -238,7 +251,10 @@ class Reconciler:
     # ----------------------------------------------------------------------------------------- actual state
 
     async def _read_actual(self, kernel: Netlink) -> ActualState:
-        desired = self._desired = await self._direct.look(kernel) or self._desired
+        if (decided := await self._direct.look(kernel)) is not None:
+            self._desired = decided
+            self._n_wishes += 1
+        desired = self._desired
         links = {wanted.name: await kernel.link(wanted.name) for wanted in desired.links}
         family = self._family
         # The kernel gives each device a link-local IPv6 address by itself.  On the datapath's nobody needs it, and the

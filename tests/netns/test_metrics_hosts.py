@@ -1,0 +1,159 @@
+"""/metrics of running daemons: it agrees with the status document, the kernel, the other host and the packets."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_open_metrics
+from prometheus_client.parser import text_string_to_metric_families as read_plain
+from traffic import ping, read_status, udp_flow, wait_for_peers
+
+from udptun.control.metrics.samples import counter_sample
+from udptun.lab.host import Host
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import Lab
+
+pytestmark = pytest.mark.netns
+
+Series = Mapping[str, float]
+"""`name{label="value",...}` -> value; the labels in the order of their names."""
+
+
+def request(host: Host, method: str = "GET", accept: str = "") -> tuple[str, str]:
+    """Head and body of the answer at the daemon's socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(host.path("/run/udptun/udptun.sock")))
+        connection.sendall(f"{method} /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode())
+        head, _, body = b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 200 ")
+    return head, body
+
+
+def read(text: str, parse: Callable[[str], Iterable[Metric]] = read_plain) -> Series:
+    return {name_of(it.name, **it.labels): it.value for family in parse(text) for it in family.samples}
+
+
+def name_of(metric: str, **labels: str) -> str:
+    said = ",".join(f'{label}="{value}"' for label, value in sorted(labels.items()))
+    return f"{metric}{{{said}}}"
+
+
+def scrape(host: Host) -> Series:
+    """All series as they are now.  A text that took long to make is served for a while, so another is waited for.
+
+    Making one takes processor time, so sooner or later that series differs.
+    """
+    _, before = request(host)
+    wait_until("new figures", lambda: request(host)[1] != before, 10)
+    return read(request(host)[1])
+
+
+def counters_in(series: Series, names: Iterable[str]) -> dict[str, float]:
+    """The datapath's counters by the names that the status document has them by."""
+    found = {}
+    for name in names:
+        sample = counter_sample(name, 0)
+        found[name] = series[name_of(sample.metric.name, **dict(zip(sample.metric.labels, sample.labels, strict=True)))]
+    return found
+
+
+def peer_packets(host: Host, of: Host, way: str) -> float:
+    return scrape(host)[name_of(f"udptun_peer_{way}_packets_total", peer=str(of.subnet))]
+
+
+def test_metrics_status_and_the_other_host_count_the_same_packets(pair: Lab) -> None:
+    one, two = pair.hosts
+    sent, received = peer_packets(one, two, "encap"), peer_packets(two, one, "decap")
+    with udp_flow(one.pod(1), two.pod(1), 500) as flow:
+        before = read(request(one)[1])
+        status = read_status(one)
+        after = scrape(one)
+        flow.wait_for_more(300)
+    names = status["counters"]
+    for name in names:
+        assert counters_in(before, [name])[name] <= names[name] <= counters_in(after, [name])[name]
+    n_sent, n_received = peer_packets(one, two, "encap") - sent, peer_packets(two, one, "decap") - received
+    # Probes are packets, too; they are few.
+    assert flow.report.sent <= n_sent <= flow.report.sent + 60
+    assert flow.report.sent <= n_received <= flow.report.sent + 60
+
+    def agree() -> bool:
+        """Whether nothing came in between, and then all are the same."""
+        status, series, later = read_status(one), scrape(one), read_status(one)
+        shown = json.loads(one.run(["ip", "-s", "-j", "link", "show", "flannel0"]).stdout)[0]["stats64"]
+        if (status["counters"], status["devices"]) != (later["counters"], later["devices"]):
+            return False
+        assert counters_in(series, status["counters"]) == status["counters"]
+        assert series[name_of("udptun_device_transmit_packets_total", device="flannel0")] == shown["tx"]["packets"]
+        assert series[name_of("udptun_device_receive_bytes_total", device="flannel0")] == shown["rx"]["bytes"]
+        (peer,) = status["peers"]
+        for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes"):
+            assert series[name_of(f"udptun_peer_{key}_total", peer=peer["subnet"])] == peer[key]
+        assert series[name_of("udptun_peers", liveness=peer["liveness"])] == 1
+        assert series[name_of("udptun_ready")] == 1
+        return True
+
+    wait_until("a moment without packets", agree, 30)
+
+
+def test_each_client_gets_its_format_and_head_has_no_body(pair: Lab) -> None:
+    one = pair.host(1)
+    head, plain = request(one)
+    assert "\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n" in head
+    head, text = request(one, accept="application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
+    assert "\r\nContent-Type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n" in head
+    assert read(text, read_open_metrics).keys() == read(plain).keys()
+    head, body = request(one, "HEAD", accept="no;such,,;q=x")
+    assert "\r\nContent-Type: text/plain" in head
+    assert body == ""
+
+
+def test_a_repair_is_counted_as_one_and_no_change_of_ours(pair: Lab) -> None:
+    one, two = pair.hosts
+
+    def changes() -> tuple[float, float]:
+        series = scrape(one)
+        labels = {"family": "ipv4", "object": "route"}
+        by_cause = [name_of("udptun_reconcile_changes_total", cause=it, **labels) for it in ("desired", "repair")]
+        return series[by_cause[0]], series[by_cause[1]]
+
+    desired, repairs = changes()
+    assert desired >= 1
+    one.run(["ip", "route", "del", "10.244.0.0/16", "dev", "flannel0"])
+    wait_until("the repair", lambda: changes() == (desired, repairs + 1), 10)
+    ping(one.pod(1), two.pod(1).address)
+
+
+@pytest.fixture
+def one_peer_shown(three_hosts: Lab) -> Iterator[Lab]:
+    """The daemon of h1 has --metrics-peers=1."""
+    one = three_hosts.host(1)
+    one.stop_daemon()
+    one.start_daemon(["--metrics-peers=1"])
+    one.wait_ready()
+    yield three_hosts
+    one.stop_daemon()
+    one.start_daemon()
+    one.wait_ready()
+    wait_for_peers(three_hosts)
+
+
+def test_the_busiest_peers_have_series_of_their_own_and_all_are_counted(one_peer_shown: Lab) -> None:
+    one, *others = one_peer_shown.hosts
+
+    def shown() -> list[str]:
+        return [it for it in scrape(one) if it.startswith("udptun_peer_encap_bytes_total")]
+
+    wait_for_peers(one_peer_shown)
+    for n, other in enumerate(others, 1):
+        ping(one.pod(1), other.pod(1).address, "-s", str(1000 * n), count=10 * n)
+        busiest = [name_of("udptun_peer_encap_bytes_total", peer=str(other.subnet))]
+        wait_until("the busiest", lambda busiest=busiest: shown() == busiest, 10)
+    series = scrape(one)
+    assert sum(n for name, n in series.items() if name.startswith("udptun_peers{")) == 2
+    assert len(read_status(one)["peers"]) == 2

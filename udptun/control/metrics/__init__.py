@@ -1,0 +1,1 @@
+"""What `/metrics` says, in the formats of Prometheus: docs/metrics.md."""

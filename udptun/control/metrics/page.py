@@ -1,0 +1,40 @@
+"""The answer to `GET /metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
+
+from udptun.control.http import Request, Response
+from udptun.control.metrics.text import Format, Sample, format_for, render
+
+_SHARE = 0.1
+"""Of a processor that answers may take at most, whoever asks however often: the port may face the network."""
+
+
+class MetricsPage:
+    """Answers of one daemon.  `samples` gives those of the moment; it is called on a thread beside the event loop."""
+
+    def __init__(self, samples: Callable[[], Iterable[Sample]]) -> None:
+        self._samples = samples
+        self._making = asyncio.Lock()
+        self._made: dict[Format, tuple[str, float]] = {}
+        """In each format the last text, and until when it is served again (CLOCK_MONOTONIC, seconds)."""
+
+    async def answer(self, request: Request) -> Response:
+        """In the format that the client asks for.  A text that took long to make is served for a while."""
+        form = format_for(request.headers.get("accept", ""))
+        async with self._making:
+            text, until_s = self._made.get(form, ("", 0.0))
+            if time.monotonic() >= until_s:
+                text, took_s = await asyncio.to_thread(self._make, form)
+                self._made[form] = text, time.monotonic() + took_s / _SHARE
+        return Response(HTTPStatus.OK, text, form.content_type)
+
+    def _make(self, form: Format) -> tuple[str, float]:
+        """The text, and the processor time that it took, seconds."""
+        began_s = time.thread_time()
+        text = render(self._samples(), form)
+        return text, time.thread_time() - began_s
