@@ -281,6 +281,20 @@ def test_addresses_outside_a_small_network_lead_nowhere(network: str, stats: Sta
     table.close()
 
 
+def test_where_ipv4_is_not_carried_no_address_of_it_leads_anywhere(stats: Stats) -> None:
+    table = TableWriter.create()
+    own = IPv6Network("2001:db8:0:100::/56")
+    table.configure(
+        PacketSettings(*(None, None, HERE, 1472, SourceCheck.PEER), network_ipv6=NETWORK_IPV6, own_subnet_ipv6=own)
+    )
+    table.set_peer(IPv6Network("2001:db8:0:200::/56"), remote(1), 1472)
+    assert table.publish(stats)
+    asked = [IPv4Address(address) for address in (0, 1, 1 << 24, 0xFFFFFFFF)]
+    assert look_up(table, stats, asked) == [None] * 4
+    assert look_up(table, stats, [IPv6Address("2001:db8:0:200::1")]) == [remote(1).address]
+    table.close()
+
+
 def test_peer_keeps_its_index_while_others_come_and_go(table: TableWriter, stats: Stats) -> None:
     subnets = list(IPv4Network("10.1.0.0/16").subnets(new_prefix=24))
     for i, subnet in enumerate(subnets):

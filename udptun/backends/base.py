@@ -117,10 +117,6 @@ class BackendInput:
         return Pods(self.network, leasable, self.own_subnet, leased, link)
 
 
-_NO_IPV4 = IPv4Network("0.0.0.0/32")
-"""In the place of Network and of our subnet where IPv4 is not carried: no packet is for it."""
-
-
 def packet_settings(inputs: Mapping[Family, BackendInput], port: int, vtep: Vtep | None = None) -> PacketSettings:
     """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`.
 
@@ -129,10 +125,10 @@ def packet_settings(inputs: Mapping[Family, BackendInput], port: int, vtep: Vtep
     ipv4, ipv6 = inputs.get(Family.IPV4), inputs.get(Family.IPV6)
     first = ipv4 or ipv6
     assert first is not None
-    network, own = (_NO_IPV4, _NO_IPV4) if ipv4 is None else (ipv4.network, ipv4.own_subnet)
+    network, own = (None, None) if ipv4 is None else (ipv4.network, ipv4.own_subnet)
     network_ipv6, own_ipv6 = (None, None) if ipv6 is None else (ipv6.network, ipv6.own_subnet)
-    assert isinstance(network, IPv4Network)
-    assert isinstance(own, IPv4Network)
+    assert network is None or isinstance(network, IPv4Network)
+    assert own is None or isinstance(own, IPv4Network)
     assert network_ipv6 is None or isinstance(network_ipv6, IPv6Network)
     assert own_ipv6 is None or isinstance(own_ipv6, IPv6Network)
     live, address = first.live, first.underlay.first_address

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network
 
 from udptun.core.family import Family
 from udptun.core.network_state import IPAddress
@@ -52,11 +52,11 @@ class PacketSettings:
 
     `mtu`: largest inner packet, bytes.  `vtep` None: inner packets travel bare, without VXLAN.  `punt_id`: ICMP id of
     the echo replies to the tunnel address that the control plane gets in place of the TUN; 0: it gets none.  `port`: of
-    our UDP socket; 0: not known.  `network_ipv6` and `own_subnet_ipv6`: both, or None: no IPv6 is carried.
+    our UDP socket; 0: not known.  Both `network` and `own_subnet`, or neither: no IPv4 is carried; so too for IPv6.
     """
 
-    network: IPv4Network
-    own_subnet: IPv4Network
+    network: IPv4Network | None
+    own_subnet: IPv4Network | None
     underlay_address: IPAddress
     mtu: int
     source_check: SourceCheck
@@ -75,20 +75,9 @@ class PacketSettings:
         return max(0, OUTER_HEADERS[remote.address.version] - OUTER_HEADERS[self.underlay_address.version])
 
     @property
-    def tunnel_address(self) -> IPv4Address:
-        """The address on our TUN device: the first of our subnet (flannel's choice)."""
-        return self.own_subnet.network_address
-
-    @property
-    def tunnel_address_ipv6(self) -> IPv6Address | None:
-        """Likewise of IPv6."""
-        return None if self.own_subnet_ipv6 is None else self.own_subnet_ipv6.network_address
-
-    @property
     def tunnel_addresses(self) -> Mapping[int, IPAddress]:
-        """Those that there are, by IP version."""
-        both: Mapping[int, IPAddress | None] = {4: self.tunnel_address, 6: self.tunnel_address_ipv6}
-        return {version: ip for version, ip in both.items() if ip is not None and not ip.is_unspecified}
+        """Those on our TUN device, by IP version: the first of each subnet of ours (flannel's choice)."""
+        return {own.version: own.network_address for own in (self.own_subnet, self.own_subnet_ipv6) if own is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ _PEER_IDENTITY = PEER.packer("remote", "flags", "prefix")
 _NO_PEER = bytes(PEER.size)
 _FLAG_UDPTUN, _FLAG_ANY_SOURCE_PORT = LAYOUT["flags.udptun"], LAYOUT["flags.any_source_port"]
 _FLAG_DEAD, _FLAG_ECN = LAYOUT["flags.dead"], LAYOUT["flags.ecn"]
+_NO_IPV4 = IPv4Network("0.0.0.0/32")
+"""In the place of Network and of our subnet where IPv4 is not carried: no packet is for it."""
 _SOURCE_CHECKS = {check: LAYOUT[f"source_check.{check.value}"] for check in SourceCheck}
 
 
@@ -89,7 +91,7 @@ class TableWriter:
 
         Raises DatapathError when `settings` are of another Network or VTEP and there still are peers of the old.
         """
-        network, own, vtep = settings.network, settings.own_subnet, settings.vtep
+        network, own, vtep = settings.network or _NO_IPV4, settings.own_subnet or _NO_IPV4, settings.vtep
         first, n_l1 = int(network.network_address), max(1, network.num_addresses >> 8)
         slot = self._next
         has_ipv4 = any(version == 4 for version, _ in self._lengths)
@@ -99,7 +101,8 @@ class TableWriter:
             raise DatapathError("cannot change the encapsulation of the peer table: it has peers of the old one")
         slot["network"], slot["network_mask"] = first, int(network.netmask)
         slot["own_subnet"], slot["own_mask"] = int(own.network_address), int(own.netmask)
-        slot["tunnel_address"] = int(settings.tunnel_address)
+        addresses = settings.tunnel_addresses
+        slot["tunnel_address"] = int(addresses[4]) if 4 in addresses else 0
         slot["mtu"] = settings.mtu
         slot["source_check"] = _SOURCE_CHECKS[settings.source_check]
         slot["offloads"] = sum(bit for offload, bit in OFFLOAD_BITS.items() if offload in settings.offload)
@@ -114,8 +117,7 @@ class TableWriter:
         slot.own_mac[:] = bytes(6) if vtep is None else vtep.mac
         slot.network_ipv6[:] = _prefix(settings.network_ipv6)
         slot.own_subnet_ipv6[:] = _prefix(settings.own_subnet_ipv6)
-        tunnel_address = settings.tunnel_address_ipv6
-        slot.tunnel_address_ipv6[:] = bytes(16) if tunnel_address is None else tunnel_address.packed
+        slot.tunnel_address_ipv6[:] = addresses[6].packed if 6 in addresses else bytes(16)
         self._underlay_address = settings.underlay_address
         slot.set_local((self._underlay_address, *self._local))
 
