@@ -135,6 +135,12 @@ def test_leases_of_both_families_are_flannels_key_for_key() -> None:
         f'"BackendData":{{"VNI":1,"VtepMAC":"{MAC}","NodeID":"{"n" * 32}","Udptun":1}},'
         f'"BackendV6Data":{{"VNI":1,"VtepMAC":"{IPV6_MAC}"}}}}'
     )
+    ipv6_alone = replace(DUAL, address=None, public_ip=None)
+    assert KernelVxlan(VxlanKeys(), MAC, IPV6_MAC).attrs(ipv6_alone, LIVE, "n" * 32).to_json() == (
+        '{"PublicIP":"0.0.0.0","PublicIPv6":"2001:db8::1","BackendType":"vxlan",'
+        f'"BackendData":{{"NodeID":"{"n" * 32}","Udptun":1}},'
+        f'"BackendV6Data":{{"VNI":1,"VtepMAC":"{IPV6_MAC}"}}}}'
+    )
     assert HostGw().attrs(DUAL, LIVE, "n" * 32).public_ipv6 == IPV6
     assert Alloc().attrs(DUAL, LIVE, "n" * 32).public_ipv6 == IPV6
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from udptun.backends.base import BackendInput, LiveSettings
+from udptun.backends.base import BackendInput, LiveSettings, OverSameFamily
 from udptun.config.net_conf import BackendKeys
 from udptun.core.desired import DesiredState
 from udptun.core.family import Family
@@ -20,15 +21,14 @@ class AllocKeys(BackendKeys):
     type: ClassVar[str] = "alloc"
 
 
-class Alloc:
+class Alloc(OverSameFamily):
     """See `Backend`."""
 
     type = AllocKeys.type
     summary = "lease and subnet.env only"
-    families = frozenset(Family)
+    not_carried: Mapping[Family, str] = {}
     device = None
     overhead = ipv6_overhead = 0
-    needs_same_family = True
     encapsulation = None
     routes_network = False
     peer_types = frozenset[str]()
@@ -38,9 +38,6 @@ class Alloc:
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """It names no type, as flannel's does not."""
         return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, backend_data={"NodeID": node_id, "Udptun": 1})
-
-    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
-        return family
 
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> None:
         """No lease is refused, because nothing is done about any."""

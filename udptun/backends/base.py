@@ -216,6 +216,15 @@ class Encapsulation(Protocol):
         """Where a peer is.  `Backend.refusal` has accepted the lease."""
 
 
+class OverSameFamily:
+    """Of a backend whose packets of a family travel between addresses of that family alone."""
+
+    needs_same_family = True
+
+    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
+        return family
+
+
 class Backend(Protocol):
     """One way to carry packets: leases in, the desired state out.  It knows values only, and stays the same for a run.
 
@@ -232,8 +241,8 @@ class Backend(Protocol):
         """How it carries packets, in a few words for people."""
 
     @property
-    def families(self) -> frozenset[Family]:
-        """What of the pods it carries."""
+    def not_carried(self) -> Mapping[Family, str]:
+        """Each family of the pods that it does not carry, and why not."""
 
     @property
     def device(self) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from udptun.backends.base import BackendInput, LiveSettings, ProbedKeys
+from udptun.backends.base import BackendInput, LiveSettings, OverSameFamily, ProbedKeys
 from udptun.core.desired import DesiredRoute, DesiredState
 from udptun.core.errors import UdptunError, one_line
 from udptun.core.family import Family
@@ -20,15 +21,14 @@ class HostGwKeys(ProbedKeys):
     type: ClassVar[str] = "host-gw"
 
 
-class HostGw:
+class HostGw(OverSameFamily):
     """See `Backend`."""
 
     type = HostGwKeys.type
     summary = "routes through the peers' addresses; they must be on one link with us"
-    families = frozenset(Family)
+    not_carried: Mapping[Family, str] = {}
     device = None
     overhead = ipv6_overhead = 0
-    needs_same_family = True
     encapsulation = None
     routes_network = False
     peer_types = frozenset((HostGwKeys.type,))
@@ -50,9 +50,6 @@ class HostGw:
         # flannel's has no BackendData, and it looks at none.
         data = {"NodeID": node_id, "Udptun": 1}
         return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, self.type, data)
-
-    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
-        return family
 
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         if lease.attrs.backend_type != self.type:

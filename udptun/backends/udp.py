@@ -55,7 +55,7 @@ class Udp:
 
     type = UdpKeys.type
     summary = "userspace tunnel, flannel's udp wire format"
-    families = frozenset(Family)
+    not_carried: Mapping[Family, str] = {}
     needs_same_family = False
     routes_network = True
     peer_types = frozenset((UdpKeys.type, ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from udptun.backends import vxlan
-from udptun.backends.base import BackendInput, LiveSettings, packet_settings
+from udptun.backends.base import BackendInput, LiveSettings, OverSameFamily, packet_settings
 from udptun.backends.udp import tun_link
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState
 from udptun.core.family import Family
@@ -23,15 +23,16 @@ N_SENDERS = 4
 reached 0.85 of the udp backend's throughput with 8 sockets, and 0.9 with 4 or with 1, on a machine of two cores."""
 
 
-class UserspaceVtep:
+class UserspaceVtep(OverSameFamily):
     """See `Backend`; it is its own `Encapsulation`."""
 
     type = vxlan.VxlanKeys.type
     summary = "userspace VTEP, to its peers like the kernel's, which this kernel does not have"
     overhead = vxlan.VXLAN_OVERHEAD
-    families = frozenset((Family.IPV4,))
+    not_carried: Mapping[Family, str] = {
+        Family.IPV6: "the VTEP in user space carries no IPv6; the kernel's vxlan, udp and host-gw do (Backend.Type)"
+    }
     ipv6_overhead = 0
-    needs_same_family = True
     routes_network = False
     peer_types = frozenset((vxlan.VxlanKeys.type,))
     needs_backend_data = True
@@ -49,10 +50,7 @@ class UserspaceVtep:
         return self
 
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
-        return vxlan.lease_attrs(self._vni, self._mac, underlay, node_id)
-
-    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
-        return family
+        return vxlan.lease_attrs(self._vni, {Family.IPV4: self._mac}, underlay, node_id)
 
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         return vxlan.refusal(lease)

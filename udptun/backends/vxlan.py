@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys
+from udptun.backends.base import BackendInput, LiveSettings, OverSameFamily, TunnelKeys
 from udptun.config.go_json import boolean, choice, integer, key
 from udptun.core.desired import (
     DesiredAddress,
@@ -70,15 +70,14 @@ class VxlanKeys(TunnelKeys):
     fallback: Fallback = key("Fallback", choice({it.value: it for it in Fallback}), Fallback.VTEP)
 
 
-class KernelVxlan:
+class KernelVxlan(OverSameFamily):
     """See `Backend`."""
 
     type = VxlanKeys.type
     summary = "the kernel's VXLAN device"
-    families = frozenset(Family)
+    not_carried: Mapping[Family, str] = {}
     overhead = VXLAN_OVERHEAD
     ipv6_overhead = VXLAN_IPV6_OVERHEAD
-    needs_same_family = True
     encapsulation = None
     routes_network = False
     peer_types = frozenset((VxlanKeys.type,))
@@ -92,16 +91,7 @@ class KernelVxlan:
         self._macs = {Family.IPV4: mac, Family.IPV6: ipv6_mac}
 
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
-        attrs = lease_attrs(self._keys.vni, self._macs[Family.IPV4], underlay, node_id)
-        if underlay.public_ip is None:
-            attrs = replace(attrs, backend_data={"NodeID": node_id, "Udptun": 1})
-        if underlay.public_ipv6 is None:
-            return attrs
-        v6_data = {"VNI": self._keys.vni, "VtepMAC": self._macs[Family.IPV6]}
-        return replace(attrs, public_ipv6=underlay.public_ipv6, backend_v6_data=v6_data)
-
-    def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
-        return family
+        return lease_attrs(self._keys.vni, self._macs, underlay, node_id)
 
     def refusal(self, lease: Lease, family: Family = Family.IPV4) -> str | None:
         return refusal(lease, family)
@@ -149,10 +139,20 @@ def device_name(vni: int, family: Family = Family.IPV4) -> str:
     return f"flannel.{vni}" if family is Family.IPV4 else f"flannel-v6.{vni}"
 
 
-def lease_attrs(vni: int, mac: str, underlay: Underlay, node_id: str) -> LeaseAttrs:
-    """What a VTEP's lease says: flannel's two keys, and then ours, which flannel ignores."""
-    data = {"VNI": vni, "VtepMAC": mac, "NodeID": node_id, "Udptun": 1}
-    return LeaseAttrs(underlay.public_ip, backend_type=VxlanKeys.type, backend_data=data)
+def lease_attrs(vni: int, macs: Mapping[Family, str], underlay: Underlay, node_id: str) -> LeaseAttrs:
+    """What a VTEP's lease says: flannel's two keys, and then ours, which flannel ignores.
+
+    `macs` has a MAC for each family that it carries.  Of a family without a public address the lease says nothing.
+    """
+    public = {Family.IPV4: underlay.public_ip, Family.IPV6: underlay.public_ipv6}
+    data = {family: {"VNI": vni, "VtepMAC": mac} for family, mac in macs.items() if public[family] is not None}
+    return LeaseAttrs(
+        underlay.public_ip,
+        underlay.public_ipv6 if Family.IPV6 in macs else None,
+        VxlanKeys.type,
+        {**data.get(Family.IPV4, {}), "NodeID": node_id, "Udptun": 1},
+        data.get(Family.IPV6),
+    )
 
 
 def refusal(lease: Lease, family: Family = Family.IPV4) -> str | None:
