@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ import udptun
 from udptun.core.errors import ConfigError, LeaseLostError, StoreUnavailableError
 from udptun.core.lease import EventType
 from udptun.stores.local import database
+from udptun.stores.local import store as store_module
 from udptun.stores.local.schema import HISTORY
 from udptun.stores.local.store import LocalStore
 
@@ -180,6 +182,34 @@ async def test_a_clock_set_back_makes_leases_last_and_harms_nothing(harness: Loc
         assert renewed.expires_s == now_s[0] + 100
         now_s[0] += 101
         await watcher.until(lambda: not watcher.leases)
+    await store.aclose()
+
+
+async def test_a_watch_leaves_sqlite_alone_until_somebody_writes_or_a_lease_expires(
+    harness: LocalHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read the revision twenty times a second, which was four fifths of what an idle daemon took."""
+    monkeypatch.setattr(store_module, "_READ_S", math.inf)
+    n_reads, now_s = [0], [1_700_000_000.0]
+    read_revision = store_module.rows.read_revision
+
+    def counted(db: sqlite3.Connection) -> int:
+        n_reads[0] += 1
+        return read_revision(db)
+
+    store = LocalStore(harness.path, harness.net_conf, clock=lambda: now_s[0])
+    await store.claim(host(1), exactly(1), ttl_s=100)
+    monkeypatch.setattr(store_module.rows, "read_revision", counted)
+    async with watching(store) as watcher:
+        async with asyncio.timeout(DEADLINE_S):
+            n = -1
+            while n != n_reads[0]:
+                n = n_reads[0]
+                await asyncio.sleep(4 * store_module.POLL_S)
+        harness.sql(f"insert into leases (key, value) values ('{SUBNETS[2].key}', '{host(2).to_json()}')")
+        await watcher.until(lambda: watcher.numbers == {1, 2})
+        now_s[0] += 101
+        await watcher.until(lambda: watcher.numbers == {2})
     await store.aclose()
 
 

@@ -26,6 +26,9 @@ T = TypeVar("T")
 BUSY_S = 10.0
 """How long a call waits for other processes' locks before it gives up, seconds."""
 
+_SETTLED_NS = 100_000_000
+"""A file that was written to longer ago than this has another time after the next write, nanoseconds."""
+
 _BUSY_LOOK_S = 0.2
 """How often a waiting call looks whether the store is being closed: nothing interrupts SQLite's own waiting."""
 
@@ -41,6 +44,8 @@ class Database:
         self.is_closing = False
         """A call that waits for a lock gives up once this is set."""
         self._path = path
+        self._written = (path, path.with_name(f"{path.name}-wal"))
+        """What a write changes; it may be in one of the two alone."""
         self._clock = clock
         self._db: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
@@ -60,6 +65,24 @@ class Database:
                 else:
                     self.close()
                 raise _explain(exc, operation, self._path) from exc
+
+    def traces(self) -> tuple[object, ...] | None:
+        """What is not the same any more when somebody has written to the file since; for any thread.
+
+        None: that cannot be said, as somebody has just done so, and may do it again within a tick of the file system's
+        clock.
+        """
+        found: list[object] = []
+        for path in self._written:
+            try:
+                status = path.stat()
+            except OSError:
+                found.append(None)
+            else:
+                if time.time_ns() - status.st_ctime_ns < _SETTLED_NS:
+                    return None
+                found += (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
+        return tuple(found)
 
     def close(self) -> None:
         """The next `run` opens the file anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from math import inf
 
 from udptun.core.lease import EventType, Lease, LeaseAttrs, LeaseEvent, LeaseFormatError, Subnets
 from udptun.stores.base import Snapshot
@@ -56,9 +57,11 @@ def read_events(db: sqlite3.Connection, after: int, revision: int) -> tuple[Leas
         return None
 
 
-def has_expired(db: sqlite3.Connection, now_s: float) -> bool:
-    """Whether `delete_expired` has anything to do."""
-    return db.execute("select 1 from leases where expires <= ? limit 1", (now_s,)).fetchone() is not None
+def first_expiry(db: sqlite3.Connection) -> float:
+    """When `delete_expired` has something to do, Unix seconds; infinite: never."""
+    (expires,) = db.execute("select min(expires) from leases").fetchone()
+    # A person may have put a text there, which SQLite takes for greater than any number.
+    return expires if isinstance(expires, int | float) else inf
 
 
 def delete_expired(db: sqlite3.Connection, now_s: float) -> None:
