@@ -10,81 +10,32 @@ daemon lives.  When the cause is gone the lines are gone too, and the pods reach
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shlex
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faults import DHCP_CLIENT, Act, Background, StoppedStandby, lease_of_type, on_pod, shell
 from traffic import CLEANUP, cpu_s, is_answered, peers, ping, read_status, socket_in
 
 from udptun.lab.errors import LabError
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, UNDERLAY, Lab
+from udptun.lab.topology import UNDERLAY, Lab
 
 pytestmark = pytest.mark.netns
-
-Act = Callable[[Host], None]
 
 FLAGS = ["--iptables-resync=1"]
 
 ON_NOTICE_S = 10
 """For what the kernel reports, and what `--iptables-resync` finds.  A second or so is promised; the machine may be
 busy."""
-
-
-def shell(*commands: str) -> Act:
-    """Run the commands on the host, one after the other."""
-
-    def act(host: Host) -> None:
-        for command in commands:
-            host.run(["sh", "-c", command])
-
-    return act
-
-
-def on_pod(command: str) -> Act:
-    """Run the command with the address of the host's pod."""
-    return lambda host: shell(command.format(host.pod(1).address))(host)
-
-
-class Background:
-    """A program of the host's that goes on from `start` to `stop`."""
-
-    def __init__(self, script: str) -> None:
-        self._script = script
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self, host: Host) -> None:
-        self._process = host.popen(["sh", "-c", self._script], stderr=subprocess.DEVNULL)
-
-    def stop(self, host: Host) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-
-class StoppedStandby:
-    """The datapath process on standby, stopped by a signal from `start` to `stop`."""
-
-    def __init__(self) -> None:
-        self._pid = 0
-
-    def start(self, host: Host) -> None:
-        (self._pid,) = read_status(host)["datapath"]["standby_pids"]
-        host.run(["kill", "-STOP", str(self._pid)])
-
-    def stop(self, host: Host) -> None:
-        host.run(["kill", "-CONT", str(self._pid)])
 
 
 @dataclass(frozen=True)
@@ -120,27 +71,12 @@ HELD_PORT = Background(
 )
 
 
-def lease_of_type(kind: str) -> Act:
-    """Write the lease of a host that is not there."""
-    value = json.dumps({"PublicIP": "192.168.77.200", "PublicIPv6": None, "BackendType": kind})
-    script = (
-        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); "
-        "db.execute('insert or replace into leases (key, value) values (?, ?)', sys.argv[2:]); db.commit()"
-    )
-    return lambda host: shell(shlex.join([sys.executable, "-c", script, str(LEASES), "10.244.200.0-24", value]))(host)
-
-
 def hold_port(host: Host) -> None:
     HELD_PORT.start(host)
     wait_until("the port to be held", lambda: ":9000 " in host.run(["ss", "-Hltn"]).stdout, 5)
 
 
 READ_ONLY = "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys"
-
-DHCP_CLIENT = Background(
-    "while :; do ip address add 169.254.9.9/16 dev flannel0; ip route add default dev flannel0 metric 50 proto 16; done"
-)
-
 
 class TakenPort:
     """The host moves to an address on which another program has our port."""

@@ -90,7 +90,7 @@ async def reverse_path(facts: Facts) -> list[Finding]:
         if device := facts.device(Family(peer.subnet.version)):
             arriving += [(facts.underlay, peer.public_ip), (device, peer.inner)]
     strict = {link for link, _ in arriving if link and _rp_filter(link) == _STRICT}
-    asked = [(link, ip) for link, ip in arriving if link in strict and isinstance(ip, IPv4Address)]
+    asked = dict.fromkeys((link, ip) for link, ip in arriving if link in strict and isinstance(ip, IPv4Address))
     if not asked:
         return []
     async with Netlink() as kernel:

@@ -55,6 +55,8 @@ async def reachability(facts: Facts) -> list[Finding]:
 def _asked(facts: Facts) -> tuple[Peer, ...]:
     if facts.backend_type == "alloc":
         raise NotHereError("with Backend.Type alloc something else carries the packets")
+    if facts.document is None and not facts.paths:
+        raise NotHereError("no daemon runs, and there is no tunnel to ask through")
     if not facts.peers:
         raise NotHereError("there are no peers, as far as is known here")
     return sample(facts.peers).chosen

@@ -1,0 +1,730 @@
+"""udptun doctor: each fault of a host is named with its cause and a remedy, and a host that is well is not troubled.
+
+    pod h1/p1 -- cni0 - flannel0 [h1] eth0 -- underlay -- eth0 [h2] flannel0 - cni0 -- pod h2/p1
+
+Each fault is done to h1, or to what lies between it and h2, one after the other.  The doctor on h1 is one process for
+all of them: to start Python for each look would cost more than the looks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from faults import Act, Background, StoppedStandby, lease_of_type, on_pod, shell
+from traffic import read_status
+
+from udptun.lab.host import Host
+from udptun.lab.machine import SOURCE_ROOT, wait_until
+from udptun.lab.topology import DUAL_STACK_NET_CONF, LEASES, NET_CONF, Lab
+
+pytestmark = pytest.mark.netns
+
+Document = dict[str, Any]
+
+SOON_S = 30
+"""For what the daemon says, and for peers that answer again.  The machine may be busy."""
+
+_SERVE = """if True:
+    import io, json, os, sys
+    from contextlib import redirect_stdout
+    from udptun.commands import doctor
+
+    path = os.environ["PATH"]
+    for line in sys.stdin:
+        asked = json.loads(line)
+        os.environ["PATH"] = asked["path"] or path
+        with redirect_stdout(io.StringIO()) as out:
+            status = doctor.run([*asked["argv"], "--json"], os.environ)
+        print(json.dumps({"status": status, "said": json.loads(out.getvalue())}), flush=True)
+"""
+
+
+class Doctor:
+    """`udptun doctor --json` on one host, again and again."""
+
+    def __init__(self, host: Host) -> None:
+        environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+        self._process = host.machine.popen(
+            [sys.executable, "-c", _SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ
+        )
+
+    def look(self, *argv: str, path: str = "") -> Document:
+        """What it says with these flags.  `path` stands for PATH."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"argv": argv, "path": path}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        said: Document = answer["said"]
+        assert answer["status"] == said["exit_status"]
+        return said
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`check` finds it.  `cause` and `remedy` are regular expressions, to be found in the finding's."""
+
+    name: str
+    check: str
+    cause: str
+    remedy: str
+    inflict: Act
+    heal: Act
+    argv: tuple[str, ...] = ()
+    path: str = ""
+    """PATH of the doctor."""
+    severity: str = "error"
+
+
+def nothing(_: Host) -> None:
+    """The fault lies in the doctor's flags or environment."""
+
+
+def at_peer(*commands: str) -> Act:
+    """Run the commands on h2."""
+    return lambda host: shell(*commands)(host.lab.host(2))
+
+
+def at_switch(*commands: str) -> Act:
+    """Run the commands at the underlay's switch."""
+
+    def act(host: Host) -> None:
+        for command in commands:
+            host.lab.switch.run(["sh", "-c", command])
+
+    return act
+
+
+def on_peers_subnet(command: str) -> Act:
+    return lambda host: shell(command.format(host.lab.host(2).subnet))(host)
+
+
+class Named:
+    """A program that calls itself so, and does nothing."""
+
+    def __init__(self, name: str) -> None:
+        self._program = Background(f"cp /bin/sleep /run/{name} && exec /run/{name} 1000")
+        self._name = name
+
+    def start(self, host: Host) -> None:
+        self._program.start(host)
+        wait_until("the program", lambda: host.run(["pidof", self._name], check=False).returncode == 0, SOON_S)
+
+    def stop(self, host: Host) -> None:
+        self._program.stop(host)
+
+
+def filtered(hook: str, rule: str) -> tuple[Act, Act]:
+    """A rule of nftables on h2."""
+    chain = f"add chain inet doctor c {{ type filter hook {hook} priority 0; }}"
+    add = f"nft 'add table inet doctor; {chain}; add rule inet doctor c {rule}'"
+    return at_peer(add), at_peer("nft delete table inet doctor")
+
+
+def forbidden(policy: str) -> tuple[Act, Act]:
+    """A chain of nftables on h1 that forwarded packets pass."""
+    add = "add chain inet fw c { type filter hook forward priority 10; policy accept; }"
+    return shell(f"nft 'add table inet fw; {add}; add rule inet fw c {policy}'"), shell("nft delete table inet fw")
+
+
+PEER = "192.168.77.12"
+RUN_DIR, SUBNET_ENV = "/run/udptun", "/run/flannel/subnet.env"
+CNI, BIN = "/run/doctor-cni", "/run/doctor-bin"
+CNI_FLAGS = (f"--cni-conf-dir={CNI}", f"--cni-bin-dir={BIN}")
+FLANNELS = '{"cniVersion": "1.0.0", "name": "cbr0", "plugins": [{"type": "flannel", "delegate": {"type": "bridge"}}]}'
+OTHERS = '{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "ptp"}]}'
+STANDBY, DHCPCD, FLANNELD = StoppedStandby(), Named("dhcpcd"), Named("flanneld")
+
+FAULTS = [
+    # The kernel.
+    Fault(
+        "no TUN device",
+        "tun-device",
+        r"/dev/net/tun cannot be opened \(ENOENT\)",
+        "modprobe tun",
+        shell("mount -t tmpfs none /dev/net"),
+        shell("umount /dev/net"),
+    ),
+    Fault(
+        "ip_forward off",
+        "forwarding",
+        r"net\.ipv4\.ip_forward is 0",
+        r"sysctl -w net\.ipv4\.ip_forward=1",
+        shell("sysctl -qw net.ipv4.ip_forward=0"),
+        shell("sysctl -qw net.ipv4.ip_forward=1"),
+    ),
+    Fault(
+        "IPv6 forwarding off",
+        "forwarding",
+        r"net\.ipv6\.conf\.all\.forwarding is 0",
+        r"sysctl -w net\.ipv6\.conf\.all\.forwarding=1",
+        shell("sysctl -qw net.ipv6.conf.all.forwarding=0"),
+        shell("sysctl -qw net.ipv6.conf.all.forwarding=1"),
+    ),
+    Fault(
+        "forwarding of the pods' bridge off",
+        "forwarding",
+        r"net/ipv4/conf/cni0/forwarding is 0",
+        "sysctl -w net/ipv4/conf/cni0/forwarding=1",
+        shell("sysctl -qw net.ipv4.conf.cni0.forwarding=0"),
+        shell("sysctl -qw net.ipv4.conf.cni0.forwarding=1"),
+    ),
+    Fault(
+        "strict rp_filter with another way back",
+        "reverse-path",
+        rf"rp_filter of eth0 is strict, and the route to {PEER} leads through other0",
+        r"sysctl -w net\.ipv4\.conf\.eth0\.rp_filter=2",
+        shell(
+            "sysctl -qw net.ipv4.conf.eth0.rp_filter=1",
+            "ip link add other0 type veth peer name other1; ip link set other0 up; ip link set other1 up",
+            f"ip route add {PEER}/32 dev other0",
+        ),
+        shell("ip link del other0", "sysctl -qw net.ipv4.conf.eth0.rp_filter=0"),
+    ),
+    Fault(
+        "no carrier",
+        "underlay",
+        "the interface eth0 has no carrier",
+        "cable",
+        at_switch("ip link set h1 down"),
+        at_switch("ip link set h1 up"),
+    ),
+    # Packet filters.
+    Fault(
+        "iptables drops",
+        "packet-filters",
+        r"rule 1 of FORWARD \(iptables-nft, table filter\) drops packets between pods",
+        r"iptables-nft -I FORWARD -s 10\.244\.0\.0/16 -j ACCEPT",
+        shell("iptables-nft -I FORWARD -j DROP"),
+        shell("iptables-nft -D FORWARD -j DROP"),
+    ),
+    Fault(
+        "the other iptables drops by its policy",
+        "packet-filters",
+        r"the policy of FORWARD \(iptables-legacy, table filter\) drops packets",
+        "flannel's rules are not there",
+        shell("iptables-legacy -P FORWARD DROP"),
+        shell("iptables-legacy -P FORWARD ACCEPT"),
+    ),
+    Fault(
+        "nftables drops IPv6",
+        "packet-filters",
+        r"chain c \(nft, table inet fw\) drops IPv6 packets",
+        "nft insert rule inet fw c ip6 saddr fd00:244::/48 accept",
+        *forbidden("meta nfproto ipv6 drop"),
+    ),
+    Fault(
+        "Docker's rule for a container in table raw",
+        "packet-filters",
+        r"rule 1 of PREROUTING \(iptables-nft, table raw\) drops some packets",
+        "allow-direct-routing",
+        on_pod("iptables-nft -t raw -A PREROUTING -d {}/32 ! -i cni0 -j DROP"),
+        shell("iptables-nft -t raw -F PREROUTING"),
+    ),
+    Fault(
+        "no iptables",
+        "firewall-tools",
+        "there is no program iptables",
+        "install the package iptables",
+        nothing,
+        nothing,
+        path="/nowhere",
+        severity="warning",
+    ),
+    # The peer.
+    Fault(
+        "nobody listens at the peer",
+        "reachability",
+        rf"nobody listens on UDP port 8285 of {PEER}",
+        "start the daemon there",
+        *filtered("input", "udp dport 8285 reject"),
+    ),
+    Fault(
+        "a firewall at the peer drops the tunnel both ways",
+        "reachability",
+        rf"{PEER} answers a ping of its own address, and nothing comes from it through the tunnel",
+        "let UDP port 8285 in at both hosts",
+        at_switch(
+            "nft 'add table bridge d; add chain bridge d c { type filter hook forward priority 0; }; "
+            "add rule bridge d c udp dport 8285 drop'"
+        ),
+        at_switch("nft delete table bridge d"),
+    ),
+    Fault(
+        "the peer is cut off",
+        "reachability",
+        rf"{PEER} answers neither through the tunnel nor to a ping",
+        "is it up",
+        at_switch("ip link set h2 down"),
+        at_switch("ip link set h2 up"),
+    ),
+    Fault(
+        "this host may not send to the peer",
+        "reachability",
+        rf"packets to {PEER} cannot be sent \(EPERM\)",
+        "OUTPUT",
+        shell(f"iptables-nft -I OUTPUT -d {PEER} -j DROP"),
+        shell(f"iptables-nft -D OUTPUT -d {PEER} -j DROP"),
+    ),
+    Fault(
+        "pods with another MTU",
+        "mtu",
+        r"cni0 has an MTU of 1500, and packets to other hosts may have \d+ bytes",
+        r"ip link set cni0 mtu \d+",
+        shell("ip link set cni0 mtu 1500"),
+        shell("ip link set cni0 mtu 1472"),
+        severity="warning",
+    ),
+    # The store.
+    Fault(
+        "no such store",
+        "store",
+        "/run/nowhere.db",
+        "a daemon with these flags makes it",
+        nothing,
+        nothing,
+        argv=("--store=local:/run/nowhere.db",),
+    ),
+    Fault(
+        "a store that is none",
+        "store",
+        r"/run/junk\.db",
+        r"\w",
+        shell("head -c 9000 /dev/urandom > /run/junk.db"),
+        shell("rm -f /run/junk.db*"),
+        argv=("--store=local:/run/junk.db",),
+    ),
+    Fault(
+        "an etcd that nobody serves",
+        "store",
+        "connection refused|no answer",
+        "is the server up",
+        nothing,
+        nothing,
+        argv=("--store=etcd", "--etcd-endpoints=http://127.0.0.1:1"),
+    ),
+    Fault(
+        "a broken network config",
+        "network-config",
+        "net-conf.json",
+        r"mend it",
+        shell(f"echo '{{' > /run/broken; mount --bind /run/broken {NET_CONF}"),
+        shell(f"umount {NET_CONF}"),
+    ),
+    Fault(
+        "another network config",
+        "network-config",
+        r"it has the Network 10\.99\.0\.0/16, and the daemon runs with 10\.244\.0\.0/16",
+        "restart the daemons",
+        shell(f'echo \'{{"Network": "10.99.0.0/16"}}\' > /run/other; mount --bind /run/other {NET_CONF}'),
+        shell(f"umount {NET_CONF}"),
+        severity="warning",
+    ),
+    Fault(
+        "a lease that is another host's",
+        "own-lease",
+        r"says that 192\.0\.2\.9 has 10\.244\.\d+\.0/24",
+        "lease list",
+        lambda host: edited_leases(host, "update leases set value = replace(value, '192.168.77.11', '192.0.2.9')"),
+        nothing,
+        argv=("--store=local:/run/edited.db",),
+    ),
+    Fault(
+        "a lease that is gone",
+        "own-lease",
+        r"has no lease for 10\.244\.\d+\.0/24",
+        "writes it again",
+        lambda host: edited_leases(host, "delete from leases where value like '%192.168.77.11%'"),
+        nothing,
+        argv=("--store=local:/run/edited.db",),
+    ),
+    Fault(
+        "a host with another backend type",
+        "problem-lines",
+        r"peer 192\.168\.77\.200 leases 10\.244\.200\.0/24 for vxlan",
+        r"\w",
+        lease_of_type("vxlan"),
+        shell(
+            f'{sys.executable} -c \'import sqlite3; db = sqlite3.connect("{LEASES}"); '
+            'db.execute("delete from leases where key like \\"10.244.200.%\\""); db.commit()\''
+        ),
+    ),
+    # Files.
+    Fault(
+        "no subnet.env",
+        "subnet-env",
+        f"{SUBNET_ENV} is missing",
+        "restart the daemon",
+        shell(f"mv {SUBNET_ENV} /run/kept.env"),
+        shell(f"mv /run/kept.env {SUBNET_ENV}"),
+    ),
+    Fault(
+        "a subnet.env of another subnet",
+        "subnet-env",
+        r"FLANNEL_SUBNET is 10\.244\.99\.1/24, and the daemon runs with",
+        "restart the daemon",
+        shell(
+            f"cp {SUBNET_ENV} /run/kept.env; sed -i 's|^FLANNEL_SUBNET=.*|FLANNEL_SUBNET=10.244.99.1/24|' {SUBNET_ENV}"
+        ),
+        shell(f"mv /run/kept.env {SUBNET_ENV}"),
+    ),
+    Fault(
+        "a subnet.env of another IPv6 subnet",
+        "subnet-env",
+        r"FLANNEL_IPV6_SUBNET is fd00:1::1/64, and the daemon runs with",
+        "restart the daemon",
+        shell(
+            f"cp {SUBNET_ENV} /run/kept.env",
+            f"sed -i 's|^FLANNEL_IPV6_SUBNET=.*|FLANNEL_IPV6_SUBNET=fd00:1::1/64|' {SUBNET_ENV}",
+        ),
+        shell(f"mv /run/kept.env {SUBNET_ENV}"),
+    ),
+    Fault(
+        "a subnet.env of another MTU",
+        "subnet-env",
+        r"FLANNEL_MTU is 9000, and the daemon carries \d+ bytes",
+        "restart the daemon",
+        shell(f"cp {SUBNET_ENV} /run/kept.env; sed -i 's|^FLANNEL_MTU=.*|FLANNEL_MTU=9000|' {SUBNET_ENV}"),
+        shell(f"mv /run/kept.env {SUBNET_ENV}"),
+        severity="warning",
+    ),
+    Fault(
+        "another CNI configuration comes first",
+        "cni-configuration",
+        "05-other.conflist comes before 10-flannel.conflist",
+        f"delete {CNI}/05-other.conflist",
+        shell(f"mkdir {CNI}; echo '{OTHERS}' > {CNI}/05-other.conflist; echo '{FLANNELS}' > {CNI}/10-flannel.conflist"),
+        shell(f"rm -r {CNI}"),
+        argv=CNI_FLAGS,
+    ),
+    Fault(
+        "CNI plugins are missing",
+        "cni-plugins",
+        "the plugins .*flannel.* are in none of",
+        "install the CNI plugins",
+        shell(f"mkdir {CNI} {BIN}; echo '{FLANNELS}' > {CNI}/10-flannel.conflist"),
+        shell(f"rm -r {CNI} {BIN}"),
+        argv=CNI_FLAGS,
+    ),
+    Fault(
+        "others may write the run directory",
+        "directories",
+        f"others may write to {RUN_DIR}",
+        f"chmod go-w {RUN_DIR}",
+        shell(f"chmod 0777 {RUN_DIR}"),
+        shell(f"chmod 0700 {RUN_DIR}"),
+    ),
+    Fault(
+        "a full disk",
+        "directories",
+        "the file system of /run/full is full",
+        "df -h",
+        shell("mkdir -p /run/full; mount -t tmpfs -o size=64k none /run/full; head -c 64k /dev/zero > /run/full/x"),
+        shell("umount /run/full"),
+        argv=("--state-dir=/run/full",),
+    ),
+    # Others.
+    Fault(
+        "flanneld beside us",
+        "two-daemons",
+        r"flanneld runs here too \(pid \d+\)",
+        "stop one of them",
+        FLANNELD.start,
+        FLANNELD.stop,
+    ),
+    Fault(
+        "a device of flannel's",
+        "leftover-devices",
+        r"flannel7 is a device as flannel makes them, and not ours",
+        "ip link delete flannel7",
+        shell("ip tuntap add flannel7 mode tun"),
+        shell("ip link del flannel7"),
+        severity="warning",
+    ),
+    Fault(
+        "a device of an earlier Network",
+        "leftover-devices",
+        r"old0 was left by the udptun daemon of 10\.99\.0\.0/16",
+        "udptun cleanup",
+        shell("ip link add old0 type bridge; ip link set old0 alias 'udptun 10.99.0.0/16'"),
+        shell("ip link del old0"),
+        severity="warning",
+    ),
+    Fault(
+        "a route of an earlier Network",
+        "leftover-routes",
+        r"the route 10\.99\.1\.0/24 dev eth0 proto 158 was left",
+        r"ip route delete 10\.99\.1\.0/24",
+        shell("ip route add 10.99.1.0/24 dev eth0 proto 158"),
+        shell("ip route del 10.99.1.0/24"),
+        severity="warning",
+    ),
+    Fault(
+        "an IPv6 route of an earlier Network",
+        "leftover-routes",
+        r"the route fd00:99::/64 dev eth0 metric \d+ proto 158 was left",
+        "ip route delete fd00:99::/64",
+        shell("ip -6 route add fd00:99::/64 dev eth0 proto 158"),
+        shell("ip -6 route del fd00:99::/64"),
+        severity="warning",
+    ),
+    Fault(
+        "a VPN's route to the peer's pods",
+        "foreign-routes",
+        r"the route 10\.244\.\d+\.0/25 dev eth0 proto 3 is not ours and takes packets to pods of",
+        r"ip route delete 10\.244\.\d+\.0/25",
+        on_peers_subnet("ip route add $(echo {} | sed s/24$/25/) dev eth0"),
+        on_peers_subnet("ip route del $(echo {} | sed s/24$/25/)"),
+    ),
+    Fault(
+        "a route into the IPv6 Network",
+        "foreign-routes",
+        r"the route fd00:244:0:9999::/64 dev eth0 metric \d+ proto 3 is not ours",
+        "ip route delete fd00:244:0:9999::/64",
+        shell("ip -6 route add fd00:244:0:9999::/64 dev eth0"),
+        shell("ip -6 route del fd00:244:0:9999::/64"),
+        severity="warning",
+    ),
+    Fault(
+        "a bridge of an earlier lease",
+        "overlapping-networks",
+        r"the bridge cni9 has 10\.244\.250\.1/24, which is not of this host's subnet any more",
+        "ip link delete cni9",
+        shell("ip link add cni9 type bridge; ip addr add 10.244.250.1/24 dev cni9"),
+        shell("ip link del cni9"),
+    ),
+    Fault(
+        "an address in the IPv6 Network",
+        "overlapping-networks",
+        r"vpn0 has fd00:244:0:9999::1, an address in fd00:244::/48",
+        "choose another Network",
+        shell("ip tuntap add vpn0 mode tap; ip addr add fd00:244:0:9999::1/128 dev vpn0 nodad"),
+        shell("ip link del vpn0"),
+    ),
+    Fault(
+        "dhcpcd",
+        "network-managers",
+        "dhcpcd runs and may give flannel0 an address",
+        "denyinterfaces",
+        DHCPCD.start,
+        DHCPCD.stop,
+        severity="warning",
+    ),
+    Fault(
+        "the standby stopped",
+        "problem-lines",
+        r"the standby datapath process \d+ is stopped by a signal",
+        r"kill -CONT \d+",
+        STANDBY.start,
+        STANDBY.stop,
+        severity="warning",
+    ),
+    # The last one, as hosts remember a narrow path for minutes.
+    Fault(
+        "a narrow path",
+        "path-mtu",
+        r"packets of \d+ bytes do not reach it",
+        "mend the path",
+        *filtered("input", "udp dport 8285 meta length > 1300 drop"),
+        severity="warning",
+    ),
+]
+
+
+def edited_leases(host: Host, statement: str) -> None:
+    """A copy of the lab's leases, changed, at /run/edited.db."""
+    script = (
+        "import sqlite3, sys, pathlib; pathlib.Path('/run/edited.db').unlink(missing_ok=True); "
+        "db = sqlite3.connect('/run/edited.db'); sqlite3.connect(sys.argv[1]).backup(db); "
+        "db.execute(sys.argv[2]); db.commit()"
+    )
+    host.run([sys.executable, "-c", script, str(LEASES), statement])
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """Two hosts with a pod each and both families, shared by the faults."""
+    with Lab(f"y{os.getpid()}", net_conf=DUAL_STACK_NET_CONF, ipv6=True) as lab:
+        lab.daemon_command.append("--iptables-resync=1")
+        lab.start()
+        for host in lab.hosts:
+            wait_until("the peer", lambda host=host: len(read_status(host)["peers"]) == 1, SOON_S)
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def doctor(lab: Lab) -> Iterator[Doctor]:
+    """On h1."""
+    doctor = Doctor(lab.host(1))
+    yield doctor
+    doctor.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: re.sub(r"\W+", "_", fault.name))
+def test_fault_is_named_with_cause_and_remedy_and_gone_with_its_cause(lab: Lab, doctor: Doctor, fault: Fault) -> None:
+    wait_for_health(doctor)
+    find(lab.host(1), doctor, fault)
+
+
+def test_a_route_that_leads_the_tunnel_into_itself_is_named(lab: Lab, doctor: Doctor) -> None:
+    """Behind all others: the kernel learns a path MTU that is none."""
+    fault = Fault(
+        "the route to the peer leads into the tunnel",
+        "peer-routes",
+        rf"the route to {PEER} leads into flannel0",
+        f"ip route get {PEER}",
+        shell(f"ip route add default dev flannel0 table 100; ip rule add to {PEER} lookup 100"),
+        shell(f"ip rule del to {PEER} lookup 100; ip route flush table 100"),
+    )
+    find(lab.host(1), doctor, fault)
+
+
+def find(host: Host, doctor: Doctor, fault: Fault) -> None:
+    """Do it to the host, see that the doctor names it, and undo it."""
+    seen: list[Document] = []
+
+    def is_named() -> bool:
+        seen[:] = doctor.look(*fault.argv, path=fault.path)["findings"]
+        return any(
+            it["check"] == fault.check
+            and re.search(fault.cause, it["cause"])
+            and re.search(fault.remedy, it["remedy"])
+            and it["severity"] == fault.severity
+            for it in seen
+        )
+
+    fault.inflict(host)
+    try:
+        assert is_soon(is_named), f"not named: {seen}"
+    finally:
+        fault.heal(host)
+
+
+def wait_for_health(doctor: Doctor) -> None:
+    found: list[Document] = []
+
+    def is_well() -> bool:
+        found[:] = doctor.look()["findings"]
+        return not found
+
+    assert is_soon(is_well), f"found on a host that is well: {found}"
+
+
+def is_soon(holds: Callable[[], bool]) -> bool:
+    """Whether it holds within SOON_S; each look is some milliseconds of work."""
+    deadline_s = time.monotonic() + SOON_S
+    while not (is_there := holds()) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return is_there
+
+
+# --- without a daemon, and what it takes another one to see
+
+
+@pytest.fixture(scope="module")
+def bare(lab: Lab) -> Iterator[tuple[Host, Doctor]]:
+    """A third host, on which no daemon has run, and its doctor with the flags of the others' daemons."""
+    host = lab.add_host()
+    doctor = Doctor(host)
+    yield host, doctor
+    doctor.close()
+    host.down()
+
+
+FLAGS = (f"--store=local:{LEASES}", f"--net-config-path={NET_CONF}")
+
+
+def test_without_a_daemon_that_is_the_only_finding_and_nothing_is_changed(bare: tuple[Host, Doctor]) -> None:
+    host, doctor = bare
+    before = host.run(["sh", "-c", "ip addr; ip route; ls -lR /run/udptun /run/flannel /var/lib/udptun"], check=False)
+    said = doctor.look(*FLAGS)
+    assert [it["check"] for it in said["findings"]] == ["daemon"]
+    assert "no udptun daemon answers at /run/udptun/udptun.sock" in said["findings"][0]["cause"]
+    assert said["exit_status"] == 2
+    assert {"store", "network-config", "tun-device", "unused-leases"} <= set(said["fine"])
+    assert said["peers"] == "2 peers"
+    after = host.run(["sh", "-c", "ip addr; ip route; ls -lR /run/udptun /run/flannel /var/lib/udptun"], check=False)
+    assert after.stdout == before.stdout
+
+
+def test_without_any_store_it_makes_none(bare: tuple[Host, Doctor]) -> None:
+    host, doctor = bare
+    said = doctor.look()
+    assert [it["check"] for it in said["findings"]] == ["daemon", "store"]
+    assert not host.path("/var/lib/udptun/leases.db").exists()
+
+
+def test_a_program_that_has_our_port_is_named(bare: tuple[Host, Doctor]) -> None:
+    host, doctor = bare
+    script = 'import signal, socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(("", 8285)); signal.pause()'
+    holder = Background(f"exec {sys.executable} -c '{script}'")
+    holder.start(host)
+    try:
+        wait_until("the port", lambda: ":8285 " in host.run(["ss", "-Hlun"]).stdout, SOON_S)
+        (found,) = [it for it in doctor.look(*FLAGS)["findings"] if it["check"] == "tunnel-port"]
+        assert re.fullmatch(
+            r"UDP port 8285 belongs to python\S* \(pid \d+\), so the daemon cannot start", found["cause"]
+        )
+        assert "ss -ulpn" in found["remedy"]
+    finally:
+        holder.stop(host)
+
+
+def test_capabilities_that_are_missing_are_named(lab: Lab) -> None:
+    """Those of this process, where no daemon can be seen."""
+    drop = ["setpriv", "--bounding-set=-net_admin,-net_raw", sys.executable, "-m", "udptun", "doctor", "--json"]
+    said = json.loads(lab.host(2).run([*drop, "--run-dir=/run/none", *FLAGS], check=False).stdout)
+    found = [it["subject"] for it in said["findings"] if it["check"] == "capabilities"]
+    assert found == ["CAP_NET_ADMIN", "CAP_NET_RAW"]
+    assert "run as root" in said["not_looked_at"]["reachability"]
+
+
+def test_a_daemon_that_hangs_is_named_within_seconds(lab: Lab, doctor: Doctor) -> None:
+    host = lab.host(1)
+    pid = str(read_status(host)["pid"])
+    host.run(["kill", "-STOP", pid])
+    try:
+        began_s = time.monotonic()
+        (found,) = [it for it in doctor.look()["findings"] if it["check"] == "daemon"]
+        assert "does not answer within 5 s" in found["cause"]
+        assert time.monotonic() - began_s < 20
+    finally:
+        host.run(["kill", "-CONT", pid])
+
+
+def test_a_person_reads_two_lines_for_a_fault_and_a_summary(lab: Lab) -> None:
+    """As a command, with its exit status; --all adds what is fine."""
+    host = lab.host(2)
+    command = [sys.executable, "-m", "udptun", "doctor"]
+    host.run(["sysctl", "-qw", "net.ipv4.ip_forward=0"])
+    try:
+        done = host.run([*command, "-v"], check=False)
+    finally:
+        host.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"])
+    lines = done.stdout.splitlines()
+    assert done.returncode == 2
+    assert lines[0].startswith("error    forwarding: net.ipv4.ip_forward is 0")
+    assert lines[1].startswith("         -> run `sysctl -w net.ipv4.ip_forward=1`")
+    assert "ok       clock: the clock, and what leases say of it" in lines
+    assert re.match(r"\d+ checks, 2 peers asked: 1 error", lines[-1])
+    assert "\33" not in done.stdout
+
+
+def test_after_the_daemon_has_ended_its_datapath_is_looked_at_all_the_same(lab: Lab, doctor: Doctor) -> None:
+    host = lab.host(1)
+    assert host.stop_daemon() == 0
+    said = doctor.look(*FLAGS)
+    assert [it["check"] for it in said["findings"]] == ["daemon"]
+    assert {"forwarding", "packet-filters", "reachability"} <= set(said["fine"])
