@@ -948,7 +948,7 @@ def test_lease_commands_need_no_node(
     cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from udptun.commands import lease as lease_command
-    from udptun.config.flags import parse_lease_flags
+    from udptun.config.command_flags import parse_lease_flags
 
     cluster.put_right(lambda it: it.add_node("n1", "10.0.1.0/24", annotations(1)))
     flags = ["--store=kube", f"--kubeconfig-file={cluster.kubeconfig}", f"--net-config-path={cluster.net_conf}"]

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from udptun.config.flags import parse_daemon_flags, parse_doctor_flags
+from udptun.config.command_flags import parse_doctor_flags
+from udptun.config.flags import parse_daemon_flags
 from udptun.core.network_state import Address, Link, Route
 from udptun.doctor import daemon, kernel, others, paths, store
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination, examine

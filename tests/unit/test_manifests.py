@@ -22,7 +22,7 @@ from tests import flannel_manifest
 from udptun.backends.choice import parse_net_conf
 from udptun.cni import install
 from udptun.commands import cni, health
-from udptun.config import flags
+from udptun.config import command_flags, flags
 from udptun.config.flags import Options
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError
@@ -297,7 +297,7 @@ def parsed(argv: list[str], environ: Mapping[str, str], monkeypatch: pytest.Monk
         case "daemon":
             return flags.parse_daemon_flags(rest, environ)
         case "cleanup":
-            return flags.parse_cleanup_flags(rest, environ)[0]
+            return command_flags.parse_cleanup_flags(rest, environ)[0]
         case "cni":
             return cni._parser().parse_args(rest)
         case "health":

@@ -8,16 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from udptun.config.flags import (
-    FLAGS,
-    Options,
-    cleanup_help,
-    daemon_help,
-    lease_help,
-    parse_cleanup_flags,
-    parse_daemon_flags,
-    parse_lease_flags,
-)
+from udptun.config.command_flags import cleanup_help, lease_help, parse_cleanup_flags, parse_lease_flags
+from udptun.config.flags import FLAGS, Options, daemon_help, parse_daemon_flags
 from udptun.config.store_flags import Endpoint, EtcdOptions, KubeOptions, StoreKind, StoreSpec
 from udptun.core.errors import UsageError
 from udptun.core.offload import Offload

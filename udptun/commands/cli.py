@@ -172,16 +172,16 @@ def _import_asyncio_without_ssl() -> None:
 
 
 def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
-    from udptun.config import flags
+    from udptun.config import command_flags
     from udptun.config.store_flags import StoreKind
 
-    options, release = flags.parse_cleanup_flags(argv, environ)
+    options, release = command_flags.parse_cleanup_flags(argv, environ)
     if options.help:
         print(
             "usage: udptun cleanup [--release] [FLAG...]\n\n"
             "Stop the datapath and remove device, routes and files.  Takes the daemon's flags, so that it finds\n"
             "what a daemon with the same flags left.\n\n"
-            f"{flags.cleanup_help()}"
+            f"{command_flags.cleanup_help()}"
         )
         return 0
     if options.version:
@@ -257,18 +257,18 @@ def _lease(argv: list[str], environ: Mapping[str, str]) -> int:
     if action == "init":
         return _lease_init(rest)
 
-    from udptun.config import flags
+    from udptun.config import command_flags
 
     if action in ("-h", "--help", "-help"):
-        print(_LEASE_USAGE + flags.lease_help())
+        print(_LEASE_USAGE + command_flags.lease_help())
         return 0
     if action not in ("list", "show", "reserve", "release"):
         what = f"unknown action {action}" if action else "what to do is missing"
         raise UsageError(f"lease: {what}: list, show, reserve, release or init")
     n_words = 0 if action == "list" else 1
-    request = flags.parse_lease_flags(rest, environ, n_words)
+    request = command_flags.parse_lease_flags(rest, environ, n_words)
     if request.options.help:
-        print(_LEASE_USAGE + flags.lease_help())
+        print(_LEASE_USAGE + command_flags.lease_help())
         return 0
     if len(request.words) < n_words:
         raise UsageError(f"lease {action}: which one? give a SUBNET, as 10.244.3.0/24, or a KEY, as 10.244.3.0-24")

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from udptun.commands.status import fetch
-from udptun.config import flags
-from udptun.config.flags import DoctorRequest, Options
+from udptun.config.command_flags import DoctorRequest, doctor_help, parse_doctor_flags
+from udptun.config.flags import Options
 from udptun.core.errors import UdptunError
 from udptun.doctor.checks import Examination, examine
 from udptun.doctor.daemon import find_pid
@@ -32,9 +32,9 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Returns 0, 1 or 2 as the usage says.  Raises UsageError."""
     # The daemon's -v takes a level, which is nothing to us.
     with_all = "-v" in argv
-    request = flags.parse_doctor_flags([word for word in argv if word != "-v"], environ)
+    request = parse_doctor_flags([word for word in argv if word != "-v"], environ)
     if request.options.help:
-        print(USAGE + flags.doctor_help())
+        print(USAGE + doctor_help())
         return 0
     pid = find_pid(request.options.run_dir)
     if pid is not None:
@@ -73,6 +73,6 @@ def _with_the_daemons(pid: int, argv: Sequence[str], environ: Mapping[str, str])
     as_flanneld, words = said
     ours = [word for word in argv if word != "-v"]
     try:
-        return flags.parse_doctor_flags([*words, *ours], environment_of(pid) or environ, as_flanneld=as_flanneld)
+        return parse_doctor_flags([*words, *ours], environment_of(pid) or environ, as_flanneld=as_flanneld)
     except UdptunError:
         return None

@@ -12,7 +12,7 @@ from ipaddress import IPv4Network
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.commands.status import duration, table
-from udptun.config.flags import LeaseRequest
+from udptun.config.command_flags import LeaseRequest
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError, UsageError
 from udptun.core.family import Family

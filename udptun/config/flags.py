@@ -22,6 +22,7 @@ from udptun.config.go_flags import (
     integer,
     integer_in,
     list_flag,
+    nonempty_path,
     settled_flag,
 )
 from udptun.config.go_regex import compile_go
@@ -68,13 +69,8 @@ RESYNC_S = range(1, 86401)
 
 _OLD_LOG = "accepted as old flannel's; no effect: the log goes to stderr"
 
-_HOST, _LEASES, _TUNNEL, _RUNNING, _FIREWALL = "This host", "Leases", "Tunnel", "Running", "Firewall"
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise ValueError("must be a path")
-    return Path(text)
+LEASES = "Leases"
+_HOST, _TUNNEL, _RUNNING, _FIREWALL = "This host", "Tunnel", "Running", "Firewall"
 
 
 def _ipv4_or_none(text: str) -> IPv4Address | None:
@@ -156,24 +152,24 @@ class Options:
     node: str = flag(_HOST, str, "", "NAME", "this host's NodeName in a leases file (--store file)")
 
     store: StoreSpec = settled_flag(
-        _LEASES,
+        LEASES,
         parse_store,
         None,
         "STORE",
         "where leases live: local[:PATH], file:PATH, etcd (as any --etcd-* flag says), kube (--kube-subnet-mgr)",
     )
     subnet_lease_renew_margin: int = flag(
-        _LEASES, integer, 60, "MINUTES", "renew this long before the lease expires, 1..1439"
+        LEASES, integer, 60, "MINUTES", "renew this long before the lease expires, 1..1439"
     )
     net_config_path: Path = flag(
-        _LEASES,
-        _path,
+        LEASES,
+        nonempty_path,
         Path("/etc/kube-flannel/net-conf.json"),
         "FILE",
         "network configuration, for every store but etcd",
     )
     subnet_file: Path = flag(
-        _LEASES, _path, Path("/run/flannel/subnet.env"), "FILE", "where to write the subnet and MTU in use"
+        LEASES, nonempty_path, Path("/run/flannel/subnet.env"), "FILE", "where to write the subnet and MTU in use"
     )
 
     mtu: int | None = flag(
@@ -219,9 +215,9 @@ class Options:
         "what the datapath gives up: full (capabilities and system calls), capabilities or off",
     )
 
-    run_dir: Path = flag(_RUNNING, _path, DEFAULT_RUN_DIR, "DIR", "sockets")
+    run_dir: Path = flag(_RUNNING, nonempty_path, DEFAULT_RUN_DIR, "DIR", "sockets")
     state_dir: Path = flag(
-        _RUNNING, _path, Path("/var/lib/udptun"), "DIR", "what outlives a reboot: node id, last leases"
+        _RUNNING, nonempty_path, Path("/var/lib/udptun"), "DIR", "what outlives a reboot: node id, last leases"
     )
     healthz_ip: str = flag(_RUNNING, str, "0.0.0.0", "IP", "address of /healthz, /readyz and /metrics")
     healthz_port: int = flag(_RUNNING, integer_in(range(PORTS.stop)), 0, "PORT", "their TCP port; 0: do not serve them")
@@ -284,15 +280,9 @@ _ALL_FLAGS = (*_OPTIONS_FLAGS.values(), *ETCD_FLAGS.values(), *KUBE_FLAGS.values
 
 FLAGS: Mapping[str, tuple[Flag, ...]] = {
     topic: tuple(it for it in _ALL_FLAGS if it.topic == topic)
-    for topic in (_HOST, _LEASES, _TUNNEL, _RUNNING, _FIREWALL, ETCD_TOPIC, KUBE_TOPIC)
+    for topic in (_HOST, LEASES, _TUNNEL, _RUNNING, _FIREWALL, ETCD_TOPIC, KUBE_TOPIC)
 }
 """Every flag, under the heading that the help puts it."""
-
-_RELEASE = Flag("release", "", boolean, False, "", "give the lease back too; without it the host finds it again")
-_ALL = Flag("all", "", boolean, False, "", "also what is fine, and what could not be looked at")
-_CNI_CONF_DIR = Flag("cni-conf-dir", "", _path, Path("/etc/cni/net.d"), "DIR", "where the CNI configurations are")
-_CNI_BIN_DIR = Flag("cni-bin-dir", "", _path, Path("/opt/cni/bin"), "DIR", "where their plugins are")
-_JSON = Flag("json", "", boolean, False, "", "for programs")
 
 
 def parse_daemon_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> Options:
@@ -302,50 +292,10 @@ def parse_daemon_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_fl
     Words that are no flags, and all behind the first of them, are ignored as flannel does; to `udptun daemon` they are
     an error.  Raises UsageError with one line.
     """
-    given = _given(argv, environ, ends_at_word=as_flanneld)
+    given = given_flags(argv, environ, ends_at_word=as_flanneld)
     if not _is_question(given):
         given.warnings += environment_warnings(environ, argv, given.said)
-    return _options(given, environ, as_flanneld=as_flanneld, is_daemon=True)
-
-
-def parse_cleanup_flags(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Options, bool]:
-    """The options of `udptun cleanup`, which takes every flag of the daemon, and whether --release is given."""
-    given = _given(argv, environ, _RELEASE)
-    return _options(given, environ), given.values[_RELEASE.name]
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseRequest:
-    """The arguments of `udptun lease list`, `show`, `reserve` or `release`."""
-
-    options: Options
-    words: tuple[str, ...]
-    json: bool
-
-
-def parse_lease_flags(argv: Sequence[str], environ: Mapping[str, str], n_words: int) -> LeaseRequest:
-    """What `udptun lease` takes: every flag of the daemon, --json, and up to `n_words` words."""
-    given = _given(argv, environ, _JSON, n_words=n_words)
-    return LeaseRequest(_options(given, environ), tuple(given.words), given.values[_JSON.name])
-
-
-@dataclass(frozen=True, slots=True)
-class DoctorRequest:
-    """The arguments of `udptun doctor`."""
-
-    options: Options
-    cni_conf_dir: Path
-    cni_bin_dir: Path
-    json: bool
-    all: bool
-
-
-def parse_doctor_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> DoctorRequest:
-    """What `udptun doctor` takes: every flag of the daemon, and its own."""
-    own = (_CNI_CONF_DIR, _CNI_BIN_DIR, _JSON, _ALL)
-    given = _given(argv, environ, *own, ends_at_word=as_flanneld)
-    options = _options(given, environ, as_flanneld=as_flanneld)
-    return DoctorRequest(options, *(given.values[it.name] for it in own))
+    return options_of(given, environ, as_flanneld=as_flanneld, is_daemon=True)
 
 
 def daemon_help() -> str:
@@ -353,26 +303,10 @@ def daemon_help() -> str:
     return help_text(FLAGS, ENVIRONMENT_PREFIX)
 
 
-def lease_help() -> str:
-    """What `udptun lease --help` says about the flags."""
-    topics = (_LEASES, ETCD_TOPIC, KUBE_TOPIC)
-    return help_text({"": (_JSON,), **{topic: FLAGS[topic] for topic in topics}}, ENVIRONMENT_PREFIX)
-
-
-def doctor_help() -> str:
-    """What `udptun doctor --help` says about the flags."""
-    return help_text({"": (_JSON, _ALL, _CNI_CONF_DIR, _CNI_BIN_DIR), **FLAGS}, ENVIRONMENT_PREFIX)
-
-
-def cleanup_help() -> str:
-    """What `udptun cleanup --help` says about the flags."""
-    return help_text({"": (_RELEASE,), **FLAGS}, ENVIRONMENT_PREFIX)
-
-
-def _given(
+def given_flags(
     argv: Sequence[str], environ: Mapping[str, str], *more: Flag, n_words: int = 0, ends_at_word: bool = False
 ) -> Given:
-    """The daemon's flags, and `more`, as argv and the environment give them."""
+    """The daemon's flags, and `more`, as argv and the environment give them.  Raises UsageError."""
     given = Given({it.name: it for it in (*_ALL_FLAGS, *more)}, argv, n_words, ends_at_word=ends_at_word)
     if given.rest:
         given.warnings.append(ignored_words_warning(given.rest))
@@ -386,7 +320,7 @@ def _is_question(given: Given) -> bool:
     return given.is_help or bool(given.values["version"])
 
 
-def _options(
+def options_of(
     given: Given, environ: Mapping[str, str], *, as_flanneld: bool = False, is_daemon: bool = False
 ) -> Options:
     """Settle what no flag can settle alone.  Raises UsageError."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from udptun.core.errors import UsageError, did_you_mean
@@ -50,6 +51,12 @@ def integer_in(allowed: range) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def nonempty_path(text: str) -> Path:
+    if not text:
+        raise ValueError("must be a path")
+    return Path(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from typing import Any
 
 from udptun.backends.choice import parse_net_conf
 from udptun.config import subnet_env
-from udptun.config.flags import DoctorRequest, Options
+from udptun.config.command_flags import DoctorRequest
+from udptun.config.flags import Options
 from udptun.config.net_conf import NetConf
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import ConfigError, KernelError, UdptunError

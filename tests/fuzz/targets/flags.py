@@ -10,14 +10,8 @@ from random import Random
 
 from tests.fuzz.mutate import MANY_DIGITS, bytes_mutator
 from tests.fuzz.oracles import check_line, check_lines
-from udptun.config.flags import (
-    ENVIRONMENT_PREFIX,
-    FLAGS,
-    Options,
-    parse_cleanup_flags,
-    parse_daemon_flags,
-    parse_lease_flags,
-)
+from udptun.config.command_flags import parse_cleanup_flags, parse_lease_flags
+from udptun.config.flags import ENVIRONMENT_PREFIX, FLAGS, Options, parse_daemon_flags
 from udptun.config.go_regex import compile_go
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UsageError
