@@ -358,7 +358,7 @@ def vxlan(
 
 
 def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False, has_ipv6: bool = False) -> Table:
-    """The table; `ports` says where peers really listen, by public IP."""
+    """The table; `ports` says where peers really listen, by public IP.  Over VXLAN a table has one family."""
     leases: tuple[tuple[str, str, int], ...] = (
         ("10.244.2.0/24", NEAR, MTU),
         ("10.244.3.0/24", NARROW, NARROW_MTU),
@@ -386,11 +386,14 @@ def overlay(ports: dict[str, int] | None = None, *, is_vxlan: bool = False, has_
             "tunnel_address_ipv6": IPv6Address(OWN6),
         }
         local += LOCALS6
+    is_ipv6_alone = is_vxlan and has_ipv6
+    if is_ipv6_alone:
+        leases, learned = tuple(it for it in leases if ":" in it[0]), learned[1:]
     ports = ports or {}
     return Table(
-        network=IPv4Network("10.244.0.0/16"),
-        own_subnet=IPv4Network("10.244.1.0/24"),
-        tunnel_address=IPv4Address(OWN),
+        network=IPv4Network("0.0.0.0/32" if is_ipv6_alone else "10.244.0.0/16"),
+        own_subnet=IPv4Network("0.0.0.0/32" if is_ipv6_alone else "10.244.1.0/24"),
+        tunnel_address=IPv4Address("0.0.0.0" if is_ipv6_alone else OWN),
         local_addresses=frozenset(map(ip_address, local)),
         mtu=MTU,
         source_check="peer",

@@ -61,7 +61,7 @@ PREFIX_LEN = 22
 _VXLAN = struct.Struct(">B3xI6s6sH")
 """Flags, VNI above a reserved byte, inner destination and source MAC, EtherType."""
 _VNI_IS_VALID = 0x08
-_ETHERTYPE_IPV4 = 0x0800
+_ETHERTYPES = {4: 0x0800, 6: 0x86DD}
 
 _TCP_FIN, _TCP_SYN, _TCP_RST, _TCP_PSH, _TCP_URG, _TCP_CWR = 0x01, 0x02, 0x04, 0x08, 0x20, 0x80
 
@@ -122,7 +122,8 @@ class Table:
     """What the datapath knows.  The subnets of the peers are disjoint; `mtu` is the device's, bytes.
 
     `local_addresses` are those of this host, that of our UDP socket among them.
-    `vtep` None: packets travel bare (udp).  IPv6 is carried when the three fields of it are set.
+    `vtep` None: packets travel bare (udp).  IPv6 is carried when the three fields of it are set, and IPv4 unless its
+    tunnel address is 0.0.0.0.  With a VTEP one of them is.
     """
 
     network: IPv4Network
@@ -148,7 +149,8 @@ class Table:
     def space(self, family: Family) -> Space | None:
         """None: packets of this family are not carried."""
         if family is IPV4:
-            return Space(self.network, self.own_subnet, self.tunnel_address)
+            is_carried = not self.tunnel_address.is_unspecified
+            return Space(self.network, self.own_subnet, self.tunnel_address) if is_carried else None
         if self.network_ipv6 is None or self.own_subnet_ipv6 is None or self.tunnel_address_ipv6 is None:
             return None
         return Space(self.network_ipv6, self.own_subnet_ipv6, self.tunnel_address_ipv6)
@@ -162,7 +164,12 @@ class Table:
         """The UDP payload that carries `packet` to `peer`."""
         if self.vtep is None:
             return packet
-        return _VXLAN.pack(_VNI_IS_VALID, self.vtep.vni << 8, peer.mac, self.vtep.mac, _ETHERTYPE_IPV4) + packet
+        return _VXLAN.pack(_VNI_IS_VALID, self.vtep.vni << 8, peer.mac, self.vtep.mac, self.ethertype) + packet
+
+    @property
+    def ethertype(self) -> int:
+        """Of the frames of a VTEP."""
+        return _ETHERTYPES[6 if self.space(IPV6) else 4]
 
     def leasing(self, address: IPAddress) -> Peer | None:
         """The peer whose subnet holds the inner `address`."""
@@ -228,8 +235,8 @@ def encap(table: Table, raw: bytes, *, path_mtu: int | None = None, is_refused: 
         return [Outcome("encap_drop_short")]
     family = IPV6 if version(data) == 6 else IPV4
     space = table.space(family)
-    if space is None:  # 2
-        return [Outcome("encap_drop_ipv6")]
+    if space is None:  # 2, 3
+        return [Outcome("encap_drop_ipv6" if family is IPV6 else "encap_drop_malformed")]
     if len(data) < family.header_len:  # 1
         return [Outcome("encap_drop_short")]
     packets = segments(raw) if _is_packet(data) else []
@@ -416,7 +423,7 @@ def decap(
     `is_refused`: the kernel refuses what would come out: the write to the TUN device, or the answer.
     """
     if table.vtep is not None:
-        counter = _refused_prefix(table.vtep, payload)
+        counter = _refused_prefix(table.vtep, table.ethertype, payload)
         if counter is not None:
             return Outcome(counter)
         payload = payload[PREFIX_LEN:]
@@ -426,8 +433,8 @@ def decap(
         return Outcome("decap_drop_short")
     family = IPV6 if version(payload) == 6 else IPV4
     space = table.space(family)
-    if space is None:  # 3
-        return Outcome("decap_drop_ipv6")
+    if space is None:  # 3, 4
+        return Outcome("decap_drop_ipv6" if family is IPV6 else "decap_drop_version")
     if len(payload) < family.header_len:  # 2
         return Outcome("decap_drop_short")
     if version(payload) not in (4, 6):  # 4
@@ -556,19 +563,19 @@ def _is_of_learning(table: Table, packet: bytes) -> bool:
     return is_question and number & 0xFFFF != 0
 
 
-def _refused_prefix(vtep: Vtep, payload: bytes) -> str | None:
-    """The counter to drop a datagram under that carries no IPv4 packet in a frame for us; None: it does.
+def _refused_prefix(vtep: Vtep, ethertype: int, payload: bytes) -> str | None:
+    """The counter to drop a datagram under that carries no packet of `ethertype` in a frame for us; None: it does.
 
     Reserved bits are not looked at (RFC 7348 5).  Nor is the inner source MAC: row 10 checks who sent the packet.
     """
     if len(payload) < PREFIX_LEN:  # V1
         return "decap_drop_vxlan_short"
-    flags, vni, destination, _source, ethertype = _VXLAN.unpack_from(payload)
+    flags, vni, destination, _source, kind = _VXLAN.unpack_from(payload)
     if not flags & _VNI_IS_VALID:  # V2
         return "decap_drop_vxlan_flags"
     if vni >> 8 != vtep.vni:  # V3
         return "decap_drop_vxlan_vni"
-    if ethertype != _ETHERTYPE_IPV4:  # V4
+    if kind != ethertype:  # V4
         return "decap_drop_vxlan_ethertype"
     if destination != vtep.mac:  # V5
         return "decap_drop_vxlan_mac"

@@ -42,6 +42,7 @@ from tests.packets import (
     TWIN,
     UNDERLAY,
     WIDE,
+    destination_of,
     internet_sum,
     overlay,
     vnet_hdr,
@@ -97,13 +98,12 @@ class Message:
             return [self.payload]
         return [self.payload[at : at + self.size] for at in range(0, len(self.payload), self.size)]
 
-    @property
-    def over_vxlan(self) -> Message:
+    def over_vxlan(self, ethertype: int) -> Message:
         """The same packets, each with a prefix; a super-packet that nobody cut has one for all."""
         if reference.datagrams(self.payload, self.size) == [(self.payload, self.size)]:
-            return replace(self, payload=vxlan(self.payload))
+            return replace(self, payload=vxlan(self.payload, ethertype=ethertype))
         size = self.size + reference.PREFIX_LEN if self.size else 0
-        return replace(self, payload=b"".join(vxlan(payload) for payload in self.cut), size=size)
+        return replace(self, payload=b"".join(vxlan(it, ethertype=ethertype) for it in self.cut), size=size)
 
     def received(self, *, has_gro: bool, prefix_len: int) -> list[tuple[bytes, int]]:
         """What the worker must find in it: datagrams, and the inner size of those that are super-packets."""
@@ -299,7 +299,7 @@ class FastDatapath:
                         are put before what is written
     are_peers_udptun    the leases say that peers are udptun's
     is_vxlan            the worker sends VXLAN, from N_SENDERS sockets
-    has_ipv6            it carries IPv6, too
+    has_ipv6            it carries IPv6, too; over VXLAN it carries that alone
     """
 
     def __init__(
@@ -560,8 +560,8 @@ class FastDatapath:
         table = self.table
         self._writer.configure(
             shared.PacketSettings(
-                network=table.network,
-                own_subnet=table.own_subnet,
+                network=table.network if table.space(reference.IPV4) else None,
+                own_subnet=table.own_subnet if table.space(reference.IPV4) else None,
                 underlay_address=IPv4Address(UNDERLAY),
                 mtu=table.mtu,
                 source_check=SourceCheck(table.source_check),
@@ -662,7 +662,7 @@ def _goes_to_the_deaf(outcome: Outcome) -> bool:
 
 
 def _on_the_wire(table: Table, messages: Sequence[Message]) -> Sequence[Message]:
-    return messages if table.vtep is None else [message.over_vxlan for message in messages]
+    return messages if table.vtep is None else [message.over_vxlan(table.ethertype) for message in messages]
 
 
 def inner_packet(table: Table, remote: Remote, payload: bytes) -> bytes:
@@ -670,10 +670,10 @@ def inner_packet(table: Table, remote: Remote, payload: bytes) -> bytes:
     if table.vtep is None:
         return payload
     packet = payload[reference.PREFIX_LEN :]
-    peer = table.leasing(IPv4Address(packet[16:20]))
+    peer = table.leasing(ip_address(destination_of(packet)))
     assert peer is not None
     assert peer.remote == remote
-    assert payload == vxlan(packet, destination=peer.mac, source=OUR_MAC)
+    assert payload == vxlan(packet, destination=peer.mac, source=OUR_MAC, ethertype=table.ethertype)
     return packet
 
 

@@ -24,6 +24,7 @@ from tests.packets import (
     NEAR_POD,
     NEAR_POD6,
     NEEDS_CSUM,
+    OUR_MAC,
     OUTSIDE6,
     OWN6,
     PARTIAL,
@@ -53,6 +54,7 @@ from tests.packets import (
     udp,
     udp_segment,
     vnet_hdr,
+    vxlan,
 )
 
 NO_ROUTE = (1, 0, 0)
@@ -436,7 +438,7 @@ DECAP = slugged(
             is_suppressed=True, source=STRANGER, source_check="off"),
         # Too large.
         Bad("one-byte-more-than-the-mtu", "decap_drop_oversize", _in(bytes(MTU - 39))),
-        Bad("largest-packet-there-is", "decap_drop_oversize", _in(bytes(65507 - 40))),
+        Bad("largest-packet-there-is-for-any-encapsulation", "decap_drop_oversize", _in(bytes(65507 - 22 - 40))),
         Bad("oversize-tcp-with-a-complete-checksum", "decap_drop_oversize", tcp(NEAR_POD6, POD6, bytes(3000))),
         Bad("oversize-udp-with-a-partial-checksum", "decap_drop_oversize",
             udp(NEAR_POD6, POD6, bytes(3000), check=PARTIAL)),
@@ -668,3 +670,40 @@ MALFORMED_READS = {
     "checksum-behind-the-packet-but-not-the-read": _gso(_out(bytes(8), payload_len=7), 0, start=40, offset=6),
 }  # fmt: skip
 """Reads of the TUN whose virtio header does not fit the packet."""
+
+
+def _framed(packet: bytes, *, ethertype: int = 0x86DD, **fields: int) -> bytes:
+    return vxlan(packet, ethertype=ethertype, **fields)  # type: ignore[arg-type]
+
+
+_SOLICITATION = ipv6("fe80::1", _SOLICITED_NODE, icmpv6_message("fe80::1", _SOLICITED_NODE, 135), protocol=58, ttl=255)
+
+DECAP_VXLAN = slugged(
+    [
+        Bad("cut-within-the-prefix", "decap_drop_vxlan_short", _framed(_IN)[:21]),
+        Bad("flags-00", "decap_drop_vxlan_flags", _framed(_IN, flags=0)),
+        Bad("vni-2", "decap_drop_vxlan_vni", _framed(_IN, vni=2)),
+        *(
+            Bad(f"ethertype-{n:04x}", "decap_drop_vxlan_ethertype", _framed(_IN, ethertype=n))
+            for n in (0, 0x0800, 0x0806, 0x8100, 0x86DC, 0x86DE, 0xDD86, 0xFFFF)
+        ),
+        Bad("of-ipv4", "decap_drop_vxlan_ethertype", _framed(udp(NEAR_POD, POD), ethertype=0x0800)),
+        *(
+            Bad(f"neighbour-solicitation-to-{mac}", "decap_drop_vxlan_mac",
+                vxlan(_SOLICITATION, ethertype=0x86DD, destination=bytes.fromhex(mac)))
+            for mac in ("3333ff000001", "333300000001", "ffffffffffff", "000000000000")
+        ),
+        Bad("mac-bit-0", "decap_drop_vxlan_mac",
+            vxlan(_IN, ethertype=0x86DD, destination=OUR_MAC[:5] + bytes([OUR_MAC[5] ^ 1]))),
+        Bad("neighbour-solicitation-to-us", "decap_drop_source_martian", _framed(_SOLICITATION)),
+        Bad("nothing-behind-the-prefix", "decap_drop_empty", _framed(b"")),
+        Bad("within-a-header", "decap_drop_short", _framed(_IN[:39])),
+        Bad("ipv4-under-a-wrong-ethertype", "decap_drop_version", _framed(udp(NEAR_POD, POD))),
+        Bad("ipv4-to-no-address-under-a-wrong-ethertype", "decap_drop_version", _framed(udp(NEAR_POD, "0.0.0.0"))),
+        Bad("ipv4-from-a-stranger-under-a-wrong-ethertype", "decap_drop_version", _framed(udp(NEAR_POD, POD)),
+            source=STRANGER),
+        Bad("ipv4-header-alone-under-a-wrong-ethertype", "decap_drop_version", _framed(udp(NEAR_POD, POD)[:20])),
+        Bad("within-an-ipv4-header", "decap_drop_short", _framed(udp(NEAR_POD, POD)[:19])),
+    ]
+)  # fmt: skip
+"""Datagrams as they are on the wire of a VTEP that carries IPv6."""

@@ -62,6 +62,7 @@ from tests.packets import (
     routing_header,
     tcp_segment,
     udp_segment,
+    vxlan,
 )
 
 PEER_PODS = (NEAR_POD6, NARROW_POD6, TWIN_POD6, TWIN_OTHER_POD6, SLIM_POD6, DEAF_POD6)
@@ -179,13 +180,14 @@ def mixed_reads(draw: st.DrawFn) -> bytes:
 
 ENCAP_BATCHES = st.lists(mixed_reads(), min_size=5, max_size=40)
 DECAP_BATCHES = st.lists(st.tuples(mixed("decap"), OUTER), min_size=5, max_size=40)
-WIRE_BATCHES = wire_messages(mixed("decap"), prefixes=(b"",) * 9 + (b"\x60", b"\0"))
+_PREFIXES = (*(vxlan(b"", ethertype=0x86DD),) * 5, vxlan(b""))
+WIRE_BATCHES = wire_messages(mixed("decap"), prefixes=((b"",) * 6 + (b"\x60", b"\0") + _PREFIXES))
 FLOWS: tuple[Ends, ...] = (
     *((NEAR_POD6, POD6),) * 4, *((TWIN_POD6, POD6),) * 2, ("fd00:244:0:2::11", POD6), *ENDS[:2]
 )  # fmt: skip
 STREAM_BATCHES = streams(FLOWS)
 
-KINDS = ("udp-gro", "udp-bare")
+KINDS = ("udp-gro", "udp-bare", "vxlan-gro")
 
 
 @pytest.fixture

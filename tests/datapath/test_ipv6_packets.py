@@ -16,7 +16,7 @@ from tests.datapath.harness import (
     implementation,
     remote_of,
 )
-from tests.datapath.ipv6_cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, MALFORMED_READS
+from tests.datapath.ipv6_cases import DECAP, DECAP_VXLAN, ENCAP, GOOD_DECAP, GOOD_ENCAP, MALFORMED_READS
 from tests.packets import (
     DEAF_POD6,
     DESTINATION_OPTIONS,
@@ -68,11 +68,16 @@ EXTENSIONS = {
 behind_extensions = pytest.mark.parametrize("headers", EXTENSIONS.values(), ids=EXTENSIONS)
 
 
-@pytest.fixture(params=["reference", "fastpath", "trains"])
+@pytest.fixture(params=["udp-reference", "udp-fastpath", "udp-trains", "vxlan-reference", "vxlan-trains"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[Datapath]:
-    """Either implementation, carrying both families."""
-    with implementation(request.param, has_ipv6=True) as datapath:
+    """Either implementation; with udp it carries both families, over VXLAN IPv6 alone."""
+    encapsulation, name = request.param.split("-")
+    with implementation(name, is_vxlan=encapsulation == "vxlan", has_ipv6=True) as datapath:
         yield datapath
+
+
+of_udp = pytest.mark.parametrize("datapath", ["udp-reference", "udp-fastpath", "udp-trains"], indirect=True)
+"""Where the other family is there, too."""
 
 
 def for_each(slugs: Iterable[str], check: Callable[[str], None]) -> None:
@@ -166,6 +171,7 @@ def test_every_truncation_of_a_good_packet_is_dropped_both_ways(datapath: Datapa
         )
 
 
+@of_udp
 def test_both_families_share_a_batch_and_keep_their_order(datapath: Datapath) -> None:
     ipv4_out, ipv4_in = udp(POD, NEAR_POD, b"of IPv4"), udp(NEAR_POD, POD, b"of IPv4")
     out = [OUT, ipv4_out, udp(POD6, UNLEASED6), ipv4_out, OUT]
@@ -194,6 +200,7 @@ def test_an_answer_that_the_kernel_refuses_is_suppressed(datapath: Datapath) -> 
     assert outcome == Outcome("decap_drop_ttl", icmp="icmp_suppressed")
 
 
+@of_udp
 def test_a_dead_peer_is_unreachable(datapath: Datapath) -> None:
     peers = tuple(
         replace(peer, is_dead=ip_address(NEAR_POD6) in peer.subnet) for peer in datapath.table.peers
@@ -203,6 +210,29 @@ def test_a_dead_peer_is_unreachable(datapath: Datapath) -> None:
     expected = Outcome("encap_drop_dead", writes=(NO_VNET_HDR + answer,), icmp="icmp_sent")
     assert datapath.encap(NO_VNET_HDR + OUT) == expected
     assert datapath.encap(NO_VNET_HDR + udp(POD, NEAR_POD)).counter == "encap_sent"
+
+
+of_vtep = pytest.mark.parametrize("datapath", ["vxlan-reference", "vxlan-trains"], indirect=True)
+
+
+@of_vtep
+def test_a_vtep_of_ipv6_takes_frames_of_ipv6_alone(datapath: Datapath) -> None:
+    """The cases of DECAP_VXLAN; the next good packet passes."""
+    cases = {case.slug: case for case in DECAP_VXLAN}
+
+    def check(slug: str) -> None:
+        message = Message(cases[slug].packet, cases[slug].source)
+        assert datapath.decap_wire([message]).outcome() == Outcome(cases[slug].counter)
+
+    for_each(cases, check)
+    assert_good_packets_pass(datapath)
+
+
+@of_vtep
+def test_a_vtep_of_ipv6_neither_sends_nor_answers_packets_of_ipv4(datapath: Datapath) -> None:
+    for packet in (udp(POD, NEAR_POD), udp(POD, "0.0.0.0"), udp(POD, NEAR_POD, ttl=1)):
+        assert datapath.encap(NO_VNET_HDR + packet) == Outcome("encap_drop_malformed")
+        assert datapath.inject(packet) == datapath.inject(packet, into_tun=True) == Outcome("inject_drop_malformed")
 
 
 # ------------------------------------------------------------------------------------------ offloaded senders

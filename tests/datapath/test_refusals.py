@@ -20,7 +20,20 @@ import pytest
 from tests.datapath import ipv6_cases
 from tests.datapath.cases import DECAP, DECAP_VXLAN, ELSEWHERE, Bad
 from tests.datapath.harness import DEADLINE_S, TRAIN_BYTES, FastDatapath, Message, skip_unless_built
-from tests.packets import LEARNED, NEAR_POD, OWN, OWN6, POD, STRANGER, icmp_answer_to_peer, source_of, udp, vxlan
+from tests.packets import (
+    LEARNED,
+    NEAR_POD,
+    NEAR_POD6,
+    OWN,
+    OWN6,
+    POD,
+    POD6,
+    STRANGER,
+    icmp_answer_to_peer,
+    source_of,
+    udp,
+    vxlan,
+)
 from tests.reference import Remote
 
 if TYPE_CHECKING:
@@ -146,7 +159,8 @@ class Besieged(FastDatapath):
 
     def _message(self, case: Bad, *, is_wire: bool) -> tuple[Message, int]:
         """The case's datagram, or a train of two of them where the kernel may make one message of it; how many."""
-        payload = case.packet if is_wire or self.table.vtep is None else vxlan(case.packet)
+        is_bare = is_wire or self.table.vtep is None
+        payload = case.packet if is_bare else vxlan(case.packet, ethertype=self.table.ethertype)
         two = Message(payload * 2, case.source, len(payload))
         is_train = self._mode.has_gro and len(two.payload) < TRAIN_BYTES
         if is_train and len(two.received(has_gro=True, prefix_len=self.table.prefix_len)) == 2:
@@ -159,8 +173,9 @@ class Besieged(FastDatapath):
         kinds = [(b"", "decap_drop_vxlan_short" if is_vxlan else "decap_drop_empty")]
         kinds.insert(0, (bytes(40), "decap_drop_vxlan_flags" if is_vxlan else "decap_drop_version"))
         if self.table.source_check != "off":
-            spoofed = udp(NEAR_POD, POD)
-            kinds.insert(0, (vxlan(spoofed) if is_vxlan else spoofed, "decap_drop_unknown_peer"))
+            spoofed = udp(NEAR_POD6, POD6) if self.table.network_ipv6 else udp(NEAR_POD, POD)
+            spoofed = vxlan(spoofed, ethertype=self.table.ethertype) if is_vxlan else spoofed
+            kinds.insert(0, (spoofed, "decap_drop_unknown_peer"))
         return next(kind for kind in kinds if kind[1] != counter)
 
     def _take(self, message: Message, n: int, flood: bytes) -> Counter[str]:
@@ -217,8 +232,11 @@ def refuse_all(mode: Mode, monkeypatch: pytest.MonkeyPatch, *, of_ipv6: bool = F
 
     # Each look is one at a flood.
     monkeypatch.setattr(strangers, "FLOOD_PER_S", -1)
-    of_wire = DECAP_VXLAN if mode.encapsulation == "vxlan" else []
-    inner, elsewhere = (ipv6_cases.DECAP, ipv6_cases.ELSEWHERE) if of_ipv6 else (DECAP, ELSEWHERE)
+    inner, elsewhere, of_wire = DECAP, ELSEWHERE, DECAP_VXLAN
+    if of_ipv6:
+        inner, elsewhere, of_wire = ipv6_cases.DECAP, ipv6_cases.ELSEWHERE, ipv6_cases.DECAP_VXLAN
+    if mode.encapsulation != "vxlan":
+        of_wire = []
     with Besieged(mode, has_ipv6=of_ipv6) as datapath:
         for check in CHECKS:
             datapath.use(check)
@@ -237,7 +255,7 @@ def test_every_kind_of_bad_packet_is_refused_under_its_counter(mode: Mode, monke
     refuse_all(mode, monkeypatch)
 
 
-@pytest.mark.parametrize("mode", QUICK_MODES[0:4:3], ids=str)
+@pytest.mark.parametrize("mode", QUICK_MODES[0:7:3], ids=str)
 def test_every_kind_of_bad_packet_of_ipv6_is_refused_under_its_counter(
     mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,7 +263,7 @@ def test_every_kind_of_bad_packet_of_ipv6_is_refused_under_its_counter(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.encapsulation == "udp"], ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_every_kind_of_bad_packet_of_ipv6_is_refused_under_its_counter_in_every_mode(
     mode: Mode, monkeypatch: pytest.MonkeyPatch, figure: Callable[..., None]
 ) -> None:

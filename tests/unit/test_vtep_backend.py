@@ -142,5 +142,6 @@ def test_lease_of_another_backend_is_refused_by_name(kind: str) -> None:
 
 @pytest.mark.parametrize("vni", [0, 1, 7, (1 << 24) - 1])
 def test_prefix_is_vxlan_and_inner_ethernet(vni: int) -> None:
-    prefix = Vtep(vni, bytes.fromhex("0a1b2c3d4e5f")).prefix(bytes.fromhex("020000000007"))
-    assert prefix.hex(" ") == f"08 00 00 00 {vni.to_bytes(3).hex(' ')} 00 02 00 00 00 00 07 0a 1b 2c 3d 4e 5f 08 00"
+    for version, ethertype in ((4, "08 00"), (6, "86 dd")):
+        prefix = Vtep(vni, bytes.fromhex("0a1b2c3d4e5f")).prefix(bytes.fromhex("020000000007"), version).hex(" ")
+        assert prefix == f"08 00 00 00 {vni.to_bytes(3).hex(' ')} 00 02 00 00 00 00 07 0a 1b 2c 3d 4e 5f {ethertype}"

@@ -15,7 +15,7 @@ from udptun.core.tunnel import SourceCheck
 _VXLAN = struct.Struct(">B3xI6s6sH")
 """Flags, VNI above a reserved byte (RFC 7348 5); inner destination and source MAC, EtherType."""
 _VNI_IS_VALID = 0x08
-_ETHERTYPE_IPV4 = 0x0800
+_ETHERTYPES = {4: 0x0800, 6: 0x86DD}
 OUTER_HEADERS = {4: 28, 6: 48}
 """Bytes around an inner packet, by the version of IP: IPv4 header 20 (as flannel's udp_network_amd64.go has it) or IPv6
 header 40, and UDP header 8.
@@ -24,14 +24,17 @@ header 40, and UDP header 8.
 
 @dataclass(frozen=True, slots=True)
 class Vtep:
-    """What we are to VXLAN peers: the VNI of all datagrams, and our VtepMAC, 6 bytes."""
+    """What we are to VXLAN peers: the VNI of all datagrams, and our VtepMAC, 6 bytes.
+
+    A tunnel carries one family of inner packets then: the frames that it takes are of IPv6 where it carries that.
+    """
 
     vni: int
     mac: bytes
 
-    def prefix(self, peer_mac: bytes) -> bytes:
-        """What stands before each inner packet to the peer on the wire, 22 bytes."""
-        return _VXLAN.pack(_VNI_IS_VALID, self.vni << 8, peer_mac, self.mac, _ETHERTYPE_IPV4)
+    def prefix(self, peer_mac: bytes, version: int) -> bytes:
+        """What stands before each inner packet of this version of IP to the peer on the wire, 22 bytes."""
+        return _VXLAN.pack(_VNI_IS_VALID, self.vni << 8, peer_mac, self.mac, _ETHERTYPES[version])
 
 
 @dataclass(frozen=True, slots=True)

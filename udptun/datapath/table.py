@@ -174,7 +174,7 @@ class TableWriter:
             | _FLAG_ANY_SOURCE_PORT * remote.takes_any_source_port
             | _FLAG_DEAD * is_dead
             | _FLAG_ECN * remote.carries_ecn,
-            b"" if vtep is None else vtep.prefix(remote.mac),
+            b"" if vtep is None else vtep.prefix(remote.mac, subnet.version),
             received,
         )
         if before is None:

@@ -137,7 +137,7 @@ cdef inline Counter *check_header(const ut_slot *table, Counters *c, Packet *p) 
         return &c.decap_drop_empty
     if p.len < IPV4_HEADER_MIN:
         return &c.decap_drop_short
-    if ip_version(p.data) == 4:
+    if ip_version(p.data) == 4 and carries_ipv4(table):
         return check_ipv4_header(c, p)
     if ip_version(p.data) != 6:
         return &c.decap_drop_version

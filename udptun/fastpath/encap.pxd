@@ -87,7 +87,7 @@ cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPa
             return &c.encap_drop_malformed
         read_ipv6_headers(p)
     else:
-        if ip_version(p.data) != 4 or not take_ipv4_length(p):
+        if ip_version(p.data) != 4 or not carries_ipv4(w.slot) or not take_ipv4_length(p):
             return &c.encap_drop_malformed
         read_ipv4_header(p)
     if vnet.gso_type != VIRTIO_NET_HDR_GSO_NONE:

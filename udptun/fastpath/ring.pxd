@@ -209,7 +209,7 @@ cdef inline bint is_injectable(const ut_slot *table, Packet *p) noexcept nogil:
     cdef int length = p.len
     if ip_version(p.data) == 6:
         return length >= IPV6_HEADER and carries_ipv6(table) and take_length(p) and p.len == length
-    return ip_version(p.data) == 4 and take_length(p) and p.len == length
+    return ip_version(p.data) == 4 and carries_ipv4(table) and take_length(p) and p.len == length
 
 
 cdef inline ssize_t send_injected(Loop *w, const ut_remote *remote, uint8_t *datagram, int length) noexcept nogil:

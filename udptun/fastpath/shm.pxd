@@ -221,6 +221,10 @@ cdef inline uint32_t lookup_ipv6(const ut_slot *table, const uint8_t *address) n
     return 0
 
 
+cdef inline bint carries_ipv4(const ut_slot *table) noexcept nogil:
+    return table.tunnel_address != 0
+
+
 cdef inline bint carries_ipv6(const ut_slot *table) noexcept nogil:
     return table.own_subnet_ipv6.mask.half[0] != 0
 

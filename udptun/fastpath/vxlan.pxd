@@ -24,6 +24,7 @@ cdef enum:
     INNER_DESTINATION = 8
     INNER_ETHERTYPE = 20
     ETHERTYPE_IPV4 = 0x0800
+    ETHERTYPE_IPV6 = 0x86DD
 
 
 cdef inline void put_prefix(Loop *w, uint32_t peer, uint8_t *out) noexcept nogil:
@@ -33,14 +34,14 @@ cdef inline void put_prefix(Loop *w, uint32_t peer, uint8_t *out) noexcept nogil
 
 
 cdef inline Counter *check_prefix(const ut_slot *table, Counters *c, const uint8_t *d, int length) noexcept nogil:
-    """Rows V1 to V5: an IPv4 packet in a frame for us?  The counter to drop it under; NULL: it is."""
+    """Rows V1 to V5: a packet of our family in a frame for us?  The counter to drop it under; NULL: it is."""
     if length < <int>UT_PREFIX_BYTES:
         return &c.decap_drop_vxlan_short
     if not d[0] & VXLAN_VNI_IS_VALID:
         return &c.decap_drop_vxlan_flags
     if load_be32(d + VXLAN_VNI) >> 8 != table.vni:
         return &c.decap_drop_vxlan_vni
-    if load_be16(d + INNER_ETHERTYPE) != ETHERTYPE_IPV4:
+    if load_be16(d + INNER_ETHERTYPE) != (ETHERTYPE_IPV6 if carries_ipv6(table) else ETHERTYPE_IPV4):
         return &c.decap_drop_vxlan_ethertype
     if memcmp(d + INNER_DESTINATION, table.own_mac, 6) != 0:
         return &c.decap_drop_vxlan_mac

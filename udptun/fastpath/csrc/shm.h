@@ -108,7 +108,7 @@ struct ut_length {
 struct ut_slot {
     uint32_t network, network_mask;
     uint32_t own_subnet, own_mask;
-    uint32_t tunnel_address;      /* of our TUN device: the first of own_subnet */
+    uint32_t tunnel_address;      /* of our TUN device: the first of own_subnet; 0: we carry no IPv4 */
     uint32_t local_mask;          /* entries in use in local[], less one */
     uint32_t mtu;                 /* of our TUN device, bytes */
     uint32_t source_check;        /* UT_SOURCE_* */
