@@ -76,7 +76,7 @@ WHOLE = ["event/0", "event/1", "lock/0", "stats/0", "table/0", "tun/0", "udp/0"]
 async def test_next_daemon_goes_on_when_all_processes_were_killed(rig: Rig, manager: Manager) -> None:
     """What came in between waits in the kernel's queues, which the manager's descriptors hold open."""
     kept = next_daemon(manager)
-    await kept.keep("flannel0", rig.descriptors)
+    await kept.keep({"flannel0": rig.descriptors})
     manager.read()
     assert kinds(manager) == WHOLE
     earlier = Datapath(rig.run_dir, rig.descriptors, [])
@@ -101,7 +101,7 @@ async def test_sockets_of_ipv6_come_back_with_those_of_ipv4(rig: Rig, manager: M
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as ipv6:
         ipv6.bind(("::1", 0))
         both = dataclasses.replace(rig.descriptors, ipv6=(ipv6.fileno(),))
-        await next_daemon(manager).keep("flannel0", both)
+        await next_daemon(manager).keep({"flannel0": both})
         manager.read()
         assert kinds(manager) == sorted([*WHOLE, "ipv6/0"])
         await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)
@@ -113,8 +113,33 @@ async def test_sockets_of_ipv6_come_back_with_those_of_ipv4(rig: Rig, manager: M
         await Datapath(rig.run_dir, both, [found]).stop()
 
 
+async def test_each_of_two_datapaths_comes_back_whatever_becomes_of_the_other(rig: Rig, manager: Manager) -> None:
+    """What was kept of two devices was taken for one set that does not fit together, and neither came back."""
+    other = Rig(rig.run_dir)
+    serving = asyncio.create_task(serve(manager))
+    await next_daemon(manager).keep({"flannel.1": rig.descriptors, "flannel-v6.1": other.descriptors})
+    manager.read()
+    assert kinds(manager) == sorted(WHOLE * 2)
+    await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)
+    for device, it in (("flannel.1", rig), ("flannel-v6.1", other)):
+        (found,) = await processes.find_running(rig.run_dir, device)
+        assert found.descriptors is not None
+        assert os.path.sameopenfile(found.descriptors.lock, it.descriptors.lock)
+        found.close_descriptors()
+        await Datapath(rig.run_dir, it.descriptors, [found], device=device).stop()
+    (name,) = (name for name in manager.kept if name.startswith("udptun/flannel-v6.1/") and "/udp/" in name)
+    os.close(manager.kept.pop(name))
+    await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)
+    serving.cancel()
+    (found,) = await processes.find_running(rig.run_dir)
+    found.close_descriptors()
+    await Datapath(rig.run_dir, rig.descriptors, [found]).stop()
+    assert {it.split("/")[1] for it in manager.kept} == {"flannel.1"}
+    other.close()
+
+
 async def test_a_datapath_that_lives_is_left_as_it_is(rig: Rig, manager: Manager) -> None:
-    await next_daemon(manager).keep("flannel0", rig.descriptors)
+    await next_daemon(manager).keep({"flannel0": rig.descriptors})
     manager.read()
     datapath = Datapath(rig.run_dir, rig.descriptors, [])
     await datapath.start()
@@ -126,11 +151,11 @@ async def test_a_datapath_that_lives_is_left_as_it_is(rig: Rig, manager: Manager
 
 async def test_only_what_has_changed_is_sent_and_what_is_given_up_is_forgotten(rig: Rig, manager: Manager) -> None:
     """systemd keeps what it has already under its first name: a second name that is then removed would take it away."""
-    await next_daemon(manager).keep("flannel0", rig.descriptors)
+    await next_daemon(manager).keep({"flannel0": rig.descriptors})
     assert len(manager.read()) == len(WHOLE)
     # The next daemon has adopted the same descriptors.
     kept = next_daemon(manager)
-    await kept.keep("flannel0", rig.descriptors)
+    await kept.keep({"flannel0": rig.descriptors})
     assert manager.read() == []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, socket.socket() as sender:
         two = dataclasses.replace(
@@ -139,10 +164,10 @@ async def test_only_what_has_changed_is_sent_and_what_is_given_up_is_forgotten(r
             udp=(*rig.descriptors.udp, udp.fileno()),
             senders=(sender.fileno(),),
         )
-        await kept.keep("flannel0", two)
+        await kept.keep({"flannel0": two})
         assert len(manager.read()) == 3
         assert kinds(manager) == sorted([*WHOLE, "sender/0", "tun/1", "udp/1"])
-    await kept.keep("flannel0", rig.descriptors)
+    await kept.keep({"flannel0": rig.descriptors})
     assert [state.split("\n")[0] for state in manager.read()] == ["FDSTOREREMOVE=1"] * 3
     assert kinds(manager) == WHOLE
 
@@ -156,7 +181,7 @@ async def test_what_is_not_a_whole_set_of_ours_is_given_up(
     other = create("another", 8192, 7)
     if fault == "another version":
         descriptors = dataclasses.replace(descriptors, table=other)
-    await next_daemon(manager).keep("flannel0", descriptors)
+    await next_daemon(manager).keep({"flannel0": descriptors})
     manager.read()
     if fault == "two sets":
         (name,) = (name for name in manager.kept if "/udp/" in name)
@@ -182,7 +207,7 @@ async def test_a_manager_that_does_not_read_costs_a_line_and_a_second(
     sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(n_senders)]
     many = dataclasses.replace(rig.descriptors, senders=tuple(it.fileno() for it in sockets))
     async with asyncio.timeout(10):
-        await kept.keep("flannel0", many)
+        await kept.keep({"flannel0": many})
     assert "the service manager does not keep our descriptors" in caplog.text
     for it in sockets:
         it.close()
@@ -191,18 +216,18 @@ async def test_a_manager_that_does_not_read_costs_a_line_and_a_second(
 async def test_nothing_is_sent_to_a_manager_that_keeps_nothing(rig: Rig, manager: Manager) -> None:
     kept = KeptDescriptors(ServiceManager(), partial(notify, str(manager.path)))
     await kept.bring_back(rig.run_dir, Confinement.FULL)
-    await kept.keep("flannel0", rig.descriptors)
-    await kept.forget()
+    await kept.keep({"flannel0": rig.descriptors})
+    await kept.forget(["flannel0"])
     assert manager.read() == []
 
 
 async def test_giving_up_while_the_manager_is_asked_leaves_no_descriptor(rig: Rig, manager: Manager) -> None:
     """The pipe on which its answer is awaited stayed open when the daemon was told to end meanwhile."""
     kept = next_daemon(manager)
-    await kept.keep("flannel0", rig.descriptors)
+    await kept.keep({"flannel0": rig.descriptors})
     manager.read()
     before = open_pipes()
-    forgetting = asyncio.create_task(kept.forget())
+    forgetting = asyncio.create_task(kept.forget(["flannel0"]))
     await until(lambda: not before >= open_pipes())
     forgetting.cancel()
     await asyncio.wait([forgetting])
@@ -216,9 +241,9 @@ async def test_a_manager_that_does_not_say_that_it_has_let_go_costs_a_line(
 ) -> None:
     """The wait for it ended without a word."""
     kept = next_daemon(manager)
-    await kept.keep("flannel0", rig.descriptors)
+    await kept.keep({"flannel0": rig.descriptors})
     manager.read()
     async with asyncio.timeout(10):
-        await kept.forget()
+        await kept.forget(["flannel0"])
     assert "does not say that it has let go of our descriptors: no answer for 1 s" in caplog.text
     manager.read()

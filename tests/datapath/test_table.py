@@ -350,6 +350,7 @@ def test_peers_for_which_the_table_has_no_room_are_named_and_added_when_others_g
 
     async def main() -> None:
         tun = Mock(spec=Tun, fds=[])
+        tun.name = "flannel0"
         tunnel = Tunnel(tmp_path, table, stats, -1, (), tun, Endpoints((), ()), [], ALL)
         tunnel.peers.set_all({subnet: remote(n) for n, subnet in enumerate(subnets[:5])})
         await tunnel.publish()

@@ -22,15 +22,16 @@ from udptun.lab.topology import KUBE_PORT, Lab
 
 pytestmark = pytest.mark.netns
 
-WAYS: Mapping[str, tuple[str, str]] = {
-    "kube": ("vxlan", "kube"),
-    "local": ("host-gw", "local"),
-    "tunnel": ("udp", "local"),
+WAYS: Mapping[str, tuple[Mapping[str, object], str]] = {
+    "kube": ({"Type": "vxlan"}, "kube"),
+    "local": ({"Type": "host-gw"}, "local"),
+    "tunnel": ({"Type": "udp"}, "local"),
+    "vtep": ({"Type": "vxlan", "Userspace": True}, "local"),
 }
 
 
-def ipv6_lab(name: str, backend: str, store: str) -> Lab:
-    conf = {"EnableIPv4": False, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": {"Type": backend}}
+def ipv6_lab(name: str, backend: Mapping[str, object], store: str) -> Lab:
+    conf = {"EnableIPv4": False, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "Backend": dict(backend)}
     lab = Lab(f"{name}{os.getpid()}", net_conf=conf, store=store, ipv6=True, ipv4=False)
     assert lab.daemon_command[:3] == [sys.executable, "-m", "udptun"]
     lab.daemon_command[1:3] = ["-c", OFTEN]

@@ -194,7 +194,8 @@ def test_a_udp_lease_says_that_marks_of_congestion_are_carried_on_where_all_of_t
     assert (here.carries_ecn, deaf.carries_ecn) == (True, False)
     peers = [Lease(Subnets(IPv4Network("10.244.7.0/24")), attrs) for attrs in (here, deaf)]
     assert [Udp(8285).remote(peer).carries_ecn for peer in peers] == [True, False]
-    assert UserspaceVtep(VxlanKeys(), MAC).remote(lease(2)).carries_ecn, "as the kernel does with VXLAN"
+    of_ipv4, _of_ipv6 = UserspaceVtep(VxlanKeys(), MAC).encapsulations
+    assert of_ipv4.remote(lease(2)).carries_ecn, "as the kernel does with VXLAN"
 
 
 @pytest.mark.parametrize(("source_ports", "n_senders"), [(1, 0), (2, 2), (16, 16)])
@@ -355,8 +356,8 @@ def test_without_a_fallback_there_is_no_vxlan_without_the_kernels() -> None:
 def test_the_fallback_udp_listens_on_flannels_udp_port_not_on_vxlans() -> None:
     choice = choose(VxlanKeys(port=4789, fallback=Fallback.UDP), NO_VXLAN, MAC)
     assert isinstance(choice, BackendChoice)
-    assert choice.backend.encapsulation is not None
-    assert choice.backend.encapsulation.port == 8285
+    (encapsulation,) = choice.backend.encapsulations
+    assert encapsulation.where(UNDERLAY).port == 8285
 
 
 def test_what_a_host_can_do_is_described_type_by_type() -> None:

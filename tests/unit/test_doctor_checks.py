@@ -126,6 +126,10 @@ async def test_a_datapath_without_process_worker_or_standby_is_named() -> None:
     ]
     half = {"pid": 7, "standby_pids": [], "workers": ["running", "tun_lost"], "confinement": "full"}
     assert len(await causes(daemon.datapath, facts(document(datapath=half)))) == 2
+    of_ipv6 = {"network": "fd00:244::/48", "datapath": none}
+    assert await causes(daemon.datapath, facts(document(ipv6=of_ipv6))) == [
+        "no datapath process of IPv6 runs, so no packet passes the tunnel"
+    ]
 
 
 async def test_an_mtu_that_the_underlay_does_not_take_is_named() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from udptun.backends.base import LiveSettings
+from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.choice import BackendChoice
 from udptun.backends.hostgw import HostGw
 from udptun.config.service_manager import ServiceManager
@@ -17,6 +20,8 @@ from udptun.control import forwarding
 from udptun.control.forwarding import Forwarding
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
+from udptun.control.tunnelled import Tunnelled
+from udptun.core.errors import KernelError, UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import Subnets
 from udptun.core.network_state import IPNetwork
@@ -63,7 +68,7 @@ def test_a_failed_start_takes_back_what_is_marked_with_the_network_of_a_family_w
     routings = [Routing(backend, family, Ownership((it,)), (it,)) for family, it in NETWORKS.items()]
     kept = KeptDescriptors(ServiceManager(), lambda state, fds: None)
     choice = BackendChoice(backend, "of the test")
-    parts = Forwarding(choice, routings, UNDERLAY, BOTH, tmp_path, None, kept, was_clean=True)
+    parts = Forwarding(choice, routings, UNDERLAY, BOTH, tmp_path, kept, was_clean=True)
 
     async def fail() -> None:
         await parts.start(own, live, ())
@@ -73,3 +78,67 @@ def test_a_failed_start_takes_back_what_is_marked_with_the_network_of_a_family_w
 
     asyncio.run(fail())
     assert removed == [*NETWORKS.values()]
+
+
+class OfOneFamily:
+    """In the place of the datapath that a VTEP has for a family; the device is called as the family."""
+
+    def __init__(self, family: Family, said: list[str], refused: Underlay | None = None) -> None:
+        self.families, self.device = frozenset((family,)), str(family)
+        self._said, self._refused = said, refused
+        datapath = SimpleNamespace(stop=self._stop, descriptors=None)
+        self.tunnel = SimpleNamespace(
+            tun=None, is_adopted=False, datapath=datapath, detach=lambda: None, peers=SimpleNamespace(narrow={})
+        )
+
+    async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
+        self._said.append(f"start {self.device} for {','.join(map(str, inputs))}")
+
+    async def apply(self, underlay: Underlay, live: LiveSettings) -> LiveSettings:
+        if underlay is self._refused:
+            raise KernelError("cannot bind", 98, "who has it?")
+        self._said.append(f"{self.device} at {underlay.address_of(next(iter(self.families)))}")
+        return live
+
+    async def _stop(self) -> None:
+        self._said.append(f"stop {self.device}")
+
+
+def of_each_family(tmp_path: Path, tunnels: Iterable[OfOneFamily]) -> Forwarding:
+    backend = HostGw()
+    routings = [Routing(backend, family, Ownership((it,)), (it,)) for family, it in NETWORKS.items()]
+    kept = KeptDescriptors(ServiceManager(), lambda state, fds: None)
+    parts = Forwarding(BackendChoice(backend, ""), routings, UNDERLAY, BOTH, tmp_path, kept, was_clean=True)
+    parts._tunnels = [cast(Tunnelled, it) for it in tunnels]
+    return parts
+
+
+@pytest.mark.parametrize(("own", "live"), LEASES)
+def test_a_datapath_whose_family_has_no_subnet_is_ended_with_its_device(
+    own: Subnets, live: LiveSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    async def remove(ownership: Ownership, keep: str = "") -> list[str]:
+        said.append(f"remove {ownership.network} but {keep or 'nothing'}")
+        return []
+
+    async def start(*args: object, **how: object) -> None:
+        pass
+
+    monkeypatch.setattr(forwarding, "remove_ours", remove)
+    monkeypatch.setattr(Routing, "start", start)
+    parts = of_each_family(tmp_path, [OfOneFamily(family, said) for family in Family])
+    asyncio.run(parts.start(own, live, ()))
+    (carried,) = live.families
+    (other,) = set(Family) - {carried}
+    assert said == [f"stop {other}", f"remove {NETWORKS[other]} but nothing", f"start {carried} for {carried}"]
+
+
+def test_a_datapath_goes_back_where_that_of_the_other_family_cannot_follow(tmp_path: Path) -> None:
+    said: list[str] = []
+    moved = replace(UNDERLAY, address=IPv4Address("192.0.2.9"), ipv6=IPv6Address("2001:db8::9"))
+    parts = of_each_family(tmp_path, [OfOneFamily(Family.IPV4, said), OfOneFamily(Family.IPV6, said, refused=moved)])
+    with pytest.raises(UdptunError):
+        asyncio.run(parts.apply(moved, BOTH))
+    assert said == ["IPv4 at 192.0.2.9", "IPv4 at 192.0.2.1", "IPv6 at 2001:db8::1"]

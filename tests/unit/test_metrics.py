@@ -216,6 +216,33 @@ def test_host_without_a_datapath_has_no_series_of_one() -> None:
     }
 
 
+def test_what_two_datapaths_count_is_summed_and_each_worker_stands_by_itself() -> None:
+    """Where a VTEP has one for each family."""
+    queue = {"worker": 0, "family": "ipv6", "waiting_bytes": 1, "limit_bytes": 2, "drops": 9}
+    of_ipv6 = {
+        **DOCUMENT["datapath"],
+        "pid": 21, "uptime_s": 60, "cpu_s": 2.5, "receive_queues": [queue],
+        "workers": ["running"], "worker_counters": [{"encap_packets": 8}],
+    }
+    ipv6 = DOCUMENT["ipv6"] | {"datapath": of_ipv6, "counters": DOCUMENT["counters"]}
+    values = read(render(all_samples(DOCUMENT | {"ipv6": ipv6}), PLAIN), PLAIN)
+    for number, name, labels in [
+        (2, "udptun_datapath_processes", {"role": "active"}),
+        (20, "udptun_datapath_cpu_seconds_total", {}),
+        (NOW_S - 60, "udptun_datapath_start_time_seconds", {}),
+        (2 * DOCUMENT["counters"]["encap_sent"], "udptun_encap_sent_packets_total", {}),
+        (2 * DOCUMENT["counters"]["decap_drop_vxlan_mac"], "udptun_drops_total", DROP),
+        (3, "udptun_receive_queue_drops_total", {"worker": "0", "family": "ipv4"}),
+        (9, "udptun_receive_queue_drops_total", {"worker": "ipv6-0", "family": "ipv6"}),
+        (4, "udptun_worker_encap_packets_total", {"worker": "0"}),
+        (8, "udptun_worker_encap_packets_total", {"worker": "ipv6-0"}),
+    ]:
+        assert value(values, name, **labels) == number, (name, labels)
+
+
+DROP = {"direction": "decap", "reason": "vxlan_mac"}
+
+
 def test_peers_of_ipv6_alone_stand_once() -> None:
     peer = PEER | {"subnet": "fd00:2::/64"}
     alone = DOCUMENT | {"lease": DOCUMENT["lease"] | {"subnet": "fd00:1::/64"}, "peers": [peer]}

@@ -84,6 +84,23 @@ def test_document_is_shown_for_people() -> None:
     )
 
 
+def test_a_datapath_that_ipv6_has_beside_the_other_is_shown_for_people() -> None:
+    learned = [{"address": "2001:db8::9", "port": None}]
+    peer = {**DOCUMENT["peers"][0], "subnet": "fd00:244:0:2::/64", "public_ip": "2001:db8::2", "learned": learned}
+    ipv6 = {
+        "network": "fd00:244::/48", "subnet": "fd00:244:0:1::/64", "public_ip": "2001:db8::1",
+        "device": "flannel-v6.1", "mtu": 1430, "peers": [peer],
+        "datapath": {"pid": 21, "uptime_s": 3.0, "standby_pids": [22], "workers": ["running"]},
+        "counters": {"encap_packets": 3, "decap_drop_vxlan_mac": 2},
+    }
+    lines = status.render({**DOCUMENT, "ipv6": ipv6}, NOW_S).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("datapath   pid 11"))
+    assert lines[at + 1] == "datapath   pid 21, up 3s, standby 22, workers running, for IPv6"
+    at = lines.index("drops      decap_drop_unknown_peer 7")
+    assert lines[at + 1] == "drops      decap_drop_vxlan_mac 2, for IPv6"
+    assert "learned    fd00:244:0:2::/64 sends from 2001:db8::9 too" in lines
+
+
 def test_document_without_peers_drops_and_datapath_is_shown_for_people() -> None:
     quiet = DOCUMENT | {
         "lease": DOCUMENT["lease"] | {"expires_at": None},

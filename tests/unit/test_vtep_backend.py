@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 import pytest
 
-from udptun.backends.base import BackendInput, LiveSettings
+from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
 from udptun.backends.choice import KernelSupport, choose, describe
 from udptun.backends.vtep import UserspaceVtep
 from udptun.backends.vxlan import VxlanKeys
@@ -18,10 +18,10 @@ from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import RouteType
 from udptun.core.offload import ALL
 from udptun.core.tunnel import SourceCheck
-from udptun.datapath.settings import Remote, Vtep
+from udptun.datapath.settings import Remote, Vtep, Where
 from udptun.kernel.underlay import Underlay
 
-MAC = "0a:1b:2c:3d:4e:5f"
+MAC, MAC6 = "0a:1b:2c:3d:4e:5f", "0e:1b:2c:3d:4e:5f"
 NETWORK, OWN = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.3.0/24")
 LEASABLE = (IPv4Network("10.244.4.0/22"), IPv4Network("10.244.8.0/24"))
 UNDERLAY = Underlay("eth0", 2, 1500, IPv4Address("192.0.2.3"), IPv4Address("198.51.100.3"))
@@ -34,9 +34,14 @@ def lease(data: Any, kind: str = "vxlan", *, ip: str = "192.0.2.7", subnet: str 
 
 
 def backend(**keys: Any) -> UserspaceVtep:
-    chosen = choose(VxlanKeys(userspace=True, **keys), KernelSupport(), MAC).backend
+    chosen = choose(VxlanKeys(userspace=True, **keys), KernelSupport(), MAC, ipv6_mac=MAC6).backend
     assert isinstance(chosen, UserspaceVtep)
     return chosen
+
+
+def encapsulation(family: Family = Family.IPV4, **keys: Any) -> Encapsulation:
+    (found,) = (it for it in backend(**keys).encapsulations if family in it.families)
+    return found
 
 
 def test_vtep_stands_in_where_the_kernel_has_no_vxlan() -> None:
@@ -87,7 +92,7 @@ def test_direct_routing_prefers_a_plain_route_where_there_is_no_gateway() -> Non
 
 
 def test_datapath_is_told_vni_addresses_and_port() -> None:
-    it = backend(vni=7, port=4789)
+    it = encapsulation(vni=7, port=4789)
     settings = it.packet_settings({Family.IPV4: INPUT})
     assert settings.vtep == Vtep(7, bytes.fromhex("0a1b2c3d4e5f"))
     assert (settings.mtu, settings.underlay_address) == (1450, UNDERLAY.address)
@@ -102,7 +107,7 @@ def test_datapath_is_told_vni_addresses_and_port() -> None:
 def test_lease_with_a_vtep_mac_is_a_peer_whatever_its_vni(mac: str) -> None:
     peer = lease({"VNI": 99, "VtepMAC": mac})
     assert backend().refusal(peer) is None
-    assert backend().remote(peer).mac.hex(":") == mac.lower()
+    assert encapsulation().remote(peer).mac.hex(":") == mac.lower()
 
 
 @pytest.mark.parametrize(
@@ -145,3 +150,61 @@ def test_prefix_is_vxlan_and_inner_ethernet(vni: int) -> None:
     for version, ethertype in ((4, "08 00"), (6, "86 dd")):
         prefix = Vtep(vni, bytes.fromhex("0a1b2c3d4e5f")).prefix(bytes.fromhex("020000000007"), version).hex(" ")
         assert prefix == f"08 00 00 00 {vni.to_bytes(3).hex(' ')} 00 02 00 00 00 00 07 0a 1b 2c 3d 4e 5f {ethertype}"
+
+
+NETWORK6, OWN6 = IPv6Network("fd00:244::/48"), IPv6Network("fd00:244:0:3::/64")
+HERE6, THERE6 = IPv6Address("2001:db8::3"), IPv6Address("2001:db8::7")
+DUAL = replace(UNDERLAY, ipv6=HERE6, public_ipv6=HERE6)
+INPUT6 = BackendInput(
+    NETWORK6, (NETWORK6,), DUAL, OWN6, replace(INPUT.live, ipv6_mtu=1430), family=Family.IPV6
+)
+
+
+def peer_of_both() -> Lease:
+    subnets = Subnets(IPv4Network("10.244.7.0/24"), IPv6Network("fd00:244:0:7::/64"))
+    data = ({"VNI": 1, "VtepMAC": "02:00:00:00:00:07"}, {"VNI": 1, "VtepMAC": "02:00:00:00:00:08"})
+    return Lease(subnets, LeaseAttrs(IPv4Address("192.0.2.7"), THERE6, "vxlan", *data))
+
+
+def test_each_family_has_a_device_and_a_datapath_of_its_own() -> None:
+    """IPv6 was not carried.  Its lease, its device's name and its MTU are those of the kernel's."""
+    it = backend(vni=7)
+    assert [(of.device, of.families) for of in it.encapsulations] == [
+        ("flannel.7", {Family.IPV4}),
+        ("flannel-v6.7", {Family.IPV6}),
+    ]
+    assert it.attrs(DUAL, INPUT6.live, "n") == choose(
+        VxlanKeys(vni=7), KernelSupport(), MAC, ipv6_mac=MAC6
+    ).backend.attrs(DUAL, INPUT6.live, "n")
+    state = it.desired(INPUT6)
+    assert [(link.name, link.mtu) for link in state.links] == [("flannel-v6.7", 1430)]
+    assert [(a.link, str(a.ip), a.prefixlen) for a in state.addresses] == [("flannel-v6.7", "fd00:244:0:3::", 128)]
+    assert {route.link for route in state.routes_beside(()) if route.type is RouteType.UNICAST} == {"flannel-v6.7"}
+    # Neither says anything of the other family.
+    assert it.desired(replace(INPUT, live=INPUT6.live)).links[0].mtu == 1450
+
+
+def test_the_datapath_of_ipv6_is_told_of_ipv6_alone() -> None:
+    it = encapsulation(Family.IPV6, vni=7, port=4789)
+    assert it.where(DUAL) == Where(HERE6, 4789)
+    settings = it.packet_settings({Family.IPV6: INPUT6})
+    assert settings.vtep == Vtep(7, bytes.fromhex("0e1b2c3d4e5f"))
+    assert (settings.mtu, settings.underlay_address, settings.port) == (1430, HERE6, 4789)
+    assert settings.tunnel_addresses == {6: OWN6.network_address}
+    mac = bytes.fromhex("020000000008")
+    assert it.remote(peer_of_both()) == Remote(THERE6, 4789, False, True, mac, carries_ecn=True)
+    assert settings.less_for(it.remote(peer_of_both())) == 0
+
+
+def test_a_lease_may_be_a_peer_by_one_family_alone() -> None:
+    whole = peer_of_both()
+    assert [backend().refusal(whole, family) for family in Family] == [None, None]
+    without = replace(whole, attrs=replace(whole.attrs, backend_v6_data=None))
+    assert backend().refusal(without) is None
+    assert backend().refusal(without, Family.IPV6) == "its BackendV6Data has no VtepMAC that is a unicast MAC address"
+
+
+def test_ipv6_peers_without_a_gateway_get_plain_routes() -> None:
+    inputs = replace(INPUT6, peers=(peer_of_both(),), direct={THERE6: 2})
+    (route,) = backend(direct_routing=True).desired(inputs).routes
+    assert (route.dst, route.gateway, route.oif) == (IPv6Network("fd00:244:0:7::/64"), THERE6, 2)

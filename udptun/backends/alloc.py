@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,10 +25,8 @@ class Alloc(OverSameFamily):
 
     type = AllocKeys.type
     summary = "lease and subnet.env only"
-    not_carried: Mapping[Family, str] = {}
-    device = None
     overhead = ipv6_overhead = 0
-    encapsulation = None
+    encapsulations = ()
     routes_network = False
     peer_types = frozenset[str]()
     needs_backend_data = False

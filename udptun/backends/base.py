@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Protocol
@@ -117,10 +117,10 @@ class BackendInput:
         return Pods(self.network, leasable, self.own_subnet, leased, link)
 
 
-def packet_settings(inputs: Mapping[Family, BackendInput], port: int, vtep: Vtep | None = None) -> PacketSettings:
-    """What the datapath is told of all packets; `port` and `vtep` as in `PacketSettings`.
+def packet_settings(inputs: Mapping[Family, BackendInput], where: Where, vtep: Vtep | None = None) -> PacketSettings:
+    """What a datapath is told of all packets; `where` are its sockets, and `vtep` is as in `PacketSettings`.
 
-    `inputs` are of the families that are carried.
+    `inputs` are of the families that it carries.
     """
     ipv4, ipv6 = inputs.get(Family.IPV4), inputs.get(Family.IPV6)
     first = ipv4 or ipv6
@@ -131,16 +131,15 @@ def packet_settings(inputs: Mapping[Family, BackendInput], port: int, vtep: Vtep
     assert own is None or isinstance(own, IPv4Network)
     assert network_ipv6 is None or isinstance(network_ipv6, IPv6Network)
     assert own_ipv6 is None or isinstance(own_ipv6, IPv6Network)
-    live, address = first.live, first.underlay.first_address
     return PacketSettings(
         network,
         own,
-        address,
-        live.mtu,
-        live.source_check,
-        live.offload,
+        where.address,
+        first.live.mtu_of(first.family),
+        first.live.source_check,
+        first.live.offload,
         vtep,
-        port=port,
+        port=where.port,
         network_ipv6=network_ipv6,
         own_subnet_ipv6=own_ipv6,
     )
@@ -195,7 +194,15 @@ def check_underlay(backend: Backend, conf: NetConf, address: IPv4Address | None)
 
 
 class Encapsulation(Protocol):
-    """What the datapath is told by a backend whose packets it carries."""
+    """What a datapath is told by a backend whose packets it carries."""
+
+    @property
+    def device(self) -> str:
+        """The device whose packets it carries."""
+
+    @property
+    def families(self) -> frozenset[Family]:
+        """What of the pods it can carry."""
 
     def where(self, underlay: Underlay) -> Where:
         """The addresses and the UDP port of its sockets."""
@@ -207,7 +214,7 @@ class Encapsulation(Protocol):
         """
 
     def packet_settings(self, inputs: Mapping[Family, BackendInput]) -> PacketSettings:
-        """What holds for all packets, by the inputs of each family that is carried.
+        """What holds for all packets, by the inputs of each of `families` that is carried.
 
         It does not depend on `peers` and `direct`.
         """
@@ -241,14 +248,6 @@ class Backend(Protocol):
         """How it carries packets, in a few words for people."""
 
     @property
-    def not_carried(self) -> Mapping[Family, str]:
-        """Each family of the pods that it does not carry, and why not."""
-
-    @property
-    def device(self) -> str | None:
-        """The device that the pods' IPv4 packets to other hosts go through; None: there is none."""
-
-    @property
     def overhead(self) -> int:
         """Bytes around each inner IPv4 packet."""
 
@@ -261,8 +260,8 @@ class Backend(Protocol):
         """Whether packets of a family travel between addresses of that family alone."""
 
     @property
-    def encapsulation(self) -> Encapsulation | None:
-        """What the datapath shall do; None: the kernel carries the packets, and there is no datapath."""
+    def encapsulations(self) -> Sequence[Encapsulation]:
+        """What each datapath shall do, one for all families or one for each; none: the kernel carries the packets."""
 
     @property
     def routes_network(self) -> bool:
@@ -294,3 +293,8 @@ class Backend(Protocol):
 
     def desired(self, inputs: BackendInput) -> DesiredState:
         """All that the kernel shall have of the family.  Everything else of it that carries our mark is a leftover."""
+
+
+def device_of(backend: Backend, underlay: Underlay, live: LiveSettings, family: Family) -> str | None:
+    """The device that the pods' packets of that family to other hosts go through; None: there is none."""
+    return next((link.name for link in backend.links(underlay, live, family)), None)

@@ -82,7 +82,7 @@ def describe(support: KernelSupport) -> list[tuple[str, bool, str]]:
         except UdptunError as exc:
             rows.append((name, False, str(exc)))
             continue
-        if backend.encapsulation is not None and support.no_tun:
+        if backend.encapsulations and support.no_tun:
             rows.append((name, False, f"there is no TUN device ({support.no_tun}); {_TUN_HINT}"))
         else:
             rows.append((name, True, backend.summary))
@@ -97,7 +97,7 @@ def _choose_vxlan(
     reason = "Backend.Userspace is true" if keys.userspace else f"the kernel has no vxlan ({support.no_vxlan})"
     match Fallback.VTEP if keys.userspace else keys.fallback:
         case Fallback.VTEP:
-            return BackendChoice(UserspaceVtep(keys, mac), f"{reason}: userspace VTEP")
+            return BackendChoice(UserspaceVtep(keys, mac, ipv6_mac), f"{reason}: userspace VTEP")
         case Fallback.UDP:
             udp = Udp(UdpKeys().port, device=tun_name, outer=outer)
             return BackendChoice(udp, f"{reason} and Backend.Fallback is udp")

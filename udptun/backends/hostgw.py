@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,10 +25,8 @@ class HostGw(OverSameFamily):
 
     type = HostGwKeys.type
     summary = "routes through the peers' addresses; they must be on one link with us"
-    not_carried: Mapping[Family, str] = {}
-    device = None
     overhead = ipv6_overhead = 0
-    encapsulation = None
+    encapsulations = ()
     routes_network = False
     peer_types = frozenset((HostGwKeys.type,))
     needs_backend_data = False

@@ -55,7 +55,7 @@ class Udp:
 
     type = UdpKeys.type
     summary = "userspace tunnel, flannel's udp wire format"
-    not_carried: Mapping[Family, str] = {}
+    families = frozenset(Family)
     needs_same_family = False
     routes_network = True
     peer_types = frozenset((UdpKeys.type, ""))
@@ -80,8 +80,8 @@ class Udp:
         self._default_port = port
 
     @property
-    def encapsulation(self) -> Udp:
-        return self
+    def encapsulations(self) -> tuple[Udp]:
+        return (self,)
 
     def attrs(self, underlay: Underlay, live: LiveSettings, node_id: str) -> LeaseAttrs:
         """flannel's own udp leases have neither type nor data, and flannel ignores both in others."""
@@ -116,7 +116,7 @@ class Udp:
         return live.source_ports if live.source_ports > 1 and not underlay.is_behind_nat else 0
 
     def packet_settings(self, inputs: Mapping[Family, BackendInput]) -> PacketSettings:
-        return packet_settings(inputs, self.port)
+        return packet_settings(inputs, self.where(next(iter(inputs.values())).underlay))
 
     def remote(self, lease: Lease) -> Remote:
         attrs = lease.attrs

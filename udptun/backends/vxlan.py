@@ -75,17 +75,15 @@ class KernelVxlan(OverSameFamily):
 
     type = VxlanKeys.type
     summary = "the kernel's VXLAN device"
-    not_carried: Mapping[Family, str] = {}
     overhead = VXLAN_OVERHEAD
     ipv6_overhead = VXLAN_IPV6_OVERHEAD
-    encapsulation = None
+    encapsulations = ()
     routes_network = False
     peer_types = frozenset((VxlanKeys.type,))
     needs_backend_data = True
 
     def __init__(self, keys: VxlanKeys, mac: str, ipv6_mac: str = "") -> None:
         """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`), `ipv6_mac` that of IPv6.  Both stay the same from run to run."""
-        self.device = device_name(keys.vni)
         self.asks_direct = keys.direct_routing
         self._keys = keys
         self._macs = {Family.IPV4: mac, Family.IPV6: ipv6_mac}

@@ -83,6 +83,10 @@ def render(document: Document, now_s: float) -> str:
         lines.append(_ipv6(ipv6))
     if datapath is not None:
         lines.append(_datapath(datapath))
+    # Where each family has its own.  A daemon of an earlier version does not say it.
+    own = ipv6 if ipv6 and ipv6.get("datapath") else None
+    if own:
+        lines.append(f"{_datapath(own['datapath'])}, for IPv6")
     firewall = document["firewall"]
     rules = " and ".join(kind for kind in ("masquerade", "forward") if firewall[kind])
     lines += [
@@ -109,10 +113,10 @@ def render(document: Document, now_s: float) -> str:
             for peer in (*document["peers"], *_peers_by_ipv6(document))
         ],
     )
-    lines += _learned(document["peers"])
-    counters = document["counters"]
-    drops = [(name, n) for name, n in counters.items() if "drop_" in name and n]
-    lines += ["", "drops      " + (", ".join(f"{name} {n}" for name, n in drops) or "none")]
+    lines += _learned([*document["peers"], *(_peers_by_ipv6(document) if own else ())])
+    lines += ["", f"drops      {_drops(document['counters'])}"]
+    if own:
+        lines.append(f"drops      {_drops(own['counters'])}, for IPv6")
     lines += _skipped(document["skipped"])
     lines += [f"problem    {line}" for line in document["problems"]]
     return "\n".join(lines) + "\n"
@@ -144,6 +148,10 @@ def _datapath(datapath: Document) -> str:
         f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
         f"{confinement}"
     )
+
+
+def _drops(counters: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counters.items() if "drop_" in name and n) or "none"
 
 
 def _learned(peers: list[Document]) -> list[str]:

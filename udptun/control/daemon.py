@@ -25,7 +25,7 @@ from functools import partial
 from ipaddress import IPv4Address
 
 from udptun.backends import probe
-from udptun.backends.base import LiveSettings, check_underlay, claimed
+from udptun.backends.base import LiveSettings, check_underlay, claimed, device_of
 from udptun.backends.choice import BackendChoice, parse_net_conf
 from udptun.backends.udp import UdpKeys
 from udptun.config import subnet_env
@@ -234,7 +234,7 @@ class Daemon:
 
     def _harmful_limits(self) -> list[str]:
         running = self._answers.running
-        has_datapath = running is not None and running.forwarding.backend.encapsulation is not None
+        has_datapath = running is not None and running.forwarding.backend.encapsulations
         workers = running.forwarding.live.workers if running is not None and has_datapath else None
         return cgroup.harm(cgroup.read_limits(), workers)
 
@@ -288,8 +288,9 @@ class Daemon:
             backend = choice.backend
             check_store(store, conf, backend)
             check_underlay(backend, conf, underlay.address)
-            log.info("backend chosen backend=%s device=%s reason=%r", backend.type, backend.device, choice.reason)
             live = live_settings(options, conf, underlay, backend, None)
+            device = device_of(backend, underlay, live, live.families[0])
+            log.info("backend chosen backend=%s device=%s reason=%r", backend.type, device, choice.reason)
             node_id = identity.node_id(options.state_dir)
             attrs = backend.attrs(underlay, live, node_id)
             remember(options.state_dir, [network for it in ownerships.values() for network in it.networks])

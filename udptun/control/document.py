@@ -146,6 +146,7 @@ def _ipv6(running: Running, keys: Collection[str] | None) -> dict[str, object] |
         "address": None if address is None else str(address),
         "device": running.forwarding.ipv6_device,
         "mtu": live.ipv6_mtu,
+        **running.forwarding.ipv6_datapath,
         "peers": [
             {"subnet": str(part.subnet), "public_ip": str(part.public_ip), **more}
             for part, more in zip(parts, running.forwarding.ipv6_peers(leases), strict=True)

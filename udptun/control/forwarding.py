@@ -9,22 +9,26 @@ The daemon drives it with leases and settings, and does not know which backend i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udptun.backends.base import BackendInput, LiveSettings
+from udptun.backends.base import BackendInput, Encapsulation, LiveSettings, device_of
 from udptun.backends.choice import BackendChoice
 from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
 from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
+from udptun.core.errors import UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseEvent, LeasePart, Subnets
 from udptun.core.lease_table import LeaseTable
 from udptun.core.network_state import IPNetwork
+from udptun.core.ownership import Ownership
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
@@ -54,7 +58,6 @@ class Forwarding:
         underlay: Underlay,
         live: LiveSettings,
         run_dir: Path,
-        tunnel: Tunnelled | None,
         kept: KeptDescriptors,
         was_clean: bool,
     ) -> None:
@@ -62,13 +65,14 @@ class Forwarding:
         self._reason = choice.reason
         self.live = live
         self._routings = {routing.family: routing for routing in routings}
-        self._ownerships = [routing.ownership for routing in routings]
-        """Of all families that are enabled.  The first is that of the datapath's device, which serves all of them."""
+        self._ownerships = {routing.family: routing.ownership for routing in routings}
+        """Of all families that are enabled."""
         self._underlay = underlay
         self._run_dir = run_dir
-        self._tunnel = tunnel
+        self._tunnels: list[Tunnelled] = []
+        """Of all families that are carried: one, or one for each; none where the kernel carries the packets."""
         self._probes: dict[Family, HostProbes] = {}
-        if tunnel is None and choice.backend.peer_types:
+        if not choice.backend.encapsulations and choice.backend.peer_types:
             for family in live.families:
                 memory = Memory(run_dir / (PROBES_FILE if family is Family.IPV4 else IPV6_PROBES_FILE))
                 self._probes[family] = HostProbes(family, self._device(family), memory)
@@ -88,31 +92,47 @@ class Forwarding:
         confinement: Confinement,
         kept: KeptDescriptors,
     ) -> Forwarding:
-        """Make or adopt device and sockets: a host without them needs no lease.  Raises KernelError, DatapathError.
+        """Make or adopt devices and sockets: a host without them needs no lease.  Raises UdptunError.
 
         `routings` are of the families that are enabled, IPv4 first.  `confinement` is what a datapath's processes shall
         give up.  `kept` gets their descriptors.
         """
         was_clean = not any([await is_anything_ours(routing.ownership) for routing in routings])
-        ownership = routings[0].ownership
-        tunnel = None
+        forwarding = cls(choice, routings, underlay, live, run_dir, kept, was_clean)
         backend = choice.backend
-        if kept.devices - {backend.device}:
-            # The kernel or we may need their port.
-            await kept.forget()
-        if backend.encapsulation is not None:
-            assert backend.device is not None
-            # Here, because a run whose packets the kernel carries does not need the libraries.
-            from udptun.control.tunnelled import Tunnelled
+        encapsulations = [it for it in backend.encapsulations if not it.families.isdisjoint(live.families)]
+        # The kernel or we may need their port.
+        await kept.forget(kept.devices - set(map(forwarding._device, live.families)))
+        try:
+            for it in encapsulations:
+                await forwarding._open_tunnel(it, confinement)
+            for routing in routings:
+                if routing.is_carried:
+                    await create_missing_vxlans(backend.links(underlay, live, routing.family), routing.ownership.alias)
+        except UdptunError:
+            # What has failed says more than what then cannot be undone.
+            with suppress(UdptunError):
+                await forwarding.undo_failed_start()
+            forwarding.detach()
+            raise
+        return forwarding
 
-            await delete_own_vxlan(backend.device, ownership)
-            how = (backend.encapsulation, run_dir, backend.device, underlay, live, confinement)
-            tunnel = await Tunnelled.open(*how)
-            await mark_link(backend.device, ownership)
-        for routing in routings:
-            if routing.is_carried:
-                await create_missing_vxlans(backend.links(underlay, live, routing.family), routing.ownership.alias)
-        return cls(choice, routings, underlay, live, run_dir, tunnel, kept, was_clean)
+    async def _open_tunnel(self, encapsulation: Encapsulation, confinement: Confinement) -> None:
+        # Here, because a run whose packets the kernel carries does not need the libraries.
+        from udptun.control.tunnelled import Tunnelled
+
+        ownership = self._ownership_of(encapsulation.families)
+        await delete_own_vxlan(encapsulation.device, ownership)
+        how = (encapsulation, self._run_dir, self._underlay, self.live, confinement)
+        self._tunnels.append(await Tunnelled.open(*how))
+        await mark_link(encapsulation.device, ownership)
+
+    def _ownership_of(self, families: Collection[Family]) -> Ownership:
+        """Of the device that serves these: that of the first one that is enabled."""
+        return next(it for family, it in self._ownerships.items() if family in families)
+
+    def _tunnel_of(self, family: Family) -> Tunnelled | None:
+        return next((it for it in self._tunnels if family in it.families), None)
 
     @property
     def families(self) -> Sequence[Family]:
@@ -129,11 +149,11 @@ class Forwarding:
         return self._device(Family.IPV6) if Family.IPV6 in self.families else None
 
     def _device(self, family: Family) -> str | None:
-        return next((link.name for link in self.backend.links(self._underlay, self.live, family)), None)
+        return device_of(self.backend, self._underlay, self.live, family)
 
     @property
     def is_adopted(self) -> bool:
-        return self._tunnel is not None and self._tunnel.tunnel.is_adopted
+        return any(it.tunnel.is_adopted for it in self._tunnels)
 
     def refusal(self, lease: Lease, family: Family) -> str | None:
         """Why a valid lease is no peer of ours by that family; None when it is one."""
@@ -149,7 +169,8 @@ class Forwarding:
         each family that is carried.
         """
         self.live = live
-        device = None if self._tunnel is None else self._tunnel.tunnel.tun
+        for it in [it for it in self._tunnels if it.families.isdisjoint(live.families)]:
+            await self._end(it)
         peers = {table.family: table.peers.values() for table in tables}
         for family, routing in [*self._routings.items()]:
             own_subnet = own.of(family)
@@ -158,37 +179,40 @@ class Forwarding:
                 continue
             # Where a store gives the subnets, it may give one of one family alone.
             del self._routings[family]
-            # The datapath's device carries the other family.
-            await remove_ours(routing.ownership, keep="" if device is None else device.name)
-        if self._tunnel is not None:
-            await self._tunnel.start(self._carried_inputs())
-            await self._keep_descriptors()
-        else:
-            # A datapath may be left of a run with another backend, and the kernel may need its port.
-            await processes.end_all(await processes.find_running(self._run_dir))
-            await self._kept.forget()
+            # The datapath's device may carry the other family.
+            tunnel = self._tunnel_of(family)
+            await remove_ours(routing.ownership, keep="" if tunnel is None else tunnel.device)
+        for it in self._tunnels:
+            await it.start(self._carried_inputs(it.families))
+        # A datapath may be left of a run with another backend or other families, and the kernel may need its port.
+        devices = {it.device for it in self._tunnels}
+        await processes.end_all(await processes.find_running(self._run_dir, others=devices))
+        await self._kept.forget(self._kept.devices - devices)
+        await self._keep_descriptors()
         # A family of which our lease has no subnet has no peers.
         self._probes = {family: probes for family, probes in self._probes.items() if family in self._routings}
         for family, probes in self._probes.items():
             probes.use(self._inputs(family))
-        alias = None if self._tunnel is None else self._ownerships[0].alias
-        if self._tunnel is not None:
-            self._tunnel.tunnel.narrow_changed = self._update_desired
+        for it in self._tunnels:
+            it.tunnel.narrow_changed = self._update_desired
         self._has_started = True
         narrow, first = self._narrow, self._first
         for family, routing in self._routings.items():
+            tunnel = self._tunnel_of(family)
+            device = None if tunnel is None else tunnel.tunnel.tun
+            alias = None if tunnel is None else self._ownership_of(tunnel.families).alias
             await routing.start(device, alias, self._inputs(family), narrow, is_first=family is first)
 
     async def run(self) -> None:
         """Keep it so, until cancelled."""
-        if self._tunnel is not None:
+        for it in self._tunnels:
             # Not before we are ready: a start that fails shall not take the datapath with it.
-            await self._tunnel.tunnel.datapath.bring_here()
+            await it.tunnel.datapath.bring_here()
         async with asyncio.TaskGroup() as tasks:
             for routing in self._routings.values():
                 tasks.create_task(routing.run(), name=f"reconcile {routing.family}")
-            if self._tunnel is not None:
-                tasks.create_task(self._tunnel.run(), name="datapath")
+            for it in self._tunnels:
+                tasks.create_task(it.run(), name=f"datapath of {it.device}")
             for family, probes in self._probes.items():
                 tasks.create_task(probes.run(), name=f"probes by {family}")
 
@@ -197,8 +221,8 @@ class Forwarding:
         if not self._has_started:
             return
         self._routings[family].change_peers(events)
-        if self._tunnel is not None:
-            await self._tunnel.peers_changed(family, events)
+        if (tunnel := self._tunnel_of(family)) is not None:
+            await tunnel.peers_changed(family, events)
         if family in self._probes:
             self._probes[family].peers_changed(events)
         self._update_desired()
@@ -206,11 +230,16 @@ class Forwarding:
     async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
         """Change settings, or move to another address, while packets flow.
 
-        A setting that cannot be changed stays, with a line in the log.  Raises UdptunError when the address cannot be
-        had; then nothing has changed.
+        A setting that cannot be changed stays, with a line in the log.  Raises UdptunError when an address cannot be
+        had; then nothing has changed, as far as those before can still be had.
         """
-        if self._tunnel is not None:
-            live = await self._tunnel.apply(self._carried_inputs(), underlay, live)
+        try:
+            live = await self._apply_to_tunnels(underlay, live)
+        except UdptunError:
+            with suppress(UdptunError):
+                await self._apply_to_tunnels(self._underlay, self.live)
+            raise
+        finally:
             await self._keep_descriptors()
         self._underlay, self.live = underlay, live
         for family, probes in self._probes.items():
@@ -223,30 +252,36 @@ class Forwarding:
         A datapath that was adopted goes on.  What an earlier run left in the kernel stays too: it keeps packets from
         leaving in clear text.
         """
-        if self.is_adopted:
-            return
-        if self._tunnel is not None:
-            await self._tunnel.tunnel.datapath.stop()
-            await self._kept.forget()
-        if self._was_clean:
-            for ownership in self._ownerships:
+        new = [it for it in self._tunnels if not it.tunnel.is_adopted]
+        for it in new:
+            await it.tunnel.datapath.stop()
+        await self._kept.forget([it.device for it in new])
+        if self._was_clean and not self.is_adopted:
+            for ownership in self._ownerships.values():
                 await remove_ours(ownership)
 
     def detach(self) -> None:
-        """Close what we hold of the datapath, which goes on."""
-        if self._tunnel is not None:
-            self._tunnel.tunnel.detach()
+        """Close what we hold of the datapaths, which go on."""
+        for it in self._tunnels:
+            it.tunnel.detach()
+
+    async def _end(self, tunnel: Tunnelled) -> None:
+        """Give up a datapath that is not needed."""
+        self._tunnels.remove(tunnel)
+        await tunnel.tunnel.datapath.stop()
+        tunnel.tunnel.detach()
 
     @property
     def is_well(self) -> bool:
-        """Whether the datapath, where there is one, works and is looked after; after `run` has begun."""
-        return self._tunnel is None or self._tunnel.tunnel.datapath.is_well
+        """Whether every datapath that there is works and is looked after; after `run` has begun."""
+        return all(it.tunnel.datapath.is_well for it in self._tunnels)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        parts = (self._tunnel, *self._probes.values(), *self._routings.values())
+        parts: Iterable[Tunnelled | HostProbes | Routing]
+        parts = (*self._tunnels, *self._probes.values(), *self._routings.values())
         # What is wrong with a device that both families use, both say.
-        return tuple(dict.fromkeys(line for part in parts if part is not None for line in part.problems))
+        return tuple(dict.fromkeys(line for part in parts for line in part.problems))
 
     @property
     def pod_paths(self) -> Sequence[PodPath]:
@@ -278,10 +313,11 @@ class Forwarding:
         if (probes := self._probes.get(self._first)) is not None:
             backend |= {"probes": probes.state}
             peers = [peer | probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
-        if self._tunnel is None:
+        tunnel = self._tunnel_of(self._first)
+        if tunnel is None:
             return {"backend": backend, "datapath": None, **common, "peers": peers, "counters": {}}
-        own = self._tunnel.document(self.live)
-        known = self._tunnel.peer_documents([part.subnet for part in parts], leases, self.live)
+        own = tunnel.document(self.live)
+        known = tunnel.peer_documents([part.subnet for part in parts], leases, self.live)
         return {
             "backend": backend | own["backend"],
             "datapath": own["datapath"],
@@ -310,8 +346,8 @@ class Forwarding:
     def liveness(self, lease: Lease) -> Liveness:
         """What is known of a peer.  May be asked on another thread."""
         family = next(it for it in self.families if lease.subnets.of(it) is not None)
-        if self._tunnel is not None:
-            return self._tunnel.liveness(lease.subnet_of(family))
+        if (tunnel := self._tunnel_of(family)) is not None:
+            return tunnel.liveness(lease.subnet_of(family))
         probes = self._probes.get(family)
         return Liveness.UNKNOWN if probes is None else probes.liveness(lease)
 
@@ -320,22 +356,39 @@ class Forwarding:
 
         Where the kernel carries the packets, which does not say it, they are the first ones.
         """
-        if self._tunnel is None or len(leases) <= n:
+        if not self._tunnels or len(leases) <= n:
             return leases[:n]
-        traffic = self._tunnel.traffic(leases, self.live)
+        traffic = [*map(sum, zip(*(it.traffic(leases, self.live) for it in self._tunnels), strict=True))]
         return [leases[i] for i in sorted(range(len(leases)), key=lambda i: -traffic[i])[:n]]
 
     def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
         """What is known of these peers by IPv6 beside their leases: keys of docs/status.md."""
-        if self._tunnel is None:
+        tunnel = self._tunnel_of(Family.IPV6)
+        if tunnel is None:
             probes = self._probes.get(Family.IPV6)
             return [{} if probes is None else probes.document(lease) for lease in leases]
-        return self._tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases, self.live)
+        return tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases, self.live)
+
+    @property
+    def ipv6_datapath(self) -> dict[str, Any]:
+        """Of the datapath that IPv6 has beside that of IPv4: keys of docs/status.md."""
+        tunnel = self._tunnel_of(Family.IPV6)
+        if tunnel is None or tunnel is self._tunnel_of(self._first):
+            return {"datapath": None, "counters": {}}
+        own = tunnel.document(self.live)
+        return {"datapath": own["datapath"], "counters": own["counters"]}
+
+    async def _apply_to_tunnels(self, underlay: Underlay, live: LiveSettings) -> LiveSettings:
+        """Returns the settings that are then in force, the same for all.  Raises UdptunError."""
+        while True:
+            wanted = live
+            for it in self._tunnels:
+                live = await it.apply(underlay, live)
+            if live == wanted:
+                return live
 
     async def _keep_descriptors(self) -> None:
-        if self._tunnel is not None:
-            tunnel = self._tunnel.tunnel
-            await self._kept.keep(tunnel.tun.name, tunnel.datapath.descriptors)
+        await self._kept.keep({it.device: it.tunnel.datapath.descriptors for it in self._tunnels})
 
     def _update_desired(self) -> None:
         """Tell the reconcilers what the backend desires now."""
@@ -346,10 +399,11 @@ class Forwarding:
     @property
     def _narrow(self) -> Mapping[IPNetwork, int]:
         """The peers whose path takes less than the device, and what it takes, bytes."""
-        return {} if self._tunnel is None else self._tunnel.tunnel.peers.narrow
+        return ChainMap(*(it.tunnel.peers.narrow for it in self._tunnels))
 
-    def _carried_inputs(self) -> dict[Family, BackendInput]:
-        return {family: self._inputs(family) for family in self.families}
+    def _carried_inputs(self, families: Collection[Family]) -> dict[Family, BackendInput]:
+        """Of those of `families` that are carried."""
+        return {family: self._inputs(family) for family in self.families if family in families}
 
     def _inputs(self, family: Family) -> BackendInput:
         return self._routings[family].inputs(self._underlay, self.live)

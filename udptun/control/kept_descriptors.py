@@ -1,9 +1,9 @@
-"""The datapath's descriptors, kept by the service manager (the descriptor store of systemd).
+"""The descriptors of each datapath, kept by the service manager (the descriptor store of systemd).
 
-Daemon and datapath end together when all of a unit's processes are killed, as for lack of memory.  The store has the
-descriptors then: device and sockets stay, and what arrives waits in the kernel's queues.  The next daemon is passed
-them and starts a datapath process with them before all else, which goes on with the last table.  Then it adopts that
-process as it adopts any that it finds.
+Daemon and datapaths end together when all of a unit's processes are killed, as for lack of memory.  The store has the
+descriptors then: devices and sockets stay, and what arrives waits in the kernel's queues.  The next daemon is passed
+them and starts a process of each datapath with them before all else, which goes on with the last table.  Then it adopts
+these processes as it adopts any that it finds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
@@ -55,32 +55,40 @@ class KeptDescriptors:
     @property
     def devices(self) -> set[str]:
         """The devices whose queues it has."""
-        return {name.split("/")[1] for name in self._names}
+        return set(map(_device_in, self._names))
 
     async def bring_back(self, run_dir: Path, confinement: Confinement) -> None:
-        """Start a datapath process with what was passed to us, unless one lives.  The caller has the run directory."""
-        if not self._passed:
-            return
+        """Start a process of each datapath of which something was passed to us, unless one lives.
+
+        The caller has the run directory.
+        """
         try:
-            descriptors = _whole_set(self._passed)
-            if not _is_locked(descriptors.lock):
-                if shm.version_of(descriptors.table, LAYOUT["table_magic"]) != LAYOUT["version"]:
-                    raise ValueError("they are of another version")
-                await Datapath(run_dir, descriptors, [], confinement).revive()
-                log.info("datapath brought back with descriptors that the service manager has kept")
-        except (ValueError, DatapathError) as exc:
-            log.warning("descriptors that the service manager has kept are not used: %s", exc)
-            await self.forget()
+            for device in sorted(self.devices):
+                try:
+                    await self._bring_back(device, run_dir, confinement)
+                except (ValueError, DatapathError) as exc:
+                    log.warning("descriptors that the service manager has kept are not used: %s", exc)
+                    await self.forget([device])
         finally:
             for fd in self._passed.values():
                 os.close(fd)
             self._passed = {}
 
-    async def keep(self, device: str, descriptors: Descriptors) -> None:
-        """Have it keep exactly these, the queues of `device` among them."""
+    async def _bring_back(self, device: str, run_dir: Path, confinement: Confinement) -> None:
+        """Raises ValueError, DatapathError."""
+        descriptors = _whole_set({name: fd for name, fd in self._passed.items() if _device_in(name) == device})
+        if _is_locked(descriptors.lock):
+            return
+        if shm.version_of(descriptors.table, LAYOUT["table_magic"]) != LAYOUT["version"]:
+            raise ValueError("they are of another version")
+        await Datapath(run_dir, descriptors, [], confinement, device).revive()
+        log.info("datapath brought back with descriptors that the service manager has kept")
+
+    async def keep(self, descriptors: Mapping[str, Descriptors]) -> None:
+        """Have it keep exactly these, by the devices whose queues are among them."""
         if not self._is_on:
             return
-        names = _names_of(device, descriptors)
+        names = {name: fd for device, of in descriptors.items() for name, fd in _names_of(device, of).items()}
         try:
             for name, fd in names.items():
                 if name not in self._names:
@@ -90,11 +98,12 @@ class KeptDescriptors:
             log.warning("the service manager does not keep our descriptors: %s", exc)
         await self._forget(self._names - names.keys())
 
-    async def forget(self) -> None:
-        """Have it keep nothing any more; returns when it has closed what it had, or does not answer."""
-        if not self._names:
+    async def forget(self, devices: Collection[str]) -> None:
+        """Have it keep nothing of these any more; returns when it has closed what it had, or does not answer."""
+        names = {name for name in self._names if _device_in(name) in devices}
+        if not names:
             return
-        await self._forget(set(self._names))
+        await self._forget(names)
         reader, writer = os.pipe()
         try:
             try:
@@ -164,14 +173,18 @@ def _names_of(device: str, descriptors: Descriptors) -> dict[str, int]:
     return names
 
 
-def _whole_set(passed: dict[str, int]) -> Descriptors:
+def _device_in(name: str) -> str:
+    return name.split("/")[1]
+
+
+def _whole_set(passed: Mapping[str, int]) -> Descriptors:
     """Raises ValueError when something is missing or does not belong to the rest: a change was not finished."""
     kinds = ("table", "stats", "lock", "tun", "udp", "sender", "event", "ipv6")
     found: dict[str, dict[int, int]] = {kind: {} for kind in kinds}
-    origins = set()
+    lineages = set()
     for name, fd in passed.items():
-        _, device, lineage, kind, index, _inode = name.split("/")
-        origins.add((device, lineage))
+        _, _device, lineage, kind, index, _inode = name.split("/")
+        lineages.add(lineage)
         if kind not in found or found[kind].setdefault(int(index), fd) != fd:
             raise ValueError(f"there are two of {kind} {index}")
     lists = {kind: tuple(fds[i] for i in sorted(fds)) for kind, fds in found.items()}
@@ -179,7 +192,7 @@ def _whole_set(passed: dict[str, int]) -> Descriptors:
     counts = tuple(len(lists[kind]) for kind in ("table", "stats", "lock"))
     n = len(lists["tun"])
     is_whole = 0 < n == len(lists["udp"]) and len(lists["ipv6"]) in (0, n)
-    if not are_complete or len(origins) != 1 or counts != (1, 1, 1) or not is_whole:
+    if not are_complete or len(lineages) != 1 or counts != (1, 1, 1) or not is_whole:
         raise ValueError("they are not all there")
     (table,), (stats,), (lock,) = lists["table"], lists["stats"], lists["lock"]
     return Descriptors(table, stats, lock, lists["tun"], lists["udp"], lists["sender"], lists["event"], lists["ipv6"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from udptun.backends.base import Backend, BackendInput, LiveSettings
+from udptun.backends.base import Backend, BackendInput, LiveSettings, device_of
 from udptun.core.desired import DesiredRoute, DesiredState, blackhole
 from udptun.core.errors import UdptunError
 from udptun.core.family import Family
@@ -98,7 +98,8 @@ class Routing:
         self.want(inputs, narrow)
         outcome = await self._reconciler.converge()
         if outcome.is_broken and is_first:
-            what = self._backend.device or f"the {self._backend.type} backend"
+            device_name = device_of(self._backend, inputs.underlay, inputs.live, self.family)
+            what = device_name or f"the {self._backend.type} backend"
             raise UdptunError(f"cannot set up {what}: {'; '.join(outcome.failures)}")
 
     async def run(self) -> None:
@@ -132,8 +133,9 @@ class Routing:
         """
         # With DirectRouting some peers are not reached through the device.
         routed = {route.dst for route in desired.routes}
+        link = None if desired.pods is None else desired.pods.link
         return [
-            DesiredRoute(to, self._backend.device, mtu=mtu)
+            DesiredRoute(to, link, mtu=mtu)
             for to, mtu in narrow.items()
             if to.version == self.family.value and to not in routed
         ]

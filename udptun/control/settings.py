@@ -94,8 +94,6 @@ def lack(
     """Why that family is not carried; empty when it is, or nobody has enabled it.  `own` as in `live_settings`."""
     if family not in conf.families:
         return ""
-    if family in backend.not_carried:
-        return backend.not_carried[family]
     if family is Family.IPV6 and read_sysctl("net/ipv6/conf/all/disable_ipv6") is None:
         return "this kernel has no IPv6; boot it without ipv6.disable=1"
     if backend.needs_same_family and underlay.address_of(family) is None:

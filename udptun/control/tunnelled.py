@@ -1,4 +1,4 @@
-"""Forwarding by the userspace datapath, which is told what the backend says."""
+"""Forwarding by a userspace datapath, which is told what the backend says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
-from udptun.control.run_dir import PROBES_FILE
+from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
 from udptun.core.errors import UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseEvent
@@ -36,15 +36,20 @@ log = logging.getLogger(__name__)
 
 
 class Tunnelled:
-    """The datapath of a run, and the `Encapsulation` that says what it is told."""
+    """A datapath of a run, and the `Encapsulation` that says what it is told.
+
+    `families` is what it can carry, and `device` the device whose packets it carries.
+    """
 
     def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel, run_dir: Path) -> None:
         self.tunnel = tunnel
+        self.families, self.device = encapsulation.families, encapsulation.device
         self._encapsulation = encapsulation
         self._learner = Learner(tunnel, lambda: len(tunnel.tun.fds))
         self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds), self._learner.explains)
         self._carrier = TunnelCarrier(tunnel)
-        self._prober = Prober(self._carrier, memory=Memory(run_dir / PROBES_FILE))
+        probes_file = PROBES_FILE if Family.IPV4 in self.families else IPV6_PROBES_FILE
+        self._prober = Prober(self._carrier, memory=Memory(run_dir / probes_file))
         self._leases: dict[Family, dict[IPNetwork, Lease]] = {}
         """Of the peers by each family that is carried, by their subnets."""
         self._local_watch: LocalAddressWatch | None = None
@@ -56,7 +61,6 @@ class Tunnelled:
         cls,
         encapsulation: Encapsulation,
         run_dir: Path,
-        device: str,
         underlay: Underlay,
         live: LiveSettings,
         confinement: Confinement,
@@ -64,10 +68,11 @@ class Tunnelled:
         """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
         where, n_senders = encapsulation.where(underlay), encapsulation.n_senders(underlay, live)
         how = (where, live.workers, live.offload, n_senders, confinement)
-        return cls(encapsulation, await Tunnel.open(run_dir, device, *how), run_dir)
+        return cls(encapsulation, await Tunnel.open(run_dir, encapsulation.device, *how), run_dir)
 
     async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
         """Carry packets of these families."""
+        self._inputs = inputs
         settings, live = self._settings(inputs), _any(inputs).live
         self.tunnel.configure(settings)
         self._leases = {family: {it.subnet_of(family): it for it in of.peers} for family, of in inputs.items()}
@@ -117,11 +122,12 @@ class Tunnelled:
         self._follow(ipv6)
         await self._publish(self._remotes({**added, **{subnet: of_ipv6[subnet] for subnet in ipv6}}))
 
-    async def apply(
-        self, inputs: Mapping[Family, BackendInput], underlay: Underlay, live: LiveSettings
-    ) -> LiveSettings:
-        """Change from `inputs` to these, and return the settings that are then in force.  Raises UdptunError."""
-        how, before = self._encapsulation, _any(inputs)
+    async def apply(self, underlay: Underlay, live: LiveSettings) -> LiveSettings:
+        """Change to these, and return the settings that are then in force.
+
+        Raises UdptunError when the address cannot be had; then nothing has changed.
+        """
+        how, before = self._encapsulation, _any(self._inputs)
         n_senders, where = how.n_senders(underlay, live), how.where(underlay)
         try:
             await self.tunnel.rebind(where, live.workers, n_senders)
@@ -136,9 +142,10 @@ class Tunnelled:
             except UdptunError as exc:
                 live = replace(live, offload=before.live.offload)
                 log.error("not reloaded, the offloads stay: %s", exc)
-        now = {family: replace(it, underlay=underlay, live=live) for family, it in inputs.items()}
-        settings = self._settings(now)
-        if settings != self._settings(inputs):
+        settings_before = self._settings(self._inputs)
+        self._inputs = {family: replace(it, underlay=underlay, live=live) for family, it in self._inputs.items()}
+        settings = self._settings(self._inputs)
+        if settings != settings_before:
             self.tunnel.configure(settings)
             remotes = self._remotes(ChainMap(*self._leases.values()))
             self.tunnel.peers.add(remotes)
@@ -165,9 +172,9 @@ class Tunnelled:
         """Refuse packets from these addresses of this host, from the next `publish` on."""
         n_left = self.tunnel.table.set_local_addresses(sorted(local.addresses, key=lambda ip: (ip.version, ip)))
         left = [f"{n_left} of this host's {len(local.addresses)} addresses"] * bool(n_left) + list(map(str, local.wide))
-        said, device = self._not_refused, self.tunnel.tun.name
+        said = self._not_refused
         commands = [
-            f"`{'iptables' if version == 4 else 'ip6tables'} -t raw -A PREROUTING -i {device} -m addrtype "
+            f"`{'iptables' if version == 4 else 'ip6tables'} -t raw -A PREROUTING -i {self.device} -m addrtype "
             f"--src-type LOCAL ! -s {address} -j DROP`"
             for version, address in self._carrier.own_addresses.items()
         ]

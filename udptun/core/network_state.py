@@ -15,7 +15,7 @@ ROUTE_PROTOCOL = 158
 """Marks our routes (rtm_protocol).  Routing daemons choose values above RTPROT_STATIC.  This one is taken neither in
 include/uapi/linux/rtnetlink.h, nor in rt_protos of iproute2, nor by FRR (186..198)."""
 
-DEVICE_NAME = re.compile(r"flannel(\d+|\.\d+)")
+DEVICE_NAME = re.compile(r"flannel(\d+|(-v6)?\.\d+)")
 """The names of the devices that our backends create; flannel uses the same names."""
 
 NUD_INCOMPLETE, NUD_REACHABLE, NUD_FAILED = 0x01, 0x02, 0x20

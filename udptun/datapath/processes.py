@@ -16,7 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,9 @@ _REAP_PAUSES_S = (0.0005, 0.1)
 _CREDENTIALS = struct.Struct("=iII")
 """struct ucred of unix(7): pid, uid, gid."""
 _SOCKET_GLOB = "datapath-*.sock"
+_OF_IPV6_DEVICE = "v6_"
+"""In the sockets' names of a datapath whose device is `flannel-v6.<VNI>`: a host may have another one beside it.
+Builds that know of one datapath a host find these too, and end them as left of a change."""
 
 
 class ProcessEndedError(DatapathError):
@@ -344,14 +347,34 @@ def _target(fd: Path) -> str:
         return ""
 
 
-async def find_running(run_dir: Path) -> list[Process]:
-    """Every datapath process that listens in `run_dir`, the active one first.  Removes sockets of dead ones.
+def new_socket_path(run_dir: Path, device: str) -> Path:
+    """Where a new process of the datapath that serves `device` shall listen."""
+    return run_dir / f"datapath-{_kind_of(device)}{os.urandom(4).hex()}.sock"
+
+
+def _kind_of(device: str) -> str:
+    return _OF_IPV6_DEVICE if device.startswith("flannel-v6.") else ""
+
+
+def _is_of(path: Path, device: str) -> bool:
+    return path.name.startswith(f"datapath-{_OF_IPV6_DEVICE}") == bool(_kind_of(device))
+
+
+async def find_running(run_dir: Path, device: str | None = None, others: Collection[str] = ()) -> list[Process]:
+    """Every datapath process that listens in `run_dir`, the active ones first.  Removes sockets of dead ones.
+
+    `device`: only those that may serve it, or another device in its place.  `others`: none of those that may serve
+    these.
 
     Raises DatapathError when some of them cannot be understood or say nothing, and names these; they are all left as
     they are.
     """
     met: list[Process] = []
-    paths = sorted(run_dir.glob(_SOCKET_GLOB))
+    paths = [
+        path
+        for path in sorted(run_dir.glob(_SOCKET_GLOB))
+        if (device is None or _is_of(path, device)) and not any(_is_of(path, other) for other in others)
+    ]
     try:
         failures = [it for it in await asyncio.gather(*(_meet(path, met) for path in paths)) if it is not None]
         if failures:

@@ -1,4 +1,4 @@
-"""Keeps the datapath of this host going: one process active, one on standby, and successors with other descriptors."""
+"""Keeps a datapath going: one process active, one on standby, and successors with other descriptors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from udptun.core.errors import DatapathError
 from udptun.core.tunnel import Confinement
 from udptun.datapath import worker
 from udptun.datapath.hang import HangWatch
-from udptun.datapath.processes import Process, ProcessEndedError, new_connection
+from udptun.datapath.processes import Process, ProcessEndedError, new_connection, new_socket_path
 from udptun.datapath.protocol import CONFINEMENTS, Descriptors
 from udptun.datapath.restarts import Restarts
 
@@ -50,10 +50,10 @@ def build_id() -> str:
 
 
 class Datapath:
-    """The datapath of this host: keeps one process active and one on standby.
+    """The datapath of a device: keeps one process active and one on standby.
 
-    `run_dir` is where their sockets are.  Descriptors stay the caller's, who keeps them open: they are what a new
-    process is started with.
+    `run_dir` is where their sockets are, named after the `device`.  Descriptors stay the caller's, who keeps them open:
+    they are what a new process is started with.
 
     `confinement` is what the processes shall give up.  One that fails under a filter of system calls, because the C
     library needs one that nobody has thought of, would be followed by others that fail: packets come first, and the
@@ -66,8 +66,9 @@ class Datapath:
         descriptors: Descriptors,
         processes: list[Process],
         confinement: Confinement = Confinement.FULL,
+        device: str = "",
     ) -> None:
-        self._run_dir = run_dir
+        self._run_dir, self._device = run_dir, device
         self._build_id = build_id()
         self._wake = asyncio.Event()
         """Set when `supervise` shall look whether a process is missing."""
@@ -333,7 +334,7 @@ class Datapath:
 
     async def _start_one(self, descriptors: Descriptors, old: Descriptors | None = None) -> Process:
         """Start a process; `old` are the descriptors of the one that it is to take over from with others."""
-        path = self._run_dir / f"datapath-{os.urandom(4).hex()}.sock"
+        path = new_socket_path(self._run_dir, self._device)
         confinement = Confinement.CAPABILITIES if self._failed_confined else self._confinement
         try:
             connection, child = self._launch(path, descriptors, old, confinement)

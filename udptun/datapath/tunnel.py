@@ -85,7 +85,7 @@ class Tunnel:
         self._publishing = asyncio.Lock()
         self.narrow_changed: Callable[[], None] = lambda: None
         """Called when `PeerEntries.narrow` says something else of a peer that stays."""
-        self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement)
+        self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement, tun.name)
         self.datapath.is_spread = Offload.SPREAD in wanted
         self.datapath.signs_of_life = lambda: stats.signs_of_life(len(tun.fds))
 
@@ -100,7 +100,7 @@ class Tunnel:
         n_senders: int = 0,
         confinement: Confinement = Confinement.FULL,
     ) -> Tunnel:
-        """Go on with the datapath that runs in `run_dir`, or open queues, sockets and memory for a new one.
+        """Go on with the datapath of the device in `run_dir`, or open queues, sockets and memory for a new one.
 
         What runs is left as it is until `start`, which gives it `where` and the number of workers.  A datapath that
         serves the device of another backend is ended.  `wanted` says whether a new device has virtio headers.
@@ -108,7 +108,7 @@ class Tunnel:
         they come to.  `confinement` is what the processes shall give up.  No process is started yet.  Raises
         KernelError, DatapathError.
         """
-        found = await processes.find_running(run_dir)
+        found = await processes.find_running(run_dir, device)
         if any(_serves_another(process.descriptors, device) for process in found if process.descriptors):
             await processes.end_all(found)
             found = []

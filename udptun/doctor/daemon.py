@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from udptun.control.run_dir import SOCKET_NAME
 from udptun.doctor.facts import Facts
@@ -41,24 +42,29 @@ async def daemon(facts: Facts) -> list[Finding]:
 async def datapath(facts: Facts) -> list[Finding]:
     if facts.document is None:
         raise NotHereError("no daemon says how its datapath is")
-    it = facts.document["datapath"]
-    if it is None:
+    first, ipv6 = facts.document["datapath"], (facts.document.get("ipv6") or {}).get("datapath")
+    if first is None:
         raise NotHereError(f"with Backend.Type {facts.backend_type} the kernel carries the packets")
+    # Where each family has its own.
+    return [*_of_datapath(facts, first, ""), *(_of_datapath(facts, ipv6, " of IPv6") if ipv6 else ())]
+
+
+def _of_datapath(facts: Facts, it: Mapping[str, Any], which: str) -> list[Finding]:
     found = []
     if it["pid"] is None:
-        cause = "no datapath process runs, so no packet passes the tunnel"
+        cause = f"no datapath process{which} runs, so no packet passes the tunnel"
         found.append(Finding(Severity.ERROR, "", cause, "the daemon starts one; if it does not, its log says why"))
     for number, state in enumerate(it["workers"]):
         if it["pid"] is not None and state != "running":
-            cause = f"worker {number} of the datapath is {state.replace('_', ' ')}"
+            cause = f"worker {number} of the datapath{which} is {state.replace('_', ' ')}"
             remedy = "the daemon brings it back; if it does not, `udptun status` and its log say why"
             found.append(Finding(Severity.ERROR, f"worker {number}", cause, remedy))
     if it["pid"] is not None and not it["standby_pids"]:
-        cause = "no datapath process is on standby, so packets are lost when the active one dies"
+        cause = f"no datapath process{which} is on standby, so packets are lost when the active one dies"
         found.append(Finding(Severity.WARNING, "", cause, "the daemon starts one; if it does not, its log says why"))
     wanted = facts.options.datapath_confinement.value
     if it.get("confinement") not in (None, wanted) and facts.daemon_pid is not None:
-        cause = f"the datapath has given up {it['confinement']}, and --datapath-confinement asks for {wanted}"
+        cause = f"the datapath{which} has given up {it['confinement']}, and --datapath-confinement asks for {wanted}"
         found.append(
             Finding(Severity.WARNING, "", cause, "`problems` in `udptun status` says why; restart it to try again")
         )

@@ -6,6 +6,7 @@ The status document is all that they are made from, so that `udptun status` and 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ def samples(document: Document, liveness: Mapping[Liveness, int], now_s: float) 
         for key, metric in _DEVICE_COUNTERS.items():
             yield Sample(metric, (device["name"],), device[key])
     if document["datapath"] is not None:
-        yield from _datapath(document, now_s)
+        yield from _datapaths(document, now_s)
     yield from _peers(document)
 
 
@@ -117,27 +118,38 @@ def _changes(document: Document) -> Iterator[Sample]:
     yield Sample(t.FIREWALL_REPAIRS, (), document["firewall"]["repairs"])
 
 
-def _datapath(document: Document, now_s: float) -> Iterator[Sample]:
-    datapath, in_use = document["datapath"], document["backend"]["offloads"]
-    yield Sample(t.DATAPATH_PROCESSES, ("active",), int(datapath["pid"] is not None))
-    yield Sample(t.DATAPATH_PROCESSES, ("standby",), len(datapath["standby_pids"]))
-    if datapath["cpu_s"] is not None:
-        yield Sample(t.DATAPATH_CPU, (), datapath["cpu_s"])
-        yield Sample(t.DATAPATH_MEMORY, (), datapath["memory_bytes"])
-    if datapath["uptime_s"] is not None:
-        yield Sample(t.DATAPATH_START_TIME, (), round(now_s - datapath["uptime_s"]))
+def _datapaths(document: Document, now_s: float) -> Iterator[Sample]:
+    """Sums where a VTEP has one for each family; the workers of IPv6's are called `ipv6-0` and so on."""
+    parts, counters = [("", document["datapath"])], Counter[str](document["counters"])
+    ipv6 = document["ipv6"]
+    if ipv6 is not None and ipv6.get("datapath") is not None:
+        parts.append(("ipv6-", ipv6["datapath"]))
+        counters.update(ipv6["counters"])
+    datapaths = [datapath for _, datapath in parts]
+    yield Sample(t.DATAPATH_PROCESSES, ("active",), sum(it["pid"] is not None for it in datapaths))
+    yield Sample(t.DATAPATH_PROCESSES, ("standby",), sum(len(it["standby_pids"]) for it in datapaths))
+    if used := [it for it in datapaths if it["cpu_s"] is not None]:
+        yield Sample(t.DATAPATH_CPU, (), sum(it["cpu_s"] for it in used))
+        yield Sample(t.DATAPATH_MEMORY, (), sum(it["memory_bytes"] for it in used))
+    if uptimes_s := [it["uptime_s"] for it in datapaths if it["uptime_s"] is not None]:
+        yield Sample(t.DATAPATH_START_TIME, (), round(now_s - min(uptimes_s)))
     for name in names(ALL):
-        yield Sample(t.OFFLOAD, (name,), int(name in in_use))
-    yield Sample(t.STRANGER_FILTER, (), int(datapath["stranger_filter"] == "on"))
-    for name, n in document["counters"].items():
+        yield Sample(t.OFFLOAD, (name,), int(name in document["backend"]["offloads"]))
+    yield Sample(t.STRANGER_FILTER, (), int(any(it["stranger_filter"] == "on" for it in datapaths)))
+    for name, n in counters.items():
         yield counter_sample(name, n)
+    for prefix, datapath in parts:
+        yield from _workers(datapath, prefix)
+
+
+def _workers(datapath: Document, prefix: str) -> Iterator[Sample]:
     for queue in datapath["receive_queues"]:
-        labels = str(queue["worker"]), queue["family"]
+        labels = f"{prefix}{queue['worker']}", queue["family"]
         yield Sample(t.RECEIVE_QUEUE_DROPS, labels, queue["drops"])
         yield Sample(t.RECEIVE_QUEUE_BYTES, labels, queue["waiting_bytes"])
         yield Sample(t.RECEIVE_QUEUE_LIMIT, labels, queue["limit_bytes"])
     for i, (state, counters) in enumerate(zip(datapath["workers"], datapath["worker_counters"], strict=True)):
-        worker = (str(i),)
+        worker = (f"{prefix}{i}",)
         yield Sample(t.WORKER_RUNNING, worker, int(state == "running"))
         yield Sample(t.WORKER_ENCAP, worker, counters.get("encap_packets", 0))
         yield Sample(t.WORKER_DECAP, worker, counters.get("decap_packets", 0))
