@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from traffic import kill, nothing_in_clear_text, processes, read_status, tcp_flow, udp_flow
+from traffic import datapath_pids, kill, nothing_in_clear_text, processes, read_status, tcp_flow, udp_flow
 
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 EARLIER = os.environ.get("UPGRADE_FROM", "55aaccc15617243c24b822dd94a57ae0b4208603")
 BEFORE_IPV6 = "ea72ee595266a8cc656d8fc32ca0f00dcef4f342"
 """The last commit whose datapath carries no IPv6, and whose leases have IPv6 subnets all the same."""
+BEFORE_IPV6_OF_VTEP = "78e0c23699f05d47903c66056d4824028e06d9c0"
+"""The last commit whose userspace VTEP carries IPv4 alone."""
 RATE = 2000
 
 
@@ -39,6 +41,11 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def before_ipv6(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(BEFORE_IPV6, tmp_path_factory.mktemp("before_ipv6"))
+
+
+@pytest.fixture(scope="module")
+def before_ipv6_of_vtep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(BEFORE_IPV6_OF_VTEP, tmp_path_factory.mktemp("before_ipv6_of_vtep"))
 
 
 def build(commit: str, directory: Path) -> Path:
@@ -174,3 +181,41 @@ def change_daemon(host: Host, command: list[str], how: str) -> None:
         wait_until(f"the daemon of {host.name} to be gone", lambda: host.daemon and host.daemon.poll() is not None, 5)
     host.start_daemon(command=command)
     host.wait_ready(20)
+
+
+def test_ipv6_of_a_vtep_begins_with_the_upgrade_and_ends_on_the_way_back(
+    before_ipv6_of_vtep: Path, figure: Callable[..., None]
+) -> None:
+    """The build before knows of one datapath a host: it ends the processes of the second one and deletes its device."""
+    conf = {**DUAL_STACK_NET_CONF, "Backend": {"Type": "vxlan", "Userspace": True}}
+    with Lab(f"u7{os.getpid()}", net_conf=conf, ipv6=True) as lab:
+        new_command = of(ROOT, lab.daemon_command)
+        old_command = lab.daemon_command = of(before_ipv6_of_vtep, lab.daemon_command)
+        lab.start()
+        one, two = (host.pod(1) for host in lab.hosts)
+
+        def says() -> str:
+            return one.run(["ping", "-c", "1", "-W", "1", str(two.ipv6_address)], check=False).stdout
+
+        with udp_flow(one, two, RATE) as datagrams, tcp_flow(two, one) as stream:
+            assert "Destination unreachable" in says()
+            for host in lab.hosts:
+                change_build(host, ROOT, new_command, "stopped")
+                datagrams.wait_for_more(500)
+            wait_until("IPv6", lambda: " 0% packet loss" in says(), 10)
+            with udp_flow(one, two, RATE, port=5005, ipv6=True) as ipv6:
+                for how in ("killed", "stopped"):
+                    change_daemon(lab.host(1), new_command, how)
+                    ipv6.wait_for_more(500)
+            assert len(datapath_pids(lab.host(2))) == 4
+            change_build(lab.host(2), before_ipv6_of_vtep, old_command, "stopped")
+            wait_until("no IPv6", lambda: "Destination unreachable" in says(), 10)
+            assert len(datapath_pids(lab.host(2))) == 2
+            assert lab.host(2).run(["ip", "link", "show", "flannel-v6.1"], check=False).returncode != 0
+            datagrams.wait_for_more(500)
+        for host in lab.hosts:
+            assert "Traceback" not in host.daemon_log()
+    figure("of IPv4 packets over 3 changes of build, lost", len(datagrams.report.lost))
+    stream.report.assert_exact()
+    assert (datagrams.report.lost, ipv6.report.lost) == ([], [])
+    assert (datagrams.report.n_spoilt, ipv6.report.n_spoilt) == (0, 0)
