@@ -65,6 +65,9 @@ FOUND = {
     "the name of a node begins a line of the log": json.dumps(
         {"metadata": {"resourceVersion": "8"}, "items": [_node(name, "10.244.1.0/24", 5) for name in ("a\nb", "c")]}
     ).encode(),
+    "a podCIDR turns a line of the log around": json.dumps(
+        {"metadata": {"resourceVersion": "5"}, "spec": {"podCIDRs": ["255.255.255.255", "\u202e"]}}
+    ).encode(),
 }
 SEEDS = (
     json.dumps(_LIST).encode(),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TypeVar
 
+from udptun.core.errors import one_line
 from udptun.core.family import Family
 from udptun.core.ip_text import ip_address, ipv6_address, ipv6_network
 from udptun.core.lease import NO_ADDRESS, Json, Lease, LeaseAttrs, LeaseFormatError, Subnets, load_json
@@ -137,7 +138,7 @@ def lack(node: Node, families: Collection[Family]) -> str:
     if any(found.of(family) is not None for family in families):
         return ""
     wanted = " and no ".join(f"{family} podCIDR" for family in families)
-    return f"it has no {wanted}, only {', '.join(node.pod_cidrs)}"
+    return one_line(f"it has no {wanted}, only {', '.join(node.pod_cidrs)}")
 
 
 def _address_or(text: str, own: IPv4Address | IPv6Address) -> str:
