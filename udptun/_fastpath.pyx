@@ -104,6 +104,7 @@ cdef int encap_turn(Loop *w) noexcept nogil:
         if p.len > 0:
             used += p.len + w.prefix_len
         encap(w, &p, tun_read)
+    w.counters.tun_reads += reads
     send_groups(w)
     w.in_flight.n_reads = 0
     return reads
@@ -136,6 +137,8 @@ cdef int decap_turn(Loop *w, int fd) noexcept nogil:
     w.in_flight.n_messages = w.n_messages
     n = recvmmsg(fd, w.in_flight.message, w.n_messages, MSG_DONTWAIT, NULL)
     if n > 0:
+        w.counters.udp_receive_calls += 1
+        w.counters.udp_receive_messages += n
         start_batch(w.merger)
         for i in range(n):
             longest = max(longest, <int>w.in_flight.message[i].msg_len)

@@ -213,7 +213,7 @@ class ReferenceDatapath:
         self.has_vnet_hdr = has_vnet_hdr
         from udptun._fastpath import COUNTERS
 
-        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.counters = of_packets(dict.fromkeys(COUNTERS, 0))
         self._is_tun_broken = False
 
     def configure(self, **changes: object) -> None:
@@ -378,7 +378,7 @@ class FastDatapath:
 
     @property
     def counters(self) -> dict[str, int]:
-        return self.stats.counters()
+        return of_packets(self.stats.counters())
 
     @property
     def refused(self) -> Offload:
@@ -691,6 +691,11 @@ def _another_overlay(table: Table, network: str, own_subnet: str, leases: Sequen
         tunnel_address=own.network_address,
         peers=tuple(replace(peer, subnet=IPv4Network(subnet)) for subnet, peer in leases),
     )
+
+
+def of_packets(counters: dict[str, int]) -> dict[str, int]:
+    """Without those of system calls, which only the fast path has."""
+    return {name: n for name, n in counters.items() if not name.startswith(("tun_", "udp_"))}
 
 
 def remote_of(datapath: Datapath, pod: str) -> Remote:

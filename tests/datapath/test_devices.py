@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from namespace import Namespace, namespace, requires_netns, seconds_until
 
+from tests.datapath.harness import of_packets
 from udptun._fastpath import Worker
 from udptun.core.offload import ALL, Offload
 from udptun.core.tunnel import SourceCheck
@@ -101,7 +102,7 @@ class Host:
         return {f"{way}_{what}": link["stats64"][way][what] for way in ("rx", "tx") for what in ("bytes", "packets")}
 
     def counts(self) -> dict[str, int]:
-        return {name: n for name, n in self.stats.counters().items() if n}
+        return {name: n for name, n in of_packets(self.stats.counters()).items() if n}
 
 
 def subnets(number: int) -> tuple[IPv4Network, IPv6Network]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.datapath.harness import DEADLINE_S
+from tests.datapath.harness import DEADLINE_S, of_packets
 from tests.datapath.test_processes import until
 from tests.namespace import Namespace, namespace, requires_netns
 from tests.packets import (
@@ -130,7 +130,7 @@ class Rig:
         """The counters that a turn has moved."""
         before = self.stats.counters()
         assert self.worker.turn()
-        return {name: n - before[name] for name, n in self.stats.counters().items() if n != before[name]}
+        return {name: n - before[name] for name, n in of_packets(self.stats.counters()).items() if n != before[name]}
 
     def from_peer(self, packet: bytes, source: socket.socket | None = None, tos: int = 0) -> None:
         control = [(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, struct.pack("i", tos))] * bool(tos)

@@ -395,4 +395,26 @@ def test_the_statistics_have_the_counters_of_the_fast_path_in_its_order(fast: Fa
     """That these are the names and the order of docs/wire-format.md is seen to in tests/unit/test_reference.py."""
     from udptun import _fastpath
 
-    assert tuple(fast.counters) == _fastpath.COUNTERS
+    assert tuple(fast.stats.counters()) == _fastpath.COUNTERS
+
+
+def test_system_calls_are_counted_with_what_they_carry(fast: FastDatapath) -> None:
+    """Per call, and not per packet: five packets are five reads, one message of five datagrams, and one call."""
+
+    def calls() -> dict[str, int]:
+        return {name: n for name, n in fast.stats.counters().items() if name.startswith(("tun_", "udp_")) and n}
+
+    sent = fast.encap_batch([NO_VNET_HDR + OUT] * 5)
+    assert sent.counts == {"encap_packets": 5, "encap_sent": 5}
+    expected = {"tun_reads": 5, "udp_send_calls": 1, "udp_send_messages": 1, "udp_sent_bytes": 5 * len(OUT)}
+    assert calls() == expected
+    fast.decap_batch([(IN, NEAR)] * 5)
+    received = {name: n for name, n in calls().items() if name not in expected}
+    assert received.pop("tun_written_bytes") == 5 * len(IN)
+    assert received.pop("udp_receive_messages") == 5
+    assert 1 <= received.pop("udp_receive_calls") <= 5
+    assert 1 <= received.pop("tun_writes") <= 5
+    assert received == {}
+    assert fast.encap(NO_VNET_HDR + udp(POD, UNLEASED, b"dropped")).counter == "encap_drop_no_route"
+    assert calls()["tun_reads"] == 6
+    assert calls()["udp_send_calls"] == 1

@@ -402,15 +402,19 @@ def test_next_control_plane_goes_on_with_the_published_peers_and_their_indexes(s
 def test_statistics_of_another_layout_go_on_counting_where_the_counters_are_understood() -> None:
     """An upgrade would begin to count at zero."""
     first = Stats.create()
-    counts = array("Q", range(1, 1 + len(COUNTERS)))
+    # These builds had room for 56 counters in a block of 512 bytes, and knew 51 at most.
+    n_known, block = 51, 512
+    counts = array("Q", range(1, 1 + n_known))
     for worker in (0, 3):
-        at = FIELDS["stats"]["worker"][0] + worker * LAYOUT["worker"] + FIELDS["worker"]["counter"][0]
-        os.pwrite(first.fd, counts, at)
-    for version, factor in ((9, 2), (8, 2), (7, 2), (6, 2), (5, 2), (4, 0), (LAYOUT["version"] + 1, 0)):
+        at = FIELDS["stats"]["worker"][0] + worker * block
+        os.pwrite(first.fd, array("Q", [99] * 8), at)
+        os.pwrite(first.fd, counts, at + FIELDS["worker"]["counter"][0])
+    others = [(4, 0), (LAYOUT["version"] + 1, 0)]
+    for version, factor in [*((version, 2) for version in range(5, 11)), *others]:
         os.pwrite(first.fd, version.to_bytes(4, sys.byteorder), 4)
         second = Stats.create()
         second.continue_from(first.fd)
-        assert list(second.counters().values()) == [factor * n for n in counts]
+        assert list(second.counters().values()) == [*(factor * n for n in counts), *[0] * (len(COUNTERS) - n_known)]
         second.close()
     first.close()
 

@@ -260,7 +260,7 @@ def test_every_datagram_ends_in_one_known_counter(payload: bytes) -> None:
 
 
 def test_the_counters_are_those_that_the_contract_names() -> None:
-    named = re.findall(r"`((?:encap|decap|icmp|inject)_[a-z_0-9]+)`", WIRE_FORMAT.read_text())
+    named = re.findall(r"`((?:encap|decap|icmp|inject|tun|udp)_[a-z_0-9]+)`", WIRE_FORMAT.read_text())
     # The workers do not count what they never got.
     assert set(named) == {*COUNTERS, "inject_drop_full"}
     assert len(set(COUNTERS)) == len(COUNTERS)

@@ -72,6 +72,16 @@ _BY_SECTION = {
     },
     "dead-peers": {"encap_drop_dead": "the host of the destination is dead"},
     "marks-of-congestion": {"decap_drop_ce": "congestion on the way, and no ECN in the packet"},
+    "system-calls": {
+        "tun_reads": "reads of packets of this host's pods",
+        "udp_send_calls": "calls that sent datagrams",
+        "udp_send_messages": "datagrams sent, or trains of them",
+        "udp_sent_bytes": "bytes sent to other hosts",
+        "udp_receive_calls": "calls that received datagrams",
+        "udp_receive_messages": "datagrams received, or trains of them",
+        "tun_writes": "writes of packets to this host's pods",
+        "tun_written_bytes": "bytes delivered to this host's pods",
+    },
     "loops": {
         "encap_drop_loop": "a route leads the tunnel into itself",
         "decap_drop_loop": "a route leads the tunnel into itself",

@@ -38,8 +38,10 @@ _STATS, _WORKER, _STRAY = shm.Structure("stats"), shm.Structure("worker"), shm.S
 _STRAY_FIELDS = _STRAY.packer("outer", "inner", "peer", "last_s", "datagrams")
 _N_WORKERS = LAYOUT["max_workers"]
 _N_PEER_COUNTERS = len(PEER_COUNTERS)
-_COUNTED_ALIKE = (5, 6, 7, 8, 9)
-"""Earlier layout versions whose workers' blocks are where ours are, with the same counters first."""
+_COUNTED_ALIKE = (5, 6, 7, 8, 9, 10)
+"""Earlier layout versions whose workers' blocks begin where ours do, with the same counters first."""
+_EARLIER_BLOCK_BYTES = 512
+"""A worker's block in these."""
 
 
 class WorkerState(Enum):
@@ -99,12 +101,12 @@ class Stats:
             return
         # Builds that do not know this word have zeros in its place.
         self.n_strangers = int.from_bytes(os.pread(fd, 8, _STATS.offset("n_strangers")), sys.byteorder)
-        at, first = _STATS.offset("worker"), _word("counter")
-        for worker in self._workers:
-            worker[first : first + len(COUNTERS)] = memoryview(
-                os.pread(fd, 8 * len(COUNTERS), at + 8 * first)
-            ).cast("Q")
-            at += _WORKER.size
+        first = _word("counter")
+        # Those that these builds do not know are zero, as far as there is room for them.
+        last = min(first + len(COUNTERS), _EARLIER_BLOCK_BYTES // 8)
+        for i, worker in enumerate(self._workers):
+            at = _STATS.offset("worker") + i * _EARLIER_BLOCK_BYTES
+            worker[first:last] = memoryview(os.pread(fd, 8 * (last - first), at + 8 * first)).cast("Q")
 
     @property
     def n_strangers(self) -> int:

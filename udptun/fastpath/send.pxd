@@ -90,7 +90,7 @@ cdef inline void make_room(Loop *w, int n, int header_bytes) noexcept nogil:
 
 cdef inline void send_groups(Loop *w) noexcept nogil:
     """Send all queued groups.  Their headers and pieces are free again."""
-    cdef int i, sent, end, error, done = 0
+    cdef int i, sent, end, error, nbytes, done = 0
     cdef Group *g
     for i in range(w.n_groups):
         address_message(w, i)
@@ -100,10 +100,12 @@ cdef inline void send_groups(Loop *w) noexcept nogil:
             end += 1
         sent = sendmmsg(w.group[done].fd, w.message + done, end - done, MSG_DONTWAIT)
         if sent > 0:
+            nbytes = 0
             for i in range(done, done + sent):
                 g = &w.group[i]
                 w.has_grouped |= g.n > 1
-                count_sent(w, g.peer, g.n, g.bytes - g.n * w.prefix_len)
+                nbytes += count_sent(w, g.peer, g.n, g.bytes - g.n * w.prefix_len)
+            count_send(w, sent, nbytes)
             done += sent
         elif errno == EAGAIN:
             if not w.wait_for_room(w, w.group[done].fd):
@@ -165,11 +167,19 @@ cdef inline void address_message(Loop *w, int i) noexcept nogil:
         ut_put_tos(message, w.control[i], g.tos)
 
 
-cdef inline void count_sent(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
-    """Count `n` datagrams to the peer, `nbytes` without their prefixes."""
+cdef inline int count_sent(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
+    """Count `n` datagrams to the peer, `nbytes` without their prefixes.  Returns `nbytes`."""
     w.counters.encap_sent += n
     w.peer_stats[peer].encap_packets += n
     w.peer_stats[peer].encap_bytes += nbytes
+    return nbytes
+
+
+cdef inline void count_send(Loop *w, int n_messages, int nbytes) noexcept nogil:
+    """Count one call that the kernel has taken so many messages by, with `nbytes` of inner packets."""
+    w.counters.udp_send_calls += 1
+    w.counters.udp_send_messages += n_messages
+    w.counters.udp_sent_bytes += nbytes
 
 
 cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
@@ -233,7 +243,7 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
         else:
             drop_too_big(w, p, &g.remote)
         return False
-    count_sent(w, p.peer, 1, p.len)
+    count_send(w, 1, count_sent(w, p.peer, 1, p.len))
     if is_tos_refused:
         g.tos = 0
         refuse(w, UT_OFFLOAD_ECN)
@@ -273,7 +283,7 @@ cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message, int fd) 
     if sent < 0:
         w.counters.encap_drop_send += 1
     else:
-        count_sent(w, p.peer, 1, p.len)
+        count_send(w, 1, count_sent(w, p.peer, 1, p.len))
 
 
 cdef inline void discover_paths(int fd, int family, int mode) noexcept nogil:

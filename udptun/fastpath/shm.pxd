@@ -183,6 +183,15 @@ cdef struct Counters:
     Counter decap_drop_ce
     Counter encap_drop_loop
     Counter decap_drop_loop
+    # What the packets cost in system calls; each counts what the kernel has taken or given.
+    Counter tun_reads
+    Counter udp_send_calls
+    Counter udp_send_messages
+    Counter udp_sent_bytes
+    Counter udp_receive_calls
+    Counter udp_receive_messages
+    Counter tun_writes
+    Counter tun_written_bytes
 
 
 cdef inline uint32_t lookup(const ut_slot *table, uint32_t address) noexcept nogil:

@@ -18,12 +18,14 @@ from udptun.fastpath.wire cimport PROTO_TCP
 
 cdef inline void write_items(Loop *w) noexcept nogil:
     """Write all items, in order."""
-    cdef int i
+    cdef int i, n_writes = 0, nbytes = 0
     cdef Item *it
     for i in range(w.merger.n):
         it = &w.merger.item[i]
         if writev(w.tun_fd, it.iov, seal(it, w.vnet_len)) >= 0:
-            count_delivered(w, it.peer, it.n, it.first_len if it.n == 1 else it.n * it.header_len + it.payload)
+            n_writes += 1
+            nbytes += count_delivered(
+                w, it.peer, it.n, it.first_len if it.n == 1 else it.n * it.header_len + it.payload)
         elif it.n > 1 and errno == EINVAL:
             # The kernel does not take super-packets of this kind (some 6.6 kernels): write one by one from now on.
             refuse(w, UT_OFFLOAD_WRITE_TCP if it.protocol == PROTO_TCP else UT_OFFLOAD_WRITE_UDP)
@@ -33,13 +35,21 @@ cdef inline void write_items(Loop *w) noexcept nogil:
                 w.tun_lost = 1
             w.counters.decap_drop_tun += it.n
         mark_item_written(it)
+    count_writes(w, n_writes, nbytes)
 
 
-cdef inline void count_delivered(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
-    """Count `n` packets of `nbytes` in all that the peer has sent."""
+cdef inline int count_delivered(Loop *w, uint32_t peer, int n, int nbytes) noexcept nogil:
+    """Count `n` packets of `nbytes` in all that the peer has sent.  Returns `nbytes`."""
     w.counters.decap_delivered += n
     w.peer_stats[peer].decap_packets += n
     w.peer_stats[peer].decap_bytes += nbytes
+    return nbytes
+
+
+cdef inline void count_writes(Loop *w, int n, int nbytes) noexcept nogil:
+    """Count so many writes that the TUN has taken, with `nbytes` of packets."""
+    w.counters.tun_writes += n
+    w.counters.tun_written_bytes += nbytes
 
 
 cdef inline void mark_item_written(Item *it) noexcept nogil:
@@ -64,7 +74,7 @@ cdef inline void write_one_by_one(Loop *w, Item *it) noexcept nogil:
         if writev(w.tun_fd, piece, 2) < 0:
             w.counters.decap_drop_tun += 1
         else:
-            count_delivered(w, it.peer, 1, length)
+            count_writes(w, 1, count_delivered(w, it.peer, 1, length))
 
 
 cdef inline void write_segments(Loop *w, Packet *p, const virtio_net_hdr *vnet) noexcept nogil:
@@ -86,6 +96,6 @@ cdef inline void write_segments(Loop *w, Packet *p, const virtio_net_hdr *vnet) 
         is_taken &= writev(w.tun_fd, piece, 2) >= 0
     mark_written(p.data)
     if is_taken:
-        count_delivered(w, p.peer, 1, p.len)
+        count_writes(w, s.n, count_delivered(w, p.peer, 1, p.len))
     else:
         w.counters.decap_drop_tun += 1

@@ -125,6 +125,16 @@ DROPS = _counter(
 STRANGER_DROPS = _counter(
     "udptun_stranger_drops", "Datagrams of strangers that the kernel has dropped, and the datapath never saw."
 )
+TUN_READS = _counter("udptun_tun_reads", "Reads of packets from the device; a super-packet is one.")
+UDP_SEND_CALLS = _counter("udptun_udp_send_calls", "Calls that have sent datagrams.")
+UDP_SEND_MESSAGES = _counter("udptun_udp_send_messages", "Their messages; one may carry many datagrams.")
+UDP_SENT_BYTES = _counter("udptun_encap_sent_bytes", "Bytes of udptun_encap_sent_packets, without the outer headers.")
+UDP_RECEIVE_CALLS = _counter("udptun_udp_receive_calls", "Calls that have received datagrams.")
+UDP_RECEIVE_MESSAGES = _counter("udptun_udp_receive_messages", "Their messages; one may carry many datagrams.")
+TUN_WRITES = _counter("udptun_tun_writes", "Writes of packets to the device; a super-packet is one.")
+TUN_WRITTEN_BYTES = _counter(
+    "udptun_decap_delivered_bytes", "Bytes of udptun_decap_delivered_packets, without the outer headers."
+)
 ICMP_SENT = _counter("udptun_icmp_sent", "ICMP errors that were sent about dropped packets.")
 ICMP_SUPPRESSED = _counter("udptun_icmp_suppressed", "ICMP errors that were not: not due, or too many.")
 RECEIVE_QUEUE_DROPS = _counter(

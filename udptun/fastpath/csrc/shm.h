@@ -19,7 +19,7 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 10u
+#define UT_LAYOUT_VERSION 11u
 
 #define UT_MAX_PEERS 131072u      /* of both families; index 0 means "no peer" */
 #define UT_INDEX_ENTRIES 262144u  /* of a hash table of indices, so that half of it is free; a power of two */
@@ -35,7 +35,7 @@
 #define UT_HASH_LOWER 0xc2b2ae3d27d4eb4fu
 #define UT_HASH_BOTH 0x165667b19e3779f9u
 #define UT_MAX_WORKERS 16u
-#define UT_MAX_COUNTERS 56u
+#define UT_MAX_COUNTERS 64u
 #define UT_READS 128u             /* TUN reads a turn */
 #define UT_READ_BYTES 131072u     /* and bytes: what is in flight stays in the processor's second-level cache */
 #define UT_MESSAGES 64u           /* datagrams, or trains of them, a receive */
