@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
+import subprocess
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as read_plain
-from traffic import ping, read_status, udp_flow, wait_for_peers
+from traffic import ping, read_status, socket_in, udp_flow, wait_for_peers
 
 from udptun.control.metrics.samples import counter_sample
 from udptun.lab.host import Host
@@ -18,6 +25,9 @@ from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab
 
 pytestmark = pytest.mark.netns
+
+MONITORING = Path(__file__).parents[2] / "deploy" / "monitoring"
+PORT, PROMETHEUS_PORT = 8081, 9090
 
 Series = Mapping[str, float]
 """`name{label="value",...}` -> value; the labels in the order of their names."""
@@ -131,10 +141,10 @@ def test_a_repair_is_counted_as_one_and_no_change_of_ours(pair: Lab) -> None:
 
 @pytest.fixture
 def one_peer_shown(three_hosts: Lab) -> Iterator[Lab]:
-    """The daemon of h1 has --metrics-peers=1."""
+    """The daemon of h1 has --metrics-peers=1, and a port for Prometheus."""
     one = three_hosts.host(1)
     one.stop_daemon()
-    one.start_daemon(["--metrics-peers=1"])
+    one.start_daemon(["--metrics-peers=1", f"--healthz-port={PORT}"])
     one.wait_ready()
     yield three_hosts
     one.stop_daemon()
@@ -157,3 +167,78 @@ def test_the_busiest_peers_have_series_of_their_own_and_all_are_counted(one_peer
     series = scrape(one)
     assert sum(n for name, n in series.items() if name.startswith("udptun_peers{")) == 2
     assert len(read_status(one)["peers"]) == 2
+
+
+# --- Prometheus itself
+
+
+@contextmanager
+def prometheus(host: Host, directory: Path) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """One on the host, that scrapes the daemon there with the rules of deploy/monitoring; asks it a query."""
+    shutil.copy(MONITORING / "udptun.rules.yml", directory)
+    (directory / "prometheus.yml").write_text(
+        "global: {scrape_interval: 500ms, evaluation_interval: 500ms}\n"
+        "rule_files: [udptun.rules.yml]\n"
+        f"scrape_configs: [{{job_name: udptun, static_configs: [{{targets: ['127.0.0.1:{PORT}']}}]}}]\n"
+    )
+    where = [f"--web.listen-address=127.0.0.1:{PROMETHEUS_PORT}", f"--storage.tsdb.path={directory}/data"]
+    command = ["prometheus", f"--config.file={directory}/prometheus.yml", "--log.level=warn", *where]
+
+    def get(path: str) -> Any:
+        with socket_in(host, socket.SOCK_STREAM) as connection:
+            connection.settimeout(10)
+            connection.connect(("127.0.0.1", PROMETHEUS_PORT))
+            connection.sendall(f"GET {path} HTTP/1.0\r\nHost: h\r\n\r\n".encode())
+            return json.loads(b"".join(iter(lambda: connection.recv(1 << 16), b"")).partition(b"\r\n\r\n")[2])
+
+    def ask(query: str) -> list[dict[str, Any]]:
+        answer = get(f"/api/v1/query?query={urllib.parse.quote(query)}")
+        assert answer["status"] == "success", answer
+        found: list[dict[str, Any]] = answer["data"]["result"]
+        return found
+
+    def is_up() -> bool:
+        try:
+            return [it["value"][1] for it in ask("up")] == ["1"]
+        except (ConnectionError, json.JSONDecodeError):
+            return False
+
+    with host.popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until("the first scrape", is_up, 30)
+            yield ask
+        finally:
+            process.kill()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
+def test_prometheus_scrapes_a_host_and_answers_every_query_of_the_dashboard(
+    one_peer_shown: Lab, tmp_path: Path
+) -> None:
+    one, *others = one_peer_shown.hosts
+    wait_for_peers(one_peer_shown)
+    shown = next(it for it in others if name_of("udptun_peer_encap_bytes_total", peer=str(it.subnet)) in scrape(one))
+    targets = [
+        it
+        for panel in json.loads((MONITORING / "dashboard.json").read_text())["panels"]
+        for it in panel.get("targets", [])
+    ]
+    with prometheus(one, tmp_path) as ask, udp_flow(one.pod(1), shown.pod(1), 200):
+
+        def answers() -> dict[str, list[dict[str, Any]]]:
+            return {it["expr"]: ask(concrete(it["expr"])) for it in targets}
+
+        def concrete(query: str) -> str:
+            return re.sub(r"\$(\w+)", lambda found: {"instance": ".*", "job": "udptun"}.get(found[1], "10s"), query)
+
+        empty_when_well = ("dead", "alive", "drops", "mtu", "repairs", "changes")
+
+        def all_have_data() -> bool:
+            empty = [query for query, found in answers().items() if not found]
+            return all(any(word in query for word in empty_when_well) for query in empty)
+
+        wait_until("data for every panel", all_have_data, 30)
+        (packets,) = ask('rate(udptun_encap_packets_total{job="udptun"}[10s])')
+        assert float(packets["value"][1]) > 0
+        assert [it["metric"]["alertname"] for it in ask("ALERTS")] == []
