@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -139,6 +140,22 @@ def forbidden(policy: str) -> tuple[Act, Act]:
     return shell(f"nft 'add table inet fw; {add}; add rule inet fw c {policy}'"), shell("nft delete table inet fw")
 
 
+def leases(statement: str, *values: str) -> Act:
+    """Change the leases of the lab."""
+    script = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute(*sys.argv[2:3], sys.argv[3:]); db.commit()"
+    )
+    return lambda host: shell(shlex.join([sys.executable, "-c", script, str(LEASES), statement, *values]))(host)
+
+
+def leases_with(key: str, value: str) -> Act:
+    return leases("insert into leases (key, value) values (?, ?)", key, value)
+
+
+def leases_without(key: str) -> Act:
+    return leases("delete from leases where key = ?", key)
+
+
 PEER = "192.168.77.12"
 RUN_DIR, SUBNET_ENV = "/run/udptun", "/run/flannel/subnet.env"
 CNI, BIN = "/run/doctor-cni", "/run/doctor-bin"
@@ -200,6 +217,16 @@ FAULTS = [
         "cable",
         at_switch("ip link set h1 down"),
         at_switch("ip link set h1 up"),
+    ),
+    Fault(
+        "packets between pods pass no rules, in Kubernetes",
+        "bridge-netfilter",
+        r"net\.bridge\.bridge-nf-call-ip6tables is 0, so pods of one host do not reach services by IPv6",
+        "modprobe br_netfilter",
+        shell("sysctl -qw net.bridge.bridge-nf-call-ip6tables=0"),
+        shell("sysctl -qw net.bridge.bridge-nf-call-ip6tables=1"),
+        argv=("--store=kube", "--kube-api-url=http://127.0.0.1:1"),
+        severity="warning",
     ),
     # Packet filters.
     Fault(
@@ -351,15 +378,21 @@ FAULTS = [
         argv=("--store=local:/run/edited.db",),
     ),
     Fault(
+        "a lease that cannot be used",
+        "unused-leases",
+        "a lease is not used: .*10.244.201.0-24",
+        "udptun lease release",
+        leases_with("10.244.201.0-24", "junk"),
+        leases_without("10.244.201.0-24"),
+        severity="warning",
+    ),
+    Fault(
         "a host with another backend type",
         "problem-lines",
         r"peer 192\.168\.77\.200 leases 10\.244\.200\.0/24 for vxlan",
         r"\w",
         lease_of_type("vxlan"),
-        shell(
-            f'{sys.executable} -c \'import sqlite3; db = sqlite3.connect("{LEASES}"); '
-            'db.execute("delete from leases where key like \\"10.244.200.%\\""); db.commit()\''
-        ),
+        leases_without("10.244.200.0-24"),
     ),
     # Files.
     Fault(

@@ -231,11 +231,23 @@ def test_our_manifest_runs_with_what_it_asks_for_and_no_more(
             conflist = json.loads((pod.of_host("cni") / "10-flannel.conflist").read_text())
             assert conflist["cniVersions"]
             is_confined(pod)
+            is_examined(pod, kind)
             for flag in ("--live", "--ready"):
                 pod.execute("udptun", "health", flag)
         if kind == "udp":
             for flag in ("--live", "--ready"):
                 assert 0 < cost_of_probe_ms(pods[0], flag) < 30 * slack
+
+
+def is_examined(pod: OciPod, kind: str) -> None:
+    """As by `kubectl exec`, the doctor finds the daemon's flags, and nothing but what /proc/sys refuses the daemon."""
+    said = json.loads(pod.execute("udptun", "doctor", "--json", check=False).stdout)
+    expected = [NOT_WRITTEN[kind]] if kind in NOT_WRITTEN and pod.host.index == 1 else []
+    # The pods' bridge may be that of the run before, with another backend.
+    found = [it["cause"].partition(",")[0] for it in said["findings"] if it["check"] != "mtu"]
+    assert found == expected
+    assert {"daemon", "capabilities", "store", "pod-cidr", "reachability", "subnet-env"} <= set(said["fine"])
+    assert "cni-configuration" in said["not_looked_at"]
 
 
 def is_confined(pod: OciPod) -> None:

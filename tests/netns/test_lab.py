@@ -294,6 +294,11 @@ def test_up_exec_status_down_do_what_they_say(command: Command) -> None:
     assert status["hosts"][1]["pods"][1] == {"name": "p2", "address": "10.99.2.3"}
     assert status["hosts"][1]["daemon_pid"] is not None
     assert "h2/p2" in command("status").stdout
+    examined = command("doctor", "--json", "h3", "h1")
+    assert examined.returncode == 2
+    said = json.loads(examined.stdout)
+    # A daemon of the tests speaks to nobody.
+    assert {name: it["findings"][0]["check"] for name, it in said.items()} == {"h3": "daemon", "h1": "daemon"}
     assert command("down").returncode == 0
     assert not command.processes()
     assert "there is no lab named" in command("status").stderr

@@ -329,6 +329,7 @@ async def test_a_missing_pod_cidr_is_waited_for_and_the_remedy_is_said_to_kubern
     assert condition is not None
     assert (condition["status"], condition["reason"]) == ("True", "NoPodCIDR")
     assert "--cluster-cidr" in condition["message"]
+    assert "it has no podCIDR" in await store.find_lack()
     waiting = asyncio.create_task(claim(store, host(1)))
     await holds(lambda: cluster.api.n_watches() == 1, "a watch of the node")
     n_requests = len(cluster.api.requests)
@@ -338,6 +339,7 @@ async def test_a_missing_pod_cidr_is_waited_for_and_the_remedy_is_said_to_kubern
     kind = "application/strategic-merge-patch+json"
     await asyncio.to_thread(cluster.admin.ask, "PATCH", "/api/v1/nodes/n1", body, kind)
     assert str((await waiting).subnet) == "10.0.1.0/24"
+    assert await store.find_lack() == ""
     await store.aclose()
 
 

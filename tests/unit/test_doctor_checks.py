@@ -5,25 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import replace
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from udptun.backends.choice import parse_net_conf
 from udptun.config.command_flags import parse_doctor_flags
 from udptun.config.flags import parse_daemon_flags
+from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import Address, Link, Route
 from udptun.doctor import daemon, kernel, others, paths, store
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination, examine
 from udptun.doctor.facts import Facts, Peer, StoreView
 from udptun.doctor.finding import Finding, NotHereError, Severity
-from udptun.doctor.processes import daemon_words, flanneld_in
+from udptun.doctor.processes import Process, daemon_words, flanneld_in
 from udptun.doctor.report import as_json, as_text
 from udptun.doctor.sample import MOST, sample
-from udptun.stores.base import LEASE_TTL_S
+from udptun.kernel.cgroup import Limits
+from udptun.stores.base import LEASE_TTL_S, Snapshot
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "doctor.md"
 NOW_S = 1_800_000_000.0
@@ -196,6 +200,90 @@ async def test_without_a_daemon_what_needs_one_does_not_apply() -> None:
     assert finding.remedy.startswith("is it running?")
 
 
+async def test_limits_of_the_daemons_cgroup_are_named_as_the_daemon_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotHereError):
+        await kernel.cgroup_limits(facts())
+    asked: list[Path] = []
+
+    def limits(proc: Path) -> Limits:
+        asked.append(proc)
+        return Limits(0.1, 50 << 20)
+
+    monkeypatch.setattr("udptun.doctor.kernel.cgroup.read_limits", limits)
+    found = await kernel.cgroup_limits(facts(daemon_pid=77))
+    assert asked == [Path("/proc/77")]
+    assert [it.severity for it in found] == [Severity.WARNING] * 2
+    assert "resources.limits" in f"{found[0].remedy} {found[1].remedy}"
+
+
+async def test_ipv6_that_the_kernel_lacks_is_named_where_it_is_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = parse_net_conf('{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:1::/48"}', "x")
+    alone = parse_net_conf('{"Network": "10.244.0.0/16"}', "x")
+    monkeypatch.setattr("udptun.doctor.kernel.read_sysctl", lambda path: None)
+    (finding,) = await kernel.ipv6_in_kernel(facts(conf=both))
+    assert finding.remedy == "boot it without ipv6.disable=1"
+    with pytest.raises(NotHereError):
+        await kernel.ipv6_in_kernel(facts(conf=alone))
+    monkeypatch.setattr("udptun.doctor.kernel.read_sysctl", lambda path: "0")
+    assert await causes(kernel.ipv6_in_kernel, facts(conf=both)) == []
+
+
+async def test_a_pod_cidr_that_is_missing_or_another_one_is_named() -> None:
+    kube = parse_daemon_flags(["--kube-subnet-mgr"], {"NODE_NAME": "n1"})
+
+    def lease(subnet: str) -> Lease:
+        return Lease(Subnets(IPv4Network(subnet)), LeaseAttrs(IPv4Address("192.0.2.1")), None, 1, node_name="n1")
+
+    def view(*leases: Lease, lack: str = "") -> StoreView:
+        return StoreView("kube", None, Snapshot(1, leases), "", "n1", lack)
+
+    same = facts(options=kube, store=view(lease("10.244.1.0/24")))
+    assert await causes(store.pod_cidr, same) == []
+    (other,) = await store.pod_cidr(facts(options=kube, store=view(lease("10.244.9.0/24"))))
+    assert other.cause == "the podCIDR of node n1 is 10.244.9.0/24, and the daemon runs with 10.244.1.0/24"
+    (bare,) = await store.pod_cidr(facts(options=kube, store=view()))
+    assert "not the annotations of a lease" in bare.cause
+    (none,) = await store.pod_cidr(facts(options=kube, store=view(lack="node n1: it has no podCIDR; give it one")))
+    assert (none.cause, none.remedy) == ("node n1: it has no podCIDR", "give it one")
+
+
+@pytest.mark.parametrize(
+    ("files", "is_named"),
+    [
+        ({"10-eth.network": "[Match]\nName=eth*\n[Network]\nDHCP=yes\n"}, False),
+        ({"99-all.network": "[Match]\nName=*\n[Network]\nDHCP=yes\n"}, True),
+        ({"99-all.network": "[Match]\n[Network]\nDHCP=yes\n"}, True),
+        ({"99-all.network": "[Match]\nName=*\n", "50-pods.network": "[Match]\nName=flannel* cni*\n"}, False),
+        ({"80-wired.network": "[Match]\nType=ether\n"}, False),
+    ],
+)
+async def test_networkd_is_named_where_a_file_of_it_takes_every_interface(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], is_named: bool
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("udptun.doctor.others._NETWORKD_DIRS", (tmp_path,))
+    running = [Process(9, "systemd-network", ("/usr/lib/systemd/systemd-networkd",), True)]
+    monkeypatch.setattr("udptun.doctor.others.processes", lambda: iter(running))
+    found = await others.network_managers(facts())
+    assert bool(found) == is_named
+    assert all("Unmanaged=yes" in it.remedy for it in found)
+
+
+async def test_network_manager_is_a_note_unless_it_is_told_to_leave_our_device_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("udptun.doctor.others._NM_DIRS", (tmp_path,))
+    running = [Process(9, "NetworkManager", ("/usr/sbin/NetworkManager",), True)]
+    monkeypatch.setattr("udptun.doctor.others.processes", lambda: iter(running))
+    (finding,) = await others.network_managers(facts())
+    assert finding.severity is Severity.NOTE
+    (tmp_path / "a.conf").write_text("# flannel\n")
+    assert await others.network_managers(facts()) == [finding]
+    (tmp_path / "b.conf").write_text("[keyfile]\nunmanaged-devices=interface-name:flannel*\n")
+    assert await others.network_managers(facts()) == []
+
+
 # --- peers
 
 
@@ -221,6 +309,22 @@ def test_all_of_a_hundred_peers_are_asked_and_of_ten_thousand_a_sample_with_the_
     assert sum(peer.liveness == "dead" for peer in large.chosen) == 2
     assert str(large) == "a sample of 100 of 10000 peers"
     assert len(sample(many(10_000, dead=range(5_000))).chosen) == MOST
+
+
+async def test_ten_thousand_peers_cost_little() -> None:
+    """Before, each look at a route of others made all peers anew."""
+    peers = [
+        {"subnet": str(it.subnet), "public_ip": str(it.public_ip), "port": 8285, "liveness": "alive"}
+        for it in many(10_000)
+    ]
+    routes = tuple(Route(ip_network((0x0AF40000 + (i << 8), 24)), None, 1, protocol=4) for i in range(200))
+    of = facts(document(network="10.0.0.0/8", peers=peers), routes=routes)
+    assert of.peers is of.peers
+    began_s = time.process_time()
+    await others.foreign_routes(of)
+    await others.leftover_routes(of)
+    await kernel.reverse_path(of)
+    assert time.process_time() - began_s < 5
 
 
 def test_peers_of_both_families_are_asked_at_the_addresses_that_answer() -> None:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from udptun.config.store_flags import StoreKind
 from udptun.core.errors import ConfigError, KernelError, UdptunError
 from udptun.core.family import Family
 from udptun.core.ip_text import ip_address, ip_network
-from udptun.core.lease import Lease
 from udptun.core.network_state import Address, IPAddress, IPNetwork, Link, Route
 from udptun.core.ownership import marked_network
 from udptun.core.pod_path import PodPath
@@ -68,9 +68,9 @@ class Peer:
         return f"{self.subnet} at {self.public_ip}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Facts:
-    """See the module's text."""
+    """See the module's text.  What is made of it is made once: there may be 10,000 peers."""
 
     options: Options
     cni_conf_dir: Path
@@ -116,7 +116,7 @@ class Facts:
         """The largest packet of a pod, by the daemon."""
         return None if self.document is None else int(self.document["backend"]["mtu"])
 
-    @property
+    @cached_property
     def networks(self) -> tuple[IPNetwork, ...]:
         """Network and IPv6Network, as far as they are known."""
         if self.document is not None:
@@ -128,7 +128,7 @@ class Facts:
             return tuple(self.conf.pool(family).network for family in self.conf.families)
         return ()
 
-    @property
+    @cached_property
     def own_subnets(self) -> tuple[IPNetwork, ...]:
         """Of the pods here, by the daemon or else by subnet.env."""
         if self.document is not None:
@@ -137,7 +137,7 @@ class Facts:
         written, _ = subnet_env.read_previous(self.options.subnet_file)
         return () if written is None else tuple(it for it in (written.ipv4, written.ipv6) if it is not None)
 
-    @property
+    @cached_property
     def paths(self) -> tuple[PodPath, ...]:
         """Where the pods' packets pass, by each family that is carried."""
         found = []
@@ -165,7 +165,7 @@ class Facts:
         """The interface to the other hosts; empty when it is not known."""
         return "" if self.document is None else str(self.document["underlay"]["interface"])
 
-    @property
+    @cached_property
     def peers(self) -> tuple[Peer, ...]:
         """The other hosts' subnets of both families, by the daemon or else by the store."""
         if self.document is not None:
@@ -187,14 +187,6 @@ class Facts:
         has_device = self.document["backend"]["device"] is not None
         inner = subnet.network_address if has_device else public_ip
         return Peer(subnet, public_ip, inner, it.get("port"), it["liveness"], it.get("path_mtu"))
-
-    @property
-    def own_lease(self) -> Lease | None:
-        """Ours in the store, by what the daemon says; None when it is not there."""
-        if self.store.snapshot is None or self.document is None:
-            return None
-        mine = ip_network(self.document["lease"]["subnet"])
-        return next((lease for lease in self.store.snapshot.leases if lease.subnet == mine), None)
 
 
 async def gather(
@@ -256,21 +248,23 @@ async def _read_store(options: Options) -> StoreView:
     config: str | None = None
     config_error = error = node_name = lack = ""
     snapshot: Snapshot | None = None
+    has_answered = False
     try:
         async with asyncio.timeout(_STORE_S):
             try:
                 config = await store.network_config()
             except ConfigError as exc:
                 config_error = str(exc)
-            snapshot = await store.snapshot()
+            has_answered = store.is_config_remote
             if options.store.kind is StoreKind.KUBE:
                 from udptun.stores.kube.store import KubeStore
 
                 assert isinstance(store, KubeStore)
-                lack = await store.find_lack()
-            node_name = store.node_name
+                lack, node_name, has_answered = await store.find_lack(), store.node_name, True
+            snapshot = await store.snapshot()
     except TimeoutError:
-        error = f"{store.name} does not answer within {_STORE_S:.0f} s"
+        # The leases of thousands of hosts may take longer than the answer to one question.
+        error = "" if has_answered else f"{store.name} does not answer within {_STORE_S:.0f} s"
     except UdptunError as exc:
         error = str(exc)
     finally:

@@ -151,7 +151,7 @@ async def foreign_routes(facts: Facts) -> list[Finding]:
                 f"`ip route delete {describe_route(route, names)}`, and have its owner, such as a VPN, leave it",
             )
         )
-    return found[:_SHOWN]
+    return sorted(found, key=lambda it: -it.severity)[:_SHOWN]
 
 
 _REFUSING = (RouteType.BLACKHOLE, RouteType.UNREACHABLE, RouteType.PROHIBIT)
