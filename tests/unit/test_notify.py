@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,24 @@ def test_notify_does_not_wait_for_a_manager_that_does_not_read(tmp_path: Path) -
         manager.bind(str(address))
         with pytest.raises(BlockingIOError):
             keep_telling()
+
+
+def test_patience_is_kept_while_the_managers_queue_is_full(tmp_path: Path) -> None:
+    """READY was lost when it came right behind more descriptors than the queue holds, and systemd ended the daemon."""
+    address = tmp_path / "notify"
+
+    async def tell(manager: socket.socket) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                notify.notify(str(address), "FDSTORE=1")
+        telling = asyncio.create_task(notify.patiently(partial(notify.notify, str(address), notify.READY)))
+        await asyncio.sleep(0.05)
+        assert not telling.done()
+        while manager.recv(100) != b"READY=1":
+            await asyncio.sleep(0.001)
+        await telling
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(5)
+        manager.bind(str(address))
+        asyncio.run(tell(manager))

@@ -210,7 +210,7 @@ class Daemon:
                 log.warning("%s", line)
             self._node_status.is_ready()
             await store.note_ready(running.lacks)
-            self._notify(notify.READY)
+            await self._notify_ready()
             log.info(
                 "ready subnet=%s mtu=%d n_peers=%d",
                 running.membership.own.subnet,
@@ -402,15 +402,26 @@ class Daemon:
                     log.error("nothing reloaded: %s", problem)
             except Exception:
                 # The reload is over for the service manager, too.
-                self._notify(notify.READY)
+                await self._notify_ready()
                 raise
-            self._notify(notify.READY)
+            await self._notify_ready()
 
     def _notify(self, message: str) -> None:
         try:
             notify.notify(self._options.notify_socket, message)
         except OSError as exc:
-            log.warning("cannot tell the service manager state=%s error=%s", message.split("\n")[0], exc)
+            _not_told(message, exc)
+
+    async def _notify_ready(self) -> None:
+        """It waits for a daemon that does not say it, and ends it in the end."""
+        try:
+            await notify.patiently(partial(notify.notify, self._options.notify_socket, notify.READY))
+        except OSError as exc:
+            _not_told(notify.READY, exc)
+
+
+def _not_told(message: str, exc: OSError) -> None:
+    log.warning("cannot tell the service manager state=%s error=%s", message.split("\n")[0], exc)
 
 
 async def _end_with_families(running: Running) -> None:

@@ -27,10 +27,6 @@ from udptun.datapath.supervision import Datapath
 
 log = logging.getLogger(__name__)
 
-_PATIENCE_S = 1.0
-"""How long the manager may take to read what it is sent, seconds."""
-_RETRY_S = 0.01
-
 
 class KeptDescriptors:
     """What the service manager keeps for the daemon after us.
@@ -125,15 +121,8 @@ class KeptDescriptors:
             log.warning("the service manager goes on keeping descriptors that we have given up: %s", exc)
 
     async def _send(self, state: str, fds: Sequence[int]) -> None:
-        """Raises OSError, also when the manager does not read for so long."""
-        until_s = asyncio.get_running_loop().time() + _PATIENCE_S
-        while True:
-            try:
-                return self._tell(state, fds)
-            except BlockingIOError:
-                if asyncio.get_running_loop().time() > until_s:
-                    raise
-            await asyncio.sleep(_RETRY_S)
+        """Raises OSError, also when the manager does not read."""
+        await notify.patiently(lambda: self._tell(state, fds))
 
 
 async def _wait_for_end(pipe: int) -> None:
@@ -141,10 +130,10 @@ async def _wait_for_end(pipe: int) -> None:
     closed = asyncio.Event()
     asyncio.get_running_loop().add_reader(pipe, closed.set)
     try:
-        async with asyncio.timeout(_PATIENCE_S):
+        async with asyncio.timeout(notify.PATIENCE_S):
             await closed.wait()
     except TimeoutError:
-        raise TimeoutError(f"no answer for {_PATIENCE_S:g} s") from None
+        raise TimeoutError(f"no answer for {notify.PATIENCE_S:g} s") from None
     finally:
         asyncio.get_running_loop().remove_reader(pipe)
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 READY = "READY=1"
 STOPPING = "STOPPING=1"
 ALIVE = "WATCHDOG=1"
 BARRIER = "BARRIER=1"
 """With the writing end of a pipe: closed when all that was sent before has been read."""
+
+PATIENCE_S = 1.0
+"""How long the manager may take to read what it is sent, seconds."""
+_RETRY_S = 0.01
 
 
 def reloading() -> str:
@@ -39,3 +44,19 @@ def notify(address: str, state: str, fds: Sequence[int] = ()) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sock:
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         socket.send_fds(sock, [state.encode()], list(fds))
+
+
+async def patiently(tell: Callable[[], None]) -> None:
+    """`tell` something, and wait for the manager to read what fills its queue, which may hold ten datagrams.
+
+    Raises what `tell` raises, BlockingIOError only after PATIENCE_S.
+    """
+    clock = asyncio.get_running_loop().time
+    until_s = clock() + PATIENCE_S
+    while True:
+        try:
+            return tell()
+        except BlockingIOError:
+            if clock() > until_s:
+                raise
+        await asyncio.sleep(_RETRY_S)
