@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
@@ -53,7 +54,7 @@ from traffic import (
 from udptun.core.lease import LeaseAttrs
 from udptun.lab.host import SUBNET_ENV, UNDERLAY_IPV6, Host, Pod
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import LEASES, Lab
+from udptun.lab.topology import LEASES, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -243,10 +244,10 @@ def test_streams_datagrams_and_trains_of_ipv6_arrive_byte_for_byte(lab: Lab) -> 
     for source, destination in pairs(lab)[:2]:
         with no_packet_errors(*lab.hosts, source, destination), every_packet_explained(lab.host(2)):
             with (
-                tcp_flow(source, destination, 200e6, ipv6=True) as stream,
+                tcp_flow(source, destination, 100e6, ipv6=True) as stream,
                 udp_flow(destination, source, 500, ipv6=True) as datagrams,
             ):
-                datagrams.wait_for_more(150)
+                datagrams.wait_for_more(100)
             stream.report.assert_exact()
             report = datagrams.report
             assert (report.lost, report.n_duplicates, report.n_spoilt, report.n_out_of_order) == ([], 0, 0, 0)
@@ -282,7 +283,47 @@ def test_peers_are_found_alive_and_measured_by_each_family(lab: Lab, slack: int)
         wait_until("the measures", lambda: measured() == [("alive", 1450)] * 2 + [("alive", MTU)] * 2, 10 * slack)
 
 
-# --- faults
+def test_a_vtep_behind_a_nat_is_learned_by_ipv6(lab: Lab, slack: int) -> None:
+    """Its datagrams come from another address than its PublicIPv6."""
+    host, other, seen_as = lab.host(2), lab.host(3), UNDERLAY_IPV6[0xCC]
+    host.machine.at().ip(f"addr add {seen_as}/128 dev lo")
+    nat = f"oifname eth0 udp dport {PORT} snat to {seen_as}"
+    chain = "add table ip6 nat6; add chain ip6 nat6 out { type nat hook postrouting priority srcnat; }"
+    host.run(["nft", f"{chain}; add rule ip6 nat6 out {nat}"])
+    other.machine.at().ip(f"route add {seen_as}/128 via {host.underlay_ipv6}")
+
+    def learned() -> list[object]:
+        return [it["learned"] for it in read_status(other)["ipv6"]["peers"] if it["learned"]]
+
+    try:
+        with host.pod(1).popen(["ping", "-q", "-i", "0.2", str(other.pod(1).ipv6_address)]) as pinging:
+            expected = [[{"address": str(seen_as), "port": None}]]
+            wait_until("the address", lambda: learned() == expected, 10 * slack)
+            pinging.kill()
+        assert is_answered(host.pod(1), other.pod(1).ipv6_address)
+    finally:
+        host.run(["nft", "delete table ip6 nat6"])
+
+
+# --- changes and faults
+
+
+def test_a_reload_changes_the_workers_of_both_and_nothing_is_lost(lab: Lab, slack: int) -> None:
+    host, kernel = lab.host(2), lab.host(1).pod(1)
+
+    def workers() -> list[int]:
+        status = read_status(host)
+        return [len(it["workers"]) for it in (status["datapath"], status["ipv6"]["datapath"])]
+
+    assert host.daemon is not None
+    with udp_flow(kernel, host.pod(1), 500, ipv6=True) as ipv6, udp_flow(kernel, host.pod(1), 500, port=5004) as ipv4:
+        for n, keys in ((2, {"Workers": 2}), (1, {"Workers": 1})):
+            host.path(NET_CONF).write_text(json.dumps({**CONF, "Backend": {"Type": "vxlan", **keys}}))
+            host.daemon.send_signal(signal.SIGHUP)
+            wait_until("the workers", lambda n=n: workers() == [n, n], 5 * slack)  # type: ignore[misc]
+            ipv6.wait_for_more(100)
+    assert (ipv6.report.lost, ipv4.report.lost) == ([], [])
+    seconds_until(lambda: bool(datapaths(host)), "standbys", 5 * slack)
 
 
 def test_nothing_is_lost_when_either_datapath_and_the_daemon_are_killed(lab: Lab) -> None:
@@ -290,13 +331,13 @@ def test_nothing_is_lost_when_either_datapath_and_the_daemon_are_killed(lab: Lab
     ours = host.pod(1)
     mac = own_lease(host)["BackendV6Data"]["VtepMAC"]
     with (
-        tcp_flow(kernel, ours, 20e6, ipv6=True) as stream,
-        udp_flow(ours, kernel, 1000, ipv6=True) as ipv6,
-        udp_flow(kernel, ours, 1000, port=5004, ipv6=True) as ipv6_back,
-        udp_flow(ours, kernel, 1000, port=5005) as ipv4,
+        tcp_flow(kernel, ours, 5e6, ipv6=True) as stream,
+        udp_flow(ours, kernel, 500, ipv6=True) as ipv6,
+        udp_flow(kernel, ours, 500, port=5004, ipv6=True) as ipv6_back,
+        udp_flow(ours, kernel, 500, port=5005) as ipv4,
     ):
         ipv6.wait_for_more()
-        for i in (1, 0, 1):
+        for i in (1, 0):
             before = datapaths(host)
             kill(host, before[i])
             seconds_until(lambda before=before, i=i: datapaths(host)[i] != before[i], "a standby", 10)
