@@ -50,6 +50,24 @@ def pair(pair: Lab) -> Iterator[Lab]:
     reload(pair.host(1), {})
 
 
+def test_config_show_says_what_the_running_daemon_uses_and_why(pair: Lab) -> None:
+    host = pair.host(1)
+
+    def shown(name: str) -> tuple[object, str]:
+        document = json.loads(host.run([*UDPTUN, "config", "show", "--json"]).stdout)
+        assert document["daemon"]["pid"] == read_status(host)["pid"]
+        assert document["problems"] == []
+        (row,) = [it for it in document["keys"] + document["flags"] if it["name"] == name]
+        return row["value"], row["source"]
+
+    assert shown("--store") == (f"local:{LEASES}", "--store")
+    assert shown("Network") == ("10.244.0.0/16", str(NET_CONF))
+    assert shown("Backend.MTU") == (None, "the interface's")
+    reload(host, {"MTU": 1400, "Port": 9999})
+    assert shown("Backend.MTU") == (1400, str(NET_CONF))
+    assert shown("Backend.Port") == (8285, f"{NET_CONF} as it was at the start; a restart brings 9999")
+
+
 def conf(**backend: object) -> str:
     return json.dumps({"Network": "10.244.0.0/16", "Backend": {"Type": "udp", **backend}})
 

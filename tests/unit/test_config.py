@@ -244,7 +244,23 @@ def test_config_gets_flannels_defaults_for_each_type(backend: str, wanted: Backe
 
 def test_config_notes_a_key_of_another_backend_type() -> None:
     conf = parse('{"Network":"10.3.0.0/16","Backend":{"Type":"udp","VNI":3}}')
-    assert conf.notes == ("net-conf.json: Backend.VNI: unknown key, ignored",)
+    assert conf.notes == ("net-conf.json: Backend.VNI: is for Type vxlan; Type udp ignores it",)
+
+
+def test_config_notes_the_keys_of_a_family_that_is_not_enabled() -> None:
+    """They had no effect in silence: a host with IPv6Network and without EnableIPv6 has no IPv6."""
+    conf = parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/48","IPv6SubnetLen":64}')
+    assert conf.notes == (
+        "net-conf.json: IPv6Network, IPv6SubnetLen: not used without EnableIPv6; set that to true, or leave this out",
+    )
+    assert parse('{"Network":"10.3.0.0/16","IPv6Network":"fc00::/48","EnableIPv6":true}').notes == ()
+
+
+def test_config_tells_what_is_odd_beside_what_is_wrong() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse('{"Network":"10.3.0.0/33","Zebra":1}')
+    assert len(caught.value.problems) == 1
+    assert caught.value.notes == ("net-conf.json: Zebra: unknown key, ignored",)
 
 
 def test_keys_that_need_a_restart_are_named_as_the_file_has_them() -> None:

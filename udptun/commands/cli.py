@@ -231,6 +231,12 @@ def _doctor(argv: list[str], environ: Mapping[str, str]) -> int:
     return doctor.run(argv, environ)
 
 
+def _config(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import config
+
+    return config.run(argv, environ)
+
+
 def _health(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands import health
 
@@ -333,6 +339,7 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "daemon": ("join this host to the overlay network; installed as flanneld too", _daemon),
     "status": ("say what the daemon of this host is doing", _status),
     "doctor": ("say what is wrong on this host and what to do about it", _doctor),
+    "config": ("check a network config; show the settings in force and where each came from", _config),
     "health": ("say whether the daemon lives (--live) and is ready (--ready); for probes", _health),
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
     "lease": ("list, show, reserve and release leases; write a leases file", _lease),

@@ -31,8 +31,8 @@ def show(run_dir: Path, as_json: bool) -> int:
     return 0
 
 
-def fetch(run_dir: Path) -> str:
-    """The status document's text, from the daemon's socket.  Raises UdptunError."""
+def fetch(run_dir: Path, document: str = "/status") -> str:
+    """The text of the status document, or of another one, from the daemon's socket.  Raises UdptunError."""
     check_run_dir(run_dir)
     path = run_dir / SOCKET_NAME
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -43,7 +43,7 @@ def fetch(run_dir: Path) -> str:
         try:
             connection.connect(str(path))
             connection.settimeout(_TIMEOUT_S)
-            connection.sendall(b"GET /status HTTP/1.1\r\nHost: udptun\r\n\r\n")
+            connection.sendall(f"GET {document} HTTP/1.1\r\nHost: udptun\r\n\r\n".encode())
             answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
         except (TimeoutError, BlockingIOError):
             raise UdptunError(f"the daemon at {path} does not answer within {_TIMEOUT_S:.0f} s") from None

@@ -16,6 +16,7 @@ _CNI_CONF_DIR = Flag(
     "cni-conf-dir", "", nonempty_path, Path("/etc/cni/net.d"), "DIR", "where the CNI configurations are"
 )
 _CNI_BIN_DIR = Flag("cni-bin-dir", "", nonempty_path, Path("/opt/cni/bin"), "DIR", "where their plugins are")
+_ENV_FILE = Flag("env-file", "", nonempty_path, None, "FILE", "lines of NAME=value, as of a unit's EnvironmentFile")
 _JSON = Flag("json", "", boolean, False, "", "for programs")
 
 
@@ -57,6 +58,26 @@ def parse_doctor_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_fl
     given = given_flags(argv, environ, *own, ends_at_word=as_flanneld)
     options = options_of(given, environ, as_flanneld=as_flanneld)
     return DoctorRequest(options, *(given.values[it.name] for it in own))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRequest:
+    """The arguments of `udptun config show`.  `env_file` None: no file of variables is named."""
+
+    options: Options
+    env_file: Path | None
+    json: bool
+
+
+def parse_config_flags(argv: Sequence[str], environ: Mapping[str, str]) -> ConfigRequest:
+    """What `udptun config show` takes: every flag of the daemon, and its own."""
+    given = given_flags(argv, environ, _JSON, _ENV_FILE)
+    return ConfigRequest(options_of(given, environ), given.values[_ENV_FILE.name], given.values[_JSON.name])
+
+
+def config_help() -> str:
+    """What `udptun config --help` says about the flags."""
+    return help_text({"": (_JSON, _ENV_FILE), **FLAGS}, ENVIRONMENT_PREFIX)
 
 
 def lease_help() -> str:

@@ -6,8 +6,8 @@ are written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -263,6 +263,8 @@ class Options:
     warnings: tuple[str, ...]
     """What was given and is ignored, a line each, for the log."""
     help: bool
+    said: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Each flag that was given, by its name: as `--name`, or as its variable."""
 
     @property
     def store_warning(self) -> str | None:
@@ -283,6 +285,12 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
     for topic in (_HOST, LEASES, _TUNNEL, _RUNNING, _FIREWALL, ETCD_TOPIC, KUBE_TOPIC)
 }
 """Every flag, under the heading that the help puts it."""
+
+
+def values_of(options: Options) -> Iterator[tuple[Flag, object]]:
+    """Every flag with its value in force."""
+    for kind, flags in ((options, _OPTIONS_FLAGS), (options.etcd, ETCD_FLAGS), (options.kube, KUBE_FLAGS)):
+        yield from ((it, getattr(kind, field_name)) for field_name, it in flags.items())
 
 
 def parse_daemon_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> Options:
@@ -346,6 +354,7 @@ def options_of(
         notify_socket=environ.get("NOTIFY_SOCKET", ""),
         warnings=tuple(map(one_line, given.warnings)),
         help=given.is_help,
+        said=given.said,
     )
 
 

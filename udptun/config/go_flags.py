@@ -71,6 +71,7 @@ class Flag:
     value_name: str
     help: str
     is_list: bool = False
+    is_secret: bool = False
 
     @property
     def is_boolean(self) -> bool:
@@ -91,7 +92,7 @@ def flag(
     is_secret: bool = False,
 ) -> T:
     """A field of a dataclass that holds what a flag says."""
-    metadata = {"flag": Flag("", topic, parse, default, value_name, help)}
+    metadata = {"flag": Flag("", topic, parse, default, value_name, help, is_secret=is_secret)}
     return field(default=default, repr=not is_secret, metadata=metadata)
 
 

@@ -54,7 +54,7 @@ class Report:
     def raise_problems(self) -> None:
         """Raise ConfigError with a line for each problem, if there is one."""
         if self._problems:
-            raise ConfigError(*self._problems)
+            raise ConfigError(*self._problems, notes=self.notes)
 
 
 @dataclass(frozen=True, slots=True)

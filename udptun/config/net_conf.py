@@ -138,15 +138,28 @@ def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> Net
     ipv6 = _pool(_IPV6, asked_ipv6, report) if enable_ipv6 else None
     if enable_ipv4 and asked_ipv4.network is not None:
         _check_usable(asked_ipv4.network, ipv4, report)
+    for enabled, family in ((enable_ipv4, _IPV4), (enable_ipv6, _IPV6)):
+        if not enabled:
+            _note_unused(family, top, report)
     report.raise_problems()
     # No problem was reported, so what follows is there.
     assert backend is not None
     return NetConf(enable_nftables, ipv4, ipv6, backend, tuple(report.notes))
 
 
+def keys_given(text: str) -> frozenset[str]:
+    """The keys that `text`, a valid configuration, gives a value: their names, as `backend.mtu`, casefolded."""
+    top = JsonFields.of_text(text, _TOP_KEYS, Report(""))
+    given = [name for name in top.names() if top.raw(name) is not None]
+    backend = top.raw("Backend")
+    if isinstance(backend, JsonObject):
+        given += [f"Backend.{name}" for name, value in backend.pairs if value is not None]
+    return frozenset(map(str.casefold, given))
+
+
 def keys_that_need_a_restart(old: NetConf, new: NetConf) -> list[str]:
     """The keys of net-conf.json that differ and that cannot change while packets flow."""
-    was, is_now = _top_values(old), _top_values(new)
+    was, is_now = values_of(old), values_of(new)
     changed = [name for name in _TOP_KEYS if name in was and was[name] != is_now[name]]
     if type(old.backend) is not type(new.backend):
         return [*changed, "Backend.Type"]
@@ -235,8 +248,8 @@ _TOP_KEYS = (
 )
 
 
-def _top_values(conf: NetConf) -> dict[str, object]:
-    """The values by the names of their keys, but for `Backend`."""
+def values_of(conf: NetConf) -> dict[str, object]:
+    """The values in force by the names of their keys, but for `Backend`; None: of a family that is not enabled."""
     values: dict[str, object] = {
         "EnableIPv4": conf.ipv4 is not None,
         "EnableIPv6": conf.ipv6 is not None,
@@ -250,6 +263,15 @@ def _top_values(conf: NetConf) -> dict[str, object]:
             family.key("SubnetLen"): None if pool is None else pool.subnet_len,
         }
     return values
+
+
+def _note_unused(
+    family: _Family[IPv4Network, IPv4Address] | _Family[IPv6Network, IPv6Address], top: JsonFields, report: Report
+) -> None:
+    """Leave a note about the keys of a family that is not enabled."""
+    names = [name for it in ("Network", "SubnetMin", "SubnetMax", "SubnetLen") if top.has(name := family.key(it))]
+    if names:
+        report.note(f"{', '.join(names)}: not used without Enable{family.name}; set that to true, or leave this out")
 
 
 def _pool(
@@ -345,7 +367,12 @@ def _read_backend(top: JsonFields, kinds: Mapping[str, type[BackendKeys]], repor
     if kind is None:
         report.problem("Backend.Type", _not_built("" if name is None else name.lower(), tuple(kinds)))
         return None
-    fields.note_unknown(("Type", *(it.name for it in keys_of(kind).values())))
+    own = [it.name for it in keys_of(kind).values()]
+    for key_name in fields.names():
+        others = [it.type for it in kinds.values() if key_name in [key.name for key in keys_of(it).values()]]
+        if others and key_name not in own:
+            report.note(f"Backend.{key_name}: is for Type {', '.join(others)}; Type {kind.type} ignores it")
+    fields.note_unknown(tuple(every_key))
     return read_keys(kind, fields)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import os
 import random
@@ -22,6 +23,7 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
+from http import HTTPStatus
 from ipaddress import IPv4Address
 
 from udptun.backends import probe
@@ -33,11 +35,12 @@ from udptun.config.flags import Options
 from udptun.config.net_conf import NetConf
 from udptun.config.service_manager import ServiceManager
 from udptun.control import notify
+from udptun.control.config_document import config_document
 from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
 from udptun.control.hand_over import HandOver
 from udptun.control.health_port import HealthPort
-from udptun.control.http import serve
+from udptun.control.http import Request, Response, serve
 from udptun.control.instance import claim_files, claim_network, remember, starting
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.node_status import NodeStatus
@@ -118,6 +121,8 @@ class Daemon:
         self._is_stepping_back = False
         self._config = ""
         """The text of the network config in force."""
+        self._config_source = ""
+        """Where it was read."""
         self._hangup = asyncio.Event()
         """Set by SIGHUP."""
 
@@ -203,6 +208,7 @@ class Daemon:
             claim_files(self._claims, options)
             await self._serve_http(undo)
             store = open_store(options)
+            self._config_source = store.config_name
             undo.push_async_callback(store.aclose)
             running = await self._start(store, undo)
             self._answers.running = running
@@ -252,11 +258,18 @@ class Daemon:
 
     async def _serve_http(self, undo: AsyncExitStack) -> None:
         options = self._options
-        server = await serve({**self._answers.all, **self._hand_over.routes}, options.run_dir / SOCKET_NAME)
+        routes = {**self._answers.all, **self._hand_over.routes, "/config": self._show_config}
+        server = await serve(routes, options.run_dir / SOCKET_NAME)
         undo.callback(server.close)
         if options.healthz_port:
             undo.callback(self._health_port.close)
             await self._health_port.open()
+
+    def _show_config(self, request: Request) -> Response:
+        document = config_document(
+            *(self._options, self._answers.running, self._config, self._config_source, self._node_status.waiting)
+        )
+        return Response(HTTPStatus.OK, json.dumps(document) + "\n", "application/json")
 
     async def _start(self, store: Store, undo: AsyncExitStack) -> Running:
         """All stages from the configuration to subnet.env.  Raises UdptunError; `undo` then undoes what was made."""

@@ -54,13 +54,14 @@ class UsageError(UdptunError):
 class ConfigError(UdptunError):
     """A configuration that a person has to mend (exit status 2).
 
-    Each of `problems` names its key; str() joins them with "; ".
+    Each of `problems` names its key; str() joins them with "; ".  `notes` are lines about what else is odd in it.
     """
 
     exit_status = 2
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, notes: Iterable[str] = ()) -> None:
         self._problems = tuple(map(one_line, problems))
+        self.notes = tuple(notes)
         Exception.__init__(self, "; ".join(self._problems))
 
     @property
