@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import re
 import time
@@ -23,6 +24,7 @@ from udptun.doctor import daemon, kernel, others, paths, store
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination, examine
 from udptun.doctor.facts import Facts, Peer, StoreView
 from udptun.doctor.finding import Finding, NotHereError, Severity
+from udptun.doctor.probes import Echo, Echoes
 from udptun.doctor.processes import Process, daemon_words, flanneld_in
 from udptun.doctor.report import as_json, as_text
 from udptun.doctor.sample import MOST, sample
@@ -138,7 +140,7 @@ async def test_a_datapath_without_process_worker_or_standby_is_named() -> None:
 
 async def test_an_mtu_that_the_underlay_does_not_take_is_named() -> None:
     small = {1: replace(link(1, "eth0"), mtu=1400)}
-    (finding,) = await paths.mtu(facts(links=small, document=document()))
+    (finding,) = await paths.mtu_in_use(facts(links=small, document=document()))
     assert finding.severity is Severity.WARNING
     assert "1472 bytes, 1500 on eth0, and that takes 1400" in finding.cause
 
@@ -309,6 +311,69 @@ def test_all_of_a_hundred_peers_are_asked_and_of_ten_thousand_a_sample_with_the_
     assert sum(peer.liveness == "dead" for peer in large.chosen) == 2
     assert str(large) == "a sample of 100 of 10000 peers"
     assert len(sample(many(10_000, dead=range(5_000))).chosen) == MOST
+
+
+PEER = ip_address("192.0.2.7")
+INNER, OUTER = Echo(ip_address("10.244.7.0")), Echo(PEER)
+
+
+@pytest.mark.parametrize(
+    ("answered", "refused", "closed", "liveness", "received", "severity", "cause"),
+    [
+        ({INNER}, {}, {}, "alive", (5, 5), None, ""),
+        (set(), {OUTER: OSError(errno.ENETUNREACH, "")}, {}, "dead", (5, 5), 3, "cannot be sent (ENETUNREACH)"),
+        (
+            {OUTER},
+            {},
+            {(PEER, 8285): "ECONNREFUSED"},
+            "dead",
+            (5, 5),
+            3,
+            "nobody listens on UDP port 8285 of 192.0.2.7",
+        ),
+        ({OUTER}, {}, {(PEER, 8285): "EHOSTUNREACH"}, "dead", (5, 5), 3, "refused on the way (EHOSTUNREACH)"),
+        (set(), {}, {}, "dead", (5, 5), 3, "neither through the tunnel nor to a ping"),
+        ({OUTER}, {}, {}, "dead", (5, 9), 3, "packets of 192.0.2.7 arrive here"),
+        ({OUTER}, {}, {}, "unknown", (0, 0), 3, "has never answered through the tunnel"),
+        ({OUTER}, {}, {}, "unknown", (5, 5), 2, "though packets of its pods arrive"),
+        ({OUTER}, {}, {}, "dead", (5, 5), 3, "nothing comes from it through the tunnel"),
+    ],
+)
+async def test_what_came_back_from_a_peer_says_where_packets_are_lost(
+    monkeypatch: pytest.MonkeyPatch,
+    answered: set[Echo],
+    refused: dict[Echo, OSError],
+    closed: dict[Any, str],
+    liveness: str,
+    received: tuple[int, int],
+    severity: int | None,
+    cause: str,
+) -> None:
+    async def ask(questions: object) -> Echoes:
+        return Echoes(answered, refused)
+
+    async def find_closed(remotes: object) -> dict[Any, str]:
+        return closed
+
+    monkeypatch.setattr("udptun.doctor.paths.ask_echoes", ask)
+    monkeypatch.setattr("udptun.doctor.paths.find_closed_ports", find_closed)
+    before, now = (
+        document(peers=[{**document()["peers"][0], "liveness": liveness, "decap_packets": n}]) for n in received
+    )
+    found = await paths.reachability(facts(before, ask_again=lambda: now))
+    assert [it.severity for it in found] == ([] if severity is None else [severity])
+    assert all(cause in it.cause and it.remedy for it in found)
+
+
+async def test_a_peer_that_answers_short_packets_alone_has_a_narrow_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(questions: object) -> Echoes:
+        return Echoes({INNER})
+
+    monkeypatch.setattr("udptun.doctor.paths.ask_echoes", ask)
+    peer = {**document()["peers"][0], "path_mtu": 1400}
+    (finding,) = await paths.path_mtu(facts(document(peers=[peer])))
+    assert finding.cause == "packets of 1472 bytes do not reach it and come back, and those of 1400 do"
+    assert finding.severity is Severity.WARNING
 
 
 async def test_ten_thousand_peers_cost_little() -> None:

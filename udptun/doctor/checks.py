@@ -84,7 +84,7 @@ CHECKS = (
         "mend the path",
         paths.path_mtu,
     ),
-    Check("mtu", "the MTU in use against the underlay's and the pods'", WARNING, "set Backend.MTU", paths.mtu),
+    Check("mtu", "the MTU in use against the underlay's and the pods'", WARNING, "set Backend.MTU", paths.mtu_in_use),
     Check("peer-routes", "the routes to the peers' addresses", ERROR, "mend the route", paths.peer_routes),
     Check("store", "whether the store answers", ERROR, "as its message says", store.store),
     Check(

@@ -160,6 +160,11 @@ class Facts:
             return "" if ipv6["mtu"] is None else str(ipv6["device"] or self.underlay)
         return str(backend["device"] or self.underlay)
 
+    def link_name(self, index: int | None) -> str:
+        """The name of the link with that index; empty when there is none."""
+        link = None if index is None else self.links.get(index)
+        return "" if link is None else link.name
+
     @property
     def underlay(self) -> str:
         """The interface to the other hosts; empty when it is not known."""

@@ -98,13 +98,7 @@ async def reverse_path(facts: Facts) -> list[Finding]:
     found: dict[tuple[str, str], list[IPAddress]] = {}
     for link, ip in asked:
         route = routes.get(ip)
-        back = (
-            ""
-            if route is None or route.oif is None
-            else facts.links[route.oif].name
-            if route.oif in facts.links
-            else ""
-        )
+        back = "" if route is None else facts.link_name(route.oif)
         if back not in (link, "lo"):
             found.setdefault((link, back), []).append(ip)
     return [

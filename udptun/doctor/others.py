@@ -136,7 +136,7 @@ async def foreign_routes(facts: Facts) -> list[Finding]:
     for route in facts.routes:
         if route.protocol == ROUTE_PROTOCOL or not any(is_inside(route.dst, it) for it in facts.networks):
             continue
-        if names.get(route.oif or 0, "") in ours or any(is_inside(route.dst, it) for it in facts.own_subnets):
+        if facts.link_name(route.oif) in ours or any(is_inside(route.dst, it) for it in facts.own_subnets):
             continue
         if (route.oif, route.dst) in pods or route.type not in (RouteType.UNICAST, *_REFUSING):
             # Of an address: `overlap` says so.

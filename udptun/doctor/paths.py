@@ -22,14 +22,18 @@ _OVERHEADS = {"udp": {4: 28, 6: 48}, "vxlan": {4: 50, 6: 70}, "host-gw": {4: 0, 
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """What came back from a peer."""
+    """What came back from a peer that does not answer through the tunnel.
 
-    is_inner: bool
+    `is_outer`: an answer of its own address.  `no_route`: the error with which the kernel does not send there.
+    `closed`: the error that came back from its UDP port.  `is_heard`: packets of it have arrived meanwhile;
+    `has_been_heard`: ever.
+    """
+
     is_outer: bool
     no_route: str
     closed: str
     is_heard: bool
-    """Packets of it have arrived meanwhile."""
+    has_been_heard: bool
 
 
 async def reachability(facts: Facts) -> list[Finding]:
@@ -47,7 +51,7 @@ async def reachability(facts: Facts) -> list[Finding]:
     before, now = facts.document, await asyncio.to_thread(facts.ask_again)
     found: list[Finding] = []
     for peer in silent:
-        answers = _answers(peer, echoes, closed, is_heard=_received(now, peer) > _received(before, peer))
+        answers = _answers(peer, echoes, closed, _received(before, peer), _received(now, peer))
         found += _judge(peer, answers)
     return found
 
@@ -62,15 +66,16 @@ def _asked(facts: Facts) -> tuple[Peer, ...]:
     return sample(facts.peers).chosen
 
 
-def _answers(peer: Peer, echoes: Echoes, closed: Mapping[Remote, str], *, is_heard: bool) -> _Answers:
+def _answers(peer: Peer, echoes: Echoes, closed: Mapping[Remote, str], n_before: int, n_now: int) -> _Answers:
+    """`n_before` and `n_now`: packets that the peer has sent until the probes, and until now."""
     outer = Echo(peer.public_ip)
     refused = echoes.refused.get(outer)
     return _Answers(
-        Echo(peer.inner) in echoes.answered,
         outer in echoes.answered,
         "" if refused is None else errorcode.get(refused.errno or 0, str(refused)),
         "" if peer.port is None else closed.get((peer.public_ip, peer.port), ""),
-        is_heard,
+        n_now > n_before,
+        n_now > 0,
     )
 
 
@@ -84,7 +89,7 @@ def _received(document: Document | None, peer: Peer) -> int:
 
 def _judge(peer: Peer, answers: _Answers) -> Iterator[Finding]:
     """Of a peer that does not answer through the tunnel."""
-    ip, port = peer.public_ip, peer.port
+    ip, port, severity = peer.public_ip, peer.port, Severity.ERROR
     where = f"UDP port {port}" if port is not None else "the backend's packets"
     if answers.no_route:
         cause = f"packets to {ip} cannot be sent ({answers.no_route})"
@@ -98,6 +103,10 @@ def _judge(peer: Peer, answers: _Answers) -> Iterator[Finding]:
     elif not answers.is_outer:
         cause = f"{ip} answers neither through the tunnel nor to a ping of its own address"
         remedy = f"is it up, is the address right (`udptun lease list`), does the network lead there? `ping {ip}`"
+    elif peer.liveness == "unknown" and answers.has_been_heard:
+        severity = Severity.WARNING
+        cause = f"{ip} has never answered a ping through the tunnel, though packets of its pods arrive"
+        remedy = f"pods may reach each other all the same; let ICMP echoes to {peer.inner} in at the peer to know"
     elif answers.is_heard:
         cause = f"packets of {ip} arrive here, and what this host sends to {where} there does not, or is not answered"
         remedy = f"let {where} in at the peer and out here: firewalls of both, and of the network between"
@@ -107,7 +116,7 @@ def _judge(peer: Peer, answers: _Answers) -> Iterator[Finding]:
     else:
         cause = f"{ip} answers a ping of its own address, and nothing comes from it through the tunnel"
         remedy = f"let {where} in at both hosts: their firewalls, and those of the network between, drop it"
-    yield Finding(Severity.ERROR, str(peer), cause, remedy)
+    yield Finding(severity, str(peer), cause, remedy)
 
 
 async def path_mtu(facts: Facts) -> list[Finding]:
@@ -127,8 +136,8 @@ async def path_mtu(facts: Facts) -> list[Finding]:
         if full[peer] in echoes.answered or short[peer] not in echoes.answered:
             continue
         mtu = mtus[peer.inner.version]
-        known = f", {peer.path_mtu} do" if peer.path_mtu is not None and peer.path_mtu < mtu else ""
-        cause = f"packets of {mtu} bytes do not reach it and come back{known}, and shorter ones do"
+        shorter = f"those of {peer.path_mtu}" if peer.path_mtu is not None and peer.path_mtu < mtu else "shorter ones"
+        cause = f"packets of {mtu} bytes do not reach it and come back, and {shorter} do"
         remedy = (
             "mend the path (a link with a smaller MTU, a tunnel, a filter), or give all hosts a smaller Backend.MTU; "
             "until then senders are told to send less"
@@ -137,7 +146,7 @@ async def path_mtu(facts: Facts) -> list[Finding]:
     return found
 
 
-async def mtu(facts: Facts) -> list[Finding]:
+async def mtu_in_use(facts: Facts) -> list[Finding]:
     if facts.mtu is None or facts.document is None:
         raise NotHereError("no daemon says how long packets may be")
     underlay = facts.document["underlay"]
@@ -174,15 +183,10 @@ async def peer_routes(facts: Facts) -> list[Finding]:
         route = routes.get(ip)
         if route is None:
             cause, remedy = f"this host has no route to {ip}", f"`ip route get {ip}`; a default route is missing?"
-        elif (device := _link_name(facts, route.oif)) in devices:
+        elif (device := facts.link_name(route.oif)) in devices:
             cause = f"the route to {ip} leads into {device}, so the tunnel's own datagrams come back"
             remedy = f"`ip route get {ip}` shows it; choose another Network, or delete that route"
         else:
             continue
         found.append(Finding(Severity.ERROR, str(peer), cause, remedy))
     return found
-
-
-def _link_name(facts: Facts, index: int | None) -> str:
-    link = None if index is None else facts.links.get(index)
-    return "" if link is None else link.name

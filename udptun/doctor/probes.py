@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
@@ -74,9 +74,8 @@ async def ask_echoes(questions: Collection[Echo]) -> Echoes:
     return found
 
 
-def _open(version: int, take: object, undo: contextlib.ExitStack) -> socket.socket:
-    """The socket to send with; what is received goes to `take` until `undo` is closed."""
-    assert callable(take)
+def _open(version: int, take: Callable[[bytes | None], None], undo: contextlib.ExitStack) -> socket.socket:
+    """The socket to send with.  The nonce of each reply goes to `take` until `undo` is closed; None: it has none."""
     family, protocol = (
         (socket.AF_INET, socket.IPPROTO_ICMP) if version == 4 else (socket.AF_INET6, socket.IPPROTO_ICMPV6)
     )
