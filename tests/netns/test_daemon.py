@@ -50,6 +50,44 @@ def pair(pair: Lab) -> Iterator[Lab]:
     reload(pair.host(1), {})
 
 
+def start_again(lab: Lab, *flags: str) -> tuple[Host, int]:
+    """Host 2 with a new daemon that has its peers, and where in the log that daemon begins."""
+    host = lab.host(2)
+    host.stop_daemon()
+    begin = len(host.daemon_log())
+    host.start_daemon(flags)
+    host.wait_ready()
+    wait_for_peers(lab)
+    return host, begin
+
+
+def test_log_for_programs_is_an_object_a_line_and_an_idle_daemon_is_silent(
+    pair: Lab, request: pytest.FixtureRequest
+) -> None:
+    host, begin = start_again(pair, "--log-format=json")
+    try:
+        lines = [json.loads(line) for line in host.daemon_log()[begin:].splitlines()]
+        (ready,) = [line for line in lines if line["message"] == "ready"]
+        assert ready == {
+            "time": ready["time"],
+            "level": "info",
+            "logger": "udptun.control.daemon",
+            "message": "ready",
+            "subnet": read_status(host)["lease"]["subnet"],
+            "mtu": 1472,
+            "n_peers": ready["n_peers"],
+        }
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", ready["time"])
+        assert {"backend chosen", "lease acquired", "underlay chosen"} <= {line["message"] for line in lines}
+        # What was there before the daemon is adopted, and what is said of that comes soon.
+        time.sleep(2)
+        idle = len(host.daemon_log())
+        time.sleep(60 if request.config.getoption("--full") else 4)
+        assert host.daemon_log()[idle:] == ""
+    finally:
+        start_again(pair)
+
+
 def test_config_show_says_what_the_running_daemon_uses_and_why(pair: Lab) -> None:
     host = pair.host(1)
 

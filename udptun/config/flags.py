@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
@@ -73,6 +74,13 @@ LEASES = "Leases"
 _HOST, _TUNNEL, _RUNNING, _FIREWALL = "This host", "Tunnel", "Running", "Firewall"
 
 
+class LogFormat(StrEnum):
+    """What --log-format may be."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 def _ipv4_or_none(text: str) -> IPv4Address | None:
     """An empty address counts as none, as to flannel: manifests pass variables that may be empty."""
     try:
@@ -115,6 +123,13 @@ def _confinement(text: str) -> Confinement:
         return Confinement(text)
     except ValueError:
         raise ValueError("must be full, capabilities or off") from None
+
+
+def _log_format(text: str) -> LogFormat:
+    try:
+        return LogFormat(text)
+    except ValueError:
+        raise ValueError("must be text or json") from None
 
 
 def _source_ports(text: str) -> int:
@@ -228,6 +243,9 @@ class Options:
         _RUNNING, boolean, False, "", "ask a daemon that runs with this --run-dir to step back, and go on in its place"
     )
     v: int = flag(_RUNNING, integer, 0, "LEVEL", "log level; 1 and more: debug")
+    log_format: LogFormat = flag(
+        _RUNNING, _log_format, LogFormat.TEXT, "FORM", "text, or json: an object a line, its fields as keys"
+    )
     vmodule: str = flag_without_effect(_RUNNING, str, "", "PATTERNS", "accepted as flannel's; no effect")
     log_backtrace_at: str = flag_without_effect(
         _RUNNING, str, "", "LINE", "accepted as flannel's; no effect", name="log_backtrace_at"

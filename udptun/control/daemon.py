@@ -18,7 +18,6 @@ import logging
 import os
 import random
 import signal
-import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -43,6 +42,7 @@ from udptun.control.health_port import HealthPort
 from udptun.control.http import Request, Response, serve
 from udptun.control.instance import claim_files, claim_network, remember, starting
 from udptun.control.kept_descriptors import KeptDescriptors
+from udptun.control.log_format import start_logging
 from udptun.control.node_status import NodeStatus
 from udptun.control.routing import Routing
 from udptun.control.run_dir import SOCKET_NAME, fault_of_directory
@@ -86,9 +86,7 @@ _ENDING = (signal.SIGTERM, signal.SIGINT)
 
 def run(options: Options, manager: ServiceManager) -> int:
     """Run the daemon until SIGTERM or SIGINT; return its exit status (0: stopped as asked)."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s"
-    )
+    start_logging(options.log_format)
     set_log_level(options, None)
     # Thousands of leases are hundreds of thousands of objects that stay.  To look through them for cycles every 700
     # objects (Python's default) takes as long as to make them.
