@@ -376,11 +376,11 @@ async def test_a_peer_that_answers_short_packets_alone_has_a_narrow_path(monkeyp
     assert finding.severity is Severity.WARNING
 
 
-async def test_ten_thousand_peers_cost_little() -> None:
+async def test_thousands_of_peers_and_of_routes_cost_little() -> None:
     """Before, each look at a route of others made all peers anew."""
     peers = [
         {"subnet": str(it.subnet), "public_ip": str(it.public_ip), "port": 8285, "liveness": "alive"}
-        for it in many(10_000)
+        for it in many(2_000)
     ]
     routes = tuple(Route(ip_network((0x0AF40000 + (i << 8), 24)), None, 1, protocol=4) for i in range(200))
     of = facts(document(network="10.0.0.0/8", peers=peers), routes=routes)
@@ -449,6 +449,14 @@ def test_text_has_problems_first_two_lines_each_and_colour_on_a_terminal_only() 
     assert "ok       clock: " in whole
     assert "-        pod-cidr: not looked at: only Kubernetes gives podCIDRs" in whole
     assert "nothing wrong" in whole.splitlines()[-1]
+
+
+def test_text_names_ten_findings_of_a_check_and_counts_the_others() -> None:
+    text = as_text(examination(*[Severity.ERROR] * 12), with_all=False, with_colour=False)
+    assert text.count("-> switch it on") == 10
+    assert "         ... and 2 more of forwarding (--all shows them)" in text.splitlines()
+    assert "12 errors" in text
+    assert as_text(examination(*[Severity.ERROR] * 12), with_all=True, with_colour=False).count("->") == 12
 
 
 def test_json_has_every_check_once_and_the_keys_of_the_page() -> None:

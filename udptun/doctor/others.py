@@ -29,6 +29,8 @@ from udptun.kernel.claims import names_held
 
 _SHOWN = 5
 """Routes that are named one by one."""
+_COMPARED = 50
+"""So many routes of others are compared with all peers."""
 
 
 async def two_daemons(facts: Facts) -> list[Finding]:
@@ -132,7 +134,7 @@ async def foreign_routes(facts: Facts) -> list[Finding]:
     ours = {facts.device(family) for family in Family}
     pods = [(it.link_index, ip_network(f"{it.ip}/{it.prefixlen}", strict=False)) for it in facts.addresses]
     names = _names(facts)
-    found = []
+    found: list[Finding] = []
     for route in facts.routes:
         if route.protocol == ROUTE_PROTOCOL or not any(is_inside(route.dst, it) for it in facts.networks):
             continue
@@ -141,8 +143,10 @@ async def foreign_routes(facts: Facts) -> list[Finding]:
         if (route.oif, route.dst) in pods or route.type not in (RouteType.UNICAST, *_REFUSING):
             # Of an address: `overlap` says so.
             continue
-        taken = [peer for peer in facts.peers if overlap(peer.subnet, route.dst)]
-        whose = f"packets to pods of {taken[0]}" if taken else "what hosts may lease there"
+        # A host that has thousands of them has one cause for all.
+        peers = facts.peers if len(found) < _COMPARED else ()
+        taken = next((peer for peer in peers if overlap(peer.subnet, route.dst)), None)
+        whose = f"packets to pods of {taken}" if taken else "what hosts may lease there"
         found.append(
             Finding(
                 Severity.ERROR if taken else Severity.WARNING,

@@ -48,10 +48,11 @@ async def reachability(facts: Facts) -> list[Finding]:
     if not silent:
         return []
     closed = await find_closed_ports([it for it in remotes if it[0] in {peer.public_ip for peer in silent}])
-    before, now = facts.document, await asyncio.to_thread(facts.ask_again)
+    before, now = _received(facts.document), _received(await asyncio.to_thread(facts.ask_again))
     found: list[Finding] = []
     for peer in silent:
-        answers = _answers(peer, echoes, closed, _received(before, peer), _received(now, peer))
+        subnet = str(peer.subnet)
+        answers = _answers(peer, echoes, closed, before.get(subnet, 0), now.get(subnet, 0))
         found += _judge(peer, answers)
     return found
 
@@ -79,12 +80,12 @@ def _answers(peer: Peer, echoes: Echoes, closed: Mapping[Remote, str], n_before:
     )
 
 
-def _received(document: Document | None, peer: Peer) -> int:
-    """Packets from the peer so far, by the datapath's count."""
+def _received(document: Document | None) -> dict[str, int]:
+    """Packets from each peer so far, by its subnet, as the datapath has counted."""
     if document is None:
-        return 0
+        return {}
     listed = (*document["peers"], *(document.get("ipv6") or {}).get("peers", ()))
-    return sum(int(it.get("decap_packets", 0)) for it in listed if it["subnet"] == str(peer.subnet))
+    return {it["subnet"]: int(it.get("decap_packets", 0)) for it in listed}
 
 
 def _judge(peer: Peer, answers: _Answers) -> Iterator[Finding]:

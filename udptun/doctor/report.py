@@ -13,16 +13,25 @@ SCHEMA = 1
 """Of the JSON document.  Keys are only ever added."""
 
 _COLOURS = {Severity.ERROR: "\33[1;31m", Severity.WARNING: "\33[1;33m", Severity.NOTE: "\33[36m"}
+_SHOWN = 10
+"""Findings of one check: a host that is cut off has one for each peer."""
 _GREEN, _DIM, _PLAIN = "\33[32m", "\33[2m", "\33[0m"
 
 
 def as_text(it: Examination, *, with_all: bool, with_colour: bool) -> str:
-    """Problems first, two lines each, and a summary at the end.  `with_all`: also what is fine."""
+    """Problems first, two lines each, and a summary at the end.  `with_all`: all of them, and what is fine."""
     lines = []
+    counts = Counter(name for name, _ in it.findings)
+    shown: Counter[str] = Counter()
     for name, finding in it.findings:
+        shown[name] += 1
+        if shown[name] > _SHOWN and not with_all:
+            continue
         word = _paint(f"{finding.severity.word:<8}", _COLOURS[finding.severity], with_colour)
         subject = f"{finding.subject}: " if finding.subject and finding.subject not in finding.cause else ""
         lines += [f"{word} {name}: {subject}{finding.cause}", f"         -> {finding.remedy}"]
+        if shown[name] == _SHOWN < counts[name] and not with_all:
+            lines.append(f"         ... and {counts[name] - _SHOWN} more of {name} (--all shows them)")
     if with_all:
         lines += _others(it, with_colour)
     return "\n".join([*lines, *([""] if lines else []), _summary(it)]) + "\n"
