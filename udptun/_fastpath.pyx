@@ -66,6 +66,7 @@ cdef enum:
     LONG_TRAIN = 8192             # bytes
     TUN_LOST_WAIT_MS = 20
     NO_TABLE_WAIT_MS = 10
+    BEFORE_QUEUES = 3             # descriptors in poll(): the eventfd and the sockets
     MOST_HAND_ONS = 2             # of what was in flight: it may be what ends whoever hands it on
     N_COUNTERS = sizeof(Counters) // sizeof(Counter)
     N_DIRECTIONS = 3              # whose packets are counted: encap, decap, inject
@@ -75,12 +76,12 @@ cdef enum:
 # ------------------------------------------------------------------------------------------ encap: TUN to UDP
 
 cdef int encap_turn(Loop *w) noexcept nogil:
-    """Read what the TUN has, up to a batch, and send it.  Returns how many reads gave something."""
+    """Read what our queues of the TUN have, up to a batch, and send it.  Returns how many reads gave something."""
     cdef iovec room[2]
     cdef Packet p
     cdef ut_read *tun_read
     cdef ssize_t got
-    cdef int reads = 0, used = 0
+    cdef int reads = 0, used = 0, n_empty = 0
     room[0].iov_len = w.vnet_len
     room[1].iov_len = PACKET_MAX
     while reads < <int>UT_READS and used < <int>UT_READ_BYTES:
@@ -94,20 +95,34 @@ cdef int encap_turn(Loop *w) noexcept nogil:
         # A successor that finds a first byte of 0 knows that there is no packet.
         p.data[0] = 0
         w.in_flight.n_reads = reads + 1
-        got = readv(w.tun_fd, room, 2)
+        got = readv(w.queue[w.next_queue], room, 2)
         if got < 0:
             if errno == EBADFD:
                 w.tun_lost = 1
-            break
+                break
+            n_empty += 1
+            if n_empty == w.n_queues:
+                break
+            step_queue(w)
+            continue
         reads += 1
         p.len = <int>got - w.vnet_len
         if p.len > 0:
             used += p.len + w.prefix_len
         encap(w, &p, tun_read)
+    # A queue that is never empty does not keep the others waiting.
+    step_queue(w)
     w.counters.tun_reads += reads
     send_groups(w)
     w.in_flight.n_reads = 0
     return reads
+
+
+cdef inline void step_queue(Loop *w) noexcept nogil:
+    """Have the next read be from the next queue."""
+    w.next_queue += 1
+    if w.next_queue == w.n_queues:
+        w.next_queue = 0
 
 
 cdef void encap_inherited(Loop *w) noexcept nogil:
@@ -345,15 +360,17 @@ cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
 
 
 cdef void run_loop(Loop *w) noexcept nogil:
-    cdef pollfd fds[4]
-    cdef int n_fds = 4 if w.ipv6_fd >= 0 else 3
+    cdef pollfd fds[BEFORE_QUEUES + UT_MAX_WORKERS]
+    cdef int i, n_fds = BEFORE_QUEUES + w.n_queues
     cdef bint tun = True, udp = True
     fds[0].fd = w.event_fd
-    fds[1].fd = w.tun_fd
-    fds[2].fd = w.udp_fd
-    fds[3].fd = w.ipv6_fd
-    fds[0].events = fds[1].events = fds[2].events = fds[3].events = POLLIN
-    fds[3].revents = 0
+    fds[1].fd = w.udp_fd
+    # poll() leaves out what has no descriptor.
+    fds[2].fd = w.ipv6_fd
+    for i in range(w.n_queues):
+        fds[BEFORE_QUEUES + i].fd = w.queue[i]
+    for i in range(n_fds):
+        fds[i].events = POLLIN
     ut_store_u64(&w.worker.pid, getpid())
     while not w.stop and not has_table(w):
         if poll(fds, 1, NO_TABLE_WAIT_MS) > 0:
@@ -371,8 +388,10 @@ cdef void run_loop(Loop *w) noexcept nogil:
             poll(fds, n_fds, -1)
             # The side that woke us goes first and alone: what waits there waits for nothing else.  A deleted device
             # makes poll return at once, with POLLERR; the read then says so.
-            udp = fds[2].revents != 0 or fds[3].revents != 0
-            tun = fds[1].revents != 0 or not udp
+            udp = fds[1].revents != 0 or fds[2].revents != 0
+            tun = not udp
+            for i in range(BEFORE_QUEUES, n_fds):
+                tun |= fds[i].revents != 0
         if fds[0].revents:
             drain(w.event_fd)
     w.worker.state = UT_STATE_STOPPED
@@ -399,6 +418,7 @@ cdef class Worker:
     it has virtio headers), `udp_fd` the UDP socket that receives and sends.  `senders` are sockets that share the flows
     to peers that take any source port.  `ipv6_fd`: a socket of IPv6 beside `udp_fd`, which is of IPv4 then; -1: none.
     All are borrowed: the caller keeps them open while the worker runs.
+    `more_queues`: of the device, which are read as `tun_fd` is, and not written to.
     `n_workers`: how many there are; what workers beyond them had in flight is handed on by those that there are.
     `events`: two eventfds that the control plane shares, or none.  It writes to the first one when it has handed a
     packet to worker 0, and the workers write to the second one when they have handed packets to it.
@@ -408,13 +428,15 @@ cdef class Worker:
     cdef Loop *_w
 
     def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd, senders=(),
-                  unsigned int n_workers=UT_MAX_WORKERS, events=(), int ipv6_fd=-1):
+                  unsigned int n_workers=UT_MAX_WORKERS, events=(), int ipv6_fd=-1, more_queues=()):
         if index >= UT_MAX_WORKERS:
             raise ValueError(f"worker {index}: there are {UT_MAX_WORKERS} at most")
         if not index < n_workers <= UT_MAX_WORKERS:
             raise ValueError(f"worker {index} of {n_workers}")
         if len(senders) > UT_MAX_SENDERS:
             raise ValueError(f"{len(senders)} sockets to send from: there are {UT_MAX_SENDERS} at most")
+        if len(more_queues) >= UT_MAX_WORKERS:
+            raise ValueError(f"{len(more_queues)} more queues: there are {UT_MAX_WORKERS - 1} at most")
         self._w = <Loop *>calloc(1, sizeof(Loop))
         if self._w == NULL:
             raise MemoryError
@@ -442,6 +464,9 @@ cdef class Worker:
         if index == 0:
             self._w.injects = &self._w.stats.inject
         self._w.tun_fd = tun_fd
+        for fd in (tun_fd, *more_queues):
+            self._w.queue[self._w.n_queues] = fd
+            self._w.n_queues += 1
         self._w.udp_fd = udp_fd
         self._w.ipv6_fd = ipv6_fd
         for fd in senders:
@@ -579,19 +604,8 @@ def load_u64(words, Py_ssize_t i):
 cdef extern from "spread.h" nogil:
     int ut_spread(int fd, uint32_t first, uint32_t n)
 
-cdef extern from "queue.h" nogil:
-    int ut_detach_queue(int fd)
-
 cdef extern from "confine.h" nogil:
     int ut_confine(int wanted)
-
-
-def detach_queue(int tun_fd):
-    """Have the kernel give no more packets to a queue of a TUN device.  What waits in it is lost.
-
-    The kernel refuses when the device has gone, and then nothing has to be done.
-    """
-    ut_detach_queue(tun_fd)
 
 
 def spread(int udp_fd, uint32_t n, uint32_t first=0):

@@ -8,7 +8,6 @@ class _Lib:
     TUNSETVNETHDRSZ: int
     TUNGETVNETHDRSZ: int
     TUNGETFEATURES: int
-    TUNSETQUEUE: int
     TUNSETSNDBUF: int
     IFF_TUN: int
     IFF_TAP: int
@@ -16,8 +15,6 @@ class _Lib:
     IFF_VNET_HDR: int
     IFF_MULTI_QUEUE: int
     IFF_PERSIST: int
-    IFF_ATTACH_QUEUE: int
-    IFF_DETACH_QUEUE: int
     IFF_NAPI: int
     IFF_NAPI_FRAGS: int
     IFNAMSIZ: int

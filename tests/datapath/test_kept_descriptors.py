@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.datapath.test_processes import Rig, until
+from tests.datapath.test_processes import PACKET, Rig, more_queues, until
 from tests.service_manager import Manager
 from udptun.config.service_manager import ServiceManager
 from udptun.control.kept_descriptors import KeptDescriptors
@@ -111,6 +111,21 @@ async def test_sockets_of_ipv6_come_back_with_those_of_ipv4(rig: Rig, manager: M
         assert os.path.sameopenfile(theirs, ipv6.fileno())
         found.close_descriptors()
         await Datapath(rig.run_dir, both, [found]).stop()
+
+
+async def test_queues_beyond_one_a_worker_come_back(rig: Rig, manager: Manager) -> None:
+    with more_queues(rig, 2) as queues:
+        await next_daemon(manager).keep({"flannel0": rig.descriptors})
+        manager.read()
+        assert kinds(manager) == sorted([*WHOLE, "tun/1", "tun/2"])
+        await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)
+        (found,) = await processes.find_running(rig.run_dir)
+        assert found.descriptors is not None
+        assert len(found.descriptors.tun) == 3
+        queues[1].send(PACKET)
+        await rig.received(1)
+        found.close_descriptors()
+        await Datapath(rig.run_dir, rig.descriptors, [found]).stop()
 
 
 async def test_each_of_two_datapaths_comes_back_whatever_becomes_of_the_other(rig: Rig, manager: Manager) -> None:

@@ -171,6 +171,71 @@ def test_next_control_plane_finds_both_processes_and_their_descriptors(rig: Rig)
     with_datapath(rig, test)
 
 
+@contextlib.contextmanager
+def more_queues(rig: Rig, n: int) -> Iterator[list[socket.socket]]:
+    """As of a time with more workers: the kernel's ends of `n` queues of which `rig.descriptors` have the others."""
+    before = rig.descriptors
+    with contextlib.ExitStack() as undo:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(n)]
+        ends = [tuple(undo.enter_context(end) for end in pair) for pair in pairs]
+        for _kernel, end in ends:
+            end.setblocking(False)
+        rig.descriptors = dataclasses.replace(before, tun=(*before.tun, *(end.fileno() for _kernel, end in ends)))
+        yield [kernel for kernel, _end in ends]
+        rig.descriptors = before
+
+
+def test_queues_beyond_one_a_worker_are_read_and_handed_on(rig: Rig) -> None:
+    async def test(datapath: Datapath) -> None:
+        # Each wakes the worker, which sleeps.
+        for number, kernel in enumerate((*queues, rig.kernel), 1):
+            kernel.send(PACKET)
+            await rig.received(1)
+            await until(lambda number=number: rig.stats.counters()["encap_sent"] == number)
+        found = await processes.find_running(rig.run_dir)
+        for process in found:
+            assert process.descriptors is not None
+            theirs = process.descriptors
+            assert (len(theirs.tun), len(theirs.udp), len(theirs.events)) == (3, 1, 2)
+            for fd, ours in zip(theirs.as_list(), rig.descriptors.as_list(), strict=True):
+                assert os.path.sameopenfile(fd, ours)
+            process.close_descriptors()
+            process.detach()
+        assert datapath.active is not None
+        os.kill(datapath.active.pid, signal.SIGKILL)
+        queues[1].send(PACKET)
+        await rig.received(1)
+        # A successor begins with what waits in all of them.
+        await datapath.replace(rig.descriptors)
+        for kernel in queues:
+            kernel.send(PACKET)
+        await rig.received(2)
+
+    with more_queues(rig, 2) as queues:
+        with_datapath(rig, test)
+
+
+def test_a_queue_that_is_never_empty_does_not_keep_the_others_waiting(rig: Rig) -> None:
+    with more_queues(rig, 2) as (busy, quiet):
+        fds = (rig.table.fd, rig.stats.fd, 0, rig.tun.fileno(), rig.udp.fileno())
+        worker = _fastpath.Worker(*fds, more_queues=rig.descriptors.tun[1:])
+        rig.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        busy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        last = PACKET[:-7] + b"nothing"
+        for _ in range(600):
+            busy.send(PACKET)
+        quiet.send(last)
+        # A turn reads 128 packets.
+        for _ in range(2):
+            worker.turn()
+        payloads = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                payloads.append(rig.peer.recv(2000)[-7:])
+        assert len(payloads) == 256
+        assert payloads.count(b"nothing") == 1
+
+
 async def test_processes_of_another_build_are_replaced_without_losing_what_waits(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,13 +162,20 @@ class UdpFlow:
 
 @contextlib.contextmanager
 def udp_flow(
-    source: Pod, destination: Pod, packets_per_s: float, port: int = 5001, *, ipv6: bool = False
+    source: Pod,
+    destination: Pod,
+    packets_per_s: float,
+    port: int = 5001,
+    *,
+    ipv6: bool = False,
+    from_many_ports: bool = False,
 ) -> Iterator[UdpFlow]:
-    """UDP datagrams with checked content from pod to pod while the block runs."""
+    """UDP datagrams with checked content from pod to pod while the block runs, from one port or from 32."""
+    role = "udp-send-from-many" if from_many_ports else "udp-send"
     address = _wait_for_path(source, destination, ipv6=ipv6)
     with _End(destination, "udp-receive", address, port) as receiver:
         receiver.wait_ready()
-        with _End(source, "udp-send", address, port, packets_per_s) as sender:
+        with _End(source, role, address, port, packets_per_s) as sender:
             flow = UdpFlow(receiver.process, ipv6=ipv6)
             flow.wait_for_more(10)
             yield flow

@@ -5,6 +5,7 @@ line of JSON.  RATE is packets/s of udp-send, bytes/s of tcp-send, and not used 
 from position alone, so that the receiver can tell every byte.  Times are CLOCK_MONOTONIC, nanoseconds.
 """
 
+import contextlib
 import hashlib
 import json
 import select
@@ -45,11 +46,16 @@ def report(**facts: object) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def send_udp(address: str, port: int, rate: float) -> None:
-    """Send at `rate` until told to stop.  A refused send is counted by its errno and not repeated."""
+def send_udp(address: str, port: int, rate: float, n_ports: int = 1) -> None:
+    """Send at `rate` until told to stop, from so many ports in turn.
+
+    A refused send is counted by its errno and not repeated.
+    """
     refused: dict[str, int] = {}
     sent = 0
-    with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
+    with contextlib.ExitStack() as undo:
+        opened = [socket.socket(family_of(address), socket.SOCK_DGRAM) for _ in range(n_ports)]
+        sockets = [undo.enter_context(sock) for sock in opened]
         ready()
         start = time.monotonic()
         while True:
@@ -58,12 +64,17 @@ def send_udp(address: str, port: int, rate: float) -> None:
             # After a pause of the whole machine: the flow is late, not dense.
             start = max(start, time.monotonic() - sent / rate - 0.02)
             try:
-                sock.sendto(content(sent), (address, port))
+                sockets[sent % n_ports].sendto(content(sent), (address, port))
             except OSError as exc:
                 name = str(exc.errno)
                 refused[name] = refused.get(name, 0) + 1
             sent += 1
     report(sent=sent, refused=refused)
+
+
+def send_udp_from_many(address: str, port: int, rate: float) -> None:
+    """As many flows: the kernel spreads them over the queues of the device."""
+    send_udp(address, port, rate, n_ports=32)
 
 
 def receive_udp(address: str, port: int, rate: float) -> None:
@@ -126,7 +137,13 @@ def receive_tcp(address: str, port: int, rate: float) -> None:
     report(received=received, n_spoilt=n_spoilt + bool(block), longest_silence_ns=longest_ns)
 
 
-ROLES = {"udp-send": send_udp, "udp-receive": receive_udp, "tcp-send": send_tcp, "tcp-receive": receive_tcp}
+ROLES = {
+    "udp-send": send_udp,
+    "udp-send-from-many": send_udp_from_many,
+    "udp-receive": receive_udp,
+    "tcp-send": send_tcp,
+    "tcp-receive": receive_tcp,
+}
 
 if __name__ == "__main__":
     role, address, port, rate = sys.argv[1:]

@@ -9,7 +9,7 @@ import pytest
 
 from udptun.core.tunnel import Confinement
 from udptun.datapath.protocol import Descriptors, Hello
-from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_IPV6, HELLO_MAGIC, HELLO_VERSION
+from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_IPV6, HELLO_MAGIC, HELLO_QUEUES, HELLO_VERSION
 
 BUILD_ID = "0123456789abcdef" * 2
 OURS = HELLO.pack(HELLO_MAGIC, HELLO.size, 1, 1, 2, 5_000, BUILD_ID.encode(), 4711, 8, 3)
@@ -32,11 +32,16 @@ def test_hello_of_version_1_is_understood() -> None:
     [(0, Confinement.OFF), (1, Confinement.CAPABILITIES), (2, Confinement.FULL), (3, None)],
 )
 def test_hello_of_this_build_says_what_its_process_has_given_up(number: int, confinement: Confinement | None) -> None:
-    head = struct.pack("=4sII", b"udpt", HELLO.size + HELLO_CONFINEMENT.size + HELLO_IPV6.size, HELLO_VERSION)
-    ours = head + OURS[12:] + HELLO_CONFINEMENT.pack(number, 2) + HELLO_IPV6.pack(2)
-    assert (len(ours), HELLO_VERSION) == (84, 5)
+    more = HELLO_CONFINEMENT.pack(number, 2) + HELLO_IPV6.pack(2) + HELLO_QUEUES.pack(3)
+    head = struct.pack("=4sII", b"udpt", HELLO.size + len(more), HELLO_VERSION)
+    ours = head + OURS[12:] + more
+    assert (len(ours), HELLO_VERSION) == (88, 6)
     understood = replace(UNDERSTOOD, confinement=confinement, has_events=True)
-    assert Hello.parse(ours) == replace(understood, wanted_confinement=Confinement.FULL, n_ipv6=2)
+    assert Hello.parse(ours) == replace(
+        understood, wanted_confinement=Confinement.FULL, n_ipv6=2, n_more_queues=3
+    )
+    before = head[:8] + struct.pack("=I", 5) + ours[12:]
+    assert Hello.parse(before) == replace(understood, wanted_confinement=Confinement.FULL, n_ipv6=2)
     # One for each of the two workers, or none.
     for n_ipv6 in (0, 1, 3):
         others = Hello.parse(ours[:80] + HELLO_IPV6.pack(n_ipv6))
@@ -82,6 +87,7 @@ def test_descriptors_are_told_apart_by_their_order() -> None:
     assert known.as_list() == list(range(10))
     assert replace(known, events=(10, 11)).as_list() == list(range(12))
     assert replace(known, events=(10, 11), ipv6=(12, 13)).as_list() == list(range(14))
+    assert replace(known, tun=(3, 4, 12, 13), events=(10, 11)).as_list() == list(range(14))
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,8 @@ def _whole_set(passed: Mapping[str, int]) -> Descriptors:
     lists = {kind: tuple(fds[i] for i in sorted(fds)) for kind, fds in found.items()}
     are_complete = all(sorted(fds) == list(range(len(fds))) for fds in found.values())
     counts = tuple(len(lists[kind]) for kind in ("table", "stats", "lock"))
-    n = len(lists["tun"])
-    is_whole = 0 < n == len(lists["udp"]) and len(lists["ipv6"]) in (0, n)
+    n = len(lists["udp"])
+    is_whole = 0 < n <= len(lists["tun"]) and len(lists["ipv6"]) in (0, n)
     if not are_complete or len(lineages) != 1 or counts != (1, 1, 1) or not is_whole:
         raise ValueError("they are not all there")
     (table,), (stats,), (lock,) = lists["table"], lists["stats"], lists["lock"]

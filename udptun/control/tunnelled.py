@@ -45,8 +45,8 @@ class Tunnelled:
         self.tunnel = tunnel
         self.families, self.device = encapsulation.families, encapsulation.device
         self._encapsulation = encapsulation
-        self._learner = Learner(tunnel, lambda: len(tunnel.tun.fds))
-        self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: len(tunnel.tun.fds), self._learner.explains)
+        self._learner = Learner(tunnel, lambda: tunnel.n_workers)
+        self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: tunnel.n_workers, self._learner.explains)
         self._carrier = TunnelCarrier(tunnel)
         probes_file = PROBES_FILE if Family.IPV4 in self.families else IPV6_PROBES_FILE
         self._prober = Prober(self._carrier, memory=Memory(run_dir / probes_file))

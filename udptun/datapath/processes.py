@@ -69,7 +69,7 @@ class Process:
         self._child = child
         self._pid_here = self.pid
         """Its pid as the kernel tells it to us; 0 while unknown, and for a process that cannot be seen from here."""
-        self._are_events_due, self._n_ipv6 = False, 0
+        self._are_events_due, self._n_ipv6, self._n_more_queues = False, 0, 0
         self._changed = asyncio.Event()
         self._not_understood = b""
         self._observers: list[Callable[[], None]] = []
@@ -253,7 +253,8 @@ class Process:
                 hello = None
             else:
                 kept = self.descriptors.as_list()
-                self._are_events_due, self._n_ipv6 = hello.has_events, hello.n_ipv6
+                self._are_events_due = hello.has_events
+                self._n_ipv6, self._n_more_queues = hello.n_ipv6, hello.n_more_queues
         for fd in fds:
             if fd not in kept:
                 os.close(fd)
@@ -275,9 +276,15 @@ class Process:
         n_kept = 0
         # One alone is of no use, as where we had room for no more descriptors.
         if self._are_events_due and self.descriptors is not None and len(fds) >= N_EVENTS:
-            n_kept = N_EVENTS + self._n_ipv6 if len(fds) >= N_EVENTS + self._n_ipv6 else N_EVENTS
-            events, ipv6 = tuple(fds[:N_EVENTS]), tuple(fds[N_EVENTS:n_kept])
-            self.descriptors = replace(self.descriptors, events=events, ipv6=ipv6)
+            ipv6_end = N_EVENTS + self._n_ipv6
+            # Each kind wholly or not at all, and none behind one that is missing.
+            ends = (N_EVENTS, ipv6_end, ipv6_end + self._n_more_queues)
+            n_kept = max(end for end in ends if end <= len(fds))
+            events, ipv6, queues = (
+                tuple(fds[start : min(end, n_kept)]) for start, end in zip((0, *ends), ends, strict=False)
+            )
+            tun = (*self.descriptors.tun, *queues)
+            self.descriptors = replace(self.descriptors, tun=tun, events=events, ipv6=ipv6)
         for fd in fds[n_kept:]:
             os.close(fd)
         self._are_events_due = False

@@ -28,14 +28,15 @@ from udptun.datapath.sockets import (
     share_port,
     spread_over,
 )
-from udptun.kernel.tun import Tun, attach_queues, new_queues
+from udptun.kernel.tun import Tun, new_queues
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
     """What the workers move packets between: a TUN queue and a UDP socket each, and sockets that all send from.
 
-    `ipv6`: where `sockets` are of IPv4, one of IPv6 for each worker beside them, or none.
+    `queues`: more than workers after a time with more of these; the workers share them.  `ipv6`: where `sockets` are of
+    IPv4, one of IPv6 for each worker beside them, or none.
     """
 
     queues: tuple[int, ...]
@@ -65,7 +66,7 @@ class Endpoints:
 
     def fits(self, where: Where, n_workers: int, n_senders: int) -> bool:
         """Whether a tunnel of this shape needs no other endpoints."""
-        return (self.where, len(self.queues), len(self.senders)) == (where, n_workers, n_senders)
+        return (self.where, len(self.sockets), len(self.senders)) == (where, n_workers, n_senders)
 
 
 class Rebinding:
@@ -76,7 +77,6 @@ class Rebinding:
         self._wanted = wanted
         self._tun = tun
         self._old = old
-        self._is_switched = False
 
     @classmethod
     def build(
@@ -106,7 +106,8 @@ class Rebinding:
             sets = [them for them in map(sockets_of, Family) if them]
             senders_added = open_senders(where.address, n_senders - len(senders), senders)
             opened += senders_added
-            queues = (*old.queues[:n_workers], *new_queues(n_workers - len(old.queues)))
+            # All that the device has stay: the kernel throws away what is in a queue that it loses.
+            queues = (*old.queues, *new_queues(n_workers - len(old.queues)))
         except BaseException:
             for udp in opened:
                 udp.close()
@@ -115,7 +116,6 @@ class Rebinding:
 
     def switch(self) -> None:
         """Bind the new sockets and attach the new queues.  Raises KernelError."""
-        self._is_switched = True
         self._tun.attach_more(self._added_queues)
         # The Tun object stays, because others hold on to it.
         self._tun.fds = self.new.queues
@@ -130,8 +130,6 @@ class Rebinding:
             udp.close()
         for them in self.new.sets:
             share_port(them, among_several=len(them) > 1)
-        for fd in self._left_queues:
-            os.close(fd)
 
     def undo(self) -> None:
         """Close what the new endpoints alone have, and have the old ones receive again: all is as it was.
@@ -147,13 +145,7 @@ class Rebinding:
                 spread_over(them)
         for fd in self._added_queues:
             os.close(fd)
-        if self._is_switched:
-            attach_queues(self._left_queues)
-            self._tun.fds = self._old.queues
-
-    @property
-    def _left_queues(self) -> tuple[int, ...]:
-        return self._old.queues[len(self.new.queues) :]
+        self._tun.fds = self._old.queues
 
     @property
     def _added_queues(self) -> tuple[int, ...]:

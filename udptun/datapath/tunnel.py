@@ -87,7 +87,7 @@ class Tunnel:
         """Called when `PeerEntries.narrow` says something else of a peer that stays."""
         self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement, tun.name)
         self.datapath.is_spread = Offload.SPREAD in wanted
-        self.datapath.signs_of_life = lambda: stats.signs_of_life(len(tun.fds))
+        self.datapath.signs_of_life = lambda: stats.signs_of_life(self.n_workers)
 
     @classmethod
     async def open(
@@ -152,6 +152,10 @@ class Tunnel:
         rebinding = self._build(where, n_workers, n_senders)
         if rebinding is not None:
             await _to_its_end(self._carry_out(rebinding))
+
+    @property
+    def n_workers(self) -> int:
+        return len(self._endpoints.sockets)
 
     @property
     def n_senders(self) -> int:

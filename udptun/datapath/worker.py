@@ -56,6 +56,8 @@ HELLO = struct.Struct("=4sIIIIQ32sIII")
     76  what it was told to give up; not every kernel can do all of it
     Since version 5:
     80  number of UDP sockets of IPv6 that the workers have beside those of IPv4: one each, or none
+    Since version 6:
+    84  number of TUN queues beyond one a worker
 
 The descriptors: table, statistics, lock, a TUN queue for each worker, a UDP socket for each worker, the sockets that
 all workers send from.  Numbers are in host order, because both ends are on one machine.
@@ -71,13 +73,15 @@ packet of the control plane's, the second one tells the control plane of packets
 Version 5: behind these two the answer has the UDP sockets of IPv6 that HELLO counts.  Readers of the versions before
 take the first two and close the rest.
 
+Version 6: behind those the answer has the TUN queues that HELLO counts.
+
 The first builds had no length and no version: their HELLO has 60 bytes, with the layout version at 4, the pid at 8 and
 the rest as here.  A control plane of such a build reads 60 bytes of ours.  It can adopt and stop us, too: it takes our
 length for a layout version that it does not know, and makes new memory files.
 """
-HELLO_CONFINEMENT, HELLO_IPV6 = struct.Struct("=II"), struct.Struct("=I")
+HELLO_CONFINEMENT, HELLO_IPV6, HELLO_QUEUES = struct.Struct("=II"), struct.Struct("=I"), struct.Struct("=I")
 HELLO_MAGIC = b"udpt"
-HELLO_VERSION = 5
+HELLO_VERSION = 6
 STOP = b"stop"
 EVENTS = b"events"
 
@@ -111,15 +115,16 @@ def main(argv: list[str]) -> None:
     lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:12]]
     tun_fds, udp_fds, sender_fds, event_fds, ipv6_fds, *old = lists
     with_program, wanted_confinement = numbers[12] == "1", int(numbers[13])
-    descriptors = [table_fd, stats_fd, lock_fd, *tun_fds, *udp_fds, *sender_fds]
+    n = len(udp_fds)
+    descriptors = [table_fd, stats_fd, lock_fd, *tun_fds[:n], *udp_fds, *sender_fds]
     # A terminal's or an init system's signals are meant for the control plane.
     for number in (_signal.SIGINT, _signal.SIGHUP):
         _signal.signal(number, _signal.SIG_IGN)
     fastpath = load_fastpath(fastpath_file)
-    no_ipv6 = [NO_SOCKET] * len(udp_fds)
+    shared = (sender_fds, n, event_fds)
     workers = [
-        fastpath.Worker(table_fd, stats_fd, i, tun_fd, udp_fd, sender_fds, len(tun_fds), event_fds, ipv6_fd)
-        for i, (tun_fd, udp_fd, ipv6_fd) in enumerate(zip(tun_fds, udp_fds, ipv6_fds or no_ipv6, strict=True))
+        fastpath.Worker(table_fd, stats_fd, i, tun_fds[i], udp_fd, *shared, ipv6_fd, tun_fds[i + n :: n])
+        for i, (udp_fd, ipv6_fd) in enumerate(zip(udp_fds, ipv6_fds or [NO_SOCKET] * n, strict=True))
     ]
     started_ns = time.monotonic_ns()
     woken, wake = os.pipe()
@@ -155,11 +160,12 @@ def main(argv: list[str]) -> None:
     def hello(active: bool) -> bytes:
         build, layout_version = build_id.encode(), fastpath.LAYOUT["version"]
         counts = (os.getpid(), layout_version, len(sender_fds))
-        more = HELLO_CONFINEMENT.pack(confinement, wanted_confinement) + HELLO_IPV6.pack(len(ipv6_fds))
+        more = HELLO_CONFINEMENT.pack(confinement, wanted_confinement)
+        more += HELLO_IPV6.pack(len(ipv6_fds)) + HELLO_QUEUES.pack(len(tun_fds) - n)
         head = (HELLO_MAGIC, HELLO.size + len(more), HELLO_VERSION)
         return HELLO.pack(*head, active, len(workers), started_ns, build, *counts) + more
 
-    serve(_socket.socket(fileno=listen_fd), descriptors, [*event_fds, *ipv6_fds], woken, hello)
+    serve(_socket.socket(fileno=listen_fd), descriptors, [*event_fds, *ipv6_fds, *tun_fds[n:]], woken, hello)
     stop_workers(workers, running)
     # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
     os._exit(0)
@@ -189,26 +195,24 @@ def empty_old(
 
     `own` and `old`, ours and the predecessor's: TUN queues, UDP sockets, and those of IPv6 beside them or none.
     """
-    tun_fds, *own_sets = own
-    old_tun_fds, *old_sets = old
+    own_sets, (old_tun_fds, *old_sets) = own[1:], old
     kept = {fd for fds in own for fd in fds}
-    n_workers, last = len(tun_fds), len(old_tun_fds) - 1
+    n_workers, n_old = len(own_sets[0]), len(old_sets[0])
+    last = n_old - 1
     families = list(zip(of_families(*old_sets), of_families(*own_sets), strict=True))
 
     def move_what_waits(i: int) -> None:
-        tun_fd = old_tun_fds[i]
+        queues = old_tun_fds[i::n_old]
         # What waits in the queue may be for a peer of a family that only the new sockets reach.
         fds = [theirs[i] if theirs else ours[i % n_workers] for theirs, ours in families if theirs or ours]
         udp_fd, ipv6_fd = (*fds, NO_SOCKET)[:2]
-        worker = fastpath.Worker(*memory, i % n_workers, tun_fd, udp_fd, sender_fds, ipv6_fd=ipv6_fd)
+        rest = {"ipv6_fd": ipv6_fd, "more_queues": queues[1:]}
+        worker = fastpath.Worker(*memory, i % n_workers, queues[0], udp_fd, sender_fds, **rest)
         for _ in range(MAX_OLD_TURNS):
             if not worker.turn():
                 break
-        for fd in {udp_fd, ipv6_fd} - kept - {NO_SOCKET}:
+        for fd in {udp_fd, ipv6_fd, *queues} - kept - {NO_SOCKET}:
             os.close(fd)
-        if tun_fd not in kept:
-            fastpath.detach_queue(tun_fd)
-            os.close(tun_fd)
 
     # Each set, and that of ours on the same port: what comes to an old socket may go to a new one of its family.
     pairs = [(fds, next((it for it in own_sets if set(it) & set(fds)), [])) for fds in old_sets if fds]

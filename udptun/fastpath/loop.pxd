@@ -50,7 +50,10 @@ cdef struct Loop:
     ut_ring *punts                # our ring of stats.punt
     ut_ring *injects              # worker 0's: what the control plane hands over; NULL of the others
     int punt_fd                   # an eventfd that tells the control plane of punts; -1: nobody is told
-    int tun_fd, udp_fd
+    int tun_fd                    # of our queue, and what we write to: queue[0]
+    int queue[UT_MAX_WORKERS]     # of the device, that we read
+    int n_queues
+    int udp_fd
     int ipv6_fd                   # beside udp_fd, which is of IPv4 then; -1: udp_fd is all that we have
     int senders[16]               # sockets with ports of their own to send from (flow.pxd), the same for all workers
     int n_senders
@@ -89,6 +92,7 @@ cdef struct Loop:
     # Sleeps until a socket's full send buffer has room, and moves packets the other way meanwhile; 0: stop instead.
     # Here, because it needs the stages of both ways.
     bint (*wait_for_room)(Loop *w, int fd) noexcept nogil
+    int next_queue                # of `queue`: where the next read is tried first
     int stop
     bint has_begun                # false while we are the standby: until then `in_flight` is another process's
     int tun_lost

@@ -16,7 +16,6 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from contextlib import suppress
 
 import pytun
 
@@ -142,16 +141,6 @@ def new_queues(n: int) -> list[int]:
             os.close(fd)
         raise KernelError(f"cannot open {_CLONE_DEVICE} for one more queue", exc.errno or 0) from exc
     return fds
-
-
-def attach_queues(fds: Sequence[int]) -> None:
-    """Attach queues again that are detached (`empty_old` in worker.py).
-
-    The kernel refuses those that are not; `Tun.reattach` mends what it refuses else.
-    """
-    for fd in fds:
-        with suppress(OSError):
-            fcntl.ioctl(fd, lib.TUNSETQUEUE, _IFREQ.pack(b"", lib.IFF_ATTACH_QUEUE))
 
 
 def _attach(fd: int, name: str, supported: Offload) -> None:

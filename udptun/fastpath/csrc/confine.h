@@ -14,7 +14,6 @@
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
-#include <linux/if_tun.h>
 #include <linux/prctl.h>
 #include <linux/seccomp.h>
 #include <netinet/in.h>
@@ -152,10 +151,9 @@ static const struct sock_filter ut_filter[] = {
     UT_ALLOW_VALUE(F_GETFD),
     UT_ALLOW_VALUE(F_SETFD),
     UT_DENY,
-    /* A queue of the device that is given up; a connection that does not block. */
-    UT_ABOUT(ioctl, 6),
+    /* A connection that does not block. */
+    UT_ABOUT(ioctl, 4),
     UT_ARGUMENT(1),
-    UT_ALLOW_VALUE(TUNSETQUEUE),
     UT_ALLOW_VALUE(FIONBIO),
     UT_DENY,
     /* A UDP socket, by which the kernel is asked for the MTU of a path. */
