@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -45,7 +46,10 @@ def request(host: Host, method: str = "GET", accept: str = "") -> tuple[str, str
 
 
 def read(text: str, parse: Callable[[str], Iterable[Metric]] = read_plain) -> Series:
-    return {name_of(it.name, **it.labels): it.value for family in parse(text) for it in family.samples}
+    samples = [it for family in parse(text) for it in family.samples]
+    series = {name_of(it.name, **it.labels): it.value for it in samples}
+    assert len(series) == len(samples)
+    return series
 
 
 def name_of(metric: str, **labels: str) -> str:
@@ -167,6 +171,31 @@ def test_the_busiest_peers_have_series_of_their_own_and_all_are_counted(one_peer
     series = scrape(one)
     assert sum(n for name, n in series.items() if name.startswith("udptun_peers{")) == 2
     assert len(read_status(one)["peers"]) == 2
+
+
+@pytest.mark.parametrize(("backend", "device"), [("udp", "flannel0"), ("host-gw", "")])
+def test_hosts_of_both_families_have_metrics_with_a_datapath_and_without(backend: str, device: str) -> None:
+    conf = {
+        "Network": "10.244.0.0/16",
+        "EnableIPv6": True,
+        "IPv6Network": "fd00:244::/48",
+        "Backend": {"Type": backend},
+    }
+    with Lab(f"m{os.getpid()}", n_hosts=2, n_pods=0, net_conf=conf, ipv6=True) as lab:
+        lab.start()
+        wait_for_peers(lab)
+        one, two = lab.hosts
+        series = scrape(one)
+        (said,) = (it for it in series if it.startswith("udptun_host_info"))
+        assert f'backend="{backend}",device="{device}"' in said
+        peers = {it for it in series if it.startswith("udptun_peer_info")}
+        assert len(peers) == 2
+        assert sum(str(two.subnet) in it for it in peers) == 1
+        assert sum(n for name, n in series.items() if name.startswith("udptun_peers{")) == 1
+        assert ('udptun_worker_running{worker="0"}' in series) == (backend == "udp")
+        assert (name_of("udptun_device_transmit_bytes_total", device=device) in series) == bool(device)
+        _, text = request(one, accept="application/openmetrics-text")
+        assert read(text, read_open_metrics).keys() == series.keys()
 
 
 # --- Prometheus itself

@@ -5,6 +5,7 @@ The formats: https://prometheus.io/docs/instrumenting/exposition_formats/, https
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,15 +77,15 @@ def _head(metric: Metric, form: Format) -> str:
 
 
 def _lines(metric: Metric, samples: Iterable[Sample]) -> str:
-    if not metric.labels:
-        return "".join(f"{metric.name} {sample.value}\n" for sample in samples)
     labels = ",".join(f'{label}="%s"' for label in metric.labels)
-    line = f"{metric.name}{{{labels}}} %s\n"
-    return "".join(line % (*map(_escaped, sample.labels), sample.value) for sample in samples)
+    line = f"{metric.name}{{{labels}}} %s\n" if labels else f"{metric.name} %s\n"
+    return "".join([line % (*map(_escaped, sample.labels), sample.value) for sample in samples])
 
 
+# Each label of each sample is asked for, and hardly any has something to escape.
+_needs_escape = re.compile(r'[\\"\n]').search
 _ESCAPES: Mapping[int, str] = {ord("\\"): r"\\", ord('"'): r"\"", ord("\n"): r"\n"}
 
 
 def _escaped(value: str) -> str:
-    return value.translate(_ESCAPES)
+    return value.translate(_ESCAPES) if _needs_escape(value) else value

@@ -1,0 +1,131 @@
+"""What a scrape of /metrics each second costs a host with 1,000 peers, beside none, with a TCP stream at full speed."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+from traffic import read_status, wait_for_peers
+
+from bench import bulk_leases
+from tests.conftest import Figure
+from udptun.lab.host import Host
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import LEASES, Lab
+
+pytestmark = [pytest.mark.netns, pytest.mark.alone, pytest.mark.full]
+
+N_PEERS = 1000
+ROUNDS, SECONDS = 12, 3.0
+
+
+def scrape(host: Host) -> bytes:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(host.path("/run/udptun/udptun.sock")))
+        connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        return b"".join(iter(lambda: connection.recv(1 << 20), b""))
+
+
+@contextmanager
+def scraped(host: Host, period_s: float) -> Iterator[None]:
+    """A scrape each `period_s` while the block runs."""
+    is_over = threading.Event()
+
+    def work() -> None:
+        while not is_over.wait(period_s):
+            scrape(host)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+@contextmanager
+def tcp_stream(lab: Lab) -> Iterator[None]:
+    """From h2's pod to h1's, while the block runs."""
+    one, two = (host.pod(1) for host in lab.hosts)
+    with one.popen(["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            next(line for line in server.stdout if "listening" in line)
+            with two.popen(["iperf3", "-c", str(one.address), "-t", "3600"], stdout=subprocess.DEVNULL) as client:
+                try:
+                    time.sleep(1)
+                    yield
+                finally:
+                    client.kill()
+        finally:
+            server.kill()
+
+
+def daemon_cpu_s(host: Host, pid: int) -> float:
+    """Of all threads of the daemon, to the nanosecond."""
+    threads = host.path(f"/proc/{pid}/task").iterdir()
+    return sum(int((it / "schedstat").read_text().split()[0]) for it in threads) / 1e9
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """Two hosts, each with 1,000 peers more that do not exist, and series of each."""
+    network = "10.224.0.0/11"
+    conf = {"Network": network, "Backend": {"Type": "udp", "Probe": False}}
+    with Lab("scrape", net_conf=conf) as lab:
+        lab.daemon_command.append(f"--metrics-peers={N_PEERS + 1}")
+        lab.start()
+        wait_for_peers(lab)
+        lab.host(1).run([sys.executable, bulk_leases.__file__, str(LEASES), network, str(N_PEERS)])
+        for host in lab.hosts:
+            wait_until("all peers", lambda host=host: len(read_status(host)["peers"]) == N_PEERS + 1, 30)
+        yield lab
+
+
+@dataclass(slots=True)
+class Window:
+    gbit_per_s: float
+    daemon_ms_per_s: float
+
+
+def window(host: Host, pid: int) -> Window:
+    def received() -> int:
+        return int(host.path("/sys/class/net/flannel0/statistics/rx_bytes").read_text())
+
+    before, cpu_before, began_s = received(), daemon_cpu_s(host, pid), time.monotonic()
+    time.sleep(SECONDS)
+    elapsed_s, cpu_s = time.monotonic() - began_s, daemon_cpu_s(host, pid) - cpu_before
+    return Window((received() - before) * 8e-9 / elapsed_s, 1000 * cpu_s / elapsed_s)
+
+
+@pytest.mark.timeout(300)
+def test_a_scrape_each_second_costs_the_forwarding_rate_nothing(lab: Lab, figure: Figure) -> None:
+    """Windows with and without scrapes take turns, so that what else changes on the machine concerns both."""
+    one = lab.host(1)
+    pid = int(read_status(one)["pid"])
+    text = scrape(one)
+    assert text.count(b"\nudptun_peer_encap_bytes_total{") == N_PEERS + 1
+    quiet, busy = [], []
+    with tcp_stream(lab):
+        for _ in range(ROUNDS):
+            quiet.append(window(one, pid))
+            with scraped(one, 1.0):
+                busy.append(window(one, pid))
+    ratios = [with_it.gbit_per_s / without.gbit_per_s for without, with_it in zip(quiet, busy, strict=True)]
+    cost = statistics.median(it.daemon_ms_per_s for it in busy) - statistics.median(it.daemon_ms_per_s for it in quiet)
+    figure("rate without scrapes", [it.gbit_per_s for it in quiet], "Gbit/s")
+    figure("rate with one a second", [it.gbit_per_s for it in busy], "Gbit/s")
+    figure("the second as a share of the first", ratios)
+    figure(f"the daemon's work for a scrape of {len(text) // 1024} KiB", cost, "ms")
+    assert statistics.median(ratios) > 0.95
+    assert cost < 50
