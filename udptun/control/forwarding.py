@@ -345,11 +345,14 @@ class Forwarding:
 
     def liveness(self, lease: Lease) -> Liveness:
         """What is known of a peer.  May be asked on another thread."""
-        family = next(it for it in self.families if lease.subnets.of(it) is not None)
-        if (tunnel := self._tunnel_of(family)) is not None:
-            return tunnel.liveness(lease.subnet_of(family))
-        probes = self._probes.get(family)
-        return Liveness.UNKNOWN if probes is None else probes.liveness(lease)
+        for family in self.families:
+            if (subnet := lease.subnets.of(family)) is None:
+                continue
+            if (tunnel := self._tunnel_of(family)) is not None:
+                return tunnel.liveness(subnet)
+            if (probes := self._probes.get(family)) is not None:
+                return probes.liveness(lease)
+        return Liveness.UNKNOWN
 
     def busiest(self, leases: Sequence[Lease], n: int) -> Sequence[Lease]:
         """The `n` of these peers that the most bytes were exchanged with.  May be asked on another thread.

@@ -11,7 +11,8 @@ from udptun.control.http import Request, Response
 from udptun.control.metrics.text import Format, Sample, format_for, render
 
 _SHARE = 0.1
-"""Of a processor that answers may take at most, whoever asks however often: the port may face the network."""
+"""Of a processor that making the text of one format may take, whoever asks however often: the port may face the
+network."""
 
 
 class MetricsPage:
