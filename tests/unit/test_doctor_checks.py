@@ -97,6 +97,13 @@ def test_page_and_changelog_say_how_many_checks_there_are() -> None:
     assert f"({n} checks:" in (PAGE.parents[1] / "CHANGELOG.md").read_text()
 
 
+def test_each_check_is_tested_with_a_fault() -> None:
+    """In the lab, or here where a host cannot be brought into that state."""
+    tests = Path(__file__).read_text() + (PAGE.parents[1] / "tests" / "netns" / "test_doctor.py").read_text()
+    calls = {it.name: f"{it.look.__module__.rpartition('.')[2]}.{it.look.__name__}" for it in CHECKS}
+    assert [name for name, call in calls.items() if not re.search(rf'"{name}"|{call}[,(]', tests)] == []
+
+
 def test_names_of_checks_are_different() -> None:
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 

@@ -44,7 +44,7 @@ async def datapath(facts: Facts) -> list[Finding]:
         raise NotHereError("no daemon says how its datapath is")
     first, ipv6 = facts.document["datapath"], (facts.document.get("ipv6") or {}).get("datapath")
     if first is None:
-        raise NotHereError(f"with Backend.Type {facts.backend_type} the kernel carries the packets")
+        raise NotHereError(f"Backend.Type {facts.backend_type} has none")
     # Where each family has its own.
     return [*_of_datapath(facts, first, ""), *(_of_datapath(facts, ipv6, " of IPv6") if ipv6 else ())]
 

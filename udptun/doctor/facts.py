@@ -34,8 +34,8 @@ Document = Mapping[str, Any]
 """See docs/status.md."""
 
 _STORE_S = 3.0
-_OTHER_CNI_BIN_DIR = Path("/usr/lib/cni")
-"""Debian's."""
+_OTHER_CNI_BIN_DIRS = (Path("/usr/lib/cni"), Path("/usr/libexec/cni"))
+"""Of Debian's packages and of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ async def gather(
     return Facts(
         options,
         request.cni_conf_dir,
-        (request.cni_bin_dir, _OTHER_CNI_BIN_DIR),
+        (request.cni_bin_dir, *_OTHER_CNI_BIN_DIRS),
         document,
         silence,
         ask_again,

@@ -22,6 +22,7 @@ from udptun.core.errors import UdptunError
 from udptun.lab import owner
 from udptun.lab.errors import LabError
 from udptun.lab.machine import SOURCE_ROOT, Place
+from udptun.lab.podman import PROGRAMS
 from udptun.lab.topology import DEFAULT_NET_CONF, DUAL_STACK_NET_CONF, SWITCH, Lab
 
 
@@ -243,7 +244,8 @@ def _doctor(options: argparse.Namespace) -> int:
     with lab.connection:
         status = lab.status()
     names = options.hosts or [host["name"] for host in status["hosts"] if host["up"]]
-    command = [sys.executable, "-m", "udptun", "doctor", *(["--json"] * options.json), *(["--all"] * options.all)]
+    flags = [f"--cni-bin-dir={PROGRAMS}", *(["--json"] * options.json), *(["--all"] * options.all)]
+    command = [sys.executable, "-m", "udptun", "doctor", *flags]
     environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
     running = {it: _place(status, it).popen(command, stdout=subprocess.PIPE, env=environ) for it in names}
     said = {name: child.communicate()[0] for name, child in running.items()}
