@@ -35,7 +35,8 @@ def test_the_place_of_a_counter_names_it_and_drops_have_a_row_there(name: str) -
 
 def test_words_are_short_and_plain_and_tell_the_drops_of_one_direction_apart() -> None:
     for name, it in COUNTERS.items():
-        assert len(it.words) <= 48
+        # So that a reason, its name and figures fit on 80 columns.
+        assert len(it.words) <= (31 if is_drop(name) else 48)
         assert not re.search(r"[_`.;\n]", it.words), name
     for direction in ("encap", "decap", "inject"):
         words = [it.words for name, it in COUNTERS.items() if name.startswith(direction) and is_drop(name)]

@@ -10,8 +10,7 @@ PAGE = "docs/wire-format.md"
 
 @dataclass(frozen=True, slots=True)
 class CounterWords:
-    """`words` say what became of a packet, or what was counted, to stand behind a number.  `section`: anchor in PAGE.
-    """
+    """What became of a packet, or what was counted, to stand behind a number; and an anchor in PAGE."""
 
     words: str
     section: str
@@ -26,9 +25,9 @@ _BY_SECTION = {
         "encap_drop_malformed": "header does not fit the packet",
         "encap_drop_no_route": "no host leases the destination",
         "encap_drop_ttl": "TTL or hop limit used up",
-        "encap_drop_too_big": "too long for the path, must not be fragmented",
-        "encap_drop_send": "the kernel refused to send the datagram",
-        "encap_drop_in_flight": "in flight in three processes that died",
+        "encap_drop_too_big": "too long for the path",
+        "encap_drop_send": "the kernel refused the datagram",
+        "encap_drop_in_flight": "in flight when processes died",
     },
     "decap-udp-to-tun": {
         "decap_packets": "datagrams received",
@@ -36,7 +35,7 @@ _BY_SECTION = {
         "decap_drop_vxlan_short": "shorter than the VXLAN header",
         "decap_drop_vxlan_flags": "VXLAN without a valid VNI",
         "decap_drop_vxlan_vni": "VXLAN with another VNI",
-        "decap_drop_vxlan_ethertype": "VXLAN frame of a protocol not carried here",
+        "decap_drop_vxlan_ethertype": "VXLAN of a protocol not carried",
         "decap_drop_vxlan_mac": "VXLAN frame to another MAC",
         "decap_drop_empty": "empty datagram",
         "decap_drop_short": "shorter than an IP header",
@@ -45,33 +44,33 @@ _BY_SECTION = {
         "decap_drop_ihl": "impossible header length",
         "decap_drop_length": "shorter than its header says",
         "decap_drop_checksum": "wrong header checksum",
-        "decap_drop_options": "malformed options, or a source route",
+        "decap_drop_options": "bad options, or a source route",
         "decap_drop_fragment": "impossible fragment",
-        "decap_drop_unknown_peer": "from an address that is no host's PublicIP",
-        "decap_drop_source_martian": "source address that nobody can have",
-        "decap_drop_source_own": "source address is one of this host's own",
-        "decap_drop_source_spoofed": "source address is not the sending host's",
-        "decap_drop_source_outside": "source address is outside Network",
-        "decap_drop_foreign_destination": "destination is not in this host's subnet",
+        "decap_drop_unknown_peer": "sender is no host's PublicIP",
+        "decap_drop_source_martian": "source that nobody can have",
+        "decap_drop_source_own": "source is this host's own",
+        "decap_drop_source_spoofed": "source is not the sender's",
+        "decap_drop_source_outside": "source is outside Network",
+        "decap_drop_foreign_destination": "not for this host's pods",
         "decap_drop_ttl": "TTL or hop limit used up",
         "decap_drop_oversize": "longer than the MTU",
         "decap_drop_tun": "the device refused the packet",
-        "decap_drop_in_flight": "in flight in three processes that died",
+        "decap_drop_in_flight": "in flight when processes died",
         "decap_punted": "answers to probes, for the daemon",
-        "decap_drop_punt_full": "answer to a probe, the daemon is too slow",
+        "decap_drop_punt_full": "probe's answer, daemon too slow",
     },
     "packets-of-the-control-plane": {
         "inject_packets": "probes and answers of the daemon",
         "inject_sent": "probes sent to other hosts",
         "inject_delivered": "packets of the daemon written to the device",
         "inject_drop_malformed": "probe is no whole IP packet",
-        "inject_drop_no_route": "probe, no host leases the destination",
+        "inject_drop_no_route": "probe to what no host leases",
         "inject_drop_refused": "probe, refused by the kernel",
         "inject_drop_in_flight": "probe, its process was killed",
-        "inject_drop_full": "probe not handed over, too many are waiting",
+        "inject_drop_full": "probe, too many are waiting",
     },
-    "dead-peers": {"encap_drop_dead": "the host of the destination is dead"},
-    "marks-of-congestion": {"decap_drop_ce": "congestion on the way, and no ECN in the packet"},
+    "dead-peers": {"encap_drop_dead": "the destination's host is dead"},
+    "marks-of-congestion": {"decap_drop_ce": "congestion, packet without ECN"},
     "system-calls": {
         "tun_reads": "reads of packets of this host's pods",
         "udp_send_calls": "calls that sent datagrams",
@@ -83,10 +82,10 @@ _BY_SECTION = {
         "tun_written_bytes": "bytes delivered to this host's pods",
     },
     "loops": {
-        "encap_drop_loop": "a route leads the tunnel into itself",
-        "decap_drop_loop": "a route leads the tunnel into itself",
+        "encap_drop_loop": "the tunnel routed into itself",
+        "decap_drop_loop": "the tunnel routed into itself",
     },
-    "floods-of-strangers": {"drop_stranger": "flood of strangers, dropped by the kernel"},
+    "floods-of-strangers": {"drop_stranger": "flood of strangers, kept out"},
     "icmp-that-we-send": {
         "icmp_sent": "ICMP errors sent about dropped packets",
         "icmp_suppressed": "ICMP errors not sent, by rule or rate limit",
