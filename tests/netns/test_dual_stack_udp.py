@@ -179,7 +179,8 @@ def test_status_and_subnet_env_name_both_families(lab: Lab) -> None:
     assert peer["encap_packets"] > 0
     # Both are found out once a host.
     by_ipv4 = next(it for it in status["peers"] if it["subnet"] == str(other.subnet))
-    assert peer.keys() == by_ipv4.keys() - {"udptun", "expires_at"}
+    assert peer.keys() == by_ipv4.keys() - {"ipv6_subnet", "udptun", "expires_at"}
+    assert peer["subnet"] == by_ipv4["ipv6_subnet"]
     assert (peer["liveness"], peer["path_mtu"]) == (by_ipv4["liveness"], by_ipv4["path_mtu"])
     assert status["problems"] == []
     text = other.run([sys.executable, "-m", "udptun", "status"]).stdout

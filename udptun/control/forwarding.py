@@ -415,6 +415,7 @@ class Forwarding:
 def _peer(lease: Lease, part: LeasePart) -> dict[str, Any]:
     return {
         "subnet": str(part.subnet),
+        "ipv6_subnet": None if lease.subnets.ipv6 is None else str(lease.subnets.ipv6),
         "public_ip": str(part.public_ip),
         "port": lease.attrs.port(0) or None,
         "udptun": lease.attrs.is_udptun,

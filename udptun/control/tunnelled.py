@@ -240,6 +240,7 @@ class Tunnelled:
     ) -> list[dict[str, Any]]:
         """What the datapath knows of peers, which have these subnets by these leases: keys of docs/status.md."""
         table, leader = self.tunnel.table, self.tunnel.peers.leader
+        strays = self._strays.packets
         counts = self.tunnel.stats.peers([table.index_of(subnet) for subnet in subnets], live.workers)
         return [
             {
@@ -250,6 +251,7 @@ class Tunnelled:
                 **dict(zip(PEER_COUNTERS, count, strict=True)),
                 **self._prober.document(leader(subnet)),
                 "learned": self._learner.document(subnet),
+                "strays": strays.get(subnet, 0),
             }
             for subnet, remote, count in zip(subnets, map(self._encapsulation.remote, leases), counts, strict=True)
         ]

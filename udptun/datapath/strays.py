@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from udptun.core.network_state import IPAddress, IPNetwork
-from udptun.datapath.stats import Stats
+from udptun.datapath.stats import Stats, Stray
 from udptun.datapath.table import TableWriter
 
 log = logging.getLogger(__name__)
@@ -72,17 +72,34 @@ class StrayWatch:
             before = set(lines)
             await asyncio.sleep(_LOOK_S)
 
+    @property
+    def packets(self) -> dict[IPNetwork, int]:
+        """How many packets of a subnet came from elsewhere, by subnet; as `problems`."""
+        found: dict[IPNetwork, int] = {}
+        for stray, subnet, _ in self._found():
+            found[subnet] = found.get(subnet, 0) + stray.datagrams
+        return found
+
     def _lines(self) -> dict[tuple[IPAddress, IPNetwork], str]:
-        """By outer address and subnet.  What a lease, or what was learned, explains by now is left out."""
-        lines = {}
-        if self._table.checks_sources:
-            for stray in self._stats.strays(self._n_workers(), time.monotonic() - _FRESH_S):
-                lease = self._table.peer_of(stray.inner)
-                if lease is None or lease[1] == stray.outer:
-                    continue
-                if not self._is_explained(lease[0], stray.outer, stray.last_s):
-                    lines[stray.outer, lease[0]] = self._line(stray.outer, stray.datagrams, *lease)
-        return lines
+        """By outer address and subnet."""
+        return {
+            (stray.outer, subnet): self._line(stray.outer, stray.datagrams, subnet, public_ip)
+            for stray, subnet, public_ip in self._found()
+        }
+
+    def _found(self) -> Iterator[tuple[Stray, IPNetwork, IPAddress]]:
+        """Each with the subnet that its inner source lies in, and the PublicIP of who leases that.
+
+        What a lease, or what was learned, explains by now is left out.
+        """
+        if not self._table.checks_sources:
+            return
+        for stray in self._stats.strays(self._n_workers(), time.monotonic() - _FRESH_S):
+            lease = self._table.peer_of(stray.inner)
+            if lease is None or lease[1] == stray.outer:
+                continue
+            if not self._is_explained(lease[0], stray.outer, stray.last_s):
+                yield stray, *lease
 
     def _line(self, outer: IPAddress, datagrams: int, subnet: IPNetwork, public_ip: IPAddress) -> str:
         flag = "--public-ip" if outer.version == 4 else "--public-ipv6"
