@@ -916,5 +916,5 @@ def test_status_has_schema_1_and_exactly_the_documented_keys(two_hosts: Lab) -> 
     assert one.path(f"/proc/{status['datapath']['pid']}").exists()
     shown = one.run([*UDPTUN, "status"]).stdout
     measured = r"(alive|unknown) +([\d.]+|-) +(\d+|-)"
-    row = rf"^{two.subnet} +{two.underlay_address} +8285 +yes +{measured} +\d+ +\d+ +\d+ +\d+$"
+    row = rf"^{two.subnet} +{two.underlay_address}:8285 +{measured}( +[\d.]+( k)?){{4}}( +[\d.]+ k?B){{2}}  udptun$"
     assert re.search(row, shown, re.MULTILINE)

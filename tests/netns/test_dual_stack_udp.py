@@ -184,9 +184,9 @@ def test_status_and_subnet_env_name_both_families(lab: Lab) -> None:
     assert (peer["liveness"], peer["path_mtu"]) == (by_ipv4["liveness"], by_ipv4["path_mtu"])
     assert status["problems"] == []
     text = other.run([sys.executable, "-m", "udptun", "status"]).stdout
-    assert f"IPv6       {ipv6_gateway(other).network} of {IPV6_NETWORK}, flannel0 mtu {MTU}, 2 peers\n" in text
-    # The column is as wide as the widest subnet of its table.
-    assert re.search(rf"^{ipv6_gateway(host).network} +{host.underlay_address} ", text, re.MULTILINE)
+    assert f"IPv6       {ipv6_gateway(other).network} of {IPV6_NETWORK}, flannel0, MTU {MTU}\n" in text
+    row = rf"^{host.subnet} +{host.underlay_address}:8285 .*  {ipv6_gateway(host).network}$"
+    assert re.search(row, text, re.MULTILINE)
 
 
 def picture(host: Host) -> dict[str, str]:

@@ -78,6 +78,12 @@ CHANGING = (
     (r"(\.\d+)\.\d{5} >", r"\1.PORT >"),
     (r"^\d+: ", "N: "),
     (r"@if\d+", "@ifN"),
+    # What `udptun status` measures.
+    (r"\bup [\dhms]+, (\d+ workers?)?", "up N, "),
+    (r", (all offloads|offloads all but [\w, ]+), confinement", ", confinement"),
+    (r"last news \w+ ago", "last news"),
+    (r"(\d alive); out .*", r"\1"),
+    (r" alive +[\d.]+ .*", " alive"),
 )
 """What differs from run to run."""
 

@@ -18,7 +18,8 @@ import pytest
 
 import udptun
 from udptun import __version__
-from udptun.commands import cli
+from udptun.commands import cli, status
+from udptun.commands.status import Request
 from udptun.config.flags import Options
 from udptun.config.service_manager import ServiceManager
 from udptun.config.store_flags import StoreKind
@@ -172,6 +173,8 @@ def test_overview_goes_to_stderr_with_status_2_when_there_is_no_command(
         (["daemon", "--store=kube"], "env variables POD_NAME and POD_NAMESPACE must be set, or NODE_NAME"),
         (["status", "--jsn"], "status: unrecognized arguments: --jsn"),
         (["status", "--js"], "status: unrecognized arguments: --js"),
+        (["status", "--watch", "0"], "status: argument --watch: '0' is no number of seconds from 0.1 to 86400"),
+        (["status", "--peer", "h2"], "status: argument --peer: 'h2' is no subnet, as 10.244.3.0/24, and no address"),
         (["lease"], "lease: what to do is missing: list, show, reserve, release or init"),
         (["lease", "lst"], "lease: unknown action lst: list, show, reserve, release or init"),
         (["lease", "list", "x"], "unexpected argument 'x'"),
@@ -238,11 +241,18 @@ def test_a_closed_stdout_is_no_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "environ", "call"),
+    ("argv", "environ", "wanted"),
     [
-        ([], {}, (Path("/run/udptun"), False)),
-        (["--json"], {"FLANNELD_RUN_DIR": "/e"}, (Path("/e"), True)),
-        (["--run-dir", "/d", "--json"], {"FLANNELD_RUN_DIR": "/e"}, (Path("/d"), True)),
+        ([], {"TERM": "xterm"}, Request(Path("/run/udptun"))),
+        (["--json"], {"FLANNELD_RUN_DIR": "/e", "TERM": "xterm"}, Request(Path("/e"), as_json=True)),
+        (["--run-dir", "/d"], {"FLANNELD_RUN_DIR": "/e", "TERM": "xterm"}, Request(Path("/d"))),
+        (["--watch"], {"TERM": "xterm"}, Request(Path("/run/udptun"), watch_s=1.0)),
+        (["--watch", "0.5"], {"TERM": "xterm"}, Request(Path("/run/udptun"), watch_s=0.5)),
+        (["--peer", "10.0.1.0/24"], {"TERM": "xterm"}, Request(Path("/run/udptun"), peer="10.0.1.0/24")),
+        (["--peer=fd00::1"], {"TERM": "xterm"}, Request(Path("/run/udptun"), peer="fd00::1")),
+        ([], {"TERM": "xterm", "NO_COLOR": "1"}, Request(Path("/run/udptun"), has_colours=False)),
+        ([], {"TERM": "xterm", "NO_COLOR": ""}, Request(Path("/run/udptun"))),
+        ([], {"TERM": "dumb"}, Request(Path("/run/udptun"), has_colours=False, is_dumb=True)),
     ],
 )
 def test_status_shows_what_the_daemon_of_the_run_dir_says(
@@ -250,13 +260,13 @@ def test_status_shows_what_the_daemon_of_the_run_dir_says(
     monkeypatch: pytest.MonkeyPatch,
     argv: list[str],
     environ: dict[str, str],
-    call: tuple[Path, bool],
+    wanted: Request,
 ) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    fakes.put("commands.status", "show", 1)
+    monkeypatch.setattr(status, "show", lambda given: 1 if given == wanted else pytest.fail(str(given)))
     assert status_of("status", *argv) == 1
-    assert fakes.calls == [call]
 
 
 @pytest.mark.parametrize("release", [False, True])

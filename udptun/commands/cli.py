@@ -205,6 +205,20 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     parser = Parser(prog="udptun status", description="Say what the daemon of this host is doing.")
     parser.add_argument("--json", action="store_true", help="for programs; see docs/status.md")
     parser.add_argument(
+        "--watch",
+        nargs="?",
+        const=1.0,
+        type=_seconds,
+        metavar="SECONDS",
+        help="show it again and again, every second or so often; q ends it",
+    )
+    parser.add_argument(
+        "--peer",
+        type=_subnet_or_address,
+        metavar="SUBNET|ADDRESS",
+        help="all about one: its subnet, its address, or that of one of its pods",
+    )
+    parser.add_argument(
         "--run-dir",
         type=Path,
         default=Path(environ.get("FLANNELD_RUN_DIR") or DEFAULT_RUN_DIR),
@@ -222,7 +236,34 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
 
     from udptun.commands import status
 
-    return status.show(given.run_dir, given.json)
+    # A terminal that shows control sequences as they are says that it is dumb (terminfo).  https://no-color.org
+    is_dumb = environ.get("TERM", "dumb") in ("", "dumb")
+    has_colours = not is_dumb and not environ.get("NO_COLOR")
+    return status.show(status.Request(given.run_dir, given.json, given.watch, given.peer, has_colours, is_dumb))
+
+
+def _seconds(text: str) -> float:
+    from argparse import ArgumentTypeError
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86400:
+        raise ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 86400")
+    return seconds
+
+
+def _subnet_or_address(text: str) -> str:
+    from argparse import ArgumentTypeError
+
+    from udptun.core.ip_text import ip_network
+
+    try:
+        ip_network(text, strict=False)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no subnet, as 10.244.3.0/24, and no address") from None
+    return text
 
 
 def _doctor(argv: list[str], environ: Mapping[str, str]) -> int:

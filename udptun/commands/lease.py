@@ -11,7 +11,7 @@ from ipaddress import IPv4Network
 
 from udptun.backends.choice import parse_net_conf
 from udptun.backends.udp import UdpKeys
-from udptun.commands.status import duration, table
+from udptun.commands.figures import duration
 from udptun.config.command_flags import LeaseRequest
 from udptun.config.store_flags import StoreKind
 from udptun.core.errors import UdptunError, UsageError
@@ -48,7 +48,7 @@ def list_leases(request: LeaseRequest) -> int:
             ]
             for lease in _sorted(snapshot)
         ]
-        print("\n".join(table(["SUBNET", "PUBLIC IP", "NODE", "BACKEND", "PORT", "EXPIRES"], rows, left=4)))
+        print("\n".join(_table(["SUBNET", "PUBLIC IP", "NODE", "BACKEND", "PORT", "EXPIRES"], rows)))
         for line in snapshot.skipped:
             print(f"skipped: {line}", file=sys.stderr)
 
@@ -221,3 +221,15 @@ def _to_json(lease: Lease) -> dict[str, object]:
         "revision": lease.revision,
         "value": json.loads(attrs.to_json()),
     }
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines with columns as wide as their widest cell.  The first four columns are words, the others numbers."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 4 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *rows]
+    ]

@@ -1,4 +1,4 @@
-"""`udptun status`: ask the live daemon, show what it says.
+"""`udptun status`: ask the live daemon, and show what it says once, or again and again.
 
 The document is docs/status.md's, schema 1: keys are only ever added.
 """
@@ -10,25 +10,139 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from udptun.commands.hosts import Look, matching, restrict
+from udptun.commands.screen import Page
+from udptun.commands.terminal import LiveTerminal, live_terminal, size_of
+from udptun.commands.views import Views, says_that_nobody_is
 from udptun.control.run_dir import SOCKET_NAME, check_run_dir
 from udptun.core.errors import UdptunError
-from udptun.core.network_state import socket_address
 
 _TIMEOUT_S = 5.0
-_SHOWN_SKIPPED, _SHOWN_CHARS = 100, 300
+_SECOND_LOOK_S = 0.5
+"""What happens a second is seen by looking twice, so far apart."""
 
-Document = Mapping[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asks for.  `watch_s`: how often to show it anew, None: once.  `peer`: of this one alone.
+
+    `is_dumb`: the terminal knows no control sequences, so it gets what a pipe gets.
+    """
+
+    run_dir: Path
+    as_json: bool = False
+    watch_s: float | None = None
+    peer: str | None = None
+    has_colours: bool = True
+    is_dumb: bool = False
 
 
-def show(run_dir: Path, as_json: bool) -> int:
-    """Print the status of the daemon that uses `run_dir`.  Raises UdptunError when there is none."""
-    text = fetch(run_dir)
-    sys.stdout.write(text if as_json else render(json.loads(text), time.time()))
+def show(request: Request) -> int:
+    """Print the status of the daemon that uses the run directory.  Raises UdptunError when there is none."""
+    try:
+        if request.as_json:
+            _print_json(request)
+        elif request.watch_s is None:
+            _print(request)
+        elif sys.stdout.isatty() and not request.is_dumb:
+            with live_terminal() as terminal:
+                _watch(request, request.watch_s, terminal)
+        else:
+            _print_again_and_again(request, request.watch_s)
+    except KeyboardInterrupt:
+        if request.watch_s is None:
+            raise
+        # That is how one ends it.
     return 0
+
+
+def _print(request: Request) -> None:
+    views = Views(request.peer)
+    views.note(look(request.run_dir))
+    if views.has_rates:
+        time.sleep(_SECOND_LOOK_S)
+        views.note(look(request.run_dir))
+    if request.peer is not None and not views.is_anybody_shown:
+        raise UdptunError(says_that_nobody_is(request.peer))
+    if sys.stdout.isatty() and not request.is_dumb:
+        page = Page(*size_of(sys.stdout.fileno()), request.has_colours)
+        # The prompt comes below.
+        page = Page(page.width, page.height and page.height - 1, page.has_colours)
+    else:
+        page = Page()
+    print("\n".join(views.lines(page)))
+
+
+def _watch(request: Request, interval_s: float, terminal: LiveTerminal) -> None:
+    """Until somebody presses q."""
+    views = Views(request.peer)
+
+    def draw() -> None:
+        corner = f"{time.strftime('%H:%M:%S')}, every {interval_s:g} s, q quits"
+        terminal.show(views.lines(Page(*terminal.size, request.has_colours), corner))
+
+    while True:
+        due_s = _look_again(request.run_dir, views, interval_s)
+        draw()
+        while (left_s := due_s - time.monotonic()) > 0:
+            if not terminal.wait(left_s):
+                return
+            draw()
+
+
+def _print_again_and_again(request: Request, interval_s: float) -> None:
+    """Screens one below the other, for a pipe or a file."""
+    views = Views(request.peer)
+    while True:
+        due_s = _look_again(request.run_dir, views, interval_s)
+        print("\n".join(views.lines(Page())), end="\n\n", flush=True)
+        time.sleep(max(0.0, due_s - time.monotonic()))
+
+
+def _look_again(run_dir: Path, views: Views, interval_s: float) -> float:
+    """Show `views` what the daemon says, or that it does not answer, and return when to do so again."""
+    began_s, is_first = time.monotonic(), not views.has_looked
+    try:
+        views.note(look(run_dir))
+    except UdptunError as exc:
+        views.note_failure(str(exc), time.monotonic())
+    now_s = time.monotonic()
+    if is_first and views.has_rates:
+        interval_s = min(interval_s, _SECOND_LOOK_S)
+    # A daemon of many thousands of peers has something else to do for at least half of the time.
+    return max(began_s + interval_s, 2 * now_s - began_s)
+
+
+def _print_json(request: Request) -> None:
+    """The document as the daemon wrote it, or with one peer alone; to watch it, a line for each look."""
+    said = ""
+    while True:
+        began_s = time.monotonic()
+        try:
+            text, said = fetch(request.run_dir), ""
+            if request.peer is not None:
+                text = _restricted(text, request.peer)
+            print(text, end="", flush=True)
+        except UdptunError as exc:
+            if request.watch_s is None:
+                raise
+            if str(exc) != said:
+                said = str(exc)
+                print(f"udptun: {said}", file=sys.stderr)
+        if request.watch_s is None:
+            return
+        time.sleep(max(0.0, began_s + request.watch_s - time.monotonic()))
+
+
+def _restricted(text: str, peer: str) -> str:
+    document = json.loads(text)
+    subnets = matching(document, peer)
+    if not subnets:
+        raise UdptunError(says_that_nobody_is(peer))
+    return json.dumps(restrict(document, subnets)) + "\n"
 
 
 def fetch(run_dir: Path, document: str = "/status") -> str:
@@ -61,145 +175,7 @@ def fetch(run_dir: Path, document: str = "/status") -> str:
     return body
 
 
-def render(document: Document, now_s: float) -> str:
-    """The document for people.  `now_s` (Unix seconds) is for the time that is left until a lease expires."""
-    lease, underlay, backend, datapath = (document[key] for key in ("lease", "underlay", "backend", "datapath"))
-    public_ip = lease["public_ip"]
-    if lease["port"] is not None:
-        public_ip = socket_address(public_ip, lease["port"])
-    source_check = f", source check {backend['source_check']}" if "source_check" in backend else ""
-    lines = [
-        f"lease      {lease['subnet']} of {document['network']}, {_left(lease['expires_at'], now_s)}",
-        f"store      {document['store']}",
-        f"underlay   {underlay['interface']} {underlay['address']} mtu {underlay['mtu']}, "
-        f"public {public_ip}",
-        f"backend    {backend['type']} {backend['device'] or 'no device'} mtu {backend['mtu']}{source_check} "
-        f"({backend['reason']})",
-    ]
-    # A daemon of an earlier version does not say it.
-    if (probes := backend.get("probes", "on")) != "on":
-        lines.append(f"probes     {probes}")
-    if ipv6 := document.get("ipv6"):
-        lines.append(_ipv6(ipv6))
-    if datapath is not None:
-        lines.append(_datapath(datapath))
-    # Where each family has its own.  A daemon of an earlier version does not say it.
-    own = ipv6 if ipv6 and ipv6.get("datapath") else None
-    if own:
-        lines.append(f"{_datapath(own['datapath'])}, for IPv6")
-    firewall = document["firewall"]
-    rules = " and ".join(kind for kind in ("masquerade", "forward") if firewall[kind])
-    lines += [
-        f"firewall   {firewall['form']}: {rules}" if rules else "firewall   no rules",
-        f"daemon     pid {document['pid']}, up {duration(document['uptime_s'])}, version {document['version']}",
-        "",
-    ]
-    lines += table(
-        [
-            *("PEER SUBNET", "PUBLIC IP", "PORT", "UDPTUN", "HOST", "RTT MS", "MTU"),
-            *("SENT", "BYTES", "RECEIVED", "BYTES"),
-        ],
-        [
-            [
-                peer["subnet"],
-                peer["public_ip"],
-                str(peer["port"] or "-"),
-                "yes" if peer.get("udptun", True) else "no",
-                peer.get("liveness", "-"),
-                _number(peer.get("rtt_ms"), ".2f"),
-                _number(peer.get("path_mtu"), "d"),
-                *(str(peer.get(key, "-")) for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")),
-            ]
-            for peer in (*document["peers"], *_peers_by_ipv6(document))
-        ],
-    )
-    lines += _learned([*document["peers"], *(_peers_by_ipv6(document) if own else ())])
-    lines += ["", f"drops      {_drops(document['counters'])}"]
-    if own:
-        lines.append(f"drops      {_drops(own['counters'])}, for IPv6")
-    lines += _skipped(document["skipped"])
-    lines += [f"problem    {line}" for line in document["problems"]]
-    return "\n".join(lines) + "\n"
-
-
-def _ipv6(ipv6: Document) -> str:
-    carried = "not carried" if ipv6["mtu"] is None else f"{ipv6['device'] or 'no device'} mtu {ipv6['mtu']}"
-    # In Type udp a host needs none.
-    public = "" if ipv6["public_ip"] is None and ipv6["mtu"] is not None else f"public {ipv6['public_ip'] or 'none'}, "
-    return f"IPv6       {ipv6['subnet']} of {ipv6['network']}, {public}{carried}, {len(ipv6['peers'])} peers"
-
-
-def _peers_by_ipv6(document: Document) -> list[Document]:
-    """Rows for IPv6 peers that `peers` does not show.
-
-    There are none where the kernel carries the packets: it counts them by device.
-    """
-    shown = {peer["subnet"] for peer in document["peers"]}
-    peers = (document.get("ipv6") or {}).get("peers", ())
-    return [peer for peer in peers if "encap_packets" in peer and peer["subnet"] not in shown]
-
-
-def _datapath(datapath: Document) -> str:
-    # A daemon of an earlier version does not say it.
-    given_up = datapath.get("confinement")
-    confinement = f", confinement {given_up}" if given_up else ""
-    return (
-        f"datapath   pid {datapath['pid'] or 'none'}, up {duration(datapath['uptime_s'] or 0)}, standby "
-        f"{', '.join(map(str, datapath['standby_pids'])) or 'none'}, workers {', '.join(datapath['workers'])}"
-        f"{confinement}"
-    )
-
-
-def _drops(counters: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {n}" for name, n in counters.items() if "drop_" in name and n) or "none"
-
-
-def _learned(peers: list[Document]) -> list[str]:
-    """A line for each address that a peer sends from beside its PublicIP.  Earlier daemons do not say it."""
-    lines = [
-        f"learned    {peer['subnet']} sends from {it['address']}{':' + str(it['port']) if it['port'] else ''} too"
-        for peer in peers
-        for it in peer.get("learned", ())
-    ]
-    return ["", *lines] if lines else []
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _skipped(lines: list[str]) -> list[str]:
-    """How many leases are not used, and the first of them by name."""
-    if not lines:
-        return []
-    more = len(lines) - _SHOWN_SKIPPED
-    return [
-        f"skipped    {len(lines)} of the leases in the store",
-        *(f"           {line[:_SHOWN_CHARS]}" for line in lines[:_SHOWN_SKIPPED]),
-        *([f"           ... and {more} more: --json has them all"] if more > 0 else []),
-    ]
-
-
-def table(head: list[str], rows: list[list[str]], left: int = 2) -> list[str]:
-    """Lines with columns as wide as their widest cell.  The first `left` columns are words, the others numbers."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [head, *rows]
-    ]
-
-
-def _left(expires_at: float | None, now_s: float) -> str:
-    if expires_at is None:
-        return "never expires"
-    return f"expires in {duration(expires_at - now_s)}" if expires_at > now_s else "expired"
-
-
-def duration(seconds: float) -> str:
-    """`3h02m`, `2m05s` or `7s`."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02}m" if hours else f"{m}m{s:02}s" if m else f"{s}s"
+def look(run_dir: Path) -> Look:
+    """What the daemon says now.  Raises UdptunError."""
+    document = json.loads(fetch(run_dir))
+    return Look(document, time.monotonic(), time.time())
