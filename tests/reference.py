@@ -26,6 +26,7 @@ from tests.reference_ip import (
     TCP,
     UDP,
     UDP_HDR_LEN,
+    UNKNOWN_PROTOCOL,
     Family,
     Header,
     IPAddress,
@@ -321,11 +322,14 @@ def _is_super_packet(raw: bytes) -> bool:
 def _completed(packet: bytes, start: int, offset: int) -> list[bytes]:
     """`packet` with the checksum over everything from `start` on, at `offset` from there; empty if that is outside.
 
+    Or if nobody knows where the transport header begins: the field might be one of the extension headers.
+
     The field holds the pseudo-header's sum already.  A checksum of zero is written as 0xFFFF: in UDP zero means none
     (RFC 768), elsewhere the two are the same.
     """
     at = start + offset
-    if start < read_header(packet).header_len or at + 2 > len(packet):
+    ip = read_header(packet)
+    if start < ip.header_len or at + 2 > len(packet) or ip.protocol == UNKNOWN_PROTOCOL:
         return []
     check = (0xFFFF ^ fold_sum(packet[start:])) or 0xFFFF
     return [packet[:at] + struct.pack(">H", check) + packet[at + 2 :]]

@@ -645,6 +645,8 @@ def _super_behind(header: tuple[int, bytes], start: int) -> bytes:
     return _gso(_out(segment, headers=[header], protocol=6), GSO_TCPV6, start=start)
 
 
+_BROKEN = _out(headers=[_options(DESTINATION_OPTIONS, _PAD.hex(), length=255)])
+
 MALFORMED_READS = {
     "super-packet-of-another-family": _gso(_TCP_SUPER, GSO_TCPV4),
     "ipv4-super-packet-of-another-family": _gso(tcp(POD, NEAR_POD, bytes(3000), check=PARTIAL), GSO_TCPV6, start=20),
@@ -666,6 +668,8 @@ MALFORMED_READS = {
     "super-packet-cut": _gso(_TCP_SUPER[:-1], GSO_TCPV6),
     "checksum-that-begins-in-the-header": _gso(_UDP_SUPER, 0, start=39, offset=6),
     "checksum-that-begins-in-an-extension-header": _gso(_out(headers=[_HBH, _DO]), 0, start=48, offset=0),
+    "checksum-in-a-broken-chain": _gso(_BROKEN, 0, start=40, offset=0),
+    "checksum-behind-a-broken-chain": _gso(_BROKEN, 0, start=48, offset=6),
     "checksum-behind-the-packet": _gso(_out(bytes(7), protocol=17), 0, start=40, offset=6),
     "checksum-behind-the-packet-but-not-the-read": _gso(_out(bytes(8), payload_len=7), 0, start=40, offset=6),
 }  # fmt: skip

@@ -123,10 +123,10 @@ cdef inline uint16_t nonzero(uint16_t check) noexcept nogil:
 cdef inline bint complete_checksum(Packet *p, const virtio_net_hdr *vnet) noexcept nogil:
     """Finish a transport checksum that the kernel left to us: the field holds the pseudo-header's sum.
 
-    False when the virtio header points outside the packet, or into its IP header.
+    False when the virtio header points outside the packet, or into its IP header, or when nobody knows where that ends.
     """
     cdef int start = vnet.csum_start, at = vnet.csum_start + vnet.csum_offset
-    if at + 2 > p.len or start < p.header:
+    if at + 2 > p.len or start < p.header or p.protocol == UNKNOWN_PROTOCOL:
         return False
     store_memory16(p.data + at, nonzero(~ut_fold(ut_sum(p.data + start, p.len - start, 0))))
     return True
