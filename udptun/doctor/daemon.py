@@ -33,7 +33,7 @@ async def daemon(facts: Facts) -> list[Finding]:
     remedy = (
         "`systemctl status flanneld`, or the pod's log; give the daemon's --run-dir if it has another one"
         if facts.daemon_pid is None
-        else "its log says more; what it waits for may be a finding above"
+        else "its log says more; what it waits for may be another finding"
     )
     cause, _, more = facts.silence.partition("; ")
     return [Finding(Severity.ERROR, str(facts.options.run_dir), cause, f"{more}; {remedy}" if more else remedy)]

@@ -5,6 +5,7 @@ In a container only those are looked at that are mounted.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,8 @@ async def cni_plugins(facts: Facts) -> list[Finding]:
     if ours[0].suffix != ".conflist":
         raise NotHereError(f"{ours[0]} is no list of plugins")
     try:
-        check_conflist(ours[0].read_bytes(), directories)
+        # Each plugin is run, to say its versions.
+        await asyncio.to_thread(check_conflist, ours[0].read_bytes(), directories)
     except CniError as exc:
         line = f"{exc.message}; {exc.details}" if exc.details else exc.message
         return [Finding.of_line(Severity.ERROR, line, str(ours[0]))]
