@@ -243,7 +243,7 @@ def test_rules_are_flannels_word_by_word(world: Lab, flavour: Flavour) -> None:
         assert flannels(host, flavour) == expected(host, flavour)
     assert world.host(1).subnet_env()["FLANNEL_IPMASQ"] == "true"
     form = "nftables" if flavour.nftables else "iptables"
-    assert read_status(world.host(1))["firewall"] == {"form": form, "masquerade": True, "forward": True}
+    assert read_status(world.host(1))["firewall"] == {"form": form, "masquerade": True, "forward": True, "repairs": 0}
 
 
 def test_pods_reach_the_outside_with_their_hosts_address_and_each_other_with_their_own(world: Lab) -> None:
@@ -494,7 +494,7 @@ def test_without_ip_masq_there_are_forward_rules_alone_and_without_them_none(hos
     assert host.subnet_env()["FLANNEL_IPMASQ"] == "false"
     restart(host, [*DAEMON, "--iptables-forward-rules=false"])
     assert flannels(host, FLAVOURS[0]) == []
-    assert read_status(host)["firewall"] == {"form": None, "masquerade": False, "forward": False}
+    assert read_status(host)["firewall"] == {"form": None, "masquerade": False, "forward": False, "repairs": 0}
     # No rule, no table: nobody's packets pay for what nobody asked for.
     assert host.run(["cat", "/proc/net/ip_tables_names"]).stdout == ""
 
