@@ -90,7 +90,7 @@ def _udptun(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11} {summary}" for name, (summary, _) in _COMMANDS.items()]
+    lines = [f"  {name:<12} {summary}" for name, (summary, _) in _COMMANDS.items()]
     return "\n".join(
         [
             "usage: udptun COMMAND [ARGUMENT...]",
@@ -368,6 +368,32 @@ def _lab(argv: list[str], environ: Mapping[str, str]) -> int:
     return lab.run(parser.parse_args(["lab", *argv]))
 
 
+def _completion(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import completion
+    from udptun.commands.help_pages import read_pages
+
+    if {"-h", "--help", "-help"}.intersection(argv):
+        print(completion.USAGE, end="")
+        return 0
+    if len(argv) != 1 or argv[0] not in completion.SHELLS:
+        raise UsageError(f"completion: which shell? one of {', '.join(completion.SHELLS)}")
+    print(completion.script(argv[0], read_pages(_help_of)), end="")
+    return 0
+
+
+def _help_of(words: tuple[str, ...]) -> str:
+    """What the command prints with --help, each sentence on one line."""
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    # argparse wraps its lines at this width, and exits.
+    os.environ["COLUMNS"] = "1000"
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        _udptun([*words, "--help"], {})
+    return said.getvalue()
+
+
 def _version(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands.parser import Parser
 
@@ -387,6 +413,7 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "docker-opts": ("write Docker's options from subnet.env; installed as mk-docker-opts.sh too", _docker_opts),
     "cni": ("install the CNI plugin; free what its containers have left", _cni),
     "lab": ("hosts, pods and daemons in namespaces on one machine", _lab),
+    "completion": ("print a script that completes commands and flags in bash, zsh or fish", _completion),
     "version": ("print the version", _version),
 }
 

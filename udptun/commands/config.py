@@ -27,11 +27,12 @@ USAGE = """\
 usage: udptun config check [--json] FILE
        udptun config show [--json] [--env-file FILE] [FLAG...]
 
-check   say all that is wrong with a net-conf.json (-: standard input), a line each with what to do.  Exit status 0:
-        good, 1: warnings, as of keys that have no effect, 2: the daemon would refuse it
-show    every flag and every key of the network config with its value, and where that came from.  Without flags it
-        asks the daemon that runs here; with flags, or where none answers, it says what a daemon would make of the
-        flags, the environment and --env-file.  Exit status 0, or 2 when the network config cannot be used
+check   say all that is wrong with a net-conf.json, a line each with what to do
+        FILE may be - for standard input.  Exit status 0: good, 1: warnings, as of keys that have no effect, 2: the
+        daemon would refuse it
+show    every flag and key of the network config with its value, and where that came from
+        Without flags it asks the daemon that runs here.  With flags, or where none answers, it says what a daemon would
+        make of the flags, the environment and --env-file.  Exit status 0, or 2 when the network config cannot be used
 """
 
 _WIDEST_VALUE = 44

@@ -22,9 +22,9 @@ usage: udptun health [--live | --ready] [--run-dir DIR]
 
 Ask the daemon of this host over its status socket; exit status 0 when all is well, 1 with one line when not.
 
---live       a daemon answers: it does not hang.  It need not be ready, nor reach its store
---ready      the network is ready, by a daemon of this container (the default)
---run-dir    the daemon's --run-dir (default: FLANNELD_RUN_DIR, else /run/udptun)
+--live         a daemon answers: it does not hang.  It need not be ready, nor reach its store
+--ready        the network is ready, by a daemon of this container (the default)
+--run-dir DIR  the daemon's --run-dir (default: FLANNELD_RUN_DIR, else /run/udptun)
 """
 
 SOCKET_NAME = "udptun.sock"
