@@ -49,16 +49,17 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.errno cimport EBADFD, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from udptun.fastpath.coalesce cimport VNET, Merger, start_batch
-from udptun.fastpath.decap cimport decap_message
-from udptun.fastpath.encap cimport encap
+from udptun.fastpath.decap cimport check_packet, decap_message, is_for_control_plane, offload_header
+from udptun.fastpath.encap cimport check_way, encap, take_read
 from udptun.fastpath.icmp cimport ICMP_BURST
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.ring cimport announce_punts, drop_half_injected, take_injected
+from udptun.fastpath.segment cimport SuperPacket
 from udptun.fastpath.send cimport allow_groups_again, send_groups
-from udptun.fastpath.wire cimport ip_total_len, ip_version, ipv6_total_len
+from udptun.fastpath.wire cimport IPV6_HEADER, ip_total_len, ip_version, ipv6_total_len
 from udptun.fastpath.write cimport write_items
 
 cdef enum:
@@ -575,6 +576,86 @@ cdef class TableReader:
             PyBuffer_Release(&asked)
             PyBuffer_Release(&found)
             PyBuffer_Release(&where)
+
+
+cdef class Judge:
+    """Says in which counter a packet would end, by the workers' own checks and their table; counts nothing.
+
+    For the thread that publishes the tables: it announces no generation.  What only the kernel knows is not asked, so
+    what passes all checks ends in `encap_sent` or `decap_delivered`.
+    """
+
+    cdef Loop *_w
+    cdef Counters _counters
+    cdef bytearray _packet
+
+    def __cinit__(self, int table_fd, int stats_fd):
+        self._w = <Loop *>calloc(1, sizeof(Loop))
+        if self._w == NULL:
+            raise MemoryError
+        self._w.table = <const ut_table *>_map(table_fd, sizeof(ut_table), PROT_READ, UT_TABLE_MAGIC, "peer table")
+        self._w.stats = <ut_stats *>_map(stats_fd, sizeof(ut_stats), PROT_READ, UT_STATS_MAGIC, "statistics")
+        self._w.counters = &self._counters
+
+    def __dealloc__(self):
+        if self._w == NULL:
+            return
+        if self._w.table != NULL:
+            munmap(<void *>self._w.table, sizeof(ut_table))
+        if self._w.stats != NULL:
+            munmap(self._w.stats, sizeof(ut_stats))
+        free(self._w)
+
+    def encap(self, bytes packet):
+        """Of a packet read from the TUN, no super-packet: the counter, and the index of the peer that gets it or 0."""
+        cdef Packet p
+        cdef SuperPacket s
+        cdef virtio_net_hdr vnet
+        cdef Counter *drop
+        self._take(&p, packet)
+        memset(&s, 0, sizeof(SuperPacket))
+        memset(&vnet, 0, sizeof(virtio_net_hdr))
+        drop = take_read(self._w, &p, &vnet, &s)
+        if drop == NULL:
+            drop = check_way(self._w, &p, p.len)
+        return self._name(&self._counters.encap_sent if drop == NULL else drop), p.peer
+
+    def decap(self, bytes packet, bytes source):
+        """Of what a datagram from `source`, a struct sockaddr, has behind its prefix.
+
+        The counter, and the index of the peer that leases the inner source or 0.
+        """
+        cdef Packet p
+        cdef virtio_net_hdr vnet
+        cdef ut_socket_address where
+        cdef Counters *c = &self._counters
+        cdef Counter *drop
+        memset(&where, 0, sizeof(ut_socket_address))
+        memcpy(&where, <const char *>source, min(len(source), <Py_ssize_t>sizeof(ut_socket_address)))
+        self._take(&p, packet)
+        drop = check_packet(self._w.slot, c, &p, &where)
+        if drop == NULL and is_for_control_plane(self._w.slot, &p):
+            drop = &c.decap_punted
+        if drop == NULL:
+            drop = offload_header(self._w.slot, c, &p, 0, &vnet)
+        return self._name(&c.decap_delivered if drop == NULL else drop), p.peer
+
+    cdef int _take(self, Packet *p, bytes packet) except -1:
+        """A copy of the packet, which the checks may change, and the table of now."""
+        cdef uint64_t generation = ut_load_u64(&self._w.table.generation)
+        if generation == 0:
+            raise ValueError("no table has been published")
+        self._w.slot = &self._w.table.slot[generation & 1]
+        self._w.prefix_len = UT_PREFIX_BYTES if self._w.slot.prefix_len else 0
+        # The checks look at a few bytes of a packet that is too short.
+        self._packet = bytearray(packet) + bytearray(IPV6_HEADER)
+        memset(p, 0, sizeof(Packet))
+        p.data = <uint8_t *><char *>self._packet
+        p.len = <int>len(packet)
+        return 0
+
+    cdef str _name(self, const Counter *counter):
+        return COUNTERS[counter - <Counter *>&self._counters]
 
 
 cdef uint64_t *_word(object words, Py_ssize_t i, int flags) except NULL:

@@ -53,6 +53,7 @@ from tests.reference import Outcome, Peer, Remote, Table
 
 if TYPE_CHECKING:
     from udptun.core.offload import Offload
+    from udptun.datapath.judge import Judge
     from udptun.datapath.stats import Stats, Stray
     from udptun.datapath.table import TableWriter
 
@@ -507,6 +508,12 @@ class FastDatapath:
         n_left = self._writer.set_local_addresses(addresses)
         assert self._writer.publish(self.stats)
         return n_left
+
+    def judge(self) -> Judge:
+        """Says what the worker would do."""
+        from udptun.datapath.judge import Judge
+
+        return Judge(self._writer, self.stats)
 
     def strays(self, since_s: float = 0) -> list[Stray]:
         """What the worker has noted of datagrams that no lease explains."""

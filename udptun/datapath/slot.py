@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 from socket import AF_INET, AF_INET6
 from struct import Struct
 from typing import TypeVar
 
 from udptun._fastpath import LAYOUT
-from udptun.core.network_state import IPAddress
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.datapath import shm
 
 SLOT = shm.Structure("slot")
 PEER = shm.Structure("peer")
 _SUBNET = PEER.packer("subnet")
+_PEER_WAY = PEER.packer("subnet", "subnet_len", "remote", "mtu", "flags")
 LEARNED = shm.Structure("learned").packer("outer", "peer", "port")
 LENGTH = shm.Structure("length").packer("mask", "subnet_len")
 REMOTE = shm.Structure("remote")
@@ -27,6 +29,17 @@ _ADDRESS_BYTES = _HALVES.size
 _UPPER, _LOWER, _BOTH, _LESS = LAYOUT["hash_upper"], LAYOUT["hash_lower"], LAYOUT["hash_both"], (1 << 64) - 1
 
 K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPeer:
+    """A peer's entry: what it leases, where it is, the largest packet to it (bytes), and whether it was found dead."""
+
+    subnet: IPNetwork
+    address: IPAddress
+    port: int
+    mtu: int
+    is_dead: bool
 
 
 class Slot:
@@ -73,6 +86,19 @@ class Slot:
         found = _hashed(ipv6, hash_address)
         self.local_ipv6[: len(found) * _ADDRESS_BYTES] = b"".join(entry or bytes(_ADDRESS_BYTES) for entry in found)
         self["local_ipv6_mask"] = len(found) - 1
+
+    def peer(self, index: int) -> PublishedPeer:
+        """What the entry of a peer says."""
+        first, length, remote, mtu, flags = _PEER_WAY.unpack_from(self.peers, index * PEER.size)
+        where = _remote(self, remote)
+        port = int.from_bytes(_SOCKADDR_IN.unpack_from(where)[1])
+        return PublishedPeer(
+            shm.unmapped_subnet(first, length),
+            shm.unmapped(remote_address(self, remote)),
+            port,
+            mtu,
+            bool(flags & LAYOUT["flags.dead"]),
+        )
 
     def copy(self, other: Slot, n_pages: int) -> None:
         """Become the same as `other`, of which the first `n_pages` pages of l2 are in use."""
@@ -241,6 +267,13 @@ def _remote(slot: Slot, index: int) -> bytes:
     return slot.remotes[at : at + REMOTE.size].tobytes()
 
 
+def socket_address_bytes(address: IPAddress, port: int) -> bytes:
+    """A `struct sockaddr_in` or `sockaddr_in6`."""
+    if isinstance(address, IPv4Address):
+        return _SOCKADDR_IN.pack(AF_INET, port.to_bytes(2), address.packed)
+    return _SOCKADDR_IN6.pack(AF_INET6, port.to_bytes(2), address.packed)
+
+
 def hash_address(packed: bytes) -> int:
     """`ut_hash_address` of shm.h."""
     upper, lower = _HALVES.unpack(packed)
@@ -265,8 +298,5 @@ def _hashed(keys: Collection[K], hash_of: Callable[[K], int]) -> Sequence[K | No
 
 def _entry(address: IPAddress, port: int) -> bytes:
     """A `struct ut_remote`."""
-    if isinstance(address, IPv4Address):
-        where = _SOCKADDR_IN.pack(AF_INET, port.to_bytes(2), address.packed)
-    else:
-        where = _SOCKADDR_IN6.pack(AF_INET6, port.to_bytes(2), address.packed)
+    where = socket_address_bytes(address, port)
     return _REMOTE_FIELDS.pack(where, len(where))

@@ -86,6 +86,11 @@ class TableWriter:
         """Of the published table; 0: none yet."""
         return load_u64(self._generation, 0)
 
+    @property
+    def published(self) -> Slot:
+        """What the workers read now, until the next `publish`."""
+        return self._slots[self.generation & 1]
+
     def configure(self, settings: PacketSettings) -> None:
         """Set what applies to all packets, from the next `publish` on.
 

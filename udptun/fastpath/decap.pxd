@@ -81,19 +81,10 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
     p.data = d
     p.len = length
     if drop == NULL:
-        drop = check_header(w.slot, c, &p)
-    if drop == NULL:
-        drop = check_source(w.slot, c, &p, &w.in_flight.source[i])
-    if drop == NULL and not is_in_own_subnet(w.slot, &p, destination_of(&p)):
-        drop = &c.decap_drop_foreign_destination
-    if drop == NULL and is_for_our_socket(w.slot, &p):
-        drop = &c.decap_drop_loop
-    if drop == NULL and ttl_of(&p) <= 1:
-        drop = &c.decap_drop_ttl
-        answer_peer(w, &p, TTL_EXCEEDED)
+        drop = check_packet(w.slot, c, &p, &w.in_flight.source[i])
     if drop == NULL:
         drop = take_mark(c, &p, outer_ecn)
-    if drop == NULL and is_tunnel_address(w.slot, &p, destination_of(&p)) and is_asked_for(w.slot, &p):
+    if drop == NULL and is_for_control_plane(w.slot, &p):
         punt(w, &p, &w.in_flight.source[i], False)
         return
     if drop == NULL:
@@ -102,6 +93,8 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
         if drop == &c.decap_drop_unknown_peer or drop == &c.decap_drop_source_spoofed:
             if take_stray(w, &p, &w.in_flight.source[i], drop == &c.decap_drop_unknown_peer):
                 return
+        elif drop == &c.decap_drop_ttl:
+            answer_peer(w, &p, TTL_EXCEEDED)
         drop[0] += 1
         return
     step_ttl(&p)
@@ -129,6 +122,26 @@ cdef inline void deliver(Loop *w, Packet *p, virtio_net_hdr *vnet) noexcept nogi
         memcpy(it.vnet, vnet, VNET)
     else:
         add_packet(w.merger, p)
+
+
+cdef inline Counter *check_packet(
+        const ut_slot *table, Counters *c, Packet *p, const ut_socket_address *source) noexcept nogil:
+    """Rows 1 to 16, with loops: is this a packet, may `source` send it, and is it for us?  Sets p.peer."""
+    cdef Counter *drop = check_header(table, c, p)
+    if drop == NULL:
+        drop = check_source(table, c, p, source)
+    if drop != NULL:
+        return drop
+    if not is_in_own_subnet(table, p, destination_of(p)):
+        return &c.decap_drop_foreign_destination
+    if is_for_our_socket(table, p):
+        return &c.decap_drop_loop
+    return &c.decap_drop_ttl if ttl_of(p) <= 1 else NULL
+
+
+cdef inline bint is_for_control_plane(const ut_slot *table, const Packet *p) noexcept nogil:
+    """Row 21."""
+    return is_tunnel_address(table, p, destination_of(p)) and is_asked_for(table, p)
 
 
 cdef inline Counter *check_header(const ut_slot *table, Counters *c, Packet *p) noexcept nogil:

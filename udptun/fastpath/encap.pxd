@@ -41,25 +41,10 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
         n = s.n
         longest = min(p.len, s.header + s.size)
     make_room(w, n, n * (w.prefix_len + s.header))
-    p.peer = leasing(w.slot, p, destination_of(p))
-    if is_of_the_tunnel(w.slot, p):
-        drop_encap(w, &c.encap_drop_loop, n)
-        return
-    if p.peer == 0:
-        drop_encap(w, &c.encap_drop_no_route, n)
-        answer_local(w, p, NO_ROUTE, 0)
-        return
-    if w.slot.peers[p.peer].flags & UT_PEER_DEAD and not is_back(w, p.peer):
-        drop_encap(w, &c.encap_drop_dead, n)
-        answer_local(w, p, PEER_IS_DEAD, 0)
-        return
-    if ttl_of(p) <= 1:
-        drop_encap(w, &c.encap_drop_ttl, n)
-        answer_local(w, p, TTL_EXCEEDED, 0)
-        return
-    if <uint32_t>longest > w.slot.peers[p.peer].mtu and not may_be_fragmented(p, longest):
-        drop_encap(w, &c.encap_drop_too_big, n)
-        answer_local(w, p, TOO_BIG, least_mtu(p, w.slot.peers[p.peer].mtu))
+    drop = check_way(w, p, longest)
+    if drop != NULL:
+        drop_encap(w, drop, n)
+        answer_sender(w, p, drop)
         return
     c.encap_packets += n
     step_ttl(p)
@@ -100,6 +85,39 @@ cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPa
         # A successor that finds the packet in flight must not complete it once more.
         vnet.flags = 0
     return NULL
+
+
+cdef inline Counter *check_way(const Loop *w, Packet *p, int longest) noexcept nogil:
+    """Rows 4 to 6, with loops and dead peers: which peer gets the packet, and may it?  Sets p.peer.
+
+    `longest`: of the packets that it stands for, bytes.  The counter to drop it under, or NULL.
+    """
+    cdef Counters *c = w.counters
+    p.peer = leasing(w.slot, p, destination_of(p))
+    if is_of_the_tunnel(w.slot, p):
+        return &c.encap_drop_loop
+    if p.peer == 0:
+        return &c.encap_drop_no_route
+    if w.slot.peers[p.peer].flags & UT_PEER_DEAD and not is_back(w, p.peer):
+        return &c.encap_drop_dead
+    if ttl_of(p) <= 1:
+        return &c.encap_drop_ttl
+    if <uint32_t>longest > w.slot.peers[p.peer].mtu and not may_be_fragmented(p, longest):
+        return &c.encap_drop_too_big
+    return NULL
+
+
+cdef inline void answer_sender(Loop *w, Packet *p, const Counter *drop) noexcept nogil:
+    """Tell the sender why the packet was dropped by `check_way`.  About loops nobody is told."""
+    cdef Counters *c = w.counters
+    if drop == &c.encap_drop_no_route:
+        answer_local(w, p, NO_ROUTE, 0)
+    elif drop == &c.encap_drop_dead:
+        answer_local(w, p, PEER_IS_DEAD, 0)
+    elif drop == &c.encap_drop_ttl:
+        answer_local(w, p, TTL_EXCEEDED, 0)
+    elif drop == &c.encap_drop_too_big:
+        answer_local(w, p, TOO_BIG, least_mtu(p, w.slot.peers[p.peer].mtu))
 
 
 cdef inline bint is_back(const Loop *w, uint32_t peer) noexcept nogil:
