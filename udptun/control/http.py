@@ -49,11 +49,14 @@ class Response:
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a client has asked for.  `headers` are by their names in small letters; of several alike the first counts.
+
+    `query` is what stands behind the question mark, as it came.
     """
 
     method: str
     path: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    query: str = ""
 
 
 Routes = Mapping[str, Callable[[Request], Response | Awaitable[Response]]]
@@ -228,7 +231,8 @@ def _parse(head: bytes) -> Request | None:
     for line in lines:
         name, _, value = line.partition(":")
         headers.setdefault(name.strip().lower(), value.strip())
-    return Request(words[0], words[1].partition("?")[0], headers)
+    path, _, query = words[1].partition("?")
+    return Request(words[0], path, headers, query)
 
 
 async def _respond(routes: Routes, request: Request) -> Response:

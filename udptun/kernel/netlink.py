@@ -95,9 +95,15 @@ class Netlink(Conversation):
         bodies = await self.dump(rtnetlink.dump_routes(family, MAIN_TABLE, protocol))
         return [route for route in map(rtnetlink.decode_route, bodies) if route.dst.version == family.value]
 
-    async def route_get(self, ip: IPAddress) -> Route:
-        """How the kernel would send to `ip` now.  `prefsrc` is the source address it would choose."""
-        ((error, bodies),) = await self.ask([rtnetlink.get_route(ip)])
+    async def route_get(
+        self, ip: IPAddress, source: IPAddress | None = None, from_link: int = 0, *, as_configured: bool = False
+    ) -> Route:
+        """How the kernel would send to `ip` now.  `prefsrc` is the source address it would choose.
+
+        The others are as `rtnetlink.get_route` has them.
+        """
+        asked = rtnetlink.get_route(ip, source=source, from_link=from_link, as_configured=as_configured)
+        ((error, bodies),) = await self.ask([asked])
         if error is not None:
             raise error
         return rtnetlink.decode_route(bodies[0])

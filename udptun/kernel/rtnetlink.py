@@ -40,7 +40,7 @@ _VIA = struct.Struct("=H")
 """struct rtvia: family; the address follows.  A gateway of another family than the route's stands in it."""
 _U32, _I32 = struct.Struct("=I"), struct.Struct("=i")
 
-RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
+RTA_DST, _RTA_SRC, _RTA_IIF, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 2, 3, 4, 5, 6, 7
 _RTA_METRICS, _RTA_MULTIPATH, _RTA_TABLE, _RTAX_MTU = 8, 9, 15, 2
 _RTA_VIA, _RTA_ENCAP_TYPE = 18, 21
 _RTNH_F_ONLINK = 4
@@ -88,10 +88,21 @@ def dump_routes(family: Family, table: int, protocol: int) -> Request:
     return Request("cannot list routes", GETROUTE, F_DUMP, body)
 
 
-def get_route(ip: IPAddress, *, as_configured: bool = False) -> Request:
-    """How the kernel would send to `ip`.  `as_configured`: the route itself, without what ICMP has changed."""
-    flags = _RTM_F_FIB_MATCH if as_configured else 0
-    body = _ROUTE.pack(family_of(ip), 8 * len(ip.packed), 0, 0, 0, 0, 0, 0, flags) + attribute(RTA_DST, ip.packed)
+def get_route(
+    ip: IPAddress, *, as_configured: bool = False, source: IPAddress | None = None, from_link: int = 0
+) -> Request:
+    """How the kernel would send to `ip`.  `as_configured`: the route itself, without what ICMP has changed.
+
+    `source`: what the packet has for one.  `from_link`: the index of the link that it has come from, which must be
+    given for one that is not this host's own.
+    """
+    flags, bits = _RTM_F_FIB_MATCH if as_configured else 0, 8 * len(ip.packed)
+    body = _ROUTE.pack(family_of(ip), bits, 0 if source is None else bits, 0, 0, 0, 0, 0, flags)
+    body += attribute(RTA_DST, ip.packed)
+    if source is not None:
+        body += attribute(_RTA_SRC, source.packed)
+    if from_link:
+        body += attribute(_RTA_IIF, _U32.pack(from_link))
     return Request(f"no route to {ip}", GETROUTE, 0, body)
 
 
