@@ -27,11 +27,13 @@ from traffic import (
     peers,
     ping,
     read_status,
+    read_trace,
     seconds_until,
     tcp_flow,
     wait_for_peers,
 )
 
+from udptun.core.trace_request import TraceRequest
 from udptun.lab.errors import LabError
 from udptun.lab.host import DISTANT, SUBNET_ENV, UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
@@ -247,6 +249,33 @@ def test_the_kernel_has_what_flannel_would_have_set_up(named_lab: tuple[str, Lab
         assert [(a["local"], a["prefixlen"], a["scope"]) for a in addresses["addr_info"]] == [
             (str(one.subnet.network_address), 32, "global")
         ]
+
+
+def test_trace_says_how_each_backend_carries_a_packet(named_lab: tuple[str, Lab]) -> None:
+    name, lab = named_lab
+    one, two = lab.host(1), lab.host(2)
+    pod, their_pod, public_ip = str(one.pod(1).address), str(two.pod(1).address), str(two.underlay_address)
+    out = read_trace(one, TraceRequest.from_words(pod, their_pod))
+    back = read_trace(one, TraceRequest.from_words(their_pod, pod))
+    counters = ("encap_sent", "decap_delivered") if name in USERSPACE else (None, None)
+    assert [said["verdict"]["counter"] for said in (out, back)] == [*counters]
+    assert [said["verdict"]["delivered"] for said in (out, back)] == [True, True]
+    assert [said["direction"] for said in (out, back)] == ["outgoing", "arriving"]
+    assert out["backend"] == ("udp" if name == "udp" else "host-gw" if name == "host-gw" else "vxlan")
+    assert out["kernel"]["device"] == DEVICES.get(name, "eth0")
+    assert back["kernel"]["device"] == "cni0"
+    assert out["peer"]["public_ip"] == public_ip
+    assert out["peer"]["subnet"] == str(two.subnet)
+    if name in USERSPACE:
+        outer = out["outer"]
+        assert (outer["destination"], outer["bytes"], outer["device"]) == (public_ip, 84 + OVERHEADS[name], "eth0")
+    if name == "vxlan":
+        assert out["neighbour"] == {"ip": str(two.subnet.network_address), "mac": mac(two), "vtep": public_ip}
+    else:
+        assert out["neighbour"] is None
+    # What nobody leases is refused by a route, or is in no row of the tunnel.
+    nowhere = read_trace(one, TraceRequest.from_words(pod, "10.244.0.5"))["verdict"]
+    assert (nowhere["delivered"], nowhere["counter"]) == (False, "encap_drop_no_route" if name == "udp" else None)
 
 
 def test_the_vxlan_device_and_its_peers_are_flannels() -> None:

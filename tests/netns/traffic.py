@@ -23,6 +23,7 @@ from typing import Any
 
 from udptun.commands import status
 from udptun.core.errors import UdptunError
+from udptun.core.trace_request import TraceRequest
 from udptun.lab.host import UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import KUBE_PORT, LEASES, NET_CONF, Lab
@@ -272,6 +273,11 @@ def read_status(host: Host) -> Any:
     return json.loads(status.fetch(host.path("/run/udptun")))
 
 
+def read_trace(host: Host, request: TraceRequest) -> Any:
+    """What `udptun trace --json` prints, likewise."""
+    return json.loads(status.fetch(host.path("/run/udptun"), f"/trace?{request.query()}"))
+
+
 def problems(host: Host) -> list[str] | None:
     """The problem lines.  None while the daemon has no status, as it begins again or is not ready."""
     try:
@@ -330,7 +336,9 @@ def seconds_until(holds: Callable[[], bool], what: str, timeout_s: float) -> flo
 
 
 @contextlib.contextmanager
-def socket_in(place: Host | Pod, kind: int, protocol: int = 0) -> Iterator[socket.socket]:
+def socket_in(
+    place: Host | Pod, kind: int, protocol: int = 0, family: int = socket.AF_INET
+) -> Iterator[socket.socket]:
     """A socket of ours in the network namespace of `place`: it stays there, whichever thread uses it."""
     net_ns = place.machine.at().net_ns if isinstance(place, Host) else place.host.machine.at(place.name).net_ns
     made: list[socket.socket] = []
@@ -338,7 +346,7 @@ def socket_in(place: Host | Pod, kind: int, protocol: int = 0) -> Iterator[socke
     def make() -> None:
         with net_ns.open() as file:
             if _libc.setns(file.fileno(), _CLONE_NEWNET) == 0:
-                made.append(socket.socket(socket.AF_INET, kind, protocol))
+                made.append(socket.socket(family, kind, protocol))
 
     thread = threading.Thread(target=make)
     thread.start()

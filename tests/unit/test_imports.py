@@ -42,6 +42,7 @@ PURE_MODULES = [
     *("kernel.interfaces", "kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
     *("probing.beliefs", "probing.carrier", "probing.liveness", "probing.path_mtu"),
     *("control.metrics.samples", "control.metrics.table", "control.metrics.text"),
+    *("control.trace.checks",),
     *("datapath.learning", "datapath.restarts", "datapath.settings", "datapath.stranger_program"),
     *("firewall.iptables_form", "firewall.nft_form", "firewall.rules"),
     *(f"firewall.obstacles.{name}" for name in ("judge", "nft_messages", "nft_rules", "ruleset", "xtables")),

@@ -278,6 +278,12 @@ def _config(argv: list[str], environ: Mapping[str, str]) -> int:
     return config.run(argv, environ)
 
 
+def _trace(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import trace
+
+    return trace.run(argv, environ)
+
+
 def _health(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands import health
 
@@ -407,6 +413,7 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "status": ("say what the daemon of this host is doing", _status),
     "doctor": ("say what is wrong on this host and what to do about it", _doctor),
     "config": ("check a network config; show the settings in force and where each came from", _config),
+    "trace": ("say what would happen to a packet on this host, and why", _trace),
     "health": ("say whether the daemon lives (--live) and is ready (--ready); for probes", _health),
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
     "lease": ("list, show, reserve and release leases; write a leases file", _lease),

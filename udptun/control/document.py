@@ -46,7 +46,7 @@ class Answers:
     @property
     def all(self) -> Routes:
         """What this host's root may ask."""
-        return {**self.health, "/status": self._status}
+        return {**self.health, "/status": self._status, "/trace": self._trace}
 
     def _healthz(self, request: Request) -> Response:
         return Response(HTTPStatus.OK, "flanneld is running")
@@ -59,13 +59,22 @@ class Answers:
     async def _status(self, request: Request) -> Response:
         running = self.running
         if running is None:
-            message = f"the daemon is not ready yet: {self._waiting()}\n"
-            return Response(HTTPStatus.SERVICE_UNAVAILABLE, message)
+            return self._not_ready()
         uptime_s = time.time() - self._started_s
         # In a thread: with 65,000 peers it takes more than a second, in which the event loop would do nothing else.
         text = await asyncio.to_thread(lambda: json.dumps(document(running, uptime_s)) + "\n")
         return Response(HTTPStatus.OK, text, "application/json")
 
+    async def _trace(self, request: Request) -> Response:
+        if self.running is None:
+            return self._not_ready()
+        # Most daemons are never asked.
+        from udptun.control.trace.page import answer_trace
+
+        return await answer_trace(self.running, request)
+
+    def _not_ready(self) -> Response:
+        return Response(HTTPStatus.SERVICE_UNAVAILABLE, f"the daemon is not ready yet: {self._waiting()}\n")
 
     def _samples(self) -> Iterator[Sample]:
         """Of this moment, for a thread beside the event loop."""

@@ -75,7 +75,7 @@ class Forwarding:
         if not choice.backend.encapsulations and choice.backend.peer_types:
             for family in live.families:
                 memory = Memory(run_dir / (PROBES_FILE if family is Family.IPV4 else IPV6_PROBES_FILE))
-                self._probes[family] = HostProbes(family, self._device(family), memory)
+                self._probes[family] = HostProbes(family, self.device(family), memory)
         self._kept = kept
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""
@@ -102,7 +102,7 @@ class Forwarding:
         backend = choice.backend
         encapsulations = [it for it in backend.encapsulations if not it.families.isdisjoint(live.families)]
         # The kernel or we may need their port.
-        await kept.forget(kept.devices - set(map(forwarding._device, live.families)))
+        await kept.forget(kept.devices - set(map(forwarding.device, live.families)))
         try:
             for it in encapsulations:
                 await forwarding._open_tunnel(it, confinement)
@@ -131,7 +131,8 @@ class Forwarding:
         """Of the device that serves these: that of the first one that is enabled."""
         return next(it for family, it in self._ownerships.items() if family in families)
 
-    def _tunnel_of(self, family: Family) -> Tunnelled | None:
+    def tunnel_of(self, family: Family) -> Tunnelled | None:
+        """The datapath that carries the family, or could; None: the kernel does, or nobody."""
         return next((it for it in self._tunnels if family in it.families), None)
 
     @property
@@ -146,9 +147,10 @@ class Forwarding:
     @property
     def ipv6_device(self) -> str | None:
         """The device that the pods' IPv6 packets to other hosts go through; None: there is none."""
-        return self._device(Family.IPV6) if Family.IPV6 in self.families else None
+        return self.device(Family.IPV6) if Family.IPV6 in self.families else None
 
-    def _device(self, family: Family) -> str | None:
+    def device(self, family: Family) -> str | None:
+        """The device that the pods' packets of a family that is carried go through; None: they go through none."""
         return device_of(self.backend, self._underlay, self.live, family)
 
     @property
@@ -180,7 +182,7 @@ class Forwarding:
             # Where a store gives the subnets, it may give one of one family alone.
             del self._routings[family]
             # The datapath's device may carry the other family.
-            tunnel = self._tunnel_of(family)
+            tunnel = self.tunnel_of(family)
             await remove_ours(routing.ownership, keep="" if tunnel is None else tunnel.device)
         for it in self._tunnels:
             await it.start(self._carried_inputs(it.families))
@@ -198,7 +200,7 @@ class Forwarding:
         self._has_started = True
         narrow, first = self._narrow, self._first
         for family, routing in self._routings.items():
-            tunnel = self._tunnel_of(family)
+            tunnel = self.tunnel_of(family)
             device = None if tunnel is None else tunnel.tunnel.tun
             alias = None if tunnel is None else self._ownership_of(tunnel.families).alias
             await routing.start(device, alias, self._inputs(family), narrow, is_first=family is first)
@@ -221,7 +223,7 @@ class Forwarding:
         if not self._has_started:
             return
         self._routings[family].change_peers(events)
-        if (tunnel := self._tunnel_of(family)) is not None:
+        if (tunnel := self.tunnel_of(family)) is not None:
             await tunnel.peers_changed(family, events)
         if family in self._probes:
             self._probes[family].peers_changed(events)
@@ -289,7 +291,7 @@ class Forwarding:
         found = []
         for family in self.families:
             inputs = self._inputs(family)
-            device = self._device(family)
+            device = self.device(family)
             if device is None:
                 one_peer = replace(inputs, peers=tuple(islice(inputs.peers, 1)))
                 device = self._underlay.link_name if self.backend.desired(one_peer).routes else None
@@ -305,7 +307,7 @@ class Forwarding:
         backend = {
             "type": self.backend.type,
             "reason": self._reason,
-            "device": self._device(self._first),
+            "device": self.device(self._first),
             "mtu": self.live.mtu,
         }
         common = {"devices": self._devices(), "changes": self._changes()}
@@ -313,7 +315,7 @@ class Forwarding:
         if (probes := self._probes.get(self._first)) is not None:
             backend |= {"probes": probes.state}
             peers = [peer | probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
-        tunnel = self._tunnel_of(self._first)
+        tunnel = self.tunnel_of(self._first)
         if tunnel is None:
             return {"backend": backend, "datapath": None, **common, "peers": peers, "counters": {}}
         own = tunnel.document(self.live)
@@ -327,7 +329,7 @@ class Forwarding:
         }
 
     def _devices(self) -> list[dict[str, Any]]:
-        names = sorted({name for family in self.families if (name := self._device(family)) is not None})
+        names = sorted({name for family in self.families if (name := self.device(family)) is not None})
         counters = read_device_counters(names)
         return [{"name": name, **asdict(it)} for name in names if (it := counters.get(name)) is not None]
 
@@ -348,7 +350,7 @@ class Forwarding:
         for family in self.families:
             if (subnet := lease.subnets.of(family)) is None:
                 continue
-            if (tunnel := self._tunnel_of(family)) is not None:
+            if (tunnel := self.tunnel_of(family)) is not None:
                 return tunnel.liveness(subnet)
             if (probes := self._probes.get(family)) is not None:
                 return probes.liveness(lease)
@@ -366,7 +368,7 @@ class Forwarding:
 
     def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
         """What is known of these peers by IPv6 beside their leases: keys of docs/status.md."""
-        tunnel = self._tunnel_of(Family.IPV6)
+        tunnel = self.tunnel_of(Family.IPV6)
         if tunnel is None:
             probes = self._probes.get(Family.IPV6)
             return [{} if probes is None else probes.document(lease) for lease in leases]
@@ -375,8 +377,8 @@ class Forwarding:
     @property
     def ipv6_datapath(self) -> dict[str, Any]:
         """Of the datapath that IPv6 has beside that of IPv4: keys of docs/status.md."""
-        tunnel = self._tunnel_of(Family.IPV6)
-        if tunnel is None or tunnel is self._tunnel_of(self._first):
+        tunnel = self.tunnel_of(Family.IPV6)
+        if tunnel is None or tunnel is self.tunnel_of(self._first):
             return {"datapath": None, "counters": {}}
         own = tunnel.document(self.live)
         return {"datapath": own["datapath"], "counters": own["counters"]}

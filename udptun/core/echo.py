@@ -86,7 +86,7 @@ def _message(*, is_request: bool, it: Echo, length: int = 0) -> bytes:
     addresses = (it.source.packed, it.destination.packed)
     if it.source.version == 4:
         header = _IPV4.pack(0x45, 0, length, 0, _DONT_FRAGMENT, _TTL, _PROTOCOL_ICMP, 0, *addresses)
-        header = header[:10] + _checksum(header) + header[12:]
+        header = header[:10] + internet_checksum(header) + header[12:]
         kind, pseudo_header = (_ECHO_REQUEST if is_request else _ECHO_REPLY), b""
     else:
         payload_len = length - _IPV6.size
@@ -95,7 +95,7 @@ def _message(*, is_request: bool, it: Echo, length: int = 0) -> bytes:
         pseudo_header = _PSEUDO_HEADER.pack(*addresses, payload_len, _PROTOCOL_ICMPV6)
     # Zeros at the end change no checksum.
     echo = _ECHO.pack(kind, 0, 0, it.id, it.sequence, it.nonce)
-    return header + echo[:2] + _checksum(pseudo_header + echo) + echo[4:]
+    return header + echo[:2] + internet_checksum(pseudo_header + echo) + echo[4:]
 
 
 def _parse(packet: bytes, kind: int, kind_v6: int) -> Echo | None:
@@ -128,7 +128,7 @@ def parse_echo_reply_message(message: bytes, version: int) -> bytes | None:
     return nonce if (kind, code) == (_ECHO_REPLY if version == 4 else _ECHO_REPLY_V6, 0) else None
 
 
-def _checksum(data: bytes) -> bytes:
+def internet_checksum(data: bytes) -> bytes:
     """The Internet checksum (RFC 1071) of an even number of bytes, in network byte order."""
     total = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total > 0xFFFF:

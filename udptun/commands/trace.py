@@ -1,0 +1,137 @@
+"""`udptun trace`: what would happen to a packet here, asked of the daemon (docs/trace.md)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from udptun.commands.parser import Parser
+from udptun.commands.status import fetch
+from udptun.config.flags import DEFAULT_RUN_DIR
+from udptun.core.network_state import socket_address
+from udptun.core.trace_request import PROTOCOLS, TraceRequest
+
+_MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
+
+Document = Mapping[str, Any]
+
+
+def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Returns 0 when the packet would get to its destination, or to the host that has it, and else 1.
+
+    Raises UsageError, and UdptunError when no daemon answers.
+    """
+    parser = Parser(
+        prog="udptun trace",
+        description="Say what would happen to a packet here: the kernel's route, the datapath's checks, its end.  "
+        "Nothing is sent.  Exit status 0: it would be delivered, 1: it would be dropped, or is not the tunnel's.",
+    )
+    parser.add_argument("source", metavar="SRC", help="its source address; where a peer leases it, the packet arrives")
+    parser.add_argument("destination", metavar="DST", help="its destination; in this host's subnet, the packet arrives")
+    parser.add_argument("protocol", metavar="PROTO", nargs="?", default="", help="tcp, udp, icmp (default) or a number")
+    parser.add_argument("port", metavar="PORT", nargs="?", default="", help="the destination's (default: 80)")
+    parser.add_argument("--size", metavar="BYTES", default="", help="of the whole packet (default: 56 bytes of data)")
+    parser.add_argument("--ttl", metavar="N", default="", help="as its sender has set it (default: 64)")
+    parser.add_argument("--df", action="store_true", help="it must not be fragmented (IPv4)")
+    parser.add_argument(
+        "--from",
+        dest="outer",
+        metavar="ADDRESS[:PORT]",
+        default="",
+        help="it arrives in a datagram from there (default: from the host that leases SRC)",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs; see docs/trace.md")
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path(environ.get("FLANNELD_RUN_DIR") or DEFAULT_RUN_DIR),
+        metavar="DIR",
+        help="the daemon's --run-dir (default: FLANNELD_RUN_DIR, else %(default)s)",
+    )
+    given = parser.parse_args(argv)
+    request = TraceRequest.from_words(
+        *(given.source, given.destination, given.protocol, given.port),
+        size=given.size,
+        ttl=given.ttl,
+        has_df=given.df,
+        outer=given.outer,
+    )
+    text = fetch(given.run_dir, f"/trace?{request.query()}")
+    document = json.loads(text)
+    sys.stdout.write(text if given.json else render(document))
+    return 0 if document["verdict"]["delivered"] else 1
+
+
+def render(document: Document) -> str:
+    """The document for people."""
+    lines = [_packet(document["packet"])]
+    # What arrives comes to the kernel last.
+    stages = [*_kernel(document), *_tunnel(document)]
+    if document["direction"] == "arriving":
+        stages = [*_tunnel(document), *_kernel(document)]
+    verdict = document["verdict"]
+    words = verdict["words"]
+    if verdict["counter"] is not None:
+        words += f" ({verdict['counter']})"
+    end = "delivered" if verdict["delivered"] else "dropped"
+    if words.startswith("not the tunnel's"):
+        end = "nothing"
+    lines += [*stages, f"{end}: {words}"]
+    if verdict["docs"] is not None:
+        lines.append(f"  see {verdict['docs']}")
+    return "\n".join(lines) + "\n"
+
+
+def _packet(packet: Document) -> str:
+    name = next((name for name, number in PROTOCOLS.items() if number == packet["protocol"]), None)
+    protocol = name or ("icmp" if packet["protocol"] == 58 else f"protocol {packet['protocol']}")
+    port = "" if packet["port"] is None else f" {packet['port']}"
+    flow = f"{packet['source']} -> {packet['destination']} {protocol}{port}"
+    return f"{flow}, {packet['bytes']} bytes, TTL {packet['ttl']}{', DF' if packet['df'] else ''}"
+
+
+def _kernel(document: Document) -> list[str]:
+    kernel = document["kernel"]
+    if kernel is None:
+        return []
+    came = "of this host" if kernel["from_device"] is None else f"from {kernel['from_device']}"
+    route = kernel["route"] or f"refused: {kernel['refusal']}"
+    mtu = "" if kernel["mtu"] is None else f", MTU {kernel['mtu']}"
+    lines = [f"  kernel   {came}: {route}{mtu}"]
+    if kernel["bytes"] < document["packet"]["bytes"]:
+        lines.append(f"           in fragments of {kernel['bytes']} bytes")
+    if (neighbour := document["neighbour"]) is not None:
+        lines.append(f"           neighbour {neighbour['ip']} mac {neighbour['mac']} vtep {neighbour['vtep']}")
+    return lines
+
+
+def _tunnel(document: Document) -> list[str]:
+    lines = []
+    if (peer := document["peer"]) is not None:
+        where = peer["public_ip"] if peer["port"] is None else socket_address(peer["public_ip"], peer["port"])
+        limit = "" if peer["mtu"] is None else f", packets up to {peer['mtu']} bytes"
+        lines.append(f"  peer     {peer['subnet']} of {where}{limit}{', dead' if peer['dead'] else ''}")
+    for title, check in zip(["checks", *[""] * len(document["checks"])], document["checks"], strict=False):
+        fact = f": {check['fact']}" if check["fact"] else ""
+        counter = f" ({check['counter']})" if check["passed"] is False else ""
+        lines.append(f"  {title:<8} {_MARKS[check['passed']]} {check['check']}{fact}{counter}")
+    if (outer := document["outer"]) is not None:
+        to = socket_address(outer["destination"], outer["port"])
+        way = f"dev {outer['device']}" if outer["gateway"] is None else f"via {outer['gateway']} dev {outer['device']}"
+        fragments = ", in fragments" if outer["is_fragmented"] else ""
+        why = f"refused: {outer['refusal']}" if outer["refusal"] else f"{way}, MTU {outer['mtu']}"
+        lines.append(f"  outer    {outer['source']} -> {to}, {outer['bytes']} bytes{fragments}, {why}")
+    if (longer := document["longer"]) is not None:
+        plain, with_df = (_of_longer(longer[it]) for it in ("without_df", "with_df"))
+        lines.append(f"  longer   than {longer['than']} bytes: {plain}; with DF {with_df}")
+    for title, sender in zip(["senders", *[""] * len(document["senders"])], document["senders"], strict=False):
+        where = "" if sender["address"] is None else f" ({sender['address']})"
+        lines.append(f"  {title:<8} {sender['who']}{where}: {sender['counter']}")
+    return lines
+
+
+def _of_longer(counter: str) -> str:
+    return "in fragments" if counter == "encap_sent" else f"dropped ({counter})"

@@ -1,0 +1,1 @@
+"""`GET /trace`: what would happen to a packet here."""
