@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from udptun.core.ip_text import ip_address, ip_network
 from udptun.core.network_state import IPAddress
@@ -29,8 +29,7 @@ class Look:
     unix_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
+class Traffic(NamedTuple):
     """In all, or a second.  Inner packets and their bytes: encap to a host, decap from it."""
 
     encap_packets: float = 0
@@ -108,14 +107,15 @@ def hosts_of(look: Look, earlier: Look | None) -> list[Host]:
 
 def sum_of(hosts: Iterable[Host]) -> Sum:
     """How many there are of each liveness, and what they send and receive together."""
-    n, liveness, rates = 0, dict.fromkeys(("alive", "unknown", "dead"), 0), None
+    n, liveness, rates = 0, dict.fromkeys(("alive", "unknown", "dead"), 0), []
     for host in hosts:
         n += 1
         kind = "dead" if "dead" in host.liveness else host.liveness
         liveness[kind] = liveness.get(kind, 0) + 1
         if host.rates is not None:
-            rates = host.rates if rates is None else rates.plus(host.rates)
-    return Sum(n, {kind: k for kind, k in liveness.items() if k and kind != "-"}, rates)
+            rates.append(host.rates)
+    whole = Traffic(*map(sum, zip(*rates, strict=True))) if rates else None
+    return Sum(n, {kind: k for kind, k in liveness.items() if k and kind != "-"}, whole)
 
 
 def matching(document: Document, wanted: str) -> set[str]:
