@@ -1,7 +1,12 @@
-"""What a scrape of /metrics each second costs a host with 1,000 peers, beside none, with a TCP stream at full speed."""
+"""What it costs a host with 1,000 peers to be looked at each second, with a TCP stream at full speed.
+
+By a scrape of /metrics, or by `udptun status --watch`.
+"""
 
 from __future__ import annotations
 
+import os
+import pty
 import socket
 import statistics
 import subprocess
@@ -13,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
-from traffic import read_status, wait_for_peers
+from traffic import processes, read_status, wait_for_peers
 
 from bench import bulk_leases
 from tests.conftest import Figure
@@ -54,6 +59,37 @@ def scraped(host: Host, period_s: float) -> Iterator[None]:
 
 
 @contextmanager
+def watched(host: Host) -> Iterator[int]:
+    """`udptun status --watch` runs on a terminal of the host while the block does; its pid, once there is a screen."""
+    ours, theirs = pty.openpty()
+    command = ["env", "TERM=xterm", sys.executable, "-m", "udptun", "status", "--watch"]
+    with host.popen(command, stdin=theirs, stdout=theirs) as viewer:
+        os.close(theirs)
+        screen = b""
+        while b"IN bit/s" not in screen:
+            screen += os.read(ours, 65536)
+
+        def drain() -> None:
+            while True:
+                try:
+                    os.read(ours, 65536)
+                except OSError:
+                    # EIO: nobody has the terminal any more.
+                    return
+
+        thread = threading.Thread(target=drain)
+        thread.start()
+        try:
+            (pid,) = (pid for pid, words in processes(host).items() if words.endswith("status --watch"))
+            yield pid
+        finally:
+            os.write(ours, b"q")
+            viewer.wait(30)
+            thread.join()
+            os.close(ours)
+
+
+@contextmanager
 def tcp_stream(lab: Lab) -> Iterator[None]:
     """From h2's pod to h1's, while the block runs."""
     one, two = (host.pod(1) for host in lab.hosts)
@@ -71,8 +107,8 @@ def tcp_stream(lab: Lab) -> Iterator[None]:
             server.kill()
 
 
-def daemon_cpu_s(host: Host, pid: int) -> float:
-    """Of all threads of the daemon, to the nanosecond."""
+def cpu_s(host: Host, pid: int) -> float:
+    """Of all threads of the process, to the nanosecond."""
     threads = host.path(f"/proc/{pid}/task").iterdir()
     return sum(int((it / "schedstat").read_text().split()[0]) for it in threads) / 1e9
 
@@ -102,10 +138,10 @@ def window(host: Host, pid: int) -> Window:
     def received() -> int:
         return int(host.path("/sys/class/net/flannel0/statistics/rx_bytes").read_text())
 
-    before, cpu_before, began_s = received(), daemon_cpu_s(host, pid), time.monotonic()
+    before, cpu_before_s, began_s = received(), cpu_s(host, pid), time.monotonic()
     time.sleep(SECONDS)
-    elapsed_s, cpu_s = time.monotonic() - began_s, daemon_cpu_s(host, pid) - cpu_before
-    return Window((received() - before) * 8e-9 / elapsed_s, 1000 * cpu_s / elapsed_s)
+    elapsed_s, work_s = time.monotonic() - began_s, cpu_s(host, pid) - cpu_before_s
+    return Window((received() - before) * 8e-9 / elapsed_s, 1000 * work_s / elapsed_s)
 
 
 @pytest.mark.timeout(300)
@@ -133,3 +169,36 @@ def test_a_scrape_each_second_costs_the_forwarding_rate_nothing(lab: Lab, figure
     # Windows of one kind differ by more than this where anything else runs on the machine.
     assert statistics.median(ratios) > 0.9
     assert cost < 50
+
+
+@pytest.mark.timeout(300)
+def test_a_status_that_is_watched_costs_the_forwarding_rate_nothing(lab: Lab, figure: Figure) -> None:
+    """The daemon makes its document each second, and the viewer reads it and draws a screen."""
+    one = lab.host(1)
+    pid = int(read_status(one)["pid"])
+    quiet, busy, viewer = [], [], []
+    with tcp_stream(lab):
+        for i in range(ROUNDS):
+            for is_watched in (i % 2 == 1, i % 2 == 0):
+                if not is_watched:
+                    quiet.append(window(one, pid))
+                    continue
+                with watched(one) as viewer_pid:
+                    before_s, began_s = cpu_s(one, viewer_pid), time.monotonic()
+                    busy.append(window(one, pid))
+                    viewer.append(1000 * (cpu_s(one, viewer_pid) - before_s) / (time.monotonic() - began_s))
+    ratios = [with_it.gbit_per_s / without.gbit_per_s for without, with_it in zip(quiet, busy, strict=True)]
+    cost = statistics.median(it.daemon_ms_per_s for it in busy) - statistics.median(it.daemon_ms_per_s for it in quiet)
+    for name, windows in (("without", quiet), ("with", busy)):
+        print(f"Gbit/s {name} a watched status:", *(f"{it.gbit_per_s:.2f}" for it in windows))
+        print(f"the daemon's ms a second {name}:", *(f"{it.daemon_ms_per_s:.1f}" for it in windows))
+    print("the viewer's ms a second:", *(f"{it:.1f}" for it in viewer))
+    figure("rate without a watched status", [it.gbit_per_s for it in quiet], "Gbit/s")
+    figure("rate with one", [it.gbit_per_s for it in busy], "Gbit/s")
+    figure("the second as a share of the first", ratios)
+    figure("the daemon's work for a look", cost, "ms")
+    figure("the viewer's", viewer, "ms")
+    # As above.
+    assert statistics.median(ratios) > 0.9
+    assert cost < 60
+    assert statistics.median(viewer) < 60
