@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import os
 import signal
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from start_undone import start_undone
 
 import udptun
 from udptun import __version__
@@ -62,17 +62,9 @@ _OF_THE_MANAGER = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """Undo what the start of a daemon does to its process, which is this one here.
-
-    Programs that are started later inherit ignored signals.
-    """
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    yield
-    for number, handler in before.items():
-        if signal.getsignal(number) != handler:
-            signal.signal(number, handler)
-    gc.enable()
-    gc.unfreeze()
+    """Undo what the start of a daemon does to its process, which is this one here."""
+    with start_undone():
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from start_undone import start_undone
 
 from udptun.commands import cli, completion
 from udptun.commands.help_pages import Page, read_page, read_pages
@@ -19,7 +20,7 @@ ALL_FLAGS = [f"--{flag.name}" for flags in FLAGS.values() for flag in flags]
 
 @pytest.fixture(scope="module")
 def pages() -> Mapping[tuple[str, ...], Page]:
-    with pytest.MonkeyPatch.context() as patch:
+    with start_undone(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
         return read_pages(cli._help_of)
 
@@ -161,7 +162,8 @@ def test_completion_is_printed_and_what_is_no_shell_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli._run("udptun", ["completion", "fish"], {}) == 0
+    with start_undone():
+        assert cli._run("udptun", ["completion", "fish"], {}) == 0
     assert "complete -c udptun" in capsys.readouterr().out
     assert cli._run("udptun", ["completion", "tcsh"], {}) == 2
     assert "one of bash, zsh, fish" in capsys.readouterr().err
