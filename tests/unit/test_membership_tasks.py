@@ -594,7 +594,7 @@ def test_ten_thousand_hosts_come_back_spread_over_seconds_and_one_alone_within_o
 
 
 def test_store_that_stays_away_is_mentioned_ever_less_often(caplog: pytest.LogCaptureFixture) -> None:
-    clock = SetClock()
+    clock = StoppedClock()
     outage = Outage("lease store unavailable", "fake", clock)
     for _ in range(24 * 3600):
         for reason in ("first member refuses", "second member refuses"):
