@@ -9,18 +9,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from udptun import __version__
 from udptun.control.http import Request, Response, Routes
-from udptun.control.metrics.page import MetricsPage
-from udptun.control.metrics.samples import daemon_samples, samples
-from udptun.control.metrics.text import Sample
 from udptun.control.running import Running
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeasePart
 from udptun.core.lease_table import LeaseTable
 from udptun.kernel.process_usage import usage_of
+
+if TYPE_CHECKING:
+    from udptun.control.metrics.page import MetricsPage
+    from udptun.control.metrics.text import Sample
 
 SCHEMA = 1
 """Of the status document.  Keys are only ever added."""
@@ -36,12 +37,12 @@ class Answers:
         self._waiting = waiting
         self.running: Running | None = None
         self._started_s = time.time()
-        self._metrics = MetricsPage(self._samples)
+        self._page: MetricsPage | None = None
 
     @property
     def health(self) -> Routes:
         """What everybody who can reach the health port may ask."""
-        return {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics.answer}
+        return {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
 
     @property
     def all(self) -> Routes:
@@ -76,8 +77,18 @@ class Answers:
     def _not_ready(self) -> Response:
         return Response(HTTPStatus.SERVICE_UNAVAILABLE, f"the daemon is not ready yet: {self._waiting()}\n")
 
+    async def _metrics(self, request: Request) -> Response:
+        if self._page is None:
+            # Here, because a daemon that nobody scrapes does without.
+            from udptun.control.metrics.page import MetricsPage
+
+            self._page = MetricsPage(self._samples)
+        return await self._page.answer(request)
+
     def _samples(self) -> Iterator[Sample]:
         """Of this moment, for a thread beside the event loop."""
+        from udptun.control.metrics.samples import daemon_samples, samples
+
         running, now_s = self.running, time.time()
         usage = usage_of(os.getpid())
         yield from daemon_samples(__version__, self._started_s, usage, is_ready=running is not None)

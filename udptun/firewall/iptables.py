@@ -21,8 +21,7 @@ from udptun.firewall.iptables_form import (
     iptables_repair,
     rules_of_table,
 )
-from udptun.firewall.obstacles.nft_messages import NFPROTO
-from udptun.firewall.rules import DesiredRules, Repair
+from udptun.firewall.rules import NFPROTO, DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
 from udptun.firewall.tool import TimedOutError, UnreadableError
 

@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Network, IPv6Network
 
+from udptun.core.family import Family
 from udptun.core.ip_text import ip_network
 from udptun.core.network_state import IPNetwork
 
 MARK = 0x4000
 """kube-proxy's KUBE-MARK-MASQ.  kube-proxy masquerades packets with this mark itself, later in POSTROUTING."""
+
+NFPROTO: Mapping[Family, int] = {Family.IPV4: 2, Family.IPV6: 10}
+"""NFPROTO_IPV4 and NFPROTO_IPV6 (include/uapi/linux/netfilter.h): the chains of their tables see one family alone."""
 
 MULTICAST: Mapping[int, IPNetwork] = {4: IPv4Network("224.0.0.0/4"), 6: IPv6Network("ff00::/8")}
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from udptun.core.family import Family
 from udptun.firewall.obstacles.nft_messages import (
     INET,
-    NFPROTO,
     ChainHead,
     SetContents,
     decode_chain,
@@ -32,6 +31,7 @@ from udptun.firewall.obstacles.nft_messages import (
 from udptun.firewall.obstacles.nft_rules import decode_rules, set_names
 from udptun.firewall.obstacles.ruleset import BaseChain, Hook, Rule, Tool
 from udptun.firewall.obstacles.xtables import ENTRIES_AT, INFO, LEGACY_TABLES, decode_legacy_table
+from udptun.firewall.rules import NFPROTO
 from udptun.kernel.conversation import Conversation
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,10 @@ attributes are in network byte order.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 
-from udptun.core.family import Family
 from udptun.firewall.obstacles.ruleset import Ranges, Verdict
 from udptun.kernel.rtnetlink import F_DUMP, Request, attribute, attributes
 
@@ -23,8 +22,6 @@ _U32, _I32 = struct.Struct("!I"), struct.Struct("!i")
 
 INET = 1
 """NFPROTO_INET: its chains see forwarded packets of both address families."""
-NFPROTO: Mapping[Family, int] = {Family.IPV4: 2, Family.IPV6: 10}
-"""NFPROTO_IPV4 and NFPROTO_IPV6 (include/uapi/linux/netfilter.h): their chains see those of one."""
 
 _DORMANT = 1
 _SET_INTERVAL, _ELEMENT_END = 4, 1

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from udptun.core.family import Family
 from udptun.firewall.obstacles.nft_messages import (
-    NFPROTO,
     SetContents,
     expressions,
     handle_of,
@@ -43,6 +42,7 @@ from udptun.firewall.obstacles.xtables import (
     match_condition,
     target_verdict,
 )
+from udptun.firewall.rules import NFPROTO
 from udptun.kernel.rtnetlink import attributes
 
 
