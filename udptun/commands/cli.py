@@ -376,15 +376,14 @@ def _lab(argv: list[str], environ: Mapping[str, str]) -> int:
 
 def _completion(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands import completion
-    from udptun.commands.help_pages import read_pages
 
-    if {"-h", "--help", "-help"}.intersection(argv):
-        print(completion.USAGE, end="")
-        return 0
-    if len(argv) != 1 or argv[0] not in completion.SHELLS:
-        raise UsageError(f"completion: which shell? one of {', '.join(completion.SHELLS)}")
-    print(completion.script(argv[0], read_pages(_help_of)), end="")
-    return 0
+    return completion.run(argv, _help_of)
+
+
+def _man(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands import man
+
+    return man.run(argv, _help_of)
 
 
 def _help_of(words: tuple[str, ...]) -> str:
@@ -421,6 +420,7 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "cni": ("install the CNI plugin; free what its containers have left", _cni),
     "lab": ("hosts, pods and daemons in namespaces on one machine", _lab),
     "completion": ("print a script that completes commands and flags in bash, zsh or fish", _completion),
+    "man": ("print a manual page, or write all of them", _man),
     "version": ("print the version", _version),
 }
 

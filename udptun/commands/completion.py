@@ -1,11 +1,12 @@
-"""`udptun completion bash|zsh|fish`: a script for the shell, made of what --help says.  Pure."""
+"""`udptun completion bash|zsh|fish`: a script for the shell, made of what --help says."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from udptun.commands.help_pages import Option, Page, Pages
+from udptun.commands.help_pages import Option, Page, Pages, read_pages
+from udptun.core.errors import UsageError
 
 USAGE = """\
 usage: udptun completion bash|zsh|fish
@@ -16,6 +17,17 @@ Print a script that completes commands, flags and files in that shell.  To have 
     udptun completion zsh > /usr/share/zsh/vendor-completions/_udptun
     udptun completion fish > /usr/share/fish/vendor_completions.d/udptun.fish
 """
+
+
+def run(argv: Sequence[str], help_of: Callable[[tuple[str, ...]], str]) -> int:
+    """Print the script; `help_of` as in `read_pages`.  Raises UsageError."""
+    if {"-h", "--help", "-help"}.intersection(argv):
+        print(USAGE, end="")
+        return 0
+    if len(argv) != 1 or argv[0] not in SHELLS:
+        raise UsageError(f"completion: which shell? one of {', '.join(SHELLS)}")
+    print(script(argv[0], read_pages(help_of)), end="")
+    return 0
 
 
 def script(shell: str, pages: Pages) -> str:
