@@ -24,6 +24,7 @@ from udptun.lab.host import Host
 from udptun.lab.topology import DEFAULT_NET_CONF, Lab, missing_requirements
 
 _STATUS = [sys.executable, "-m", "udptun", "status"]
+_SHOWN_STATUS = ["env", "COLUMNS=96", *_STATUS]
 _UDP_SECONDS = 1
 _UDP_BYTES = 64
 
@@ -60,7 +61,7 @@ def demo(screen: Screen, seconds: int, n_rounds: int) -> None:
         lab.start()
         one, two = lab.host(1).pod(1), lab.host(2).pod(1)
         screen.step(f"both have a lease; pods added: {one} has {one.address}, {two} has {two.address}")
-        _show(screen, lab.host(1), ["udptun", "status"], _STATUS)
+        _show(screen, lab.host(1), ["udptun", "status"], _SHOWN_STATUS)
         _show(screen, lab.host(1), ["ip", "route"], ["ip", "route"])
         _ping_both_ways(screen, lab)
         paths = connect(lab)

@@ -63,7 +63,8 @@ def test_demo_shows_leases_routes_pings_and_the_table_and_leaves_nothing(
     assert (demo.returncode, demo.stderr) == (0, "")
     for line in (
         r"lease +10\.244\.\d+\.0/24 of 10\.244\.0\.0/16, expires in .*",
-        r"10\.244\.\d+\.0/24 +192\.168\.77\.12 +8285 +yes .*",
+        r"underlay +eth0 192\.168\.77\.11, .*:8285",
+        r"10\.244\.\d+\.0/24 +192\.168\.77\.12 +(alive|unknown) .*",
         r"10\.244\.0\.0/16 dev flannel0 .*",
         r"unreachable 10\.244\.0\.0/16 .*",
         r"udptun +1472 +\d+\.\d\d +\d+% .*",

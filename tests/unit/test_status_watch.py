@@ -225,3 +225,13 @@ def test_in_a_pipe_each_look_is_written_below_the_one_before(daemon: Daemon, tmp
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("columns", ["", "96", "none", "0"])
+def test_a_pipe_is_as_wide_as_columns_says(daemon: Daemon, tmp_path: Path, columns: str) -> None:
+    """And as wide as the table is where that says nothing."""
+    command = [sys.executable, "-m", "udptun", "status", "--run-dir", str(tmp_path)]
+    environ = {**os.environ, "COLUMNS": columns}
+    shown = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_S, check=True).stdout
+    widest = max(map(len, shown.splitlines()))
+    assert widest <= 96 if columns == "96" else widest > 100

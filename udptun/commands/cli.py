@@ -239,7 +239,11 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     # A terminal that shows control sequences as they are says that it is dumb (terminfo).  https://no-color.org
     is_dumb = environ.get("TERM", "dumb") in ("", "dumb")
     has_colours = not is_dumb and not environ.get("NO_COLOR")
-    return status.show(status.Request(given.run_dir, given.json, given.watch, given.peer, has_colours, is_dumb))
+    columns = environ.get("COLUMNS", "")
+    pipe_width = (int(columns) if columns.isascii() and columns.isdigit() and len(columns) < 6 else 0) or None
+    return status.show(
+        status.Request(given.run_dir, given.json, given.watch, given.peer, has_colours, is_dumb, pipe_width)
+    )
 
 
 def _seconds(text: str) -> float:
