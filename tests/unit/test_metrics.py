@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import textwrap
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -365,6 +366,48 @@ def test_a_flood_of_requests_costs_a_tenth_of_a_processor() -> None:
 
     asyncio.run(flood())
     assert 1 <= n < 20
+
+
+def test_clients_that_leave_start_no_text_beside_the_one_being_made() -> None:
+    """A client turned out while its text was made let the next one start another thread: up to as many as all other
+    answers share.
+    """
+    n, may_end = 0, threading.Event()
+
+    def slow() -> Iterable[Sample]:
+        nonlocal n
+        n += 1
+        may_end.wait(60)
+        return daemon_samples("0.1.0", NOW_S, None, is_ready=True)
+
+    page = MetricsPage(slow)
+
+    async def come_and_go() -> Response:
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await page.answer(Request("GET", "/metrics"))
+        waiting = asyncio.create_task(page.answer(Request("GET", "/metrics")))
+        await asyncio.sleep(0)
+        may_end.set()
+        return await waiting
+
+    assert "udptun_ready 1" in asyncio.run(come_and_go()).body
+    assert n == 1
+
+
+def test_a_text_that_could_not_be_made_is_tried_again() -> None:
+    failures = [ZeroDivisionError()]
+
+    def once_broken() -> Iterable[Sample]:
+        if failures:
+            raise failures.pop()
+        return daemon_samples("0.1.0", NOW_S, None, is_ready=True)
+
+    page = MetricsPage(once_broken)
+    with pytest.raises(ZeroDivisionError):
+        answers(page, [""])
+    assert "udptun_ready 1" in answers(page, [""])[0][1]
 
 
 def test_samples_are_made_of_nothing_but_values() -> None:

@@ -20,21 +20,34 @@ class MetricsPage:
 
     def __init__(self, samples: Callable[[], Iterable[Sample]]) -> None:
         self._samples = samples
-        self._making = asyncio.Lock()
+        self._making: dict[Format, asyncio.Task[str]] = {}
+        """The texts on their way.  They belong to the page: a client that leaves does not end one."""
+        self._turn = asyncio.Lock()
+        """One text is made at a time."""
         self._made: dict[Format, tuple[str, float]] = {}
         """In each format the last text, and until when it is served again (CLOCK_MONOTONIC, seconds)."""
 
     async def answer(self, request: Request) -> Response:
         """In the format that the client asks for.  A text that took long to make is served for a while."""
         form = format_for(request.headers.get("accept", ""))
-        async with self._making:
-            text, until_s = self._made.get(form, ("", 0.0))
-            if time.monotonic() >= until_s:
-                text, took_s = await asyncio.to_thread(self._make, form)
-                self._made[form] = text, time.monotonic() + took_s / _SHARE
+        text, until_s = self._made.get(form, ("", 0.0))
+        if time.monotonic() >= until_s:
+            if form not in self._making:
+                self._making[form] = asyncio.create_task(self._make(form))
+            # A client that is turned out cannot stop the thread, and others wait for the same text.
+            text = await asyncio.shield(self._making[form])
         return Response(HTTPStatus.OK, text, form.content_type)
 
-    def _make(self, form: Format) -> tuple[str, float]:
+    async def _make(self, form: Format) -> str:
+        try:
+            async with self._turn:
+                text, took_s = await asyncio.to_thread(self._render, form)
+            self._made[form] = text, time.monotonic() + took_s / _SHARE
+            return text
+        finally:
+            del self._making[form]
+
+    def _render(self, form: Format) -> tuple[str, float]:
         """The text, and the processor time that it took, seconds."""
         began_s = time.thread_time()
         text = render(self._samples(), form)
