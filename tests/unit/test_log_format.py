@@ -18,7 +18,7 @@ def logged(message: object, *args: object, **more: Any) -> dict[str, Any]:
     record.created = 1_700_000_000.25
     text = JsonFormatter().format(record)
     assert "\n" not in text
-    line: dict[str, Any] = json.loads(text)
+    line: dict[str, Any] = json.loads(text, parse_constant=pytest.fail)
     assert line.pop("time") == "2023-11-14T22:13:20.250Z"
     assert line.pop("level") == "warning"
     assert line.pop("logger") == "udptun.x"
@@ -60,6 +60,18 @@ def test_what_is_no_field_stays_in_the_message() -> None:
 )
 def test_messages_of_libraries_are_taken_as_they_are(message: object, args: tuple[object, ...], text: str) -> None:
     assert logged(message, *args) == {"message": text}
+
+
+def test_numbers_that_json_does_not_have_are_text() -> None:
+    """The line said Infinity or NaN, and programs refused all of it."""
+    values = float("inf"), float("-inf"), float("nan")
+    fields = {"message": "waits", "a_s": "inf", "b_s": "-inf", "c_s": "nan"}
+    assert logged("waits a_s=%s b_s=%.1f c_s=%f", *values) == fields
+
+
+def test_a_field_does_not_replace_what_every_line_has() -> None:
+    """One called `level` or `time` stood in the place of the line's own.  `logged` looks at three of the four."""
+    assert logged("said time=%s level=%s logger=%s message=%s", 1, 2, 3, 4) == {"message": "said"}
 
 
 def test_a_traceback_is_a_key() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import sys
 from datetime import UTC, datetime
@@ -34,20 +35,21 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message, fields = fields_of(record)
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line: dict[str, Any] = {
+        own: dict[str, Any] = {
             "time": time.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": message,
-            **fields,
         }
+        # A field of the same name replaces none of these, and they stand first.
+        line = own | fields | own
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
 
 
 def fields_of(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
-    """The message without its fields, and the fields: numbers and booleans as such, all else as text."""
+    """The message without its fields, and the fields: finite numbers and booleans as such, all else as text."""
     template, args = record.msg, record.args
     if not isinstance(template, str) or not isinstance(args, tuple) or not args:
         return record.getMessage(), {}
@@ -60,7 +62,9 @@ def fields_of(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
         value = next(rest)
         if match["key"] is None:
             return ("%" + match["kind"]) % (value,)
-        fields[match["key"]] = value if isinstance(value, bool | int | float) else str(value)
+        # JSON has no infinity and no NaN.
+        is_json = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        fields[match["key"]] = value if is_json else str(value)
         return ""
 
     try:
