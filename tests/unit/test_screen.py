@@ -349,6 +349,23 @@ def test_all_about_one_peer() -> None:
     ]
 
 
+def test_a_peer_by_ipv6_alone_whose_packets_the_kernel_carries_is_shown() -> None:
+    """Its item has no port: `status --peer` ended with KeyError."""
+    document = {**dual(), "peers": []}
+    of_ipv6 = {"subnet": "fd00:2::/64", "public_ip": "2001:db8::2", "liveness": "alive", "rtt_ms": 1, "path_mtu": 1450}
+    document["ipv6"]["peers"] = [of_ipv6]
+    views = Views("fd00:2::/64")
+    views.note(Look(document, 0, NOW_S))
+    assert "address    2001:db8::2" in views.lines(Page())
+
+
+def test_an_ipv6_network_of_which_the_lease_has_no_subnet_is_said_to_have_none() -> None:
+    """It said "None of fd00::/16"."""
+    document = dual()
+    document["ipv6"] |= {"subnet": None, "mtu": None}
+    assert "IPv6       no subnet of fd00::/16, public none, not carried\n" in screen(document)
+
+
 def test_hosts_that_share_an_address_are_shown_one_below_the_other() -> None:
     views = Views("192.0.2.2")
     views.note(Look({**QUIET, "peers": [PEER, {**PEER, "subnet": "10.244.3.0/24"}]}, 0, NOW_S))

@@ -37,7 +37,8 @@ def _rows(host: Host, look: Look, earlier: Look | None) -> Iterator[_Row]:
     rtt = "never answered a probe" if rtt_ms is None else f"its last answer took {rtt_ms:.2f} ms"
     if host.liveness != "-":
         yield "state", f"{host.liveness}, {rtt}", liveness_style(host)
-    port = "" if part["port"] is None else f", UDP port {part['port']}"
+    # The items of `ipv6.peers` have none where the kernel carries the packets.
+    port = "" if part.get("port") is None else f", UDP port {part['port']}"
     any_port = ", takes datagrams from any port" if part.get("any_source_port") else ""
     yield "address", f"{part['public_ip']}{port}{any_port}", ""
     for it in (it for of_family in host.parts for it in of_family.get("learned", ())):

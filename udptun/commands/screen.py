@@ -223,7 +223,7 @@ def _ipv6(ipv6: Document) -> str:
     carried = "not carried" if ipv6["mtu"] is None else f"{_device(ipv6['device'])}, MTU {ipv6['mtu']}"
     # In Type udp a host needs none.
     public = "" if ipv6["public_ip"] is None and ipv6["mtu"] is not None else f"public {ipv6['public_ip'] or 'none'}, "
-    return f"{ipv6['subnet']} of {ipv6['network']}, {public}{carried}"
+    return f"{ipv6['subnet'] or 'no subnet'} of {ipv6['network']}, {public}{carried}"
 
 
 def _datapath(datapath: Document, offloads: Sequence[str] | None) -> str:
