@@ -35,6 +35,7 @@ class Daemon:
 
     def __init__(self, run_dir: Path) -> None:
         self.answer: dict[str, Any] | str = DOCUMENT
+        self.n_answers = 0
         self._path = run_dir / SOCKET_NAME
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -55,6 +56,7 @@ class Daemon:
                     connection.sendall(f"HTTP/1.1 503 x\r\n\r\n{self.answer}\n".encode())
                 else:
                     connection.sendall(f"HTTP/1.1 200 OK\r\n\r\n{json.dumps(self.answer)}\n".encode())
+            self.n_answers += 1
 
     def stop(self) -> None:
         if self._listener.fileno() < 0:
@@ -172,11 +174,13 @@ def test_a_watch_may_begin_before_the_daemon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP)]
+    ("number", "status"),
+    [(signal.SIGINT, 0), *((it, -it) for it in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT))],
 )
 def test_signals_end_it_and_leave_the_terminal_as_it_was(
     daemon: Daemon, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
+    """Ctrl-\\ (SIGQUIT) left the other screen there, without cursor and echo."""
     with watched(tmp_path) as terminal:
         terminal.shows("1 problem")
         terminal.process.send_signal(number)
@@ -225,6 +229,25 @@ def test_in_a_pipe_each_look_is_written_below_the_one_before(daemon: Daemon, tmp
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, err) == (0, "")
+
+
+def test_in_json_a_peer_that_is_not_there_is_said_once(daemon: Daemon, tmp_path: Path) -> None:
+    """It was said again at every look."""
+    daemon.answer = {**DOCUMENT, "peers": []}
+    command = [sys.executable, "-m", "udptun", "status", "--json", "--watch", "0.1", "--run-dir", str(tmp_path)]
+    command += ["--peer", "10.244.2.0/24"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        deadline_s = time.monotonic() + DEADLINE_S
+        while daemon.n_answers < 4 and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        daemon.answer = DOCUMENT
+        assert json.loads(process.stdout.readline())["peers"] == DOCUMENT["peers"]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE_S)
+    assert daemon.n_answers > 4
+    assert err.count("\n") == 1
+    assert "no peer has 10.244.2.0/24" in err
 
 
 @pytest.mark.parametrize("columns", ["", "96", "none", "0"])

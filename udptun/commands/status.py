@@ -124,10 +124,11 @@ def _print_json(request: Request) -> None:
     while True:
         began_s = time.monotonic()
         try:
-            text, said = fetch(request.run_dir), ""
+            text = fetch(request.run_dir)
             if request.peer is not None:
                 text = _restricted(text, request.peer)
             print(text, end="", flush=True)
+            said = ""
         except UdptunError as exc:
             if request.watch_s is None:
                 raise
