@@ -87,6 +87,13 @@ def test_wrong_flag_is_named(flags: dict[str, str], message: str) -> None:
         TraceRequest.from_words(POD, THEIRS, **flags)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("what", ["size", "ttl"])
+def test_a_number_of_thousands_of_digits_is_refused_as_any_other(what: str) -> None:
+    """int() raised ValueError for it: the command ended with a traceback, the daemon answered 500."""
+    with pytest.raises(UsageError, match="is no number"):
+        TraceRequest.from_query(f"src={POD}&dst={THEIRS}&{what}={'1' * 5000}")
+
+
 @pytest.mark.parametrize("query", ["", "src=10.0.0.1", "src=x&dst=y", "src=10.0.0.1&dst=10.0.0.2&size=1", "=&&=="])
 def test_wrong_query_is_refused(query: str) -> None:
     with pytest.raises(UsageError):

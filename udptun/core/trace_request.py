@@ -21,6 +21,8 @@ _HEADER_LEN = {4: 20, 6: 40}
 _DATA_LEN = 56
 """Behind the headers where no length is asked for: a ping has as much."""
 _PACKET_MAX = 65535
+_DIGITS_MAX = 20
+"""Of a number.  int() raises for thousands of them."""
 _SOURCE_PORT = 49152
 _IPV4, _IPV6 = struct.Struct(">BBHHHBBH4s4s"), struct.Struct(">IHBB16s16s")
 _UDP, _TCP, _ECHO = struct.Struct(">HHHH"), struct.Struct(">HHIIBBHHH"), struct.Struct(">BBHHH")
@@ -173,6 +175,7 @@ def _protocol(text: str, version: int) -> int:
 
 
 def _number(what: str, text: str, least: int, most: int, others: str = "") -> int:
-    if not (text.isascii() and text.isdecimal()) or not least <= int(text) <= most:
+    is_number = text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MAX
+    if not is_number or not least <= int(text) <= most:
         raise UsageError(f"{what} {text!r} is no number from {least} to {most}{others}")
     return int(text)
