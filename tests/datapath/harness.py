@@ -500,7 +500,7 @@ class FastDatapath:
         """PEER_COUNTERS of the peer that leases `pod`."""
         peer = self.table.leasing(ip_address(pod))
         assert peer is not None
-        (counts,) = self.stats.peers([self._writer.index_of(peer.subnet)], 1)
+        (counts,) = self.stats.peers([self._writer.index_of(peer.subnet)])
         return counts
 
     def set_local_addresses(self, addresses: Collection[IPv4Address]) -> int:

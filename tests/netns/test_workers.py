@@ -96,11 +96,16 @@ def test_a_change_of_workers_that_fails_leaves_everything_as_it_was(two_hosts: L
             wait_until("a standby", lambda: len(read_status(one)["datapath"]["standby_pids"]) == 1, 10)
             assert in_use(one) == all_are(2)
             assert read_status(one)["datapath"]["pid"] in before
+        exchanged = [0, 0]
         for n in (4, 1):
             assert f"workers={n} " in change_workers(one, n)
             for flow in (inwards, outwards):
                 flow.wait_for_more()
             assert in_use(one) == all_are(n, 4)
+            # What workers that are given up have counted of a peer was lost from its sums.
+            (peer,) = read_status(one)["peers"]
+            before_change, exchanged = exchanged, [peer["encap_packets"], peer["decap_packets"]]
+            assert all(map(int.__gt__, exchanged, before_change))
     assert outwards.report.lost == []
     assert inwards.report.lost == []
 

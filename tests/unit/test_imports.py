@@ -216,7 +216,7 @@ def test_daemon_loads_numpy_only_for_a_large_table() -> None:
             for i in range(1, n + 1):
                 table.set_peer(subnets[i], Remote(IPv4Address(i), 8285, True), 1472)
             assert table.publish(stats)
-            stats.peers([table.index_of(subnet) for subnet in table.subnets], 1)
+            stats.peers([table.index_of(subnet) for subnet in table.subnets])
             print("numpy" in sys.modules)
     """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -319,7 +319,7 @@ class Forwarding:
         if tunnel is None:
             return {"backend": backend, "datapath": None, **common, "peers": peers, "counters": {}}
         own = tunnel.document(self.live)
-        known = tunnel.peer_documents([part.subnet for part in parts], leases, self.live)
+        known = tunnel.peer_documents([part.subnet for part in parts], leases)
         return {
             "backend": backend | own["backend"],
             "datapath": own["datapath"],
@@ -363,7 +363,7 @@ class Forwarding:
         """
         if not self._tunnels or len(leases) <= n:
             return leases[:n]
-        traffic = [*map(sum, zip(*(it.traffic(leases, self.live) for it in self._tunnels), strict=True))]
+        traffic = [*map(sum, zip(*(it.traffic(leases) for it in self._tunnels), strict=True))]
         return [leases[i] for i in sorted(range(len(leases)), key=lambda i: -traffic[i])[:n]]
 
     def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
@@ -372,7 +372,7 @@ class Forwarding:
         if tunnel is None:
             probes = self._probes.get(Family.IPV6)
             return [{} if probes is None else probes.document(lease) for lease in leases]
-        return tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases, self.live)
+        return tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases)
 
     @property
     def ipv6_datapath(self) -> dict[str, Any]:

@@ -225,23 +225,21 @@ class Tunnelled:
         """What is known of a peer."""
         return self._prober.liveness(self.tunnel.peers.leader(subnet))
 
-    def traffic(self, leases: Sequence[Lease], live: LiveSettings) -> list[int]:
+    def traffic(self, leases: Sequence[Lease]) -> list[int]:
         """How many bytes have been exchanged with each of these peers, by all families."""
         table, sums = self.tunnel.table, [0] * len(leases)
         at = [PEER_COUNTERS.index(name) for name in ("encap_bytes", "decap_bytes")]
         for family in list(self._leases):
             indexes = [None if (it := lease.subnets.of(family)) is None else table.index_of(it) for lease in leases]
-            for i, row in enumerate(self.tunnel.stats.peers(indexes, live.workers)):
+            for i, row in enumerate(self.tunnel.stats.peers(indexes)):
                 sums[i] += sum(row[column] for column in at)
         return sums
 
-    def peer_documents(
-        self, subnets: Sequence[IPNetwork], leases: Sequence[Lease], live: LiveSettings
-    ) -> list[dict[str, Any]]:
+    def peer_documents(self, subnets: Sequence[IPNetwork], leases: Sequence[Lease]) -> list[dict[str, Any]]:
         """What the datapath knows of peers, which have these subnets by these leases: keys of docs/status.md."""
         table, leader = self.tunnel.table, self.tunnel.peers.leader
         strays = self._strays.packets
-        counts = self.tunnel.stats.peers([table.index_of(subnet) for subnet in subnets], live.workers)
+        counts = self.tunnel.stats.peers([table.index_of(subnet) for subnet in subnets])
         return [
             {
                 "public_ip": str(remote.address),

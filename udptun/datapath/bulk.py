@@ -16,10 +16,10 @@ class PeerStats:
         n_counters = len(FIELDS["peer_stats"])
         self._rows = np.frombuffer(words, np.uint64).reshape(LAYOUT["max_workers"], LAYOUT["max_peers"], n_counters)
 
-    def sums(self, indexes: Sequence[int | None], n_workers: int) -> list[list[int]]:
-        """Of each of the peers over the first `n_workers` workers; zeros for one without index."""
+    def sums(self, indexes: Sequence[int | None], workers: Sequence[int]) -> list[list[int]]:
+        """Of each of the peers over these workers; zeros for one without index."""
         known = np.array([index or 0 for index in indexes], np.intp)
-        sums = self._rows[:n_workers, known].sum(axis=0)
+        sums = self._rows[np.array(workers, np.intp)[:, None], known].sum(axis=0)
         sums[[index is None for index in indexes]] = 0
         rows: list[list[int]] = sums.tolist()
         return rows

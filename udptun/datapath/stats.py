@@ -179,16 +179,18 @@ class Stats:
         first = _word("counter")
         return [worker[first : first + len(COUNTERS)].tolist() for worker in self._workers[:n_workers]]
 
-    def peers(self, indexes: Sequence[int | None], n_workers: int) -> list[list[int]]:
-        """PEER_COUNTERS of each of the peers, summed over the first `n_workers` workers; zeros for one without index.
+    def peers(self, indexes: Sequence[int | None]) -> list[list[int]]:
+        """PEER_COUNTERS of each of the peers, summed over the workers; zeros for one without index.
 
-        Index 0 collects senders outside Network.
+        Workers that have been given up count too: the sums never fall while a peer stays.  Index 0 collects senders
+        outside Network.
         """
+        workers = self._workers_that_ran()
         if len(indexes) >= MANY_PEERS:
             from udptun.datapath.bulk import PeerStats
 
-            return PeerStats(self._peers).sums(indexes, n_workers)
-        return [[0] * _N_PEER_COUNTERS if index is None else self._sums(index, n_workers) for index in indexes]
+            return PeerStats(self._peers).sums(indexes, workers)
+        return [[0] * _N_PEER_COUNTERS if index is None else self._sums(index, workers) for index in indexes]
 
     def received(self, index: int) -> int:
         """Packets from a peer that all workers have counted, as a worker sums them up."""
@@ -220,9 +222,9 @@ class Stats:
             for index in indexes:
                 self._row(worker, index)[:] = zeros
 
-    def _sums(self, index: int, n_workers: int) -> list[int]:
-        rows = [self._row(worker, index) for worker in range(n_workers)]
-        return [sum(column) for column in zip(*rows, strict=True)]
+    def _sums(self, index: int, workers: Sequence[int]) -> list[int]:
+        rows = [self._row(worker, index) for worker in workers]
+        return [sum(row[column] for row in rows) for column in range(_N_PEER_COUNTERS)]
 
     def _row(self, worker: int, index: int) -> memoryview:
         first = (worker * LAYOUT["max_peers"] + index) * _N_PEER_COUNTERS
