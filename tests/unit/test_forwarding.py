@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -27,7 +28,7 @@ from udptun.core.lease import Subnets
 from udptun.core.network_state import IPNetwork
 from udptun.core.offload import ALL
 from udptun.core.ownership import Ownership
-from udptun.core.tunnel import SourceCheck
+from udptun.core.tunnel import Confinement, SourceCheck
 from udptun.kernel.underlay import Underlay
 
 NETWORKS: dict[Family, IPNetwork] = {
@@ -142,3 +143,36 @@ def test_a_datapath_goes_back_where_that_of_the_other_family_cannot_follow(tmp_p
     with pytest.raises(UdptunError):
         asyncio.run(parts.apply(moved, BOTH))
     assert said == ["IPv4 at 192.0.2.9", "IPv4 at 192.0.2.1", "IPv6 at 2001:db8::1"]
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EMFILE, "no more"), asyncio.CancelledError()], ids=repr)
+def test_a_start_that_ends_between_two_datapaths_takes_back_the_first(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only errors of our own did: what ran out of descriptors or was cancelled left the first one's device and mark."""
+    said: list[str] = []
+
+    async def open_tunnel(parts: Forwarding, encapsulation: OfOneFamily, confinement: Confinement) -> None:
+        if parts._tunnels:
+            raise failure
+        encapsulation.tunnel.detach = lambda: said.append(f"detach {encapsulation.device}")
+        parts._tunnels.append(cast(Tunnelled, encapsulation))
+
+    async def remove(ownership: Ownership, keep: str = "") -> list[str]:
+        said.append(f"remove {ownership.network}")
+        return []
+
+    async def is_anything_ours(ownership: Ownership) -> bool:
+        return False
+
+    monkeypatch.setattr(forwarding, "remove_ours", remove)
+    monkeypatch.setattr(forwarding, "is_anything_ours", is_anything_ours)
+    monkeypatch.setattr(Forwarding, "_open_tunnel", open_tunnel)
+    backend = HostGw()
+    monkeypatch.setattr(backend, "encapsulations", [OfOneFamily(family, said) for family in Family], raising=False)
+    routings = [Routing(backend, family, Ownership((it,)), (it,)) for family, it in NETWORKS.items()]
+    kept = KeptDescriptors(ServiceManager(), lambda state, fds: None)
+    how = (BackendChoice(backend, ""), routings, UNDERLAY, BOTH, tmp_path, Confinement.FULL, kept)
+    with pytest.raises(type(failure)):
+        asyncio.run(Forwarding.open(*how))
+    assert said == ["stop IPv4", *(f"remove {it}" for it in NETWORKS.values()), "detach IPv4"]

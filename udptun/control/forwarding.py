@@ -109,11 +109,13 @@ class Forwarding:
             for routing in routings:
                 if routing.is_carried:
                     await create_missing_vxlans(backend.links(underlay, live, routing.family), routing.ownership.alias)
-        except UdptunError:
+        except BaseException:
             # What has failed says more than what then cannot be undone.
-            with suppress(UdptunError):
-                await forwarding.undo_failed_start()
-            forwarding.detach()
+            try:
+                with suppress(UdptunError, OSError):
+                    await forwarding.undo_failed_start()
+            finally:
+                forwarding.detach()
             raise
         return forwarding
 
