@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 from tests.packets import icmp_message, internet_sum, ipv4, ipv6, tcp_segment, udp_segment
 from udptun.commands.trace import render
 from udptun.control.trace.checks import DECAP, ENCAP, SEND, Check, outcomes
+from udptun.control.trace.kernel import KernelView
 from udptun.core.counter_words import COUNTERS
-from udptun.core.errors import UsageError
+from udptun.core.errors import KernelError, UsageError
 from udptun.core.trace_request import TraceRequest
+from udptun.kernel.netlink import Netlink
 
 WIRE_FORMAT = Path(__file__).parents[2] / "docs/wire-format.md"
 POD, THEIRS, POD6, THEIRS6 = "10.244.1.2", "10.244.2.2", "fd00:244:0:1::2", "fd00:244:0:2::2"
@@ -192,3 +195,11 @@ def test_person_reads_what_the_kernel_does_with_vxlan() -> None:
         "  peer     10.244.2.0/24 of 192.0.2.2\n"
         "delivered: it goes\n"
     )
+
+
+def test_a_device_that_has_gone_meanwhile_is_an_error_of_the_kernel() -> None:
+    """The request failed with a RuntimeError, and nobody was told why."""
+    view = KernelView(Netlink(), {})
+    for question in (view.mac_of("gone0", ip_address(POD)), view.vtep_of("gone0", "0e:00:00:00:00:01")):
+        with pytest.raises(KernelError, match="cannot find the device gone0: ENODEV"):
+            asyncio.run(question)

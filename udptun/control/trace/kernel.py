@@ -104,16 +104,19 @@ class KernelView:
         return way if link is None else replace(way, mtu=link.mtu)
 
     async def mac_of(self, device: str, ip: IPAddress) -> str | None:
-        """Of a neighbour that is known on the link; None: it is not."""
+        """Of a neighbour that is known on the link; None: it is not.  Raises KernelError."""
         known = await self._netlink.neighbours(self._index(device), Family(ip.version))
         return next((it.mac for it in known if it.ip == ip), None)
 
     async def vtep_of(self, device: str, mac: str) -> IPAddress | None:
-        """Where a VXLAN device sends frames for a MAC; None: nowhere."""
+        """Where a VXLAN device sends frames for a MAC; None: nowhere.  Raises KernelError."""
         return next((it.dst for it in await self._netlink.fdb(self._index(device)) if it.mac == mac), None)
 
     def _index(self, device: str) -> int:
-        return next(index for index, name in self._names.items() if name == device)
+        index = next((it for it, name in self._names.items() if name == device), None)
+        if index is None:
+            raise KernelError(f"cannot find the device {device}", errno.ENODEV, "it has gone meanwhile; ask again")
+        return index
 
     async def _route(self, ip: IPAddress, source: IPAddress | None = None, from_link: int = 0) -> Route | None:
         try:
