@@ -151,7 +151,7 @@ async def test_what_waits_in_the_sockets_is_delivered_first_and_in_order(
     Without the program nothing is lost; the kernel's hash may give a flow that waits in one socket to another one.
     """
     rig = Rig(undo, before, outer)
-    datapath = Datapath(tmp_path, rig.descriptors(before), [])
+    datapath = Datapath(tmp_path, rig.descriptors(before), [], "flannel0")
     datapath.is_spread = is_spread
     await datapath.start()
     try:
@@ -194,7 +194,7 @@ async def test_what_waits_in_the_queue_for_a_host_of_a_new_family_leaves_from_a_
     peer.setblocking(False)
     rig.table.set_peer(PEER, Remote(ip_address(there), peer.getsockname()[1], True), 1400)
     assert rig.table.publish(rig.stats)
-    datapath = Datapath(tmp_path, rig.descriptors(2, before), [])
+    datapath = Datapath(tmp_path, rig.descriptors(2, before), [], "flannel0")
     await datapath.start()
     try:
         assert datapath.active is not None

@@ -37,7 +37,7 @@ def with_datapath(
     rig: Rig, test: Callable[[Datapath], Awaitable[None]], confinement: Confinement = Confinement.FULL
 ) -> None:
     async def main() -> None:
-        datapath = Datapath(rig.run_dir, rig.descriptors, [], confinement)
+        datapath = Datapath(rig.run_dir, rig.descriptors, [], "flannel0", confinement)
         supervisor = asyncio.create_task(asyncio.sleep(0))
         try:
             await datapath.start()
@@ -166,7 +166,7 @@ def test_what_is_forbidden_fails_and_the_process_lives_on() -> None:
 async def test_processes_with_another_confinement_are_replaced_without_losing_what_waits(
     rig: Rig, before: Confinement, after: Confinement
 ) -> None:
-    earlier = Datapath(rig.run_dir, rig.descriptors, [], before)
+    earlier = Datapath(rig.run_dir, rig.descriptors, [], "flannel0", before)
     await earlier.start()
     earlier.detach()
     found = await processes.find_running(rig.run_dir)
@@ -174,7 +174,7 @@ async def test_processes_with_another_confinement_are_replaced_without_losing_wh
     for process in found:
         process.close_descriptors()
     rig.send(10)
-    successor = Datapath(rig.run_dir, rig.descriptors, found, after)
+    successor = Datapath(rig.run_dir, rig.descriptors, found, "flannel0", after)
     await successor.start()
     rig.send(10)
     await rig.received(20)
@@ -189,14 +189,14 @@ async def test_processes_without_a_filter_are_adopted_where_the_kernel_has_none(
     """There, and where no filter is written for the architecture, each start of the daemon replaced the datapath."""
     monkeypatch.setenv("LD_PRELOAD", str(old_kernel))
     monkeypatch.setenv("OLD_KERNEL", "no_seccomp")
-    earlier = Datapath(rig.run_dir, rig.descriptors, [], Confinement.FULL)
+    earlier = Datapath(rig.run_dir, rig.descriptors, [], "flannel0", Confinement.FULL)
     await earlier.start()
     assert {it.confinement for it in earlier.processes} == {Confinement.CAPABILITIES}
     earlier.detach()
     found = await processes.find_running(rig.run_dir)
     for process in found:
         process.close_descriptors()
-    later = Datapath(rig.run_dir, rig.descriptors, found, wanted)
+    later = Datapath(rig.run_dir, rig.descriptors, found, "flannel0", wanted)
     before = [it.pid for it in found]
     await later.start()
     is_adopted = [it.pid for it in later.processes] == before

@@ -79,7 +79,7 @@ async def test_next_daemon_goes_on_when_all_processes_were_killed(rig: Rig, mana
     await kept.keep({"flannel0": rig.descriptors})
     manager.read()
     assert kinds(manager) == WHOLE
-    earlier = Datapath(rig.run_dir, rig.descriptors, [])
+    earlier = Datapath(rig.run_dir, rig.descriptors, [], "flannel0")
     await earlier.start()
     for process in earlier.processes:
         os.kill(process.pid, signal.SIGKILL)
@@ -91,7 +91,7 @@ async def test_next_daemon_goes_on_when_all_processes_were_killed(rig: Rig, mana
     (found,) = await processes.find_running(rig.run_dir)
     assert found.confinement is Confinement.FULL
     found.close_descriptors()
-    datapath = Datapath(rig.run_dir, rig.descriptors, [found])
+    datapath = Datapath(rig.run_dir, rig.descriptors, [found], "flannel0")
     await datapath.start()
     assert len(datapath.standbys) == 1
     await datapath.stop()
@@ -110,7 +110,7 @@ async def test_sockets_of_ipv6_come_back_with_those_of_ipv4(rig: Rig, manager: M
         (theirs,) = found.descriptors.ipv6
         assert os.path.sameopenfile(theirs, ipv6.fileno())
         found.close_descriptors()
-        await Datapath(rig.run_dir, both, [found]).stop()
+        await Datapath(rig.run_dir, both, [found], "flannel0").stop()
 
 
 async def test_queues_beyond_one_a_worker_come_back(rig: Rig, manager: Manager) -> None:
@@ -125,7 +125,7 @@ async def test_queues_beyond_one_a_worker_come_back(rig: Rig, manager: Manager) 
         queues[1].send(PACKET)
         await rig.received(1)
         found.close_descriptors()
-        await Datapath(rig.run_dir, rig.descriptors, [found]).stop()
+        await Datapath(rig.run_dir, rig.descriptors, [found], "flannel0").stop()
 
 
 async def test_each_of_two_datapaths_comes_back_whatever_becomes_of_the_other(rig: Rig, manager: Manager) -> None:
@@ -141,14 +141,14 @@ async def test_each_of_two_datapaths_comes_back_whatever_becomes_of_the_other(ri
         assert found.descriptors is not None
         assert os.path.sameopenfile(found.descriptors.lock, it.descriptors.lock)
         found.close_descriptors()
-        await Datapath(rig.run_dir, it.descriptors, [found], device=device).stop()
+        await Datapath(rig.run_dir, it.descriptors, [found], device).stop()
     (name,) = (name for name in manager.kept if name.startswith("udptun/flannel-v6.1/") and "/udp/" in name)
     os.close(manager.kept.pop(name))
     await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)
     serving.cancel()
     (found,) = await processes.find_running(rig.run_dir)
     found.close_descriptors()
-    await Datapath(rig.run_dir, rig.descriptors, [found]).stop()
+    await Datapath(rig.run_dir, rig.descriptors, [found], "flannel0").stop()
     assert {it.split("/")[1] for it in manager.kept} == {"flannel.1"}
     other.close()
 
@@ -156,7 +156,7 @@ async def test_each_of_two_datapaths_comes_back_whatever_becomes_of_the_other(ri
 async def test_a_datapath_that_lives_is_left_as_it_is(rig: Rig, manager: Manager) -> None:
     await next_daemon(manager).keep({"flannel0": rig.descriptors})
     manager.read()
-    datapath = Datapath(rig.run_dir, rig.descriptors, [])
+    datapath = Datapath(rig.run_dir, rig.descriptors, [], "flannel0")
     await datapath.start()
     before = sorted(rig.run_dir.iterdir())
     await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)

@@ -97,7 +97,7 @@ def with_datapath(rig: Rig, test: Callable[[Datapath], Awaitable[None]], *, is_s
     """Run `test` beside a datapath, and stop all its processes afterwards."""
 
     async def main() -> None:
-        datapath = Datapath(rig.run_dir, rig.descriptors, [])
+        datapath = Datapath(rig.run_dir, rig.descriptors, [], "flannel0")
         try:
             await datapath.start()
             supervisor = asyncio.create_task(datapath.supervise() if is_supervised else asyncio.sleep(0))
@@ -239,14 +239,14 @@ def test_a_queue_that_is_never_empty_does_not_keep_the_others_waiting(rig: Rig) 
 async def test_processes_of_another_build_are_replaced_without_losing_what_waits(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = Datapath(rig.run_dir, rig.descriptors, [])
+    old = Datapath(rig.run_dir, rig.descriptors, [], "flannel0")
     await old.start()
     old.detach()
     monkeypatch.setattr(supervision, "build_id", lambda: "f" * 32)
     found = await processes.find_running(rig.run_dir)
     for process in found:
         process.close_descriptors()
-    successor = Datapath(rig.run_dir, rig.descriptors, found)
+    successor = Datapath(rig.run_dir, rig.descriptors, found, "flannel0")
     rig.send(10)
     await successor.start()
     rig.send(10)
@@ -412,7 +412,7 @@ def test_processes_of_any_build_hand_over_their_descriptors_and_stop(rig: Rig, k
         # Nothing but our ends of the connections is left, whatever was handed over.
         assert open_fds() == n_before + 2
 
-        successor = Datapath(rig.run_dir, rig.descriptors, found)
+        successor = Datapath(rig.run_dir, rig.descriptors, found, "flannel0")
         rig.send(10)
         await successor.start()
         rig.send(10)
@@ -493,7 +493,7 @@ def test_process_that_dies_while_it_is_looked_for_is_not_found(rig: Rig) -> None
 async def test_control_plane_of_the_first_builds_can_adopt_and_stop_a_process_of_this_one(rig: Rig) -> None:
     """It reads 60 bytes, takes our length for the layout version and our version for the pid, and stops by b"stop"."""
 
-    datapath = Datapath(rig.run_dir, rig.descriptors, [])
+    datapath = Datapath(rig.run_dir, rig.descriptors, [], "flannel0")
     await datapath.start()
     (path,) = [process.path for process in datapath.processes if process.is_active]
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -835,7 +835,7 @@ def test_the_standby_goes_on_when_a_worker_hangs(
         monkeypatch.setattr(supervision, "_LOOK_S", look_s)
 
     async def main() -> None:
-        datapath = Datapath(rig.run_dir, rig.descriptors, [])
+        datapath = Datapath(rig.run_dir, rig.descriptors, [], "flannel0")
         datapath.signs_of_life = lambda: rig.stats.signs_of_life(1)
         supervisor = asyncio.create_task(asyncio.sleep(0))
         try:

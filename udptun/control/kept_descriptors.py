@@ -77,7 +77,7 @@ class KeptDescriptors:
             return
         if shm.version_of(descriptors.table, LAYOUT["table_magic"]) != LAYOUT["version"]:
             raise ValueError("they are of another version")
-        await Datapath(run_dir, descriptors, [], confinement, device).revive()
+        await Datapath(run_dir, descriptors, [], device, confinement).revive()
         log.info("datapath brought back with descriptors that the service manager has kept")
 
     async def keep(self, descriptors: Mapping[str, Descriptors]) -> None:

@@ -65,8 +65,8 @@ class Datapath:
         run_dir: Path,
         descriptors: Descriptors,
         processes: list[Process],
+        device: str,
         confinement: Confinement = Confinement.FULL,
-        device: str = "",
     ) -> None:
         self._run_dir, self._device = run_dir, device
         self._build_id = build_id()

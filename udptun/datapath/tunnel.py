@@ -85,7 +85,7 @@ class Tunnel:
         self._publishing = asyncio.Lock()
         self.narrow_changed: Callable[[], None] = lambda: None
         """Called when `PeerEntries.narrow` says something else of a peer that stays."""
-        self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, confinement, tun.name)
+        self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, tun.name, confinement)
         self.datapath.is_spread = Offload.SPREAD in wanted
         self.datapath.signs_of_life = lambda: stats.signs_of_life(self.n_workers)
 
