@@ -68,9 +68,10 @@ def test_sdist_has_every_source_test_and_document_and_nothing_built(sdist: Path)
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
     wanted |= sources("tests", "*.py") | sources("docs", "*.md") | sources("bench", "*.py")
-    wanted |= sources("deploy", "*.py", "*.in", "*.txt", "*.yml", "*.yaml", "*.service", "*.conf", "Containerfile")
+    wanted |= sources("deploy", "*.py", "*.in", "*.txt", "*.yml", "*.yaml", "*.service", "*.conf", "*.json")
+    wanted |= sources("deploy", "Containerfile")
     wanted |= {"pyproject.toml", "setup.py", "dev", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
-    assert "udptun/_fastpath.pyx" in wanted
+    assert {"udptun/_fastpath.pyx", "deploy/monitoring/dashboard.json"} <= wanted
     assert wanted - names == set()
     assert [name for name in names if name.endswith((".so", ".c", ".pyc"))] == []
 
