@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import http.client
+import os
 import socket
 import stat
 import subprocess
@@ -37,6 +38,7 @@ ROUTES: Routes = {
     "/healthz": lambda request: Response(HTTPStatus.OK, "flanneld is running"),
     "/readyz": lambda request: Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet"),
     "/status": lambda request: Response(HTTPStatus.OK, '{"ä":1}', "application/json"),
+    "/not_utf8": lambda request: Response(HTTPStatus.OK, os.fsdecode(b"eth\xff")),
     "/broken": lambda request: Response(HTTPStatus.OK, str(1 // 0)),
     "/large": lambda request: Response(HTTPStatus.OK, "x" * 50_000_000),
 }
@@ -75,6 +77,7 @@ async def answer_to(host: str, port: int, request: bytes) -> bytes:
         ("/status", 200, '{"ä":1}', "application/json"),
         ("/slow", 200, "at last", "text/plain; charset=utf-8"),
         ("/slow_and_broken", 500, "500 internal server error\n", "text/plain; charset=utf-8"),
+        ("/not_utf8", 200, "eth\\udcff", "text/plain; charset=utf-8"),
         ("/", 404, "404 not found\n", "text/plain; charset=utf-8"),
         ("/healthz/", 404, "404 not found\n", "text/plain; charset=utf-8"),
         ("/broken", 500, "500 internal server error\n", "text/plain; charset=utf-8"),

@@ -253,7 +253,8 @@ def _error(status: HTTPStatus) -> Response:
 
 
 def _encode(response: Response, *, with_body: bool = True) -> bytes:
-    body = response.body.encode()
+    # A name from the kernel or an environment may have bytes that are no UTF-8, which Python keeps as surrogates.
+    body = response.body.encode(errors="backslashreplace")
     allow = "Allow: GET, HEAD\r\n" if response.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
     head = (
         f"HTTP/1.1 {response.status.value} {response.status.phrase}\r\n"
