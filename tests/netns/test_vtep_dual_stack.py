@@ -142,7 +142,7 @@ def lab() -> Iterator[Lab]:
         make_kernel_node(one, others)
         for host in lab.hosts:
             host.add_pod()
-        wait_until("all peers", lambda: all(n_peers(host) == (2, 2) for host in others), 10)
+        wait_until("all peers", lambda: all(n_peers(host) == (2, 2) for host in others), 50)
         yield lab
         for host in others:
             assert "Traceback" not in host.daemon_log()
@@ -157,6 +157,12 @@ def pairs(lab: Lab) -> list[tuple[Pod, Pod]]:
     """To a kernel's VXLAN, from there, and between two VTEPs."""
     kernel, one, other = (host.pod(1) for host in lab.hosts)
     return [(one, kernel), (kernel, one), (one, other)]
+
+
+def n_dropped(host: Host) -> int:
+    """Packets that found the queue of IPv6's device full."""
+    (device,) = [it for it in read_status(host)["devices"] if it["name"] == DEVICE]
+    return int(device["tx_dropped"])
 
 
 def datapaths(host: Host) -> list[int]:
@@ -191,7 +197,7 @@ def test_lease_devices_and_status_name_both_families(lab: Lab) -> None:
     assert re.search(r"^datapath   up .*\n +for IPv6: up ", text, re.MULTILINE)
 
 
-def test_captures_decode_as_vxlan_with_ethernet_frames_of_ipv6(lab: Lab, tmp_path: Path) -> None:
+def test_captures_decode_as_vxlan_with_ethernet_frames_of_ipv6(lab: Lab, tmp_path: Path, slack: int) -> None:
     ours, kernel = lab.host(3), lab.host(1)
     macs = own_lease(ours)["BackendV6Data"]["VtepMAC"], KERNEL_MACS[1]
     path = tmp_path / "v6.pcap"
@@ -202,7 +208,7 @@ def test_captures_decode_as_vxlan_with_ethernet_frames_of_ipv6(lab: Lab, tmp_pat
     pod = ours.pod(1)
     with links_that(lab, "no-help-at-all"), lab.capture(path, f"ip6 and udp dst port {PORT}"):
         ping(pod, kernel.pod(1).ipv6_address)
-        wait_until("the capture", lambda: sum(seen(it) == str(pod.ipv6_address) for it in echoes()) >= 2, 10)
+        wait_until("the capture", lambda: sum(seen(it) == str(pod.ipv6_address) for it in echoes()) >= 2, 10 * slack)
     for outer in echoes():
         payload = bytes(outer[UDP].payload)
         frame = VXLAN(payload)[Ether]
@@ -243,6 +249,7 @@ def test_longer_packets_of_both_families_pass_in_fragments(lab: Lab) -> None:
 def test_streams_datagrams_and_trains_of_ipv6_arrive_byte_for_byte(lab: Lab) -> None:
     """The kernel hands us super-packets whole, as its card is virtual, and we hand it those that we put together."""
     for source, destination in pairs(lab)[:2]:
+        before = n_dropped(lab.host(2))
         with no_packet_errors(*lab.hosts, source, destination), every_packet_explained(lab.host(2)):
             with (
                 tcp_flow(source, destination, 100e6, ipv6=True) as stream,
@@ -251,7 +258,9 @@ def test_streams_datagrams_and_trains_of_ipv6_arrive_byte_for_byte(lab: Lab) -> 
                 datagrams.wait_for_more(100)
             stream.report.assert_exact()
             report = datagrams.report
-            assert (report.lost, report.n_duplicates, report.n_spoilt, report.n_out_of_order) == ([], 0, 0, 0)
+            assert (report.n_duplicates, report.n_spoilt, report.n_out_of_order) == (0, 0, 0)
+            # On a busy machine the stream fills the device's queue, and then the kernel drops what comes.
+            assert len(report.lost) <= n_dropped(lab.host(2)) - before
         assert_trains_arrive(lab, source, destination, 1000, ipv6=True)
 
 
@@ -327,7 +336,7 @@ def test_a_reload_changes_the_workers_of_both_and_nothing_is_lost(lab: Lab, slac
     seconds_until(lambda: bool(datapaths(host)), "standbys", 5 * slack)
 
 
-def test_nothing_is_lost_when_either_datapath_and_the_daemon_are_killed(lab: Lab) -> None:
+def test_nothing_is_lost_when_either_datapath_and_the_daemon_are_killed(lab: Lab, slack: int) -> None:
     host, kernel = lab.host(2), lab.host(1).pod(1)
     ours = host.pod(1)
     mac = own_lease(host)["BackendV6Data"]["VtepMAC"]
@@ -341,7 +350,7 @@ def test_nothing_is_lost_when_either_datapath_and_the_daemon_are_killed(lab: Lab
         for i in (1, 0):
             before = datapaths(host)
             kill(host, before[i])
-            seconds_until(lambda before=before, i=i: datapaths(host)[i] != before[i], "a standby", 10)
+            seconds_until(lambda before=before, i=i: datapaths(host)[i] != before[i], "a standby", 10 * slack)
             # The other one goes on as it was.
             assert datapaths(host)[1 - i] == before[1 - i]
             ipv6.wait_for_more(100)
@@ -350,7 +359,7 @@ def test_nothing_is_lost_when_either_datapath_and_the_daemon_are_killed(lab: Lab
         ipv6.wait_for_more(100)
         start_without_vxlan(host)
         host.wait_ready()
-        seconds_until(lambda: bool(datapaths(host)), "standbys", 10)
+        seconds_until(lambda: bool(datapaths(host)), "standbys", 10 * slack)
         assert datapaths(host) == before
         assert counters(host)["ipv6 decap_delivered"] > n_delivered
         ipv6.wait_for_more(100)
@@ -413,7 +422,7 @@ def test_changing_over_to_the_kernel_and_back_changes_nothing_for_the_peers(lab:
             ping(one, two.ipv6_address, "-s", "3000")
 
 
-def test_cleanup_removes_both(lab: Lab) -> None:
+def test_cleanup_removes_both(lab: Lab, slack: int) -> None:
     host = lab.host(3)
     assert host.stop_daemon() == 0
     assert len(datapath_pids(host)) == 4
@@ -424,4 +433,4 @@ def test_cleanup_removes_both(lab: Lab) -> None:
         assert host.run(["ip", version, "route", "show", "proto", "158"]).stdout == ""
     start_without_vxlan(host)
     host.wait_ready()
-    wait_until("IPv6", lambda: is_answered(host.pod(1), lab.host(2).pod(1).ipv6_address), 10)
+    wait_until("IPv6", lambda: is_answered(host.pod(1), lab.host(2).pod(1).ipv6_address), 10 * slack)
