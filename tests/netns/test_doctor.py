@@ -202,7 +202,7 @@ FAULTS = [
         "strict rp_filter with another way back",
         "reverse-path",
         rf"rp_filter of eth0 is strict, and the route to {PEER} leads through other0",
-        r"sysctl -w net\.ipv4\.conf\.eth0\.rp_filter=2",
+        "sysctl -w net/ipv4/conf/eth0/rp_filter=2",
         shell(
             "sysctl -qw net.ipv4.conf.eth0.rp_filter=1",
             "ip link add other0 type veth peer name other1; ip link set other0 up; ip link set other1 up",

@@ -20,9 +20,9 @@ from udptun.config.command_flags import parse_doctor_flags
 from udptun.config.flags import parse_daemon_flags
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import Address, Link, Route
-from udptun.doctor import daemon, kernel, others, paths, store
+from udptun.doctor import daemon, files, kernel, others, paths, store
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination, examine
-from udptun.doctor.facts import Facts, Peer, StoreView
+from udptun.doctor.facts import Facts, Peer, StoreView, gather
 from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.doctor.probes import Echo, Echoes
 from udptun.doctor.processes import Process, daemon_words, flanneld_in
@@ -190,6 +190,62 @@ async def test_lines_of_the_daemon_that_a_check_has_found_are_not_said_twice() -
         ("reachability", Finding(Severity.ERROR, "10.244.7.0/24", "x", "y")),
     ]
     assert [it.cause for it in daemon.problem_lines(said, found)] == ["something else"]
+
+
+async def test_lines_about_other_peers_than_those_that_a_check_has_found_are_kept() -> None:
+    """Before, one peer that a check had found hid the lines about all others."""
+    dead = "the host of {} has answered and does not any more, nothing has come from it since 12:00:00"
+    narrow = "the path to the host of {} takes packets of 1300 bytes, 172 fewer than flannel0"
+    one, other = "10.244.7.0/24 at 192.0.2.7", "10.244.70.0/24 at 192.0.2.70"
+    said = facts(document(problems=[dead.format(one), dead.format(other), narrow.format(one), narrow.format(other)]))
+    found = [(name, Finding(Severity.ERROR, one, "x", "y")) for name in ("reachability", "path-mtu")]
+    assert [it.cause for it in daemon.problem_lines(said, found)] == [dead.format(other), narrow.format(other)]
+    assert len(daemon.problem_lines(said, found[:1])) == 3
+
+
+async def test_remedy_for_strict_rp_filter_of_a_link_with_a_dot_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it was written with dots, which sysctl takes for the setting of a link flannel/1."""
+
+    class Kernel:
+        async def __aenter__(self) -> Kernel:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+        async def routes_to(self, _: object) -> dict[object, Route]:
+            return {}
+
+    monkeypatch.setattr("udptun.doctor.kernel.Netlink", Kernel)
+    monkeypatch.setattr("udptun.doctor.kernel.read_sysctl", lambda path: "1" if "/flannel.1/" in path else "0")
+    vtep = document(backend={**document()["backend"], "type": "vxlan", "device": "flannel.1"})
+    (finding,) = await kernel.reverse_path(facts(vtep))
+    assert finding.remedy.startswith("`sysctl -w net/ipv4/conf/flannel.1/rp_filter=2`")
+
+
+async def test_a_lease_store_that_may_not_be_looked_at_is_an_error_of_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the state directory of root ended another user's `udptun doctor` with a traceback."""
+    path, stat = tmp_path / "leases.db", Path.stat
+
+    def refuse(self: Path, **how: Any) -> Any:
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return stat(self, **how)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    found = await gather(parse_doctor_flags([f"--store=local:{path}"], {}), None, "", lambda: None, None)
+    (finding,) = await store.store(found)
+    assert finding.cause == f"the lease store {path} cannot be looked at (Permission denied)"
+    assert finding.remedy == "run as root"
+
+
+async def test_directories_and_dangling_links_are_no_cni_configurations(tmp_path: Path) -> None:
+    """Before, one that is named so and comes first was said to take flannel's place."""
+    (tmp_path / "00-old.conf").mkdir()
+    (tmp_path / "01-gone.conflist").symlink_to(tmp_path / "nothing")
+    (tmp_path / "10-flannel.conflist").write_text('{"plugins": [{"type": "flannel"}]}')
+    assert await causes(files.cni_configuration, facts(cni_conf_dir=tmp_path)) == []
 
 
 async def test_a_store_that_fails_is_an_error_with_what_to_do() -> None:
@@ -434,6 +490,28 @@ async def test_a_check_that_cannot_look_keeps_no_other_from_looking(monkeypatch:
     assert [it.cause for _, it in found.findings] == ["c", "a"]
     assert found.not_looked_at == {checks[0].name: "it could not look: no", checks[1].name: "it took more than 0 s"}
     assert found.exit_status == 1
+
+
+async def test_a_fault_of_ours_in_a_check_is_logged_and_keeps_no_other_from_looking(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, an exception that nobody had thought of ended the command, and nothing was said of all the rest."""
+
+    async def fails(_: Facts) -> list[Finding]:
+        raise KeyError("port")
+
+    async def finds(_: Facts) -> list[Finding]:
+        return [Finding(Severity.WARNING, "", "c", "d")]
+
+    checks = tuple(replace(check, look=look) for check, look in zip(CHECKS, (fails, finds), strict=False))
+    monkeypatch.setattr("udptun.doctor.checks.CHECKS", checks)
+    found = await examine(facts({key: it for key, it in document().items() if key != "problems"}))
+    assert [it.cause for _, it in found.findings] == ["c"]
+    assert found.not_looked_at == {
+        checks[0].name: "it could not look: KeyError: 'port'",
+        PROBLEM_LINES: "it could not look: KeyError: 'problems'",
+    }
+    assert [it.exc_info is not None for it in caplog.records] == [True, True]
 
 
 def examination(*severities: Severity) -> Examination:

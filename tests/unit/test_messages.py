@@ -83,10 +83,10 @@ class Message:
 
 
 def messages() -> Iterator[Message]:
-    """Those of the package at level info and above, but for the lab's, which is no daemon."""
+    """Those of the package at level info and above, but for those of the lab and the doctor, which are no daemons."""
     for path in sorted(PACKAGE.rglob("*.py")):
         module = str(path.relative_to(PACKAGE))
-        if module.startswith("lab/"):
+        if module.startswith(("lab/", "doctor/")):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and (found := message_of(module, node)):

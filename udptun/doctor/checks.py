@@ -6,14 +6,17 @@ docs/doctor.md has the same table; a test holds the two together.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from udptun.core.errors import UdptunError
+from udptun.core.errors import UdptunError, one_line
 from udptun.doctor import daemon, files, firewall, kernel, others, paths, store
 from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.doctor.sample import sample
+
+log = logging.getLogger(__name__)
 
 _CHECK_S = 4.0
 
@@ -165,8 +168,8 @@ async def examine(facts: Facts) -> Examination:
             found += [(check.name, finding) for finding in result]
     try:
         found += [(PROBLEM_LINES, finding) for finding in daemon.problem_lines(facts, found)]
-    except NotHereError as exc:
-        not_looked_at[PROBLEM_LINES] = str(exc)
+    except Exception as exc:
+        not_looked_at[PROBLEM_LINES] = _why_not(PROBLEM_LINES, exc)
     found.sort(key=lambda it: -it[1].severity)
     return Examination(tuple(found), not_looked_at, len(CHECKS) + 1, str(sample(facts.peers)))
 
@@ -176,9 +179,17 @@ async def _run(check: Check, facts: Facts) -> list[Finding] | str:
     try:
         async with asyncio.timeout(_CHECK_S):
             return await check.look(facts)
-    except NotHereError as exc:
-        return str(exc)
     except TimeoutError:
         return f"it took more than {_CHECK_S:.0f} s"
-    except (UdptunError, OSError) as exc:
-        return f"it could not look: {exc}"
+    except Exception as exc:
+        return _why_not(check.name, exc)
+
+
+def _why_not(name: str, exc: Exception) -> str:
+    """Why that check could not look, one line.  A fault of ours is logged with its traceback."""
+    if isinstance(exc, NotHereError):
+        return str(exc)
+    if isinstance(exc, (UdptunError, OSError)):
+        return one_line(f"it could not look: {exc}")
+    log.error("check=%s", name, exc_info=exc)
+    return one_line(f"it could not look: {type(exc).__name__}: {exc}")

@@ -72,10 +72,10 @@ def _of_datapath(facts: Facts, it: Mapping[str, Any], which: str) -> list[Findin
 
 
 _SAME_THING = (
-    (r"has answered and does not any more", "reachability"),
-    (r"^the path to ", "path-mtu"),
+    (r"^the host of (\S+) .*has answered and does not any more", "reachability"),
+    (r"^the path to the host of (\S+) ", "path-mtu"),
 )
-"""What a line of the daemon says, and the check that says the same thing of the same peer in other words."""
+"""What a line of the daemon says of which subnet, and the check that says the same of the same peer in other words."""
 
 _SEVERITIES = (
     (r"has answered and does not any more", Severity.ERROR),
@@ -93,10 +93,12 @@ def problem_lines(facts: Facts, found: Collection[tuple[str, Finding]]) -> list[
     if facts.document is None:
         raise NotHereError("no daemon says what is wrong")
     said = {(it.cause, it.remedy) for _, it in found}
+    # The subject of what is found about a peer begins with its subnet.
+    subjects = {(check, it.subject.partition(" ")[0]) for check, it in found}
     lines = []
     for line in facts.document["problems"]:
         severity = next((severity for text, severity in _SEVERITIES if re.search(text, line)), Severity.WARNING)
-        is_found = any(re.search(text, line) and any(name == check for name, _ in found) for text, check in _SAME_THING)
+        is_found = any((it := re.search(text, line)) and (check, it[1]) in subjects for text, check in _SAME_THING)
         finding = Finding.of_line(severity, line)
         if not is_found and (finding.cause, finding.remedy) not in said:
             lines.append(finding)

@@ -239,13 +239,21 @@ async def _read_kernel() -> tuple[list[Link], list[Address], list[Route], str]:
         return [], [], [], str(exc)
 
 
+def _why_not_there(path: Path) -> str:
+    """Why the local store must not be opened, which would make it, or cannot be; empty where it is there."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return f"there is no lease store {path}; a daemon with these flags makes it"
+    except OSError as exc:
+        return f"the lease store {path} cannot be looked at ({exc.strerror}); run as root"
+    return ""
+
+
 async def _read_store(options: Options) -> StoreView:
     name = str(options.store)
-    if options.store.kind is StoreKind.LOCAL and not options.store.path.exists():
-        # To open it would make it.
-        return StoreView(
-            name, error=f"there is no lease store {options.store.path}; a daemon with these flags makes it"
-        )
+    if options.store.kind is StoreKind.LOCAL and (error := _why_not_there(options.store.path)):
+        return StoreView(name, error=error)
     try:
         store = open_store(options)
     except UdptunError as exc:

@@ -105,9 +105,10 @@ async def cni_plugins(facts: Facts) -> list[Finding]:
 
 
 def _cni_files(facts: Facts) -> list[Path]:
-    """In the order in which runtimes take them."""
+    """In the order in which runtimes take them.  A directory or a dangling link is none, whatever its name."""
+    suffixes = (".conf", ".conflist", ".json")
     try:
-        files = sorted(it for it in facts.cni_conf_dir.iterdir() if it.suffix in (".conf", ".conflist", ".json"))
+        files = sorted(it for it in facts.cni_conf_dir.iterdir() if it.suffix in suffixes and it.is_file())
     except OSError:
         raise NotHereError(f"{facts.cni_conf_dir} cannot be seen from here, or there is none") from None
     if not files:

@@ -107,7 +107,8 @@ async def reverse_path(facts: Facts) -> list[Finding]:
             link,
             f"rp_filter of {link} is strict, and the route to {ips[0]}{_more(len(ips))} leads "
             f"{f'through {back}' if back else 'nowhere'}: the kernel drops what comes from there by {link}",
-            f"`sysctl -w net.ipv4.conf.{link}.rp_filter=2` (of `all` and of the link the greater number counts), or "
+            # With slashes: a link's name may have a dot.
+            f"`sysctl -w net/ipv4/conf/{link}/rp_filter=2` (of `all` and of the link the greater number counts), or "
             f"mend the route: `ip route get {ips[0]}`",
         )
         for (link, back), ips in found.items()
