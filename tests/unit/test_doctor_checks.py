@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from udptun.backends.choice import parse_net_conf
-from udptun.config.command_flags import parse_doctor_flags
+from udptun.commands import doctor
+from udptun.config.command_flags import DoctorRequest, flags_of_flanneld, parse_doctor_flags
 from udptun.config.flags import parse_daemon_flags
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import Address, Link, Route
@@ -594,3 +595,39 @@ def test_doctor_takes_the_daemons_flags_and_its_own() -> None:
     assert request.options.mtu == 1400
     assert (request.json, request.all) == (True, False)
     assert (request.cni_conf_dir, request.cni_bin_dir) == (Path("/host/cni"), Path("/opt/cni/bin"))
+
+
+@pytest.mark.parametrize(
+    ("line", "flags"),
+    [
+        ("--ip-masq --iface eth0", "--ip-masq --iface eth0"),
+        ("--ip-masq true --iface eth0", "--ip-masq"),
+        ("--ip-masq -- --iface eth0", "--ip-masq"),
+        ("--iface -- eth1", "--iface --"),
+        ("true", ""),
+    ],
+)
+def test_flags_behind_a_stray_word_of_the_running_flanneld_are_not_its_own(line: str, flags: str) -> None:
+    """Before, flags given to the doctor were put behind that word, and so ignored with the rest."""
+    assert flags_of_flanneld(line.split()) == flags.split()
+
+
+def test_flags_of_the_doctor_count_where_the_running_flanneld_has_a_stray_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("/usr/bin/python3", "/opt/bin/flanneld", "--ip-masq", "true", "--etcd-prefix=/x")
+    monkeypatch.setattr("udptun.commands.doctor.find_pid", lambda _: 7)
+    monkeypatch.setattr("udptun.commands.doctor.words_of", lambda _: words)
+    monkeypatch.setattr("udptun.commands.doctor.environment_of", lambda _: {})
+    asked: list[DoctorRequest] = []
+
+    async def look(request: DoctorRequest, _: int) -> Examination:
+        asked.append(request)
+        return examination()
+
+    monkeypatch.setattr("udptun.commands.doctor._look", look)
+    assert doctor.run(["--json", "--cni-conf-dir=/c"], {}) == 0
+    assert json.loads(capsys.readouterr().out)["exit_status"] == 0
+    (request,) = asked
+    assert (request.json, request.cni_conf_dir, request.options.ip_masq) == (True, Path("/c"), True)
+    assert request.options.etcd.prefix != "/x"

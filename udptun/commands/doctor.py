@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from udptun.commands.status import fetch
-from udptun.config.command_flags import DoctorRequest, doctor_help, parse_doctor_flags
+from udptun.config.command_flags import DoctorRequest, doctor_help, flags_of_flanneld, parse_doctor_flags
 from udptun.config.flags import Options
 from udptun.core.errors import UdptunError
 from udptun.doctor.checks import Examination, examine
@@ -73,6 +73,8 @@ def _with_the_daemons(pid: int, argv: Sequence[str], environ: Mapping[str, str])
     as_flanneld, words = said
     ours = [word for word in argv if word != "-v"]
     try:
+        if as_flanneld:
+            words = flags_of_flanneld(words)
         return parse_doctor_flags([*words, *ours], environment_of(pid) or environ, as_flanneld=as_flanneld)
     except UdptunError:
         return None

@@ -55,9 +55,17 @@ class DoctorRequest:
 def parse_doctor_flags(argv: Sequence[str], environ: Mapping[str, str], *, as_flanneld: bool = False) -> DoctorRequest:
     """What `udptun doctor` takes: every flag of the daemon, and its own."""
     own = (_CNI_CONF_DIR, _CNI_BIN_DIR, _JSON, _ALL)
-    given = given_flags(argv, environ, *own, ends_at_word=as_flanneld)
+    given = given_flags(argv, environ, *own)
     options = options_of(given, environ, as_flanneld=as_flanneld)
     return DoctorRequest(options, *(given.values[it.name] for it in own))
+
+
+def flags_of_flanneld(words: Sequence[str]) -> list[str]:
+    """Those of the arguments that a daemon run as `flanneld` has taken: all before the first that is no flag.
+
+    Raises UsageError.
+    """
+    return [*words[: given_flags(words, {}, ends_at_word=True).n_flag_words]]
 
 
 @dataclass(frozen=True, slots=True)

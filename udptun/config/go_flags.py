@@ -138,6 +138,8 @@ class Given:
         """Arguments that are no flags."""
         self.rest: list[str] = []
         """With `ends_at_word`: the argument that ended the flags, and all behind it."""
+        self.n_flag_words = len(argv)
+        """So many arguments are before that one."""
         self.values: dict[str, Any] = {name: flag.default for name, flag in flags.items()}  # each flag's own type
         self.said: dict[str, str] = {}
         """Each flag that was given, as `--name` or as its variable."""
@@ -178,6 +180,7 @@ class Given:
             is_end = word == "--"
             if self._ends_at_word and (is_end or not word.startswith("-") or word == "-"):
                 self.rest = [*words] if is_end else [word, *words]
+                self.n_flag_words = len(argv) - len(self.rest) - is_end
                 return
             if is_end:
                 for rest in words:
