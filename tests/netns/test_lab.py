@@ -304,6 +304,49 @@ def test_up_exec_status_down_do_what_they_say(command: Command) -> None:
     assert "there is no lab named" in command("status").stderr
 
 
+@pytest.fixture
+def lab_of_two(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The status of a lab of h1 and h2, which are this machine; its `words` are run in place of the doctor."""
+    status: dict[str, Any] = {"hosts": [{"name": "h1", "up": True}, {"name": "h2", "up": True}], "words": {}}
+
+    class Here:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def popen(self, command: list[str], **how: Any) -> subprocess.Popen[str]:
+            return subprocess.Popen(["sh", "-c", status["words"][self._name]], text=True, **how)
+
+    running = argparse.Namespace(connection=contextlib.nullcontext(), status=lambda: status)
+    monkeypatch.setattr(cli.owner.RunningLab, "find", lambda _: running)
+    monkeypatch.setattr(cli, "_place", lambda _, name: Here(name))
+    return status
+
+
+def doctor_options(**changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"name": "x", "hosts": [], "json": True, "all": False, **changes})
+
+
+def test_doctor_of_a_lab_without_a_host_says_so(lab_of_two: dict[str, Any]) -> None:
+    """Before, the greatest exit status of none was a ValueError."""
+    lab_of_two["hosts"] = [{"name": "h1", "up": False}]
+    with pytest.raises(LabError, match="no host of the lab x is up"):
+        cli._doctor(doctor_options())
+
+
+def test_doctor_that_says_nothing_on_one_host_leaves_what_the_others_say(
+    lab_of_two: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, its empty text was read as JSON, and the command ended with a traceback."""
+    lab_of_two["words"] = {"h1": "exit 1", "h2": "echo '{}'"}
+    assert cli._doctor(doctor_options()) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"h1": None, "h2": {}}
+    assert printed.err == "udptun lab doctor: the one on h1 ended with status 1 and has said nothing\n"
+    assert cli._doctor(doctor_options(json=False)) == 2
+    lab_of_two["words"]["h1"] = "echo '{}'; exit 1"
+    assert cli._doctor(doctor_options()) == 1
+
+
 def test_exec_passes_status_input_terminal_and_directory_through(command: Command, tmp_path: Path) -> None:
     assert command.up("--hosts", "1").returncode == 0
     assert command("exec", "h1", "--", "sh", "-c", "exit 7").returncode == 7

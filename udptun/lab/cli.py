@@ -239,21 +239,27 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    """At the same time in all of them; the exit status is the worst of theirs."""
+    """At the same time in all of them; the exit status is the worst of theirs, 2 where one has said nothing."""
     lab = owner.RunningLab.find(options.name)
     with lab.connection:
         status = lab.status()
     names = options.hosts or [host["name"] for host in status["hosts"] if host["up"]]
+    if not names:
+        raise LabError(f"no host of the lab {options.name} is up, so there is nothing to look at")
     flags = [f"--cni-bin-dir={PROGRAMS}", *(["--json"] * options.json), *(["--all"] * options.all)]
     command = [sys.executable, "-m", "udptun", "doctor", *flags]
     environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
     running = {it: _place(status, it).popen(command, stdout=subprocess.PIPE, env=environ) for it in names}
     said = {name: child.communicate()[0] for name, child in running.items()}
+    silent = [name for name, text in said.items() if not text]
     if options.json:
-        print(json.dumps({name: json.loads(text) for name, text in said.items()}))
+        print(json.dumps({name: json.loads(text) if text else None for name, text in said.items()}))
     else:
         print("\n".join(f"{name}:\n{textwrap.indent(text, '  ')}" for name, text in said.items()), end="")
-    return max(child.returncode for child in running.values())
+    for name in silent:
+        ended = f"ended with status {running[name].returncode} and has said nothing"
+        print(f"udptun lab doctor: the one on {name} {ended}", file=sys.stderr)
+    return max(*(child.returncode for child in running.values()), 2 * bool(silent))
 
 
 def _down(options: argparse.Namespace) -> int:
