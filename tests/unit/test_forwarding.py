@@ -29,6 +29,7 @@ from udptun.core.network_state import IPNetwork
 from udptun.core.offload import ALL
 from udptun.core.ownership import Ownership
 from udptun.core.tunnel import Confinement, SourceCheck
+from udptun.kernel import device_counters
 from udptun.kernel.underlay import Underlay
 
 NETWORKS: dict[Family, IPNetwork] = {
@@ -176,3 +177,14 @@ def test_a_start_that_ends_between_two_datapaths_takes_back_the_first(
     with pytest.raises(type(failure)):
         asyncio.run(Forwarding.open(*how))
     assert said == ["stop IPv4", *(f"remove {it}" for it in NETWORKS.values()), "detach IPv4"]
+
+
+def test_status_is_there_without_devices_where_their_counters_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of /status and /metrics was an error 500 then."""
+    parts = of_each_family(tmp_path, [OfOneFamily(family, []) for family in Family])
+    monkeypatch.setattr(Forwarding, "device", lambda self, family: "lo")
+    assert [it["name"] for it in parts._devices()] == ["lo"]
+    monkeypatch.setattr(device_counters, "_FILE", tmp_path / "none")
+    assert parts._devices() == []

@@ -9,6 +9,7 @@ The daemon drives it with leases and settings, and does not know which backend i
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
 from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
-from udptun.core.errors import UdptunError
+from udptun.core.errors import KernelError, UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseEvent, LeasePart, Subnets
 from udptun.core.lease_table import LeaseTable
@@ -42,6 +43,8 @@ from udptun.probing.memory import Memory
 
 if TYPE_CHECKING:
     from udptun.control.tunnelled import Tunnelled
+
+log = logging.getLogger(__name__)
 
 
 class Forwarding:
@@ -332,7 +335,12 @@ class Forwarding:
 
     def _devices(self) -> list[dict[str, Any]]:
         names = sorted({name for family in self.families if (name := self.device(family)) is not None})
-        counters = read_device_counters(names)
+        try:
+            counters = read_device_counters(names)
+        except KernelError as exc:
+            # All else of the status is known.
+            log.debug("no counters of devices error=%r", str(exc))
+            return []
         return [{"name": name, **asdict(it)} for name in names if (it := counters.get(name)) is not None]
 
     def _changes(self) -> list[dict[str, Any]]:
