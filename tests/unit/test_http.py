@@ -445,6 +445,19 @@ def test_a_client_that_cannot_be_let_in_is_said_once_and_the_next_one_is_served(
     assert line == "cannot let an http client in error='Too many open files'"
 
 
+def test_a_route_that_fails_at_each_request_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    """Each request logged a traceback, so whoever reached the port could fill the disk."""
+
+    async def test(host: str, port: int) -> None:
+        for path in ("broken", "slow_and_broken", "broken?again"):
+            answer = await answer_to(host, port, f"GET /{path} HTTP/1.1\r\n\r\n".encode())
+            assert answer.startswith(b"HTTP/1.1 500 ")
+
+    run(test)
+    lines = [record.getMessage() for record in caplog.records if record.name == "udptun.control.http"]
+    assert lines == [f"no answer for a request path=/{path}" for path in ("broken", "slow_and_broken")]
+
+
 def test_unix_socket_serves_its_owner_only_and_replaces_what_a_dead_server_left(tmp_path: Path) -> None:
     path = tmp_path / "status.sock"
     with socket.socket(socket.AF_UNIX) as dead:

@@ -32,7 +32,7 @@ _BACKLOG = 128
 _ACCEPT_RETRY_S = 0.1
 """How long to wait after a client could not be let in, as when there are no descriptors left; seconds."""
 _SAY_AGAIN_S = 60.0
-"""How often a line about too many clients is logged at most; seconds."""
+"""How often a line is logged at most, whatever clients do; seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,8 @@ class Server:
         self._routes = routes
         self._clients: dict[_Client, asyncio.Task[None]] = {}
         """In the order in which they came."""
-        self._said_s = float("-inf")
+        self._said_s: dict[str, float] = {}
+        """When each line, or the failure of each path that has a route, was last logged, by the event loop's clock."""
         self._supervisor = Supervisor()
         self._accepting = [self._start_accepting(listener) for listener in sockets]
 
@@ -175,10 +176,16 @@ class Server:
         self._say(f"too many http clients, turning out those that are idle the longest n_clients={CLIENTS}")
 
     def _say(self, line: str) -> None:
-        now_s = asyncio.get_running_loop().time()
-        if now_s - self._said_s > _SAY_AGAIN_S:
-            self._said_s = now_s
+        if self._is_due(line):
             log.warning("%s", line)
+
+    def _is_due(self, line: str) -> bool:
+        """Whether the caller shall log it, or what it stands for, now."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._said_s.get(line, float("-inf")) <= _SAY_AGAIN_S:
+            return False
+        self._said_s[line] = now_s
+        return True
 
     async def _attend(self, client: _Client) -> None:
         try:
@@ -202,7 +209,7 @@ class Server:
         if request is None:
             return _encode(_error(HTTPStatus.BAD_REQUEST))
         client.is_idle = False
-        response = await _respond(self._routes, request)
+        response = await _respond(self._routes, request, self._is_due)
         client.is_idle = True
         return _encode(response, with_body=request.method != "HEAD")
 
@@ -235,7 +242,8 @@ def _parse(head: bytes) -> Request | None:
     return Request(words[0], path, headers, query)
 
 
-async def _respond(routes: Routes, request: Request) -> Response:
+async def _respond(routes: Routes, request: Request, is_due: Callable[[str], bool]) -> Response:
+    """`is_due` is asked whether to log that the route of a path has failed."""
     is_get = request.method in ("GET", "HEAD")
     route = routes.get(request.path if is_get else f"{request.method} {request.path}")
     if route is None:
@@ -244,7 +252,8 @@ async def _respond(routes: Routes, request: Request) -> Response:
         response = route(request)
         return response if isinstance(response, Response) else await response
     except Exception:
-        log.exception("no answer for a request path=%s", one_line(request.path))
+        if is_due(request.path):
+            log.exception("no answer for a request path=%s", one_line(request.path))
         return _error(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
