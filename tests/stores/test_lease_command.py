@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,24 @@ def test_list_is_a_table_of_every_lease_and_what_is_none_goes_to_stderr(
     out, err = capsys.readouterr()
     assert "10.0.2.0" not in out
     assert err.startswith("skipped: lease '10.0.2.0-24': ")
+
+
+def test_what_others_wrote_into_a_lease_commands_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The node and the type of its backend were printed as they are."""
+    harness = LocalHarness(tmp_path)
+    harness.write([(1, 1)])
+    data = {"Port": 8285, "NodeID": "\x1b[2J\n"}
+    value = replace(host(1), backend_type="\x1b]0;x\x07", backend_data=data).to_json()
+    harness.sql("update leases set value = ?", rows=[(value,)])
+    lease = Lease(flags_of(harness), capsys)
+    _, line = lease("list").splitlines()
+    assert line.split()[:4] == ["10.0.1.0/24", "198.18.0.1", "\\x1b[2J\\n", "\\x1b]0;x\\x07"]
+    shown = lease("show", "10.0.1.0/24").splitlines()
+    assert "node       \\x1b[2J\\n" in shown
+    assert "backend    \\x1b]0;x\\x07" in shown
+    assert "which node \\x1b[2J\\n holds" in lease("reserve", "10.0.1.0/24", "--public-ip=198.18.0.1")
 
 
 def test_list_and_show_for_programs_have_times_and_values(lease: Lease) -> None:

@@ -14,7 +14,7 @@ from udptun.backends.udp import UdpKeys
 from udptun.commands.figures import duration
 from udptun.config.command_flags import LeaseRequest
 from udptun.config.store_flags import StoreKind
-from udptun.core.errors import UdptunError, UsageError
+from udptun.core.errors import UdptunError, UsageError, one_line
 from udptun.core.family import Family
 from udptun.core.ip_text import ipv6_network
 from udptun.core.lease import Lease, LeaseAttrs, LeaseFormatError, Subnets
@@ -41,8 +41,8 @@ def list_leases(request: LeaseRequest) -> int:
             [
                 _subnets(lease),
                 str(lease.attrs.host_address),
-                (lease.attrs.node_id or "-")[:8],
-                lease.attrs.backend_type or "-",
+                one_line((lease.attrs.node_id or "-")[:8]),
+                one_line(lease.attrs.backend_type or "-"),
                 str(lease.attrs.port(0) or "-"),
                 _expiry(lease),
             ]
@@ -70,8 +70,8 @@ def show(request: LeaseRequest) -> int:
             "key": lease.key,
             "public IP": " ".join(str(ip) for ip in (attrs.public_ip, attrs.public_ipv6) if ip is not None),
             "port": str(attrs.port(0) or "not named: Backend.Port"),
-            "node": attrs.node_id or "not named",
-            "backend": attrs.backend_type or "not named",
+            "node": one_line(attrs.node_id or "not named"),
+            "backend": one_line(attrs.backend_type or "not named"),
             "expires": _expiry(lease),
             "revision": str(lease.revision),
             "value": attrs.to_json(),
@@ -107,7 +107,7 @@ def reserve(request: LeaseRequest) -> int:
                 "the store `local`, `file` or `kube` has those of IPv6 alone"
             )
         lease = await store.reserve(subnets, attrs)
-        held = f", which node {lease.attrs.node_id} holds" if lease.attrs.node_id else ""
+        held = f", which node {one_line(lease.attrs.node_id)} holds" if lease.attrs.node_id else ""
         default_port = conf.backend.port if isinstance(conf.backend, UdpKeys) else None
         host = Identity(public_ip, port or default_port, "", default_port, "", public_ipv6)
         others = [other for other in (await store.snapshot()).leases if host.owns(other) and other.key != lease.key]
