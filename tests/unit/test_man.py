@@ -37,6 +37,24 @@ def test_the_daemons_page_has_every_flag_with_its_help(pages: Path) -> None:
             assert flag.help in text
 
 
+def status_of(page: Path) -> dict[str, str]:
+    """What each exit status means."""
+    _, _, section = page.read_text().replace("\\-", "-").partition(".SH EXIT STATUS\n")
+    return dict(re.findall(r"^\.B (\d)\n(.*)$", section, re.MULTILINE))
+
+
+def test_each_page_says_what_the_exit_status_means_there(pages: Path) -> None:
+    """That of trace did not say that 1 is a packet that would be dropped, that of config check nothing of its 2."""
+    assert "would be dropped" in status_of(pages / "udptun-trace.8")["1"]
+    for name in ("udptun-config.8", "udptun-config-check.8"):
+        assert "warnings" in status_of(pages / name)["1"]
+        assert "the daemon would refuse the file" in status_of(pages / name)["2"]
+    for name in ("udptun-doctor.8", "udptun-lab-doctor.8"):
+        assert (status_of(pages / name)["1"][:8], status_of(pages / name)["2"][:6]) == ("warnings", "errors")
+    assert status_of(pages / "udptun-lease.8")["1"] == "failed"
+    assert all(list(status_of(page)) == ["0", "1", "2"] for page in pages.iterdir())
+
+
 @pytest.mark.skipif(shutil.which("man") is None, reason="needs man")
 def test_man_shows_a_page(pages: Path) -> None:
     shown = subprocess.run(

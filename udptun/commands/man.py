@@ -20,11 +20,34 @@ Print the manual page of the program or of a command, or write all of them to DI
   --all DIR  write udptun.8 and a page for each command to DIR, such as /usr/share/man/man8
 """
 
-_STATUS = (
-    ("0", "done, or stopped as asked"),
-    ("1", "failed; doctor and config check: warnings"),
-    ("2", "a person has to mend a flag or the configuration; doctor: errors"),
+_STATUS = ("done, or stopped as asked", "failed", "a person has to mend a flag or the configuration")
+"""What 0, 1 and 2 mean where a command has no meaning of its own for them."""
+_OF_DOCTOR = (
+    "nothing is wrong, or there are notes alone",
+    "warnings, or the command failed",
+    "errors, or a flag is wrong",
 )
+_STATUS_OF = {
+    (): (*_STATUS[:2], f"{_STATUS[2]}; the pages of doctor, trace, health and config say what each means there"),
+    ("doctor",): _OF_DOCTOR,
+    ("lab", "doctor"): _OF_DOCTOR,
+    ("trace",): (
+        "the packet would be delivered",
+        "it would be dropped, or is not the tunnel's; or no daemon answers",
+        "a word or a flag is wrong",
+    ),
+    ("health",): ("all is well", "it is not, or no daemon answers", "a flag is wrong"),
+    ("config",): (
+        "done; check: the file is good",
+        "failed; check: warnings",
+        f"{_STATUS[2]}; check: the daemon would refuse the file",
+    ),
+    ("config", "check"): (
+        "the file is good",
+        "warnings, as of keys that have no effect",
+        "the daemon would refuse the file, or a flag is wrong",
+    ),
+}
 
 
 def run(argv: Sequence[str], help_of: Callable[[tuple[str, ...]], str]) -> int:
@@ -80,7 +103,7 @@ def manual(pages: Pages, page: Page) -> str:
     if end := _stripped(page.end):
         lines += [".SH NOTES", *map(_text, end)]
     lines.append(".SH EXIT STATUS")
-    for status, meaning in _STATUS:
+    for status, meaning in enumerate(_STATUS_OF.get(page.words, _STATUS)):
         lines += [".TP", f".B {status}", _text(meaning)]
     others = [it for it in own_pages(pages) if it is not page]
     lines += [".SH SEE ALSO", *(f".BR {_text(_name(it))} (8){',' * (it is not others[-1])}" for it in others)]
