@@ -245,6 +245,7 @@ def test_a_closed_stdout_is_no_error() -> None:
         ([], {"TERM": "xterm", "NO_COLOR": "1"}, Request(Path("/run/udptun"), has_colours=False)),
         ([], {"TERM": "xterm", "NO_COLOR": ""}, Request(Path("/run/udptun"))),
         ([], {"TERM": "dumb"}, Request(Path("/run/udptun"), has_colours=False, is_dumb=True)),
+        ([], {"TERM": ""}, Request(Path("/run/udptun"), has_colours=False, is_dumb=True)),
     ],
 )
 def test_status_shows_what_the_daemon_of_the_run_dir_says(

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import re
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -528,13 +529,32 @@ def test_text_has_problems_first_two_lines_each_and_colour_on_a_terminal_only() 
         "note     forwarding: eth0: it is off",
         "         -> switch it on",
         "",
-        "35 checks, 3 peers asked: 1 error, 1 note; 1 do not apply here (--all says why)",
+        "35 checks, 3 peers asked: 1 error, 1 note; 1 does not apply here (--all says why)",
     ]
     assert "\33" in as_text(examination(Severity.ERROR), with_all=False, with_colour=True)
     whole = as_text(examination(), with_all=True, with_colour=False)
     assert "ok       clock: " in whole
     assert "-        pod-cidr: not looked at: only Kubernetes gives podCIDRs" in whole
-    assert "nothing wrong" in whole.splitlines()[-1]
+    assert whole.splitlines()[-1] == "35 checks, 3 peers asked: nothing wrong; 1 does not apply here"
+
+
+@pytest.mark.parametrize(
+    ("environ", "coloured"),
+    [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({}, False)],
+)
+def test_a_terminal_that_does_not_say_what_it_is_gets_no_colours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], environ: dict[str, str], coloured: bool
+) -> None:
+    """It got them from doctor and none from status."""
+
+    async def look(*_: object) -> Examination:
+        return examination(Severity.ERROR)
+
+    monkeypatch.setattr(doctor, "_look", look)
+    monkeypatch.setattr(doctor, "find_pid", lambda run_dir: None)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    doctor.run([], environ)
+    assert ("\33" in capsys.readouterr().out) is coloured
 
 
 def test_text_names_ten_findings_of_a_check_and_counts_the_others() -> None:

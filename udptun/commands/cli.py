@@ -235,15 +235,12 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
         return probe.show(pretend_no_vxlan=bool(environ.get("UDPTUN_PRETEND_NO_VXLAN")), as_json=given.json)
 
     from udptun.commands import status
+    from udptun.commands.terminal import has_colours, is_dumb
 
-    # A terminal that shows control sequences as they are says that it is dumb (terminfo).  https://no-color.org
-    is_dumb = environ.get("TERM", "dumb") in ("", "dumb")
-    has_colours = not is_dumb and not environ.get("NO_COLOR")
     columns = environ.get("COLUMNS", "")
     pipe_width = (int(columns) if columns.isascii() and columns.isdigit() and len(columns) < 6 else 0) or None
-    return status.show(
-        status.Request(given.run_dir, given.json, given.watch, given.peer, has_colours, is_dumb, pipe_width)
-    )
+    of_terminal = has_colours(environ), is_dumb(environ), pipe_width
+    return status.show(status.Request(given.run_dir, given.json, given.watch, given.peer, *of_terminal))
 
 
 def _seconds(text: str) -> float:

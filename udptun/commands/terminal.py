@@ -9,7 +9,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -132,6 +132,16 @@ def live_terminal() -> Iterator[LiveTerminal]:
         os.close(woken_fd)
     if ended_by is not None:
         os.kill(os.getpid(), ended_by)
+
+
+def is_dumb(environ: Mapping[str, str]) -> bool:
+    """Whether the terminal shows control sequences as they are, by TERM (terminfo); also where that says nothing."""
+    return environ.get("TERM", "dumb") in ("", "dumb")
+
+
+def has_colours(environ: Mapping[str, str]) -> bool:
+    """Whether the terminal has colours and its user wants them (https://no-color.org)."""
+    return not is_dumb(environ) and not environ.get("NO_COLOR")
 
 
 def size_of(fd: int) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def as_text(it: Examination, *, with_all: bool, with_colour: bool) -> str:
             lines.append(f"         ... and {counts[name] - _SHOWN} more of {name} (--all shows them)")
     if with_all:
         lines += _others(it, with_colour)
-    return "\n".join([*lines, *([""] if lines else []), _summary(it)]) + "\n"
+    return "\n".join([*lines, *([""] if lines else []), _summary(it, with_all)]) + "\n"
 
 
 def _others(it: Examination, with_colour: bool) -> list[str]:
@@ -51,10 +51,12 @@ def _others(it: Examination, with_colour: bool) -> list[str]:
 _OF_THE_DAEMON = "what the daemon says is wrong"
 
 
-def _summary(it: Examination) -> str:
+def _summary(it: Examination, with_all: bool) -> str:
     counts = Counter(finding.severity for _, finding in it.findings)
     words = [_count(counts[severity], severity.word) for severity in reversed(Severity) if counts[severity]]
-    skipped = f"; {len(it.not_looked_at)} do not apply here (--all says why)" if it.not_looked_at else ""
+    skipped = ""
+    if n := len(it.not_looked_at):
+        skipped = f"; {n} {'does' if n == 1 else 'do'} not apply here" + ("" if with_all else " (--all says why)")
     return f"{it.n_checks} checks, {it.peers} asked: {', '.join(words) or 'nothing wrong'}{skipped}"
 
 
