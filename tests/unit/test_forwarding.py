@@ -10,6 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -26,9 +27,10 @@ from udptun.core.errors import KernelError, UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import Subnets
 from udptun.core.network_state import IPNetwork
-from udptun.core.offload import ALL
+from udptun.core.offload import ALL, Offload
 from udptun.core.ownership import Ownership
 from udptun.core.tunnel import Confinement, SourceCheck
+from udptun.datapath.stats import Stats
 from udptun.kernel import device_counters
 from udptun.kernel.underlay import Underlay
 
@@ -144,6 +146,47 @@ def test_a_datapath_goes_back_where_that_of_the_other_family_cannot_follow(tmp_p
     with pytest.raises(UdptunError):
         asyncio.run(parts.apply(moved, BOTH))
     assert said == ["IPv4 at 192.0.2.9", "IPv4 at 192.0.2.1", "IPv6 at 2001:db8::1"]
+
+
+class WithWorkers(OfOneFamily):
+    """It can have these numbers of workers alone; the last one it was asked for that is among them is what it has."""
+
+    def __init__(self, family: Family, possible: Iterable[int], n: int) -> None:
+        super().__init__(family, [])
+        self._possible, self.n_workers = set(possible), n
+
+    async def apply(self, underlay: Underlay, live: LiveSettings) -> LiveSettings:
+        if live.workers in self._possible:
+            self.n_workers = live.workers
+        return replace(live, workers=self.n_workers)
+
+
+@pytest.mark.parametrize(
+    ("possible", "after"),
+    [
+        pytest.param([{2, 4}, {2}], [2, 2], id="the second refuses"),
+        pytest.param([{2}, {2, 4}], [2, 2], id="the first refuses"),
+        pytest.param([{4}, {2}], [4, 2], id="the first cannot go back"),
+    ],
+)
+def test_two_datapaths_have_the_same_settings_as_far_as_they_can(
+    possible: list[set[int]], after: list[int], tmp_path: Path
+) -> None:
+    """A reload ends even where neither can have what the other has."""
+    tunnels = [WithWorkers(family, them, 2) for family, them in zip(Family, possible, strict=True)]
+    parts = of_each_family(tmp_path, tunnels)
+    live = asyncio.run(parts._apply_to_tunnels(UNDERLAY, replace(BOTH, workers=4)))
+    assert [it.n_workers for it in tunnels] == after
+    assert live.workers == after[-1]
+
+
+def test_status_of_a_datapath_shows_the_workers_that_it_has(tmp_path: Path) -> None:
+    """It showed as many as the settings say, which are those of the other datapath where this one refused a change."""
+    stats = Stats.create()
+    tunnel = MagicMock(n_workers=4, stats=stats, granted_offload=Offload(0), receive_queues=[])
+    document = Tunnelled(MagicMock(families={Family.IPV4}), tunnel, tmp_path).document(replace(BOTH, workers=2))
+    stats.close()
+    assert [len(document["datapath"][key]) for key in ("workers", "worker_counters")] == [4, 4]
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.EMFILE, "no more"), asyncio.CancelledError()], ids=repr)

@@ -394,7 +394,11 @@ class Forwarding:
         return {"datapath": own["datapath"], "counters": own["counters"]}
 
     async def _apply_to_tunnels(self, underlay: Underlay, live: LiveSettings) -> LiveSettings:
-        """Returns the settings that are then in force, the same for all.  Raises UdptunError."""
+        """Returns the settings that are then in force.  Raises UdptunError.
+
+        They are the same for all, unless one can neither have what another has nor that what it has: then they are the
+        last one's, and each has said in the log what stays.
+        """
         while True:
             wanted = live
             for it in self._tunnels:

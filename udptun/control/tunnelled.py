@@ -190,14 +190,14 @@ class Tunnelled:
     def document(self, live: LiveSettings) -> dict[str, Any]:
         """The datapath's part of the keys of docs/status.md, without what it knows of each peer."""
         stats, datapath = self.tunnel.stats, self.tunnel.datapath
-        active = datapath.active
+        active, n_workers = datapath.active, self.tunnel.n_workers
         usage = active.usage if active else None
         return {
             "backend": {
                 "probes": self._prober.state,
                 "source_check": live.source_check.value,
                 "source_ports": self.tunnel.n_senders or 1,
-                "offloads": offload_names(self.tunnel.granted_offload & ~stats.refused(live.workers)),
+                "offloads": offload_names(self.tunnel.granted_offload & ~stats.refused(n_workers)),
             },
             "datapath": {
                 "pid": active.pid if active else None,
@@ -211,8 +211,8 @@ class Tunnelled:
                     {"worker": worker, "family": f"ipv{family.value}", **asdict(queue)}
                     for worker, family, queue in self.tunnel.receive_queues
                 ],
-                "workers": [worker.name.lower() for worker in stats.states(live.workers)],
-                "worker_counters": stats.worker_counters(live.workers),
+                "workers": [worker.name.lower() for worker in stats.states(n_workers)],
+                "worker_counters": stats.worker_counters(n_workers),
             },
             "counters": {
                 **stats.counters(),
