@@ -73,9 +73,9 @@ _BY_SECTION = {
     "marks-of-congestion": {"decap_drop_ce": "congestion, packet without ECN"},
     "system-calls": {
         "tun_reads": "reads of packets of this host's pods",
-        "udp_send_calls": "calls that sent datagrams",
-        "udp_send_messages": "datagrams sent, or trains of them",
-        "udp_sent_bytes": "bytes sent to other hosts",
+        "udp_send_calls": "calls that sent packets of pods",
+        "udp_send_messages": "their datagrams, or trains of them",
+        "udp_sent_bytes": "bytes of pods' packets sent to other hosts",
         "udp_receive_calls": "calls that received datagrams",
         "udp_receive_messages": "datagrams received, or trains of them",
         "tun_writes": "writes of packets to this host's pods",

@@ -126,7 +126,7 @@ STRANGER_DROPS = _counter(
     "udptun_stranger_drops", "Datagrams of strangers that the kernel has dropped, and the datapath never saw."
 )
 TUN_READS = _counter("udptun_tun_reads", "Reads of packets from the device; a super-packet is one.")
-UDP_SEND_CALLS = _counter("udptun_udp_send_calls", "Calls that have sent datagrams.")
+UDP_SEND_CALLS = _counter("udptun_udp_send_calls", "Calls that have sent packets of the device to other hosts.")
 UDP_SEND_MESSAGES = _counter("udptun_udp_send_messages", "Their messages; one may carry many datagrams.")
 UDP_SENT_BYTES = _counter("udptun_encap_sent_bytes", "Bytes of udptun_encap_sent_packets, without the outer headers.")
 UDP_RECEIVE_CALLS = _counter("udptun_udp_receive_calls", "Calls that have received datagrams.")
