@@ -134,6 +134,7 @@ class Rebinding:
     def undo(self) -> None:
         """Close what the new endpoints alone have, and have the old ones receive again: all is as it was.
 
+        After `switch`, what the kernel has put into the new queues meanwhile is lost: no process that goes on has them.
         A socket that was to be given up and was connected (`close_out` in worker.py) stays so: its worker has nothing
         to read, and the others have it all.
         """
