@@ -67,6 +67,14 @@ def test_counters_are_never_asked_for_without_their_growth() -> None:
 # --- alerts
 
 
+def test_the_query_for_narrow_paths_is_the_same_wherever_it_stands() -> None:
+    (rule,) = [it["expr"] for it in ALERTS if it["alert"] == "UdptunNarrowPath"]
+    query = "".join(rule.split())
+    assert query in "".join((MONITORING.parents[1] / "docs" / "metrics.md").read_text().split())
+    (shown,) = [it for where, it in queries().items() if where.startswith("panel Narrow paths")]
+    assert "".join(shown.replace(',instance=~"$instance"', "").split()) == query
+
+
 @with_promtool
 def test_promtool_takes_the_rules_and_each_fires_as_its_test_says() -> None:
     for command in (["check", "rules", RULES.name], ["test", "rules", RULES_TEST.name]):
