@@ -184,8 +184,8 @@ def test_samples_say_what_the_document_says() -> None:
         (5, "udptun_reconcile_changes_total", {"family": "ipv4", "object": "route", "cause": "desired"}),
         (8, "udptun_firewall_repairs_total", {}),
         (7, "udptun_device_transmit_drops_total", {"device": "flannel0"}),
-        (1, "udptun_datapath_processes", {"role": "active"}),
-        (2, "udptun_datapath_processes", {"role": "standby"}),
+        (1, "udptun_datapath_processes", {"device": "flannel0", "role": "active"}),
+        (2, "udptun_datapath_processes", {"device": "flannel0", "role": "standby"}),
         (1, "udptun_offload_in_use", {"offload": "tso"}),
         (0, "udptun_offload_in_use", {"offload": "uso"}),
         (6, "udptun_receive_queue_drops_total", {"worker": "1", "family": "ipv4"}),
@@ -217,20 +217,28 @@ def test_host_without_a_datapath_has_no_series_of_one() -> None:
     }
 
 
-def test_what_two_datapaths_count_is_summed_and_each_worker_stands_by_itself() -> None:
-    """Where a VTEP has one for each family."""
+def test_what_two_datapaths_count_is_summed_and_each_process_and_worker_stands_by_itself() -> None:
+    """Where a VTEP has one for each family.
+
+    The processes' time was summed, too: when one was replaced the sum fell, and rate() took all of it for new.
+    """
     queue = {"worker": 0, "family": "ipv6", "waiting_bytes": 1, "limit_bytes": 2, "drops": 9}
     of_ipv6 = {
         **DOCUMENT["datapath"],
         "pid": 21, "uptime_s": 60, "cpu_s": 2.5, "receive_queues": [queue],
         "workers": ["running"], "worker_counters": [{"encap_packets": 8}],
     }
-    ipv6 = DOCUMENT["ipv6"] | {"datapath": of_ipv6, "counters": DOCUMENT["counters"]}
+    ipv6 = DOCUMENT["ipv6"] | {"device": "flannel-v6.1", "datapath": of_ipv6, "counters": DOCUMENT["counters"]}
     values = read(render(all_samples(DOCUMENT | {"ipv6": ipv6}), PLAIN), PLAIN)
     for number, name, labels in [
-        (2, "udptun_datapath_processes", {"role": "active"}),
-        (20, "udptun_datapath_cpu_seconds_total", {}),
-        (NOW_S - 60, "udptun_datapath_start_time_seconds", {}),
+        (1, "udptun_datapath_processes", {"device": "flannel0", "role": "active"}),
+        (1, "udptun_datapath_processes", {"device": "flannel-v6.1", "role": "active"}),
+        (2, "udptun_datapath_processes", {"device": "flannel-v6.1", "role": "standby"}),
+        (17.5, "udptun_datapath_cpu_seconds_total", {"device": "flannel0"}),
+        (2.5, "udptun_datapath_cpu_seconds_total", {"device": "flannel-v6.1"}),
+        (9_000_000, "udptun_datapath_resident_memory_bytes", {"device": "flannel-v6.1"}),
+        (NOW_S - 3600, "udptun_datapath_start_time_seconds", {"device": "flannel0"}),
+        (NOW_S - 60, "udptun_datapath_start_time_seconds", {"device": "flannel-v6.1"}),
         (2 * DOCUMENT["counters"]["encap_sent"], "udptun_encap_sent_packets_total", {}),
         (2 * DOCUMENT["counters"]["decap_drop_vxlan_mac"], "udptun_drops_total", DROP),
         (3, "udptun_receive_queue_drops_total", {"worker": "0", "family": "ipv4"}),

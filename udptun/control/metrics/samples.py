@@ -127,27 +127,35 @@ def _changes(document: Document) -> Iterator[Sample]:
 
 
 def _datapaths(document: Document, now_s: float) -> Iterator[Sample]:
-    """Sums where a VTEP has one for each family; the workers of IPv6's are called `ipv6-0` and so on."""
-    parts, counters = [("", document["datapath"])], Counter[str](document["counters"])
-    ipv6 = document["ipv6"]
+    """A VTEP has one for each family.
+
+    What ends with a process has a series for each, as a sum would fall when one of them is replaced.  The counters
+    survive their process and are summed.  The workers of IPv6's are called `ipv6-0` and so on.
+    """
+    backend, ipv6 = document["backend"], document["ipv6"]
+    parts, counters = [("", backend["device"] or "", document["datapath"])], Counter[str](document["counters"])
     if ipv6 is not None and ipv6.get("datapath") is not None:
-        parts.append(("ipv6-", ipv6["datapath"]))
+        parts.append(("ipv6-", ipv6["device"] or "", ipv6["datapath"]))
         counters.update(ipv6["counters"])
-    datapaths = [datapath for _, datapath in parts]
-    yield Sample(t.DATAPATH_PROCESSES, ("active",), sum(it["pid"] is not None for it in datapaths))
-    yield Sample(t.DATAPATH_PROCESSES, ("standby",), sum(len(it["standby_pids"]) for it in datapaths))
-    if used := [it for it in datapaths if it["cpu_s"] is not None]:
-        yield Sample(t.DATAPATH_CPU, (), sum(it["cpu_s"] for it in used))
-        yield Sample(t.DATAPATH_MEMORY, (), sum(it["memory_bytes"] for it in used))
-    if uptimes_s := [it["uptime_s"] for it in datapaths if it["uptime_s"] is not None]:
-        yield Sample(t.DATAPATH_START_TIME, (), round(now_s - min(uptimes_s)))
+    for _, device, datapath in parts:
+        yield from _processes(device, datapath, now_s)
     for name in names(ALL):
-        yield Sample(t.OFFLOAD, (name,), int(name in document["backend"]["offloads"]))
-    yield Sample(t.STRANGER_FILTER, (), int(any(it["stranger_filter"] == "on" for it in datapaths)))
+        yield Sample(t.OFFLOAD, (name,), int(name in backend["offloads"]))
+    yield Sample(t.STRANGER_FILTER, (), int(any(it["stranger_filter"] == "on" for _, _, it in parts)))
     for name, n in counters.items():
         yield counter_sample(name, n)
-    for prefix, datapath in parts:
+    for prefix, _, datapath in parts:
         yield from _workers(datapath, prefix)
+
+
+def _processes(device: str, datapath: Document, now_s: float) -> Iterator[Sample]:
+    yield Sample(t.DATAPATH_PROCESSES, (device, "active"), int(datapath["pid"] is not None))
+    yield Sample(t.DATAPATH_PROCESSES, (device, "standby"), len(datapath["standby_pids"]))
+    if datapath["cpu_s"] is not None:
+        yield Sample(t.DATAPATH_CPU, (device,), datapath["cpu_s"])
+        yield Sample(t.DATAPATH_MEMORY, (device,), datapath["memory_bytes"])
+    if datapath["uptime_s"] is not None:
+        yield Sample(t.DATAPATH_START_TIME, (device,), round(now_s - datapath["uptime_s"]))
 
 
 def _workers(datapath: Document, prefix: str) -> Iterator[Sample]:

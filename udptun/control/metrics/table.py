@@ -105,10 +105,14 @@ DEVICE_TRANSMIT_DROPS = _counter(
 DEVICE_TRANSMIT_ERRORS = _counter("udptun_device_transmit_errors", "Of them, what the kernel has refused.", "device")
 
 # The datapath.  Without one, as with kernel VXLAN, there is none of these.
-DATAPATH_PROCESSES = _gauge("udptun_datapath_processes", "active: that carries packets. standby: waits.", "role")
-DATAPATH_CPU = _counter("udptun_datapath_cpu_seconds", "Processor time of the active process.")
-DATAPATH_MEMORY = _gauge("udptun_datapath_resident_memory_bytes", "Memory of the active process.")
-DATAPATH_START_TIME = _gauge("udptun_datapath_start_time_seconds", "When the active process began, Unix time.")
+DATAPATH_PROCESSES = _gauge(
+    "udptun_datapath_processes", "active: that carries packets. standby: waits.", "device", "role"
+)
+DATAPATH_CPU = _counter("udptun_datapath_cpu_seconds", "Processor time of the active process.", "device")
+DATAPATH_MEMORY = _gauge("udptun_datapath_resident_memory_bytes", "Memory of the active process.", "device")
+DATAPATH_START_TIME = _gauge(
+    "udptun_datapath_start_time_seconds", "When the active process began, Unix time.", "device"
+)
 OFFLOAD = _gauge("udptun_offload_in_use", "1 where the kernel does this for the datapath.", "offload")
 STRANGER_FILTER = _gauge("udptun_stranger_filter_active", "1 while the kernel keeps a flood of strangers out.")
 ENCAP_PACKETS = _counter("udptun_encap_packets", "Packets from pods to other hosts that the datapath has read.")
