@@ -134,6 +134,21 @@ def filtered(hook: str, rule: str) -> tuple[Act, Act]:
     return at_peer(add), at_peer("nft delete table inet doctor")
 
 
+def refused(match: str) -> tuple[Act, Act]:
+    """h2 refuses each such packet: else the kernel says so once in a second, and most often to the daemon."""
+    reject, accept = filtered("input", f"{match} reject")
+
+    def inflict(host: Host) -> None:
+        at_peer("sysctl -qw net.ipv4.icmp_ratelimit=0")(host)
+        reject(host)
+
+    def heal(host: Host) -> None:
+        accept(host)
+        at_peer("sysctl -qw net.ipv4.icmp_ratelimit=1000")(host)
+
+    return inflict, heal
+
+
 def forbidden(policy: str) -> tuple[Act, Act]:
     """A chain of nftables on h1 that forwarded packets pass."""
     add = "add chain inet fw c { type filter hook forward priority 10; policy accept; }"
@@ -276,7 +291,7 @@ FAULTS = [
         "reachability",
         rf"nobody listens on UDP port 8285 of {PEER}",
         "start the daemon there",
-        *filtered("input", "udp dport 8285 reject"),
+        *refused("udp dport 8285"),
     ),
     Fault(
         "a firewall at the peer drops the tunnel both ways",
