@@ -25,6 +25,7 @@ DOCUMENT: dict[str, Any] = {
     "datapath": {
         "pid": 11,
         "uptime_s": 3600.5,
+        "started_at": NOW_S - 3600.5,
         "standby_pids": [12, 13],
         "confinement": "full",
         "workers": ["running", "tun_lost"],

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import struct
+import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from udptun.core.tunnel import Confinement
+from udptun.datapath.processes import Process
 from udptun.datapath.protocol import Descriptors, Hello
 from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_IPV6, HELLO_MAGIC, HELLO_QUEUES, HELLO_VERSION
 
@@ -96,3 +103,21 @@ def test_descriptors_are_told_apart_by_their_order() -> None:
 def test_fewer_descriptors_than_hello_says_are_refused(n_fds: int, n_workers: int, n_senders: int | None) -> None:
     with pytest.raises(ValueError, match=f"{n_fds} descriptors for {n_workers} workers"):
         Descriptors.from_list(range(n_fds), replace(UNDERSTOOD, n_workers=n_workers, n_senders=n_senders))
+
+
+async def test_when_a_process_began_does_not_wander(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was worked out of two clocks, read one after the other, each time that /metrics was asked."""
+    child = cast("subprocess.Popen[bytes]", SimpleNamespace(pid=4711))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        process = Process(ours, Path("datapath-x.sock"), child)
+        started_s = time.time() - 60
+        started_ns = time.monotonic_ns() - 60_000_000_000
+        hello = OURS[:20] + struct.pack("=Q", started_ns) + OURS[28:]
+        process._take_hello(hello, [])
+        first_s = process.started_s
+        assert abs(first_s - started_s) < 5
+        monkeypatch.setattr(time, "time", lambda: started_s + 3600)
+        process._take_hello(hello, [])
+        assert (process.started_ns, process.started_s) == (started_ns, first_s)
+        process.detach()

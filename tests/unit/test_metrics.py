@@ -64,7 +64,7 @@ DOCUMENT: dict[str, Any] = {
     "backend": {"type": "udp", "device": "flannel0", "mtu": 1472, "offloads": ["tso"]},
     "datapath": {
         "pid": 11,
-        "uptime_s": 3600.5,
+        "started_at": NOW_S - 3600.5,
         "standby_pids": [12, 13],
         "stranger_filter": "ready",
         "cpu_s": 17.5,
@@ -102,7 +102,7 @@ LIVENESS = {Liveness.ALIVE: 1000, Liveness.DEAD: 1}
 def all_samples(document: Mapping[str, Any] = DOCUMENT) -> list[Sample]:
     return [
         *daemon_samples("0.1.0", NOW_S - 60, USAGE, is_ready=True),
-        *samples(document, LIVENESS, NOW_S),
+        *samples(document, LIVENESS),
     ]
 
 
@@ -225,7 +225,7 @@ def test_what_two_datapaths_count_is_summed_and_each_process_and_worker_stands_b
     queue = {"worker": 0, "family": "ipv6", "waiting_bytes": 1, "limit_bytes": 2, "drops": 9}
     of_ipv6 = {
         **DOCUMENT["datapath"],
-        "pid": 21, "uptime_s": 60, "cpu_s": 2.5, "receive_queues": [queue],
+        "pid": 21, "started_at": NOW_S - 60, "cpu_s": 2.5, "receive_queues": [queue],
         "workers": ["running"], "worker_counters": [{"encap_packets": 8}],
     }
     ipv6 = DOCUMENT["ipv6"] | {"device": "flannel-v6.1", "datapath": of_ipv6, "counters": DOCUMENT["counters"]}
@@ -237,7 +237,7 @@ def test_what_two_datapaths_count_is_summed_and_each_process_and_worker_stands_b
         (17.5, "udptun_datapath_cpu_seconds_total", {"device": "flannel0"}),
         (2.5, "udptun_datapath_cpu_seconds_total", {"device": "flannel-v6.1"}),
         (9_000_000, "udptun_datapath_resident_memory_bytes", {"device": "flannel-v6.1"}),
-        (NOW_S - 3600, "udptun_datapath_start_time_seconds", {"device": "flannel0"}),
+        (NOW_S - 3600.5, "udptun_datapath_start_time_seconds", {"device": "flannel0"}),
         (NOW_S - 60, "udptun_datapath_start_time_seconds", {"device": "flannel-v6.1"}),
         (2 * DOCUMENT["counters"]["encap_sent"], "udptun_encap_sent_packets_total", {}),
         (2 * DOCUMENT["counters"]["decap_drop_vxlan_mac"], "udptun_drops_total", DROP),

@@ -89,7 +89,7 @@ class Answers:
         """Of this moment, for a thread beside the event loop."""
         from udptun.control.metrics.samples import daemon_samples, samples
 
-        running, now_s = self.running, time.time()
+        running = self.running
         usage = usage_of(os.getpid())
         yield from daemon_samples(__version__, self._started_s, usage, is_ready=running is not None)
         if running is not None:
@@ -97,7 +97,7 @@ class Answers:
             peers, forwarding = list(leases.values()), running.forwarding
             liveness = Counter(map(forwarding.liveness, peers))
             shown = {lease.key for lease in forwarding.busiest(peers, running.options.metrics_peers)}
-            yield from samples(document(running, now_s - self._started_s, shown), liveness, now_s)
+            yield from samples(document(running, time.time() - self._started_s, shown), liveness)
 
 
 def document(running: Running, uptime_s: float, keys: Collection[str] | None = None) -> dict[str, Any]:

@@ -202,6 +202,7 @@ class Tunnelled:
             "datapath": {
                 "pid": active.pid if active else None,
                 "uptime_s": round((time.monotonic_ns() - active.started_ns) / 1e9, 1) if active else None,
+                "started_at": round(active.started_s, 3) if active else None,
                 "standby_pids": [process.pid for process in datapath.standbys],
                 "stranger_filter": self.tunnel.strangers.state,
                 "confinement": active.confinement.value if active and active.confinement else None,

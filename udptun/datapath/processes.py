@@ -57,7 +57,8 @@ class Process:
         self.is_active = False
         self.is_gone = False
         self.layout_version = 0
-        self.started_ns = 0
+        self.started_ns, self.started_s = 0, 0.0
+        """By CLOCK_MONOTONIC, and as Unix time, worked out once, when the first HELLO comes."""
         self.build_id = ""
         self.confinement: Confinement | None = None
         """What it has given up, or shall give up before it says so; None when nobody knows."""
@@ -266,6 +267,7 @@ class Process:
         # A process in another pid namespace says what it is called there.
         self.pid = self._pid_here or hello.pid
         self.is_active, self.started_ns = hello.is_active, hello.started_ns
+        self.started_s = self.started_s or hello.started_s
         self.layout_version, self.build_id = hello.layout_version, hello.build_id
         self.confinement, self.wanted_confinement = hello.confinement, hello.wanted_confinement
         if is_first and self._are_events_due:

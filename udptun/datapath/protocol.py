@@ -7,6 +7,7 @@ earlier and of later ones: it must be able to adopt their descriptors and to sto
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,11 @@ class Hello:
         n_ipv6 = n_ipv6 if n_ipv6 == n_workers else 0
         n_more_queues = n_more_queues if n_more_queues <= MAX_DESCRIPTORS else 0
         return cls(*known, given_up, wanted, version >= _EVENTS_VERSION, n_ipv6, n_more_queues)
+
+    @property
+    def started_s(self) -> float:
+        """`started_ns` as Unix time, by what the two clocks say now: it differs a little each time."""
+        return time.time() - time.monotonic() + self.started_ns / 1e9
 
 
 def _confinement(message: bytes, at: int) -> Confinement | None:

@@ -72,8 +72,8 @@ def daemon_samples(version: str, started_s: float, usage: Usage | None, *, is_re
     yield Sample(t.START_TIME, (), round(started_s, 3))
 
 
-def samples(document: Document, liveness: Mapping[Liveness, int], now_s: float) -> Iterator[Sample]:
-    """The others.  `document` may have some of the peers alone; `liveness` counts them all.  `now_s`: Unix time."""
+def samples(document: Document, liveness: Mapping[Liveness, int]) -> Iterator[Sample]:
+    """The others.  `document` may have some of the peers alone; `liveness` counts them all."""
     yield from _host(document)
     yield from _leases(document, liveness)
     yield from _changes(document)
@@ -81,7 +81,7 @@ def samples(document: Document, liveness: Mapping[Liveness, int], now_s: float) 
         for key, metric in _DEVICE_COUNTERS.items():
             yield Sample(metric, (device["name"],), device[key])
     if document["datapath"] is not None:
-        yield from _datapaths(document, now_s)
+        yield from _datapaths(document)
     yield from _peers(document)
 
 
@@ -126,7 +126,7 @@ def _changes(document: Document) -> Iterator[Sample]:
     yield Sample(t.FIREWALL_REPAIRS, (), document["firewall"]["repairs"])
 
 
-def _datapaths(document: Document, now_s: float) -> Iterator[Sample]:
+def _datapaths(document: Document) -> Iterator[Sample]:
     """A VTEP has one for each family.
 
     What ends with a process has a series for each, as a sum would fall when one of them is replaced.  The counters
@@ -138,7 +138,7 @@ def _datapaths(document: Document, now_s: float) -> Iterator[Sample]:
         parts.append(("ipv6-", ipv6["device"] or "", ipv6["datapath"]))
         counters.update(ipv6["counters"])
     for _, device, datapath in parts:
-        yield from _processes(device, datapath, now_s)
+        yield from _processes(device, datapath)
     for name in names(ALL):
         yield Sample(t.OFFLOAD, (name,), int(name in backend["offloads"]))
     yield Sample(t.STRANGER_FILTER, (), int(any(it["stranger_filter"] == "on" for _, _, it in parts)))
@@ -148,14 +148,14 @@ def _datapaths(document: Document, now_s: float) -> Iterator[Sample]:
         yield from _workers(datapath, prefix)
 
 
-def _processes(device: str, datapath: Document, now_s: float) -> Iterator[Sample]:
+def _processes(device: str, datapath: Document) -> Iterator[Sample]:
     yield Sample(t.DATAPATH_PROCESSES, (device, "active"), int(datapath["pid"] is not None))
     yield Sample(t.DATAPATH_PROCESSES, (device, "standby"), len(datapath["standby_pids"]))
     if datapath["cpu_s"] is not None:
         yield Sample(t.DATAPATH_CPU, (device,), datapath["cpu_s"])
         yield Sample(t.DATAPATH_MEMORY, (device,), datapath["memory_bytes"])
-    if datapath["uptime_s"] is not None:
-        yield Sample(t.DATAPATH_START_TIME, (device,), round(now_s - datapath["uptime_s"]))
+    if datapath["started_at"] is not None:
+        yield Sample(t.DATAPATH_START_TIME, (device,), datapath["started_at"])
 
 
 def _workers(datapath: Document, prefix: str) -> Iterator[Sample]:
