@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -24,7 +25,8 @@ from udptun.lab.host import Host
 from udptun.lab.topology import DEFAULT_NET_CONF, Lab, missing_requirements
 
 _STATUS = [sys.executable, "-m", "udptun", "status"]
-_SHOWN_STATUS = ["env", "COLUMNS=96", *_STATUS]
+_WIDEST_LINE = 96
+"""Columns: in a pipe the table of `udptun status` is as wide as it gets."""
 _UDP_SECONDS = 1
 _UDP_BYTES = 64
 
@@ -61,7 +63,8 @@ def demo(screen: Screen, seconds: int, n_rounds: int) -> None:
         lab.start()
         one, two = lab.host(1).pod(1), lab.host(2).pod(1)
         screen.step(f"both have a lease; pods added: {one} has {one.address}, {two} has {two.address}")
-        _show(screen, lab.host(1), ["udptun", "status"], _SHOWN_STATUS)
+        cut = f"cut -c -{_WIDEST_LINE}"
+        _show(screen, lab.host(1), ["udptun", "status", "|", cut], ["sh", "-c", f"{shlex.join(_STATUS)} | {cut}"])
         _show(screen, lab.host(1), ["ip", "route"], ["ip", "route"])
         _ping_both_ways(screen, lab)
         paths = connect(lab)

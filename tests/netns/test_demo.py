@@ -64,7 +64,7 @@ def test_demo_shows_leases_routes_pings_and_the_table_and_leaves_nothing(
     for line in (
         r"lease +10\.244\.\d+\.0/24 of 10\.244\.0\.0/16, expires in .*",
         r"underlay +eth0 192\.168\.77\.11, .*:8285",
-        r"10\.244\.\d+\.0/24 +192\.168\.77\.12 +(alive|unknown) .*",
+        r"10\.244\.\d+\.0/24 +192\.168\.77\.12:8285 +(alive|unknown) .*",
         r"10\.244\.0\.0/16 dev flannel0 .*",
         r"unreachable 10\.244\.0\.0/16 .*",
         r"udptun +1472 +\d+\.\d\d +\d+% .*",

@@ -237,9 +237,7 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands import status
     from udptun.commands.terminal import has_colours, is_dumb
 
-    columns = environ.get("COLUMNS", "")
-    pipe_width = (int(columns) if columns.isascii() and columns.isdigit() and len(columns) < 6 else 0) or None
-    of_terminal = has_colours(environ), is_dumb(environ), pipe_width
+    of_terminal = has_colours(environ), is_dumb(environ)
     return status.show(status.Request(given.run_dir, given.json, given.watch, given.peer, *of_terminal))
 
 

@@ -30,7 +30,6 @@ class Request:
     """What a user asks for.  `watch_s`: how often to show it anew, None: once.  `peer`: of this one alone.
 
     `is_dumb`: the terminal knows no control sequences, so it gets what a pipe gets.
-    `pipe_width`: how many columns that has at most; None: as many as it takes.
     """
 
     run_dir: Path
@@ -39,7 +38,6 @@ class Request:
     peer: str | None = None
     has_colours: bool = True
     is_dumb: bool = False
-    pipe_width: int | None = None
 
 
 def show(request: Request) -> int:
@@ -74,7 +72,7 @@ def _print(request: Request) -> None:
         # The prompt comes below.
         page = Page(page.width, page.height and page.height - 1, page.has_colours)
     else:
-        page = Page(request.pipe_width)
+        page = Page()
     print("\n".join(views.lines(page)))
 
 
@@ -100,7 +98,7 @@ def _print_again_and_again(request: Request, interval_s: float) -> None:
     views = Views(request.peer)
     while True:
         due_s = _look_again(request.run_dir, views, interval_s)
-        print("\n".join(views.lines(Page(request.pipe_width))), end="\n\n", flush=True)
+        print("\n".join(views.lines(Page())), end="\n\n", flush=True)
         time.sleep(max(0.0, due_s - time.monotonic()))
 
 
