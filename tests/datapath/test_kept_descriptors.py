@@ -20,7 +20,7 @@ import pytest
 from tests.datapath.test_processes import PACKET, Rig, more_queues, until
 from tests.service_manager import Manager
 from udptun.config.service_manager import ServiceManager
-from udptun.control.kept_descriptors import KeptDescriptors
+from udptun.control.kept_descriptors import KeptDescriptors, is_locked
 from udptun.control.notify import notify
 from udptun.core.tunnel import Confinement
 from udptun.datapath import processes
@@ -142,6 +142,8 @@ async def test_each_of_two_datapaths_comes_back_whatever_becomes_of_the_other(ri
         assert os.path.sameopenfile(found.descriptors.lock, it.descriptors.lock)
         found.close_descriptors()
         await Datapath(rig.run_dir, it.descriptors, [found], device).stop()
+        # The kernel releases the lock a moment after it has closed the connection by whose end we know.
+        await until(lambda lock=it.descriptors.lock: not is_locked(lock))
     (name,) = (name for name in manager.kept if name.startswith("udptun/flannel-v6.1/") and "/udp/" in name)
     os.close(manager.kept.pop(name))
     await next_daemon(manager).bring_back(rig.run_dir, Confinement.FULL)

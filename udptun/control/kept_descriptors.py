@@ -73,7 +73,7 @@ class KeptDescriptors:
     async def _bring_back(self, device: str, run_dir: Path, confinement: Confinement) -> None:
         """Raises ValueError, DatapathError."""
         descriptors = _whole_set({name: fd for name, fd in self._passed.items() if _device_in(name) == device})
-        if _is_locked(descriptors.lock):
+        if is_locked(descriptors.lock):
             return
         if shm.version_of(descriptors.table, LAYOUT["table_magic"]) != LAYOUT["version"]:
             raise ValueError("they are of another version")
@@ -187,7 +187,7 @@ def _whole_set(passed: Mapping[str, int]) -> Descriptors:
     return Descriptors(table, stats, lock, lists["tun"], lists["udp"], lists["sender"], lists["event"], lists["ipv6"])
 
 
-def _is_locked(lock_fd: int) -> bool:
+def is_locked(lock_fd: int) -> bool:
     """Whether a datapath process lives: the active one holds the lock."""
     try:
         fcntl.lockf(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
