@@ -23,7 +23,7 @@ from namespace import Namespace, linked_namespace, open_fds, requires_netns, sec
 from udptun.backends.base import BackendInput, LiveSettings
 from udptun.backends.udp import TUN_NAME, Udp
 from udptun.backends.vxlan import KernelVxlan, VxlanKeys
-from udptun.core.desired import DesiredState
+from udptun.core.desired import DesiredRoute, DesiredState
 from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import ROUTE_PROTOCOL
@@ -300,6 +300,18 @@ def test_changes_are_counted_as_repairs_only_where_nobody_of_us_wanted_them(runn
     running.wait_until_wanted(mtu=1300)
     seconds_until(lambda: counts(is_repair=False) == {**set_up, "link": set_up["link"] + 1}, 10)
     assert counts(is_repair=True) == {"route": 1}
+
+
+def test_a_repair_is_counted_as_one_while_something_else_is_refused_for_good(running: Running) -> None:
+    """One route that the kernel refuses made every repair count as a change of ours."""
+    index = running.ns.show("link show v0")[0]["ifindex"]
+    refused = DesiredRoute(IPv4Network("10.9.0.0/24"), gateway=IPv4Address("203.0.113.9"), oif=index)
+    wanted = replace(WANTED, routes=(*WANTED.routes, refused))
+    running.on_loop(lambda: running.reconciler.set_desired(wanted))
+    seconds_until(lambda: any("10.9.0.0/24" in line for line in running.reconciler.last.problems), 10)
+    running.ns.ip(f"route del {NETWORK} dev flannel0")
+    running.wait_until_wanted()
+    seconds_until(lambda: running.reconciler.changes["route", True] == 1, 10)
 
 
 def test_nothing_of_an_old_network_is_left(ns: Namespace, tun: Tun) -> None:

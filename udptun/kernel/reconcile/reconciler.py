@@ -124,7 +124,7 @@ class Reconciler:
         self._n_wishes = 1
         """How often something else was wanted, the first time included."""
         self._n_fulfilled = 0
-        """The wish that the kernel was last as wanted with."""
+        """The wish that was last carried out, but for what cannot be done."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -190,8 +190,7 @@ class Reconciler:
                 failures = tuple(f"{change}: {error}" for change, error in failed)
                 is_broken = not all(change.is_per_peer for change, _ in failed)
                 if not done:
-                    if not failed:
-                        self._n_fulfilled = wish
+                    self._n_fulfilled = wish
                     break
             else:
                 is_unfinished = True
