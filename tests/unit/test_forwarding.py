@@ -30,6 +30,8 @@ from udptun.core.network_state import IPNetwork
 from udptun.core.offload import ALL, Offload
 from udptun.core.ownership import Ownership
 from udptun.core.tunnel import Confinement, SourceCheck
+from udptun.datapath import tunnel
+from udptun.datapath.settings import Where
 from udptun.datapath.stats import Stats
 from udptun.kernel import device_counters
 from udptun.kernel.underlay import Underlay
@@ -231,3 +233,19 @@ def test_status_is_there_without_devices_where_their_counters_cannot_be_read(
     assert [it["name"] for it in parts._devices()] == ["lo"]
     monkeypatch.setattr(device_counters, "_FILE", tmp_path / "none")
     assert parts._devices() == []
+
+
+async def test_a_datapath_for_which_there_is_no_memory_leaves_no_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device was made first, and is persistent: it stayed, without a mark that says whose it is."""
+    devices: list[str] = []
+
+    def refuse() -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(tunnel, "new_lock", refuse)
+    monkeypatch.setattr(tunnel, "open_queues", lambda device, *how: devices.append(device))
+    with pytest.raises(KernelError, match="cannot make the memory of a datapath: EMFILE; raise the limit"):
+        await tunnel.Tunnel.open(tmp_path, "flannel0", Where(IPv4Address("127.0.0.1"), 0), 1)
+    assert devices == []

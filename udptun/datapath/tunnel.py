@@ -7,6 +7,7 @@ on the datapath needs nobody: `detach` changes nothing for the packets.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -17,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
+from udptun.core.errors import KernelError
 from udptun.core.family import Family
 from udptun.core.lease import is_inside
 from udptun.core.network_state import DEVICE_NAME
@@ -113,8 +115,9 @@ class Tunnel:
             await processes.end_all(found)
             found = []
         if not found:
+            # Before the device, which is persistent: memory may be refused where there are no descriptors left.
+            memory = _new_memory()
             tun, endpoints = _open_new(device, where, n_workers, wanted, n_senders)
-            memory = (TableWriter.create(), Stats.create(), new_lock(), new_events())
             return cls(run_dir, *memory, tun, endpoints, [], wanted, confinement)
         found = await _end_unfinished(found)
         held = _take_one_set(found)
@@ -301,6 +304,15 @@ async def _to_its_end(change: Coroutine[None, None, None]) -> None:
         if not task.cancelled() and (exc := task.exception()) is not None:
             log.error("a change of the workers was not made before the end: %s", exc)
         raise
+
+
+def _new_memory() -> tuple[TableWriter, Stats, int, tuple[int, int]]:
+    """Table, statistics, lock and events of a new datapath.  Raises KernelError."""
+    try:
+        return TableWriter.create(), Stats.create(), new_lock(), new_events()
+    except OSError as exc:
+        hint = "raise the limit of open files (LimitNOFILE)" if exc.errno == errno.EMFILE else ""
+        raise KernelError("cannot make the memory of a datapath", exc.errno or 0, hint) from exc
 
 
 def _open_new(
