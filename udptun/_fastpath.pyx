@@ -411,6 +411,14 @@ cdef void *_map(int fd, size_t size, int protection, uint32_t magic, str what) e
     return memory
 
 
+cdef void _unmap(const void *table, const void *stats) noexcept:
+    """The two files, as far as they are mapped."""
+    if table != NULL:
+        munmap(<void *>table, sizeof(ut_table))
+    if stats != NULL:
+        munmap(<void *>stats, sizeof(ut_stats))
+
+
 cdef class Worker:
     """One thread's share of the datapath.
 
@@ -487,10 +495,7 @@ cdef class Worker:
     def __dealloc__(self):
         if self._w == NULL:
             return
-        if self._w.table != NULL:
-            munmap(<void *>self._w.table, sizeof(ut_table))
-        if self._w.stats != NULL:
-            munmap(self._w.stats, sizeof(ut_stats))
+        _unmap(self._w.table, self._w.stats)
         if self._w.is_event_fd_ours:
             close(self._w.event_fd)
         free(self._w.single_until_s)
@@ -538,10 +543,7 @@ cdef class TableReader:
         self._worker = &self._stats.worker[index]
 
     def __dealloc__(self):
-        if self._table != NULL:
-            munmap(self._table, sizeof(ut_table))
-        if self._stats != NULL:
-            munmap(self._stats, sizeof(ut_stats))
+        _unmap(self._table, self._stats)
 
     def lookup(self, addresses, peers, remotes):
         """For each address the peer's index and the IPv4 address of its remote (network order), from one table.
@@ -600,10 +602,7 @@ cdef class Judge:
     def __dealloc__(self):
         if self._w == NULL:
             return
-        if self._w.table != NULL:
-            munmap(<void *>self._w.table, sizeof(ut_table))
-        if self._w.stats != NULL:
-            munmap(self._w.stats, sizeof(ut_stats))
+        _unmap(self._w.table, self._w.stats)
         free(self._w)
 
     def encap(self, bytes packet):

@@ -121,6 +121,15 @@ def is_stopped(pid: int) -> bool:
     return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
+async def stop_active(datapath: Datapath) -> None:
+    """It moves nothing more, so that everything waits."""
+    assert datapath.active is not None
+    os.kill(datapath.active.pid, signal.SIGSTOP)
+    # A thread that runs meanwhile could still take a packet, and it would be handed on twice.
+    while not is_stopped(datapath.active.pid):
+        await asyncio.sleep(0.001)
+
+
 @pytest.fixture
 def undo() -> Iterator[ExitStack]:
     with ExitStack() as undo:
@@ -155,12 +164,7 @@ async def test_what_waits_in_the_sockets_is_delivered_first_and_in_order(
     datapath.is_spread = is_spread
     await datapath.start()
     try:
-        # It moves nothing more, so that everything waits.
-        assert datapath.active is not None
-        os.kill(datapath.active.pid, signal.SIGSTOP)
-        # A thread that runs meanwhile could still take a packet, and it would be handed on twice.
-        while not is_stopped(datapath.active.pid):
-            await asyncio.sleep(0.001)
+        await stop_active(datapath)
         rig.send(range(N_EACH))
         change = asyncio.create_task(datapath.replace(rig.descriptors(after)))
         for number in range(N_EACH, 2 * N_EACH):
@@ -197,10 +201,7 @@ async def test_what_waits_in_the_queue_for_a_host_of_a_new_family_leaves_from_a_
     datapath = Datapath(tmp_path, rig.descriptors(2, before), [], "flannel0")
     await datapath.start()
     try:
-        assert datapath.active is not None
-        os.kill(datapath.active.pid, signal.SIGSTOP)
-        while not is_stopped(datapath.active.pid):
-            await asyncio.sleep(0.001)
+        await stop_active(datapath)
         packet = ipv4(*reversed(PODS), udp_segment(*reversed(PODS), b"x"))
         rig.tun.send(bytes(10) + packet)
         await datapath.replace(rig.descriptors(2, after))

@@ -10,7 +10,6 @@ import pty
 import select
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
-from traffic import processes, read_status, wait_for_peers
+from traffic import processes, read_status, tcp_stream, wait_for_peers
 
 from bench import bulk_leases
 from tests.conftest import Figure
@@ -90,24 +89,6 @@ def watched(host: Host) -> Iterator[int]:
             viewer.wait(30)
             thread.join()
             os.close(ours)
-
-
-@contextmanager
-def tcp_stream(lab: Lab) -> Iterator[None]:
-    """From h2's pod to h1's, while the block runs."""
-    one, two = (host.pod(1) for host in lab.hosts)
-    with one.popen(["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE) as server:
-        try:
-            assert server.stdout is not None
-            next(line for line in server.stdout if "listening" in line)
-            with two.popen(["iperf3", "-c", str(one.address), "-t", "3600"], stdout=subprocess.DEVNULL) as client:
-                try:
-                    time.sleep(1)
-                    yield
-                finally:
-                    client.kill()
-        finally:
-            server.kill()
 
 
 def cpu_s(host: Host, pid: int) -> float:

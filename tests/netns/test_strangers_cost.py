@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from traffic import read_status, socket_in
+from traffic import read_status, socket_in, tcp_stream
 
 from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.machine import wait_until
@@ -114,25 +114,6 @@ def allow_filter(host: Host, is_allowed: bool) -> None:
 
 def state(host: Host) -> str:
     return str(read_status(host)["datapath"]["stranger_filter"])
-
-
-@contextmanager
-def tcp_stream(lab: Lab, *limit: str) -> Iterator[None]:
-    """From h2's pod to h1's, while the block runs."""
-    one, two = (host.pod(1) for host in lab.hosts)
-    with one.popen(["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE) as server:
-        try:
-            assert server.stdout is not None
-            next(line for line in server.stdout if "listening" in line)
-            command = ["iperf3", "-c", str(one.address), "-t", "3600", *limit]
-            with two.popen(command, stdout=subprocess.DEVNULL) as client:
-                try:
-                    time.sleep(1)
-                    yield
-                finally:
-                    client.kill()
-        finally:
-            server.kill()
 
 
 def median(results: Results, cell: str, name: str) -> float:

@@ -466,3 +466,22 @@ def nothing_in_clear_text(lab: Lab, path: Path, besides: str = "") -> Iterator[N
     leaked = [line for line in seen() if not any(text in line for text in explained)]
     print("\n".join([f"frames on the underlay in clear text: {len(leaked)}", *leaked[:10]]))
     assert leaked == []
+
+
+@contextlib.contextmanager
+def tcp_stream(lab: Lab, *limit: str) -> Iterator[None]:
+    """Of iperf3 from h2's pod to h1's, while the block runs; `limit` are its options."""
+    one, two = (host.pod(1) for host in lab.hosts)
+    with one.popen(["iperf3", "-s", "-1", "--forceflush"], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            next(line for line in server.stdout if "listening" in line)
+            command = ["iperf3", "-c", str(one.address), "-t", "3600", *limit]
+            with two.popen(command, stdout=subprocess.DEVNULL) as client:
+                try:
+                    time.sleep(1)
+                    yield
+                finally:
+                    client.kill()
+        finally:
+            server.kill()

@@ -197,10 +197,7 @@ def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _status(argv: list[str], environ: Mapping[str, str]) -> int:
-    from pathlib import Path
-
     from udptun.commands.parser import Parser
-    from udptun.config.flags import DEFAULT_RUN_DIR
 
     parser = Parser(prog="udptun status", description="Say what the daemon of this host is doing.")
     parser.add_argument("--json", action="store_true", help="for programs; see docs/status.md")
@@ -218,13 +215,7 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
         metavar="SUBNET|ADDRESS",
         help="all about one: its subnet, its address, or that of one of its pods",
     )
-    parser.add_argument(
-        "--run-dir",
-        type=Path,
-        default=Path(environ.get("FLANNELD_RUN_DIR") or DEFAULT_RUN_DIR),
-        metavar="DIR",
-        help="the daemon's --run-dir (default: FLANNELD_RUN_DIR, else %(default)s)",
-    )
+    parser.add_run_dir(environ)
     parser.add_argument(
         "--backends", action="store_true", help="say what each Backend.Type would get on this host; needs no daemon"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from udptun.core.errors import UsageError
@@ -16,3 +18,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog.removeprefix('udptun ')}: {message}")
+
+    def add_run_dir(self, environ: Mapping[str, str]) -> None:
+        """--run-dir, of a command that asks the daemon."""
+        from udptun.config.flags import DEFAULT_RUN_DIR
+
+        self.add_argument(
+            "--run-dir",
+            type=Path,
+            default=Path(environ.get("FLANNELD_RUN_DIR") or DEFAULT_RUN_DIR),
+            metavar="DIR",
+            help="the daemon's --run-dir (default: FLANNELD_RUN_DIR, else %(default)s)",
+        )

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from udptun.commands.parser import Parser
 from udptun.commands.status import fetch
-from udptun.config.flags import DEFAULT_RUN_DIR
 from udptun.core.network_state import socket_address
 from udptun.core.trace_request import PROTOCOLS, TraceRequest
 
@@ -44,13 +42,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         help="it arrives in a datagram from there (default: from the host that leases SRC)",
     )
     parser.add_argument("--json", action="store_true", help="for programs; see docs/trace.md")
-    parser.add_argument(
-        "--run-dir",
-        type=Path,
-        default=Path(environ.get("FLANNELD_RUN_DIR") or DEFAULT_RUN_DIR),
-        metavar="DIR",
-        help="the daemon's --run-dir (default: FLANNELD_RUN_DIR, else %(default)s)",
-    )
+    parser.add_run_dir(environ)
     given = parser.parse_args(argv)
     request = TraceRequest.from_words(
         *(given.source, given.destination, given.protocol, given.port),

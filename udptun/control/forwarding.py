@@ -373,8 +373,9 @@ class Forwarding:
         """
         if not self._tunnels or len(leases) <= n:
             return leases[:n]
-        traffic = [*map(sum, zip(*(it.traffic(leases) for it in self._tunnels), strict=True))]
-        return [leases[i] for i in sorted(range(len(leases)), key=lambda i: -traffic[i])[:n]]
+        by_tunnel = [it.traffic(leases) for it in self._tunnels]
+        n_bytes = [sum(of_one) for of_one in zip(*by_tunnel, strict=True)]
+        return [leases[i] for i in sorted(range(len(leases)), key=lambda i: -n_bytes[i])[:n]]
 
     def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
         """What is known of these peers by IPv6 beside their leases: keys of docs/status.md."""
