@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-from bench.figures import FIGURES, MODES, N_LEASES, PATHS, TITLES, TUNNEL, lease_path
+from bench.figures import FIGURES, MODES, N_LEASES, PATHS, TITLES, TUNNEL, TUNNEL_IPV6, VTEP, lease_path
 from bench.summary import Cell, Runs, Spread
 
 PLOTS: Mapping[str, Sequence[tuple[str, str]]] = {
@@ -22,10 +22,12 @@ PLOTS: Mapping[str, Sequence[tuple[str, str]]] = {
 }
 """File name's ending -> rows."""
 
-_INK, _OURS, _OTHERS = "#1f2933", "#0b6fb8", "#9fb0bf"
+_INK, _OURS, _ALSO_OURS, _OTHERS = "#1f2933", "#0b6fb8", "#7fb2dc", "#b8c2cc"
 # Pixels.
 _LABEL, _PANEL, _VALUE, _GAP, _MARGIN = 112, 170, 56, 18, 16
 _BAR, _PITCH, _TITLE, _ROW_GAP = 12, 18, 22, 16
+_GLOSS = 15
+"""Of the line that says what a mode or a bar is."""
 _NORMAL, _SMALL = 12, 11
 """Sizes of text."""
 
@@ -78,7 +80,8 @@ def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
     shapes: list[Box | Text] = [
         Text(_column(i), _MARGIN + 10, f"mode {mode}", is_bold=True) for i, mode in enumerate(modes)
     ]
-    y = float(_MARGIN + _TITLE)
+    shapes += [Text(_column(i), _MARGIN + 10 + _GLOSS, _IN_SHORT[mode], size=_SMALL) for i, mode in enumerate(modes)]
+    y = float(_MARGIN + _TITLE + _GLOSS)
     for workload, figure in rows:
         measured = {
             (mode, path): spread
@@ -92,7 +95,8 @@ def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
         most = max(spread.high for spread in measured.values()) or 1.0
         y += _TITLE
         title = TITLES[workload].removesuffix(", by leases")
-        shapes.append(Text(_MARGIN, y - 8, f"{title}: {FIGURES[figure].title}", is_bold=True))
+        better = {True: ", more is better", False: ", less is better", None: ""}[FIGURES[figure].is_more_better]
+        shapes.append(Text(_MARGIN, y - 8, f"{title}: {FIGURES[figure].title}{better}", is_bold=True))
         for i, path in enumerate(paths):
             shapes.append(Text(_MARGIN + _LABEL - 6, y + i * _PITCH + 10, path, "end", is_bold=path == TUNNEL))
         for (mode, path), spread in measured.items():
@@ -101,8 +105,16 @@ def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
         height = len(paths) * _PITCH
         shapes += [Box(_column(i), y - 2, 1, height, _INK) for i in range(len(modes))]
         y += height + _ROW_GAP
-    return Drawing(_column(len(modes)) - _GAP + _MARGIN, y, tuple(shapes))
+    shapes.append(Text(_MARGIN, y, "bar: median of the rounds; whisker: least to greatest", size=_SMALL))
+    return Drawing(_column(len(modes)) - _GAP + _MARGIN, y + _MARGIN, tuple(shapes))
 
+
+_IN_SHORT: Mapping[str, str] = {
+    "A": "large segments cross whole",
+    "B": "one frame per packet",
+    "C": "one frame per packet, receiver merges",
+}
+"""What MODES says, in a column's width."""
 
 _ORDER = (*PATHS.values(), *(lease_path(n) for n in N_LEASES))
 
@@ -115,14 +127,19 @@ def _bar(spread: Spread, path: str, form: str, left: float, y: float, most: floa
     def x(value: float) -> float:
         return round(left + value / most * _PANEL, 1)
 
-    colour = _OURS if path == TUNNEL or path in _ORDER[len(PATHS) :] else _OTHERS
     middle = y + _BAR / 2
     return [
-        Box(left, y, x(spread.median) - left, _BAR, colour),
+        Box(left, y, x(spread.median) - left, _BAR, _colour(path)),
         Box(x(spread.low), middle - 0.75, max(x(spread.high) - x(spread.low), 0.5), 1.5, _INK),
         *(Box(x(end) - 0.5, middle - 3, 1, 6, _INK) for end in (spread.low, spread.high)),
-        Text(x(spread.high) + 5, y + 10, f"{spread.median:{form}}", size=_SMALL),
+        Text(x(spread.high) + 5, y + 10, f"{spread.median:,{form}}", size=_SMALL),
     ]
+
+
+def _colour(path: str) -> str:
+    if path in (TUNNEL, TUNNEL_IPV6) or path in _ORDER[len(PATHS) :]:
+        return _OURS
+    return _ALSO_OURS if path == VTEP else _OTHERS
 
 
 def svg(drawing: Drawing) -> str:
