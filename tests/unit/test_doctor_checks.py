@@ -538,6 +538,19 @@ def test_text_has_problems_first_two_lines_each_and_colour_on_a_terminal_only() 
     assert whole.splitlines()[-1] == "35 checks, 3 peers asked: nothing wrong; 1 does not apply here"
 
 
+def test_text_is_broken_between_words_on_a_terminal_and_nowhere_else() -> None:
+    """The terminal broke it, in the middle of words and to its edge."""
+    finding = Finding(Severity.ERROR, "", "no packet passes between pods here and other hosts", "run `sysctl -w a=1`")
+    it = Examination((("forwarding", finding),), {}, 35, "3 peers")
+    assert as_text(it, with_all=False, with_colour=False, width=44).splitlines()[:4] == [
+        "error    forwarding: no packet passes",
+        "         between pods here and other hosts",
+        "         -> run `sysctl -w a=1`",
+        "",
+    ]
+    assert "no packet passes between pods here and other hosts\n" in as_text(it, with_all=False, with_colour=False)
+
+
 @pytest.mark.parametrize(
     ("environ", "coloured"),
     [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({}, False)],

@@ -210,6 +210,33 @@ def test_colours_are_for_terminals_that_have_them_and_change_no_text() -> None:
     assert re.sub(r" *$", "", re.sub(r"\x1b\[[\d;]*m", "", coloured), flags=re.MULTILINE) == plain
 
 
+def test_red_is_what_is_wrong_and_not_what_to_do_about_it() -> None:
+    """Five red lines, of which three said what to do, were hard to read."""
+    text = "the host of 10.0.1.0/24 does not answer any more, since 10:52; is it up, and does the network carry it?"
+    lines = screen({**QUIET, "problems": [text]}, page=Page(50, 30, has_colours=True)).splitlines()
+    assert lines[1:4] == [
+        "\x1b[31mproblem    \x1b[0m\x1b[31mthe host of 10.0.1.0/24 does not answer\x1b[0m",
+        "\x1b[31m           \x1b[0m\x1b[31many more, since 10:52\x1b[0m; is it up, and",
+        "\x1b[31m           \x1b[0mdoes the network carry it?",
+    ]
+
+
+def test_what_was_measured_of_a_dead_host_is_dim() -> None:
+    (line,) = _table_lines(screen({**QUIET, "peers": [peer(1, liveness="dead", path_mtu=1472)]}, page=COLOURS))
+    assert "\x1b[31mdead" in line
+    assert "\x1b[2m  0.25\x1b[0m" in line
+    assert "\x1b[2m1472\x1b[0m" in line
+
+
+COLOURS = Page(80, 30, has_colours=True)
+
+
+def _table_lines(text: str) -> list[str]:
+    lines = text.splitlines()
+    (head,) = (i for i, line in enumerate(lines) if "PEER SUBNET" in line)
+    return lines[head + 1 : lines.index("", head)]
+
+
 # ------------------------------------------------------------------------------------------------------ the peers
 
 
@@ -333,6 +360,7 @@ def test_all_about_one_peer() -> None:
         views.note(look)
     assert views.lines(Page()) == [
         "problem    the host of 10.244.2.0/24 is away",
+        "",
         "peer       10.244.2.0/24 and fd00:2::/64",
         "state      alive, its last answer took 0.25 ms",
         "address    192.0.2.2, UDP port 9000, takes datagrams from any port",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from udptun.commands.status import fetch
-from udptun.commands.terminal import has_colours
+from udptun.commands.terminal import has_colours, size_of
 from udptun.config.command_flags import DoctorRequest, doctor_help, flags_of_flanneld, parse_doctor_flags
 from udptun.config.flags import Options
 from udptun.core.errors import UdptunError
@@ -44,8 +44,10 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if request.json:
         print(as_json(found))
     else:
-        with_colour = sys.stdout.isatty() and has_colours(environ)
-        print(as_text(found, with_all=with_all or request.all, with_colour=with_colour), end="")
+        is_terminal = sys.stdout.isatty()
+        width = size_of(1)[0] if is_terminal else None
+        with_colour = is_terminal and has_colours(environ)
+        print(as_text(found, with_all=with_all or request.all, with_colour=with_colour, width=width), end="")
     return found.exit_status
 
 

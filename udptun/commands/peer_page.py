@@ -7,7 +7,17 @@ from collections.abc import Iterator
 
 from udptun.commands.figures import count, unit
 from udptun.commands.hosts import COUNTERS, Host, Look, Traffic, hosts_of, matching, parts_of, rates_of, traffic_of
-from udptun.commands.screen import RED, YELLOW, Line, Page, address_and_port, labelled, lease_end, liveness_style, paint
+from udptun.commands.screen import (
+    YELLOW,
+    Line,
+    Page,
+    address_and_port,
+    labelled,
+    lease_end,
+    liveness_style,
+    paint,
+    problem_rows,
+)
 
 _Row = tuple[str, str, str]
 """Label, text, style."""
@@ -22,6 +32,9 @@ def render(look: Look, earlier: Look | None, wanted: str, page: Page) -> list[st
             continue
         if lines:
             lines.append([])
+        if problems := [line for line in look.document["problems"] if _is_about(line, host)]:
+            lines += [row for line in problems for row in problem_rows(line, page)]
+            lines.append([])
         for label, text, style in _rows(host, look, earlier):
             lines += labelled(label, text, page, style)
     return [paint(line, page) for line in lines]
@@ -29,9 +42,6 @@ def render(look: Look, earlier: Look | None, wanted: str, page: Page) -> list[st
 
 def _rows(host: Host, look: Look, earlier: Look | None) -> Iterator[_Row]:
     document, part = look.document, host.first
-    for line in document["problems"]:
-        if _is_about(line, host):
-            yield "problem", line, RED
     yield "peer", " and ".join(host.subnets), ""
     rtt_ms = part.get("rtt_ms")
     rtt = "never answered a probe" if rtt_ms is None else f"its last answer took {rtt_ms:.2f} ms"

@@ -92,6 +92,17 @@ def labelled(label: str, text: str, page: Page, style: str = "", label_style: st
     ]
 
 
+def problem_rows(text: str, page: Page) -> list[Line]:
+    """A problem of the daemon's: what is wrong in red, and behind the first semicolon what follows, and what to do."""
+    n_red = len(text.partition(";")[0])
+    lines: list[Line] = []
+    for label, row in labelled("problem", text, page, label_style=RED):
+        lines.append([label, Span(row.text[:n_red], RED), Span(row.text[n_red:])])
+        # With the space at which the line was broken.
+        n_red = max(n_red - len(row.text) - 1, 0)
+    return lines
+
+
 def _append_if_it_fits(line: Line, span: Span, page: Page) -> None:
     if page.width is None or sum(len(it.text) for it in line) + len(span.text) <= page.width:
         line.append(span)
@@ -121,7 +132,7 @@ def _verdict(look: Look, earlier: Look | None, corner: str, page: Page) -> Line:
 
 def _problems(document: Document, page: Page) -> list[list[Line]]:
     """The lines of each problem, and of the leases that are not used."""
-    found = [labelled("problem", text, page, RED, RED) for text in document["problems"]]
+    found = [problem_rows(text, page) for text in document["problems"]]
     return found + _skipped(document["skipped"], page)
 
 
@@ -135,8 +146,10 @@ def _fit_problems(found: list[list[Line]], room: int | None) -> list[Line]:
         lines += found[n_shown]
         n_shown += 1
     if not n_shown:
-        *lines, (label, text) = found[0][: room - 1]
-        lines.append([label, Span(f"{text.text[:-2]} …", text.style)])
+        lines = found[0][: room - 1]
+        label, *spans = lines.pop()
+        text = "".join(span.text for span in spans)
+        lines.append([label, Span(f"{text[:-2]} …", next(span.style for span in spans if span.text))])
         n_shown = 1
     n_more = len(found) - n_shown
     return [*lines, [Span(" " * _LABEL), Span(f"… and {n_more} more: udptun status | more", DIM)]] if n_more else lines
@@ -261,6 +274,11 @@ def liveness_style(host: Host) -> str:
     return {"alive": GREEN, "unknown": YELLOW, "-": ""}.get(host.liveness, RED)
 
 
+def _measured_style(host: Host) -> str:
+    """Of what was measured: of a dead host that is past."""
+    return DIM if host.liveness == "dead" else ""
+
+
 def _rtt(host: Host) -> str:
     rtt_ms = host.first.get("rtt_ms")
     return "-" if rtt_ms is None else f"{rtt_ms:.2f}" if rtt_ms < 100 else f"{rtt_ms:.0f}"
@@ -270,11 +288,11 @@ _COLUMNS = [
     _Column("PEER SUBNET", lambda host, own: host.subnets[0], is_number=False),
     _Column("ADDRESS", lambda host, own: _address(host, own), is_number=False),
     _Column("STATE", lambda host, own: host.liveness, is_number=False, style=liveness_style),
-    _Column("RTT ms", lambda host, own: _rtt(host)),
+    _Column("RTT ms", lambda host, own: _rtt(host), style=_measured_style),
     _Column(
         "MTU",
         lambda host, own: str(host.first.get("path_mtu") or "-"),
-        style=lambda host: YELLOW if host.is_narrow else "",
+        style=lambda host: YELLOW if host.is_narrow else _measured_style(host),
     ),
 ]
 _COUNTED = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter
 
 from udptun import __version__
@@ -15,11 +16,15 @@ SCHEMA = 1
 _COLOURS = {Severity.ERROR: "\33[1;31m", Severity.WARNING: "\33[1;33m", Severity.NOTE: "\33[36m"}
 _SHOWN = 10
 """Findings of one check: a host that is cut off has one for each peer."""
+_INDENT = " " * 9
 _GREEN, _DIM, _PLAIN = "\33[32m", "\33[2m", "\33[0m"
 
 
-def as_text(it: Examination, *, with_all: bool, with_colour: bool) -> str:
-    """Problems first, two lines each, and a summary at the end.  `with_all`: all of them, and what is fine."""
+def as_text(it: Examination, *, with_all: bool, with_colour: bool, width: int | None = None) -> str:
+    """Problems first, two lines each, and a summary at the end.  `with_all`: all of them, and what is fine.
+
+    On a terminal of `width` columns longer lines are broken between words; None: none is.
+    """
     lines = []
     counts = Counter(name for name, _ in it.findings)
     shown: Counter[str] = Counter()
@@ -29,12 +34,22 @@ def as_text(it: Examination, *, with_all: bool, with_colour: bool) -> str:
             continue
         word = _paint(f"{finding.severity.word:<8}", _COLOURS[finding.severity], with_colour)
         subject = f"{finding.subject}: " if finding.subject and finding.subject not in finding.cause else ""
-        lines += [f"{word} {name}: {subject}{finding.cause}", f"         -> {finding.remedy}"]
+        first, *more = _broken(f"{name}: {subject}{finding.cause}", "", width)
+        more += _broken(f"-> {finding.remedy}", "   ", width)
+        lines += [f"{word} {first}", *(f"{_INDENT}{line}" for line in more)]
         if shown[name] == _SHOWN < counts[name] and not with_all:
             lines.append(f"         ... and {counts[name] - _SHOWN} more of {name} (--all shows them)")
     if with_all:
         lines += _others(it, with_colour)
     return "\n".join([*lines, *([""] if lines else []), _summary(it, with_all)]) + "\n"
+
+
+def _broken(text: str, indent: str, width: int | None) -> list[str]:
+    """In lines that fit behind the severity's word; all but the first begin with `indent`."""
+    if width is None:
+        return [text]
+    room = max(width - len(_INDENT), 30)
+    return textwrap.wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _others(it: Examination, with_colour: bool) -> list[str]:
