@@ -197,6 +197,39 @@ def test_person_reads_what_the_kernel_does_with_vxlan() -> None:
     )
 
 
+def test_colours_on_a_terminal_are_for_marks_and_the_end_and_change_no_text() -> None:
+    check = {"check": "it fits", "fact": "", "counter": "encap_drop_too_big"}
+    document = {
+        "packet": {
+            "source": "fd00::1",
+            "destination": "fd00::2",
+            "protocol": 6,
+            "port": 80,
+            "bytes": 60,
+            "ttl": 64,
+            "df": False,
+        },
+        "direction": "outgoing",
+        "kernel": None,
+        "peer": None,
+        "checks": [{**check, "passed": True}, {**check, "passed": False}, {**check, "passed": None}],
+        "outer": None,
+        "longer": None,
+        "senders": [],
+        "verdict": {"delivered": False, "counter": None, "words": "too long", "docs": "docs/wire-format.md#x"},
+    }
+    coloured = render(document, has_colour=True)
+    assert coloured.splitlines() == [
+        "fd00::1 -> fd00::2 tcp 80, 60 bytes, TTL 64",
+        "\x1b[2m  checks   \x1b[0m\x1b[32mok  \x1b[0m it fits",
+        "\x1b[2m           \x1b[0m\x1b[1;31mFAIL\x1b[0m it fits (encap_drop_too_big)",
+        "\x1b[2m           \x1b[0m\x1b[2m-   \x1b[0m it fits",
+        "\x1b[1;31mdropped\x1b[0m: too long",
+        "\x1b[2m  see docs/wire-format.md#x\x1b[0m",
+    ]
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == render(document)
+
+
 def test_a_device_that_has_gone_meanwhile_is_an_error_of_the_kernel() -> None:
     """The request failed with a RuntimeError, and nobody was told why."""
     view = KernelView(Netlink(), {})

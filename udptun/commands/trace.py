@@ -8,11 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from udptun.commands.parser import Parser
+from udptun.commands.screen import BOLD, DIM, GREEN, RED
 from udptun.commands.status import fetch
+from udptun.commands.terminal import has_colours
 from udptun.core.network_state import socket_address
 from udptun.core.trace_request import PROTOCOLS, TraceRequest
 
 _MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
+_COLOURS = {_MARKS[True]: GREEN, _MARKS[False]: f"{BOLD};{RED}", _MARKS[None]: DIM}
+_LABEL = 11
+"""Columns of the word that a line begins with."""
 
 Document = Mapping[str, Any]
 
@@ -53,12 +58,13 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     )
     text = fetch(given.run_dir, f"/trace?{request.query()}")
     document = json.loads(text)
-    sys.stdout.write(text if given.json else render(document))
+    has_colour = sys.stdout.isatty() and has_colours(environ)
+    sys.stdout.write(text if given.json else render(document, has_colour=has_colour))
     return 0 if document["verdict"]["delivered"] else 1
 
 
-def render(document: Document) -> str:
-    """The document for people."""
+def render(document: Document, *, has_colour: bool = False) -> str:
+    """The document for people.  `has_colour`: it is for a terminal that has them."""
     lines = [_packet(document["packet"])]
     # What arrives comes to the kernel last.
     stages = [*_kernel(document), *_tunnel(document)]
@@ -74,7 +80,26 @@ def render(document: Document) -> str:
     lines += [*stages, f"{end}: {words}"]
     if verdict["docs"] is not None:
         lines.append(f"  see {verdict['docs']}")
+    if has_colour:
+        lines = [_coloured(line, GREEN if verdict["delivered"] else RED) for line in lines]
     return "\n".join(lines) + "\n"
+
+
+def _coloured(line: str, end_colour: str) -> str:
+    """The mark of a check in its colour, the word that a line begins with dim, and the end in `end_colour`."""
+    if line.startswith(("delivered: ", "dropped: ", "nothing: ")):
+        end, colon, words = line.partition(":")
+        return _sgr(end, f"{BOLD};{end_colour}") + colon + words
+    if not line.startswith("  "):
+        return line
+    if line.startswith("  see "):
+        return _sgr(line, DIM)
+    label, mark, rest = line[:_LABEL], line[_LABEL : _LABEL + 4], line[_LABEL + 4 :]
+    return _sgr(label, DIM) + (_sgr(mark, _COLOURS[mark]) if mark in _COLOURS else mark) + rest
+
+
+def _sgr(text: str, parameters: str) -> str:
+    return f"\x1b[{parameters}m{text}\x1b[0m"
 
 
 def _packet(packet: Document) -> str:
