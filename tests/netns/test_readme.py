@@ -14,6 +14,7 @@ import sys
 from ipaddress import IPv4Network
 from pathlib import Path
 
+import page_commands
 import pytest
 
 from udptun.lab.machine import wait_until
@@ -59,35 +60,62 @@ def test_lab_of_the_readme_comes_up_answers_and_goes() -> None:
 
 
 def test_two_hosts_of_the_readme_connect_by_hand() -> None:
+    """On hosts as they come, but for what the first two lines install."""
     heading = "Two hosts by hand, no server"
+    typed = [it.text for it in page_commands.commands(ROOT / "README.md")]
+    typed = typed[typed.index(first_of(heading)) : typed.index("udptun status") + 1]
+    install, make, *prepare, daemon, ping, doctor, status = typed
+    assert [it.split()[0] for it in (install, make, ping)] == ["apt-get", "python3", "ping"]
+    assert [it.split()[:2] for it in (daemon, doctor)] == [["udptun", "daemon"], ["udptun", "doctor"]]
     with Lab(f"m{os.getpid()}") as lab:
         one, two = lab.hosts
         for host in lab.hosts:
-            # An /etc of its own: the lab's machines share the real one.
+            # Directories of its own: the lab's machines share the real ones.
             host.run(["sh", "-c", "cp -a /etc /run/etc && mount --bind /run/etc /etc"], timeout=60)
-            *prepare, daemon = commands(heading, "mkdir", "echo", INSTALLED)
-            assert [line.split()[0] for line in prepare] == ["mkdir", "echo", INSTALLED]
+            host.run(["sh", "-c", "mount -t tmpfs none /opt && mount -t tmpfs none /usr/local/bin"])
+            host.run(["sh", "-c", "mkdir -p /opt/udptun/bin && sysctl -qw net.ipv4.ip_forward=0"])
+            host.path(INSTALLED).write_text(f'#!/bin/sh\nexec {UDPTUN} "$@"\n')
+            host.path(INSTALLED).chmod(0o755)
             for line in prepare:
-                host.run(["sh", "-c", line.replace(INSTALLED, UDPTUN)])
+                host.run(["sh", "-c", line])
             leases = host.path("/etc/udptun-leases.json")
             edited = leases.read_text()
             for example, real in (("192.0.2.1", one), ("192.0.2.2", two)):
                 assert example in edited
                 edited = edited.replace(example, str(real.underlay_address))
             leases.write_text(edited)
-            words = daemon.replace(INSTALLED, UDPTUN).split()
-            host.start_daemon(command=words)
+            host.start_daemon(command=daemon.split())
         for host in lab.hosts:
             host.wait_ready()
+        wait_until("the other host", lambda: one.run(["sh", "-c", ping], check=False).returncode == 0, 30)
+        wait_until("nothing wrong", lambda: "nothing wrong" in one.run(["sh", "-c", doctor], check=False).stdout, 30)
+        for host in lab.hosts:
             host.add_pod()
         assert [host.subnet for host in lab.hosts] == [IPv4Network("10.244.1.0/24"), IPv4Network("10.244.2.0/24")]
-        ping = ["ping", "-c", "1", "-W", "1", str(two.pod(1).address)]
-        wait_until("a ping", lambda: one.pod(1).run(ping, check=False).returncode == 0, 5)
-        status = one.run([*UDPTUN.split(), "status"]).stdout.splitlines()
-        shown = commands(heading, "udptun", "lease", "store", "underlay", "backend", "datapath")
-        status = [re.sub(r"\d+s ago", "4s ago", line) for line in status if line]
-        assert [line.split()[0] for line in status[:6]] == [line.split()[0] for line in shown]
-        assert status[:3] == shown[:3]
+        between_pods = ["ping", "-c", "1", "-W", "1", str(two.pod(1).address)]
+        wait_until("a ping", lambda: one.pod(1).run(between_pods, check=False).returncode == 0, 5)
+        lines = one.run(["sh", "-c", status]).stdout.splitlines()
+        shown = [re.sub(r"192\.0\.2\.", "192.168.77.1", line) for line in screen(heading)]
+        lines = [re.sub(r"\d+s ago", "4s ago", re.sub(r"\bup \w+,", "up 3m20s,", line)) for line in lines if line]
+        assert lines[: len(shown)] == shown
+        # As it says that it is ended.
+        assert one.stop_daemon() == 0
+        assert one.pod(1).run(between_pods, check=False).returncode == 0
+        one.run(["udptun", "cleanup"])
+        assert "flannel0" not in one.run(["ip", "link"]).stdout
+
+
+def first_of(heading: str) -> str:
+    """The first command under `heading`."""
+    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1]
+    return next(line.strip() for line in section.splitlines() if line.startswith("    "))
+
+
+def screen(heading: str) -> list[str]:
+    """What the README shows under `heading` of `udptun status`, without empty lines."""
+    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n    ...\n")[0]
+    block = section[section.index("    udptun     ") :]
+    return [line[4:] for line in block.splitlines() if line.strip()]
 
 
 def test_etcd_commands_of_the_readme_are_those_that_the_etcd_tests_run() -> None:
