@@ -6,13 +6,13 @@ fit.  A page without limits, as in a pipe, has everything, one thing a line.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from udptun.commands.figures import count, duration, plural, scaled, unit
 from udptun.commands.hosts import Document, Host, Look, Sum, counters_of, hosts_of, sum_of
 from udptun.core.counter_words import COUNTERS, PAGE, is_drop
+from udptun.core.line_breaks import broken
 from udptun.core.offload import ALL, names
 
 BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
@@ -86,7 +86,7 @@ def paint(line: Line, page: Page) -> str:
 def labelled(label: str, text: str, page: Page, style: str = "", label_style: str = DIM) -> list[Line]:
     """`text` behind a label, on as many lines as it takes."""
     room = None if page.width is None else max(page.width - _LABEL, 20)
-    rows = [text] if room is None else textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+    rows = [text] if room is None else broken(text, room)
     return [
         [Span((label if i == 0 else "").ljust(_LABEL), label_style), Span(row, style)] for i, row in enumerate(rows)
     ]

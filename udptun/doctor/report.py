@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections import Counter
 
 from udptun import __version__
+from udptun.core.line_breaks import broken
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination
 from udptun.doctor.finding import Severity
 
@@ -16,7 +16,8 @@ SCHEMA = 1
 _COLOURS = {Severity.ERROR: "\33[1;31m", Severity.WARNING: "\33[1;33m", Severity.NOTE: "\33[36m"}
 _SHOWN = 10
 """Findings of one check: a host that is cut off has one for each peer."""
-_INDENT = " " * 9
+_WORD = 9
+"""Columns of the word that a line begins with."""
 _GREEN, _DIM, _PLAIN = "\33[32m", "\33[2m", "\33[0m"
 
 
@@ -32,34 +33,33 @@ def as_text(it: Examination, *, with_all: bool, with_colour: bool, width: int | 
         shown[name] += 1
         if shown[name] > _SHOWN and not with_all:
             continue
-        word = _paint(f"{finding.severity.word:<8}", _COLOURS[finding.severity], with_colour)
+        colour = _COLOURS[finding.severity] if with_colour else ""
         subject = f"{finding.subject}: " if finding.subject and finding.subject not in finding.cause else ""
-        first, *more = _broken(f"{name}: {subject}{finding.cause}", "", width)
-        more += _broken(f"-> {finding.remedy}", "   ", width)
-        lines += [f"{word} {first}", *(f"{_INDENT}{line}" for line in more)]
+        lines += _entry(f"{name}: {subject}{finding.cause}", width, finding.severity.word, colour)
+        lines += _entry(f"-> {finding.remedy}", width, indent="   ")
         if shown[name] == _SHOWN < counts[name] and not with_all:
             lines.append(f"         ... and {counts[name] - _SHOWN} more of {name} (--all shows them)")
     if with_all:
-        lines += _others(it, with_colour)
+        lines += _others(it, with_colour, width)
     return "\n".join([*lines, *([""] if lines else []), _summary(it, with_all)]) + "\n"
 
 
-def _broken(text: str, indent: str, width: int | None) -> list[str]:
-    """In lines that fit behind the severity's word; all but the first begin with `indent`."""
-    if width is None:
-        return [text]
-    room = max(width - len(_INDENT), 30)
-    return textwrap.wrap(text, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+def _entry(text: str, width: int | None, word: str = "", colour: str = "", indent: str = "") -> list[str]:
+    """`text` behind the word that its line begins with; further lines stand below it, `indent` deeper."""
+    first, *more = [text] if width is None else broken(text, max(width - _WORD, 30), indent)
+    word = word.ljust(_WORD - 1)
+    return [f"{f'{colour}{word}{_PLAIN}' if colour else word} {first}", *(" " * _WORD + row for row in more)]
 
 
-def _others(it: Examination, with_colour: bool) -> list[str]:
+def _others(it: Examination, with_colour: bool, width: int | None) -> list[str]:
     wrong = {name for name, _ in it.findings}
     lines = []
     for name, looks_at in (*((check.name, check.looks_at) for check in CHECKS), (PROBLEM_LINES, _OF_THE_DAEMON)):
         if name in it.not_looked_at:
-            lines.append(f"{_paint('-       ', _DIM, with_colour)} {name}: not looked at: {it.not_looked_at[name]}")
+            text = f"{name}: not looked at: {it.not_looked_at[name]}"
+            lines += _entry(text, width, "-", _DIM if with_colour else "")
         elif name not in wrong:
-            lines.append(f"{_paint('ok      ', _GREEN, with_colour)} {name}: {looks_at.replace('`', '')}")
+            lines += _entry(f"{name}: {looks_at.replace('`', '')}", width, "ok", _GREEN if with_colour else "")
     return lines
 
 
@@ -77,10 +77,6 @@ def _summary(it: Examination, with_all: bool) -> str:
 
 def _count(n: int, word: str) -> str:
     return f"{n} {word}{'s' if n > 1 else ''}"
-
-
-def _paint(text: str, colour: str, with_colour: bool) -> str:
-    return f"{colour}{text}{_PLAIN}" if with_colour else text
 
 
 def as_json(it: Examination) -> str:
