@@ -101,7 +101,7 @@ def rules(ns: Namespace) -> str:
 
 def reconciler(*, masquerade: bool = False, forward: bool | None = None, nftables: bool = False) -> FirewallReconciler:
     settings = FirewallSettings(masquerade, forward, random_fully=True, nftables=nftables, resync_s=0.1)
-    return FirewallReconciler(settings, [OURS], Obstacles(list))
+    return FirewallReconciler(settings, [OURS], Obstacles(list, list))
 
 
 @asynccontextmanager

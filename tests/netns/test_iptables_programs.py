@@ -120,7 +120,7 @@ def test_rules_are_set_with_the_one_that_the_host_has_come_to_use(ns: Namespace,
     network, subnet = IPv4Network("10.244.0.0/16"), IPv4Network("10.244.7.0/24")
 
     async def set_up() -> None:
-        firewall = FirewallReconciler(settings, [Ownership((network,))], Obstacles(list))
+        firewall = FirewallReconciler(settings, [Ownership((network,))], Obstacles(list, list))
         await firewall.set_up(Subnets(subnet), None)
 
     ns.call_async(set_up)

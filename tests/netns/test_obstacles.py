@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from ipaddress import IPv4Network, IPv6Network
+from dataclasses import replace
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from namespace import Namespace, namespace, requires_netns
 
 from udptun.core.pod_path import PodPath
+from udptun.core.tunnel_path import TunnelPath
 from udptun.firewall.obstacles.watch import Obstacles
 
 pytestmark = [pytest.mark.netns, requires_netns]
@@ -46,16 +49,23 @@ def _world() -> Iterator[Namespace]:
         yield ns
 
 
+CHAINS = {
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+    "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
+    "raw": ("PREROUTING", "OUTPUT"),
+}
+"""The built-in chains of each table."""
+
+
 @pytest.fixture
 def world(_world: Namespace) -> Namespace:
     """A namespace without any rule."""
     run(_world, "nft flush ruleset")
     for program, names in (("iptables-legacy", "ip_tables_names"), ("ip6tables-legacy", "ip6_tables_names")):
         tables = _world.call(lambda names=names: Path(f"/proc/thread-self/net/{names}").read_text().split())
-        for table in tables:
-            run(_world, f"{program} -t {table} -F; {program} -t {table} -X")
-            for chain in ("PREROUTING", "FORWARD"):
-                run(_world, f"{program} -t {table} -P {chain} ACCEPT 2>/dev/null || true")
+        if tables:
+            empty = [f"*{table}\n" + "".join(f":{it} ACCEPT [0:0]\n" for it in CHAINS[table]) for table in tables]
+            restore(_world, program, "".join(empty))
     return _world
 
 
@@ -72,11 +82,11 @@ def restore(ns: Namespace, program: str, text: str) -> None:
     subprocess.run(argv, input=text, text=True, check=True, timeout=30)
 
 
-def problems(ns: Namespace, *paths: PodPath) -> tuple[str, ...]:
-    """Of IPv4 where no path is given."""
+def problems(ns: Namespace, *paths: PodPath, tunnel: Sequence[TunnelPath] = ()) -> tuple[str, ...]:
+    """Of the pods' IPv4 where no path is given."""
 
     async def look() -> tuple[str, ...]:
-        obstacles = Obstacles(lambda: paths or [PATH])
+        obstacles = Obstacles(lambda: paths or ([] if tunnel else [PATH]), lambda: tunnel)
         await obstacles.look()
         return obstacles.problems
 
@@ -493,7 +503,7 @@ def test_remedy_for_ipv6_is_one_too(world: Namespace, fault: str, remedy: Sequen
 
 
 async def nothing_carried() -> tuple[str, ...]:
-    obstacles = Obstacles(list)
+    obstacles = Obstacles(list, list)
     await obstacles.look()
     return obstacles.problems
 
@@ -510,3 +520,261 @@ def test_chain_with_very_many_rules_is_not_judged(world: Namespace) -> None:
     for program in IPTABLES:
         restore(world, program, f"{rules}-A FORWARD -j DROP")
     assert problems(world) == ()
+
+
+# --- the tunnel's own datagrams
+
+ETH0 = "192.0.2.1", "2001:db8::1"
+PEERS = ("192.0.2.7", "192.0.2.9"), ("2001:db8::7", "2001:db8::9")
+
+
+def tunnel(version: int = 4, port: int = 8285, **changes: Any) -> TunnelPath:
+    """Of a host with two peers."""
+    i = (4, 6).index(version)
+    peers = tuple(map(ip_address, PEERS[i]))
+    return replace(TunnelPath("eth0", ip_address(ETH0[i]), port, peers, port, looks_answered=True), **changes)
+
+
+UDP = tunnel()
+VXLAN = tunnel(port=8472, looks_answered=False)
+STATEFUL = "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+INSIDE, OUTSIDE = "of peers to UDP port 8285 here", "from here to UDP port 8285 of peers"
+
+TUNNEL_LOUD = {
+    "the port": ("-A INPUT -p udp -m udp --dport 8285 -j DROP", "rule 1 of INPUT ({}, table filter) drops", INSIDE),
+    "a range of ports": (
+        "-A INPUT -p udp -m udp --dport 53 -j DROP\n-A INPUT -p udp -m udp --dport 8000:9000 -j REJECT",
+        "rule 2 of INPUT ({}, table filter) rejects",
+        INSIDE,
+    ),
+    "one of several ports": (
+        "-A INPUT -p udp -m multiport --dports 53,8000:8300 -j DROP",
+        "rule 1 of INPUT ({}, table filter) drops",
+        INSIDE,
+    ),
+    "all that is not accepted": (
+        ":INPUT DROP [0:0]\n-A INPUT -i lo -j ACCEPT\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n"
+        "-A INPUT -p udp -m udp --dport 8472 -j ACCEPT\n-A INPUT -p udp -m multiport --dports 53,67 -j ACCEPT",
+        "the policy of INPUT ({}, table filter) drops",
+        INSIDE,
+    ),
+    "all but TCP": ("-A INPUT ! -p tcp -j DROP", "rule 1 of INPUT ({}, table filter) drops", INSIDE),
+    "before conntrack": (
+        "*raw\n-A PREROUTING -i eth0 -p udp -m udp --dport 8285 -j DROP",
+        "rule 1 of PREROUTING ({}, table raw) drops",
+        INSIDE,
+    ),
+    "another zone's link": (
+        "-A INPUT ! -i docker0 -p udp -j DROP",
+        "rule 1 of INPUT ({}, table filter) drops",
+        INSIDE,
+    ),
+    "one of the peers": ("-A INPUT -s {peer} -j DROP", "rule 1 of INPUT ({}, table filter) drops some", INSIDE),
+    "behind what remembers connections": (
+        f":INPUT DROP [0:0]\n-A INPUT {STATEFUL}",
+        "the policy of INPUT ({}, table filter) drops",
+        f"{INSIDE} unless this host has just sent to them",
+    ),
+    "out": ("-A OUTPUT -p udp -m udp --dport 8285 -j DROP", "rule 1 of OUTPUT ({}, table filter) drops", OUTSIDE),
+    "out by the link": ("-A OUTPUT -o eth+ -j DROP", "rule 1 of OUTPUT ({}, table filter) drops", OUTSIDE),
+    "out to one peer, late": (
+        "*mangle\n-A POSTROUTING -d {peer} -j DROP",
+        "rule 1 of POSTROUTING ({}, table mangle) drops some",
+        OUTSIDE,
+    ),
+    "out, but for answers": (
+        f":OUTPUT DROP [0:0]\n-A OUTPUT {STATEFUL}",
+        "the policy of OUTPUT ({}, table filter) drops",
+        f"{OUTSIDE} unless they have just sent to this host",
+    ),
+}
+"""Rules, and the beginning and end of the line up to the remedy."""
+
+
+def packets(version: int) -> str:
+    return "packets" if version == 4 else "IPv6 packets"
+
+
+@pytest.mark.parametrize(
+    ("program", "version"), [*((it, 4) for it in IPTABLES), *((it, 6) for it in ("ip6tables-nft", "ip6tables-legacy"))]
+)
+@pytest.mark.parametrize("what", TUNNEL_LOUD)
+def test_rule_that_drops_the_tunnels_own_datagrams_is_named(
+    world: Namespace, what: str, program: str, version: int
+) -> None:
+    """A host whose own firewall lacked the port had peers that did not answer, and nothing said why."""
+    rules, begin, direction = TUNNEL_LOUD[what]
+    restore(world, program, rules.replace("{peer}", PEERS[version == 6][0]))
+    (line,) = problems(world, tunnel=[tunnel(version)])
+    assert line.partition("; ")[0] == f"{begin.format(program)} {packets(version)} {direction}"
+
+
+TUNNEL_SILENT = {
+    "the port is accepted": ":INPUT DROP [0:0]\n-A INPUT -p udp -m udp --dport 8285 -j ACCEPT",
+    "one of several ports": ":INPUT DROP [0:0]\n-A INPUT -p udp -m multiport --dports 8285,8472 -j ACCEPT",
+    "the peers are accepted": ":INPUT DROP [0:0]\n-A INPUT -s 192.0.2.0/24 -j ACCEPT",
+    "the link is accepted": ":INPUT DROP [0:0]\n-A INPUT -i eth0 -j ACCEPT",
+    "new ones are accepted": f":INPUT DROP [0:0]\n-A INPUT {STATEFUL}\n-A INPUT -p udp -j ACCEPT",
+    "other ports": "-A INPUT -p udp -m udp ! --dport 8285 -j DROP\n-A INPUT -p udp -m multiport --dports 53 -j DROP",
+    "other protocols": "-A INPUT -p tcp -j DROP\n-A INPUT -p icmp -j DROP",
+    "other links": "-A INPUT -i docker0 -j DROP\n-A OUTPUT -o lo -j DROP",
+    "others": "-A INPUT -s 198.51.100.0/24 -j DROP\n-A OUTPUT -d 198.51.100.0/24 -j DROP",
+    "forwarded": ":FORWARD DROP [0:0]\n-A FORWARD -j DROP",
+    "from a port that need not be ours": "-A INPUT -p udp -m udp --sport 1000:9000 -j DROP",
+    "a flood": "-A INPUT -p udp -m udp --dport 8285 -m limit --limit 5/s -j DROP",
+    "a user": "-A OUTPUT -m owner --uid-owner 1000 -j DROP",
+    "broken connections": "-A INPUT -m conntrack --ctstate INVALID -j DROP",
+}
+
+
+@pytest.mark.parametrize("program", IPTABLES)
+@pytest.mark.parametrize("what", TUNNEL_SILENT)
+def test_rule_that_need_not_drop_the_tunnels_datagrams_is_not_named(world: Namespace, what: str, program: str) -> None:
+    restore(world, program, TUNNEL_SILENT[what])
+    assert problems(world, tunnel=[UDP]) == ()
+
+
+IN_BASE = "type filter hook input priority 0; policy {};"
+OUT_BASE = "type filter hook output priority 0; policy {};"
+FIREWALL = ("ct state vmap { established : accept, related : accept, invalid : drop }", 'iifname "lo" accept')
+
+TUNNEL_NFT = {
+    "a usual firewall": (
+        table(*FIREWALL, "tcp dport { 22, 443 } accept", policy="drop", hook=IN_BASE),
+        UDP,
+        [f"the policy of chain c (nft, table inet t) drops packets {INSIDE} unless this host has just sent to them"],
+    ),
+    "a usual firewall before VXLAN, of which no datagram looks like an answer": (
+        table("ct state { established, related } accept", "udp dport 1-8471 accept", policy="drop", hook=IN_BASE),
+        VXLAN,
+        ["the policy of chain c (nft, table inet t) drops packets of peers to UDP port 8472 here"],
+    ),
+    "the port": (
+        table("udp dport 8285 drop", hook=IN_BASE),
+        UDP,
+        [f"the rule with handle 2 of chain c (nft, table inet t) drops packets {INSIDE}"],
+    ),
+    "ports by numbers": (
+        table("udp dport != 8285 accept", "udp dport 8000-9000 drop", hook=IN_BASE),
+        UDP,
+        [f"the rule with handle 3 of chain c (nft, table inet t) drops packets {INSIDE}"],
+    ),
+    "a set of ports": (
+        table(
+            "udp dport @bad drop",
+            hook=IN_BASE,
+            more="set bad { type inet_service; flags interval; elements = { 1-9000 }; }",
+        ),
+        UDP,
+        [f"the rule with handle 3 of chain c (nft, table inet t) drops packets {INSIDE}"],
+    ),
+    "what the tunnel's link leads to": (
+        table(
+            "iifname vmap { eth0 : jump public, docker0 : accept }",
+            hook=IN_BASE,
+            more="chain public { ip protocol udp reject; }",
+        ),
+        UDP,
+        [f"the rule with handle 3 of chain public (nft, table inet t) rejects packets {INSIDE}"],
+    ),
+    "out": (
+        table("meta l4proto { tcp, icmp } accept", "th dport 53 accept", policy="drop", hook=OUT_BASE),
+        UDP,
+        [f"the policy of chain c (nft, table inet t) drops packets {OUTSIDE}"],
+    ),
+    "IPv6": (
+        table("meta nfproto ipv6 meta l4proto udp drop", hook=IN_BASE),
+        tunnel(6),
+        [f"the rule with handle 2 of chain c (nft, table inet t) drops IPv6 packets {INSIDE}"],
+    ),
+    "IPv4 where the tunnel is IPv6": (
+        table("ip protocol udp drop", "ip6 nexthdr tcp drop", hook=IN_BASE),
+        tunnel(6),
+        [],
+    ),
+    "the port accepted": (table(*FIREWALL, "udp dport 8285 accept", policy="drop", hook=IN_BASE), UDP, []),
+    "the port accepted, of VXLAN without a state": (
+        table("ct state untracked udp dport 8472 accept", policy="drop", hook=IN_BASE),
+        VXLAN,
+        [],
+    ),
+    "the port accepted in a set": (
+        table("meta l4proto udp th dport { 53, 8285 } accept", policy="drop", hook=IN_BASE),
+        UDP,
+        [],
+    ),
+    "the port accepted in a pair that we cannot judge": (
+        table("meta l4proto . th dport { udp . 8285 } accept", policy="drop", hook=IN_BASE),
+        UDP,
+        [],
+    ),
+    "a peer's port that differs": (
+        table("udp dport 9999 drop", hook=OUT_BASE),
+        tunnel(peer_port=None),
+        [],
+    ),
+    "a link that is not known": (table("iifname eth0 udp dport 8285 drop", hook=IN_BASE), tunnel(link=None), []),
+}
+
+
+@pytest.mark.parametrize("what", TUNNEL_NFT)
+def test_chain_of_nftables_before_the_tunnel_is_judged(world: Namespace, what: str) -> None:
+    text, path, begins = TUNNEL_NFT[what]
+    nft(world, text)
+    assert [line.partition("; ")[0] for line in problems(world, tunnel=[path])] == begins
+
+
+TUNNEL_REMEDIES = [
+    ("iptables-nft -A INPUT -j DROP", "iptables-nft -I INPUT -p udp --dport 8285 -j ACCEPT"),
+    ("iptables-legacy -P INPUT DROP", "iptables-legacy -A INPUT -p udp --dport 8285 -j ACCEPT"),
+    (
+        "iptables-legacy -t mangle -A OUTPUT -p udp -j DROP",
+        "iptables-legacy -t mangle -I OUTPUT -p udp --dport 8285 -j ACCEPT",
+    ),
+    (
+        "nft add table inet t; nft 'add chain inet t c { type filter hook input priority 0; policy drop; }'",
+        "nft insert rule inet t c udp dport 8285 accept",
+    ),
+    (
+        "nft add table ip t; nft 'add chain ip t c { type filter hook output priority 0; policy drop; }'",
+        "nft insert rule ip t c udp dport 8285 accept",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "remedy"), TUNNEL_REMEDIES, ids=[fault for fault, _ in TUNNEL_REMEDIES])
+def test_remedy_for_the_tunnel_is_one(world: Namespace, fault: str, remedy: str) -> None:
+    run(world, fault)
+    (line,) = problems(world, tunnel=[UDP])
+    assert f"`{remedy}`" in line
+    run(world, remedy)
+    assert problems(world, tunnel=[UDP]) == ()
+
+
+FOREIGN_FIREWALLS = [
+    (
+        ":INPUT DROP [0:0]\n:ufw-before-input - [0:0]\n-A INPUT -j ufw-before-input\n"
+        "-A ufw-before-input -i lo -j ACCEPT",
+        "`ufw allow in 8285/udp`",
+    ),
+    (":OUTPUT DROP [0:0]\n:ufw-user-output - [0:0]\n-A OUTPUT -j ufw-user-output", "`ufw allow out 8285/udp`"),
+]
+
+
+@pytest.mark.parametrize(("rules", "remedy"), FOREIGN_FIREWALLS)
+def test_remedy_is_a_command_of_the_program_that_has_set_the_rules(world: Namespace, rules: str, remedy: str) -> None:
+    restore(world, "iptables-nft", rules)
+    (line,) = problems(world, tunnel=[UDP])
+    assert line.endswith(remedy)
+
+
+def test_remedy_for_firewalld_is_a_command_of_it(world: Namespace) -> None:
+    nft(world, table("ct state established accept", "reject", name="inet firewalld", hook=IN_BASE))
+    (line,) = problems(world, tunnel=[VXLAN])
+    assert line.endswith("`firewall-cmd --permanent --add-port=8472/udp`, then `firewall-cmd --reload`")
+
+
+def test_nothing_is_said_of_a_tunnel_without_peers(world: Namespace) -> None:
+    run(world, "iptables-nft -A INPUT -j DROP")
+    assert problems(world, tunnel=[tunnel(peers=())]) == ()
+    assert len(problems(world, PATH, tunnel=[UDP])) == 1

@@ -199,6 +199,21 @@ FAULTS = [
         flags=("--iptables-forward-rules=false",),
     ),
     Fault(
+        "a firewall that does not name the tunnel's port",
+        (
+            r"the rule with handle \d+ of chain in \(nft, table inet fw\) drops packets of peers to UDP port 8285 here "
+            r"unless this host has just sent to them; accept the tunnel there: `nft insert rule inet fw in udp dport "
+            r"8285 accept`",
+        ),
+        shell(
+            "nft add table inet fw",
+            "nft 'add chain inet fw in { type filter hook input priority 10; }'",
+            "nft 'add rule inet fw in ct state { established, related } accept'",
+            "nft 'add rule inet fw in iif eth0 meta l4proto udp drop'",
+        ),
+        shell("nft delete table inet fw"),
+    ),
+    Fault(
         "rules of nft in a chain of iptables",
         (
             r"firewall rules: `iptables -w -t filter -S FORWARD` ended with status 1: .* is incompatible, use 'nft' "

@@ -22,7 +22,8 @@ from udptun.config.command_flags import DoctorRequest, flags_of_flanneld, parse_
 from udptun.config.flags import parse_daemon_flags
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import Address, Link, Route
-from udptun.doctor import daemon, files, kernel, others, paths, store
+from udptun.core.tunnel_path import TunnelPath
+from udptun.doctor import daemon, files, firewall, kernel, others, paths, store
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination, examine
 from udptun.doctor.facts import Facts, Peer, StoreView, gather
 from udptun.doctor.finding import Finding, NotHereError, Severity
@@ -42,7 +43,7 @@ def document(**changes: Any) -> dict[str, Any]:
     peer = {"subnet": "10.244.7.0/24", "public_ip": "192.0.2.7", "port": 8285, "liveness": "alive", "path_mtu": 1472}
     return {
         "network": "10.244.0.0/16",
-        "lease": {"subnet": "10.244.1.0/24", "public_ip": "192.0.2.1", "expires_at": NOW_S + LEASE_TTL_S},
+        "lease": {"subnet": "10.244.1.0/24", "public_ip": "192.0.2.1", "port": None, "expires_at": NOW_S + LEASE_TTL_S},
         "underlay": {"interface": "eth0", "address": "192.0.2.1", "mtu": 1500},
         "ipv6": None,
         "backend": {"type": "udp", "device": "flannel0", "mtu": 1472, "offloads": ["tso"]},
@@ -352,6 +353,50 @@ async def test_network_manager_is_a_note_unless_it_is_told_to_leave_our_device_a
 
 
 # --- peers
+# --- packet filters
+
+
+def test_the_tunnels_path_is_that_of_the_daemons_document() -> None:
+    (path,) = firewall.tunnel_paths(facts(document(lease={**document()["lease"], "port": 9000})))
+    assert path == TunnelPath("eth0", ip_address("192.0.2.1"), 9000, (ip_address("192.0.2.7"),), 8285, True)
+    vxlan = document(backend={**document()["backend"], "type": "vxlan"})
+    assert firewall.tunnel_paths(facts(vxlan)) == []
+    conf = parse_net_conf('{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan", "Port": 4789}}', "x")
+    (path,) = firewall.tunnel_paths(facts(vxlan, conf=conf))
+    assert (path.port, path.looks_answered) == (4789, False)
+    direct = parse_net_conf('{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan", "DirectRouting": true}}', "x")
+    assert firewall.tunnel_paths(facts(vxlan, conf=direct)) == []
+
+
+def test_without_a_daemon_the_tunnels_path_is_that_of_our_lease_in_the_store() -> None:
+    ours, other = (
+        Lease(Subnets(IPv4Network(subnet)), LeaseAttrs(IPv4Address(ip)), NOW_S + 100, 1)
+        for subnet, ip in (("10.244.1.0/24", "192.0.2.1"), ("10.244.7.0/24", "192.0.2.7"))
+    )
+    of = facts(
+        document=None,
+        conf=parse_net_conf('{"Network": "10.244.0.0/16"}', "x"),
+        store=StoreView("local", snapshot=Snapshot(1, (ours, other))),
+        addresses=(Address(1, IPv4Address("192.0.2.1"), 24),),
+    )
+    (path,) = firewall.tunnel_paths(of)
+    assert path == TunnelPath("eth0", ip_address("192.0.2.1"), 8285, (ip_address("192.0.2.7"),), 8285, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "severity"),
+    [
+        ("rule 1 of INPUT (x, table filter) drops packets of peers to UDP port 8285 here; delete it", 3),
+        ("rule 1 of c (x) drops some IPv6 packets of peers to UDP port 1 here unless this host has just sent; y", 2),
+        ("the policy of c (x) rejects packets from here to UDP port 1 of peers unless they have just sent to us; y", 2),
+        ("rule 1 of FORWARD (x, table filter) rejects some IPv6 packets between pods here and other hosts; y", 3),
+        ("the standby datapath process 7 is stopped by a signal; y", 2),
+    ],
+)
+def test_how_bad_a_problem_line_is(line: str, severity: int) -> None:
+    assert daemon.severity_of(line) == severity
+
+
 
 
 def many(n: int, dead: Iterable[int] = ()) -> list[Peer]:

@@ -43,7 +43,7 @@ async def test_what_changes_between_two_readings_of_one_look_is_repaired_at_once
     the next look, which took a line of its own."""
     caplog.set_level(logging.INFO)
     settings = FirewallSettings(masquerade=True, forward=True, random_fully=True, nftables=False, resync_s=5)
-    firewall = FirewallReconciler(settings, [Ownership((NETWORK,))], Obstacles(list))
+    firewall = FirewallReconciler(settings, [Ownership((NETWORK,))], Obstacles(list, list))
     firewall._kept = [Table("", "nat was flushed"), Table("filter was flushed", "filter was flushed")]
     firewall._is_settled = True
     assert await firewall._look()

@@ -27,6 +27,7 @@ class Alloc(OverSameFamily):
     summary = "lease and subnet.env only"
     overhead = ipv6_overhead = 0
     encapsulations = ()
+    ports = None
     routes_network = False
     peer_types = frozenset[str]()
     needs_backend_data = False

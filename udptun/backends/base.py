@@ -264,6 +264,10 @@ class Backend(Protocol):
         """What each datapath shall do, one for all families or one for each; none: the kernel carries the packets."""
 
     @property
+    def ports(self) -> tuple[int, int] | None:
+        """The UDP port that peers send to, and that of a peer whose lease names none; None: there are no datagrams."""
+
+    @property
     def routes_network(self) -> bool:
         """Whether all of Network leads into its device, as with flannel's udp; otherwise what can be leased does."""
 

@@ -27,6 +27,7 @@ class HostGw(OverSameFamily):
     summary = "routes through the peers' addresses; they must be on one link with us"
     overhead = ipv6_overhead = 0
     encapsulations = ()
+    ports = None
     routes_network = False
     peer_types = frozenset((HostGwKeys.type,))
     needs_backend_data = False

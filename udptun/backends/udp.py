@@ -78,6 +78,7 @@ class Udp:
         self.overhead = self.ipv6_overhead = OUTER_HEADERS[self._outer[0].value]
         self.port = own_port or port
         self._default_port = port
+        self.ports = (self.port, port)
 
     @property
     def encapsulations(self) -> tuple[Udp]:

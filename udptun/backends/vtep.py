@@ -38,6 +38,7 @@ class UserspaceVtep(OverSameFamily):
     def __init__(self, keys: vxlan.VxlanKeys, mac: str, ipv6_mac: str = "") -> None:
         """The MACs are as those of `KernelVxlan`."""
         self.asks_direct = keys.direct_routing
+        self.ports = (keys.port, keys.port)
         self._vni = keys.vni
         self._macs = {Family.IPV4: mac, Family.IPV6: ipv6_mac}
         self.encapsulations = tuple(OneFamily(keys, family, it) for family, it in self._macs.items())

@@ -85,6 +85,7 @@ class KernelVxlan(OverSameFamily):
     def __init__(self, keys: VxlanKeys, mac: str, ipv6_mac: str = "") -> None:
         """`mac` is our VTEP's (`aa:bb:cc:dd:ee:ff`), `ipv6_mac` that of IPv6.  Both stay the same from run to run."""
         self.asks_direct = keys.direct_routing
+        self.ports = (keys.port, keys.port)
         self._keys = keys
         self._macs = {Family.IPV4: mac, Family.IPV6: ipv6_mac}
 

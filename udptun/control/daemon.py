@@ -317,7 +317,7 @@ class Daemon:
             underlay.public_ipv6,
         )
         membership = self._membership(store, start, conf, me, forwarding, clock)
-        obstacles = Obstacles(lambda: forwarding.pod_paths)
+        obstacles = Obstacles(lambda: forwarding.pod_paths, lambda: forwarding.tunnel_paths)
         firewall = FirewallReconciler(firewall_settings(options, conf), [*ownerships.values()], obstacles)
         running = Running(options, conf, underlay, me, membership, forwarding, firewall, self._problems)
         undo.push_async_callback(self._undo_failed_start, running)

@@ -13,13 +13,13 @@ import logging
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
-from itertools import islice
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from udptun.backends.base import BackendInput, Encapsulation, LiveSettings, device_of
 from udptun.backends.choice import BackendChoice
+from udptun.backends.paths import pod_path, tunnel_paths
 from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
@@ -32,6 +32,7 @@ from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel import Confinement
+from udptun.core.tunnel_path import TunnelPath
 from udptun.datapath import processes
 from udptun.kernel.device_counters import read_device_counters
 from udptun.kernel.reconcile.apply import create_missing_vxlans
@@ -293,16 +294,13 @@ class Forwarding:
     @property
     def pod_paths(self) -> Sequence[PodPath]:
         """Where packets between the pods here and those of other hosts pass, by each family that we route."""
-        found = []
-        for family in self.families:
-            inputs = self._inputs(family)
-            device = self.device(family)
-            if device is None:
-                one_peer = replace(inputs, peers=tuple(islice(inputs.peers, 1)))
-                device = self._underlay.link_name if self.backend.desired(one_peer).routes else None
-            if device is not None:
-                found.append(PodPath(inputs.network, inputs.own_subnet, device))
-        return found
+        paths = (pod_path(self.backend, self._inputs(family)) for family in self.families)
+        return [it for it in paths if it is not None]
+
+    @property
+    def tunnel_paths(self) -> Sequence[TunnelPath]:
+        """Where the tunnel's own datagrams pass, by each family of the underlay."""
+        return tunnel_paths(self.backend, [self._inputs(family) for family in self.families])
 
     def document(self, leases: Sequence[Lease], parts: Sequence[LeasePart]) -> dict[str, Any]:
         """The keys of docs/status.md about carrying packets.

@@ -67,9 +67,9 @@ CHECKS = (
     ),
     Check(
         "packet-filters",
-        "rules of others that drop our packets",
+        "rules of others that drop packets of pods, or the tunnel's own",
         ERROR,
-        "accept the overlay there",
+        "accept them there",
         firewall.packet_filters,
     ),
     Check("firewall-tools", "the programs that our rules are set with", ERROR, "install them", firewall.firewall_tools),

@@ -80,12 +80,18 @@ _SAME_THING = (
 _SEVERITIES = (
     (r"has answered and does not any more", Severity.ERROR),
     (r"forwarding is 0|ip_forward is 0", Severity.ERROR),
+    (r" (drops|rejects) .* unless (this host has|they have) just sent", Severity.WARNING),
     (r" (drops|rejects) (some )?(IPv6 )?packets ", Severity.ERROR),
     (r"^peer .* leases .* for ", Severity.ERROR),
     (r"^pods have no ", Severity.ERROR),
     (r"^cannot bind ", Severity.ERROR),
 )
 """How bad a line is; a warning where nothing here fits."""
+
+
+def severity_of(line: str) -> Severity:
+    """How bad it is what that problem line says."""
+    return next((severity for text, severity in _SEVERITIES if re.search(text, line)), Severity.WARNING)
 
 
 def problem_lines(facts: Facts, found: Collection[tuple[str, Finding]]) -> list[Finding]:
@@ -97,9 +103,8 @@ def problem_lines(facts: Facts, found: Collection[tuple[str, Finding]]) -> list[
     subjects = {(check, it.subject.partition(" ")[0]) for check, it in found}
     lines = []
     for line in facts.document["problems"]:
-        severity = next((severity for text, severity in _SEVERITIES if re.search(text, line)), Severity.WARNING)
         is_found = any((it := re.search(text, line)) and (check, it[1]) in subjects for text, check in _SAME_THING)
-        finding = Finding.of_line(severity, line)
+        finding = Finding.of_line(severity_of(line), line)
         if not is_found and (finding.cause, finding.remedy) not in said:
             lines.append(finding)
     return lines

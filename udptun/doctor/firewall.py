@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping
-
+from udptun.backends.udp import UdpKeys
+from udptun.backends.vxlan import VxlanKeys
 from udptun.core.errors import FirewallError
 from udptun.core.family import Family
-from udptun.core.pod_path import PodPath
+from udptun.core.ip_text import ip_address
+from udptun.core.network_state import IPAddress
+from udptun.core.tunnel_path import TunnelPath
+from udptun.doctor.daemon import severity_of
 from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
+from udptun.doctor.sample import sample
 from udptun.firewall import tool
 from udptun.firewall.iptables_programs import programs
-from udptun.firewall.obstacles.judge import judge
 from udptun.firewall.obstacles.kernel_rules import read_legacy, read_nft
-from udptun.kernel.pod_links import find_pod_links
+from udptun.firewall.obstacles.watch import find_link_names, find_ways
 
 
 async def packet_filters(facts: Facts) -> list[Finding]:
     """As the daemon looks at them (`udptun/firewall/obstacles/`)."""
-    links = {path: await find_pod_links(path) for path in facts.paths}
-    if not any(links.values()):
-        raise NotHereError("no pods are here yet, so nothing is forwarded")
-    lines = []
-    for path, pod_links in links.items():
-        if pod_links:
-            chains, _ = await read_nft(_by_index(path, pod_links), path.family)
-            lines += judge(path, pod_links, [*chains, *read_legacy(path.family)])
-    return [Finding.of_line(Severity.ERROR, line) for line in lines]
+    ways = await find_ways(facts.paths, tunnel_paths(facts))
+    if not ways:
+        raise NotHereError("there are neither pods nor peers yet, as far as is known here, so nothing passes")
+    traffics = list(dict.fromkeys(traffic for way in ways for traffic in way.traffics))
+    nft, _ = await read_nft(find_link_names(ways), traffics)
+    legacy = read_legacy(traffics)
+    chains = {traffic: [*nft[traffic], *legacy[traffic]] for traffic in traffics}
+    lines = [line for way in ways for line in way.judge(chains)]
+    return [Finding.of_line(severity_of(line), line) for line in lines]
 
 
-def _by_index(path: PodPath, pod_links: tuple[str, ...]) -> Mapping[int, str]:
-    wanted = {path.device, *pod_links}
-    return {index: name for index, name in socket.if_nameindex() if name in wanted}
+def tunnel_paths(facts: Facts) -> list[TunnelPath]:
+    """Where the tunnel's own datagrams pass, by each family of the underlay, as far as it is known."""
+    port = _tunnel_port(facts)
+    if port is None:
+        return []
+    found = []
+    for link, address in _own_ends(facts):
+        peers = sample([it for it in facts.peers if it.public_ip.version == address.version]).chosen
+        addresses = tuple(dict.fromkeys(it.public_ip for it in peers))
+        ports = {it.port or port for it in peers}
+        peer_port = ports.pop() if len(ports) == 1 else None
+        found.append(TunnelPath(link, address, port, addresses, peer_port, facts.backend_type == UdpKeys.type))
+    return found
+
+
+def _tunnel_port(facts: Facts) -> int | None:
+    """The UDP port that peers send to; None: there is none, or it is not known."""
+    if facts.document is not None and facts.document["lease"]["port"] is not None:
+        return int(facts.document["lease"]["port"])
+    keys = None if facts.conf is None else facts.conf.backend
+    if isinstance(keys, UdpKeys):
+        return facts.options.port or keys.port
+    if not isinstance(keys, VxlanKeys) or facts.backend_type != VxlanKeys.type:
+        return None
+    # With DirectRouting peers may be reached without the tunnel.
+    return None if keys.direct_routing else keys.port
+
+
+def _own_ends(facts: Facts) -> list[tuple[str | None, IPAddress]]:
+    """The addresses that peers send to, by the daemon or else by the store, and the links by which they come in."""
+    if facts.document is not None:
+        ipv6 = (facts.document.get("ipv6") or {}).get("address")
+        addresses = {ip_address(it) for it in (facts.document["underlay"]["address"], ipv6) if it}
+        return [(facts.underlay, it) for it in sorted(addresses, key=lambda it: it.version)]
+    links = {it.ip: facts.link_name(it.link_index) for it in facts.addresses}
+    leases = () if facts.store.snapshot is None else facts.store.snapshot.leases
+    ours = {it.attrs.host_address for it in leases} & set(links)
+    return [(links[it], it) for it in sorted(ours, key=lambda it: it.version)]
 
 
 async def firewall_tools(facts: Facts) -> list[Finding]:

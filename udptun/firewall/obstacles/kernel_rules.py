@@ -1,4 +1,4 @@
-"""Reads the chains that forwarded packets pass, out of the kernel.
+"""Reads the chains that packets pass, out of the kernel.
 
 Both of its packet filters are asked directly, without a program: nf_tables, in which iptables-nft keeps its rules too,
 and the tables of legacy iptables.
@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from udptun.core.family import Family
@@ -29,7 +29,7 @@ from udptun.firewall.obstacles.nft_messages import (
     get_set,
 )
 from udptun.firewall.obstacles.nft_rules import decode_rules, set_names
-from udptun.firewall.obstacles.ruleset import BaseChain, Hook, Rule, Tool
+from udptun.firewall.obstacles.ruleset import BaseChain, Hook, Rule, Tool, Traffic
 from udptun.firewall.obstacles.xtables import ENTRIES_AT, INFO, LEGACY_TABLES, decode_legacy_table
 from udptun.firewall.rules import NFPROTO
 from udptun.kernel.conversation import Conversation
@@ -43,77 +43,86 @@ _LEGACY = {
     Family.IPV4: (socket.AF_INET, socket.SOL_IP, Path("/proc/thread-self/net/ip_tables_names")),
     Family.IPV6: (socket.AF_INET6, socket.IPPROTO_IPV6, Path("/proc/thread-self/net/ip6_tables_names")),
 }
+_IPTABLES_NFT = {Family.IPV4: Tool.IPTABLES_NFT, Family.IPV6: Tool.IP6TABLES_NFT}
+_FAMILIES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
+"""As nft names them."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _MAX_RULES = 2000
 """A chain of more rules, with all that it leads to, is not judged: reading them would hold up the daemon."""
 
+Chains = dict[Traffic, list[BaseChain]]
+"""The chains that each traffic passes, with the rules as it meets them."""
+
 
 async def read_nft(
-    links: Mapping[int, str], family: Family
-) -> tuple[list[BaseChain], frozenset[tuple[int, str, str]]]:
-    """The chains of nf_tables, as packets of `family` meet them; and netfilter's family, table and name of every chain
-    that was read for them.
+    links: Mapping[int, str], traffics: Sequence[Traffic]
+) -> tuple[Chains, frozenset[tuple[int, str, str]]]:
+    """The chains of nf_tables; and netfilter's family, table and name of every chain that was read.
 
     `links`: the names of the links that matter, by index.  Raises KernelError.
     """
     async with Conversation(_NETLINK_NETFILTER) as kernel:
-        reader = _NftReader(kernel, links, family)
+        reader = _NftReader(kernel, links, traffics)
         return await reader.read(), frozenset(reader.seen)
 
 
 class _NftReader:
-    """Reads the chains of nf_tables that forwarded packets pass."""
+    """Reads the chains of nf_tables that any of the traffics passes."""
 
-    def __init__(self, kernel: Conversation, links: Mapping[int, str], family: Family) -> None:
+    def __init__(self, kernel: Conversation, links: Mapping[int, str], traffics: Sequence[Traffic]) -> None:
         self._kernel = kernel
         self._links = links
-        self._family = family
+        self._traffics = traffics
         self.seen: set[tuple[int, str, str]] = set()
 
-    async def read(self) -> list[BaseChain]:
+    async def read(self) -> Chains:
         dormant = {decode_dormant_table(body) for body in await self._kernel.dump(dump_tables())}
         heads = [decode_chain(body) for body in await self._kernel.dump(dump_chains())]
-        bases = [
-            head
-            for head in heads
-            # A table of type nat sees the first packet of a connection, and is not for dropping.
-            if head.family in (INET, NFPROTO[self._family]) and head.hook in tuple(Hook) and head.type == "filter"
-        ]
-        return [await self._read_base(head) for head in bases if (head.family, head.table) not in dormant]
+        found: Chains = {traffic: [] for traffic in self._traffics}
+        for head in heads:
+            passing = [it for it in self._traffics if _is_passed(head, it)]
+            if passing and (head.family, head.table) not in dormant:
+                for traffic, base in (await self._read_base(head, passing)).items():
+                    found[traffic].append(base)
+        return found
 
-    async def _read_base(self, head: ChainHead) -> BaseChain:
+    async def _read_base(self, head: ChainHead, traffics: Sequence[Traffic]) -> dict[Traffic, BaseChain]:
         assert head.hook is not None
         is_iptables = head.family != INET and head.table in LEGACY_TABLES and head.name == Hook(head.hook).name
-        chains: dict[str, list[Rule]] = {}
-        waiting = [head.name]
+        chains: dict[Traffic, dict[str, list[Rule]]] = {traffic: {} for traffic in traffics}
+        waiting, done = [head.name], set[str]()
         n_rules = 0
         while waiting:
             name = waiting.pop()
-            if name in chains:
+            if name in done:
                 continue
+            done.add(name)
             self.seen.add((head.family, head.table, name))
             bodies = await self._kernel.dump(dump_rules(head.family, head.table, name))
             n_rules += len(bodies)
             if n_rules > _MAX_RULES:
-                chains = {}
+                chains = {traffic: {} for traffic in traffics}
                 break
             sets = {it: await self._read_set(head, it) for it in set_names(bodies)}
             known = {it: contents for it, contents in sets.items() if contents is not None}
-            chains[name] = decode_rules(bodies, known, self._links, self._family, is_iptables=is_iptables)
-            waiting += [rule.target for rule in chains[name] if rule.target]
-        iptables = Tool.IPTABLES_NFT if self._family is Family.IPV4 else Tool.IP6TABLES_NFT
-        family = "ip" if self._family is Family.IPV4 else "ip6"
-        return BaseChain(
-            iptables if is_iptables else Tool.NFT,
-            "inet" if head.family == INET else family,
-            head.table,
-            head.name,
-            Hook(head.hook),
-            head.priority,
-            head.is_policy_drop,
-            chains,
-        )
+            for traffic in traffics:
+                rules = decode_rules(bodies, known, self._links, traffic, is_iptables=is_iptables)
+                chains[traffic][name] = rules
+                waiting += [rule.target for rule in rules if rule.target]
+        return {
+            traffic: BaseChain(
+                _IPTABLES_NFT[traffic.family] if is_iptables else Tool.NFT,
+                "inet" if head.family == INET else _FAMILIES[traffic.family],
+                head.table,
+                head.name,
+                Hook(head.hook),
+                head.priority,
+                head.is_policy_drop,
+                of_traffic,
+            )
+            for traffic, of_traffic in chains.items()
+        }
 
     async def _read_set(self, head: ChainHead, name: str) -> SetContents | None:
         ((error, bodies),) = await self._kernel.ask([get_set(head.family, head.table, name)])
@@ -122,8 +131,25 @@ class _NftReader:
         return decode_set(bodies[0], await self._kernel.dump(dump_elements(head.family, head.table, name)))
 
 
-def read_legacy(family: Family) -> Iterator[BaseChain]:
-    """The chains of legacy iptables or ip6tables.  A table that does not exist is not asked for: that would make it."""
+def _is_passed(head: ChainHead, traffic: Traffic) -> bool:
+    # A table of type nat sees the first packet of a connection, and is not for dropping.
+    of_family = head.family in (INET, NFPROTO[traffic.family])
+    return of_family and head.type == "filter" and head.hook in traffic.hooks
+
+
+def read_legacy(traffics: Iterable[Traffic]) -> Chains:
+    """The chains of legacy iptables and ip6tables.  One that does not exist is not asked for: that would make it."""
+    found: Chains = {traffic: [] for traffic in traffics}
+    for family in {traffic.family for traffic in found}:
+        for table, info, entries in _legacy_tables(family):
+            for traffic, chains in found.items():
+                if traffic.family is family:
+                    chains += decode_legacy_table(table, info, entries, traffic)
+    return found
+
+
+def _legacy_tables(family: Family) -> Iterator[tuple[str, bytes, bytes]]:
+    """Name of each table, what the kernel says of it, and its entries."""
     socket_family, level, names = _LEGACY[family]
     try:
         tables = names.read_text().split()
@@ -143,7 +169,7 @@ def read_legacy(family: Family) -> Iterator[BaseChain]:
                     # EAGAIN: it has changed between the two questions.
                     log.debug("legacy iptables table not read table=%s error=%s", table, exc)
                     continue
-                yield from decode_legacy_table(table, info, answer[ENTRIES_AT:], family)
+                yield table, info, answer[ENTRIES_AT:]
 
 
 def _ask_legacy(sock: socket.socket, level: int, question: int, buffer: bytes) -> bytes:

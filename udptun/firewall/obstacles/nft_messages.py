@@ -59,6 +59,11 @@ class SetContents:
     ranges: Ranges | None = None
     verdicts: tuple[tuple[bytes, Verdict, str], ...] = ()
 
+    def has(self, key: bytes) -> bool:
+        if self.ranges is None:
+            return key in self.keys
+        return any(low <= int.from_bytes(key) <= high for low, high in self.ranges)
+
 
 def dump_tables() -> Request:
     return Request("cannot list nftables tables", _SUBSYSTEM | _GET_TABLE, F_DUMP, _HEAD.pack(0, 0, 0))

@@ -6,6 +6,7 @@ marks, states and the indexes of links.
 
 from __future__ import annotations
 
+import operator
 import struct
 import sys
 from collections.abc import Iterable, Mapping
@@ -32,11 +33,13 @@ from udptun.firewall.obstacles.ruleset import (
     Ranges,
     Rule,
     Side,
+    State,
+    Traffic,
     Verdict,
+    agreed,
     difference,
 )
 from udptun.firewall.obstacles.xtables import (
-    CT_STATE_NEW,
     MARKING_TARGETS,
     address_condition,
     match_condition,
@@ -50,11 +53,11 @@ def decode_rules(
     bodies: Iterable[bytes],
     sets: Mapping[str, SetContents],
     link_names: Mapping[int, str],
-    family: Family,
+    traffic: Traffic,
     *,
     is_iptables: bool,
 ) -> list[Rule]:
-    """The rules of one chain, in order, as packets of `family` meet them.
+    """The rules of one chain, in order, as that traffic meets them.
 
     A verdict map makes a rule of each of its elements.
 
@@ -63,7 +66,7 @@ def decode_rules(
     """
     rules: list[Rule] = []
     for place, body in enumerate(bodies, 1):
-        rules += _RuleReader(sets, link_names, family).read(body, place if is_iptables else handle_of(body))
+        rules += _RuleReader(sets, link_names, traffic).read(body, place if is_iptables else handle_of(body))
     return rules
 
 
@@ -110,9 +113,13 @@ class _MarkLoad:
 
 @dataclass(frozen=True, slots=True)
 class _ValueLoad:
-    """Something that is the same in all our packets."""
+    """Something that is the same in all our packets, or is one of a few values of one length."""
 
-    value: bytes
+    values: tuple[bytes, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.values[0])
 
 
 _Load = _AddressLoad | _LinkLoad | _MarkLoad | _ValueLoad | None
@@ -125,16 +132,19 @@ _META_LOADS: Mapping[int, _Load] = {
     6: _LinkLoad(Side.IN, is_index=False),
     7: _LinkLoad(Side.OUT, is_index=False),
 }
-_META_MARK, _META_PROTOCOL, _META_NFPROTO = 3, 1, 15
+_META_MARK, _META_PROTOCOL, _META_NFPROTO, _META_L4PROTO = 3, 1, 15, 16
 _ETHER_TYPES = {Family.IPV4: b"\x08\x00", Family.IPV6: b"\x86\xdd"}
-_CT_LOADS: Mapping[int, _Load] = {
-    0: _ValueLoad(struct.pack("=I", CT_STATE_NEW)),
-    1: _ValueLoad(b"\0"),  # direction: original
-    2: _ValueLoad(bytes(4)),  # status: no NAT
-}
+_CT_STATE, _CT_DIRECTION, _CT_STATUS = 0, 1, 2
 _ADDRESSES_AT = {Family.IPV4: (12, 16), Family.IPV6: (8, 24)}
 """Source and destination in the header."""
+_PROTOCOL_AT = {Family.IPV4: 9, Family.IPV6: 6}
+_NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
+"""NFT_PAYLOAD_NETWORK_HEADER, NFT_PAYLOAD_TRANSPORT_HEADER."""
+_DESTINATION_PORT_AT = (2, 2)
+"""Place and length in the header of UDP."""
 _EQUAL, _NOT_EQUAL, _LESS, _LESS_OR_EQUAL, _GREATER, _GREATER_OR_EQUAL = range(6)
+_COMPARISONS = dict(enumerate((operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)))
+"""Of registers as bytes, as the kernel does it (memcmp)."""
 _PASSING = {"counter", "log", "notrack", "last", "dup", "flow_offload"}
 """Expressions that neither ask nor decide."""
 _ASKING = {"limit", "quota", "connlimit", "objref", "dynset"}
@@ -146,10 +156,10 @@ _LOADING = {"byteorder", "exthdr", "fib", "hash", "inner", "numgen", "osf", "rt"
 class _RuleReader:
     """Reads the expressions of one rule, in order."""
 
-    def __init__(self, sets: Mapping[str, SetContents], link_names: Mapping[int, str], family: Family) -> None:
+    def __init__(self, sets: Mapping[str, SetContents], link_names: Mapping[int, str], traffic: Traffic) -> None:
         self._sets = sets
         self._link_names = link_names
-        self._family = family
+        self._traffic = traffic
         self._registers: dict[int, _Load] = {}
         self._conditions: list[Condition] = []
         self._verdict, self._target, self._marks = Verdict.NONE, "", False
@@ -171,9 +181,9 @@ class _RuleReader:
             case "immediate":
                 self._take_immediate(found)
             case "payload" if 1 in found:
-                self._load(found[1], _payload_load(found, self._family))
+                self._load(found[1], _payload_load(found, self._traffic))
             case "payload":
-                if _writes_addresses(found, self._family):
+                if _writes_addresses(found, self._traffic.family):
                     self._verdict = Verdict.UNKNOWN
             case "meta" if 1 in found:
                 self._load(found[1], self._meta(number_of(found[2])))
@@ -181,7 +191,7 @@ class _RuleReader:
                 self._marks |= number_of(found[2]) == _META_MARK
             case "ct" if 1 in found:
                 # Attribute 3: an address or port of the connection.
-                self._load(found[1], None if 3 in found else _CT_LOADS.get(number_of(found[2])))
+                self._load(found[1], None if 3 in found else _ct_load(number_of(found[2]), self._traffic))
             case "ct":
                 pass  # sets something of the connection
             case "bitwise":
@@ -193,7 +203,7 @@ class _RuleReader:
             case "lookup":
                 self._take_lookup(found)
             case "match":
-                self._ask(match_condition(text_of(found[1]), number_of(found.get(2)), found.get(3, b"")))
+                self._ask(match_condition(text_of(found[1]), number_of(found.get(2)), found.get(3, b""), self._traffic))
             case "target":
                 self._verdict = target_verdict(text_of(found[1]))
                 self._marks |= text_of(found[1]) in MARKING_TARGETS
@@ -209,16 +219,19 @@ class _RuleReader:
                     self._verdict = Verdict.UNKNOWN
 
     def _meta(self, key: int) -> _Load:
+        family = self._traffic.family
         if key == _META_PROTOCOL:
-            return _ValueLoad(_ETHER_TYPES[self._family])
-        return _ValueLoad(bytes([NFPROTO[self._family]])) if key == _META_NFPROTO else _META_LOADS.get(key)
+            return _ValueLoad((_ETHER_TYPES[family],))
+        if key == _META_NFPROTO:
+            return _ValueLoad((bytes([NFPROTO[family]]),))
+        return _protocol_load(self._traffic) if key == _META_L4PROTO else _META_LOADS.get(key)
 
     def _take_immediate(self, found: Mapping[int, bytes]) -> None:
         register = _register(found[1])
         if register == 0:
             self._verdict, self._target = verdict_of(dict(attributes(found[2], 0))[2])
         else:
-            self._registers[register] = _ValueLoad(value_of(found[2]))
+            self._registers[register] = _ValueLoad((value_of(found[2]),))
 
     def _take_lookup(self, found: Mapping[int, bytes]) -> None:
         load, contents = self._loaded(found[2]), self._sets.get(text_of(found[1]))
@@ -252,6 +265,8 @@ class _RuleReader:
         is_not = operation == _NOT_EQUAL
         if isinstance(load, _AddressLoad):
             return _address_comparison(load, operation, data)
+        if isinstance(load, _ValueLoad) and len(data) <= load.size:
+            return agreed([_COMPARISONS[operation](value[: len(data)], data) for value in load.values])
         if operation not in (_EQUAL, _NOT_EQUAL):
             return Other.PERHAPS
         match load:
@@ -259,8 +274,6 @@ class _RuleReader:
                 return LinkIs(load.side, frozenset({self._link_name(load, data)}), is_not)
             case _MarkLoad() if len(data) == 4:
                 return MarkIs(_native(data), load.mask, is_not)
-            case _ValueLoad() if len(data) <= len(load.value):
-                return None if (load.value[: len(data)] == data) is not is_not else Other.NEVER
         return Other.PERHAPS
 
     def _link_name(self, load: _LinkLoad, data: bytes) -> str:
@@ -287,32 +300,51 @@ class _RuleReader:
                 return AddressIn(load.field, difference(ALL[load.family], ranges) if is_not else ranges)
             case _LinkLoad() if contents.ranges is None and contents.key_len == (4 if load.is_index else 16):
                 return LinkIs(load.side, frozenset(self._link_name(load, key) for key in contents.keys), is_not)
-            case _ValueLoad() if contents.ranges is None and contents.key_len == len(load.value):
-                return None if (load.value in contents.keys) is not is_not else Other.NEVER
+            case _ValueLoad() if contents.key_len == load.size:
+                return agreed([contents.has(value) is not is_not for value in load.values])
         return Other.PERHAPS
 
 
-def _payload_load(found: Mapping[int, bytes], family: Family) -> _Load:
+def _payload_load(found: Mapping[int, bytes], traffic: Traffic) -> _Load:
     base, offset, length = (number_of(found.get(key)) for key in (2, 3, 4))
+    family, port = traffic.family, traffic.destination_port
     source_at, destination_at = _ADDRESSES_AT[family]
-    if base == 1 and offset in (source_at, destination_at) and length <= destination_at - source_at:
+    if base == _TRANSPORT_HEADER and (offset, length) == _DESTINATION_PORT_AT and port is not None:
+        return _ValueLoad((port.to_bytes(2),))
+    if base == _NETWORK_HEADER and (offset, length) == (_PROTOCOL_AT[family], 1):
+        return _protocol_load(traffic)
+    if base == _NETWORK_HEADER and offset in (source_at, destination_at) and length <= destination_at - source_at:
         field = Field.SOURCE if offset == source_at else Field.DESTINATION
         return _AddressLoad(field, length, family, family.all_ones)
     return None
 
 
+def _protocol_load(traffic: Traffic) -> _Load:
+    return None if traffic.protocol is None else _ValueLoad((bytes([traffic.protocol]),))
+
+
+def _ct_load(key: int, traffic: Traffic) -> _Load:
+    if key == _CT_STATE:
+        return _ValueLoad(tuple(struct.pack("=I", state) for state in sorted(traffic.states)))
+    if State.ESTABLISHED in traffic.states:
+        return None
+    # A new connection goes in the original direction, and no NAT is known of it.
+    return {_CT_DIRECTION: _ValueLoad((b"\0",)), _CT_STATUS: _ValueLoad((bytes(4),))}.get(key)
+
+
 def _writes_addresses(found: Mapping[int, bytes], family: Family) -> bool:
     base, offset, length = (number_of(found.get(key)) for key in (2, 3, 4))
     source_at, destination_at = _ADDRESSES_AT[family]
-    return base == 1 and offset < 2 * destination_at - source_at and offset + length > source_at
+    return base == _NETWORK_HEADER and offset < 2 * destination_at - source_at and offset + length > source_at
 
 
 def _masked(load: _Load, found: Mapping[int, bytes]) -> _Load:
     if number_of(found.get(6)) or 4 not in found or 5 not in found:
         return None  # a shift, or an operation on two registers
     mask, xor = value_of(found[4]), value_of(found[5])
-    if isinstance(load, _ValueLoad) and len(mask) == len(load.value):
-        return _ValueLoad(bytes(a & b ^ c for a, b, c in zip(load.value, mask, xor, strict=True)))
+    if isinstance(load, _ValueLoad) and len(mask) == load.size:
+        masked = (bytes(a & b ^ c for a, b, c in zip(value, mask, xor, strict=True)) for value in load.values)
+        return _ValueLoad(tuple(masked))
     if any(xor):
         return None
     if isinstance(load, _AddressLoad):
@@ -339,7 +371,11 @@ def _address_comparison(load: _AddressLoad, operation: int, data: bytes) -> Cond
     return AddressIn(load.field, ((low, high),) if low <= high else ())
 
 
-def _range_condition(load: _Load, found: Mapping[int, bytes]) -> Condition:
+def _range_condition(load: _Load, found: Mapping[int, bytes]) -> Condition | None:
+    if isinstance(load, _ValueLoad):
+        first, last = (value_of(found[key]) for key in (3, 4))
+        is_not = number_of(found.get(2)) == 1
+        return agreed([(first <= value <= last) is not is_not for value in load.values])
     if not isinstance(load, _AddressLoad) or not load.is_whole:
         return Other.PERHAPS
     ranges: Ranges = ((load.number(value_of(found[3])), load.number(value_of(found[4]))),)

@@ -1,15 +1,15 @@
 """Rules of any packet filter as values, and what they certainly do to the overlay's packets.  Pure.
 
-A rule says yes, no or perhaps to a packet: a condition that we cannot judge (a port, a limit, a set of another kind)
-is a "perhaps".  A false alarm is worse than silence.  So a drop counts only when its packets certainly reach it and fit
+A rule says yes, no or perhaps to a packet: a condition that we cannot judge (a limit, a set of another kind) is a
+"perhaps".  A false alarm is worse than silence.  So a drop counts only when its packets certainly reach it and fit
 it, and what an earlier rule may have accepted does not count.
 
-Judged is the first packet of a connection, which nobody has marked.
+What all packets of one kind have in common is `Traffic`.  Nobody has marked them before they come to the first chain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
@@ -105,6 +105,13 @@ class Other(Enum):
 Condition = AddressIn | LinkIs | MarkIs | Other
 
 
+def agreed(cases: Collection[bool]) -> Condition | None:
+    """The condition that holds or not in each of the cases that there may be.  None: it holds in all of them."""
+    if all(cases):
+        return None
+    return Other.PERHAPS if any(cases) else Other.NEVER
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """`number` is how a person finds it: its place in the chain (from 1) with iptables, its handle with nft."""
@@ -129,10 +136,37 @@ class Tool(Enum):
 
 
 class Hook(IntEnum):
-    """Where the kernel calls a chain, in the order in which a forwarded packet comes by."""
+    """Where the kernel calls a chain, in the order in which a packet comes by."""
 
     PREROUTING = 0
+    INPUT = 1
     FORWARD = 2
+    OUTPUT = 3
+    POSTROUTING = 4
+
+
+class State(IntEnum):
+    """What connection tracking says of a packet, as a bit of a mask: of xt_conntrack and of nftables alike."""
+
+    INVALID = 1
+    ESTABLISHED = 2
+    RELATED = 4
+    NEW = 8
+    UNTRACKED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What packets have in common, beside their addresses and links.  None: they differ in it.
+
+    They pass the chains of `hooks`, and connection tracking says one of `states` of each.
+    """
+
+    family: Family
+    hooks: tuple[Hook, ...]
+    states: frozenset[State]
+    protocol: int | None = None
+    destination_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +189,13 @@ class BaseChain:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Packets from any of the sources to any of the destinations, which come in and leave by these links."""
+    """Packets from any of the sources to any of the destinations, which come in and leave by these links.
 
-    in_link: str
-    out_link: str
+    A link is None where it is not known, and where there is none.
+    """
+
+    in_link: str | None
+    out_link: str | None
     sources: Ranges
     destinations: Ranges
 
@@ -174,6 +211,10 @@ class Drop:
     chain: str
     rule: Rule | None
     is_partial: bool
+
+
+_KNOWS_IN_LINK = (Hook.PREROUTING, Hook.INPUT, Hook.FORWARD)
+_KNOWS_OUT_LINK = (Hook.FORWARD, Hook.OUTPUT, Hook.POSTROUTING)
 
 
 def find_drops(bases: Iterable[BaseChain], flow: Flow) -> list[Drop]:
@@ -226,8 +267,9 @@ class _Walk:
         self.is_unmarked = is_unmarked
         """Whether no packet can have a mark by now."""
         self._base = base
-        self._in_link = flow.in_link
-        self._out_link = None if base.hook is Hook.PREROUTING else flow.out_link
+        # A chain is not told of both links everywhere.
+        self._in_link = flow.in_link if base.hook in _KNOWS_IN_LINK else None
+        self._out_link = flow.out_link if base.hook in _KNOWS_OUT_LINK else None
         self._everything = _Box(flow.sources, flow.destinations)
 
     def run(self) -> None:

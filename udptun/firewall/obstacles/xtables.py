@@ -18,7 +18,6 @@ from udptun.firewall.obstacles.ruleset import (
     BaseChain,
     Condition,
     Field,
-    Hook,
     LinkIs,
     MarkIs,
     Other,
@@ -26,12 +25,11 @@ from udptun.firewall.obstacles.ruleset import (
     Rule,
     Side,
     Tool,
+    Traffic,
     Verdict,
+    agreed,
     difference,
 )
-
-CT_STATE_NEW = 8
-"""IP_CT_NEW as a bit of a state mask, of xt_conntrack and of nftables alike."""
 
 _CONNTRACK_MASKS = struct.Struct("=4H")
 """match_flags, invert_flags, state_mask and status_mask of struct xt_conntrack_mtinfo2 and 3."""
@@ -41,6 +39,14 @@ _CONNTRACK_STATE, _CONNTRACK_STATE_ALIAS = 1, 1 << 13
 _MARK = struct.Struct("=IIB")
 """struct xt_mark_mtinfo1: mark, mask, invert."""
 _U32 = struct.Struct("=I")
+_UDP_PORTS = struct.Struct("=4HB")
+"""struct xt_udp: first and last source port, first and last destination port, invflags."""
+_INVERT_DESTINATION_PORT = 2
+_ALL_PORTS = (0, 0xFFFF)
+_MULTIPORT = struct.Struct("=2B15H15BB")
+"""struct xt_multiport_v1: flags, count, ports, pflags, invert.  A port with a pflag begins a range that the next ends.
+"""
+_MULTIPORT_DESTINATION = 1
 
 _PASSING_TARGETS = {
     *("LOG", "NFLOG", "ULOG", "TRACE", "AUDIT", "CT", "NOTRACK", "TCPMSS", "CLASSIFY", "DSCP", "TOS", "SET"),
@@ -51,7 +57,7 @@ MARKING_TARGETS = {"MARK", "CONNMARK"}
 """Targets after which the packet may have a mark, and goes on."""
 
 
-def match_condition(name: str, revision: int, info: bytes) -> Condition | None:
+def match_condition(name: str, revision: int, info: bytes, traffic: Traffic) -> Condition | None:
     """What the match asks of a packet; None when every packet of ours fits."""
     match name:
         case "comment":
@@ -60,13 +66,33 @@ def match_condition(name: str, revision: int, info: bytes) -> Condition | None:
             asks, inverted, states, _ = _CONNTRACK_MASKS.unpack_from(info, _CONNTRACK_MASKS_AT)
             if asks & ~(_CONNTRACK_STATE | _CONNTRACK_STATE_ALIAS):
                 return Other.PERHAPS
-            return None if bool(states & CT_STATE_NEW) is not bool(inverted & _CONNTRACK_STATE) else Other.NEVER
+            is_not = bool(inverted & _CONNTRACK_STATE)
+            return agreed([bool(states & state) is not is_not for state in traffic.states])
         case "state" if len(info) >= _U32.size:
-            return None if _U32.unpack_from(info)[0] & CT_STATE_NEW else Other.NEVER
+            (states,) = _U32.unpack_from(info)
+            return agreed([bool(states & state) for state in traffic.states])
         case "mark" if revision == 1 and len(info) >= _MARK.size:
             value, mask, is_not = _MARK.unpack_from(info)
             return MarkIs(value, mask, bool(is_not))
+        case "udp" if traffic.destination_port is not None and len(info) >= _UDP_PORTS.size:
+            *sources, first, last, inverted = _UDP_PORTS.unpack_from(info)
+            if tuple(sources) != _ALL_PORTS:
+                return Other.PERHAPS
+            is_inside = first <= traffic.destination_port <= last
+            return agreed([is_inside is not bool(inverted & _INVERT_DESTINATION_PORT)])
+        case "multiport" if traffic.destination_port is not None and revision == 1 and len(info) >= _MULTIPORT.size:
+            return _multiport_condition(info, traffic.destination_port)
     return Other.PERHAPS
+
+
+def _multiport_condition(info: bytes, port: int) -> Condition | None:
+    kind, count, *more, is_not = _MULTIPORT.unpack_from(info)
+    if kind != _MULTIPORT_DESTINATION:
+        return Other.PERHAPS
+    ports, begins = more[:count], more[15 : 15 + count]
+    lasts = [ports[i + 1] if begins[i] and i + 1 < count else it for i, it in enumerate(ports)]
+    is_inside = any(first <= port <= last for first, last in zip(ports, lasts, strict=True))
+    return agreed([is_inside is not bool(is_not)])
 
 
 def target_verdict(name: str) -> Verdict:
@@ -101,7 +127,8 @@ _VERDICT = struct.Struct("=i")
 _GOTO_FLAGS = {Family.IPV4: 2, Family.IPV6: 4}
 """IPT_F_GOTO and IP6T_F_GOTO.  The other flags ask for more of the packet, but for IP6T_F_PROTO."""
 _IPV6_PROTOCOL_FLAG = 1
-_INVERT_IN, _INVERT_OUT, _INVERT_SOURCE, _INVERT_DESTINATION, _INVERT_OTHERS = 1, 2, 8, 0x10, 0x64
+_INVERT_IN, _INVERT_OUT, _INVERT_SOURCE, _INVERT_DESTINATION, _INVERT_PROTOCOL = 1, 2, 8, 0x10, 0x40
+_INVERT_OTHERS = 0x24
 _STANDARD_VERDICTS = {-1: Verdict.DROP, -2: Verdict.ACCEPT, -5: Verdict.RETURN}
 """-NF_DROP - 1, -NF_ACCEPT - 1, XT_RETURN.  Numbers from 0 on are the place of the chain to jump to."""
 
@@ -119,8 +146,8 @@ class _Entry:
     """The name of the chain that begins behind this entry; empty: none does."""
 
 
-def decode_legacy_table(table: str, info: bytes, entries: bytes, family: Family) -> list[BaseChain]:
-    """The built-in chains of a table that forwarded packets pass.
+def decode_legacy_table(table: str, info: bytes, entries: bytes, traffic: Traffic) -> list[BaseChain]:
+    """The built-in chains of a table that this traffic passes, with the rules as it meets them.
 
     `info` is what IPT_SO_GET_INFO answers, `entries` what IPT_SO_GET_ENTRIES does, from its ENTRIES_AT on.
     """
@@ -128,7 +155,7 @@ def decode_legacy_table(table: str, info: bytes, entries: bytes, family: Family)
     begins = {numbers[hook]: name for hook, name in enumerate(_BUILT_IN) if valid_hooks & 1 << hook}
     policies = {numbers[5 + hook]: name for hook, name in enumerate(_BUILT_IN) if valid_hooks & 1 << hook}
     built_in = tuple(begins.values())
-    found = list(_entries(entries, family))
+    found = list(_entries(entries, traffic))
     begins.update({entry.next_at: entry.chain_begins for entry in found[:-1] if entry.chain_begins})
 
     chains: dict[str, list[Rule]] = {name: [] for name in begins.values()}
@@ -145,12 +172,10 @@ def decode_legacy_table(table: str, info: bytes, entries: bytes, family: Family)
     tool, name_of_family = {
         Family.IPV4: (Tool.IPTABLES_LEGACY, "ip"),
         Family.IPV6: (Tool.IP6TABLES_LEGACY, "ip6"),
-    }[family]
+    }[traffic.family]
     return [
-        BaseChain(
-            tool, name_of_family, table, hook.name, hook, LEGACY_TABLES[table], is_policy_drop[hook.name], chains
-        )
-        for hook in Hook
+        BaseChain(tool, name_of_family, table, hook.name, hook, LEGACY_TABLES[table], is_policy_drop[hook.name], chains)
+        for hook in traffic.hooks
         if hook.name in built_in
     ]
 
@@ -165,7 +190,8 @@ def _legacy_verdict(entry: _Entry, begins: dict[int, str]) -> tuple[Verdict, str
     return Verdict.GOTO if entry.is_goto else Verdict.JUMP, begins.get(entry.verdict, "")
 
 
-def _entries(data: bytes, family: Family) -> Iterator[_Entry]:
+def _entries(data: bytes, traffic: Traffic) -> Iterator[_Entry]:
+    family = traffic.family
     at, form = 0, _ENTRIES[family]
     goto_flag = _GOTO_FLAGS[family]
     harmless = goto_flag | (_IPV6_PROTOCOL_FLAG if family is Family.IPV6 else 0)
@@ -175,12 +201,16 @@ def _entries(data: bytes, family: Family) -> Iterator[_Entry]:
             return
         conditions = list(_address_conditions(head[:4], inverted, family))
         conditions += _link_conditions(head[4:8], inverted)
-        if protocol or flags & ~harmless or inverted & _INVERT_OTHERS:
+        if flags & ~harmless or inverted & _INVERT_OTHERS:
             conditions.append(Other.PERHAPS)
+        if protocol and traffic.protocol is None:
+            conditions.append(Other.PERHAPS)
+        elif protocol and (protocol == traffic.protocol) is bool(inverted & _INVERT_PROTOCOL):
+            conditions.append(Other.NEVER)
         place = at + form.size
         while place + _EXTENSION.size <= at + target_offset:
             size, name, revision = _EXTENSION.unpack_from(data, place)
-            condition = match_condition(_text(name), revision, data[place + _EXTENSION.size : place + size])
+            condition = match_condition(_text(name), revision, data[place + _EXTENSION.size : place + size], traffic)
             if condition is not None:
                 conditions.append(condition)
             place += max(size, _EXTENSION.size)
