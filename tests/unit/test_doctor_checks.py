@@ -25,6 +25,7 @@ from udptun.core.network_state import Address, Link, Route
 from udptun.core.tunnel_path import TunnelPath
 from udptun.doctor import daemon, files, firewall, kernel, others, paths, store
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination, examine
+from udptun.doctor.endpoints import Endpoint
 from udptun.doctor.facts import Facts, Peer, StoreView, gather
 from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.doctor.probes import Echo, Echoes
@@ -352,7 +353,6 @@ async def test_network_manager_is_a_note_unless_it_is_told_to_leave_our_device_a
     assert await others.network_managers(facts()) == []
 
 
-# --- peers
 # --- packet filters
 
 
@@ -397,6 +397,23 @@ def test_how_bad_a_problem_line_is(line: str, severity: int) -> None:
     assert daemon.severity_of(line) == severity
 
 
+# --- the store's servers
+
+
+async def test_a_server_of_the_store_that_lacks_or_is_slow_is_a_warning_while_another_answers() -> None:
+    well, slow = Endpoint("http://a:2379", 0.001), Endpoint("http://b:2379", 0.7)
+    away = Endpoint("http://c:2379", None, "connection refused")
+    found = await store.store_endpoints(facts(endpoints=(well, slow, away)))
+    assert [(it.severity, it.subject) for it in found] == [(2, "http://b:2379"), (2, "http://c:2379")]
+    assert "takes 700 ms for a small answer, and more than 500 is slow" in found[0].cause
+    assert "connection refused" in found[1].cause
+    assert await store.store_endpoints(facts(endpoints=(well,))) == []
+    for it in ((), (away,)):
+        with pytest.raises(NotHereError):
+            await store.store_endpoints(facts(endpoints=it))
+
+
+# --- peers
 
 
 def many(n: int, dead: Iterable[int] = ()) -> list[Peer]:
@@ -563,7 +580,8 @@ async def test_a_fault_of_ours_in_a_check_is_logged_and_keeps_no_other_from_look
 
 def examination(*severities: Severity) -> Examination:
     findings = tuple(("forwarding", Finding(it, "eth0", "it is off", "switch it on")) for it in severities)
-    return Examination(findings, {"pod-cidr": "only Kubernetes gives podCIDRs"}, 35, "3 peers")
+    endpoints = (Endpoint("http://192.0.2.1:2379", 0.0012), Endpoint("http://192.0.2.2:2379", None, "refused"))
+    return Examination(findings, {"pod-cidr": "only Kubernetes gives podCIDRs"}, 36, "3 peers", endpoints)
 
 
 def test_text_has_problems_first_two_lines_each_and_colour_on_a_terminal_only() -> None:
@@ -574,13 +592,14 @@ def test_text_has_problems_first_two_lines_each_and_colour_on_a_terminal_only() 
         "note     forwarding: eth0: it is off",
         "         -> switch it on",
         "",
-        "35 checks, 3 peers asked: 1 error, 1 note; 1 does not apply here (--all says why)",
+        "36 checks, 3 peers asked: 1 error, 1 note; 1 does not apply here (--all says why)",
     ]
     assert "\33" in as_text(examination(Severity.ERROR), with_all=False, with_colour=True)
     whole = as_text(examination(), with_all=True, with_colour=False)
     assert "ok       clock: " in whole
     assert "-        pod-cidr: not looked at: only Kubernetes gives podCIDRs" in whole
-    assert whole.splitlines()[-1] == "35 checks, 3 peers asked: nothing wrong; 1 does not apply here"
+    assert "         http://192.0.2.1:2379 answers in 1.2 ms\n         http://192.0.2.2:2379 does not answer\n" in whole
+    assert whole.splitlines()[-1] == "36 checks, 3 peers asked: nothing wrong; 1 does not apply here"
 
 
 def test_text_is_broken_between_words_on_a_terminal_and_nowhere_else() -> None:
@@ -628,7 +647,8 @@ def test_json_has_every_check_once_and_the_keys_of_the_page() -> None:
     named = {said["findings"][0]["check"], *said["fine"], *said["not_looked_at"]}
     assert named == {*(check.name for check in CHECKS), PROBLEM_LINES}
     assert said["exit_status"] == 1
-    keys = [*said, *(f"findings[].{key}" for key in said["findings"][0])]
+    lists = {name: said[name][0] for name in ("findings", "store_endpoints")}
+    keys = [*said, *(f"{name}[].{key}" for name, row in lists.items() for key in row)]
     table = PAGE.read_text().partition("## For programs")[2]
     assert sorted(re.findall(r"^\| `([\w.\[\]]+)` \|", table, re.MULTILINE)) == sorted(keys)
 

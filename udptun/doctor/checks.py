@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from udptun.core.errors import UdptunError, one_line
 from udptun.doctor import daemon, files, firewall, kernel, others, paths, store
+from udptun.doctor.endpoints import Endpoint
 from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.doctor.sample import sample
@@ -91,6 +92,13 @@ CHECKS = (
     Check("peer-routes", "the routes to the peers' addresses", ERROR, "mend the route", paths.peer_routes),
     Check("store", "whether the store answers", ERROR, "as its message says", store.store),
     Check(
+        "store-endpoints",
+        "each server of the store: does it answer, within 500 ms",
+        WARNING,
+        "look at that server",
+        store.store_endpoints,
+    ),
+    Check(
         "network-config", "net-conf.json, and whether the daemon runs with it", ERROR, "mend it", store.network_config
     ),
     Check("own-lease", "our lease in the store", ERROR, "the daemon writes it again", store.own_lease),
@@ -148,6 +156,8 @@ class Examination:
     n_checks: int
     peers: str
     """How many were asked."""
+    endpoints: tuple[Endpoint, ...] = ()
+    """The servers of the store."""
 
     @property
     def exit_status(self) -> int:
@@ -171,7 +181,7 @@ async def examine(facts: Facts) -> Examination:
     except Exception as exc:
         not_looked_at[PROBLEM_LINES] = _why_not(PROBLEM_LINES, exc)
     found.sort(key=lambda it: -it[1].severity)
-    return Examination(tuple(found), not_looked_at, len(CHECKS) + 1, str(sample(facts.peers)))
+    return Examination(tuple(found), not_looked_at, len(CHECKS) + 1, str(sample(facts.peers)), facts.endpoints)
 
 
 async def _run(check: Check, facts: Facts) -> list[Finding] | str:

@@ -26,6 +26,7 @@ from udptun.core.ip_text import ip_address, ip_network
 from udptun.core.network_state import Address, IPAddress, IPNetwork, Link, Route
 from udptun.core.ownership import marked_network
 from udptun.core.pod_path import PodPath
+from udptun.doctor.endpoints import Endpoint, ask_endpoints
 from udptun.kernel.netlink import Netlink
 from udptun.stores.base import Snapshot
 from udptun.stores.open import open_store
@@ -92,6 +93,8 @@ class Facts:
     """Why the kernel's links and routes are not known; empty when they are."""
     release: str
     now_s: float = field(default_factory=time.time)
+    endpoints: tuple[Endpoint, ...] = ()
+    """The servers of the store."""
 
     @property
     def is_kube(self) -> bool:
@@ -203,7 +206,9 @@ async def gather(
 ) -> Facts:
     """Look at the kernel and ask the store, at the same time."""
     options = request.options
-    (links, addresses, routes, blind), store = await asyncio.gather(_read_kernel(), _read_store(options))
+    (links, addresses, routes, blind), store, endpoints = await asyncio.gather(
+        _read_kernel(), _read_store(options), ask_endpoints(options)
+    )
     conf, problems = None, tuple(filter(None, [store.config_error]))
     if store.config is not None:
         try:
@@ -226,6 +231,7 @@ async def gather(
         tuple(routes),
         blind,
         os.uname().release,
+        endpoints=endpoints,
     )
 
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 
 from udptun import __version__
+from udptun.core.errors import one_line
 from udptun.core.line_breaks import broken
 from udptun.doctor.checks import CHECKS, PROBLEM_LINES, Examination
 from udptun.doctor.finding import Severity
@@ -60,9 +61,12 @@ def _others(it: Examination, with_colour: bool, width: int | None) -> list[str]:
             lines += _entry(text, width, "-", _DIM if with_colour else "")
         elif name not in wrong:
             lines += _entry(f"{name}: {looks_at.replace('`', '')}", width, "ok", _GREEN if with_colour else "")
+        if name == _ENDPOINTS:
+            lines += [line for endpoint in it.endpoints for line in _entry(str(endpoint), width)]
     return lines
 
 
+_ENDPOINTS = "store-endpoints"
 _OF_THE_DAEMON = "what the daemon says is wrong"
 
 
@@ -101,5 +105,13 @@ def as_json(it: Examination) -> str:
             ],
             "fine": [name for name in names if name not in wrong and name not in it.not_looked_at],
             "not_looked_at": it.not_looked_at,
+            "store_endpoints": [
+                {
+                    "endpoint": endpoint.name,
+                    "latency_ms": None if endpoint.latency_s is None else round(1000 * endpoint.latency_s, 1),
+                    "error": one_line(endpoint.error),
+                }
+                for endpoint in it.endpoints
+            ],
         }
     )

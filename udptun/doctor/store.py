@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from udptun.core.ip_text import ip_address, ip_network
 from udptun.core.network_state import IPNetwork
+from udptun.doctor.endpoints import SLOW_S
 from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
 
@@ -21,6 +22,26 @@ async def store(facts: Facts) -> list[Finding]:
     )
     named = Finding.of_line(Severity.ERROR, view.error, view.name)
     return [named if "; " in view.error else Finding(Severity.ERROR, view.name, view.error, remedy)]
+
+
+async def store_endpoints(facts: Facts) -> list[Finding]:
+    """A store goes on with another of its servers, and says nothing while one answers."""
+    if not facts.endpoints:
+        raise NotHereError("the store has no server")
+    if all(it.latency_s is None for it in facts.endpoints):
+        raise NotHereError("none answers, which the check `store` says")
+    found = []
+    for it in facts.endpoints:
+        if it.latency_s is None:
+            remedy = "is it up, does a firewall let this host through? If it is gone for good, take it out of the flags"
+            cause = f"it does not answer this host, and others do: {it.error}"
+            found.append(Finding(Severity.WARNING, it.name, cause, remedy))
+        elif it.latency_s > SLOW_S:
+            took_ms, slow_ms = 1000 * it.latency_s, 1000 * SLOW_S
+            cause = f"it takes {took_ms:.0f} ms for a small answer, and more than {slow_ms:.0f} is slow"
+            remedy = "look at its load and disk, and at the way to it; starts, and news of other hosts, take long too"
+            found.append(Finding(Severity.WARNING, it.name, cause, remedy))
+    return found
 
 
 async def network_config(facts: Facts) -> list[Finding]:

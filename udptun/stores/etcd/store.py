@@ -82,6 +82,11 @@ class EtcdStore(HostsWithoutNames):
         except UnicodeDecodeError as exc:
             raise ConfigError(f"cannot read the network config {key} in etcd: not UTF-8 at byte {exc.start}") from exc
 
+    async def has_config(self) -> bool:
+        """Whether there is a network config: the smallest question to which all of etcd has to agree."""
+        request = pb.RangeRequest(key=self.config_name.encode(), count_only=True)
+        return (await self._client.call(RANGE, request, "look for the network config")).count > 0
+
     async def snapshot(self, *, exact: bool = False) -> Snapshot:
         response = await self._list("list the leases")
         in_use = {kv.lease for kv in response.kvs}
