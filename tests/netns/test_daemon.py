@@ -61,9 +61,19 @@ def start_again(lab: Lab, *flags: str) -> tuple[Host, int]:
     return host, begin
 
 
+RENEWED_SOON = """if True:
+    import sqlite3, sys, time
+    db = sqlite3.connect(sys.argv[1])
+    db.execute("update leases set expires = ? where key = ?", (time.time() + 600, sys.argv[2]))
+    db.commit()
+"""
+"""A lease that ends in ten minutes is renewed at once."""
+
+
 def test_log_for_programs_is_an_object_a_line_and_an_idle_daemon_is_silent(
     pair: Lab, request: pytest.FixtureRequest
 ) -> None:
+    """A day of a healthy host had a line: its lease was renewed."""
     host, begin = start_again(pair, "--log-format=json")
     try:
         lines = [json.loads(line) for line in host.daemon_log()[begin:].splitlines()]
@@ -82,7 +92,10 @@ def test_log_for_programs_is_an_object_a_line_and_an_idle_daemon_is_silent(
         # What was there before the daemon is adopted, and what is said of that comes soon.
         time.sleep(2)
         idle = len(host.daemon_log())
+        lease = read_status(host)["lease"]
+        host.run([sys.executable, "-c", RENEWED_SOON, str(LEASES), lease["subnet"].replace("/", "-")])
         time.sleep(60 if request.config.getoption("--full") else 4)
+        wait_until("the renewal", lambda: read_status(host)["lease"]["expires_at"] > lease["expires_at"], 30)
         assert host.daemon_log()[idle:] == ""
     finally:
         start_again(pair)

@@ -198,7 +198,8 @@ class OwnLease:
         async with self._asking:
             renewed = await self._store.renew(replace(self.lease, attrs=asked))
         self._take(asked, renewed)
-        log.info("lease renewed subnet=%s", self.lease.subnet)
+        # flannel has an info line for it.  Here a healthy day logs nothing; a renewal that fails is a problem line.
+        log.debug("lease renewed subnet=%s", self.lease.subnet)
 
     async def _take_again(self) -> None:
         asked = self._asked
