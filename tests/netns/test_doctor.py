@@ -790,7 +790,7 @@ def test_a_person_reads_two_lines_for_a_fault_and_a_summary(lab: Lab) -> None:
     lines = done.stdout.splitlines()
     assert done.returncode == 2
     assert lines[1].startswith("         -> run `sysctl -w net.ipv4.ip_forward=1`")
-    assert "ok       clock: the clock, and what leases say of it" in lines
+    assert "ok       clock: the clock, NTP, and what leases say of it" in lines
     assert re.match(r"\d+ checks, 2 peers asked: \d error", lines[-1])
     assert "\33" not in done.stdout
 

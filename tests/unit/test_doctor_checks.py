@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import json
 import re
@@ -32,11 +33,14 @@ from udptun.doctor.probes import Echo, Echoes
 from udptun.doctor.processes import Process, daemon_words, flanneld_in
 from udptun.doctor.report import as_json, as_text
 from udptun.doctor.sample import MOST, sample
+from udptun.kernel import clock_sync
 from udptun.kernel.cgroup import Limits
+from udptun.kernel.clock_sync import _Timex, is_clock_synchronised
 from udptun.stores.base import LEASE_TTL_S, Snapshot
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "doctor.md"
 NOW_S = 1_800_000_000.0
+TIME_ERROR = 5
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -123,6 +127,30 @@ async def test_a_clock_that_is_behind_or_ahead_shows_by_our_lease() -> None:
     assert "is ahead" in ahead
     (ancient,) = await causes(kernel.clock, facts(now_s=1000.0))
     assert "before 2025" in ancient
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_kept", "is_said"),
+    [
+        (["--store=etcd"], False, True),
+        (["--kube-subnet-mgr"], False, True),
+        (["--store=etcd"], True, False),
+        (["--store=local"], False, False),
+    ],
+)
+async def test_a_clock_that_nobody_keeps_is_a_note_where_a_server_goes_by_clocks(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], is_kept: bool, is_said: bool
+) -> None:
+    """No test can do it to a machine: the kernel has one clock for all."""
+    monkeypatch.setattr(kernel, "is_clock_synchronised", lambda: is_kept)
+    found = await kernel.clock(facts(options=parse_daemon_flags(flags, {"NODE_NAME": "n1"})))
+    assert [it.severity for it in found] == [Severity.NOTE] * is_said
+    assert all("no NTP" in it.cause and "timedatectl set-ntp true" in it.remedy for it in found)
+
+
+def test_the_kernel_says_whether_its_clock_is_kept() -> None:
+    """adjtimex() itself returns TIME_ERROR for a clock that nobody keeps, so struct timex as we have it is right."""
+    assert is_clock_synchronised() is (clock_sync._libc.adjtimex(ctypes.byref(_Timex())) != TIME_ERROR)
 
 
 async def test_a_kernel_that_corrupts_what_is_sent_is_a_note_and_an_error_where_it_is_used() -> None:

@@ -53,7 +53,7 @@ CHECKS = (
     Check("cgroup-limits", "CPU and memory limits", WARNING, "remove them", kernel.cgroup_limits),
     Check("kernel-version", "kernels that corrupt large sends", ERROR, "another kernel", kernel.kernel_version),
     Check("ipv6-in-kernel", "IPv6 where the network config enables it", ERROR, "boot with it", kernel.ipv6_in_kernel),
-    Check("clock", "the clock, and what leases say of it", ERROR, "NTP", kernel.clock),
+    Check("clock", "the clock, NTP, and what leases say of it", ERROR, "NTP", kernel.clock),
     Check("underlay", "the interface to the other hosts", ERROR, "bring it up", kernel.underlay_interface),
     Check("forwarding", "forwarding of both families, of all links involved", ERROR, "`sysctl -w`", kernel.forwarding),
     Check(

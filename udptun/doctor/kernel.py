@@ -8,6 +8,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 
 from udptun.backends.probe import why_no_tun
+from udptun.config.store_flags import StoreKind
 from udptun.core.family import Family
 from udptun.core.network_state import IPAddress
 from udptun.core.offload import corrupted_by, names
@@ -15,6 +16,7 @@ from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.doctor.sample import sample
 from udptun.kernel import cgroup
+from udptun.kernel.clock_sync import is_clock_synchronised
 from udptun.kernel.ip_forward import find_forwarding_faults
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.pod_links import find_pod_links
@@ -163,7 +165,22 @@ async def clock(facts: Facts) -> list[Finding]:
     if facts.now_s < _EARLIEST_S:
         cause = "the clock of this host stands before 2025, so certificates and leases count as of another time"
         return [Finding(Severity.ERROR, "", cause, "set it: `timedatectl set-ntp true`, or chrony or ntpd")]
-    return list(_lease_times(facts))
+    return [*_lease_times(facts), *_lack_of_ntp(facts)]
+
+
+def _lack_of_ntp(facts: Facts) -> Iterator[Finding]:
+    """It matters where a server judges certificates and ends leases by its own clock."""
+    if facts.options.store.kind not in (StoreKind.ETCD, StoreKind.KUBE) or is_clock_synchronised():
+        return
+    cause = (
+        "nothing tells the kernel that this host's clock is right (no NTP), and certificates and leases of "
+        f"{facts.store.name} count by clocks"
+    )
+    remedy = (
+        "run chrony, ntpd or systemd-timesyncd (`timedatectl set-ntp true`); where the hypervisor keeps the clock, or "
+        "`date -u` is right on all hosts, nothing has to be done"
+    )
+    yield Finding(Severity.NOTE, "", cause, remedy)
 
 
 def _lease_times(facts: Facts) -> Iterator[Finding]:
