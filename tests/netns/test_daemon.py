@@ -572,10 +572,11 @@ def test_service_manager_that_is_gone_costs_one_line(host: Host) -> None:
 def test_daemon_is_alive_but_not_ready_while_it_waits_for_its_store(host: Host) -> None:
     host.start_daemon(["--healthz-port=9000"])
     host.wait_ready()
+    assert get(host, "/metrics", 9000)[0] == 200
     host.stop_daemon()
     host.run([*CLEANUP, "--release"])
     with locked_database(host, "exclusive"):
-        host.start_daemon(["--healthz-port=9000"])
+        host.start_daemon(["--healthz-port=9000", "--metrics=false"])
         wait_until("the daemon to be alive", lambda: answers(host, 9000), 10)
         assert get(host, "/healthz", 9000) == (200, "flanneld is running")
         wait_until("the tunnel's device", host.path("/sys/class/net/flannel0").exists, 10)
@@ -589,6 +590,8 @@ def test_daemon_is_alive_but_not_ready_while_it_waits_for_its_store(host: Host) 
     host.wait_ready()
     assert get(host, "/readyz", 9000) == (200, "flanneld is ready")
     assert get(host, "/nothing", 9000)[0] == 404
+    assert get(host, "/metrics", 9000)[0] == 404
+    assert host.run(["curl", "-sf", "--unix-socket", "/run/udptun/udptun.sock", "http://u/metrics"]).stdout != ""
 
 
 def test_idle_clients_never_take_health_and_status_away(host: Host) -> None:

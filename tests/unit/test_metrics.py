@@ -28,6 +28,8 @@ from udptun.control.metrics.page import MetricsPage
 from udptun.control.metrics.samples import counter_sample, daemon_samples, samples
 from udptun.control.metrics.table import METRICS, Kind, Metric
 from udptun.control.metrics.text import Format, Sample, format_for, render
+from udptun.core.counter_words import COUNTERS as WORDS
+from udptun.core.counter_words import CounterWords
 from udptun.kernel.device_counters import read_device_counters
 from udptun.kernel.process_usage import Usage, usage_of
 from udptun.probing.liveness import Liveness
@@ -141,6 +143,15 @@ def test_the_page_lists_every_metric_in_its_order() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     documented = re.findall(r"^\* \*\*`\w+`\*\*.*\n(?:  .*\n)*", page, re.MULTILINE)
     assert documented == [item_of(metric) for metric in METRICS]
+
+
+def test_the_page_has_each_reason_of_a_drop_in_the_words_of_status() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    row = r"^\| `(encap|decap|inject)` \| `(\w+)` \| (.*) \| \[.*\]\(wire-format.md#([\w-]+)\) \|$"
+    rows = re.findall(row, page, re.MULTILINE)
+    assert {f"{way}_drop_{reason}": CounterWords(words, section) for way, reason, words, section in rows} == {
+        name: words for name, words in WORDS.items() if re.match("(encap|decap|inject)_drop_", name)
+    }
 
 
 def item_of(metric: Metric) -> str:
@@ -339,6 +350,14 @@ def test_each_client_gets_its_format() -> None:
     assert open_type == "application/openmetrics-text; version=1.0.0; charset=utf-8"
     assert read(plain, PLAIN) == read(open_metrics, OPEN)
     assert value(read(plain, PLAIN), "udptun_ready") == 0
+
+
+def test_the_health_port_has_no_metrics_where_nobody_wants_them_there() -> None:
+    """They name the peers, and the port has to be open for whoever asks for health."""
+    answers = Answers(lambda: "")
+    assert set(answers.health(with_metrics=False)) == {"/healthz", "/readyz"}
+    assert "/metrics" in answers.health(with_metrics=True)
+    assert "/metrics" in answers.all
 
 
 def test_daemon_that_is_not_ready_yet_says_so() -> None:

@@ -236,6 +236,9 @@ class Options:
     )
     healthz_ip: str = flag(_RUNNING, str, "0.0.0.0", "IP", "address of /healthz, /readyz and /metrics")
     healthz_port: int = flag(_RUNNING, integer_in(range(PORTS.stop)), 0, "PORT", "their TCP port; 0: do not serve them")
+    metrics: bool = flag(
+        _RUNNING, boolean, True, "", "serve /metrics at the health port; false: at the daemon's socket alone"
+    )
     metrics_peers: int = flag(
         _RUNNING, integer_in(METRICS_PEERS), 100, "N", "of how many peers /metrics has series, the busiest ones"
     )

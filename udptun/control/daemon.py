@@ -113,7 +113,8 @@ class Daemon:
         self._kept = KeptDescriptors(manager, partial(notify.notify, options.notify_socket))
         self._node_status = NodeStatus(options.subnet_file)
         self._answers = Answers(lambda: self._node_status.waiting)
-        self._health_port = HealthPort(self._answers.health, options.healthz_ip, options.healthz_port)
+        shown = self._answers.health(with_metrics=options.metrics)
+        self._health_port = HealthPort(shown, options.healthz_ip, options.healthz_port)
         self._claims = Claims()
         self._hand_over = HandOver(options.run_dir, self._step_back, take_over=options.take_over)
         self._is_stepping_back = False

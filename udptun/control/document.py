@@ -39,15 +39,15 @@ class Answers:
         self._started_s = time.time()
         self._page: MetricsPage | None = None
 
-    @property
-    def health(self) -> Routes:
-        """What everybody who can reach the health port may ask."""
-        return {"/healthz": self._healthz, "/readyz": self._readyz, "/metrics": self._metrics}
+    def health(self, *, with_metrics: bool) -> Routes:
+        """What everybody who can reach the health port may ask.  /metrics names the peers."""
+        routes: Routes = {"/healthz": self._healthz, "/readyz": self._readyz}
+        return {**routes, "/metrics": self._metrics} if with_metrics else routes
 
     @property
     def all(self) -> Routes:
         """What this host's root may ask."""
-        return {**self.health, "/status": self._status, "/trace": self._trace}
+        return {**self.health(with_metrics=True), "/status": self._status, "/trace": self._trace}
 
     def _healthz(self, request: Request) -> Response:
         return Response(HTTPStatus.OK, "flanneld is running")

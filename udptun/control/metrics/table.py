@@ -124,7 +124,7 @@ INJECT_PACKETS = _counter("udptun_inject_packets", "Packets that the daemon has 
 INJECT_SENT = _counter("udptun_inject_sent_packets", "Of them, those that were sent to a peer.")
 INJECT_DELIVERED = _counter("udptun_inject_delivered_packets", "Of them, those that were written to the device.")
 DROPS = _counter(
-    "udptun_drops", "Packets that were dropped, by the reasons in docs/wire-format.md.", "direction", "reason"
+    "udptun_drops", "Packets that were dropped; docs/metrics.md has each reason in words.", "direction", "reason"
 )
 STRANGER_DROPS = _counter(
     "udptun_stranger_drops", "Datagrams of strangers that the kernel has dropped, and the datapath never saw."
