@@ -158,7 +158,7 @@ def captured(public_ip: str, kind: str, backend_data: str) -> list[str]:
 def check_remedy_is_said(host: Host, api: Any) -> None:
     """To whoever asks the daemon, a pod that cannot start, or Kubernetes; the daemon that waits for its podCIDR."""
     remedy = (
-        f"node {host.name}: it has no podCIDR: the controller manager gives each node one when it runs with "
+        f"node {host.name}: it has no podCIDR; the controller manager gives each node one when it runs with "
         "--allocate-node-cidrs=true and --cluster-cidr (kubeadm: --pod-network-cidr=<Network>), or give one by hand: "
         f'kubectl patch node {host.name} -p "spec: {{podCIDR: <subnet>}}"'
     )

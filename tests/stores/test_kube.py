@@ -279,7 +279,7 @@ async def test_a_pod_cidr_of_a_family_that_pods_have_is_enough(
     store = cluster.store()
     store.want_families(families)
     if lacks:
-        with pytest.raises(StoreUnavailableError, match=f"node n1: it has {lacks}, only {cidr}: the controller"):
+        with pytest.raises(StoreUnavailableError, match=f"node n1: it has {lacks}, only {cidr}; the controller"):
             await claim(store, host(1))
     else:
         assert str((await claim(store, host(1))).subnet) == cidr
@@ -323,7 +323,7 @@ async def test_the_pod_says_which_node_it_is(cluster: Cluster) -> None:
 async def test_a_missing_pod_cidr_is_waited_for_and_the_remedy_is_said_to_kubernetes_too(cluster: Cluster) -> None:
     cluster.put_right(lambda it: it.add_node("n1"))
     store = cluster.store()
-    with pytest.raises(StoreUnavailableError, match=r"node n1: it has no podCIDR: .*--allocate-node-cidrs=true"):
+    with pytest.raises(StoreUnavailableError, match=r"node n1: it has no podCIDR; .*--allocate-node-cidrs=true"):
         await claim(store, host(1))
     condition = await asyncio.to_thread(cluster.admin.condition, "n1", "NetworkUnavailable")
     assert condition is not None

@@ -152,7 +152,7 @@ async def foreign_routes(facts: Facts) -> list[Finding]:
                 Severity.ERROR if taken else Severity.WARNING,
                 str(route.dst),
                 f"the route {describe_route(route, names)} is not ours and takes {whose} from the tunnel",
-                f"`ip route delete {describe_route(route, names)}`, and have its owner, such as a VPN, leave it",
+                f"`ip route delete {describe_route(route, names)}`; its owner, such as a VPN, must not set it again",
             )
         )
     return sorted(found, key=lambda it: -it.severity)[:_SHOWN]
@@ -214,12 +214,17 @@ async def network_managers(facts: Facts) -> list[Finding]:
         found.append(Finding(Severity.WARNING, "dhcpcd", cause, remedy))
     if "systemd-network" in running and (file := _networkd_file_for_all()):
         cause = f"systemd-networkd runs, and {file} is for every interface, {device} among them"
-        remedy = "a file before it: `[Match]` `Name=flannel* cni* veth*`, `[Link]` `Unmanaged=yes`; networkctl reload"
+        remedy = (
+            "write a file that comes before it by name, such as /etc/systemd/network/05-flannel.network, with "
+            "`[Match]` `Name=flannel* cni* veth*` and `[Link]` `Unmanaged=yes`; then `networkctl reload`"
+        )
         found.append(Finding(Severity.WARNING, str(file), cause, remedy))
     if "NetworkManager" in running and "flannel" not in _text([it for d in _NM_DIRS for it in d.glob("**/*.conf")]):
         cause = f"NetworkManager runs, and no file of it leaves {device} alone"
         remedy = (
-            "`[keyfile]` `unmanaged-devices=interface-name:flannel*;interface-name:cni*;interface-name:veth*` in conf.d"
+            "write /etc/NetworkManager/conf.d/flannel.conf with `[keyfile]` and "
+            "`unmanaged-devices=interface-name:flannel*;interface-name:cni*;interface-name:veth*`; then "
+            "`systemctl reload NetworkManager`"
         )
         found.append(Finding(Severity.NOTE, "NetworkManager", cause, remedy))
     return found

@@ -153,7 +153,7 @@ class OwnNode:
             )
         if why := lack(node, self.families):
             return (
-                f"node {node.name}: {why}: the controller manager gives each node one when it runs with "
+                f"node {node.name}: {why}; the controller manager gives each node one when it runs with "
                 "--allocate-node-cidrs=true and --cluster-cidr (kubeadm: --pod-network-cidr=<Network>), or give one "
                 # Without a quotation mark that the log would put a backslash before.
                 f'by hand: kubectl patch node {node.name} -p "spec: {{podCIDR: <subnet>}}"'
