@@ -12,20 +12,24 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+from container_runtimes import mount_cgroups
 from faults import Act, Background, StoppedStandby, lease_of_type, on_pod, shell
-from traffic import read_status
+from traffic import listener_at, read_status
 
-from udptun.lab.host import Host
+from udptun.lab.host import UNDERLAY, Host
 from udptun.lab.machine import SOURCE_ROOT, wait_until
-from udptun.lab.topology import DUAL_STACK_NET_CONF, LEASES, NET_CONF, Lab
+from udptun.lab.topology import DUAL_STACK_NET_CONF, KUBE_PORT, LEASES, NET_CONF, Lab
 
 pytestmark = pytest.mark.netns
 
@@ -88,6 +92,16 @@ class Fault:
     """PATH of the doctor."""
     severity: str = "error"
 
+    def is_in(self, findings: Sequence[Document]) -> bool:
+        """Whether one of them names it."""
+        return any(
+            it["check"] == self.check
+            and re.search(self.cause, it["cause"])
+            and re.search(self.remedy, it["remedy"])
+            and it["severity"] == self.severity
+            for it in findings
+        )
+
 
 def nothing(_: Host) -> None:
     """The fault lies in the doctor's flags or environment."""
@@ -125,6 +139,51 @@ class Named:
 
     def stop(self, host: Host) -> None:
         self._program.stop(host)
+
+
+class Limited:
+    """The daemon in a cgroup with a limit, as a container's: of the version of cgroups that has the controller here."""
+
+    _LIMITS: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "memory": {"memory.limit_in_bytes": "94371840", "memory.max": "94371840"},
+        "cpu": {"cpu.cfs_quota_us": "90000", "cpu.max": "90000 100000"},
+    }
+    """Files of version 1 and 2."""
+
+    def __init__(self, controller: str) -> None:
+        self._controller = controller
+
+    def start(self, host: Host) -> None:
+        if not any(host.path("/sys/fs/cgroup").iterdir()):
+            mount_cgroups(host)
+        top = Path("/sys/fs/cgroup")
+        self._parent = top / self._controller if host.path(top / self._controller).is_dir() else top
+        self._pid = read_status(host)["pid"]
+        cgroup = self._parent / f"udptun-{os.getpid()}-{self._controller}"
+        limits = " || ".join(
+            f"echo {value} 2>/dev/null >{cgroup}/{file}" for file, value in self._LIMITS[self._controller].items()
+        )
+        shell(f"mkdir {cgroup}", limits, f"echo {self._pid} >{cgroup}/cgroup.procs")(host)
+
+    def stop(self, host: Host) -> None:
+        cgroup = self._parent / f"udptun-{os.getpid()}-{self._controller}"
+        shell(f"echo {self._pid} >{self._parent}/cgroup.procs; rmdir {cgroup}")(host)
+
+
+class NodeWithoutPodCidr:
+    """The lab's API server, with the host's node, to which nobody has given a podCIDR."""
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+
+    def start(self, host: Host) -> None:
+        from udptun.lab.kube_api.server import ApiServer
+
+        api = self._undo.enter_context(ApiServer(listen=lambda: listener_at(host.lab)))
+        api.do(lambda it: it.add_node(host.name))
+
+    def stop(self, host: Host) -> None:
+        self._undo.close()
 
 
 def filtered(hook: str, rule: str) -> tuple[Act, Act]:
@@ -173,11 +232,15 @@ def leases_without(key: str) -> Act:
 
 PEER = "192.168.77.12"
 RUN_DIR, SUBNET_ENV = "/run/udptun", "/run/flannel/subnet.env"
+WORKER = SOURCE_ROOT / "udptun/datapath/worker.py"
 CNI, BIN = "/run/doctor-cni", "/run/doctor-bin"
 CNI_FLAGS = (f"--cni-conf-dir={CNI}", f"--cni-bin-dir={BIN}")
 FLANNELS = '{"cniVersion": "1.0.0", "name": "cbr0", "plugins": [{"type": "flannel", "delegate": {"type": "bridge"}}]}'
 OTHERS = '{"cniVersion": "1.0.0", "name": "other", "plugins": [{"type": "ptp"}]}'
 STANDBY, DHCPCD, FLANNELD = StoppedStandby(), Named("dhcpcd"), Named("flanneld")
+NETWORKD, NETWORK_MANAGER = Named("systemd-networkd"), Named("NetworkManager")
+MEMORY_LIMIT, CPU_LIMIT = Limited("memory"), Limited("cpu")
+API = NodeWithoutPodCidr()
 
 FAULTS = [
     # The kernel.
@@ -243,7 +306,23 @@ FAULTS = [
         argv=("--store=kube", "--kube-api-url=http://127.0.0.1:1"),
         severity="warning",
     ),
+    Fault(
+        "a kernel without IPv6",
+        "ipv6-in-kernel",
+        "IPv6 is enabled in the network config, and this kernel has none",
+        r"ipv6\.disable=1",
+        shell("mount -t tmpfs none /proc/sys/net/ipv6"),
+        shell("umount /proc/sys/net/ipv6"),
+    ),
     # Packet filters.
+    Fault(
+        "this host's own firewall drops the tunnel",
+        "packet-filters",
+        r"rule 1 of INPUT \(iptables-legacy, table filter\) drops packets of peers to UDP port 8285 here",
+        r"iptables-legacy -I INPUT -p udp --dport 8285 -j ACCEPT",
+        shell("iptables-legacy -I INPUT -p udp --dport 8285 -j DROP"),
+        shell("iptables-legacy -D INPUT -p udp --dport 8285 -j DROP"),
+    ),
     Fault(
         "iptables drops",
         "packet-filters",
@@ -591,6 +670,77 @@ FAULTS = [
 ]
 
 
+STATEFUL = "iptables-nft -{} INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+BEHIND = "iptables-nft -{} INPUT -i eth0 -p udp -j REJECT"
+NETWORKD_FILE = "/run/systemd/network/99-all.network"
+
+AT_ONCE = [
+    Fault(
+        "a memory limit",
+        "cgroup-limits",
+        "the memory limit of this cgroup is 90 MiB",
+        r"resources\.limits\.memory",
+        MEMORY_LIMIT.start,
+        MEMORY_LIMIT.stop,
+        severity="warning",
+    ),
+    Fault(
+        "a CPU limit",
+        "cgroup-limits",
+        r"the CPU limit of this cgroup is 0\.9 processors",
+        r"resources\.limits\.cpu",
+        CPU_LIMIT.start,
+        CPU_LIMIT.stop,
+        severity="warning",
+    ),
+    Fault(
+        "networkd has all interfaces",
+        "network-managers",
+        f"systemd-networkd runs, and {NETWORKD_FILE} is for every interface, flannel0 among them",
+        "Unmanaged=yes",
+        shell(f"mkdir -p /run/systemd/network; printf '[Match]\\nName=*\\n' >{NETWORKD_FILE}"),
+        shell(f"rm {NETWORKD_FILE}"),
+        severity="warning",
+    ),
+    Fault(
+        "networkd",
+        "network-managers",
+        "systemd-networkd runs",
+        "Unmanaged=yes",
+        NETWORKD.start,
+        NETWORKD.stop,
+        severity="warning",
+    ),
+    Fault(
+        "NetworkManager",
+        "network-managers",
+        "NetworkManager runs, and no file of it leaves flannel0 alone",
+        "unmanaged-devices=interface-name:flannel",
+        NETWORK_MANAGER.start,
+        NETWORK_MANAGER.stop,
+        severity="note",
+    ),
+    Fault(
+        "a firewall that lets in what this host has asked for",
+        "packet-filters",
+        r"rule 2 of INPUT \(iptables-nft, table filter\) rejects packets of peers to UDP port 8285 here unless",
+        "iptables-nft -I INPUT -p udp --dport 8285 -j ACCEPT",
+        shell(STATEFUL.format("A"), BEHIND.format("A")),
+        shell(BEHIND.format("D"), STATEFUL.format("D")),
+        severity="warning",
+    ),
+    Fault(
+        "a node without podCIDR",
+        "pod-cidr",
+        r"node h1: it has no (IPv4 |IPv6 )?podCIDR",
+        "allocate-node-cidrs=true",
+        API.start,
+        API.stop,
+    ),
+]
+"""Faults that do not disturb each other: one look has to name them all.  A look costs more than a fault."""
+
+
 def edited_leases(host: Host, statement: str) -> None:
     """A copy of the lab's leases, changed, at /run/edited.db."""
     script = (
@@ -639,19 +789,51 @@ def test_a_route_that_leads_the_tunnel_into_itself_is_named(lab: Lab, doctor: Do
     find(lab.host(1), doctor, fault)
 
 
+def test_faults_at_the_same_time_are_all_named(lab: Lab, doctor: Doctor) -> None:
+    host = lab.host(1)
+    wait_for_health(doctor)
+    lacking: list[str] = []
+    seen: list[Document] = []
+
+    def are_named() -> bool:
+        seen[:] = doctor.look("--store=kube", f"--kube-api-url=http://{UNDERLAY[1]}:{KUBE_PORT}")["findings"]
+        lacking[:] = [it.name for it in AT_ONCE if not it.is_in(seen)]
+        return not lacking
+
+    with ExitStack() as undo:
+        for fault in AT_ONCE:
+            fault.inflict(host)
+            undo.callback(fault.heal, host)
+        assert is_soon(are_named), (lacking, seen)
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_a_kernel_that_corrupts_what_is_sent_and_a_clock_that_is_wrong_are_named(lab: Lab, tmp_path: Path) -> None:
+    """Of another machine, as far as the doctor's process hears: this one has one kernel and one clock for all."""
+    library = tmp_path / "other_machine.so"
+    source = Path(__file__).with_name("other_machine.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    other = {"OTHER_RELEASE": "7.1.0", "OTHER_TIME_S": "172800", "OTHER_NTP": "no", "LD_PRELOAD": str(library)}
+    argv = [sys.executable, "-m", "udptun", "doctor", "--json", "--store=etcd", "--etcd-endpoints=http://127.0.0.1:1"]
+    command = ["env", *(f"{name}={value}" for name, value in other.items()), *argv]
+    said = json.loads(lab.host(1).run(command, check=False).stdout)
+    by_check = {check: [it for it in said["findings"] if it["check"] == check] for check in ("kernel-version", "clock")}
+    (kernel,) = by_check["kernel-version"]
+    assert "Linux 7.1.0" in kernel["cause"]
+    assert "kernel" in kernel["remedy"]
+    ahead, unkept = by_check["clock"]
+    assert re.search(r"our lease has expired \d+ min ago by this host's clock: it is ahead", ahead["cause"])
+    assert "date" in ahead["remedy"]
+    assert (unkept["severity"], "no NTP" in unkept["cause"], "chrony" in unkept["remedy"]) == ("note", True, True)
+
+
 def find(host: Host, doctor: Doctor, fault: Fault) -> None:
     """Do it to the host, see that the doctor names it, and undo it."""
     seen: list[Document] = []
 
     def is_named() -> bool:
         seen[:] = doctor.look(*fault.argv, path=fault.path)["findings"]
-        return any(
-            it["check"] == fault.check
-            and re.search(fault.cause, it["cause"])
-            and re.search(fault.remedy, it["remedy"])
-            and it["severity"] == fault.severity
-            for it in seen
-        )
+        return fault.is_in(seen)
 
     fault.inflict(host)
     try:
@@ -793,6 +975,27 @@ def test_a_person_reads_two_lines_for_a_fault_and_a_summary(lab: Lab) -> None:
     assert "ok       clock: the clock, NTP, and what leases say of it" in lines
     assert re.match(r"\d+ checks, 2 peers asked: \d error", lines[-1])
     assert "\33" not in done.stdout
+
+
+def test_a_datapath_without_a_standby_is_named(lab: Lab, doctor: Doctor) -> None:
+    """Behind all others: that processes have died is a problem line for a minute."""
+
+    def inflict(host: Host) -> None:
+        # What begins from now on ends at once.
+        shell(f"mount --bind /dev/null {WORKER}")(host)
+        (standby,) = read_status(host)["datapath"]["standby_pids"]
+        shell(f"kill -9 {standby}")(host)
+
+    fault = Fault(
+        "no standby",
+        "datapath",
+        "no datapath process is on standby, so packets are lost when the active one dies",
+        "the daemon starts one; if it does not, its log says why",
+        inflict,
+        shell(f"umount {WORKER}"),
+        severity="warning",
+    )
+    find(lab.host(1), doctor, fault)
 
 
 def test_after_the_daemon_has_ended_its_datapath_is_looked_at_all_the_same(lab: Lab, doctor: Doctor) -> None:
