@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families as read_plai
 from traffic import ping, read_status, socket_in, udp_flow, wait_for_peers
 
 from udptun.control.metrics.samples import counter_sample
+from udptun.core.counter_words import is_drop
+from udptun.datapath.stats import Stats
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab
@@ -80,8 +83,32 @@ def peer_packets(host: Host, of: Host, way: str) -> float:
     return scrape(host)[name_of(f"udptun_peer_{way}_packets_total", peer=str(of.subnet))]
 
 
-def test_metrics_status_and_the_other_host_count_the_same_packets(pair: Lab) -> None:
+def counters_in_memory(host: Host) -> dict[str, int]:
+    """The datapath's own, out of the memory that its workers write."""
+    pid = read_status(host)["datapath"]["pid"]
+    (file,) = (it for it in host.path(f"/proc/{pid}/fd").iterdir() if "udptun-stats" in str(it.readlink()))
+    stats = Stats(os.open(file, os.O_RDWR))
+    try:
+        return stats.counters()
+    finally:
+        stats.close()
+
+
+def drops_of(host: Host) -> dict[str, int]:
+    return {name: n for name, n in read_status(host)["counters"].items() if is_drop(name) and n}
+
+
+def drops_on_the_screen(host: Host) -> dict[str, int]:
+    said = host.run([sys.executable, "-m", "udptun", "status"]).stdout
+    rows = re.findall(r"^ +([\d,]+) +\S+ +.*? {2,}(\w*drop_\w+)", said, re.MULTILINE)
+    return {name: int(n.replace(",", "")) for n, name in rows}
+
+
+def test_metrics_status_its_screen_and_the_datapath_count_the_same_packets(pair: Lab) -> None:
+    """And the other host does, as far as it can."""
     one, two = pair.hosts
+    # Nobody leases this: each is dropped.
+    one.run(["ping", "-c", "3", "-i", "0.05", "-W", "0.2", "10.244.250.1"], check=False)
 
     def n_probes() -> int:
         """Of both hosts; each is answered."""
@@ -105,13 +132,15 @@ def test_metrics_status_and_the_other_host_count_the_same_packets(pair: Lab) -> 
 
     def agree() -> bool:
         """Whether nothing came in between, and then all are the same."""
-        status, series, later = read_status(one), scrape(one), read_status(one)
+        status, series, own, later = read_status(one), scrape(one), counters_in_memory(one), read_status(one)
         shown = json.loads(one.run(["ip", "-s", "-j", "link", "show", "flannel0"]).stdout)[0]["stats64"]
         if (status["counters"], status["devices"]) != (later["counters"], later["devices"]):
             return False
         assert counters_in(series, status["counters"]) == status["counters"]
         assert series[name_of("udptun_device_transmit_packets_total", device="flannel0")] == shown["tx"]["packets"]
         assert series[name_of("udptun_device_receive_bytes_total", device="flannel0")] == shown["rx"]["bytes"]
+        # The daemon adds what it counts itself.
+        assert status["counters"] | own == status["counters"]
         (peer,) = status["peers"]
         for key in ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes"):
             assert series[name_of(f"udptun_peer_{key}_total", peer=peer["subnet"])] == peer[key]
@@ -120,6 +149,15 @@ def test_metrics_status_and_the_other_host_count_the_same_packets(pair: Lab) -> 
         return True
 
     wait_until("a moment without packets", agree, 30)
+
+    def agrees_with_its_screen() -> bool:
+        """Which looks twice, half a second apart."""
+        before, on_screen, after = drops_of(one), drops_on_the_screen(one), drops_of(one)
+        assert before != after or on_screen == before
+        return before == after
+
+    wait_until("a moment without drops", agrees_with_its_screen, 30)
+    assert drops_of(one)["encap_drop_no_route"] >= 3
 
 
 def test_each_client_gets_its_format_and_head_has_no_body(pair: Lab) -> None:
