@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from page_commands import ROOT, blocks
 from status_document import DOCUMENT, NOW_S
 
 from udptun.commands import figures
@@ -14,6 +15,7 @@ from udptun.commands.hosts import Look, hosts_of, matching
 from udptun.commands.screen import Page, render
 from udptun.commands.views import Views
 from udptun.core.counter_words import COUNTERS, is_drop
+from udptun.core.offload import ALL, names
 
 NO_LIMITS = Page()
 (PEER,) = DOCUMENT["peers"]
@@ -370,10 +372,10 @@ def test_all_about_one_peer() -> None:
         "path       MTU 1400, the device's is 1472",
         "ECN        marks of congestion reach its pods",
         "lease      by flannel, expires in 1m00s",
-        "IPv4 out   0 bit/s, 0 packets/s; 2 B in 1.23 M packets since it became a peer",
-        "IPv4 in    0 bit/s, 0 packets/s; 4 B in 3 packets since it became a peer",
-        "IPv6 out   0 bit/s, 0 packets/s; 100 B in 1.23 M packets since it became a peer",
-        "IPv6 in    0 bit/s, 0 packets/s; 4 B in 3 packets since it became a peer",
+        "IPv4 out   0 bit/s, 0 packets/s; 2 B in 1.23 M packets so far",
+        "IPv4 in    0 bit/s, 0 packets/s; 4 B in 3 packets so far",
+        "IPv6 out   0 bit/s, 0 packets/s; 100 B in 1.23 M packets so far",
+        "IPv6 in    0 bit/s, 0 packets/s; 4 B in 3 packets so far",
     ]
 
 
@@ -441,3 +443,64 @@ def test_numbers_have_three_digits_and_a_prefix(n: float, scaled: str, count: st
 )
 def test_durations(seconds: float, text: str) -> None:
     assert figures.duration(seconds) == text
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+
+def of_the_page(seconds_ago: float) -> dict[str, Any]:
+    """The host of docs/status.md, and its two peers."""
+    peer = {
+        **PEER,
+        "udptun": True,
+        "any_source_port": True,
+        "ecn": True,
+        "expires_at": NOW_S + 23 * 3600 + 42 * 60,
+        "port": 8285,
+        "path_mtu": 1472,
+    }
+    dead = {**peer, "subnet": "10.244.95.0/24", "public_ip": "192.168.77.13", "liveness": "dead", "rtt_ms": 0.24}
+    n_packets, n_bytes = 2_783 - round(220 * seconds_ago), 3_880_000 - round(322_500 * seconds_ago)
+    traffic = {"encap_packets": n_packets, "encap_bytes": n_bytes, "decap_packets": n_packets, "decap_bytes": n_bytes}
+    alive = {**peer, **traffic, "subnet": "10.244.8.0/24", "public_ip": "192.168.77.12", "rtt_ms": 0.05}
+    line = (
+        "the host of 10.244.95.0/24 at 192.168.77.13 UDP port 8285 has answered and does not any more, nothing has "
+        "come from it since 10:52:37; packets to its pods are refused (host unreachable) until something does; is it "
+        "up, and does the network between the two hosts carry the tunnel's datagrams?"
+    )
+    return {
+        **QUIET,
+        "pid": 2,
+        "uptime_s": 1_050,
+        "store": "local:/run/udptun-lab/leases.db",
+        "store_answers": True,
+        "store_answered_at": NOW_S - 1_049,
+        "lease": {
+            **DOCUMENT["lease"],
+            "subnet": "10.244.90.0/24",
+            "public_ip": "192.168.77.11",
+            "expires_at": NOW_S + 23 * 3600 + 42 * 60,
+        },
+        "underlay": {"interface": "eth0", "address": "192.168.77.11", "mtu": 1500},
+        "backend": {**DOCUMENT["backend"], "offloads": names(ALL)},
+        "datapath": {**DOCUMENT["datapath"], "uptime_s": 1_049, "workers": ["running"]},
+        "firewall": {"form": "iptables", "masquerade": False, "forward": True},
+        "peers": [dead, alive],
+        "counters": {
+            "encap_drop_dead": 3_053 - round(62 * seconds_ago),
+            "decap_drop_length": 900,
+            "encap_drop_no_route": 300,
+        },
+        "problems": [line],
+    }
+
+
+def test_the_page_shows_what_the_screens_print() -> None:
+    screen_block, peer_block, *_ = blocks(ROOT / "docs" / "status.md")
+    views = {wanted: Views(wanted) for wanted in (None, "10.244.8.0/24")}
+    for seconds_ago in (0.5, 0):
+        for view in views.values():
+            view.note(Look(of_the_page(seconds_ago), 100 - seconds_ago, NOW_S))
+    shown = views[None].lines(Page(80, 24))
+    assert [line for line in shown if line] == [line for line in screen_block if line]
+    assert views["10.244.8.0/24"].lines(Page(80, 24)) == peer_block

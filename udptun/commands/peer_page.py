@@ -78,7 +78,7 @@ def _traffic(host: Host, look: Look, earlier: Look | None) -> Iterator[_Row]:
 
 
 def _way(packets: float, n_bytes: float, a_second: str) -> str:
-    return f"{a_second}{unit(n_bytes, 'B')} in {count(packets)} packets since it became a peer"
+    return f"{a_second}{unit(n_bytes, 'B')} in {count(packets)} packets so far"
 
 
 def _a_second(rates: Traffic | None, way: str) -> str:
