@@ -40,7 +40,7 @@ PURE_MODULES = [
     *("backends.alloc", "backends.base", "backends.choice", "backends.hostgw"),
     *("backends.udp", "backends.vtep", "backends.vxlan"),
     *("kernel.interfaces", "kernel.reconcile.change", "kernel.reconcile.plan", "kernel.rtnetlink", "kernel.underlay"),
-    *("probing.beliefs", "probing.carrier", "probing.liveness", "probing.path_mtu"),
+    *("probing.beliefs", "probing.carrier", "probing.liveness", "probing.loss", "probing.path_mtu"),
     *("control.metrics.samples", "control.metrics.table", "control.metrics.text"),
     *("control.trace.checks",),
     *("datapath.learning", "datapath.restarts", "datapath.settings", "datapath.stranger_program"),

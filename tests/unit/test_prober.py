@@ -92,7 +92,8 @@ def test_nothing_is_sent_while_something_is_in_the_way_and_the_reason_is_said(ca
         if probing.state != "off: it is forbidden":
             return False
         assert carrier.lengths == []
-        assert probing.document(SUBNET) == {"liveness": "unknown", "rtt_ms": None, "path_mtu": None}
+        unknown = {"liveness": "unknown", "rtt_ms": None, "rtt_age_s": None, "path_mtu": None}
+        assert probing.document(SUBNET) == {**unknown, "probes_sent": 0, "probes_lost": 0}
         carrier.why_not = None
         return True
 
@@ -100,6 +101,28 @@ def test_nothing_is_sent_while_something_is_in_the_way_and_the_reason_is_said(ca
     assert probing.state == "on"
     assert probing.document(SUBNET)["liveness"] == "alive"
     assert caplog.messages == ["probes are off: it is forbidden", "probes are on"]
+
+
+def test_probes_that_are_never_answered_are_lost_and_those_of_paths_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """How many packets a path loses was known of none: a peer that is heard is not dead, whatever is lost."""
+    monkeypatch.setattr(prober, "_LATE_S", 0.05)
+    carrier = InstantCarrier()
+    probing = Prober(carrier, idle_s=0.1)
+
+    def is_measured() -> bool:
+        if probing.document(SUBNET)["path_mtu"] is None:
+            return False
+        known = probing.document(SUBNET)
+        assert (known["probes_lost"], known["rtt_age_s"]) == (0, 0)
+        # Each of them has left, and its answer comes from somewhere else.
+        carrier.answers_from = IPv4Address("10.244.9.9")
+        return True
+
+    run_until(carrier, probing, is_measured, lambda: probing.document(SUBNET)["probes_lost"] == 2)
+    assert probing.document(SUBNET)["probes_sent"] > 2
+    assert len(carrier.lengths) > probing.document(SUBNET)["probes_sent"]
 
 
 def test_a_path_with_longer_headers_is_not_narrow_with_what_they_leave() -> None:

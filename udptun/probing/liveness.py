@@ -63,6 +63,8 @@ class _Peer:
     heard_s: float
     liveness: Liveness = Liveness.UNKNOWN
     rtt_s: float | None = None
+    answered_s: float | None = None
+    """When its last answer to a probe came, which `rtt_s` is of."""
     unanswered: int = 0
     window_began_s: float = 0.0
     window_packets: int = 0
@@ -138,7 +140,7 @@ class Probing(Generic[K]):
         peer = self._peers.get(key)
         if peer is None:
             return
-        peer.rtt_s = rtt_s
+        peer.rtt_s, peer.answered_s = rtt_s, now_s
         self._hear(key, peer, now_s)
         if peer.liveness is Liveness.UNKNOWN:
             self._become(key, peer, Liveness.ALIVE)
@@ -204,6 +206,11 @@ class Probing(Generic[K]):
         """What is known of a peer, and how long its last answer took, seconds; UNKNOWN of one that nobody has added."""
         peer = self._peers.get(key)
         return (Liveness.UNKNOWN, None) if peer is None else (peer.liveness, peer.rtt_s)
+
+    def answered_s(self, key: K) -> float | None:
+        """When it has last answered a probe; None: never, as far as we know."""
+        peer = self._peers.get(key)
+        return None if peer is None else peer.answered_s
 
     def watched(self) -> list[K]:
         """The peers that are watched closely, or asked just now, and answer."""

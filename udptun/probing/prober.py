@@ -21,6 +21,7 @@ from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.probing.beliefs import Beliefs
 from udptun.probing.carrier import Carrier, Sent, Target
 from udptun.probing.liveness import IDLE_S, Liveness, Probing
+from udptun.probing.loss import Losses
 from udptun.probing.memory import Known, Memory
 from udptun.probing.path_mtu import IDLE_CHECK_S, LEAST, PathMtus
 
@@ -43,13 +44,15 @@ _MAX_LINES = 4
 """Of problems of one kind, and of the log at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Asked:
     subnet: IPNetwork
+    target: Target
     sent: Sent
     at_s: float
     size: int | None
     """Of a probe of the path, bytes; None: it asks whether the peer is alive."""
+    is_answered: bool = False
 
 
 class Prober:
@@ -77,6 +80,7 @@ class Prober:
         """Why nobody is probed, once somebody has looked."""
         self._mtu, self._idle_check_s = 0, idle_check_s
         self._probing: Probing[IPNetwork] = Probing(random.Random(), idle_s)
+        self._losses: Losses[IPNetwork] = Losses()
         self._paths: PathMtus[IPNetwork] = PathMtus(idle_check_s)
         self._beliefs: Beliefs[IPNetwork] = Beliefs(0)
         self._beliefs_due_s = float("-inf")
@@ -156,6 +160,7 @@ class Prober:
             self._beliefs.remove(subnet)
             self._carrier.remove(subnet)
             self._probing.remove([subnet])
+            self._losses.remove([subnet])
             self._paths.remove([subnet])
 
     def switch(self, *, is_on: bool, mtu: int) -> None:
@@ -205,9 +210,18 @@ class Prober:
 
     def document(self, subnet: IPNetwork) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
+        now_s = self._now_s()
         liveness, rtt_s = self._probing.liveness(subnet)
-        rtt_ms = None if rtt_s is None else round(1000 * rtt_s, 3)
-        return {"liveness": liveness.value, "rtt_ms": rtt_ms, "path_mtu": self._paths.measured(subnet)}
+        answered_s = self._probing.answered_s(subnet)
+        counts = self._losses.counts(subnet, now_s)
+        return {
+            "liveness": liveness.value,
+            "rtt_ms": None if rtt_s is None else round(1000 * rtt_s, 3),
+            "rtt_age_s": None if answered_s is None else round(max(now_s - answered_s, 0.0), 1),
+            "path_mtu": self._paths.measured(subnet),
+            "probes_sent": counts.n_probes,
+            "probes_lost": counts.n_lost,
+        }
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -263,8 +277,15 @@ class Prober:
         self._measure(self._paths.due(probing.watched(), now_s), now_s)
         if now_s >= self._save_due_s:
             self._save()
+        self._forget_late(now_s, was_away=was_away)
+
+    def _forget_late(self, now_s: float, *, was_away: bool) -> None:
+        """Wait no longer for the answers to old probes.  Those that asked whether a peer is alive are lost."""
         while self._nonces and now_s - self._by_nonce[self._nonces[0]].at_s > _LATE_S:
-            del self._by_nonce[self._nonces.popleft()]
+            asked = self._by_nonce.pop(self._nonces.popleft())
+            is_of_peer = asked.size is None and self._targets.get(asked.subnet) is asked.target
+            if is_of_peer and not asked.is_answered and not was_away and asked.sent.fate().has_left:
+                self._losses.note(asked.subnet, now_s, is_lost=True)
 
     def _look_at_beliefs(self, sent_to: Iterable[IPNetwork], now_s: float) -> None:
         """Note what the kernel believes of the paths to peers that packets were sent to, and at times of other paths.
@@ -333,11 +354,11 @@ class Prober:
     def _send(self, subnet: IPNetwork, now_s: float, size: int | None) -> _Asked | None:
         """None when there is no room for it."""
         nonce = os.urandom(NONCE_LEN)
-        address = self._targets[subnet].address
-        sent = self._carrier.send(address, nonce, size or min_length(address))
+        target = self._targets[subnet]
+        sent = self._carrier.send(target.address, nonce, size or min_length(target.address))
         if sent is None:
             return None
-        asked = self._by_nonce[nonce] = _Asked(subnet, sent, now_s, size)
+        asked = self._by_nonce[nonce] = _Asked(subnet, target, sent, now_s, size)
         self._nonces.append(nonce)
         return asked
 
@@ -356,8 +377,11 @@ class Prober:
                 self._paths.note_answer(asked.subnet, asked.size, now_s)
                 if asked.subnet in self._beliefs:
                     self._undecided.add(asked.subnet)
-        elif self._asked.get(asked.subnet) is asked:
-            del self._asked[asked.subnet]
+        elif not asked.is_answered:
+            self._losses.note(asked.subnet, now_s, is_lost=False)
+            if self._asked.get(asked.subnet) is asked:
+                del self._asked[asked.subnet]
+        asked.is_answered = True
         self._probing.note_answer(asked.subnet, rtt_s, now_s)
         self._measure(self._paths.due_with_answer(asked.subnet, now_s), now_s)
         self._woken.set()
