@@ -44,6 +44,7 @@ MADE_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("control/daemon.py", "line"): "problem lines",
     ("control/hand_over.py", "line"): "taking over: …",
     ("control/health_port.py", "problem"): "problem lines",
+    ("control/mesh/port.py", "problems[address]"): "problem lines",
     ("control/http.py", "line"): "too many http clients, …",
     ("control/settings.py", "note"): "what the network config has and nobody reads",
     (

@@ -48,6 +48,7 @@ def test_options_have_flannels_defaults_and_the_local_store_when_nothing_is_give
         healthz_port=0,
         metrics=True,
         metrics_peers=100,
+        mesh_port=0,
         take_over=False,
         v=0,
         store=StoreSpec(StoreKind.LOCAL, Path("/var/lib/udptun/leases.db")),
@@ -87,7 +88,7 @@ def test_flags_are_those_of_flannel_and_ours() -> None:
         iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at
         logtostderr alsologtostderr stderrthreshold log_dir"""
     ours = "store mtu port workers source-ports source-check offload-disabled run-dir state-dir node take-over"
-    ours += " datapath-confinement probe metrics metrics-peers log-format"
+    ours += " datapath-confinement probe metrics metrics-peers mesh-port log-format"
     assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
 
 
@@ -95,7 +96,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 39
+    assert len(shared) == 40
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default

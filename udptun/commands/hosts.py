@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 from udptun.core.ip_text import ip_address, ip_network
 from udptun.core.network_state import IPAddress
+from udptun.core.tunnel import device_mtu_to
 
 Document = Mapping[str, Any]
 
 COUNTERS = ("encap_packets", "encap_bytes", "decap_packets", "decap_bytes")
 _NOTHING = dict.fromkeys(COUNTERS, 0)
-_OUTER_IPV6_BYTES = 20
-"""An IPv6 header is so much longer than one of IPv4, so what fits is shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,5 +210,5 @@ def _is_narrow(document: Document, part: Document) -> bool:
     path_mtu = part.get("path_mtu")
     if path_mtu is None:
         return False
-    is_longer = ":" in part["public_ip"] and ":" not in document["underlay"]["address"]
-    return bool(path_mtu < document["backend"]["mtu"] - (_OUTER_IPV6_BYTES if is_longer else 0))
+    full = device_mtu_to(part["public_ip"], document["underlay"]["address"], document["backend"]["mtu"])
+    return bool(path_mtu < full)

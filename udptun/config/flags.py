@@ -242,6 +242,13 @@ class Options:
     metrics_peers: int = flag(
         _RUNNING, integer_in(METRICS_PEERS), 100, "N", "of how many peers /metrics has series, the busiest ones"
     )
+    mesh_port: int = flag(
+        _RUNNING,
+        integer_in(range(PORTS.stop)),
+        0,
+        "PORT",
+        "TCP port of the tunnel address where other hosts may ask for this one's view of the mesh; 0: none",
+    )
     take_over: bool = flag(
         _RUNNING, boolean, False, "", "ask a daemon that runs with this --run-dir to step back, and go on in its place"
     )

@@ -229,6 +229,7 @@ class Daemon:
                 tasks.create_task(keep("firewall", running.firewall.run))
                 tasks.create_task(keep("underlay", running.underlay_watch.run))
                 tasks.create_task(keep("ip_forward", running.ip_forward_watch.run))
+                tasks.create_task(keep("mesh port", running.mesh_port.run))
                 tasks.create_task(_end_with_subnet(running))
                 tasks.create_task(_end_with_families(running))
                 tasks.create_task(keep("reload", lambda: self._reload_on_hangup(running, store)))

@@ -17,6 +17,7 @@ from udptun.control.running import Running
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeasePart
 from udptun.core.lease_table import LeaseTable
+from udptun.core.mesh import PATH as MESH_PATH
 from udptun.kernel.process_usage import usage_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Answers:
     @property
     def all(self) -> Routes:
         """What this host's root may ask."""
-        return {**self.health(with_metrics=True), "/status": self._status, "/trace": self._trace}
+        asked = {"/status": self._status, "/trace": self._trace, MESH_PATH: self._mesh}
+        return {**self.health(with_metrics=True), **asked}
 
     def _healthz(self, request: Request) -> Response:
         return Response(HTTPStatus.OK, "flanneld is running")
@@ -73,6 +75,9 @@ class Answers:
         from udptun.control.trace.page import answer_trace
 
         return await answer_trace(self.running, request)
+
+    async def _mesh(self, request: Request) -> Response:
+        return self._not_ready() if self.running is None else await self.running.mesh_port.answer(request)
 
     def _not_ready(self) -> Response:
         return Response(HTTPStatus.SERVICE_UNAVAILABLE, f"the daemon is not ready yet: {self._waiting()}\n")

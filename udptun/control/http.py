@@ -13,12 +13,16 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 
+from udptun._kabi import lib
 from udptun.core.errors import KernelError, one_line
+from udptun.core.ip_text import ip_address
+from udptun.core.network_state import IPAddress, socket_address
 from udptun.kernel.supervisor import Supervisor
 
 REQUEST_BYTES = 8192
@@ -71,17 +75,30 @@ async def serve(routes: Routes, where: tuple[str, int] | Path) -> Server:
 
     A socket that a dead server left at the path is replaced.  Raises KernelError when the address cannot be had.
     """
+    with _listening_at(where if isinstance(where, Path) else f"{where[0]}:{where[1]}") as listeners:
+        listeners += [_bound_to_path(where)] if isinstance(where, Path) else await _bound_to_address(*where)
+        return Server(routes, listeners)
+
+
+def serve_to_some(routes: Routes, ip: IPAddress, port: int, is_welcome: Callable[[IPAddress], bool]) -> Server:
+    """Answer requests of those who come from an address that is welcome, until the server is closed.
+
+    `ip` need not be an address of this host yet.  Raises KernelError when the port cannot be had.
+    """
+    with _listening_at(socket_address(ip, port)) as listeners:
+        listeners.append(_bound_to_future_address(ip, port))
+        return Server(routes, listeners, is_welcome)
+
+
+@contextmanager
+def _listening_at(name: object) -> Iterator[list[socket.socket]]:
+    """Closes the sockets that the block has put into the list when it fails.  Raises KernelError for OSError."""
     listeners: list[socket.socket] = []
     try:
-        listeners = [_bound_to_path(where)] if isinstance(where, Path) else await _bound_to_address(*where)
-        for listener in listeners:
-            listener.setblocking(False)
-            listener.listen(_BACKLOG)
-        return Server(routes, listeners)
+        yield listeners
     except OSError as exc:
         for listener in listeners:
             listener.close()
-        name = where if isinstance(where, Path) else f"{where[0]}:{where[1]}"
         hint = "another program listens there" if exc.errno == errno.EADDRINUSE else exc.strerror or str(exc)
         # getaddrinfo() has negative numbers of its own.
         raise KernelError(f"cannot listen on {name}", max(exc.errno or 0, 0), hint) from exc
@@ -110,6 +127,20 @@ async def _bound_to_address(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
+def _bound_to_future_address(ip: IPAddress, port: int) -> socket.socket:
+    is_ipv4 = ip.version == 4
+    listener = socket.socket(socket.AF_INET if is_ipv4 else socket.AF_INET6)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # It holds for IPv6, too.
+        listener.setsockopt(socket.IPPROTO_IP, lib.IP_FREEBIND, 1)
+        listener.bind((str(ip), port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
 @dataclass(eq=False, slots=True)
 class _Client:
     """Idle while we wait for its request, or for it to take its answer."""
@@ -119,11 +150,23 @@ class _Client:
 
 
 class Server:
-    """Answers requests at `sockets`, which listen, until it is closed; owns them."""
+    """Answers requests at `sockets`, which are bound, until it is closed; owns them.  Raises OSError.
 
-    def __init__(self, routes: Routes, sockets: Sequence[socket.socket]) -> None:
+    Who comes from an address that is not welcome is turned out unheard.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        sockets: Sequence[socket.socket],
+        is_welcome: Callable[[IPAddress], bool] | None = None,
+    ) -> None:
+        for listener in sockets:
+            listener.setblocking(False)
+            listener.listen(_BACKLOG)
         self.sockets = sockets
         self._routes = routes
+        self._is_welcome = is_welcome
         self._clients: dict[_Client, asyncio.Task[None]] = {}
         """In the order in which they came."""
         self._said_s: dict[str, float] = {}
@@ -146,12 +189,16 @@ class Server:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                connection, _ = await loop.sock_accept(listener)
+                connection, address = await loop.sock_accept(listener)
             except OSError as exc:
                 self._say(f"cannot let an http client in error={exc.strerror!r}")
                 await asyncio.sleep(_ACCEPT_RETRY_S)
                 continue
-            self._let_in(connection)
+            # A link-local address of IPv6 has a zone.
+            if self._is_welcome is None or self._is_welcome(ip_address(address[0].partition("%")[0])):
+                self._let_in(connection)
+            else:
+                connection.close()
             # The client that was let in has its turn before the next one comes.  Else a flood of new clients would turn
             # a probe out before its request is read, which is mostly here already.
             await asyncio.sleep(0)

@@ -15,6 +15,7 @@ from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.config.net_conf import NetConf, keys_that_need_a_restart, replace_live_keys
 from udptun.control.forwarding import Forwarding
+from udptun.control.mesh.port import MeshPort
 from udptun.control.settings import lack, live_settings, set_log_level, underlay_options
 from udptun.core.errors import UdptunError
 from udptun.core.lease import LeaseAttrs
@@ -61,6 +62,7 @@ class Running:
         self.other_families = asyncio.Event()
         """Set when a family can be carried now and could not before, or the other way round, and when this host has
         addresses of other families than before: the daemon begins again."""
+        self.mesh_port = MeshPort(self)
         self.supervisor = Supervisor()
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
@@ -74,6 +76,7 @@ class Running:
             *self.forwarding.problems,
             *self.firewall.problems,
             *self.ip_forward_watch.problems,
+            *self.mesh_port.problems,
             *self.lacks,
             *filter(None, [self.underlay_watch.problem]),
             *self._other_problems(),

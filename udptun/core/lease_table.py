@@ -72,6 +72,10 @@ class LeaseTable:
         """Usable leases by key: a live view, good until the next update."""
         return self._used
 
+    def is_first_address(self, address: IPAddress) -> bool:
+        """Whether the subnet of a usable lease begins with it, as that of a peer does with its tunnel address."""
+        return address.version == self.family.value and self._space.is_first(int(address))
+
     def part(self, lease: Lease) -> LeasePart:
         """What a usable lease says of the table's family."""
         return lease.part(self.family, self._outer(lease.attrs))
@@ -293,6 +297,9 @@ class _AddressSpace:
         del self._holders[taken.first]
         del self._firsts[bisect_left(self._firsts, taken.first)]
         self._remove_public_ip(taken.public_ip)
+
+    def is_first(self, address: int) -> bool:
+        return address in self._holders
 
     def _reason_against(self, wanted: _Addresses) -> str | None:
         """Why packets for the lease, or for a host whose address lies in it, would go round in circles."""

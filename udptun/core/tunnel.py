@@ -48,6 +48,14 @@ class Confinement(StrEnum):
     """And every system call that they do without."""
 
 
+def device_mtu_to(public_ip: str, here: str, mtu: int) -> int:
+    """How long packets to a peer may be by the device, bytes.  `here` is this host's own underlay address.
+
+    Where that is of IPv4, `mtu` allows for an outer header of IPv4, and one of IPv6 takes 20 bytes more.
+    """
+    return mtu - (20 if ":" in public_ip and ":" not in here else 0)
+
+
 def default_workers(n_cpus: int) -> int:
     """How many datapath threads serve a machine of so many processors.
 

@@ -1,0 +1,1 @@
+"""What this host says of its peers to the others: docs/mesh.md."""
