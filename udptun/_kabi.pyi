@@ -50,6 +50,7 @@ class _Lib:
     IPV6_MTU: int
     IPV6_MTU_DISCOVER: int
     IP_RECVERR: int
+    IP_FREEBIND: int
     CLONE_NEWNS: int
     CLONE_NEWNET: int
     CLONE_NEWPID: int

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Interface
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from udptun.commands import status
 from udptun.core.errors import UdptunError
@@ -27,6 +27,8 @@ from udptun.core.trace_request import TraceRequest
 from udptun.lab.host import UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import KUBE_PORT, LEASES, NET_CONF, Lab
+
+T = TypeVar("T")
 
 _END = Path(__file__).with_name("traffic_end.py")
 _DEADLINE_S = 30.0
@@ -335,25 +337,30 @@ def seconds_until(holds: Callable[[], bool], what: str, timeout_s: float) -> flo
     return time.monotonic() - start
 
 
+def in_network_of(place: Host | Pod, act: Callable[[], T]) -> T:
+    """What `act` returns, on a thread in the network namespace of `place`."""
+    net_ns = place.machine.at().net_ns if isinstance(place, Host) else place.host.machine.at(place.name).net_ns
+    found: list[T] = []
+
+    def run() -> None:
+        with net_ns.open() as file:
+            if _libc.setns(file.fileno(), _CLONE_NEWNET) == 0:
+                found.append(act())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found, f"that failed in {net_ns}"
+    return found[0]
+
+
 @contextlib.contextmanager
 def socket_in(
     place: Host | Pod, kind: int, protocol: int = 0, family: int = socket.AF_INET
 ) -> Iterator[socket.socket]:
     """A socket of ours in the network namespace of `place`: it stays there, whichever thread uses it."""
-    net_ns = place.machine.at().net_ns if isinstance(place, Host) else place.host.machine.at(place.name).net_ns
-    made: list[socket.socket] = []
-
-    def make() -> None:
-        with net_ns.open() as file:
-            if _libc.setns(file.fileno(), _CLONE_NEWNET) == 0:
-                made.append(socket.socket(family, kind, protocol))
-
-    thread = threading.Thread(target=make)
-    thread.start()
-    thread.join()
-    assert made, f"cannot make a socket in {net_ns}"
-    with made[0]:
-        yield made[0]
+    with in_network_of(place, lambda: socket.socket(family, kind, protocol)) as made:
+        yield made
 
 
 def listener_at(lab: Lab) -> socket.socket:

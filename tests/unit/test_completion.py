@@ -39,7 +39,7 @@ def test_pages_have_every_command_every_action_and_every_flag(pages: Mapping[tup
     assert list(pages[("lease",)].actions) == ["list", "show", "reserve", "release", "init"]
     assert list(pages[("config",)].actions) == ["check", "show"]
     assert list(pages[("cni",)].actions) == ["install", "gc"]
-    assert {"up", "exec", "status", "doctor", "down"} <= pages[("lab",)].actions.keys()
+    assert {"up", "exec", "status", "doctor", "mesh", "down"} <= pages[("lab",)].actions.keys()
     assert list(pages[("completion",)].actions) == list(completion.SHELLS)
     assert {"--hosts", "--net-conf", "--daemon"} <= set(names(pages[("lab", "up")]))
     assert names(pages[("health",)]) == ["--live", "--ready", "--run-dir"]

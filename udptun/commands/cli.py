@@ -274,6 +274,12 @@ def _trace(argv: list[str], environ: Mapping[str, str]) -> int:
     return trace.run(argv, environ)
 
 
+def _mesh(argv: list[str], environ: Mapping[str, str]) -> int:
+    from udptun.commands.mesh import command
+
+    return command.run(argv, environ)
+
+
 def _health(argv: list[str], environ: Mapping[str, str]) -> int:
     from udptun.commands import health
 
@@ -403,6 +409,7 @@ _COMMANDS: Mapping[str, tuple[str, _Command]] = {
     "doctor": ("say what is wrong on this host and what to do about it", _doctor),
     "config": ("check a network config; show the settings in force and where each came from", _config),
     "trace": ("say what would happen to a packet on this host, and why", _trace),
+    "mesh": ("say which host reaches which, as the hosts themselves see it; as a page too (--html)", _mesh),
     "health": ("say whether the daemon lives (--live) and is ready (--ready); for probes", _health),
     "cleanup": ("stop the datapath and remove what the daemon made", _cleanup),
     "lease": ("list, show, reserve and release leases; write a leases file", _lease),

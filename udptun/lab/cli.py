@@ -1,4 +1,4 @@
-"""`udptun lab up | exec | status | doctor | down`."""
+"""`udptun lab up | exec | status | doctor | mesh | down`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from udptun.lab.errors import LabError
 from udptun.lab.machine import SOURCE_ROOT, Place
 from udptun.lab.podman import PROGRAMS
 from udptun.lab.topology import DEFAULT_NET_CONF, DUAL_STACK_NET_CONF, SWITCH, Lab
+
+_MESH_PORT = 8286
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -71,6 +73,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     doctor.add_argument("hosts", nargs="*", metavar="HOST")
     doctor.add_argument("--json", action="store_true")
     doctor.add_argument("--all", action="store_true", help="also what is fine")
+    mesh = command("mesh", _mesh, "udptun mesh in a host: which host reaches which")
+    mesh.add_argument("host", nargs="?", metavar="HOST", help="(default: the first one that is up)")
+    mesh.add_argument("--json", action="store_true")
+    mesh.add_argument("--html", type=Path, metavar="FILE", help="write the page as well")
     command("down", _down, "remove the lab and everything that runs in it")
 
 
@@ -156,6 +162,8 @@ def _build_and_serve(options: argparse.Namespace, starter: socket.socket) -> Non
             ipv6=options.ipv6,
         ) as lab,
     ):
+        if not options.daemon:
+            lab.daemon_command.append(f"--mesh-port={_MESH_PORT}")
         lab.start()
         print(f"lab: {options.name} is up; `udptun lab exec --name {options.name} h1 -- COMMAND` runs a command in it")
         sys.stdout.flush()
@@ -260,6 +268,19 @@ def _doctor(options: argparse.Namespace) -> int:
         ended = f"ended with status {running[name].returncode} and has said nothing"
         print(f"udptun lab doctor: the one on {name} {ended}", file=sys.stderr)
     return max(*(child.returncode for child in running.values()), 2 * bool(silent))
+
+
+def _mesh(options: argparse.Namespace) -> int:
+    """As one host sees it, which asks the others; the exit status is its own."""
+    lab = owner.RunningLab.find(options.name)
+    with lab.connection:
+        status = lab.status()
+    names = [options.host] if options.host else [host["name"] for host in status["hosts"] if host["up"]]
+    if not names:
+        raise LabError(f"no host of the lab {options.name} is up, so there is nobody to ask")
+    flags = [*(["--json"] * options.json), *([] if options.html is None else ["--html", str(options.html.absolute())])]
+    environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+    return _place(status, names[0]).popen([sys.executable, "-m", "udptun", "mesh", *flags], env=environ).wait()
 
 
 def _down(options: argparse.Namespace) -> int:
