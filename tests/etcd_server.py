@@ -87,6 +87,10 @@ def _openssl(*arguments: str | Path) -> None:
     subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
+GRANT = ("role", "grant-permission", "flannel", "--prefix=true", "readwrite")
+"""What docs/operations.md tells to run, before the prefix."""
+
+
 class EtcdServer:
     """One member.  `command` goes before etcd's and etcdctl's own (ip netns exec ... for one in a namespace).
 
@@ -243,7 +247,7 @@ class EtcdServer:
         self.etcdctl("user", "add", "flannel:secret")
         self.etcdctl("role", "add", "flannel")
         for prefix in grants:
-            self.etcdctl("role", "grant-permission", "flannel", "--prefix=true", "readwrite", prefix)
+            self.etcdctl(*GRANT, prefix)
         self.etcdctl("user", "grant-role", "flannel", "flannel")
         self.etcdctl("auth", "enable")
         self.user = "root:rootpw"

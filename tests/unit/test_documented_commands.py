@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 import yaml
+from etcd_server import GRANT
 from page_commands import ELSEWHERE, IN_SENTENCES, ROOT, RUN, Command, all_commands, commands, pages, programs_missed
 from start_undone import start_undone
 
@@ -161,6 +162,11 @@ def test_modules_that_the_pages_run_exist_and_know_their_flags() -> None:
         source = "".join(path.read_text() for path in sources)
         assert source, text
         assert [flag for flag in flags_of(" ".join(rest)) if f'"{flag}"' not in source] == [], text
+
+
+def test_rights_in_etcd_are_given_as_the_page_says_and_nothing_else_is() -> None:
+    (command,) = (it.text for it in COMMANDS if "grant-permission" in it.text)
+    assert command.split() == ["etcdctl", *GRANT, "/coreos.com/network"]
 
 
 def test_values_of_the_helm_command_make_the_chart_that_the_page_says() -> None:
