@@ -329,7 +329,7 @@ def test_table_refuses_more_peers_than_it_holds_and_keeps_the_others(
     n_free: int, table: TableWriter, stats: Stats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The greatest index is in use, with all others or with few."""
-    monkeypatch.setattr(table, "_free", table._free[:n_free])
+    monkeypatch.setattr(table, "_top", LAYOUT["max_peers"] - 1 - n_free)
     n_ipv4 = n_free // 2
     first, second = NETWORK.subnets(new_prefix=24), IPv6Network("2001:db8::/47").subnets(new_prefix=64)
     subnets = [*islice(first, n_ipv4), *islice(second, n_free - n_ipv4)]
@@ -352,7 +352,7 @@ def test_peers_for_which_the_table_has_no_room_are_named_and_added_when_others_g
     tmp_path: Path, table: TableWriter, stats: Stats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, the lease of one host too many ended the daemon of every host, and each start again."""
-    monkeypatch.setattr(table, "_free", [3, 2, 1])
+    monkeypatch.setattr(table, "_top", LAYOUT["max_peers"] - 1 - 3)
     subnets = [IPv4Network((NETWORK.network_address + 256 * n, 24)) for n in range(1, 7)]
 
     async def main() -> None:

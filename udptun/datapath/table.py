@@ -60,9 +60,8 @@ class TableWriter:
         """By the index of a peer: the addresses that it sends from beside its public IP, and the port; 0: any."""
         self._is_learned_written = True
         self._let_in: tuple[IPAddress, ...] = ()
-        # Highest number first, so that the lowest is taken first and what is in use stays dense.  A list of so many
-        # numbers would be 2.5 MB.
-        self._free = array("I", range(LAYOUT["max_peers"] - 1, 0, -1))
+        # Up to `top`.  They are taken before a higher one, the last of them first, so that what is in use stays dense.
+        self._free: list[int] = []
         # Freed since the last flip: a worker may still count packets under them.
         self._resting: list[int] = []
         self._fresh: list[int] = []
@@ -163,9 +162,9 @@ class TableWriter:
         before = None if index is None else self._identity(index)
         was_at = 0 if index is None else self._remote_of(index)
         if index is None:
-            if not self._free:
+            if not self.has_room:
                 raise DatapathError(f"cannot add the peer {subnet}: the table holds {LAYOUT['max_peers'] - 1} at most")
-            index = self._free.pop()
+            index = self._free.pop() if self._free else self._top + 1
             self._index[subnet], self._subnet_at[index] = index, subnet
             self._fresh.append(index)
             self._top = max(self._top, index)
@@ -252,7 +251,7 @@ class TableWriter:
     @property
     def has_room(self) -> bool:
         """Whether one more peer can be added before the next `publish`."""
-        return bool(self._free)
+        return bool(self._free) or self._top < LAYOUT["max_peers"] - 1
 
     @property
     def subnets(self) -> Collection[IPNetwork]:
@@ -329,7 +328,7 @@ class TableWriter:
         for outer, index, port in LEARNED.iter_unpack(slot.learned[: slot["n_learned"] * LEARNED.size]):
             self._learned.setdefault(index, {})[shm.unmapped(outer)] = port
         self.ask(0)
-        self._free = array("I", (index for index in self._free if index not in self._subnet_at))
+        self._free = [index for index in range(self._top, 0, -1) if index not in self._subnet_at]
 
     def _identity(self, index: int) -> tuple[bytes, int, bytes]:
         """What of a peer's entry says which host it is."""
