@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,15 +84,17 @@ class Message:
     source: str
 
 
-def messages() -> Iterator[Message]:
+@functools.cache
+def messages() -> tuple[Message, ...]:
     """Those of the package at level info and above, but for those of the lab and the doctor, which are no daemons."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        module = str(path.relative_to(PACKAGE))
-        if module.startswith(("lab/", "doctor/")):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and (found := message_of(module, node)):
-                yield found
+    modules = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return tuple(
+        found
+        for module, path in modules.items()
+        if not module.startswith(("lab/", "doctor/"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and (found := message_of(module, node))
+    )
 
 
 def message_of(module: str, call: ast.Call) -> Message | None:
@@ -130,13 +133,13 @@ def entries(heading: str = "") -> list[tuple[str, str, str]]:
     return found
 
 
-ALL = list(messages())
 ENTRIES = {(level, message): what for level, message, what in entries()}
 ELSEWHERE = {message: level for level, message, _ in entries("elsewhere")}
 
 
 def test_page_has_each_message_of_the_code_with_its_level() -> None:
-    wanted = {(it.level, text) for it in ALL if it.text is not None for text in SHOWN_AS.get(it.text, (it.text,))}
+    texts = {(it.level, it.text) for it in messages() if it.text is not None}
+    wanted = {(level, text) for level, it in texts for text in SHOWN_AS.get(it, (it,))}
     assert len(wanted) > 90
     assert wanted - ENTRIES.keys() == set(), "give each an entry in docs/messages.md: cause, and remedy"
     stale = ENTRIES.keys() - wanted - {("info", it) for it in LEARNED}
@@ -144,7 +147,7 @@ def test_page_has_each_message_of_the_code_with_its_level() -> None:
 
 
 def test_page_has_each_kind_of_line_that_is_made_elsewhere() -> None:
-    there = {(it.module, it.source) for it in ALL if it.text is None}
+    there = {(it.module, it.source) for it in messages() if it.text is None}
     assert there == MADE_ELSEWHERE.keys()
     named = set(MADE_ELSEWHERE.values()) - {"learned address forgotten: not proved again for … s"}
     assert named == ELSEWHERE.keys()
@@ -162,7 +165,7 @@ def test_each_warning_and_error_has_a_cause_and_a_remedy() -> None:
 
 def test_each_message_is_a_constant_whose_fields_differ_and_are_none_of_the_logs_own() -> None:
     """--log-format=json makes a key of each field."""
-    for it in ALL:
+    for it in messages():
         names = re.findall(r"\b(\w+)=…", it.text or "")
         assert len(set(names)) == len(names), it
         assert not {"time", "level", "logger", "message", "exception"}.intersection(names), it
