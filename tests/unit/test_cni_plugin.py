@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import udptun
+from tests.any_text import TEXT
 from tests.cni_plugin import (
     DUAL_ENV,
     IPV4_ENV,
@@ -452,8 +453,8 @@ def test_bad_configuration_is_one_error(
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["type", "routes", "dst"]), inner),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXT | st.sampled_from(["type", "routes", "dst"]), inner),
     max_leaves=8,
 )
 KEYS = ("name", "cniVersion", "subnetFile", "dataDir", "delegate", "ipam", "runtimeConfig", "cni.dev/valid-attachments")
@@ -472,7 +473,7 @@ def test_any_json_is_obeyed_or_is_one_error(members: dict[str, Any], good: dict[
         Reservations(netconf.delegate_conf(netconf.parse(text), subnet))
 
 
-@given(st.text() | st.lists(st.sampled_from([*IPV4_ENV.split(), *"=/,.\n", "FLANNEL_SUBNET=", "1"])).map("".join))
+@given(TEXT | st.lists(st.sampled_from([*IPV4_ENV.split(), *"=/,.\n", "FLANNEL_SUBNET=", "1"])).map("".join))
 def test_any_subnet_env_is_read_or_is_one_error(text: str) -> None:
     with contextlib.suppress(CniError):
         subnet_env.parse(text, "subnet.env")

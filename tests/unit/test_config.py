@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any
 
 import pytest
+from any_text import TEXT
 from fake_store import FakeStore
 from hypothesis import given
 from hypothesis import strategies as st
@@ -631,8 +632,8 @@ def test_config_error_text_shortens_a_long_value() -> None:
 
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["10.0.0.0/8", "udp"]),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["10.0.0.0/8", "udp"]),
+    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
     max_leaves=8,
 )
 KEYS = st.sampled_from(["Network", "SubnetLen", "SubnetMin", "SubnetMax", "EnableIPv6", "IPv6Network", "Backend"])
@@ -641,7 +642,7 @@ BACKENDS = st.dictionaries(
 )
 
 
-@given(st.text() | st.dictionaries(KEYS, JSON_VALUES | BACKENDS).map(json.dumps))
+@given(TEXT | st.dictionaries(KEYS, JSON_VALUES | BACKENDS).map(json.dumps))
 def test_config_parser_never_raises_anything_but_config_error(text: str) -> None:
     try:
         conf = parse(text)

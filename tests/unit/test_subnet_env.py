@@ -11,8 +11,8 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 
 import pytest
+from any_text import TEXT
 from hypothesis import given
-from hypothesis import strategies as st
 
 from udptun.backends.choice import parse_net_conf
 from udptun.config import subnet_env
@@ -103,7 +103,7 @@ def test_parse_says_why_when_content_is_bad(text: str, subnets: Subnets | None, 
     assert subnet_env.parse(text) == (subnets, reason)
 
 
-@given(st.text() | st.text().map(lambda text: f"FLANNEL_SUBNET={text}"))
+@given(TEXT | TEXT.map(lambda text: f"FLANNEL_SUBNET={text}"))
 def test_parse_never_raises(text: str) -> None:
     subnets, reason = subnet_env.parse(text)
     assert subnets is not None or reason
