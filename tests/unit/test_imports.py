@@ -6,7 +6,7 @@ import ast
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,9 +82,25 @@ def floor_of(folder: str) -> int:
     return next(number for number, rooms in enumerate(FLOORS) if folder in rooms)
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names that the file imports, anywhere in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+@pytest.fixture(scope="module")
+def imports_of() -> Mapping[Path, Sequence[ast.AST]]:
+    """Of each file of the package: its import statements, and where it takes a name from the module `ipaddress`."""
+
+    def is_of_ipaddress(node: ast.AST) -> bool:
+        return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ipaddress"
+
+    return {
+        path: [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom) or is_of_ipaddress(node)
+        ]
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def imported(nodes: Sequence[ast.AST]) -> set[str]:
+    """Top-level names that these import."""
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     return {name.partition(".")[0] for name in names}
@@ -100,9 +116,8 @@ EXCEPTIONS = {("commands", "lab")}
 """`udptun lab` is a command; its code stands beside the house."""
 
 
-def imported_of_ours(path: Path) -> set[str]:
-    """The folders of `udptun` that the file imports from, anywhere in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+def imported_of_ours(nodes: Sequence[ast.AST]) -> set[str]:
+    """The folders of `udptun` that these import from."""
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -113,18 +128,22 @@ def imported_of_ours(path: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def loaded_with() -> Mapping[str, list[str]]:
-    """Pure module -> every module that is there when it is imported first, in a process of its own."""
+    """Pure module -> every module that is there when it is imported, with pure ones alone there before."""
     script = """if True:
         import os, sys
-        for name in sys.argv[1:]:
+        shell, *names = sys.argv[1:]
+        for name in names:
             if os.fork() == 0:
                 __import__(name)
                 print(name, *sys.modules, flush=True)
-                os._exit(0)
-            os.wait()
+                os._exit(not sys.modules.keys().isdisjoint(shell.split(",")))
+            if os.wait()[1] == 0:
+                # Many modules import the same ones.
+                __import__(name)
     """
     names = [f"udptun.{module}" for module in pure_modules()]
-    done = subprocess.run([sys.executable, "-c", script, *names], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, ",".join(SHELL), *names]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     return {name: loaded for name, *loaded in map(str.split, done.stdout.splitlines())}
 
 
@@ -140,35 +159,41 @@ def test_every_folder_has_a_floor() -> None:
     assert rooms == set().union(*FLOORS) | {"lab"}
 
 
-def test_module_imports_from_its_own_folder_and_from_lower_floors_only() -> None:
+def test_module_imports_from_its_own_folder_and_from_lower_floors_only(
+    imports_of: Mapping[Path, Sequence[ast.AST]],
+) -> None:
     upward = [
         f"{path.relative_to(PACKAGE)} imports {name}"
-        for path in PACKAGE.rglob("*.py")
+        for path, nodes in imports_of.items()
         if (folder := path.relative_to(PACKAGE).parts[0]) != "lab" and path.parent != PACKAGE
-        for name in imported_of_ours(path)
+        for name in imported_of_ours(nodes)
         if name != folder and (name == "lab" or floor_of(name) >= floor_of(folder)) and (folder, name) not in EXCEPTIONS
     ]
     assert not upward
 
 
-def test_each_library_with_an_owner_is_imported_by_its_owner_only() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        for library in OWNERS.keys() & imported(path):
+def test_each_library_with_an_owner_is_imported_by_its_owner_only(
+    imports_of: Mapping[Path, Sequence[ast.AST]],
+) -> None:
+    for path, nodes in imports_of.items():
+        for library in OWNERS.keys() & imported(nodes):
             assert str(path.relative_to(PACKAGE)) in OWNERS[library], f"{path} imports {library}"
 
 
-def test_text_of_others_is_read_by_ip_text_alone() -> None:
+def test_text_of_others_is_read_by_ip_text_alone(imports_of: Mapping[Path, Sequence[ast.AST]]) -> None:
     """The functions of `ipaddress` take zones.  The other modules here give them what the kernel or host-local says."""
     owners = {"core/ip_text.py", "kernel/link_messages.py", "probing/host.py", "datapath/sockets.py"}
     owners |= {"cni/bridge.py", "cni/reservations.py"}
     functions = {"ip_address", "ip_network", "ip_interface"}
     found = set()
-    for path in {*PACKAGE.rglob("*.py")} - {*(PACKAGE / "lab").rglob("*.py")}:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path, nodes in imports_of.items():
+        if path.is_relative_to(PACKAGE / "lab"):
+            continue
+        for node in nodes:
             names = set[str]()
             if isinstance(node, ast.ImportFrom) and node.module == "ipaddress":
                 names = {alias.name for alias in node.names}
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ipaddress":
+            elif isinstance(node, ast.Attribute):
                 names = {node.attr}
             if names & functions:
                 found.add(str(path.relative_to(PACKAGE)))
