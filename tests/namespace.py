@@ -39,6 +39,15 @@ class Namespace:
         print("+", *argv)
         subprocess.run(argv, check=True, timeout=30)
 
+    def add_ipv6(self, address: str, device: str) -> None:
+        """Add `address`, ADDRESS/LENGTH, to a device that is up, and wait until packets to it are ours.
+
+        A thread of the kernel adds the route for that: often later than `ip` ends, and much later on a busy machine.
+        """
+        self.ip(f"-6 address add {address} dev {device} nodad")
+        ours = address.partition("/")[0]
+        seconds_until(lambda: ours in {it["dst"] for it in self.show("-6 route show table local type local")}, 30)
+
     def show(self, command: str) -> list[dict[str, Any]]:
         """What `ip -j <command>` answers; nothing when it fails, as for a device that is not there."""
         argv = ["ip", "-j", "-d", "-n", self.name, *command.split()]

@@ -84,7 +84,7 @@ class Host:
             self.ns.call(lambda name=name, value=value: Path(f"/proc/sys/net/{name}").write_text(value))
         self.ns.ip(f"link set t0 mtu {MTU} up")
         self.ns.ip(f"address add {self.ipv4}/32 dev t0")
-        self.ns.ip(f"-6 address add {self.ipv6}/128 dev t0 nodad")
+        self.ns.add_ipv6(f"{self.ipv6}/128", "t0")
         self.ns.ip(f"route add {NETWORK} dev t0 src {self.ipv4}")
         self.ns.ip(f"-6 route add {NETWORK_IPV6} dev t0 src {self.ipv6}")
 

@@ -156,7 +156,7 @@ def undo() -> Iterator[ExitStack]:
 def ns() -> Iterator[Namespace]:
     with namespace() as ns:
         for address in (HERE, PEER, OTHER_IPV6, STRANGER):
-            ns.ip(f"address add {address}/128 dev lo nodad")
+            ns.add_ipv6(f"{address}/128", "lo")
         yield ns
 
 
