@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import inspect
 import os
 import statistics
@@ -69,6 +70,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             for kind, text in report.user_properties:
                 if kind == "figure" and report.when == "call":
                     terminalreporter.write_line(f"{report.nodeid}: {text}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is made while tests are collected stays: do not look for garbage among it, neither now nor later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -15,6 +15,7 @@ def start_undone() -> Iterator[None]:
     Programs that are started later inherit ignored signals.
     """
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    n_frozen = gc.get_freeze_count()
     try:
         yield
     finally:
@@ -22,4 +23,5 @@ def start_undone() -> Iterator[None]:
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)
         gc.enable()
-        gc.unfreeze()
+        if gc.get_freeze_count() > n_frozen:
+            gc.unfreeze()
