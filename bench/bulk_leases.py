@@ -1,6 +1,6 @@
 """Put leases of hosts that do not exist into a local store's database, all at once.
 
-    python bulk_leases.py DATABASE NETWORK N
+    python bulk_leases.py DATABASE NETWORK N [IPV6-NETWORK]
 
 Leases of an earlier call are removed first; leases that daemons hold stay.  Runs where the database's directory is, and
 needs nothing but the standard library.
@@ -12,27 +12,35 @@ import json
 import sqlite3
 import sys
 import time
-from ipaddress import IPv4Address, IPv4Network
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 FIRST_PUBLIC_IP = IPv4Address("198.18.0.0")
 """The first of 131,072 addresses that are set aside for benchmarks (RFC 2544).  No host of a lab has one of them."""
 
 
-def put(database: sqlite3.Connection, network: IPv4Network, n: int) -> None:
+def put(database: sqlite3.Connection, network: IPv4Network, n: int, ipv6_network: IPv6Network | None = None) -> None:
+    """`ipv6_network`: each lease has a /64 of it too, and its host takes IPv6."""
     public_ips = [str(FIRST_PUBLIC_IP + i) for i in range(n)]
-    values = [json.dumps({"PublicIP": ip, "BackendType": "udp"}) for ip in public_ips]
+    data = {} if ipv6_network is None else {"BackendData": {"Udptun": 1, "IPv6": True}}
+    values = [json.dumps({"PublicIP": ip, "BackendType": "udp", **data}) for ip in public_ips]
     with database:
         database.execute("delete from leases where value like '%198.18.%' or value like '%198.19.%'")
-        taken = {key for (key,) in database.execute("select key from leases")}
-        first = int(network.network_address)
-        keys = (f"{IPv4Address(first + (i << 8))}-24" for i in range(network.num_addresses >> 8))
-        free = (key for key in keys if key not in taken)
+        taken = {half for (key,) in database.execute("select key from leases") for half in key.split("&")}
+        free = [(key for key in _keys(it) if key not in taken) for it in (network, ipv6_network) if it is not None]
         expires = time.time() + 86_400
-        rows = [(next(free), value, expires) for value in values]
+        rows = [("&".join(map(next, free)), value, expires) for value in values]
         database.executemany("insert into leases (key, value, expires) values (?, ?, ?)", rows)
+
+
+def _keys(network: IPv4Network | IPv6Network) -> Iterator[str]:
+    """All /24 or /64 of `network`, as halves of a lease's key."""
+    address, length = (IPv4Address, 24) if network.version == 4 else (IPv6Address, 64)
+    first, shift = int(network.network_address), network.max_prefixlen - length
+    return (f"{address(first + (i << shift))}-{length}" for i in range(network.num_addresses >> shift))
 
 
 if __name__ == "__main__":
     connection = sqlite3.connect(sys.argv[1], timeout=60)
-    put(connection, IPv4Network(sys.argv[2]), int(sys.argv[3]))
+    put(connection, IPv4Network(sys.argv[2]), int(sys.argv[3]), *map(IPv6Network, sys.argv[4:]))
     connection.close()

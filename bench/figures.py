@@ -14,10 +14,9 @@ PYTUN = "pytun loop"
 UNDERLAY_ONLY = "underlay"
 FLANNELD = "flanneld"
 FASTD = "fastd"
-TUNNEL_IPV6, UNDERLAY_IPV6 = f"{TUNNEL}, IPv6", f"{UNDERLAY_ONLY}, IPv6"
 OPENVPN = "openvpn"
 
-PATHS: Mapping[str, str] = {
+_BY_IPV4 = {
     "udptun": TUNNEL,
     "host-gw": PLAIN,
     "vxlan": VXLAN,
@@ -28,19 +27,34 @@ PATHS: Mapping[str, str] = {
     "flanneld": FLANNELD,
     "fastd": FASTD,
     "openvpn": OPENVPN,
-    "udptun-ipv6": TUNNEL_IPV6,
-    "underlay-ipv6": UNDERLAY_IPV6,
 }
-"""Word -> name in tables, in the order of tables."""
 
-IPV6_OF = {"udptun": "udptun-ipv6", "underlay": "underlay-ipv6"}
+IPV6_OF = {word: f"{word}-ipv6" for word in ("udptun", "host-gw", "vxlan", "vtep", "underlay")}
 """The paths that can be measured by IPv6: word on the command line -> that of the same by IPv6, which is none there."""
 
 
+def by_ipv6(name: str) -> str:
+    """The name in tables of what `name` is, by IPv6."""
+    return f"{name}, IPv6"
+
+
+def _with_ipv6(word: str, name: str) -> Mapping[str, str]:
+    return {word: name, IPV6_OF[word]: by_ipv6(name)} if word in IPV6_OF else {word: name}
+
+
+PATHS: Mapping[str, str] = {
+    each: its_name for word, name in _BY_IPV4.items() for each, its_name in _with_ipv6(word, name).items()
+}
+"""Word -> name in tables, in the order of tables."""
+
+
 def paths_of(words: Sequence[str], families: Sequence[str]) -> tuple[str, ...]:
-    """The words of PATHS for these paths by these families, `4` and `6`; a path that has no IPv6 is left out there."""
-    found = {"4": words, "6": [IPV6_OF[word] for word in words if word in IPV6_OF]}
-    return tuple(word for family in families for word in found[family])
+    """The words of PATHS for these paths by these families, `4` and `6`; a path that has no IPv6 is left out there.
+
+    A path stands next to itself by the other family, so that both are measured seconds apart.
+    """
+    by_family = {"4": {word: word for word in words}, "6": IPV6_OF}
+    return tuple(by_family[family][word] for word in words for family in families if word in by_family[family])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +124,15 @@ MODES: Mapping[str, str] = {
 }
 
 
-def lease_path(n: int) -> str:
-    """The tunnel with `n` leases of other hosts, as a path in tables."""
-    return f"{n:,} lease{'s' * (n != 1)}"
+TUNNELS = (TUNNEL, by_ipv6(TUNNEL))
+"""The paths that are measured with many leases."""
+
+
+def lease_path(n: int, tunnel: str = TUNNEL) -> str:
+    """`tunnel` with `n` leases of other hosts, as a path in tables."""
+    name = f"{n:,} lease{'s' * (n != 1)}"
+    return name if tunnel == TUNNEL else by_ipv6(name)
+
+
+LEASE_PATHS: Mapping[str, str] = {lease_path(n, tunnel): tunnel for tunnel in TUNNELS for n in N_LEASES}
+"""All paths with that name -> the tunnel, in the order of tables."""

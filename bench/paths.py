@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Network
+from functools import partial
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path as File
 from typing import Protocol, TypeVar
 
@@ -27,13 +28,13 @@ from bench.figures import (
     PLAIN,
     PYTUN,
     TUNNEL,
-    TUNNEL_IPV6,
-    UNDERLAY_IPV6,
     UNDERLAY_ONLY,
     VTEP,
     VXLAN,
+    by_ipv6,
 )
-from udptun.core.network_state import IPAddress
+from udptun.core.family import Family
+from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.lab.comparison import Way, kernel_vxlan, over_device, plain_routing
 from udptun.lab.errors import LabError
 from udptun.lab.host import UNDERLAY, Host
@@ -131,16 +132,13 @@ def interleave(things: Sequence[T], n_rounds: int) -> Iterator[tuple[int, Sequen
 # --- without a program
 
 
-def _udptun(lab: Lab, _tools: Tools | None) -> Path:
+def _udptun(lab: Lab, _tools: Tools | None, family: Family = Family.IPV4) -> Path:
+    """Between the hosts' IPv4 addresses, whatever `family` the pods use."""
     processes = [process for host in lab.hosts for process in daemon_and_datapath(host)]
     client, server = lab.host(1).pod(1), lab.host(2).pod(1)
-    return Path(TUNNEL, lab.host(1).mtu, client, server, server.address, tuple(processes))
-
-
-def _udptun_ipv6(lab: Lab, tools: Tools | None) -> Path:
-    address = lab.host(2).pod(1).ipv6_address
+    address = server.address if family is Family.IPV4 else server.ipv6_address
     assert address is not None
-    return replace(_udptun(lab, tools), name=TUNNEL_IPV6, address=address)
+    return Path(_name(TUNNEL, family), lab.host(1).mtu, client, server, address, tuple(processes))
 
 
 def daemon_and_datapath(host: Host) -> list[Process]:
@@ -160,39 +158,45 @@ def daemon_and_datapath(host: Host) -> list[Process]:
     return found
 
 
-def _underlay(lab: Lab, _tools: Tools | None) -> Path:
-    return Path(UNDERLAY_ONLY, lab.underlay_mtu, lab.host(1), lab.host(2), lab.host(2).underlay_address)
+def _underlay(lab: Lab, _tools: Tools | None, family: Family = Family.IPV4) -> Path:
+    client, server = lab.host(1), lab.host(2)
+    return Path(_name(UNDERLAY_ONLY, family), lab.underlay_mtu, client, server, server.underlay_of(family))
 
 
-def _underlay_ipv6(lab: Lab, tools: Tools | None) -> Path:
-    return replace(_underlay(lab, tools), name=UNDERLAY_IPV6, address=lab.host(2).underlay_ipv6)
+def _plain(lab: Lab, _tools: Tools | None, family: Family = Family.IPV4) -> Path:
+    return _along(lab, _name(PLAIN, family), plain_routing(lab, family))
 
 
-def _plain(lab: Lab, _tools: Tools | None) -> Path:
-    return _along(lab, PLAIN, plain_routing(lab))
-
-
-def _vxlan(lab: Lab, _tools: Tools | None) -> Path:
+def _vxlan(lab: Lab, _tools: Tools | None, family: Family = Family.IPV4) -> Path:
     try:
-        return _along(lab, VXLAN, kernel_vxlan(lab))
+        return _along(lab, _name(VXLAN, family), kernel_vxlan(lab, family))
     except LabError as exc:
         if not any(answer in str(exc) for answer in _NO_SUCH_LINK_TYPE):
             raise
         raise _AbsentError("this kernel has no vxlan") from exc
 
 
-def _vtep(lab: Lab, _tools: Tools | None) -> Path:
-    """The datapath with VXLAN's prefix, on another port and with another VNI than the kernel's VXLAN beside it."""
-    network, mtu, device = IPv4Network("10.247.0.0/16"), lab.underlay_mtu - 50, "tun-vtep"
+def _vtep(lab: Lab, _tools: Tools | None, family: Family = Family.IPV4) -> Path:
+    """The datapath with VXLAN's prefix, on another port and with another VNI than the kernel's VXLAN beside it.
+
+    Each family has a device and a datapath of its own, as in the daemon.
+    """
+    network: IPNetwork
+    if family is Family.IPV4:
+        links, network, subnet, overhead = "vtep", IPv4Network("10.247.0.0/16"), "10.247.{}.0/24", 50
+    else:
+        links, network, subnet, overhead = "vtep-v6", IPv6Network("fd00:247::/48"), "fd00:247:0:{}::/64", 70
+    device, mtu = f"tun-{links}", lab.underlay_mtu - overhead
 
     def command(host: Host, peer: Host) -> list[str]:
-        subnets = [f"10.247.{it.index}.0/24" for it in (host, peer)]
+        here, there = (str(it.underlay_of(family)) for it in (host, peer))
+        subnets = [subnet.format(it.index) for it in (host, peer)]
         return [
-            *(sys.executable, str(SOURCES / "peers" / "vtep.py"), str(LAB_DIR / f"{host.name}.vtep"), device),
-            *(str(host.underlay_address), "8572", str(peer.underlay_address), str(network), *subnets, str(mtu)),
+            *(sys.executable, str(SOURCES / "peers" / "vtep.py"), str(LAB_DIR / f"{host.name}.{links}"), device),
+            *(here, "8572", there, str(network), *subnets, str(mtu)),
         ]
 
-    path = _program(lab, VTEP, "vtep", network, mtu, device, command)
+    path = _program(lab, _name(VTEP, family), links, network, mtu, device, command)
     # The program starts the processes that carry packets, and is none of them.
     workers = [Process(it.host, "datapath", pid) for it in path.processes for pid in _children(it.pid)]
     return replace(path, processes=(*path.processes, *workers))
@@ -200,6 +204,10 @@ def _vtep(lab: Lab, _tools: Tools | None) -> Path:
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in File(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _name(name: str, family: Family) -> str:
+    return name if family is Family.IPV4 else by_ipv6(name)
 
 
 def _along(lab: Lab, name: str, way: Way, processes: Sequence[Process] = ()) -> Path:
@@ -300,7 +308,7 @@ def _program(
     lab: Lab,
     name: str,
     links: str,
-    network: IPv4Network,
+    network: IPNetwork,
     mtu: int,
     device: str,
     command: Callable[[Host, Host], Sequence[str]],
@@ -337,7 +345,8 @@ def _program(
     path = _along(lab, name, way, processes)
     try:
         # Of full size: otherwise an MTU that does not fit would only show later, as a slow path.
-        largest = ["ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(mtu - 28), str(path.address)]
+        headers = {4: 28, 6: 48}[network.version]
+        largest = ["ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(mtu - headers), str(path.address)]
         _wait(f"a ping of {mtu} bytes", lambda: path.client.run(largest, check=False).returncode == 0)
     except _AbsentError as exc:
         raise _AbsentError(f"{exc}; {said(lab.host(1))}") from exc
@@ -370,16 +379,19 @@ def _wait(what: str, holds: Callable[[], bool]) -> None:
 
 KINDS: Mapping[str, Callable[[Lab, Tools | None], Path]] = {
     "udptun": _udptun,
+    "udptun-ipv6": partial(_udptun, family=Family.IPV6),
     "host-gw": _plain,
+    "host-gw-ipv6": partial(_plain, family=Family.IPV6),
     "vxlan": _vxlan,
+    "vxlan-ipv6": partial(_vxlan, family=Family.IPV6),
     "vtep": _vtep,
+    "vtep-ipv6": partial(_vtep, family=Family.IPV6),
     "naive": _naive,
     "pytun": _pytun,
     "underlay": _underlay,
+    "underlay-ipv6": partial(_underlay, family=Family.IPV6),
     "flanneld": _flanneld,
     "fastd": _fastd,
     "openvpn": _openvpn,
-    "udptun-ipv6": _udptun_ipv6,
-    "underlay-ipv6": _underlay_ipv6,
 }
 """Word on the command line (figures.PATHS) -> the function that sets the path up."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-from bench.figures import FIGURES, MODES, N_LEASES, PATHS, TITLES, TUNNEL, TUNNEL_IPV6, VTEP, lease_path
+from bench.figures import FIGURES, LEASE_PATHS, MODES, PATHS, TITLES, TUNNELS, VTEP, by_ipv6
 from bench.summary import Cell, Runs, Spread
 
 PLOTS: Mapping[str, Sequence[tuple[str, str]]] = {
@@ -25,6 +25,8 @@ PLOTS: Mapping[str, Sequence[tuple[str, str]]] = {
 _INK, _OURS, _ALSO_OURS, _OTHERS = "#1f2933", "#0b6fb8", "#7fb2dc", "#b8c2cc"
 # Pixels.
 _LABEL, _PANEL, _VALUE, _GAP, _MARGIN = 112, 170, 56, 18, 16
+_LETTER = 6.8
+"""Of a path's name, on average: `_LABEL` has room for 16, and a longer name makes it wider."""
 _BAR, _PITCH, _TITLE, _ROW_GAP = 12, 18, 22, 16
 _GLOSS = 15
 """Of the line that says what a mode or a bar is."""
@@ -77,10 +79,15 @@ def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
     modes = [mode for mode in MODES if mode in drawn]
     if not modes:
         return None
+    label = max(_LABEL, *(_LETTER * len(path) for workload, _ in rows for path in runs.paths(workload)))
+
+    def column(i: int) -> float:
+        return _MARGIN + label + i * (_PANEL + _VALUE + _GAP)
+
     shapes: list[Box | Text] = [
-        Text(_column(i), _MARGIN + 10, f"mode {mode}", is_bold=True) for i, mode in enumerate(modes)
+        Text(column(i), _MARGIN + 10, f"mode {mode}", is_bold=True) for i, mode in enumerate(modes)
     ]
-    shapes += [Text(_column(i), _MARGIN + 10 + _GLOSS, _IN_SHORT[mode], size=_SMALL) for i, mode in enumerate(modes)]
+    shapes += [Text(column(i), _MARGIN + 10 + _GLOSS, _IN_SHORT[mode], size=_SMALL) for i, mode in enumerate(modes)]
     y = float(_MARGIN + _TITLE + _GLOSS)
     for workload, figure in rows:
         measured = {
@@ -98,15 +105,15 @@ def draw(runs: Runs, rows: Sequence[tuple[str, str]]) -> Drawing | None:
         better = {True: ", more is better", False: ", less is better", None: ""}[FIGURES[figure].is_more_better]
         shapes.append(Text(_MARGIN, y - 8, f"{title}: {FIGURES[figure].title}{better}", is_bold=True))
         for i, path in enumerate(paths):
-            shapes.append(Text(_MARGIN + _LABEL - 6, y + i * _PITCH + 10, path, "end", is_bold=path == TUNNEL))
+            shapes.append(Text(_MARGIN + label - 6, y + i * _PITCH + 10, path, "end", is_bold=path in TUNNELS))
         for (mode, path), spread in measured.items():
-            left = _column(modes.index(mode))
+            left = column(modes.index(mode))
             shapes += _bar(spread, path, FIGURES[figure].form, left, y + paths.index(path) * _PITCH, most)
         height = len(paths) * _PITCH
-        shapes += [Box(_column(i), y - 2, 1, height, _INK) for i in range(len(modes))]
+        shapes += [Box(column(i), y - 2, 1, height, _INK) for i in range(len(modes))]
         y += height + _ROW_GAP
     shapes.append(Text(_MARGIN, y, "bar: median of the rounds; whisker: least to greatest", size=_SMALL))
-    return Drawing(_column(len(modes)) - _GAP + _MARGIN, y + _MARGIN, tuple(shapes))
+    return Drawing(column(len(modes)) - _GAP + _MARGIN, y + _MARGIN, tuple(shapes))
 
 
 _IN_SHORT: Mapping[str, str] = {
@@ -116,11 +123,7 @@ _IN_SHORT: Mapping[str, str] = {
 }
 """What MODES says, in a column's width."""
 
-_ORDER = (*PATHS.values(), *(lease_path(n) for n in N_LEASES))
-
-
-def _column(i: int) -> float:
-    return _MARGIN + _LABEL + i * (_PANEL + _VALUE + _GAP)
+_ORDER = (*PATHS.values(), *LEASE_PATHS)
 
 
 def _bar(spread: Spread, path: str, form: str, left: float, y: float, most: float) -> list[Box | Text]:
@@ -137,9 +140,9 @@ def _bar(spread: Spread, path: str, form: str, left: float, y: float, most: floa
 
 
 def _colour(path: str) -> str:
-    if path in (TUNNEL, TUNNEL_IPV6) or path in _ORDER[len(PATHS) :]:
+    if path in TUNNELS or path in LEASE_PATHS:
         return _OURS
-    return _ALSO_OURS if path == VTEP else _OTHERS
+    return _ALSO_OURS if path in (VTEP, by_ipv6(VTEP)) else _OTHERS
 
 
 def svg(drawing: Drawing) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plot, results
-from bench.figures import FIGURES, MODES, N_LEASES, NAIVE, PATHS, PLAIN, TITLES, TUNNEL, VXLAN, lease_path
+from bench.figures import FIGURES, LEASE_PATHS, MODES, NAIVE, PATHS, PLAIN, TITLES, TUNNEL, VXLAN, by_ipv6
 from bench.goals import Verdict, judge
 from bench.session import BUSY_LIMIT
 from bench.summary import Cell, Runs, Spread
@@ -58,6 +58,8 @@ def markdown(document: Mapping[str, Any]) -> str:
         for title, columns in _TABLES.items():
             lines += _figures(runs, mode, title, columns)
         lines += _ratios(runs, mode)
+        for title, columns in _TABLES.items():
+            lines += _by_family(runs, mode, title, columns)
         for title, columns in _LEASES.items():
             lines += _figures(runs, mode, title, columns)
     return "\n".join([*lines, ""])
@@ -162,13 +164,30 @@ def _ratios(runs: Runs, mode: str) -> list[str]:
     return ["", *_markdown_table([f"{TUNNEL} as a multiple of", *bases], rows)]
 
 
+def _by_family(runs: Runs, mode: str, title: str, columns: Sequence[tuple[str, str]]) -> list[str]:
+    """How each path by IPv6 compares with itself by IPv4, where both were measured."""
+    found = {
+        (path, column): ratio
+        for path in PATHS.values()
+        for column in columns
+        if column in _RATIOS
+        if (ratio := runs.ratio(Cell(mode, column[0], by_ipv6(path), column[1]), path)) is not None
+    }
+    used = [column for column in columns if any(key[1] == column for key in found)]
+    rows = [
+        [path, *(_ratio(found.get((path, column))) for column in used)]
+        for path in dict.fromkeys(path for path, _ in found)
+    ]
+    return ["", *_markdown_table([f"IPv6 / IPv4: {title}", *_heads(columns, used)], rows)] if rows else []
+
+
 def _short(workload: str) -> str:
     return TITLES[workload].removesuffix(", by leases")
 
 
 def _in_order(paths: Sequence[str]) -> list[str]:
     """In the order of figures.PATHS: rounds begin with different paths, so the order of the runs says nothing."""
-    known = [*PATHS.values(), *(lease_path(n) for n in N_LEASES)]
+    known = [*PATHS.values(), *LEASE_PATHS]
     return sorted(paths, key=known.index)
 
 

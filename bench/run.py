@@ -16,7 +16,21 @@ from bench import machine, report, results
 from bench.compiler import missing_compiler
 from bench.cpu import Usage
 from bench.errors import BenchError
-from bench.figures import FIGURES, IPV6_OF, LEASES_OF, MODES, N_LEASES, PATHS, TUNNEL, WORKLOADS, lease_path, paths_of
+from bench.figures import (
+    FIGURES,
+    IPV6_OF,
+    LEASE_PATHS,
+    LEASES_OF,
+    MODES,
+    N_LEASES,
+    PATHS,
+    TUNNEL,
+    TUNNELS,
+    WORKLOADS,
+    by_ipv6,
+    lease_path,
+    paths_of,
+)
 from bench.measure import Result, wait_for_path
 from bench.paths import Path, Tools, connect, interleave
 from bench.session import BUSY_LIMIT, Screen, check_idle, run, uninterrupted_end, whole_number
@@ -70,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         "--family",
         type=_some_of(("4", "6")),
         metavar="4,6",
-        help=f"IP versions between pods; by 6 only {' and '.join(IPV6_OF)} are measured (default: 4)",
+        help=f"IP versions between pods; by 6 only {', '.join(IPV6_OF)} are measured (default: 4)",
     )
     parser.add_argument(
         "--repeats", type=whole_number(1, 1000), metavar="N", help=f"interleaved rounds (default: {FULL.repeats})"
@@ -88,7 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         options = replace(options, paths=tuple(dict.fromkeys((*options.paths, "flanneld"))))
     options = replace(options, paths=paths_of(options.paths, options.families))
     if not options.paths:
-        parser.error("--family 6: none of these --paths has IPv6; udptun and underlay have")
+        parser.error(f"--family 6: none of these --paths has IPv6; {', '.join(IPV6_OF)} have")
     screen = Screen()
     return run(screen, lambda: bench(screen, options, given["flanneld"], given["json"]))
 
@@ -167,12 +181,14 @@ def plan(options: Options, paths: Sequence[Path]) -> list[Step]:
             # Where the kernel carries the packets, no process's memory can be told apart.
             if workload != "memory" or path.processes
         ]
-        if "leases" in options.workloads and any(path.name == TUNNEL for path in paths):
+        if "leases" in options.workloads:
             first = i % len(N_LEASES)
             steps += [
-                Step(i, options.modes[0], workload, lease_path(n), n)
+                Step(i, options.modes[0], workload, lease_path(n, path.name), n)
                 for n in (*N_LEASES[first:], *N_LEASES[:first])
                 for workload in LEASES_OF
+                for path in order
+                if path.name in TUNNELS
             ]
     return steps
 
@@ -187,9 +203,9 @@ def _runs(screen: Screen, tools: Bench, steps: Sequence[Step], paths: Sequence[P
         if step.n_leases != n_leases:
             n_leases = step.n_leases
             screen.step(f"waiting for both daemons to have {n_leases:,} leases")
-            set_leases(tools.lab, n_leases)
+            set_leases(tools.lab, n_leases, with_ipv6=by_ipv6(TUNNEL) in by_name)
         screen.begin(f"{number}/{len(steps)} round {step.round + 1}, mode {mode}, {step.workload}, {step.path}: ")
-        path = by_name.get(step.path) or replace(by_name[TUNNEL], name=step.path)
+        path = by_name.get(step.path) or replace(by_name[LEASE_PATHS[step.path]], name=step.path)
         yield _run(screen, tools, step, path, RUN[LEASES_OF.get(step.workload, step.workload)])
 
 

@@ -22,7 +22,7 @@ _IDLE_S = 1.0
 BUSY_LIMIT = 0.1
 """Cores.  When other programs take as much, a machine of two cores loses up to a twentieth of its throughput."""
 
-_LINKS = ("flannel0", "cni0", "underlay", "h1", "h2", "plain", "vxlan", "vxlan.1")
+_LINKS = ("flannel0", "cni0", "underlay", "h1", "h2", "plain", "vxlan", "vxlan.1", "plain-v6", "vxlan-v6", "vxlan-v6.1")
 _PATHS = ("/run/flannel", "/run/udptun", "/run/udptun-lab", "/var/lib/udptun", "/run/netns/p1")
 
 

@@ -53,16 +53,23 @@ RUN: Mapping[str, Callable[[Bench, Path], Result]] = {
 }
 
 
-def set_leases(lab: Lab, n: int) -> None:
-    """Have `n` leases of other hosts in the store, and wait until both daemons have them all in use."""
-    bulk = str(SOURCES / "bulk_leases.py")
+def set_leases(lab: Lab, n: int, *, with_ipv6: bool) -> None:
+    """Have `n` leases of other hosts in the store, and wait until both daemons have them all in use.
+
+    `with_ipv6`: each of them has a subnet of either family.
+    """
+    bulk = [sys.executable, str(SOURCES / "bulk_leases.py"), str(LEASES), str(NETWORK)]
     # The other host's own lease is one of the n.
-    lab.host(1).run([sys.executable, bulk, str(LEASES), str(NETWORK), str(n - 1)], timeout=_LEASES_TIMEOUT_S)
+    lab.host(1).run([*bulk, str(n - 1), *[str(IPV6_NETWORK)] * with_ipv6], timeout=_LEASES_TIMEOUT_S)
     for host in lab.hosts:
-        wait_until(f"{n} leases in use on {host}", partial(_has_peers, host, n), _LEASES_TIMEOUT_S)
+        wait_until(f"{n} leases in use on {host}", partial(_has_peers, host, n, with_ipv6), _LEASES_TIMEOUT_S)
 
 
-def _has_peers(host: Host, n: int) -> bool:
-    status = host.run([sys.executable, "-m", "udptun", "status", "--json"], check=False)
+def _has_peers(host: Host, n: int, with_ipv6: bool) -> bool:
+    answer = host.run([sys.executable, "-m", "udptun", "status", "--json"], check=False)
     # A daemon that is busy with so many leases may not answer in time.  Then it does not have them yet.
-    return status.returncode == 0 and len(json.loads(status.stdout)["peers"]) == n
+    if answer.returncode:
+        return False
+    status = json.loads(answer.stdout)
+    peers = [status["peers"], status["ipv6"]["peers"]] if with_ipv6 else [status["peers"]]
+    return all(len(them) == n for them in peers)

@@ -60,9 +60,7 @@ def kernel_state(ground: Ground, host: Host) -> dict[str, list[str]]:
         ],
         "routes": [_route(route) for route in json.loads(found.pop("routes"))],
         # What is known of the peers' paths comes and goes with it.
-        "run directory": [
-            it.name for it in host.path("/run/udptun").iterdir() if not PROBES_FILES.fullmatch(it.name)
-        ],
+        "run directory": [it.name for it in host.path("/run/udptun").iterdir() if not PROBES_FILES.fullmatch(it.name)],
         "state directory": [path.name for path in host.path("/var/lib/udptun").iterdir() if path.name != SAVED],
         "subnet.env": host.path(SUBNET_ENV).read_text().splitlines(),
         "processes": [_program(command) for command in processes(host).values()],

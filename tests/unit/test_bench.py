@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import xml.etree.ElementTree as ET
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path as File
 from typing import Any
 
@@ -18,6 +18,7 @@ from bench.cpu import CpuTimes, Usage
 from bench.errors import BenchError
 from bench.figures import (
     FIGURES,
+    LEASE_PATHS,
     LEASES_OF,
     MODES,
     N_LEASES,
@@ -25,8 +26,10 @@ from bench.figures import (
     PATHS,
     TITLES,
     TUNNEL,
+    VTEP,
     VXLAN,
     WORKLOADS,
+    by_ipv6,
     lease_path,
     paths_of,
 )
@@ -159,6 +162,15 @@ def test_plan_measures_leases_with_the_tunnel_only_and_in_the_first_mode() -> No
     assert plan(options, [a_path(VXLAN)]) == []
 
 
+def test_plan_measures_leases_by_each_family_next_to_the_other() -> None:
+    options = Options(("A",), ("udptun", "udptun-ipv6"), ("leases",), 1, 1, ("4", "6"))
+    steps = plan(options, [a_path(TUNNEL), a_path(by_ipv6(TUNNEL))])
+    assert [step.path for step in steps[:2]] == ["1 lease", "1 lease, IPv6"]
+    assert {step.path for step in steps} == set(LEASE_PATHS)
+    by_six = plan(options, [a_path(by_ipv6(TUNNEL))])
+    assert {step.path for step in by_six} == {by_ipv6(lease_path(n)) for n in N_LEASES}
+
+
 def test_every_word_of_the_command_line_has_something_behind_it() -> None:
     assert {*RUN, "leases"} == set(WORKLOADS)
     assert set(LEASES_OF.values()) <= set(RUN)
@@ -170,8 +182,12 @@ def test_every_word_of_the_command_line_has_something_behind_it() -> None:
 
 
 def test_family_chooses_the_paths_that_have_ipv6() -> None:
+    """Before, only the tunnel and the underlay had one, so nobody knew how fast the VTEP is by IPv6."""
     assert paths_of(("naive", "udptun"), ("6",)) == ("udptun-ipv6",)
-    assert paths_of(("naive", "udptun"), ("4", "6")) == ("naive", "udptun", "udptun-ipv6")
+    assert paths_of(("vtep", "naive", "vxlan", "host-gw"), ("6",)) == ("vtep-ipv6", "vxlan-ipv6", "host-gw-ipv6")
+    assert paths_of(("naive", "udptun", "vtep"), ("4", "6")) == (
+        *("naive", "udptun", "udptun-ipv6", "vtep", "vtep-ipv6"),
+    )
     assert paths_of(("naive",), ("6",)) == ()
     for options in (FULL, QUICK):
         assert paths_of(options.paths, options.families) == options.paths
@@ -358,10 +374,30 @@ def test_report_has_goals_figures_ratios_and_what_was_left_out() -> None:
         assert {line.count("|") - 1 for line in tables[first : first + 5]} == {n_columns}
 
 
+def test_report_compares_each_path_by_ipv6_with_itself_by_ipv4_within_each_round() -> None:
+    """Before, whoever wanted to know had to divide the medians, which hides a machine that changes its speed."""
+    speeds = ((TUNNEL, (1.0, 4.0), 0.95), (VTEP, (2.0, 8.0), 0.8), (VXLAN, (3.0, 3.0), 1.0))
+    runs = [
+        one(i, name, {"gbit_per_s": rates[i] * factor})
+        for path, rates, times in speeds
+        for i in (0, 1)
+        for name, factor in ((path, 1.0), (by_ipv6(path), times))
+    ]
+    lines = report.markdown(document(*runs, one(0, NAIVE, {"gbit_per_s": 1.0}))).splitlines()
+    first = lines.index("| IPv6 / IPv4: Gbit/s | TCP, 1 stream |")
+    assert lines[first + 2 :] == [
+        "| udptun | 0.95 (0.95–0.95) |",
+        "| kernel vxlan | 1.00 (1.00–1.00) |",
+        "| userspace VTEP | 0.80 (0.80–0.80) |",
+    ]
+    assert "| TCP, 1 stream, IPv6 | ≥ 0.9: 0.95 (0.95–0.95) |" in lines
+    assert "| TCP, 1 stream, IPv6 | ≥ 0.9: **0.80** (0.80–0.80) |" in lines
+
+
 def test_report_is_not_wider_than_120_columns_whatever_it_has_to_say() -> None:
     """Every table with every column, wide figures, a long command line and a long reason for a failed run."""
     figures = dict.fromkeys(FIGURES, 1234.5)
-    paths = [*PATHS.values(), *(lease_path(n) for n in N_LEASES)]
+    paths = [*PATHS.values(), *LEASE_PATHS]
     runs = [
         one(i, path, figures, mode, workload) for i in (0, 1) for mode in MODES for workload in TITLES for path in paths
     ]
@@ -479,6 +515,17 @@ def test_plot_is_well_formed_and_bars_are_as_long_as_their_figures() -> None:
             assert shape.width >= 0
 
 
+def test_plot_has_room_for_the_longest_name_of_a_path() -> None:
+    """The names by IPv6 are longer than those before, and would begin left of the drawing."""
+    for workload, names in (("tcp_1", PATHS.values()), ("leases_tcp_1", LEASE_PATHS)):
+        runs = [one(0, name, {"gbit_per_s": 1.0}, workload=workload) for name in names]
+        drawing = plot.draw(Runs(runs), [(workload, "gbit_per_s")])
+        assert drawing is not None
+        labels = [shape for shape in drawing.shapes if isinstance(shape, plot.Text) and shape.anchor == "end"]
+        assert [label.text for label in labels] == list(names)
+        assert all(label.x >= 6.5 * len(label.text) for label in labels)
+
+
 def test_plot_escapes_what_xml_would_misread() -> None:
     svg = plot.svg(plot.Drawing(10, 10, (plot.Text(0, 5, "a < b & c"),)))
     assert next(ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")).text == "a < b & c"
@@ -501,6 +548,20 @@ def test_bulk_leases_replaces_its_own_and_leaves_the_daemons_alone() -> None:
         assert keys[0] == "10.0.1.0-24"
         assert len(keys) == n + 1
     assert database.execute("select value from leases").fetchall() == [('{"PublicIP": "192.168.77.11"}',)]
+
+
+def test_bulk_leases_of_both_families_take_no_subnet_that_a_daemon_has() -> None:
+    database = sqlite3.connect(":memory:")
+    database.execute("create table leases (key text primary key, value text, expires real)")
+    database.execute("insert into leases values ('10.0.1.0-24&fd00:244:0:2::-64', '{}', 1)")
+    bulk_leases.put(database, IPv4Network("10.0.0.0/8"), 65_534, IPv6Network("fd00:244::/48"))
+    keys = [key for (key,) in database.execute("select key from leases order by rowid")]
+    assert keys[:4] == [
+        *("10.0.1.0-24&fd00:244:0:2::-64", "10.0.0.0-24&fd00:244::-64", "10.0.2.0-24&fd00:244:0:1::-64"),
+        "10.0.3.0-24&fd00:244:0:3::-64",
+    ]
+    for halves in zip(*(key.split("&") for key in keys), strict=True):
+        assert len(set(halves)) == len(keys) == 65_535
 
 
 def test_pytun_loop_takes_one_from_the_ttl_and_keeps_the_checksum_right() -> None:

@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from udptun.core.family import Family
 from udptun.core.network_state import IPAddress
 from udptun.lab.errors import LabError
 from udptun.lab.machine import LAB_DIR, SOURCE_ROOT, File, Machine
@@ -87,6 +88,10 @@ class Host:
     @property
     def name(self) -> str:
         return self.machine.name
+
+    def underlay_of(self, family: Family) -> IPAddress:
+        """The host's address on the underlay, of that family."""
+        return self.underlay_address if family is Family.IPV4 else self.underlay_ipv6
 
     # --- commands
 
@@ -288,17 +293,25 @@ class Host:
         return pod
 
     def attach(
-        self, pod: Pod, bridge: str, link: str, gateway: IPv4Interface | None, address: IPAddress, mtu: int
+        self,
+        pod: Pod,
+        bridge: str,
+        link: str,
+        gateway: IPv4Interface | IPv6Interface | None,
+        address: IPAddress,
+        mtu: int,
     ) -> None:
         """Give `pod` one more link: its end is `link` with `address`, the other end a port of the host's `bridge`.
 
         The bridge is made with the address `gateway` when it isn't there yet.  Without `gateway` there is no address.
         """
         here = self.machine.at()
+        # The kernel wants no broadcast address of IPv6, and the address at once.
+        how = "nodad" if address.version == 6 else "brd +"
         if not self.path(f"/sys/class/net/{bridge}").exists():
             here.ip(
                 f"link add {bridge} type bridge forward_delay 0",
-                *([] if gateway is None else [f"addr add {gateway} brd + dev {bridge}"]),
+                *([] if gateway is None else [f"addr add {gateway} dev {bridge} {how}"]),
                 f"link set {bridge} up",
             )
         port = f"{bridge[:9]}-{pod.name}"
@@ -307,7 +320,7 @@ class Host:
             f"link set {port} master {bridge} up",
         )
         if gateway is not None:
-            pod.ip(f"addr add {address}/{gateway.network.prefixlen} brd + dev {link}")
+            pod.ip(f"addr add {address}/{gateway.network.prefixlen} dev {link} {how}")
         pod.ip(f"link set {link} up")
 
     # --- faults
