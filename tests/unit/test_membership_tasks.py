@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from itertools import pairwise
 from pathlib import Path
 
@@ -451,6 +451,27 @@ async def test_peer_that_overlaps_our_own_lease_is_refused(tmp_path: Path) -> No
         assert member.membership.skipped == (
             f"{wide.key}: subnet 10.244.0.0/20 overlaps our own lease {member.membership.own.subnet}",
         )
+
+
+async def test_lease_of_ipv6_alone_is_named_where_pods_have_ipv4_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, such an entry of a leases file was passed over in silence."""
+    ipv6 = Lease(Subnets(None, IPv6Network("fd00:244:0:2::/64")), LeaseAttrs(None, IPv6Address("fd99::2"), "udp"))
+    later = replace(ipv6, subnets=Subnets(None, IPv6Network("fd00:244:0:3::/64")))
+    why = "it has no IPv4 subnet, and pods of this host have IPv4 alone"
+    store = FakeStore(ipv6, PEER)
+    member = Member(store, tmp_path)
+    async with member.running():
+        await until(lambda: member.peers)
+        assert member.membership.skipped == (f"{ipv6.key}: {why}",)
+        store.put(later)
+        await until(lambda: len(member.membership.skipped) == 2)
+        store.remove(ipv6)
+        await until(lambda: member.membership.skipped == (f"{later.key}: {why}",))
+        store.replace_all(member.membership.own, PEER)
+        await until(lambda: member.membership.skipped == ())
+    assert len(told(caplog, logging.WARNING, f"lease skipped {ipv6.key}: {why}")) == 1
 
 
 async def test_peer_is_dropped_when_it_expires_though_the_store_is_silent(tmp_path: Path) -> None:

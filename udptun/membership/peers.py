@@ -51,7 +51,10 @@ class Peers:
     ) -> None:
         """`backend` is the type that this host carries."""
         self.tables = tables
-        self.skipped = Skipped([table.refused for table in tables], self.table.of_other_type)
+        self._of_no_table: dict[str, str] = {}
+        """Leases that have no subnet of any table's family -> that."""
+        refused = [*(table.refused for table in tables), self._of_no_table]
+        self.skipped = Skipped(refused, self.table.of_other_type)
         self.other_types = OtherTypes(self.table.of_other_type, backend)
         self._on_change = on_change
         self._clones = clones
@@ -84,6 +87,9 @@ class Peers:
         events = self._grace.hold_back(batch.events, self._is_peer, self._clock.elapsed_s())
         if self._grace:
             self._has_grace.set()
+        for event in events:
+            self._of_no_table.pop(event.lease.key, None)
+        self._note_of_no_table(event.lease for event in events if event.type is EventType.ADDED)
         for at in range(0, len(events), LEASES_AT_ONCE):
             for table in self.tables:
                 await self._apply(table, table.update(events[at : at + LEASES_AT_ONCE]))
@@ -102,10 +108,22 @@ class Peers:
 
     async def recall(self, leases: Sequence[Lease]) -> None:
         """Take over these leases, and drop all others."""
+        self._of_no_table.clear()
+        self._note_of_no_table(leases)
         for table in self.tables:
             for events in table.reset_by_parts(leases, LEASES_AT_ONCE):
                 await self._apply(table, events)
                 await asyncio.sleep(0)
+
+    def _note_of_no_table(self, leases: Iterable[Lease]) -> None:
+        """Note those that no table takes."""
+        if len(self.tables) == len(Family):
+            # Every lease has a subnet of one of them.
+            return
+        family = self.table.family
+        for lease in leases:
+            if lease.subnets.of(family) is None:
+                self._of_no_table[lease.key] = f"it has no {family} subnet, and pods of this host have {family} alone"
 
     async def reconsider(self) -> None:
         """Look at every lease anew: what the tables ask about them has other answers now."""
