@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path as File
 
 from bench import measure
 from bench.compiler import SOURCES, compiled
 from bench.measure import Result
 from bench.paths import Path
+from udptun.commands.status import fetch
+from udptun.core.errors import UdptunError
+from udptun.core.trace_request import TraceRequest
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, Lab
@@ -23,8 +27,10 @@ NETWORK = IPv4Network("100.0.0.0/8")
 IPV6_NETWORK = IPv6Network("fd00:244::/48")
 """Of the bench's lab, where IPv6 is measured."""
 
-_LEASES_TIMEOUT_S = 120.0
-"""How long both daemons may take to have 65,534 leases in use; a few seconds on an idle machine."""
+_LEASES_TIMEOUT_S = 240.0
+"""How long both daemons may take to have 65,534 leases in use; some 10 s on an idle machine, twice that with IPv6."""
+_LEASES_PAUSE_S = 0.5
+"""Between two looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +66,38 @@ def set_leases(lab: Lab, n: int, *, with_ipv6: bool) -> None:
     """
     bulk = [sys.executable, str(SOURCES / "bulk_leases.py"), str(LEASES), str(NETWORK)]
     # The other host's own lease is one of the n.
-    lab.host(1).run([*bulk, str(n - 1), *[str(IPV6_NETWORK)] * with_ipv6], timeout=_LEASES_TIMEOUT_S)
+    said = lab.host(1).run([*bulk, str(n - 1), *[str(IPV6_NETWORK)] * with_ipv6], timeout=_LEASES_TIMEOUT_S)
+    gone, last = said.stdout.split()
     for host in lab.hosts:
-        wait_until(f"{n} leases in use on {host}", partial(_has_peers, host, n, with_ipv6), _LEASES_TIMEOUT_S)
+        wait_until(f"{n} leases in use on {host}", partial(_uses_leases, host, n, gone, last), _LEASES_TIMEOUT_S)
 
 
-def _has_peers(host: Host, n: int, with_ipv6: bool) -> bool:
-    answer = host.run([sys.executable, "-m", "udptun", "status", "--json"], check=False)
-    # A daemon that is busy with so many leases may not answer in time.  Then it does not have them yet.
-    if answer.returncode:
+def _uses_leases(host: Host, n: int, gone: str, last: str) -> bool:
+    """Whether the host has `n` peers, as many as it shall have by each family; keys are as bulk_leases.py prints them.
+
+    `udptun status` with all of so many would keep the daemon from taking them.
+    """
+    time.sleep(_LEASES_PAUSE_S)
+    try:
+        is_peer = partial(_is_peer, host)
+        if any(map(is_peer, _halves(gone))) or not all(map(is_peer, _halves(last))):
+            return False
+        metrics = fetch(host.path("/run/udptun"), "/metrics").splitlines()
+    except UdptunError:
+        # A daemon that is busy with so many leases may not answer in time.  Then it does not have them yet.
         return False
-    status = json.loads(answer.stdout)
-    peers = [status["peers"], status["ipv6"]["peers"]] if with_ipv6 else [status["peers"]]
-    return all(len(them) == n for them in peers)
+    return sum(float(line.split()[1]) for line in metrics if line.startswith("udptun_peers{")) == n
+
+
+def _halves(key: str) -> list[str]:
+    """Of the key, one a family; none where there is no key."""
+    return [] if key == "-" else key.split("&")
+
+
+def _is_peer(host: Host, half: str) -> bool:
+    """Whether the datapath has a peer for the subnet, which is half of a key."""
+    pod, subnet = host.pod(1), ip_network(half.replace("-", "/"))
+    source = pod.address if subnet.version == 4 else pod.ipv6_address
+    asked = TraceRequest.from_words(str(source), str(subnet[10]))
+    document = json.loads(fetch(host.path("/run/udptun"), f"/trace?{asked.query()}"))
+    return document.get("peer") is not None

@@ -542,8 +542,11 @@ def test_bulk_leases_replaces_its_own_and_leaves_the_daemons_alone() -> None:
     database = sqlite3.connect(":memory:")
     database.execute("create table leases (key text primary key, value text, expires real)")
     database.execute("""insert into leases values ('10.0.1.0-24', '{"PublicIP": "192.168.77.11"}', 1)""")
+    # One that is gone, and the last one that is there.
+    told = {300: (None, "10.1.44.0-24"), 65_533: (None, "10.255.253.0-24"), 2: ("10.255.253.0-24", "10.0.2.0-24")}
     for n in (300, 65_533, 2, 0):
-        bulk_leases.put(database, IPv4Network("10.0.0.0/8"), n)
+        said = bulk_leases.put(database, IPv4Network("10.0.0.0/8"), n)
+        assert said == told.get(n, ("10.0.2.0-24", None))
         keys = [key for (key,) in database.execute("select key from leases order by rowid")]
         assert keys[0] == "10.0.1.0-24"
         assert len(keys) == n + 1
