@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def test_configuration_lists_the_versions_that_all_plugins_know(programs: Path) 
     ("gone", "changes", "message"),
     [
         (["portmap", "host-local"], {}, "the plugins host-local, portmap are in none of "),
-        ([], {"plugins": [{"type": "flannel", "delegate": {"type": "ptp"}}]}, "the plugins ptp are in none of "),
+        ([], {"plugins": [{"type": "flannel", "delegate": {"type": "ptp"}}]}, "the plugin ptp is in none of "),
+        (["flannel"], {}, "the plugin flannel is in none of .*`udptun cni install /.*` for ours$"),
         ([], {"plugins": []}, "the configuration has no plugins"),
         ([], {"plugins": [{}]}, "a plugin of the configuration has no type"),
     ],
@@ -111,8 +113,9 @@ def test_plugin_that_the_host_lacks_is_named(
 ) -> None:
     for name in gone:
         (programs / name).unlink()
-    with pytest.raises(CniError, match=message):
+    with pytest.raises(CniError) as caught:
         install.check_conflist(json.dumps(CONFLIST | changes).encode(), [str(programs)])
+    assert re.search(message, f"{caught.value.message}; {caught.value.details}")
 
 
 def test_plugins_without_a_common_version_are_named(programs: Path) -> None:
@@ -134,7 +137,7 @@ def test_command_installs_plugin_and_configuration(
     assert capsys.readouterr().out == f"{programs}/flannel is there already\n{target} is there already\n"
     (programs / "bridge").unlink()
     target.unlink()
-    with pytest.raises(UdptunError, match=r"the plugins bridge are in none of .*; install the CNI plugins"):
+    with pytest.raises(UdptunError, match=r"the plugin bridge is in none of .*; install the CNI plugins"):
         cni.run(words, {})
     assert not target.exists()
 

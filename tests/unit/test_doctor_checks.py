@@ -280,6 +280,18 @@ async def test_directories_and_dangling_links_are_no_cni_configurations(tmp_path
     assert await causes(files.cni_configuration, facts(cni_conf_dir=tmp_path)) == []
 
 
+@pytest.mark.parametrize("is_empty", [True, False])
+async def test_a_node_of_kubernetes_without_flannels_configuration_is_named(tmp_path: Path, is_empty: bool) -> None:
+    """Its pods stay without addresses, or get those of another plugin, and the check did not apply."""
+    if not is_empty:
+        (tmp_path / "10-other.conflist").write_text('{"plugins": [{"type": "bridge"}]}')
+    kube = parse_daemon_flags(["--kube-subnet-mgr"], {"NODE_NAME": "n1"})
+    (finding,) = await files.cni_configuration(facts(options=kube, cni_conf_dir=tmp_path))
+    assert (finding.severity, "install-cni" in finding.remedy) == (Severity.ERROR, True)
+    with pytest.raises(NotHereError):
+        await files.cni_configuration(facts(cni_conf_dir=tmp_path))
+
+
 async def test_a_store_that_fails_is_an_error_with_what_to_do() -> None:
     (finding,) = await store.store(facts(store=StoreView("etcd", error="etcd: connection refused")))
     assert finding.severity is Severity.ERROR
@@ -342,6 +354,8 @@ async def test_a_pod_cidr_that_is_missing_or_another_one_is_named() -> None:
     assert "not the annotations of a lease" in bare.cause
     (none,) = await store.pod_cidr(facts(options=kube, store=view(lack="node n1: it has no podCIDR; give it one")))
     assert (none.cause, none.remedy) == ("node n1: it has no podCIDR", "give it one")
+    with pytest.raises(NotHereError, match="pod-cidr"):
+        await store.own_lease(facts(options=kube, store=view(lack="node n1: it has no podCIDR; give it one")))
 
 
 @pytest.mark.parametrize(
@@ -484,11 +498,11 @@ INNER, OUTER = Echo(ip_address("10.244.7.0")), Echo(PEER)
             "dead",
             (5, 5),
             3,
-            "nobody listens on UDP port 8285 of 192.0.2.7",
+            "nobody listens on its UDP port 8285",
         ),
         ({OUTER}, {}, {(PEER, 8285): "EHOSTUNREACH"}, "dead", (5, 5), 3, "refused on the way (EHOSTUNREACH)"),
         (set(), {}, {}, "dead", (5, 5), 3, "neither through the tunnel nor to a ping"),
-        ({OUTER}, {}, {}, "dead", (5, 9), 3, "packets of 192.0.2.7 arrive here"),
+        ({OUTER}, {}, {}, "dead", (5, 9), 3, "packets of it arrive here"),
         ({OUTER}, {}, {}, "unknown", (0, 0), 3, "has never answered through the tunnel"),
         ({OUTER}, {}, {}, "unknown", (5, 5), 2, "though packets of its pods arrive"),
         ({OUTER}, {}, {}, "dead", (5, 5), 3, "nothing comes from it through the tunnel"),
@@ -518,6 +532,27 @@ async def test_what_came_back_from_a_peer_says_where_packets_are_lost(
     found = await paths.reachability(facts(before, ask_again=lambda: now))
     assert [it.severity for it in found] == ([] if severity is None else [severity])
     assert all(cause in it.cause and it.remedy for it in found)
+
+
+async def test_both_subnets_of_a_host_that_is_cut_off_are_one_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host of both families was said to be away twice."""
+
+    async def ask(questions: object) -> Echoes:
+        return Echoes()
+
+    async def find_closed(remotes: object) -> dict[Any, str]:
+        return {}
+
+    monkeypatch.setattr("udptun.doctor.paths.ask_echoes", ask)
+    monkeypatch.setattr("udptun.doctor.paths.find_closed_ports", find_closed)
+    peers = [{"subnet": "fd00:244::7:0/112", "public_ip": "192.0.2.7", "port": 8285, "liveness": "dead"}]
+    own = {"network": "fd00:244::/48", "subnet": "fd00:244::1:0/112", "device": "flannel0", "mtu": 1472}
+    of = facts(document(ipv6={**own, "peers": peers}), ask_again=document)
+    (finding,) = await paths.reachability(of)
+    assert finding.subject == "10.244.7.0/24 and fd00:244::7:0/112 at 192.0.2.7"
+    line = "the host of 10.244.7.0/24 at 192.0.2.7 has answered and does not any more; is it up"
+    of = facts(document(problems=[line]))
+    assert daemon.problem_lines(of, [("reachability", finding)]) == []
 
 
 async def test_a_peer_that_answers_short_packets_alone_has_a_narrow_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,7 +281,7 @@ def test_peers_of_another_backend_type_are_named_once_and_again_when_they_are_re
         "peer 192.0.2.3 leases 10.244.3.0/24 for udp or alloc, this node carries host-gw",
         "peer 192.0.2.7 leases 10.244.7.0/24 for vxlan, this node carries host-gw",
     ]
-    said = [f"{it}: pods of the two do not reach each other until both hosts have one Backend.Type" for it in lines]
+    said = [f"{it}: pods of the two do not reach each other; give both hosts one Backend.Type" for it in lines]
     assert others.problems == said
     del leases["b"]
     others.say()

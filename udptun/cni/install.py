@@ -123,11 +123,11 @@ def check_conflist(text: bytes, directories: Sequence[str]) -> dict[str, object]
         else:
             programs[kind] = found
     if missing:
-        raise CniError(
-            DELEGATE_MISSING,
-            f"the plugins {', '.join(missing)} are in none of {', '.join(directories)}",
-            "install the CNI plugins, such as Debian's containernetworking-plugins (in /usr/lib/cni)",
-        )
+        ways = [f"`udptun cni install {directories[0]}` for ours"] if set(missing) & set(TYPES) else []
+        if not set(missing) <= set(TYPES):
+            ways.append("install the CNI plugins, such as Debian's containernetworking-plugins (in /usr/lib/cni)")
+        what = f"plugin {missing[0]} is" if len(missing) == 1 else f"plugins {', '.join(missing)} are"
+        raise CniError(DELEGATE_MISSING, f"the {what} in none of {', '.join(directories)}", "; ".join(ways))
     known = {kind: versions_of(path) for kind, path in programs.items()}
     common = [version for version in VERSIONS if all(version in versions for versions in known.values())]
     if not common:

@@ -74,8 +74,9 @@ def _of_datapath(facts: Facts, it: Mapping[str, Any], which: str) -> list[Findin
 _SAME_THING = (
     (r"^the host of (\S+) .*has answered and does not any more", "reachability"),
     (r"^the path to the host of (\S+) ", "path-mtu"),
+    (r"^pods have no IPv6 to other hosts: this kernel has no IPv6", "ipv6-in-kernel"),
 )
-"""What a line of the daemon says of which subnet, and the check that says the same of the same peer in other words."""
+"""What a line of the daemon says, of which subnet if of one, and the check that says the same in other words."""
 
 _SEVERITIES = (
     (r"has answered and does not any more", Severity.ERROR),
@@ -99,11 +100,14 @@ def problem_lines(facts: Facts, found: Collection[tuple[str, Finding]]) -> list[
     if facts.document is None:
         raise NotHereError("no daemon says what is wrong")
     said = {(it.cause, it.remedy) for _, it in found}
-    # The subject of what is found about a peer begins with its subnet.
-    subjects = {(check, it.subject.partition(" ")[0]) for check, it in found}
+    # The subject of what is found about a peer has its subnets; `None` stands for whatever subject.
+    subjects = {(check, word) for check, it in found for word in (*it.subject.split(), None)}
     lines = []
     for line in facts.document["problems"]:
-        is_found = any((it := re.search(text, line)) and (check, it[1]) in subjects for text, check in _SAME_THING)
+        is_found = any(
+            (it := re.search(text, line)) and (check, it[1] if it.re.groups else None) in subjects
+            for text, check in _SAME_THING
+        )
         finding = Finding.of_line(severity_of(line), line)
         if not is_found and (finding.cause, finding.remedy) not in said:
             lines.append(finding)

@@ -75,8 +75,15 @@ def _is_same_subnet(written: str, true: str) -> bool:
 async def cni_configuration(facts: Facts) -> list[Finding]:
     files = _cni_files(facts)
     ours = [path for path in files if _is_flannels(path)]
-    if not ours:
+    if not ours and not facts.is_kube:
         raise NotHereError(f"no configuration in {facts.cni_conf_dir} names the plugin flannel")
+    if not ours:
+        cause = f"no configuration in {facts.cni_conf_dir} names the plugin flannel, so pods are not in the overlay"
+        remedy = (
+            "the init container install-cni writes 10-flannel.conflist there: `kubectl -n kube-flannel logs POD -c "
+            "install-cni`; or `udptun cni install DIR --conflist FILE`"
+        )
+        return [Finding(Severity.ERROR, str(facts.cni_conf_dir), cause, remedy)]
     found = []
     if files[0] != ours[0]:
         cause = f"{files[0].name} comes before {ours[0].name}, so pods are not given addresses of the overlay"
@@ -111,7 +118,7 @@ def _cni_files(facts: Facts) -> list[Path]:
         files = sorted(it for it in facts.cni_conf_dir.iterdir() if it.suffix in suffixes and it.is_file())
     except OSError:
         raise NotHereError(f"{facts.cni_conf_dir} cannot be seen from here, or there is none") from None
-    if not files:
+    if not files and not facts.is_kube:
         raise NotHereError(f"{facts.cni_conf_dir} is empty")
     return files
 

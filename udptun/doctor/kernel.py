@@ -172,10 +172,8 @@ def _lack_of_ntp(facts: Facts) -> Iterator[Finding]:
     """It matters where a server judges certificates and ends leases by its own clock."""
     if facts.options.store.kind not in (StoreKind.ETCD, StoreKind.KUBE) or is_clock_synchronised():
         return
-    cause = (
-        "nothing tells the kernel that this host's clock is right (no NTP), and certificates and leases of "
-        f"{facts.store.name} count by clocks"
-    )
+    what = "certificates and tokens of Kubernetes" if facts.is_kube else "certificates and leases of etcd"
+    cause = f"nothing tells the kernel that this host's clock is right (no NTP), and {what} count by clocks"
     remedy = (
         "run chrony, ntpd or systemd-timesyncd (`timedatectl set-ntp true`); where the hypervisor keeps the clock, or "
         "`date -u` is right on all hosts, nothing has to be done"

@@ -42,7 +42,7 @@ async def two_daemons(facts: Facts) -> list[Finding]:
         if flanneld_in(process.words):
             cause = f"flanneld runs here too (pid {process.pid})"
             found.append(Finding(Severity.ERROR, f"pid {process.pid}", cause, remedy))
-        elif _has_our_run_dir(process, facts):
+        elif facts.daemon_pid is not None and _has_our_run_dir(process, facts):
             cause = f"another udptun daemon (pid {process.pid}) has the same --run-dir {facts.options.run_dir}"
             found.append(
                 Finding(Severity.WARNING, f"pid {process.pid}", cause, "stop it, or give it directories of its own")
@@ -52,7 +52,7 @@ async def two_daemons(facts: Facts) -> list[Finding]:
 
 def _has_our_run_dir(process: Process, facts: Facts) -> bool:
     said = daemon_words(process.words)
-    if said is None or facts.daemon_pid is None:
+    if said is None:
         return False
     with suppress(UdptunError):
         options = parse_daemon_flags(said[1], environment_of(process.pid), as_flanneld=said[0])
@@ -68,13 +68,18 @@ async def tunnel_port(facts: Facts) -> list[Finding]:
         raise NotHereError("only Backend.Type udp has a port of its own")
     port = facts.options.port or facts.conf.backend.port
     is_held, holder = holder_of_udp_port(port)
-    if not is_held or (holder is not None and any("udptun/datapath/worker" in it for it in holder.words)):
+    if not is_held or (holder is not None and _is_ours(holder, facts)):
         return []
     who = "a program that cannot be seen from here" if holder is None else f"{holder.name} (pid {holder.pid})"
     cause = f"UDP port {port} belongs to {who}, so the daemon cannot start"
     return [
         Finding(Severity.ERROR, f"UDP {port}", cause, "stop it (`ss -ulpn`), or give all hosts another Backend.Port")
     ]
+
+
+def _is_ours(holder: Process, facts: Facts) -> bool:
+    """Whether it is the datapath, or the daemon, which may be there and not answer."""
+    return any("udptun/datapath/worker" in it for it in holder.words) or _has_our_run_dir(holder, facts)
 
 
 async def leftover_devices(facts: Facts) -> list[Finding]:
@@ -146,12 +151,12 @@ async def foreign_routes(facts: Facts) -> list[Finding]:
         # A host that has thousands of them has one cause for all.
         peers = facts.peers if len(found) < _COMPARED else ()
         taken = next((peer for peer in peers if overlap(peer.subnet, route.dst)), None)
-        whose = f"packets to pods of {taken}" if taken else "what hosts may lease there"
+        whose = f"packets to pods of {taken}" if taken else "packets to what other hosts may lease"
         found.append(
             Finding(
                 Severity.ERROR if taken else Severity.WARNING,
                 str(route.dst),
-                f"the route {describe_route(route, names)} is not ours and takes {whose} from the tunnel",
+                f"the route {describe_route(route, names)} is not ours and takes {whose} past the tunnel",
                 f"`ip route delete {describe_route(route, names)}`; its owner, such as a VPN, must not set it again",
             )
         )
@@ -186,7 +191,6 @@ def _claimed(facts: Facts) -> Sequence[IPNetwork]:
 
 
 def _of_address(address: Address, link: Link, network: IPNetwork) -> Finding:
-    subject = f"{address.ip}/{address.prefixlen} on {link.name}"
     if link.kind == "bridge":
         cause = (
             f"the bridge {link.name} has {address.ip}/{address.prefixlen}, which is not of this host's subnet any more"
@@ -195,7 +199,7 @@ def _of_address(address: Address, link: Link, network: IPNetwork) -> Finding:
     else:
         cause = f"{link.name} has {address.ip}, an address in {network}, where the other hosts' pods are"
         remedy = "choose another Network, or another address for that link: packets go to one of the two"
-    return Finding(Severity.ERROR, subject, cause, remedy)
+    return Finding(Severity.ERROR, link.name, cause, remedy)
 
 
 _NETWORKD_DIRS = tuple(Path(it) / "systemd/network" for it in ("/etc", "/run", "/usr/lib", "/lib"))

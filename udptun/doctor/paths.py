@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from errno import errorcode
 
 from udptun.core.family import Family
@@ -49,12 +49,23 @@ async def reachability(facts: Facts) -> list[Finding]:
         return []
     closed = await find_closed_ports([it for it in remotes if it[0] in {peer.public_ip for peer in silent}])
     before, now = _received(facts.document), _received(await asyncio.to_thread(facts.ask_again))
-    found: list[Finding] = []
+    found = []
     for peer in silent:
         subnet = str(peer.subnet)
         answers = _answers(peer, echoes, closed, before.get(subnet, 0), now.get(subnet, 0))
-        found += _judge(peer, answers)
-    return found
+        found.append((peer, _judge(peer, answers)))
+    return _by_host(found)
+
+
+def _by_host(found: Iterable[tuple[Peer, Finding]]) -> list[Finding]:
+    """What is found alike of a host's subnets, which are one of each family, is one finding."""
+    alike: dict[tuple[IPAddress, Finding], list[Peer]] = {}
+    for peer, it in found:
+        alike.setdefault((peer.public_ip, replace(it, subject="")), []).append(peer)
+    return [
+        replace(it, subject=f"{' and '.join(str(peer.subnet) for peer in peers)} at {ip}")
+        for (ip, it), peers in alike.items()
+    ]
 
 
 def _asked(facts: Facts) -> tuple[Peer, ...]:
@@ -88,36 +99,39 @@ def _received(document: Document | None) -> dict[str, int]:
     return {it["subnet"]: int(it.get("decap_packets", 0)) for it in listed}
 
 
-def _judge(peer: Peer, answers: _Answers) -> Iterator[Finding]:
+def _judge(peer: Peer, answers: _Answers) -> Finding:
     """Of a peer that does not answer through the tunnel."""
     ip, port, severity = peer.public_ip, peer.port, Severity.ERROR
     where = f"UDP port {port}" if port is not None else "the backend's packets"
     if answers.no_route:
-        cause = f"packets to {ip} cannot be sent ({answers.no_route})"
+        cause = f"packets to it cannot be sent ({answers.no_route})"
         remedy = f"`ip route get {ip}` and the firewall's OUTPUT chain say why"
     elif answers.closed == "ECONNREFUSED":
-        cause = f"nobody listens on UDP port {port} of {ip}"
+        cause = f"nobody listens on its UDP port {port}"
         remedy = "start the daemon there (`udptun status`, its log), or give both hosts one Backend.Port"
     elif answers.closed:
-        cause = f"{ip} UDP port {port} is refused on the way ({answers.closed})"
+        cause = f"its UDP port {port} is refused on the way ({answers.closed})"
         remedy = f"let UDP port {port} pass, in at the peer and out here"
     elif not answers.is_outer:
-        cause = f"{ip} answers neither through the tunnel nor to a ping of its own address"
+        cause = "it answers neither through the tunnel nor to a ping of its own address"
         remedy = f"is it up, is the address right (`udptun lease list`), does the network lead there? `ping {ip}`"
     elif peer.liveness == "unknown" and answers.has_been_heard:
         severity = Severity.WARNING
-        cause = f"{ip} has never answered a ping through the tunnel, though packets of its pods arrive"
+        cause = "it has never answered a ping through the tunnel, though packets of its pods arrive"
         remedy = f"pods may reach each other all the same; let ICMP echoes to {peer.inner} in at the peer to know"
     elif answers.is_heard:
-        cause = f"packets of {ip} arrive here, and what this host sends to {where} there does not, or is not answered"
+        cause = f"packets of it arrive here, and what this host sends to {where} there does not, or is not answered"
         remedy = f"let {where} in at the peer and out here: firewalls of both, and of the network between"
     elif peer.liveness == "unknown":
-        cause = f"{ip} answers a ping of its own address, and has never answered through the tunnel"
+        cause = "it answers a ping of its own address, and has never answered through the tunnel"
         remedy = f"let {where} in at both hosts, and ICMP echoes to {peer.inner} at the peer"
     else:
-        cause = f"{ip} answers a ping of its own address, and nothing comes from it through the tunnel"
-        remedy = f"let {where} in at both hosts: their firewalls, and those of the network between, drop it"
-    yield Finding(severity, str(peer), cause, remedy)
+        cause = "it answers a ping of its own address, and nothing comes from it through the tunnel"
+        remedy = (
+            f"let {where} in at both hosts: a firewall of the peer, of the network between, or of this host "
+            "(`packet-filters` names it then) drops it"
+        )
+    return Finding(severity, str(peer), cause, remedy)
 
 
 async def path_mtu(facts: Facts) -> list[Finding]:
@@ -143,8 +157,8 @@ async def path_mtu(facts: Facts) -> list[Finding]:
             "mend the path (a link with a smaller MTU, a tunnel, a filter), or give all hosts a smaller Backend.MTU; "
             "until then senders are told to send less"
         )
-        found.append(Finding(Severity.WARNING, str(peer), cause, remedy))
-    return found
+        found.append((peer, Finding(Severity.WARNING, str(peer), cause, remedy)))
+    return _by_host(found)
 
 
 async def mtu_in_use(facts: Facts) -> list[Finding]:

@@ -80,6 +80,8 @@ async def network_config(facts: Facts) -> list[Finding]:
 async def own_lease(facts: Facts) -> list[Finding]:
     if facts.document is None or facts.store.snapshot is None:
         raise NotHereError("it takes what the daemon and the store say to compare them")
+    if facts.store.lack:
+        raise NotHereError("our node has none to give, which the check `pod-cidr` says")
     lease = facts.document["lease"]
     subnet: IPNetwork = ip_network(lease["subnet"])
     there = next((it for it in facts.store.snapshot.leases if subnet in (it.subnets.ipv4, it.subnets.ipv6)), None)

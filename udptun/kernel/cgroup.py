@@ -47,8 +47,9 @@ def harm(limits: Limits, workers: int | None) -> list[str]:
     """A line for each limit that harms; `workers` are those of the datapath, None: there is none."""
     lines = []
     if workers is not None and limits.cpus is not None and limits.cpus < workers:
+        threads = f"{workers} worker{'s' if workers != 1 else ''}"
         lines.append(
-            f"the CPU limit of this cgroup is {limits.cpus:g} processors, and the datapath has {workers} workers: "
+            f"the CPU limit of this cgroup is {limits.cpus:g} processors, and the datapath has {threads}: "
             "under load it stands still for up to 100 ms at a time, and packets are lost; remove the CPU limit (in a "
             "pod: resources.limits.cpu) and keep a request"
         )

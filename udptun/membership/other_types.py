@@ -16,7 +16,7 @@ _SHOWN = 20
 _LOGGED = 200
 """So many lines are logged per change."""
 
-_MEANING = "pods of the two do not reach each other until both hosts have one Backend.Type"
+_MEANING = "pods of the two do not reach each other; give both hosts one Backend.Type"
 
 
 class OtherTypes:
