@@ -287,6 +287,15 @@ _NETWORKS = Elsewhere(
 _IMAGE = ("netns/test_image.py::test_archive_is_one_layer_of_root_s_files_with_the_entry_point_of_flannels_image",)
 
 ELSEWHERE: Mapping[str, Mapping[str, Elsewhere]] = {
+    "bench/README.md": {
+        "./dev bench --family 4,6 --paths udptun,vtep,vxlan,host-gw --json FILE.json": Elsewhere(
+            "it takes an hour",
+            (
+                "netns/test_demo.py::test_bench_of_all_that_we_ship_writes_every_run_and_a_report",
+                "unit/test_bench.py::test_family_chooses_the_paths_that_have_ipv6",
+            ),
+        )
+    },
     "README.md": {
         "./dev demo": _DEMO,
         ".venv/bin/udptun lab up --hosts 3 --pods 2": _LAB,
