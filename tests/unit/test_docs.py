@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from page_commands import ELSEWHERE, RUN, all_commands
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -121,6 +122,16 @@ def test_no_two_files_of_tests_have_one_name() -> None:
     names = [path.name for path in tracked("tests/**/test_*.py")]
     assert len(names) > 100
     assert {name for name in names if names.count(name) > 1} == set()
+
+
+def test_every_command_of_the_pages_is_run_or_named_with_the_reason() -> None:
+    shown = {(it.page, it.text) for it in all_commands() if not (it.page == "docs/guide.md" and it.has_prompt)}
+    run = {(page, text) for page, examples in RUN.items() for text in examples}
+    elsewhere = {(page, text) for page, texts in ELSEWHERE.items() for text in texts}
+    assert len(shown) > 60
+    assert shown - run - elsewhere == set(), "give each an entry in RUN or ELSEWHERE of tests/page_commands.py"
+    assert (run | elsewhere) - shown == set(), "these are on no page any more: take them out"
+    assert run & elsewhere == set()
 
 
 # --- docs/architecture.md
