@@ -406,6 +406,8 @@ def test_the_tunnels_path_is_that_of_the_daemons_document() -> None:
     conf = parse_net_conf('{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan", "Port": 4789}}', "x")
     (path,) = firewall.tunnel_paths(facts(vxlan, conf=conf))
     assert (path.port, path.looks_answered) == (4789, False)
+    bare = document(backend=vxlan["backend"], peers=[{**document()["peers"][0], "port": None}])
+    assert [peer.port for peer in facts(bare, conf=conf).peers] == [4789]
     direct = parse_net_conf('{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan", "DirectRouting": true}}', "x")
     assert firewall.tunnel_paths(facts(vxlan, conf=direct)) == []
 
@@ -500,6 +502,7 @@ INNER, OUTER = Echo(ip_address("10.244.7.0")), Echo(PEER)
             3,
             "nobody listens on its UDP port 8285",
         ),
+        ({OUTER}, {}, {(PEER, 8285): "EPERM"}, "dead", (5, 5), 3, "does not let datagrams to its UDP port 8285 out"),
         ({OUTER}, {}, {(PEER, 8285): "EHOSTUNREACH"}, "dead", (5, 5), 3, "refused on the way (EHOSTUNREACH)"),
         (set(), {}, {}, "dead", (5, 5), 3, "neither through the tunnel nor to a ping"),
         ({OUTER}, {}, {}, "dead", (5, 9), 3, "packets of it arrive here"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from udptun.backends.choice import parse_net_conf
+from udptun.backends.vxlan import VxlanKeys
 from udptun.config import subnet_env
 from udptun.config.command_flags import DoctorRequest
 from udptun.config.flags import Options
@@ -194,7 +195,14 @@ class Facts:
         assert self.document is not None
         has_device = self.document["backend"]["device"] is not None
         inner = subnet.network_address if has_device else public_ip
-        return Peer(subnet, public_ip, inner, it.get("port"), it["liveness"], it.get("path_mtu"))
+        port = it.get("port") or self.vxlan_port
+        return Peer(subnet, public_ip, inner, port, it["liveness"], it.get("path_mtu"))
+
+    @property
+    def vxlan_port(self) -> int | None:
+        """The UDP port of all hosts with Backend.Type vxlan, whose leases name none; None: another type, or unknown."""
+        keys = None if self.conf is None else self.conf.backend
+        return keys.port if isinstance(keys, VxlanKeys) and self.backend_type == VxlanKeys.type else None
 
 
 async def gather(

@@ -54,10 +54,8 @@ def _tunnel_port(facts: Facts) -> int | None:
     keys = None if facts.conf is None else facts.conf.backend
     if isinstance(keys, UdpKeys):
         return facts.options.port or keys.port
-    if not isinstance(keys, VxlanKeys) or facts.backend_type != VxlanKeys.type:
-        return None
     # With DirectRouting peers may be reached without the tunnel.
-    return None if keys.direct_routing else keys.port
+    return None if isinstance(keys, VxlanKeys) and keys.direct_routing else facts.vxlan_port
 
 
 def _own_ends(facts: Facts) -> list[tuple[str | None, IPAddress]]:

@@ -109,6 +109,9 @@ def _judge(peer: Peer, answers: _Answers) -> Finding:
     elif answers.closed == "ECONNREFUSED":
         cause = f"nobody listens on its UDP port {port}"
         remedy = "start the daemon there (`udptun status`, its log), or give both hosts one Backend.Port"
+    elif answers.closed == "EPERM":
+        cause = f"this host does not let datagrams to its UDP port {port} out (EPERM)"
+        remedy = "`packet-filters` names the rule, or a program of eBPF refuses them: accept them there"
     elif answers.closed:
         cause = f"its UDP port {port} is refused on the way ({answers.closed})"
         remedy = f"let UDP port {port} pass, in at the peer and out here"
