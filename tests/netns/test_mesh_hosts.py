@@ -114,7 +114,7 @@ def test_all_ways_are_alive_and_a_host_without_a_port_is_seen_from_the_others_si
     assert silent["number"] == three
     assert silent["reason"] == f"port {PORT} is closed there: no --mesh-port, or an earlier version"
     text = lab.host(1).run([sys.executable, "-m", "udptun", "mesh"]).stdout
-    assert text.startswith("mesh       all is well: 4 ways are alive\n")
+    assert text.startswith("mesh       no problem known, 4 ways are alive; 1 view is missing\n")
 
 
 def test_mesh_status_metrics_and_the_datapath_agree(lab: Lab) -> None:

@@ -70,7 +70,7 @@ def test_a_way_that_is_dead_in_one_direction_is_said_to_be_so() -> None:
     (problem,) = problems_of(it)
     assert (problem.kind, problem.hosts) == ("one_way", (3, 1))
     assert problem.text == (
-        "host 3 (10.244.3.0/24 at 192.0.2.3) does not hear host 1 (10.244.1.0/24 at 192.0.2.1), which hears it: "
+        "host 3 (10.244.3.0/24 at 192.0.2.3) does not hear host 1 (10.244.1.0/24 at 192.0.2.1), which hears it; "
         "what the latter sends to the former is lost"
     )
 
@@ -114,7 +114,7 @@ def test_texts_about_several_hosts_say_what_is_lost_and_how_much_fits() -> None:
     four, five = "host 4 (10.244.4.0/24 at 192.0.2.4)", "host 5 (10.244.5.0/24 at 192.0.2.5)"
     one, two = "host 1 (10.244.1.0/24 at 192.0.2.1)", "host 2 (10.244.2.0/24 at 192.0.2.2)"
     assert texts == [
-        f"hosts 1, 2, 3 and 5 do not hear {four}, which hears them: what it sends to them is lost",
+        f"hosts 1, 2, 3 and 5 do not hear {four}, which hears them; what it sends to them is lost",
         f"24 of 80 probes between {one} and {two} were lost",
         f"paths between {five} and hosts 1 and 2 take packets of 1400 bytes, one way alone, and their devices 1472",
     ]

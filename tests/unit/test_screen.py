@@ -355,6 +355,8 @@ def test_all_about_one_peer() -> None:
         "ecn": True,
         "any_source_port": True,
         "path_mtu": 1400,
+        "probes_sent": 12,
+        "probes_lost": 3,
         "expires_at": NOW_S + 60,
     }
     views = Views("192.0.2.9")
@@ -365,6 +367,7 @@ def test_all_about_one_peer() -> None:
         "",
         "peer       10.244.2.0/24 and fd00:2::/64",
         "state      alive, its last answer took 0.25 ms",
+        "probes     12 in the last 20 minutes, 3 lost",
         "address    192.0.2.2, UDP port 9000, takes datagrams from any port",
         "learned    sends from 192.0.2.9:40000, too",
         "learned    sends from 192.0.2.10, too",
@@ -463,6 +466,7 @@ def of_the_page(seconds_ago: float) -> dict[str, Any]:
     n_packets, n_bytes = 2_783 - round(220 * seconds_ago), 3_880_000 - round(322_500 * seconds_ago)
     traffic = {"encap_packets": n_packets, "encap_bytes": n_bytes, "decap_packets": n_packets, "decap_bytes": n_bytes}
     alive = {**peer, **traffic, "subnet": "10.244.8.0/24", "public_ip": "192.168.77.12", "rtt_ms": 0.05}
+    alive |= {"probes_sent": 3, "probes_lost": 0}
     line = (
         "the host of 10.244.95.0/24 at 192.168.77.13 UDP port 8285 has answered and does not any more, nothing has "
         "come from it since 10:52:37; packets to its pods are refused (host unreachable) until something does; is it "

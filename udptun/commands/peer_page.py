@@ -47,6 +47,11 @@ def _rows(host: Host, look: Look, earlier: Look | None) -> Iterator[_Row]:
     rtt = "never answered a probe" if rtt_ms is None else f"its last answer took {rtt_ms:.2f} ms"
     if host.liveness != "-":
         yield "state", f"{host.liveness}, {rtt}", liveness_style(host)
+    # A daemon of an earlier version does not count them.
+    if sent := part.get("probes_sent"):
+        lost = part["probes_lost"]
+        said = f"{count(sent)} in the last 20 minutes, {count(lost) if lost else 'none'} lost"
+        yield "probes", said, YELLOW if lost else ""
     # The items of `ipv6.peers` have none where the kernel carries the packets.
     port = "" if part.get("port") is None else f", UDP port {part['port']}"
     any_port = ", takes datagrams from any port" if part.get("any_source_port") else ""

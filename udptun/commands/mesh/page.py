@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from udptun.commands.figures import duration, plural
 from udptun.commands.mesh.matrix import Host, Mesh, State, Way
-from udptun.commands.mesh.problems import Problem
+from udptun.commands.mesh.problems import Problem, verdict_of
 from udptun.commands.mesh.scale import bounds_of, rtt_text, step_names, step_of
 from udptun.commands.mesh.style import CSS
 from udptun.commands.mesh.table import gathered, said
@@ -51,7 +51,7 @@ def render(mesh: Mesh, problems: Sequence[Problem], notes: Sequence[str]) -> str
             '<html lang="en"><head><meta charset="utf-8">',
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">",
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>udptun mesh: {escape(_verdict(mesh, problems))}</title>",
+            f"<title>udptun mesh: {escape(verdict_of(mesh, problems)[1])}</title>",
             f"<style>\n{CSS}</style></head><body>",
             *_head(mesh, problems),
             *_problems(problems),
@@ -66,18 +66,10 @@ def render(mesh: Mesh, problems: Sequence[Problem], notes: Sequence[str]) -> str
     )
 
 
-def _verdict(mesh: Mesh, problems: Sequence[Problem]) -> str:
-    if problems:
-        return plural(len(problems), "problem")
-    is_any_alive = any(way is not None and way.state is State.ALIVE for row in mesh.ways for way in row)
-    return "all is well" if is_any_alive else "no way is known"
-
-
 def _head(mesh: Mesh, problems: Sequence[Problem]) -> list[str]:
-    verdict = _verdict(mesh, problems)
-    kind = "bad" if problems else "good" if verdict == "all is well" else "none"
+    verdict, words = verdict_of(mesh, problems)
     return [
-        f'<header><h1>udptun mesh</h1><span class="verdict {kind}">{escape(verdict)}</span></header>',
+        f'<header><h1>udptun mesh</h1><span class="verdict {verdict}">{escape(words)}</span></header>',
         f'<p class="when">Gathered {escape(gathered(mesh))}.</p>',
     ]
 
@@ -117,7 +109,9 @@ def _matrix(mesh: Mesh) -> Iterator[str]:
     yield "</tr></thead><tbody>"
     for start in mesh.hosts:
         cells = "".join(_cell(mesh, start, end, bounds, with_text=size == 0) for end in mesh.hosts)
-        yield f'<tr><th scope="row"{_tip(start)}>{_label(start, size)}</th>{cells}</tr>'
+        # In the columns there is no room for it.
+        subnet = "" if size else f"<small>{escape(str(start.subnet))}</small>"
+        yield f'<tr><th scope="row"{_tip(start)}>{_label(start, size)}{subnet}</th>{cells}</tr>'
     yield "</tbody></table></div>"
     yield from _legends(mesh, bounds)
     yield "</section>"

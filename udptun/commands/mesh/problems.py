@@ -18,6 +18,14 @@ _MOST_NAMED = 8
 """Numbers of hosts that a line lists."""
 
 
+class Verdict(StrEnum):
+    """Of a mesh, in one word."""
+
+    WELL = "well"
+    WRONG = "wrong"
+    UNSURE = "unsure"
+
+
 class Kind(StrEnum):
     """What is wrong, by names that programs may know; the worst first."""
 
@@ -71,6 +79,20 @@ def problems_of(mesh: Mesh) -> list[Problem]:
         *_mtus(mesh),
         *(Problem(Kind.BAD_ANSWER, (host.number,), f"{name(host)}: {host.reason}") for host in wrong),
     ]
+
+
+def verdict_of(mesh: Mesh, problems: Sequence[Problem]) -> tuple[Verdict, str]:
+    """With words for it.  What a host does not say may be what is wrong, so nobody is sure without it."""
+    if problems:
+        return Verdict.WRONG, plural(len(problems), "problem")
+    n_alive = sum(way is not None and way.state is State.ALIVE for row in mesh.ways for way in row)
+    n_missing = sum(host.view is None and host.is_udptun for host in mesh.hosts)
+    if not n_alive:
+        return Verdict.UNSURE, "nobody is known to be reached"
+    alive = f"{plural(n_alive, 'way is', 'ways are')} alive"
+    if n_missing:
+        return Verdict.UNSURE, f"no problem known, {alive}; {plural(n_missing, 'view is', 'views are')} missing"
+    return Verdict.WELL, f"all is well, {alive}"
 
 
 def notes_of(mesh: Mesh) -> list[str]:
@@ -178,10 +200,10 @@ def _one_way(star: _Star) -> str:
     hub, others = name(star.hub), names(star.others)
     if len(star.others) == 1:
         deaf, unheard = (hub, others) if star.starts_there else (others, hub)
-        return f"{deaf} does not hear {unheard}, which hears it: what the latter sends to the former is lost"
+        return f"{deaf} does not hear {unheard}, which hears it; what the latter sends to the former is lost"
     if star.starts_there:
-        return f"{hub} does not hear {others}, which hear it: what they send to it is lost"
-    return f"{others} do not hear {hub}, which hears them: what it sends to them is lost"
+        return f"{hub} does not hear {others}, which hear it; what they send to it is lost"
+    return f"{others} do not hear {hub}, which hears them; what it sends to them is lost"
 
 
 def _dead(mesh: Mesh, star: _Star) -> str:
@@ -194,7 +216,7 @@ def _missing(star: _Star) -> str:
     hub, others = name(star.hub), names(star.others)
     start, end = (hub, others) if star.starts_there else (others, hub)
     has = "has" if star.starts_there or len(star.others) == 1 else "have"
-    return f"{start} {has} no lease of {end}: do they follow the same store?"
+    return f"{start} {has} no lease of {end}; do they follow the same store?"
 
 
 # ------------------------------------------------------------------------------------------- what gets through

@@ -12,20 +12,22 @@ CSS = """\
   --good: #1a7f4b; --bad: #c4162d; --warn: #b35900;
   --s0: #cdebd5; --s1: #8ed3b5; --s2: #48aeb0; --s3: #2f7fb5; --s4: #3f4fa6; --s5: #5b2a86;
   --l1: #ffe39a; --l2: #ffc14d; --l3: #f08c1b; --l4: #b8500b;
-  --dead: #c4162d; --none: #ececf0; --hatch: #b4bac4; --ring: #f08c1b; --dark: #14201a; --pale: #fff; }
+  --dead: #c4162d; --unsure: #8f5600; --none: #ececf0; --hatch: #b4bac4; --ring: #f08c1b;
+  --dark: #14201a; --pale: #fff; }
 @media (prefers-color-scheme: dark) { :root {
   --back: #13161b; --text: #e4e7eb; --dim: #98a2ae; --line: #2f353e; --box: #1a1e25; --link: #7db8ff;
   --good: #4cc38a; --bad: #ff6b7a; --warn: #ffb454;
   --s0: #1f4d3a; --s1: #2a7358; --s2: #2d8f93; --s3: #4aa0d9; --s4: #8f9cf0; --s5: #c9a2f2;
   --l1: #5e4b16; --l2: #8a6a14; --l3: #c98516; --l4: #ffb454;
-  --dead: #e5484d; --none: #22272f; --hatch: #4c5563; --ring: #ffb454; --dark: #e4e7eb; --pale: #0c1014; } }
+  --dead: #e5484d; --unsure: #9a6700; --none: #22272f; --hatch: #4c5563; --ring: #ffb454;
+  --dark: #e4e7eb; --pale: #0c1014; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem 1.6rem 3rem; max-width: 100rem; background: var(--back); color: var(--text);
   font: 15px/1.45 system-ui, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }
 h1 { margin: 0; font-size: 1.5rem; } h2 { margin: 1.6rem 0 .5rem; font-size: 1.1rem; }
 header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; }
 .verdict { padding: .15rem .7rem; border-radius: 1rem; font-weight: 600; color: #fff; background: var(--good); }
-.verdict.bad { background: var(--dead); } .verdict.none { background: var(--dim); }
+.verdict.wrong { background: var(--dead); } .verdict.unsure { background: var(--unsure); }
 p.when { margin: .3rem 0 0; color: var(--dim); }
 ul { margin: .4rem 0; padding-left: 1.2rem; } li { margin: .15rem 0; }
 ul.problems li::marker { color: var(--bad); } ul.problems b { color: var(--bad); }
@@ -40,12 +42,13 @@ input.map { position: absolute; opacity: 0; pointer-events: none; }
 #by-mtu:focus-visible ~ section .maps .mtu { outline: 2px solid var(--link); outline-offset: 2px; }
 .scroll { overflow: auto; max-height: 92vh; width: fit-content; max-width: 100%; padding: 2px;
   border: 1px solid var(--line); border-radius: .5rem; background: var(--box); }
-table.matrix { border-collapse: separate; border-spacing: var(--gap); table-layout: fixed; width: max-content; }
+table.matrix { border-collapse: separate; border-spacing: var(--gap); width: max-content; }
 .matrix th { position: sticky; z-index: 1; background: var(--box); color: var(--dim); font-weight: 600; padding: 0;
   font-size: var(--font); line-height: 1; white-space: nowrap; }
 .matrix thead th { top: -2px; height: 1.6em; } .matrix tbody th { left: -2px; text-align: right; padding-right: .4em; }
 .matrix tr:hover th { color: var(--text); }
-.matrix thead th:first-child { left: -2px; z-index: 2; width: 3em; }
+.matrix thead th:first-child { left: -2px; z-index: 2; min-width: 3em; }
+.n0 tbody th small { margin-left: .6em; font-weight: 400; font-size: .9em; }
 .matrix td, .n0 thead th + th, .n1 thead th + th { width: var(--wide); min-width: var(--wide); max-width: var(--wide); }
 .matrix td { height: var(--high); padding: 0; text-align: center; font-size: var(--font); line-height: 1;
   border-radius: var(--round); background: var(--none); overflow: hidden; font-variant-numeric: tabular-nums; }

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from udptun.commands.figures import duration, plural
 from udptun.commands.mesh.matrix import Host, Mesh, State, Way
-from udptun.commands.mesh.problems import Problem
+from udptun.commands.mesh.problems import Problem, Verdict, verdict_of
 from udptun.commands.mesh.scale import bounds_of, rtt_text, step_names, step_of
-from udptun.commands.screen import BOLD, DIM, GREEN, RED, YELLOW, Line, Page, Span, labelled, paint
+from udptun.commands.screen import BOLD, DIM, GREEN, RED, YELLOW, Line, Page, Span, labelled, paint, problem_rows
 
 _MOST_PROBLEMS, _MOST_NOTES = 12, 6
 """Lines about what is wrong, and notes, on a terminal."""
@@ -31,8 +31,8 @@ _LOSSY, _NARROW = "!", "m"
 def render(mesh: Mesh, problems: Sequence[Problem], notes: Sequence[str], page: Page) -> list[str]:
     """The lines."""
     lines = [_verdict(mesh, problems), *labelled("gathered", gathered(mesh), page)]
-    lines += _some([(problem.text, RED) for problem in problems], "problem", _MOST_PROBLEMS, page)
-    lines += _some([(note, "") for note in notes], "note", _MOST_NOTES, page)
+    lines += _some([problem_rows(problem.text, page) for problem in problems], _MOST_PROBLEMS, page)
+    lines += _some([labelled("note", note, page) for note in notes], _MOST_NOTES, page)
     hosts = _shown(mesh, problems, page, len(lines))
     lines += [[], *_hosts(hosts, mesh, page)]
     if len(hosts) < len(mesh.hosts):
@@ -43,14 +43,9 @@ def render(mesh: Mesh, problems: Sequence[Problem], notes: Sequence[str], page: 
 
 
 def _verdict(mesh: Mesh, problems: Sequence[Problem]) -> Line:
-    if problems:
-        return [Span("mesh".ljust(11), BOLD), Span(plural(len(problems), "problem"), f"{BOLD};{RED}")]
-    states = [way.state for row in mesh.ways for way in row if way is not None]
-    n_alive = states.count(State.ALIVE)
-    if not n_alive:
-        return [Span("mesh".ljust(11), BOLD), Span("nobody is known to be reached", f"{BOLD};{YELLOW}")]
-    what = f"all is well: {plural(n_alive, 'way is', 'ways are')} alive"
-    return [Span("mesh".ljust(11), BOLD), Span(what, f"{BOLD};{GREEN}")]
+    verdict, words = verdict_of(mesh, problems)
+    colour = {Verdict.WELL: GREEN, Verdict.WRONG: RED, Verdict.UNSURE: YELLOW}[verdict]
+    return [Span("mesh".ljust(11), BOLD), Span(words, f"{BOLD};{colour}")]
 
 
 def gathered(mesh: Mesh) -> str:
@@ -62,10 +57,10 @@ def gathered(mesh: Mesh) -> str:
     return f"{at} in {mesh.took_s:.2f} s; {plural(len(mesh.hosts), 'host')}, {say} what they see{asked}"
 
 
-def _some(texts: Sequence[tuple[str, str]], label: str, most: int, page: Page) -> list[Line]:
-    shown = texts if page.height is None else texts[:most]
-    lines = [line for text, style in shown for line in labelled(label, text, page, style, style or DIM)]
-    n_more = len(texts) - len(shown)
+def _some(found: Sequence[list[Line]], most: int, page: Page) -> list[Line]:
+    shown = found if page.height is None else found[:most]
+    lines = [line for rows in shown for line in rows]
+    n_more = len(found) - len(shown)
     return lines + labelled("", f"… and {n_more:,} more: udptun mesh | more", page, DIM) if n_more else lines
 
 
