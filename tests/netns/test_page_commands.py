@@ -22,7 +22,7 @@ import pytest
 import yaml
 from kube_server import HAS_KUBECTL, Client, Real, write_kubeconfig
 from page_commands import IN_SENTENCES, ROOT, RUN, Command, Example, commands
-from traffic import REAL_TIME, wait_for_peers
+from traffic import REAL_TIME, make_private, wait_for_peers
 
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import LEASES, NET_CONF, Lab
@@ -60,7 +60,9 @@ class Reader:
             self.places["own"]: "10.244.1.2",
             self.places["peer"]: "10.244.2.2",
         }
-        self.host.run(["sh", "-c", "mount -t tmpfs none /opt && cp -a /etc /run/etc && mount --bind /run/etc /etc"])
+        self.host.run(["sh", "-c", "cp -a /etc /run/etc && mount --bind /run/etc /etc"])
+        make_private(self.host, "/opt")
+        self.host.run(["rm", "-f", "/opt/udptun", "/opt/cni"])
         self.host.run(["mkdir", "-p", "/opt/udptun/bin", "/run/reader", "/etc/kube-flannel"])
         self.host.run(["cp", str(NET_CONF), "/etc/kube-flannel/net-conf.json"])
         for name, command in PROGRAMS.items():

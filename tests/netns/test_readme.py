@@ -16,6 +16,7 @@ from pathlib import Path
 
 import page_commands
 import pytest
+from traffic import make_private
 
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import Lab
@@ -72,7 +73,8 @@ def test_two_hosts_of_the_readme_connect_by_hand() -> None:
         for host in lab.hosts:
             # Directories of its own: the lab's machines share the real ones.
             host.run(["sh", "-c", "cp -a /etc /run/etc && mount --bind /run/etc /etc"], timeout=60)
-            host.run(["sh", "-c", "mount -t tmpfs none /opt && mount -t tmpfs none /usr/local/bin"])
+            make_private(host, "/opt", "/usr/local/bin")
+            host.run(["rm", "-f", "/opt/udptun", "/usr/local/bin/udptun"])
             host.run(["sh", "-c", "mkdir -p /opt/udptun/bin && sysctl -qw net.ipv4.ip_forward=0"])
             host.path(INSTALLED).write_text(f'#!/bin/sh\nexec {UDPTUN} "$@"\n')
             host.path(INSTALLED).chmod(0o755)

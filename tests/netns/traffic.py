@@ -492,3 +492,15 @@ def tcp_stream(lab: Lab, *limit: str) -> Iterator[None]:
                     client.kill()
         finally:
             server.kill()
+
+
+def make_private(host: Host, *directories: str) -> None:
+    """Give the host these directories for itself, with all that is in them; the lab's machines share the real ones.
+
+    What is in them stays where it was for others, such as an interpreter in /usr/local/bin.
+    """
+    for directory in directories:
+        there, here = f"/run/real{directory}", f"/run/own{directory}"
+        host.run(["sh", "-c", f"mkdir -p {there} {here} && mount --bind {directory} {there}"])
+        host.run(["sh", "-c", f"find {there} -mindepth 1 -maxdepth 1 -exec ln -s '{{}}' {here} ';'"])
+        host.run(["mount", "--bind", here, directory])
