@@ -7,10 +7,12 @@ In a network namespace without a name that lives only as long as the test's sock
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address
@@ -189,6 +191,58 @@ def test_each_segment_of_ipv6_meets_the_path_mtu_by_itself() -> None:
         assert batch.counts == {"encap_packets": 4, "encap_sent": 1, "encap_drop_too_big": 3, "icmp_sent": 3}
         assert batch.writes == [write for one in outcomes for write in one.writes]
         assert [*batch.sends.values()] == [[payload for one in outcomes for _remote, payload in one.sends]]
+
+
+@pytest.mark.parametrize("is_ipv6", [False, True], ids=["IPv4", "IPv6"])
+def test_what_is_longer_than_a_measured_path_leaves_so_that_it_may_be_fragmented(is_ipv6: bool) -> None:
+    """Before, it left with DF, and routers dropped it: of IPv6 all of 1280 bytes and less that was too long."""
+    segment = tcp_segment(POD6, NEAR_POD6, pattern(3 * 1100 + 17), check=PARTIAL)
+    train = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV6, gso_size=1100, start=40, offset=16)
+    train += ipv6(POD6, NEAR_POD6, segment, protocol=6)
+    with in_namespace(has_ipv6=True) as datapath, frames_on_lo() as frames:
+        narrow = tuple(replace(peer, mtu=PATH_MTU) for peer in datapath.table.peers)
+        datapath.configure(peers=narrow)
+        lengths = (100, PATH_MTU, PATH_MTU + 1, 100, 1280, 1280)
+        packets = [NO_VNET_HDR + (ipv6(POD6, NEAR_POD6, bytes(n - 40)) if is_ipv6 else oversize(n)) for n in lengths]
+        raws = [*packets, train, packets[0]] if is_ipv6 else packets
+        batch = datapath.encap_batch(raws)
+        outcomes = [one for raw in raws for one in reference.encap(datapath.table, raw)]
+        assert batch.counts == {"encap_packets": len(outcomes), "encap_sent": len(outcomes)}
+        # All of them, in the order of the reads.
+        assert [*batch.sends.values()] == [[payload for one in outcomes for _remote, payload in one.sends]]
+        assert batch.writes == []
+        # The last segment is short; the super-packet is sent as a whole nevertheless.
+        is_long = [n > PATH_MTU for n in lengths] + [True] * 4 * is_ipv6 + [False] * is_ipv6
+        assert [not has_df for has_df in frames()] == is_long
+
+
+def test_longer_packets_of_ipv6_are_answered_where_the_measured_path_is_narrow() -> None:
+    """Nobody may be told to send less than 1280 bytes."""
+    with in_namespace(has_ipv6=True) as datapath:
+        datapath.configure(peers=tuple(replace(peer, mtu=PATH_MTU) for peer in datapath.table.peers))
+        packet = ipv6(POD6, NEAR_POD6, bytes(1281 - 40))
+        answer = NO_VNET_HDR + icmp_answer(2, 0, packet, source=OWN6, next_hop_mtu=1280)
+        expected = Outcome("encap_drop_too_big", writes=(answer,), icmp="icmp_sent")
+        assert datapath.encap(NO_VNET_HDR + packet) == expected
+        assert [expected] == reference.encap(datapath.table, NO_VNET_HDR + packet)
+
+
+@contextmanager
+def frames_on_lo() -> Iterator[Callable[[], list[bool]]]:
+    """Whether each IPv4 packet that has crossed lo since then has DF."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800)) as capture:
+        capture.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+
+        def frames() -> list[bool]:
+            found = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet, where = capture.recvfrom(1 << 16, socket.MSG_DONTWAIT)
+                    if where[2] == socket.PACKET_HOST:
+                        found.append(bool(packet[6] & 0x40))
+            return found
+
+        yield frames
 
 
 def outcome(datapath: FastDatapath, packet: bytes, path_mtu: int = PATH_MTU) -> Outcome:

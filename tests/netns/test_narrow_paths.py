@@ -13,13 +13,23 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from ipaddress import IPv6Network
 from statistics import mean
 
 import pytest
 
-from tests.netns.traffic import REAL_TIME, read_status, seconds_until, socket_in, tcp_flow, wait_for_peers
-from udptun.lab.host import DISTANT, UNDERLAY, Host, Pod
+from tests.netns.traffic import (
+    REAL_TIME,
+    is_answered,
+    read_status,
+    seconds_until,
+    socket_in,
+    tcp_flow,
+    udp_flow,
+    wait_for_peers,
+)
+from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, Host, Pod
 from udptun.lab.machine import wait_until
 from udptun.lab.topology import SWITCH, Lab, Offload
 from udptun.probing.path_mtu import GROW_S
@@ -28,17 +38,33 @@ pytestmark = pytest.mark.netns
 
 NARROW_BYTES = 1300
 """Of an outer packet."""
+DISTANT_IPV6 = IPv6Network("fd00:78::/64")
 NARROW_LINK = f"{SWITCH}2"
 """The router's link to the second host."""
 
 
+OF_BOTH_FAMILIES = {"EnableIPv6": True, "IPv6Network": "fd00:244::/48"}
+
+
 @contextlib.contextmanager
-def routed_lab(conf: dict[str, object], *, is_vxlan_missing: bool = False) -> Iterator[Lab]:
-    """Two hosts, each on a network of its own.  The second one is like any flannel host where vxlan is missing."""
-    net_conf = {"Network": "10.244.0.0/16", "Backend": conf}
-    with Lab(f"narrow{os.getpid()}", net_conf=net_conf) as lab:
+def routed_lab(
+    conf: dict[str, object],
+    *,
+    is_vxlan_missing: bool = False,
+    net_conf: Mapping[str, object] | None = None,
+    ipv4: bool = True,
+) -> Iterator[Lab]:
+    """Two hosts, each on a network of its own.  The second one is like any flannel host where vxlan is missing.
+
+    `net_conf` with IPv6: the hosts have that too.  Without `ipv4` they have that alone.
+    """
+    net_conf = {"Network": "10.244.0.0/16", "Backend": conf, **(net_conf or {})}
+    with Lab(f"narrow{os.getpid()}", net_conf=net_conf, ipv6="EnableIPv6" in net_conf, ipv4=ipv4) as lab:
         one, two = lab.hosts
-        lab.relocate(two, DISTANT)
+        if ipv4:
+            lab.relocate(two, DISTANT)
+        else:
+            relocate_by_ipv6(lab, two)
         without = ["env", "UDPTUN_PRETEND_NO_VXLAN=1"] * is_vxlan_missing
         one.start_daemon(command=[*without, *REAL_TIME, *lab.daemon_command])
         two.start_daemon(command=[*REAL_TIME, *lab.daemon_command])
@@ -47,6 +73,22 @@ def routed_lab(conf: dict[str, object], *, is_vxlan_missing: bool = False) -> It
             host.add_pod()
         wait_for_peers(lab)
         yield lab
+
+
+def relocate_by_ipv6(lab: Lab, host: Host) -> None:
+    """As `Lab.relocate`, of a host that has no IPv4."""
+    lab.switch.at().ip(
+        f"link add {NARROW_LINK} type bridge forward_delay 0 mcast_snooping 0",
+        f"addr add {DISTANT_IPV6[1]}/64 dev {NARROW_LINK} nodad",
+        f"link set {NARROW_LINK} up",
+        f"link set {host.name} master {NARROW_LINK}",
+    )
+    before, host.underlay_ipv6 = host.underlay_ipv6, DISTANT_IPV6[FIRST_HOST + host.index]
+    host.machine.at().ip(
+        f"addr add {host.underlay_ipv6}/64 dev eth0 nodad",
+        f"addr del {before}/64 dev eth0",
+        f"route replace default via {DISTANT_IPV6[1]}",
+    )
 
 
 @pytest.fixture
@@ -196,6 +238,43 @@ def test_a_daemon_that_is_started_again_still_knows_a_narrow_path_and_who_is_ali
         assert n_too_long(routed) - before == 0
     flow.report.assert_exact()
     assert flow.report.longest_silence_ms < 5000 * slack
+
+
+def fits_in_fragments(lab: Lab, slack: int, narrow: int, inner: int) -> None:
+    """`narrow`: bytes that the path takes; `inner`: of the inner packets of these."""
+    one, two = lab.hosts
+    here, there = one.pod(1), two.pod(1)
+    lab.set_offload(Offload.NONE)
+    wait_until("IPv6", lambda: is_answered(here, there.ipv6_address, 1280 - 48), 10 * slack)
+    # A peer with traffic is looked at closely.
+    with tcp_flow(here, there, 1e6, ipv6=True) as stream, tcp_flow(there, here, 1e6, port=5003, ipv6=True) as back:
+        set_narrow(lab, narrow)
+        seconds_until(lambda: path_mtu(one) == inner, "the measure", 5 * slack)
+        for n_bytes in (inner - 48, inner + 1 - 48, 1280 - 48):
+            assert is_answered(here, there.ipv6_address, n_bytes), n_bytes
+        with udp_flow(here, there, 200, ipv6=True) as datagrams:
+            datagrams.wait_for_more(50)
+    assert (datagrams.report.lost, datagrams.report.n_spoilt) == ([], 0)
+    stream.report.assert_exact()
+    back.report.assert_exact()
+    (line,) = (it for it in read_status(one)["problems"] if "the path to" in it)
+    assert f"takes packets of {inner} bytes" in line
+    assert "; IPv6 packets of up to 1280 bytes, which every link has to take, go in fragments, " in line
+    assert read_status(one)["counters"]["encap_drop_send"] == 0
+
+
+def test_ipv6_packets_of_1280_bytes_get_through_a_path_of_1200(slack: int) -> None:
+    """Before, they were lost, and all full-size packets of connections with them."""
+    with routed_lab({"Type": "udp"}, net_conf=OF_BOTH_FAMILIES) as lab:
+        silence(lab)
+        fits_in_fragments(lab, slack, 1200, 1172)
+
+
+@pytest.mark.full
+def test_ipv6_packets_of_1280_bytes_get_through_a_path_of_1280_over_ipv6(slack: int) -> None:
+    """Over IPv6 nobody but the sender makes fragments, so the router has to say what it takes."""
+    with routed_lab({"Type": "udp"}, net_conf=OF_BOTH_FAMILIES, ipv4=False) as lab:
+        fits_in_fragments(lab, slack, 1280, 1280 - 48)
 
 
 RATE = "100mbit"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -174,6 +174,11 @@ def test_the_line_about_a_narrow_path_over_ipv6_says_how_much_less_than_the_devi
     line = carrier.narrow_line("the host of X", 1352, 1452)
     assert "takes packets of 1352 bytes, 120 fewer than flannel0; " in line
     assert "a Backend.MTU that is 100 lower" in line
+    small = "; IPv6 packets of up to 1280 bytes, which every link has to take, go in fragments, and are lost where the "
+    assert small not in carrier.narrow_line("the host of X", 1279, 1452)
+    carrier.own_addresses = {6: IPv6Address("fd00:244:0:1::")}
+    assert small in carrier.narrow_line("the host of X", 1279, 1452)
+    assert small not in carrier.narrow_line("the host of X", 1280, 1452)
 
 
 def test_what_a_follower_exchanges_is_its_hosts_also_when_it_has_waited_for_room(

@@ -139,10 +139,13 @@ class TunnelCarrier:
 
     def narrow_line(self, host: str, mtu: int, full: int) -> str:
         device = self._tunnel.tun.name
-        lost = f"; IPv6 packets of up to {IPV6_MTU_MIN} bytes, which every link has to take, are lost"
+        small = (
+            f"; IPv6 packets of up to {IPV6_MTU_MIN} bytes, which every link has to take, go in fragments, and are "
+            "lost where the path drops those"
+        )
         return (
             f"the path to {host} takes packets of {mtu} bytes, {self._tunnel.peers.mtu - mtu} fewer than {device}; "
             f"longer ones are fragmented, or their senders told (fragmentation needed)"
-            f"{lost if mtu < IPV6_MTU_MIN and 6 in self.own_addresses else ''}; "
+            f"{small if mtu < IPV6_MTU_MIN and 6 in self.own_addresses else ''}; "
             f"have all hosts use a Backend.MTU that is {full - mtu} lower, or mend the path"
         )

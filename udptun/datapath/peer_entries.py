@@ -127,7 +127,8 @@ class PeerEntries:
     def narrow(self) -> dict[IPNetwork, int]:
         """The peers to which packets may not be as long as the device allows, with the length in bytes."""
         narrow = {subnet for leader in self._path_mtus for subnet in self._host(leader)} | self._longer_headed
-        mtus = {subnet: self._mtu_to(subnet) for subnet in narrow}
+        # The kernel's routes to IPv6 subnets have no less, and nobody need send less (RFC 8200 5).
+        mtus = {it: max(self._mtu_to(it), IPV6_MTU_MIN if it.version == 6 else 0) for it in narrow}
         return {subnet: mtu for subnet, mtu in mtus.items() if mtu < self.mtu}
 
     @property
@@ -147,10 +148,9 @@ class PeerEntries:
         return (leader,) if follower is None else (leader, follower)
 
     def _mtu_to(self, subnet: IPNetwork) -> int:
-        """How long packets to the peer may be, bytes.  Every link takes those of IPv6 of 1,280 (RFC 8200 5)."""
+        """How long packets to the peer may be without being fragmented outside, bytes."""
         less = self.less_for(self._remotes[subnet]) if subnet in self._longer_headed else 0
-        mtu = min(self.mtu - less, self._path_mtus.get(self.leader(subnet), self.mtu))
-        return mtu if subnet.version == 4 else max(mtu, IPV6_MTU_MIN)
+        return min(self.mtu - less, self._path_mtus.get(self.leader(subnet), self.mtu))
 
     def _set_again(self, subnet: IPNetwork) -> None:
         """Into the table, after something has changed about its host."""

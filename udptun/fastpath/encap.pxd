@@ -8,7 +8,7 @@ The conditions stand in the order of the table "Encap" in docs/wire-format.md; t
 """
 
 from libc.stdint cimport uint8_t, uint32_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from udptun.fastpath.ecn cimport outer_tos
 from udptun.fastpath.flow cimport sender_for
@@ -16,7 +16,7 @@ from udptun.fastpath.icmp cimport NO_ROUTE, PEER_IS_DEAD, TOO_BIG, TTL_EXCEEDED,
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.loops cimport is_of_the_tunnel
 from udptun.fastpath.segment cimport *
-from udptun.fastpath.send cimport GROUP_BYTES, group_limit, make_room, queue_datagram
+from udptun.fastpath.send cimport GROUP_BYTES, group_limit, make_room, queue_datagram, send_alone, send_groups
 from udptun.fastpath.vxlan cimport put_prefix
 from udptun.fastpath.wire cimport *
 
@@ -43,8 +43,10 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
     make_room(w, n, n * (w.prefix_len + s.header))
     drop = check_way(w, p, longest)
     if drop != NULL:
-        drop_encap(w, drop, n)
-        answer_sender(w, p, drop)
+        if drop == &c.encap_sent:
+            encap_in_fragments(w, p, tun_read, &s, longest)
+        else:
+            drop_and_answer(w, p, drop, n)
         return
     c.encap_packets += n
     step_ttl(p)
@@ -53,6 +55,47 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
         queue_segments(w, p, &s)
     else:
         queue_packet(w, p)
+
+
+cdef inline void encap_in_fragments(
+        Loop *w, Packet *p, ut_read *tun_read, SuperPacket *s, int longest) noexcept nogil:
+    """The rest of `encap` for a packet, or a super-packet's segments, that is longer than the path to the peer takes.
+
+    Each leaves by itself, and the outer packet may be fragmented on the way.  Rare.
+    """
+    cdef int i, payload, tos, n = max(s.n, 1)
+    cdef ut_remote remote
+    cdef Counter *drop
+    cdef Packet segment
+    # What is queued goes first, so that nothing overtakes.  That may take a while, and the table may change.
+    send_groups(w)
+    drop = check_way(w, p, longest)
+    if drop != NULL and drop != &w.counters.encap_sent:
+        drop_and_answer(w, p, drop, n)
+        return
+    w.counters.encap_packets += n
+    step_ttl(p)
+    tun_read.is_stepped = 1
+    remote = remote_of(w.slot, p.peer)[0]
+    tos = outer_tos(w, p)
+    if s.n == 0:
+        put_prefix(w, p.peer, p.data - w.prefix_len)
+        send_alone(w, p, &remote, tos)
+        return
+    segment = p[0]
+    segment.data = w.single + SINGLE_ROOM
+    put_prefix(w, p.peer, segment.data - w.prefix_len)
+    sum_headers(s)
+    for i in range(s.n):
+        payload = write_segment_header(s, i, segment.data)
+        memcpy(segment.data + s.header, s.data + s.header + i * s.size, payload)
+        segment.len = s.header + payload
+        send_alone(w, &segment, &remote, tos)
+
+
+cdef inline void drop_and_answer(Loop *w, Packet *p, Counter *drop, int n) noexcept nogil:
+    drop_encap(w, drop, n)
+    answer_sender(w, p, drop)
 
 
 cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPacket *s) noexcept nogil:
@@ -90,7 +133,8 @@ cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPa
 cdef inline Counter *check_way(const Loop *w, Packet *p, int longest) noexcept nogil:
     """Rows 4 to 6, with loops and dead peers: which peer gets the packet, and may it?  Sets p.peer.
 
-    `longest`: of the packets that it stands for, bytes.  The counter to drop it under, or NULL.
+    `longest`: of the packets that it stands for, bytes.  The counter to drop it under, or NULL.  encap_sent: it is not
+    dropped, but longer than the path takes, and may be fragmented.
     """
     cdef Counters *c = w.counters
     p.peer = leasing(w.slot, p, destination_of(p))
@@ -102,8 +146,8 @@ cdef inline Counter *check_way(const Loop *w, Packet *p, int longest) noexcept n
         return &c.encap_drop_dead
     if ttl_of(p) <= 1:
         return &c.encap_drop_ttl
-    if <uint32_t>longest > w.slot.peers[p.peer].mtu and not may_be_fragmented(p, longest):
-        return &c.encap_drop_too_big
+    if <uint32_t>longest > w.slot.peers[p.peer].mtu:
+        return &c.encap_sent if may_be_fragmented(p, longest) else &c.encap_drop_too_big
     return NULL
 
 

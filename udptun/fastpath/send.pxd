@@ -216,15 +216,7 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
     cdef msghdr message
     cdef iovec iov
     cdef bint is_tos_refused = False
-    iov.iov_base = p.data - w.prefix_len
-    iov.iov_len = w.prefix_len + p.len
-    memset(&message, 0, sizeof(msghdr))
-    message.msg_name = &g.remote.where
-    message.msg_namelen = g.remote.where_len
-    message.msg_iov = &iov
-    message.msg_iovlen = 1
-    if g.tos:
-        ut_put_tos(&message, w.single_control, g.tos)
+    address_single(w, p, &g.remote, g.tos, &message, &iov)
     while sendmsg(g.fd, &message, MSG_DONTWAIT) < 0:
         if errno == EAGAIN and w.wait_for_room(w, g.fd) or errno == EINTR:
             continue
@@ -270,20 +262,52 @@ cdef inline int outer_header(const ut_remote *remote) noexcept nogil:
     return IPV6_HEADER if remote.where.any.sa_family == AF_INET6 else IPV4_HEADER_MIN
 
 
+cdef inline void address_single(
+        Loop *w, Packet *p, ut_remote *remote, int tos, msghdr *message, iovec *iov) noexcept nogil:
+    """Make `message` carry one datagram, whose prefix stands before the packet, in one piece."""
+    iov.iov_base = p.data - w.prefix_len
+    iov.iov_len = w.prefix_len + p.len
+    memset(message, 0, sizeof(msghdr))
+    message.msg_name = &remote.where
+    message.msg_namelen = remote.where_len
+    message.msg_iov = iov
+    message.msg_iovlen = 1
+    if tos:
+        ut_put_tos(message, w.single_control, tos)
+
+
+cdef inline void send_alone(Loop *w, Packet *p, ut_remote *remote, int tos) noexcept nogil:
+    """Send one datagram that is known to be longer than the path takes, as `send_in_fragments`."""
+    cdef msghdr message
+    cdef iovec iov
+    address_single(w, p, remote, tos, &message, &iov)
+    send_in_fragments(w, p, &message, own_socket(w, remote))
+
+
 cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message, int fd) noexcept nogil:
-    """Send a datagram that is longer than the path takes: the kernel fragments the outer packet.
+    """Send a datagram that is longer than the path takes, and let the outer packet be fragmented.
+
+    Our kernel does that as far as it knows what the path takes.  Over IPv4 routers do it too, as there is no DF.
 
     It leaves from `fd`, our own socket, whatever the flow's is: other workers may be sending from that one just now.
     """
     cdef ssize_t sent
-    cdef int family = (<const sockaddr *>message.msg_name).sa_family
-    discover_paths(fd, family, IP_PMTUDISC_DONT)
-    sent = sendmsg(fd, message, MSG_DONTWAIT)
-    discover_paths(fd, family, IP_PMTUDISC_PROBE)
-    if sent < 0:
-        w.counters.encap_drop_send += 1
-    else:
-        count_send(w, 1, count_sent(w, p.peer, 1, p.len))
+    cdef int error, family = (<const sockaddr *>message.msg_name).sa_family
+    while True:
+        discover_paths(fd, family, IP_PMTUDISC_DONT)
+        sent = sendmsg(fd, message, MSG_DONTWAIT)
+        error = errno
+        discover_paths(fd, family, IP_PMTUDISC_PROBE)
+        if sent >= 0:
+            count_send(w, 1, count_sent(w, p.peer, 1, p.len))
+            return
+        if error == EAGAIN and w.wait_for_room(w, fd) or error == EINTR:
+            continue
+        if error != EINVAL or not message.msg_controllen:
+            w.counters.encap_drop_send += 1
+            return
+        # As in `send_single`.
+        message.msg_controllen = 0
 
 
 cdef inline void discover_paths(int fd, int family, int mode) noexcept nogil:

@@ -79,7 +79,7 @@ class ByDatapath:
         length = packet.length + OUTER_HEADERS[peer.address.version]
         length += 0 if self._table.vtep is None else _VXLAN_PREFIX
         way = await self._kernel.of_datagram(source or peer.address, peer.address)
-        is_longer = way.mtu is not None and length > way.mtu
+        is_longer = packet.length > peer.mtu or (way.mtu is not None and length > way.mtu)
         may_be_cut = packet.length <= IPV6_MTU_MIN if packet.family is Family.IPV6 else not packet.has_df
         counter = "encap_sent"
         if way.refusal:
@@ -100,13 +100,13 @@ class ByDatapath:
 
     def _longer(self, packet: TraceRequest, peer: PublishedPeer) -> Document | None:
         """Where packets end that are longer than the peer's path takes; None: there are none."""
-        if peer.mtu >= 65535:
+        than = peer.mtu if packet.family is Family.IPV4 else max(peer.mtu, IPV6_MTU_MIN)
+        if than >= 65535:
             return None
         counters = [
-            self._judge.encap(packet.with_length(peer.mtu + 1, has_df=has_df).packet()).counter
-            for has_df in (True, False)
+            self._judge.encap(packet.with_length(than + 1, has_df=has_df).packet()).counter for has_df in (True, False)
         ]
-        return {"than": peer.mtu, "with_df": counters[0], "without_df": counters[1]}
+        return {"than": than, "with_df": counters[0], "without_df": counters[1]}
 
     async def arriving(self) -> Document:
         packet, senders = self._packet, self._senders()
