@@ -90,7 +90,7 @@ class UdpReport:
     """`arrivals`: (number, CLOCK_MONOTONIC ns) as they came.  `refused`: sends refused, by errno."""
 
     sent: int
-    refused: Mapping[str, int]
+    refused: Mapping[int, int]
     arrivals: list[tuple[int, int]]
     n_spoilt: int
 
@@ -184,8 +184,9 @@ def udp_flow(
             yield flow
             sent = sender.finish()
             got = receiver.finish(str(sent["sent"]))
-        arrivals = [(number, at) for number, at in got["arrivals"]]
-        flow._report = UdpReport(sent["sent"], sent["refused"], arrivals, got["n_spoilt"])
+        arrivals = list(zip(got["numbers"], got["times"], strict=True))
+        refused = dict(zip(sent["errnos"], sent["refused"], strict=True))
+        flow._report = UdpReport(sent["sent"], refused, arrivals, got["n_spoilt"])
         print(f"udp {source} -> {destination}: {flow.report}")
 
 

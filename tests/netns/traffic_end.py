@@ -3,34 +3,44 @@
 Every end prints "ready" when it is set up, goes on until its standard input says so, and prints what it saw as one
 line of JSON.  RATE is packets/s of udp-send, bytes/s of tcp-send, and not used by the receiving ends.  Content is made
 from position alone, so that the receiver can tell every byte.  Times are CLOCK_MONOTONIC, nanoseconds.
+
+The tests start some hundreds of these.  `json`, `random` and `socket` would take longer to import than the interpreter
+to start.
 """
 
-import contextlib
-import hashlib
-import json
+import _random
+import _socket
 import select
-import socket
 import sys
 import time
 
 SEQUENCE_BYTES = 8
 DATAGRAM_BYTES = 256
 BLOCK = 1 << 15
+PLACES = 1 << 16
+NOISE = _random.Random(1).getrandbits(8 * (PLACES + BLOCK)).to_bytes(PLACES + BLOCK, "big")
+PRIME = 40503
+TIMEOUT_S = 60.0
 _SO_RCVBUFFORCE = 33
 
 
+def noise(number: int, length: int) -> bytes:
+    """Bytes by chance, the same for the same number.  Those of the next 65,535 numbers begin elsewhere in NOISE."""
+    place = number * PRIME % PLACES
+    return NOISE[place : place + length]
+
+
 def content(sequence: int) -> bytes:
-    """The datagram or stream block with this number: the number, and bytes that all depend on it."""
-    head = sequence.to_bytes(SEQUENCE_BYTES, "big")
-    return head + hashlib.shake_128(head).digest(DATAGRAM_BYTES - SEQUENCE_BYTES)
+    """The datagram with this number: the number, and bytes that depend on it."""
+    return sequence.to_bytes(SEQUENCE_BYTES, "big") + noise(sequence, DATAGRAM_BYTES - SEQUENCE_BYTES)
 
 
 def stream_block(number: int) -> bytes:
-    return hashlib.shake_128(number.to_bytes(SEQUENCE_BYTES, "big")).digest(BLOCK)
+    return noise(number, BLOCK)
 
 
-def family_of(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
+def new_socket(address: str, kind: int) -> _socket.socket:
+    return _socket.socket(_socket.AF_INET6 if ":" in address else _socket.AF_INET, kind)
 
 
 def ready() -> None:
@@ -42,8 +52,9 @@ def told(timeout_s: float) -> str:
     return sys.stdin.readline() if select.select([sys.stdin], [], [], max(0.0, timeout_s))[0] else ""
 
 
-def report(**facts: object) -> None:
-    print(json.dumps(facts), flush=True)
+def report(**facts: int | list[int]) -> None:
+    """Numbers and lists of numbers are JSON as Python shows them."""
+    print("{" + ", ".join(f'"{name}": {value}' for name, value in facts.items()) + "}", flush=True)
 
 
 def send_udp(address: str, port: int, rate: float, n_ports: int = 1) -> None:
@@ -51,25 +62,23 @@ def send_udp(address: str, port: int, rate: float, n_ports: int = 1) -> None:
 
     A refused send is counted by its errno and not repeated.
     """
-    refused: dict[str, int] = {}
+    refused: dict[int, int] = {}
     sent = 0
-    with contextlib.ExitStack() as undo:
-        opened = [socket.socket(family_of(address), socket.SOCK_DGRAM) for _ in range(n_ports)]
-        sockets = [undo.enter_context(sock) for sock in opened]
-        ready()
-        start = time.monotonic()
-        while True:
-            if told(start + sent / rate - time.monotonic()):
-                break
-            # After a pause of the whole machine: the flow is late, not dense.
-            start = max(start, time.monotonic() - sent / rate - 0.02)
-            try:
-                sockets[sent % n_ports].sendto(content(sent), (address, port))
-            except OSError as exc:
-                name = str(exc.errno)
-                refused[name] = refused.get(name, 0) + 1
-            sent += 1
-    report(sent=sent, refused=refused)
+    sockets = [new_socket(address, _socket.SOCK_DGRAM) for _ in range(n_ports)]
+    ready()
+    start = time.monotonic()
+    while True:
+        if told(start + sent / rate - time.monotonic()):
+            break
+        # After a pause of the whole machine: the flow is late, not dense.
+        start = max(start, time.monotonic() - sent / rate - 0.02)
+        try:
+            sockets[sent % n_ports].sendto(content(sent), (address, port))
+        except OSError as exc:
+            number = exc.errno or 0
+            refused[number] = refused.get(number, 0) + 1
+        sent += 1
+    report(sent=sent, errnos=list(refused), refused=list(refused.values()))
 
 
 def send_udp_from_many(address: str, port: int, rate: float) -> None:
@@ -79,61 +88,67 @@ def send_udp_from_many(address: str, port: int, rate: float) -> None:
 
 def receive_udp(address: str, port: int, rate: float) -> None:
     """Take down what arrives.  The line on standard input says how many were sent: wait for them or for silence."""
-    arrivals: list[tuple[int, int]] = []
+    numbers: list[int] = []
+    times: list[int] = []
     n_spoilt = 0
     expected: int | None = None
-    with socket.socket(family_of(address), socket.SOCK_DGRAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
-        sock.bind((address, port))
-        poller = select.poll()
-        poller.register(sock, select.POLLIN)
-        poller.register(sys.stdin, select.POLLIN)
-        ready()
-        while expected is None or len(arrivals) < expected:
-            events = dict(poller.poll(None if expected is None else 1000))
-            if not events:
-                break
-            if sock.fileno() in events:
-                data = sock.recv(65536)
-                sequence = int.from_bytes(data[:SEQUENCE_BYTES], "big")
-                arrivals.append((sequence, time.monotonic_ns()))
-                n_spoilt += data != content(sequence)
-            if sys.stdin.fileno() in events:
-                expected = int(sys.stdin.readline())
-                poller.unregister(sys.stdin)
-    report(arrivals=arrivals, n_spoilt=n_spoilt)
+    sock = new_socket(address, _socket.SOCK_DGRAM)
+    sock.setsockopt(_socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
+    sock.bind((address, port))
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    poller.register(sys.stdin, select.POLLIN)
+    ready()
+    while expected is None or len(numbers) < expected:
+        events = dict(poller.poll(None if expected is None else 1000))
+        if not events:
+            break
+        if sock.fileno() in events:
+            data = sock.recv(65536)
+            numbers.append(int.from_bytes(data[:SEQUENCE_BYTES], "big"))
+            times.append(time.monotonic_ns())
+            n_spoilt += data != content(numbers[-1])
+        if sys.stdin.fileno() in events:
+            expected = int(sys.stdin.readline())
+            poller.unregister(sys.stdin)
+    report(numbers=numbers, times=times, n_spoilt=n_spoilt)
 
 
 def send_tcp(address: str, port: int, rate: float) -> None:
     """Send blocks at `rate` until told to stop, then close."""
     sent = 0
-    with socket.create_connection((address, port), timeout=60) as sock:
-        ready()
-        start = time.monotonic()
-        while not told(start + sent / rate - time.monotonic()):
-            start = max(start, time.monotonic() - sent / rate - 0.1)
-            sock.sendall(stream_block(sent // BLOCK))
-            sent += BLOCK
+    sock = new_socket(address, _socket.SOCK_STREAM)
+    sock.settimeout(TIMEOUT_S)
+    sock.connect((address, port))
+    ready()
+    start = time.monotonic()
+    while not told(start + sent / rate - time.monotonic()):
+        start = max(start, time.monotonic() - sent / rate - 0.1)
+        sock.sendall(stream_block(sent // BLOCK))
+        sent += BLOCK
+    sock.close()
     report(sent=sent)
 
 
 def receive_tcp(address: str, port: int, rate: float) -> None:
     """Compare what one connection carries with what it must be; note the longest silence."""
     received, n_spoilt, longest_ns = 0, 0, 0
-    with socket.create_server((address, port), family=family_of(address)) as server:
-        ready()
-        connection, _ = server.accept()
-        with connection:
-            last = time.monotonic_ns()
-            block = b""
-            while data := connection.recv(1 << 18):
-                now = time.monotonic_ns()
-                longest_ns, last = max(longest_ns, now - last), now
-                block += data
-                received += len(data)
-                while len(block) >= BLOCK:
-                    n_spoilt += block[:BLOCK] != stream_block((received - len(block)) // BLOCK)
-                    block = block[BLOCK:]
+    server = new_socket(address, _socket.SOCK_STREAM)
+    server.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+    server.bind((address, port))
+    server.listen()
+    ready()
+    connection = _socket.socket(fileno=server._accept()[0])
+    last = time.monotonic_ns()
+    block = b""
+    while data := connection.recv(1 << 18):
+        now = time.monotonic_ns()
+        longest_ns, last = max(longest_ns, now - last), now
+        block += data
+        received += len(data)
+        while len(block) >= BLOCK:
+            n_spoilt += block[:BLOCK] != stream_block((received - len(block)) // BLOCK)
+            block = block[BLOCK:]
     report(received=received, n_spoilt=n_spoilt + bool(block), longest_silence_ns=longest_ns)
 
 
