@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server for health, readiness, status and metrics: one request a connection, and no bodies.
+"""A small HTTP/1.1 server for health, readiness, status and metrics: one request a connection, which has no body.
 
 It may face the network, so everything is bounded: bytes and seconds a request may take, clients at once.  When there
 are too many, the newest is let in and the oldest that keeps us waiting is turned out.  So clients that connect and say
@@ -14,10 +14,11 @@ import os
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
+from typing import Protocol
 
 from udptun._kabi import lib
 from udptun.core.errors import KernelError, one_line
@@ -41,13 +42,23 @@ _SAY_AGAIN_S = 60.0
 log = logging.getLogger(__name__)
 
 
+class Pieces(Protocol):
+    """What is sent piece by piece as it comes, until StopAsyncIteration."""
+
+    async def __anext__(self) -> str: ...
+
+    def close(self) -> None:
+        """It was all sent, or the client has left, perhaps before the first piece.  Called once, whatever happens."""
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer; `body` is sent as UTF-8."""
+    """An answer; `body` is sent as UTF-8, and then `more`."""
 
     status: HTTPStatus
     body: str
     content_type: str = "text/plain; charset=utf-8"
+    more: Pieces | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,30 +246,66 @@ class Server:
         return True
 
     async def _attend(self, client: _Client) -> None:
+        more: Pieces | None = None
         try:
-            answer = await self._answer(client)
-            if answer is not None:
-                async with asyncio.timeout(REQUEST_S):
-                    await asyncio.get_running_loop().sock_sendall(client.connection, answer)
+            answer, more = await self._answer(client)
+            if answer:
+                await _send(client, answer)
+            if more is not None:
+                client.is_idle = False
+                await _send_while_there(client, more)
         except OSError:  # TimeoutError is one
             log.debug("an http client left, or does not read its answer")
+        finally:
+            if more is not None:
+                more.close()
 
-    async def _answer(self, client: _Client) -> bytes | None:
-        """None for a client that left without a word."""
+    async def _answer(self, client: _Client) -> tuple[bytes, Pieces | None]:
+        """What to send, and what follows it.  Nothing to a client that left without a word."""
         try:
             async with asyncio.timeout(REQUEST_S):
                 head = await _read_head(client.connection)
         except TimeoutError:
-            return _encode(_error(HTTPStatus.BAD_REQUEST))
+            return _encode(_error(HTTPStatus.BAD_REQUEST)), None
         if head is None:
-            return None
+            return b"", None
         request = _parse(head)
         if request is None:
-            return _encode(_error(HTTPStatus.BAD_REQUEST))
+            return _encode(_error(HTTPStatus.BAD_REQUEST)), None
         client.is_idle = False
         response = await _respond(self._routes, request, self._is_due)
         client.is_idle = True
-        return _encode(response, with_body=request.method != "HEAD")
+        more = response.more
+        if request.method != "HEAD":
+            return _encode(response), more
+        if more is not None:
+            more.close()
+        return _encode(response, with_body=False), None
+
+
+async def _send(client: _Client, answer: bytes) -> None:
+    async with asyncio.timeout(REQUEST_S):
+        await asyncio.get_running_loop().sock_sendall(client.connection, answer)
+
+
+async def _send_while_there(client: _Client, more: Pieces) -> None:
+    """Send what comes, until it ends or the client leaves.  Whoever has more to say than a request may leave, too."""
+
+    async def send_all() -> None:
+        with suppress(StopAsyncIteration):
+            while True:
+                await _send(client, _utf8(await more.__anext__()))
+
+    sending = asyncio.create_task(send_all())
+    leaving = asyncio.create_task(asyncio.get_running_loop().sock_recv(client.connection, 1))
+    try:
+        done, _ = await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if sending in done:
+            sending.result()
+    finally:
+        for task in (sending, leaving):
+            task.cancel()
+        await asyncio.gather(sending, leaving, return_exceptions=True)
 
 
 async def _read_head(connection: socket.socket) -> bytes | None:
@@ -309,12 +356,17 @@ def _error(status: HTTPStatus) -> Response:
 
 
 def _encode(response: Response, *, with_body: bool = True) -> bytes:
-    # A name from the kernel or an environment may have bytes that are no UTF-8, which Python keeps as surrogates.
-    body = response.body.encode(errors="backslashreplace")
+    body = _utf8(response.body)
     allow = "Allow: GET, HEAD\r\n" if response.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
+    # The end of the connection is the end of what comes piece by piece.
+    length = f"Content-Length: {len(body)}\r\n" if response.more is None else ""
     head = (
         f"HTTP/1.1 {response.status.value} {response.status.phrase}\r\n"
-        f"Content-Type: {response.content_type}\r\nContent-Length: {len(body)}\r\n{allow}"
-        "Connection: close\r\n\r\n"
+        f"Content-Type: {response.content_type}\r\n{length}{allow}Connection: close\r\n\r\n"
     )
     return head.encode() + (body if with_body else b"")
+
+
+def _utf8(text: str) -> bytes:
+    # A name from the kernel or an environment may have bytes that are no UTF-8, which Python keeps as surrogates.
+    return text.encode(errors="backslashreplace")
