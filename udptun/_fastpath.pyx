@@ -19,7 +19,7 @@ stage is a file of fastpath/ that opens with its own words:
     flow.pxd          from which port a flow leaves                sys.pxd     the kernel's calls and structures
     ecn.pxd           marks of congestion, in and out              loops.pxd   the tunnel's own datagrams inside it
     wire.pxd          where the fields of a packet are             stray.pxd   datagrams that no lease explains
-    packet.pxd        a packet of either family, read once
+    packet.pxd        a packet of either family, read once         trace.pxd   packets shown while somebody watches
     ring.pxd          packets that the control plane gets, and that it hands over
 
 On the wire there are always single packets.  A read of the TUN may be a super-packet, which is cut up; datagrams of one
@@ -59,6 +59,7 @@ from udptun.fastpath.loop cimport *
 from udptun.fastpath.ring cimport announce_punts, drop_half_injected, take_injected
 from udptun.fastpath.segment cimport SuperPacket
 from udptun.fastpath.send cimport allow_groups_again, send_groups
+from udptun.fastpath.trace cimport look_for_trace, publish_traced
 from udptun.fastpath.wire cimport IPV6_HEADER, ip_total_len, ip_version, ipv6_total_len
 from udptun.fastpath.write cimport write_items
 
@@ -115,6 +116,7 @@ cdef int encap_turn(Loop *w) noexcept nogil:
     step_queue(w)
     w.counters.tun_reads += reads
     send_groups(w)
+    publish_traced(w, UT_TRACE_ENCAP)
     w.in_flight.n_reads = 0
     return reads
 
@@ -143,6 +145,7 @@ cdef void encap_inherited(Loop *w) noexcept nogil:
             undo_ttl_step(&p)
         encap(w, &p, tun_read)
     send_groups(w)
+    publish_traced(w, UT_TRACE_ENCAP)
     w.in_flight.n_reads = 0
 
 # ------------------------------------------------------------------------------------------ decap: UDP to TUN
@@ -160,6 +163,7 @@ cdef int decap_turn(Loop *w, int fd) noexcept nogil:
             longest = max(longest, <int>w.in_flight.message[i].msg_len)
             decap_message(w, i, False)
         write_items(w)
+        publish_traced(w, UT_TRACE_DECAP)
         announce_punts(w)
         for i in range(n):
             clear_message(w, i)
@@ -198,6 +202,7 @@ cdef void decap_inherited(Loop *w) noexcept nogil:
             header.msg_controllen = min(header.msg_controllen, <size_t>UT_CMSG_BYTES)
             decap_message(w, i, True)
     write_items(w)
+    publish_traced(w, UT_TRACE_DECAP)
     w.in_flight.n_messages = 0
 
 # ------------------------------------------------------------------------------------------------------ loop
@@ -207,6 +212,7 @@ cdef inline void use_table(Loop *w) noexcept nogil:
     w.slot = ut_table_enter(w.table, w.worker)
     w.prefix_len = UT_PREFIX_BYTES if w.slot.prefix_len else 0
     allow_offloads(w)
+    look_for_trace(w)
 
 
 cdef void hand_on(Loop *w, ut_worker *dead) noexcept nogil:
@@ -470,6 +476,7 @@ cdef class Worker:
         self._w.in_flight = &self._w.stats.in_flight[index]
         self._w.strays = self._w.stats.stray[index]
         self._w.punts = &self._w.stats.punt[index]
+        self._w.traces = self._w.stats.traced[index]
         if index == 0:
             self._w.injects = &self._w.stats.inject
         self._w.tun_fd = tun_fd
@@ -768,8 +775,15 @@ LAYOUT = {
     "max_local": UT_MAX_LOCAL,
     "max_learned": UT_MAX_LEARNED,
     "strays": UT_STRAYS,
+    "trace_filter": sizeof(ut_trace_filter),
+    "trace": sizeof(ut_trace),
+    "traced": sizeof(ut_traced),
+    "trace_ring": sizeof(ut_trace_ring),
     "ring_slots": UT_RING_SLOTS,
     "ring_bytes": UT_RING_BYTES,
+    "trace_slots": UT_TRACE_SLOTS,
+    "trace_bytes": UT_TRACE_BYTES,
+    "trace_ways": UT_TRACE_WAYS,
     # Bits and values of fields.
     "hash": <uint32_t>UT_HASH,
     "hash_upper": UT_HASH_UPPER,
@@ -793,6 +807,9 @@ LAYOUT = {
     "state.tun_lost": UT_STATE_TUN_LOST,
     "way.peer": UT_WAY_PEER,
     "way.tun": UT_WAY_TUN,
+    "trace.any_protocol": UT_TRACE_ANY_PROTOCOL,
+    "trace.encap": UT_TRACE_ENCAP,
+    "trace.decap": UT_TRACE_DECAP,
     "inject.waits": UT_INJECT_WAITS,
     "inject.done": UT_INJECT_DONE,
     "inject.malformed": UT_INJECT_MALFORMED,

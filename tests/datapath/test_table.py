@@ -406,18 +406,26 @@ def test_next_control_plane_goes_on_with_the_published_peers_and_their_indexes(s
     second.close()
 
 
-def test_statistics_of_another_layout_go_on_counting_where_the_counters_are_understood() -> None:
+@pytest.mark.parametrize(
+    ("versions", "n_known", "block"),
+    [
+        # Those builds had room for 56 counters in a block, and knew 51 at most.
+        pytest.param(range(5, 11), 51, 512, id="5 to 10"),
+        pytest.param(range(11, 12), 59, 576, id="11"),
+    ],
+)
+def test_statistics_of_another_layout_go_on_counting_where_the_counters_are_understood(
+    versions: range, n_known: int, block: int
+) -> None:
     """An upgrade would begin to count at zero."""
     first = Stats.create()
-    # These builds had room for 56 counters in a block of 512 bytes, and knew 51 at most.
-    n_known, block = 51, 512
     counts = array("Q", range(1, 1 + n_known))
     for worker in (0, 3):
         at = FIELDS["stats"]["worker"][0] + worker * block
         os.pwrite(first.fd, array("Q", [99] * 8), at)
         os.pwrite(first.fd, counts, at + FIELDS["worker"]["counter"][0])
     others = [(4, 0), (LAYOUT["version"] + 1, 0)]
-    for version, factor in [*((version, 2) for version in range(5, 11)), *others]:
+    for version, factor in [*((version, 2) for version in versions), *others]:
         os.pwrite(first.fd, version.to_bytes(4, sys.byteorder), 4)
         second = Stats.create()
         second.continue_from(first.fd)

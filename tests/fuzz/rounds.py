@@ -29,6 +29,7 @@ from tests.datapath import test_ipv6_equivalence as dual_batches
 from tests.datapath.harness import Batch, FastDatapath, Message, ReferenceDatapath, assert_same_packets, trains
 from tests.datapath.test_equivalence import ECN, QUICK
 from tests.datapath.test_super_packets import Super
+from tests.datapath.test_tracing import ends, ends_shown, watching
 from tests.packets import (
     DESTINATION_OPTIONS,
     MTU,
@@ -41,6 +42,7 @@ from tests.packets import (
 )
 from tests.reference import Table
 from tests.reference_ip import IPV4, IPV6, read_header
+from udptun.datapath.tracing import Tracer
 
 CHUNK = settings(QUICK, max_examples=25, derandomize=False, phases=(Phase.generate,))
 PROGRESS_S = 15.0
@@ -69,7 +71,8 @@ class Rounds:
             how = {"has_gro": has_gro, "is_in_trains": True, "has_vnet_hdr": has_vnet_hdr, **kind}
             fast, model = self._undo.enter_context(FastDatapath(**how)), ReferenceDatapath(**how)
             model.table = fast.table
-            self._pairs.append((fast, model))
+            # Half of them are watched, each by a filter that everything passes.
+            self._pairs.append((fast, model, watching(fast) if has_gro == has_vnet_hdr else None))
         # Near and far: the subnet that packets go to is the far end's, and they come from the near end's.
         self._ends = []
         for kind in kinds:
@@ -90,7 +93,7 @@ class Rounds:
 
     def chunk(self, number: int) -> None:
         """Some rounds of each kind; another `number` makes other rounds."""
-        fast, model = self._pairs[number % len(self._pairs)]
+        fast, model, tracer = self._pairs[number % len(self._pairs)]
         near, far = self._ends[number % len(self._ends)]
         batches = ipv4_batches if fast.table.network_ipv6 is None else dual_batches
 
@@ -100,25 +103,25 @@ class Rounds:
         def encap(raws: list[bytes]) -> None:
             if not fast.has_vnet_hdr:
                 raws = [NO_VNET_HDR + raw[len(NO_VNET_HDR) :] for raw in raws]
-            self._compare("encap", fast.encap_batch(raws), model.encap_batch(raws))
+            self._compare("encap", fast.encap_batch(raws), model.encap_batch(raws), tracer)
 
         @seed(number)
         @CHUNK
         @given(datagrams=batches.DECAP_BATCHES, ecn=ECN)
         def decap(datagrams: list[tuple[bytes, str]], ecn: int) -> None:
-            self._compare("decap", fast.decap_batch(datagrams, ecn), model.decap_batch(datagrams, ecn))
+            self._compare("decap", fast.decap_batch(datagrams, ecn), model.decap_batch(datagrams, ecn), tracer)
 
         @seed(number)
         @CHUNK
         @given(messages=batches.WIRE_BATCHES)
         def wire(messages: list[Message]) -> None:
-            self._compare("wire", fast.decap_wire(messages), model.decap_wire(messages))
+            self._compare("wire", fast.decap_wire(messages), model.decap_wire(messages), tracer)
 
         @seed(number)
         @CHUNK
         @given(messages=batches.STREAM_BATCHES)
         def flows(messages: list[Message]) -> None:
-            self._compare("flows", fast.decap_messages(messages), model.decap_messages(messages))
+            self._compare("flows", fast.decap_messages(messages), model.decap_messages(messages), tracer)
 
         @seed(number)
         @CHUNK
@@ -129,8 +132,11 @@ class Rounds:
         for kind in (encap, decap, wire, flows, round_trip):
             kind()
 
-    def _compare(self, kind: str, got: Batch, expected: Batch) -> None:
+    def _compare(self, kind: str, got: Batch, expected: Batch, tracer: Tracer | None) -> None:
         assert got.counts == expected.counts
+        if tracer is not None:
+            assert ends_shown(tracer) == ends(got.counts)
+            assert tracer.n_lost == 0
         assert got.sends == expected.sends
         self.n_merged += assert_same_packets(got.writes, expected.writes)
         self.n[kind] += 1

@@ -77,9 +77,9 @@ class TraceRequest:
         return cls(
             *inner,
             number,
-            _number("PORT", port, 1, 65535) if port else (80 if number in (TCP, UDP) else None),
-            _number("--size", size, least, _PACKET_MAX) if size else least + _DATA_LEN,
-            _number("--ttl", ttl, 0, 255) if ttl else 64,
+            read_number("PORT", port, 1, 65535) if port else (80 if number in (TCP, UDP) else None),
+            read_number("--size", size, least, _PACKET_MAX) if size else least + _DATA_LEN,
+            read_number("--ttl", ttl, 0, 255) if ttl else 64,
             has_df,
             where,
             outer_port,
@@ -146,6 +146,12 @@ class TraceRequest:
         return b""
 
 
+def protocol_name(number: int) -> str:
+    """For people."""
+    names = {number: name for name, number in PROTOCOLS.items()} | {ICMPV6: "icmp"}
+    return names.get(number) or f"protocol {number}"
+
+
 def _address(what: str, text: str) -> IPAddress:
     try:
         return ip_address(text)
@@ -164,17 +170,18 @@ def _socket_address(text: str) -> tuple[IPAddress | None, int | None]:
         address, _, port = text.partition(":")
     else:
         address, port = text, ""
-    return _address("--from", address), _number("--from port", port, 0, 65535) if port else None
+    return _address("--from", address), read_number("--from port", port, 0, 65535) if port else None
 
 
 def _protocol(text: str, version: int) -> int:
     if not text:
         text = "icmp"
-    number = PROTOCOLS[text] if text in PROTOCOLS else _number("PROTO", text, 0, 255, " or tcp, udp, icmp")
+    number = PROTOCOLS[text] if text in PROTOCOLS else read_number("PROTO", text, 0, 255, " or tcp, udp, icmp")
     return ICMPV6 if number == ICMP and version == 6 else number
 
 
-def _number(what: str, text: str, least: int, most: int, others: str = "") -> int:
+def read_number(what: str, text: str, least: int, most: int, others: str = "") -> int:
+    """The number that a person has typed.  Raises UsageError, which names `others` than numbers that are good, too."""
     is_number = text.isascii() and text.isdecimal() and len(text) <= _DIGITS_MAX
     if not is_number or not least <= int(text) <= most:
         raise UsageError(f"{what} {text!r} is no number from {least} to {most}{others}")

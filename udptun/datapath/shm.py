@@ -12,6 +12,7 @@ import mmap
 import os
 import struct
 import sys
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Literal
 
@@ -125,6 +126,14 @@ def version_of(fd: int, magic: int) -> int | None:
     head = os.pread(fd, _HEAD.size, 0)
     found, version = _HEAD.unpack(head) if len(head) == _HEAD.size else (0, 0)
     return int(version) if found == magic else None
+
+
+def give_back(memory: memoryview, at: int, length: int) -> None:
+    """Have so many bytes of what `map_whole` has mapped be zero and cost nothing, where that is whole pages."""
+    mapping = memory.obj
+    assert isinstance(mapping, mmap.mmap)
+    with suppress(OSError):
+        mapping.madvise(mmap.MADV_REMOVE, at, length)
 
 
 def private(size: int) -> memoryview:

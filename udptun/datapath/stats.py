@@ -38,10 +38,8 @@ _STATS, _WORKER, _STRAY = shm.Structure("stats"), shm.Structure("worker"), shm.S
 _STRAY_FIELDS = _STRAY.packer("outer", "inner", "peer", "last_s", "datagrams")
 _N_WORKERS = LAYOUT["max_workers"]
 _N_PEER_COUNTERS = len(PEER_COUNTERS)
-_COUNTED_ALIKE = (5, 6, 7, 8, 9, 10)
-"""Earlier layout versions whose workers' blocks begin where ours do, with the same counters first."""
-_EARLIER_BLOCK_BYTES = 512
-"""A worker's block in these."""
+_EARLIER_BLOCK_BYTES = {**dict.fromkeys((5, 6, 7, 8, 9, 10), 512), 11: 576}
+"""A worker's block, by earlier layout versions whose blocks begin where ours do, with the same counters first."""
 
 
 class WorkerState(Enum):
@@ -82,6 +80,10 @@ class Stats:
         self.inject_ring = memory[_STATS.offset("inject") :][: LAYOUT["ring"]]
         punts = memory[_STATS.offset("punt") :]
         self.punt_rings = [punts[i * LAYOUT["ring"] :][: LAYOUT["ring"]] for i in range(_N_WORKERS)]
+        self.trace = memory[_STATS.offset("trace") :][: LAYOUT["trace"]]
+        traces, n_traces = memory[_STATS.offset("traced") :], _N_WORKERS * LAYOUT["trace_ways"]
+        self.trace_rings = [traces[i * LAYOUT["trace_ring"] :][: LAYOUT["trace_ring"]] for i in range(n_traces)]
+        """Of each worker one for each way."""
 
     @classmethod
     def create(cls) -> Stats:
@@ -97,15 +99,16 @@ class Stats:
 
         Only while no worker counts here.  `fd` is the file of that build's statistics.
         """
-        if shm.version_of(fd, LAYOUT["stats_magic"]) not in _COUNTED_ALIKE:
+        block_bytes = _EARLIER_BLOCK_BYTES.get(shm.version_of(fd, LAYOUT["stats_magic"]) or 0)
+        if block_bytes is None:
             return
         # Builds that do not know this word have zeros in its place.
         self.n_strangers = int.from_bytes(os.pread(fd, 8, _STATS.offset("n_strangers")), sys.byteorder)
         first = _word("counter")
         # Those that these builds do not know are zero, as far as there is room for them.
-        last = min(first + len(COUNTERS), _EARLIER_BLOCK_BYTES // 8)
+        last = min(first + len(COUNTERS), block_bytes // 8)
         for i, worker in enumerate(self._workers):
-            at = _STATS.offset("worker") + i * _EARLIER_BLOCK_BYTES
+            at = _STATS.offset("worker") + i * block_bytes
             worker[first:last] = memoryview(os.pread(fd, 8 * (last - first), at + 8 * first)).cast("Q")
 
     @property
@@ -185,7 +188,7 @@ class Stats:
         Workers that have been given up count too: the sums never fall while a peer stays.  Index 0 collects senders
         outside Network.
         """
-        workers = self._workers_that_ran()
+        workers = self.workers_that_ran()
         if len(indexes) >= MANY_PEERS:
             from udptun.datapath.bulk import PeerStats
 
@@ -195,23 +198,31 @@ class Stats:
     def received(self, index: int) -> int:
         """Packets from a peer that all workers have counted, as a worker sums them up."""
         column = PEER_COUNTERS.index("decap_packets")
-        return sum(self._row(worker, index)[column] for worker in self._workers_that_ran())
+        return sum(self._row(worker, index)[column] for worker in self.workers_that_ran())
 
     def peer_rows(self, top: int) -> list[tuple[int, memoryview]]:
         """Of each worker that has run the PEER_COUNTERS of all peers up to index `top`."""
         n, row_words = LAYOUT["max_peers"], _N_PEER_COUNTERS
         return [
             (worker, self._peers[worker * n * row_words : (worker * n + top + 1) * row_words])
-            for worker in self._workers_that_ran()
+            for worker in self.workers_that_ran()
         ]
 
-    def _workers_that_ran(self) -> list[int]:
+    def give_back_traces(self) -> None:
+        """Give the memory that the workers have written packets to back to the kernel, where it can take that."""
+        slots = shm.Structure("trace_ring").offset("slot")
+        for worker in self.workers_that_ran():
+            for way in range(LAYOUT["trace_ways"]):
+                at = _STATS.offset("traced") + (worker * LAYOUT["trace_ways"] + way) * LAYOUT["trace_ring"]
+                shm.give_back(self._memory, at + slots, LAYOUT["trace_ring"] - slots)
+
+    def workers_that_ran(self) -> list[int]:
         """A worker that has never run has counted nothing; its rows stay untouched, and cost no memory."""
         return [worker for worker, turns in enumerate(self._words("turns", _N_WORKERS)) if turns]
 
     def clear_peers(self, indexes: Sequence[int]) -> None:
         """Start the peers' counters at zero; only while no worker can count under their indexes."""
-        workers = self._workers_that_ran()
+        workers = self.workers_that_ran()
         if len(indexes) >= MANY_PEERS:
             from udptun.datapath.bulk import PeerStats
 

@@ -45,6 +45,7 @@ from udptun.datapath.stats import Stats
 from udptun.datapath.strangers import StrangerFilter
 from udptun.datapath.supervision import Datapath, new_lock
 from udptun.datapath.table import TableWriter
+from udptun.datapath.tracing import Tracer
 from udptun.kernel.tun import Tun, device_of, open_queues
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Tunnel:
         self.stats = stats
         self.peers = PeerEntries(table, stats)
         self.rings = Rings(stats, events)
+        self.tracer = Tracer(stats)
         self.strangers = StrangerFilter(table, stats, lambda: self._endpoints.sets)
         self.tun = tun
         self.is_adopted = bool(processes)

@@ -25,6 +25,7 @@ from udptun.fastpath.segment cimport complete_checksum
 from udptun.fastpath.vxlan cimport check_prefix
 from udptun.fastpath.wire cimport *
 from udptun.fastpath.stray cimport take_stray
+from udptun.fastpath.trace cimport set_end, trace
 from udptun.fastpath.write cimport write_items, write_segments
 
 
@@ -70,7 +71,11 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
     the ECN field of the outer packet.
     """
     cdef Counters *c = w.counters
+    cdef const ut_socket_address *source = &w.in_flight.source[i]
     cdef Counter *drop = NULL
+    cdef Counter *end
+    cdef Counter n_answers
+    cdef ut_traced *entry = NULL
     cdef Packet p
     cdef virtio_net_hdr vnet
     c.decap_packets += 1
@@ -80,21 +85,37 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
         length -= w.prefix_len
     p.data = d
     p.len = length
+    p.peer = 0
     if drop == NULL:
-        drop = check_packet(w.slot, c, &p, &w.in_flight.source[i])
+        drop = check_packet(w.slot, c, &p, source)
     if drop == NULL:
         drop = take_mark(c, &p, outer_ecn)
     if drop == NULL and is_for_control_plane(w.slot, &p):
-        punt(w, &p, &w.in_flight.source[i], False)
+        if w.is_traced:
+            entry = trace(w, UT_TRACE_DECAP, &p, 1, &c.decap_punted, source)
+        end = punt(w, &p, source, False)
+        if entry != NULL:
+            set_end(w, entry, end)
         return
     if drop == NULL:
         drop = offload_header(w.slot, c, &p, inner_size, &vnet)
+    if w.is_traced:
+        if drop == NULL:
+            entry = trace(w, UT_TRACE_DECAP, &p, n_segments(&p, &vnet), &c.decap_delivered, source)
+        else:
+            entry = trace(w, UT_TRACE_DECAP, &p, 1, drop, source)
     if drop != NULL:
         if drop == &c.decap_drop_unknown_peer or drop == &c.decap_drop_source_spoofed:
-            if take_stray(w, &p, &w.in_flight.source[i], drop == &c.decap_drop_unknown_peer):
+            end = take_stray(w, &p, source, drop == &c.decap_drop_unknown_peer)
+            if end != NULL:
+                if entry != NULL:
+                    set_end(w, entry, end)
                 return
         elif drop == &c.decap_drop_ttl:
+            n_answers = c.icmp_sent
             answer_peer(w, &p, TTL_EXCEEDED)
+            if entry != NULL:
+                entry.is_answered = c.icmp_sent != n_answers
         drop[0] += 1
         return
     step_ttl(&p)
@@ -264,6 +285,13 @@ cdef inline Counter *offload_header(
         vnet.hdr_len = <uint16_t>(p.header + tcp_header)
         vnet.gso_size = <uint16_t>(table.mtu - p.header - tcp_header)
     return NULL
+
+
+cdef inline int n_segments(const Packet *p, const virtio_net_hdr *vnet) noexcept nogil:
+    """How many packets it stands for, by its virtio header."""
+    if vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE or not vnet.flags:
+        return 1
+    return (p.len - vnet.hdr_len + vnet.gso_size - 1) // vnet.gso_size
 
 
 cdef inline int partial_checksum_offset(const Packet *p) noexcept nogil:

@@ -17,6 +17,7 @@ from udptun.fastpath.loop cimport *
 from udptun.fastpath.loops cimport is_of_the_tunnel
 from udptun.fastpath.segment cimport *
 from udptun.fastpath.send cimport GROUP_BYTES, group_limit, make_room, queue_datagram, send_alone, send_groups
+from udptun.fastpath.trace cimport trace
 from udptun.fastpath.vxlan cimport put_prefix
 from udptun.fastpath.wire cimport *
 
@@ -29,12 +30,16 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
     cdef virtio_net_hdr *vnet = <virtio_net_hdr *>tun_read.vnet
     cdef Counters *c = w.counters
     cdef Counter *drop
+    cdef ut_traced *entry = NULL
     cdef SuperPacket s
     cdef int n = 1, longest
     memset(&s, 0, sizeof(s))
     drop = take_read(w, p, vnet, &s)
     if drop != NULL:
         drop_encap(w, drop, 1)
+        if w.is_traced:
+            p.peer = 0
+            trace(w, UT_TRACE_ENCAP, p, 1, drop, NULL)
         return
     longest = p.len
     if s.n:
@@ -42,11 +47,13 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
         longest = min(p.len, s.header + s.size)
     make_room(w, n, n * (w.prefix_len + s.header))
     drop = check_way(w, p, longest)
+    if w.is_traced and drop != &c.encap_sent:
+        entry = trace(w, UT_TRACE_ENCAP, p, n, &c.encap_sent if drop == NULL else drop, NULL)
     if drop != NULL:
         if drop == &c.encap_sent:
             encap_in_fragments(w, p, tun_read, &s, longest)
         else:
-            drop_and_answer(w, p, drop, n)
+            drop_and_answer(w, p, drop, n, entry)
         return
     c.encap_packets += n
     step_ttl(p)
@@ -66,12 +73,15 @@ cdef inline void encap_in_fragments(
     cdef int i, payload, tos, n = max(s.n, 1)
     cdef ut_remote remote
     cdef Counter *drop
+    cdef ut_traced *entry = NULL
     cdef Packet segment
     # What is queued goes first, so that nothing overtakes.  That may take a while, and the table may change.
     send_groups(w)
     drop = check_way(w, p, longest)
+    if w.is_traced:
+        entry = trace(w, UT_TRACE_ENCAP, p, n, &w.counters.encap_sent if drop == NULL else drop, NULL)
     if drop != NULL and drop != &w.counters.encap_sent:
-        drop_and_answer(w, p, drop, n)
+        drop_and_answer(w, p, drop, n, entry)
         return
     w.counters.encap_packets += n
     step_ttl(p)
@@ -80,7 +90,7 @@ cdef inline void encap_in_fragments(
     tos = outer_tos(w, p)
     if s.n == 0:
         put_prefix(w, p.peer, p.data - w.prefix_len)
-        send_alone(w, p, &remote, tos)
+        send_alone(w, p, &remote, tos, p.data)
         return
     segment = p[0]
     segment.data = w.single + SINGLE_ROOM
@@ -90,12 +100,16 @@ cdef inline void encap_in_fragments(
         payload = write_segment_header(s, i, segment.data)
         memcpy(segment.data + s.header, s.data + s.header + i * s.size, payload)
         segment.len = s.header + payload
-        send_alone(w, &segment, &remote, tos)
+        send_alone(w, &segment, &remote, tos, s.data + s.header + i * s.size)
 
 
-cdef inline void drop_and_answer(Loop *w, Packet *p, Counter *drop, int n) noexcept nogil:
+cdef inline void drop_and_answer(Loop *w, Packet *p, Counter *drop, int n, ut_traced *entry) noexcept nogil:
+    """`entry`: the packet's, or NULL."""
+    cdef Counter n_answers = w.counters.icmp_sent
     drop_encap(w, drop, n)
     answer_sender(w, p, drop)
+    if entry != NULL:
+        entry.is_answered = w.counters.icmp_sent != n_answers
 
 
 cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPacket *s) noexcept nogil:

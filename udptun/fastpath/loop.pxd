@@ -49,6 +49,7 @@ cdef struct Loop:
     ut_stray *strays              # our row of stats.stray
     ut_ring *punts                # our ring of stats.punt
     ut_ring *injects              # worker 0's: what the control plane hands over; NULL of the others
+    ut_trace_ring *traces         # our rings of stats.traced, by UT_TRACE_*
     int punt_fd                   # an eventfd that tells the control plane of punts; -1: nobody is told
     int tun_fd                    # of our queue, and what we write to: queue[0]
     int queue[UT_MAX_WORKERS]     # of the device, that we read
@@ -82,6 +83,7 @@ cdef struct Loop:
     # The table of this turn, and what follows from it.
     const ut_slot *slot
     int prefix_len                # bytes before each inner packet on the wire
+    bint is_traced                # whether somebody watches: then trace.pxd is asked about each packet
     int group_segments            # datagrams a message; 1: the kernel does not cut messages up for us
     bint has_grouped              # whether the kernel has ever cut a message up
     bint has_ecn                  # whether each send has a TOS of its own
@@ -96,6 +98,9 @@ cdef struct Loop:
     int stop
     bint has_begun                # false while we are the standby: until then `in_flight` is another process's
     int tun_lost
+    ut_trace_filter filter        # of the packets to trace, and the trace's number: valid with is_traced
+    uint64_t trace_number
+    uint32_t n_open[2]            # entries of `traces` that are not published yet
     long icmp_tokens
     uint64_t icmp_refilled_ns
 

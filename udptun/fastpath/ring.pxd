@@ -70,14 +70,15 @@ cdef inline bint is_asked_for(const ut_slot *table, const Packet *p) noexcept no
     return p.has_more or icmp_checksum_holds(p)
 
 
-cdef inline void punt(Loop *w, Packet *p, const ut_socket_address *source, bint is_stray) noexcept nogil:
-    """Hand the packet to the control plane; `source` is where its datagram came from."""
+cdef inline Counter *punt(Loop *w, Packet *p, const ut_socket_address *source, bint is_stray) noexcept nogil:
+    """Hand the packet to the control plane; `source` is where its datagram came from.  The counter where it has ended.
+    """
     cdef ut_ring *ring = w.punts
     cdef uint64_t written = ring.written
     cdef ut_ring_slot *slot = &ring.slot[written & (UT_RING_SLOTS - 1)]
     if written - ut_load_u64(&ring.taken) >= UT_RING_SLOTS:
         w.counters.decap_drop_punt_full += 1
-        return
+        return &w.counters.decap_drop_punt_full
     memset(slot, 0, sizeof(ut_ring_slot) - UT_RING_BYTES)
     slot.time_ns = monotonic_ns()
     slot.sequence = written + 1
@@ -94,6 +95,7 @@ cdef inline void punt(Loop *w, Packet *p, const ut_socket_address *source, bint 
     mark_written(p.data)
     w.counters.decap_punted += 1
     w.has_punted = True
+    return &w.counters.decap_punted
 
 
 cdef inline void announce_punts(Loop *w) noexcept nogil:

@@ -19,6 +19,7 @@ from libc.string cimport memcpy, memset
 
 from udptun.fastpath.icmp cimport TOO_BIG, may_answer, send_local_answer
 from udptun.fastpath.loop cimport *
+from udptun.fastpath.trace cimport drop_late, end_late
 from udptun.fastpath.wire cimport *
 
 cdef enum:
@@ -90,7 +91,7 @@ cdef inline void make_room(Loop *w, int n, int header_bytes) noexcept nogil:
 
 cdef inline void send_groups(Loop *w) noexcept nogil:
     """Send all queued groups.  Their headers and pieces are free again."""
-    cdef int i, sent, end, error, nbytes, done = 0
+    cdef int i, k, sent, end, error, nbytes, done = 0
     cdef Group *g
     for i in range(w.n_groups):
         address_message(w, i)
@@ -110,7 +111,11 @@ cdef inline void send_groups(Loop *w) noexcept nogil:
         elif errno == EAGAIN:
             if not w.wait_for_room(w, w.group[done].fd):
                 for i in range(done, w.n_groups):
-                    w.counters.encap_drop_send += w.group[i].n
+                    g = &w.group[i]
+                    w.counters.encap_drop_send += g.n
+                    for k in range(g.n_iov):
+                        end_late(w, UT_TRACE_ENCAP, <uint8_t *>g.iov[k].iov_base, <int>g.iov[k].iov_len,
+                                 &w.counters.encap_drop_send)
                 break
         elif errno != EINTR:
             error = errno
@@ -189,6 +194,7 @@ cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
     """
     cdef int i, piece = 0, offset = 0, length, part, have
     cdef bint are_taken = True
+    cdef const uint8_t *at = NULL
     cdef Packet p
     p.data = w.single + w.prefix_len
     p.peer = g.peer
@@ -200,17 +206,19 @@ cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
             memcpy(w.single + have, <uint8_t *>g.iov[piece].iov_base + offset, part)
             have += part
             offset += part
+            at = <uint8_t *>g.iov[piece].iov_base + offset - 1
             if offset == <int>g.iov[piece].iov_len:
                 piece += 1
                 offset = 0
         p.len = length - w.prefix_len
-        are_taken &= send_single(w, g, &p)
+        are_taken &= send_single(w, g, &p, at)
     return are_taken
 
 
-cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
+cdef inline bint send_single(Loop *w, Group *g, Packet *p, const uint8_t *at) noexcept nogil:
     """Send one datagram of a group, whose prefix stands before the packet.  True when the kernel took it as it is.
 
+    `at` is the last byte of the packet where it was read.
     Where the path is too narrow for it, it is sent in fragments if it may be, and answered otherwise.
     """
     cdef msghdr message
@@ -226,14 +234,14 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
             is_tos_refused = True
             continue
         if errno != EMSGSIZE:
-            w.counters.encap_drop_send += 1
+            drop_refused(w, p, at)
             return False
         take_length(p)
         read_headers(p)
         if may_be_fragmented(p, p.len):
-            send_in_fragments(w, p, &message, own_socket(w, &g.remote))
+            send_in_fragments(w, p, &message, own_socket(w, &g.remote), at)
         else:
-            drop_too_big(w, p, &g.remote)
+            drop_too_big(w, p, &g.remote, at)
         return False
     count_send(w, 1, count_sent(w, p.peer, 1, p.len))
     if is_tos_refused:
@@ -242,19 +250,31 @@ cdef inline bint send_single(Loop *w, Group *g, Packet *p) noexcept nogil:
     return not is_tos_refused
 
 
-cdef inline void drop_too_big(Loop *w, Packet *p, const ut_remote *remote) noexcept nogil:
+cdef inline void drop_refused(Loop *w, const Packet *p, const uint8_t *at) noexcept nogil:
+    w.counters.encap_drop_send += 1
+    if w.is_traced:
+        drop_late(w, UT_TRACE_ENCAP, p, at, &w.counters.encap_drop_send)
+
+
+cdef inline void drop_too_big(Loop *w, Packet *p, const ut_remote *remote, const uint8_t *at) noexcept nogil:
     """Drop a packet that the path does not take and nobody may fragment; tell its sender how long one may be.
 
     Asking the kernel for that takes five system calls, so it is asked only when the answer may be sent.
     """
     cdef int mtu
+    cdef Counter n_answers = w.counters.icmp_sent
+    cdef ut_traced *entry = NULL
     w.counters.encap_drop_too_big += 1
+    if w.is_traced:
+        entry = drop_late(w, UT_TRACE_ENCAP, p, at, &w.counters.encap_drop_too_big)
     undo_ttl_step(p)
     if not may_answer(w, p):
         w.counters.icmp_suppressed += 1
         return
     mtu = path_mtu(w, remote) - outer_header(remote) - UDP_HEADER - w.prefix_len
     send_local_answer(w, p, TOO_BIG, least_mtu(p, max(mtu, 0)))
+    if entry != NULL:
+        entry.is_answered |= w.counters.icmp_sent != n_answers
 
 
 cdef inline int outer_header(const ut_remote *remote) noexcept nogil:
@@ -276,17 +296,18 @@ cdef inline void address_single(
         ut_put_tos(message, w.single_control, tos)
 
 
-cdef inline void send_alone(Loop *w, Packet *p, ut_remote *remote, int tos) noexcept nogil:
+cdef inline void send_alone(Loop *w, Packet *p, ut_remote *remote, int tos, const uint8_t *at) noexcept nogil:
     """Send one datagram that is known to be longer than the path takes, as `send_in_fragments`."""
     cdef msghdr message
     cdef iovec iov
     address_single(w, p, remote, tos, &message, &iov)
-    send_in_fragments(w, p, &message, own_socket(w, remote))
+    send_in_fragments(w, p, &message, own_socket(w, remote), at)
 
 
-cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message, int fd) noexcept nogil:
+cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message, int fd, const uint8_t *at) noexcept nogil:
     """Send a datagram that is longer than the path takes, and let the outer packet be fragmented.
 
+    `at` points into the packet where it was read.
     Our kernel does that as far as it knows what the path takes.  Over IPv4 routers do it too, as there is no DF.
 
     It leaves from `fd`, our own socket, whatever the flow's is: other workers may be sending from that one just now.
@@ -304,7 +325,7 @@ cdef inline void send_in_fragments(Loop *w, Packet *p, msghdr *message, int fd) 
         if error == EAGAIN and w.wait_for_room(w, fd) or error == EINTR:
             continue
         if error != EINVAL or not message.msg_controllen:
-            w.counters.encap_drop_send += 1
+            drop_refused(w, p, at)
             return
         # As in `send_single`.
         message.msg_controllen = 0

@@ -8,7 +8,7 @@
     worker      a block of words that one worker writes: the generation it uses, its state, its counters
     in flight   what a worker has read from the kernel and not yet handed on: its successor goes on with it
     stray       a slot of a worker for datagrams from an address that no lease explains
-    ring        packets between a worker and the control plane (ring.pxd)
+    ring        packets between a worker and the control plane (ring.pxd, trace.pxd)
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -30,6 +30,7 @@ cdef extern from "shm.h" nogil:
         UT_OFFLOAD_ECN
         UT_STATE_STOPPED, UT_STATE_RUNNING, UT_STATE_TUN_LOST
         UT_WAY_PEER, UT_WAY_TUN
+        UT_TRACE_SLOTS, UT_TRACE_BYTES, UT_TRACE_ANY_PROTOCOL, UT_TRACE_ENCAP, UT_TRACE_DECAP, UT_TRACE_WAYS
         UT_INJECT_WAITS, UT_INJECT_DONE, UT_INJECT_MALFORMED, UT_INJECT_NO_ROUTE, UT_INJECT_REFUSED, UT_INJECT_IN_FLIGHT
     # Numbers of 64 bits, which an enum has no room for.
     const uint64_t UT_HASH_UPPER, UT_HASH_LOWER, UT_HASH_BOTH
@@ -109,18 +110,36 @@ cdef extern from "shm.h" nogil:
     struct ut_ring:
         uint64_t written, refused, begun, taken
         ut_ring_slot slot[1]
+    struct ut_trace_filter:
+        ut_prefix source, destination
+        uint32_t family, protocol, port, is_both_ways, is_drops_alone, snap_len
+    struct ut_trace:
+        uint64_t number, until_ns
+        ut_trace_filter filter
+    struct ut_traced:
+        uint64_t number, time_ns
+        ut_address outer
+        uint32_t peer, length, counter, at
+        uint16_t outer_port, kept, n_segments, n_dropped, is_answered
+        uint8_t packet[1]
+    struct ut_trace_ring:
+        uint64_t written, lost, taken
+        ut_traced slot[1]
     struct ut_stats:
         uint32_t magic, layout_version
+        ut_trace trace
         ut_worker worker[1]
         ut_peer_stats peer[1][1]
         ut_in_flight in_flight[1]
         ut_stray stray[1][1]
         ut_ring inject
         ut_ring punt[1]
+        ut_trace_ring traced[1][1]
     const ut_slot *ut_table_enter(const ut_table *table, ut_worker *worker)
     void ut_table_leave(ut_worker *worker)
     uint32_t ut_hash(uint32_t word)
     uint32_t ut_hash_address(const ut_address *address)
+    uint64_t ut_trace_take(const ut_trace *trace, ut_trace_filter *filter)
     uint32_t ut_slot_checksum(const ut_ring_slot *slot, uint32_t kept)
     void ut_store_u64(uint64_t *word, uint64_t value)
     uint64_t ut_load_u64(const uint64_t *word)

@@ -33,22 +33,21 @@ cdef enum:
     QUESTION_LEN = 16             # ICMP header 8, nonce 8
 
 
-cdef inline bint take_stray(Loop *w, Packet *p, const ut_socket_address *source, bint is_strangers) noexcept nogil:
-    """Note a datagram that may not come from `source`, if a peer leases its inner source; whether it was punted.
+cdef inline Counter *take_stray(Loop *w, Packet *p, const ut_socket_address *source, bint is_strangers) noexcept nogil:
+    """Note a datagram that may not come from `source`, if a peer leases its inner source.
 
-    `is_strangers`: the address is no peer's.
+    `is_strangers`: the address is no peer's.  Where it was punted the counter where it has ended, or NULL.
     """
     cdef ut_stray *slot
     if p.peer == 0:
-        return False
+        return NULL
     slot = note_stray(w, p, address_of(source))
     if (not is_strangers or w.slot.punt_id == 0 or w.slot.source_check != UT_SOURCE_PEER
             or not is_tunnel_address(w.slot, p, destination_of(p)) or not is_of_learning(w, p, slot)):
-        return False
+        return NULL
     if w.punts.written - ut_load_u64(&w.punts.taken) >= UT_RING_SLOTS // 4:
-        return False
-    punt(w, p, source, True)
-    return True
+        return NULL
+    return punt(w, p, source, True)
 
 
 cdef inline bint is_of_learning(Loop *w, const Packet *p, ut_stray *slot) noexcept nogil:

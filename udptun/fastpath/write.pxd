@@ -13,6 +13,7 @@ from libc.string cimport memset
 from udptun.fastpath.coalesce cimport VNET, Item, seal, start_batch
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.segment cimport SuperPacket, measure_super_packet, sum_headers, write_segment_header
+from udptun.fastpath.trace cimport drop_late
 from udptun.fastpath.wire cimport PROTO_TCP
 
 
@@ -34,6 +35,8 @@ cdef inline void write_items(Loop *w) noexcept nogil:
             if errno == EBADFD:
                 w.tun_lost = 1
             w.counters.decap_drop_tun += it.n
+            if w.is_traced:
+                trace_refused_item(w, it)
         mark_item_written(it)
     count_writes(w, n_writes, nbytes)
 
@@ -57,11 +60,32 @@ cdef inline void mark_item_written(Item *it) noexcept nogil:
     cdef int k
     mark_written(it.first)
     for k in range(1, it.n):
-        mark_written(<uint8_t *>it.iov[2 + k].iov_base - it.header_len)
+        mark_written(packet_in(it, k))
+
+
+cdef inline void trace_refused_item(Loop *w, const Item *it) noexcept nogil:
+    cdef int k
+    trace_refused(w, it.peer, it.first, it.first_len)
+    for k in range(1, it.n):
+        trace_refused(w, it.peer, packet_in(it, k), <int>it.iov[2 + k].iov_len + it.header_len)
+
+
+cdef inline void trace_refused(Loop *w, uint32_t peer, uint8_t *d, int length) noexcept nogil:
+    """Show that the device has refused a packet of the peer's."""
+    cdef Packet p
+    p.data = d
+    p.len = length
+    p.peer = peer
+    drop_late(w, UT_TRACE_DECAP, &p, d, &w.counters.decap_drop_tun)
+
+
+cdef inline uint8_t *packet_in(const Item *it, int k) noexcept nogil:
+    """Packet k of an item of several: each still stands before its payload."""
+    return <uint8_t *>it.iov[2 + k].iov_base - it.header_len
 
 
 cdef inline void write_one_by_one(Loop *w, Item *it) noexcept nogil:
-    """Write the packets of a super-packet that the kernel refused: each still stands before its payload."""
+    """Write the packets of a super-packet that the kernel refused."""
     cdef int k, length
     cdef iovec piece[2]
     memset(it.vnet, 0, VNET)
@@ -69,10 +93,12 @@ cdef inline void write_one_by_one(Loop *w, Item *it) noexcept nogil:
     piece[0].iov_len = VNET
     for k in range(it.n):
         length = <int>it.iov[2 + k].iov_len + it.header_len
-        piece[1].iov_base = <uint8_t *>it.iov[2 + k].iov_base - it.header_len
+        piece[1].iov_base = packet_in(it, k)
         piece[1].iov_len = length
         if writev(w.tun_fd, piece, 2) < 0:
             w.counters.decap_drop_tun += 1
+            if w.is_traced:
+                trace_refused(w, it.peer, packet_in(it, k), length)
         else:
             count_writes(w, 1, count_delivered(w, it.peer, 1, length))
 
@@ -94,8 +120,10 @@ cdef inline void write_segments(Loop *w, Packet *p, const virtio_net_hdr *vnet) 
         piece[1].iov_len = write_segment_header(&s, i, w.cut_header)
         piece[1].iov_base = p.data + s.header + i * s.size
         is_taken &= writev(w.tun_fd, piece, 2) >= 0
-    mark_written(p.data)
     if is_taken:
         count_writes(w, s.n, count_delivered(w, p.peer, 1, p.len))
     else:
         w.counters.decap_drop_tun += 1
+        if w.is_traced:
+            trace_refused(w, p.peer, p.data, p.len)
+    mark_written(p.data)

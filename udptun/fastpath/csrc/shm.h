@@ -1,10 +1,10 @@
 /* Layout of the two memory files that the control plane and the datapath share, and the atomics that guard them.
  *
  * One writer each: the control plane writes the table and the head of the statistics, worker i writes block i of them.
- * The rings, which lie in the same file, have two, and ring.pxd says who writes what.  Both files are sparse and sealed
- * against resizing; a page that nobody touches costs nothing.  Integers are in host order, but for socket addresses
- * and `struct ut_address`.  This is the only description: fastpath/shm.pxd declares the names to Cython, and the
- * control plane takes sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
+ * The rings, which lie in the same file, have two; ring.pxd and trace.pxd say who writes what.  Both files are sparse
+ * and sealed against resizing; a page that nobody touches costs nothing.  Integers are in host order, but for socket
+ * addresses and `struct ut_address`.  This is the only description: fastpath/shm.pxd declares the names to Cython, and
+ * the control plane takes sizes, offsets and bits from LAYOUT and FIELDS of _fastpath.pyx.
  */
 #ifndef UDPTUN_SHM_H
 #define UDPTUN_SHM_H
@@ -19,7 +19,7 @@
 
 #define UT_TABLE_MAGIC 0x74756454u /* "Tdut" */
 #define UT_STATS_MAGIC 0x74756453u /* "Sdut" */
-#define UT_LAYOUT_VERSION 11u
+#define UT_LAYOUT_VERSION 12u
 
 #define UT_MAX_PEERS 131072u      /* of both families; index 0 means "no peer" */
 #define UT_INDEX_ENTRIES 262144u  /* of a hash table of indices, so that half of it is free; a power of two */
@@ -50,6 +50,8 @@
 #define UT_MAX_LEARNED 65536u     /* addresses beside the public IPs that peers send from */
 #define UT_RING_SLOTS 64u         /* packets that wait in a ring at most; a power of two */
 #define UT_RING_BYTES 440u        /* of a packet, in its slot */
+#define UT_TRACE_SLOTS 1024u       /* packets that wait in a ring of traces at most; a power of two */
+#define UT_TRACE_BYTES 256u       /* of a packet, in its slot */
 #define UT_TABLE_HEADER_BYTES 4096u
 #define UT_STATS_HEADER_BYTES 4096u
 
@@ -250,17 +252,74 @@ struct ut_ring {
     struct ut_ring_slot slot[UT_RING_SLOTS];
 };
 
+/* Which packets a live trace asks for (trace.pxd). */
+struct ut_trace_filter {
+    struct ut_prefix source, destination;
+    uint32_t family;              /* 4 or 6; 0: any */
+    uint32_t protocol;            /* of the transport header; UT_TRACE_ANY_PROTOCOL: any */
+    uint32_t port;                /* of TCP or UDP, at the end that `destination` is; 0: any */
+    uint32_t is_both_ways;        /* whether answers match too: from `destination` to `source` */
+    uint32_t is_drops_alone;      /* whether packets that are sent, delivered or punted are left out */
+    uint32_t snap_len;            /* keep so many bytes of a packet, UT_TRACE_BYTES at most; 0: its headers alone */
+};
+enum { UT_TRACE_ANY_PROTOCOL = 256 };
+
+/* What the control plane wants traced; whole cache lines.  It stores `number` last, and 0 before it writes the rest. */
+struct ut_trace {
+    uint64_t number;              /* of the trace, each has another one; 0: nothing is traced */
+    uint64_t until_ns;            /* CLOCK_MONOTONIC.  From then on nothing is traced, whoever has died meanwhile */
+    struct ut_trace_filter filter;
+    uint8_t pad[24];
+};
+
+/* One packet that a live trace has asked for; whole cache lines. */
+struct ut_traced {
+    uint64_t number;              /* of the trace */
+    uint64_t time_ns;             /* CLOCK_MONOTONIC */
+    struct ut_address outer;      /* where its datagram goes to, or came from; none: it goes nowhere */
+    uint32_t peer;                /* index of the peer that gets it, or that leases its source; 0: none */
+    uint32_t length;              /* of the packet, bytes */
+    uint32_t counter;             /* where it has ended: index in `struct Counters` of shm.pxd */
+    uint32_t at;                  /* where the packet lay, for the worker alone */
+    uint16_t outer_port;
+    uint16_t kept;                /* so many bytes of it are in the slot */
+    uint16_t n_segments;          /* packets that a super-packet stands for; 1: it is none */
+    uint16_t n_dropped;           /* how many of them were dropped */
+    uint16_t is_answered;         /* whether an ICMP error was sent about it */
+    uint16_t pad[3];
+    uint8_t packet[UT_TRACE_BYTES];
+};
+
+/* From a worker to the control plane, as in `struct ut_ring`. */
+struct ut_trace_ring {
+    uint64_t written;             /* the worker's: number of the last packet whose end is known */
+    uint64_t lost;                /* the worker's: packets that found no room */
+    uint64_t producer_line[6];
+    uint64_t taken;               /* the control plane's: number of the last packet whose slot is free again */
+    uint64_t consumer_line[7];
+    uint8_t pad[UT_STATS_HEADER_BYTES - 128]; /* so that the pages of the slots can be given back */
+    struct ut_traced slot[UT_TRACE_SLOTS];
+};
+enum { UT_TRACE_ENCAP = 0, UT_TRACE_DECAP = 1, UT_TRACE_WAYS = 2 };
+
+_Static_assert(sizeof(struct ut_trace) % 64 == 0 && sizeof(struct ut_traced) % 64 == 0, "whole cache lines");
+_Static_assert(sizeof(struct ut_trace_ring) % UT_STATS_HEADER_BYTES == 0, "whole pages");
+
 struct ut_stats {
     uint32_t magic, layout_version;
     uint64_t n_strangers;         /* datagrams that the kernel has kept from the workers.  The control plane's.  Files of
                                    * builds that do not know it have 0 here */
-    uint8_t pad[UT_STATS_HEADER_BYTES - 16];
+    uint64_t head_line[6];
+    struct ut_trace trace;        /* the control plane's */
+    uint8_t pad[UT_STATS_HEADER_BYTES - 64 - sizeof(struct ut_trace)];
     struct ut_worker worker[UT_MAX_WORKERS];
     struct ut_peer_stats peer[UT_MAX_WORKERS][UT_MAX_PEERS];
     struct ut_in_flight in_flight[UT_MAX_WORKERS];
     struct ut_stray stray[UT_MAX_WORKERS][UT_STRAYS];
     struct ut_ring inject;        /* from the control plane to worker 0 */
     struct ut_ring punt[UT_MAX_WORKERS]; /* from each worker to the control plane */
+    struct ut_trace_ring traced[UT_MAX_WORKERS][UT_TRACE_WAYS]
+        __attribute__((aligned(UT_STATS_HEADER_BYTES))); /* from each worker: UT_TRACE_* */
 };
 
 /* A reader announces the generation it is about to use and looks again: the writer may have flipped in between and,
@@ -282,6 +341,17 @@ static inline const struct ut_slot *ut_table_enter(const struct ut_table *table,
 static inline void ut_table_leave(struct ut_worker *worker)
 {
     __atomic_store_n(&worker->generation_seen, 0, __ATOMIC_RELEASE);
+}
+
+/* Copies the filter of the trace that is wanted now, and returns its number; 0 when none is, or while it changes. */
+static inline uint64_t ut_trace_take(const struct ut_trace *trace, struct ut_trace_filter *filter)
+{
+    uint64_t number = __atomic_load_n(&trace->number, __ATOMIC_ACQUIRE);
+
+    *filter = trace->filter;
+    /* What is copied is read before the second look. */
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    return __atomic_load_n(&trace->number, __ATOMIC_RELAXED) == number ? number : 0;
 }
 
 /* 16 bits of which each depends on most bits of `word`.  With local_mask it is the entry of local[] from which on an
