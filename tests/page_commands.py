@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {
     *("apt-get", "cat", "cp", "ctr", "curl", "echo", "etcdctl", "helm", "ip", "iptables", "kubectl", "ls", "mkdir"),
     *("modprobe", "nft", "ping", "pip", "podman", "printf", "promtool", "python", "python3", "source", "sysctl"),
-    *("ln", "systemctl", "udptun", "flanneld", "udptun-cni"),
+    *("ln", "systemctl", "tshark", "udptun", "flanneld", "udptun-cni"),
 }
 
 NO_PROGRAMS = {"host"}
@@ -286,6 +286,14 @@ _NETWORKS = Elsewhere(
 )
 _IMAGE = ("netns/test_image.py::test_archive_is_one_layer_of_root_s_files_with_the_entry_point_of_flannels_image",)
 
+_LIVE = Elsewhere(
+    "packets have to come while it runs",
+    (
+        "netns/test_trace_hosts.py::test_echoes_of_pods_are_shown_as_they_come",
+        "netns/test_trace_hosts.py::test_only_drops_are_shown_when_asked_for",
+    ),
+)
+
 ELSEWHERE: Mapping[str, Mapping[str, Elsewhere]] = {
     "bench/README.md": {
         "./dev bench --family 4,6 --paths udptun,vtep,vxlan,host-gw --json FILE.json": Elsewhere(
@@ -321,6 +329,11 @@ ELSEWHERE: Mapping[str, Mapping[str, Elsewhere]] = {
         "/opt/udptun/bin/pip install '.[kube]'": _PIP,
         "NODE_NAME=node-1 /opt/udptun/bin/flanneld --kube-subnet-mgr --kubeconfig-file "
         "/etc/kubernetes/flannel.conf": Elsewhere("the API server is the tests'", _KUBE),
+    },
+    "docs/trace.md": {
+        "udptun trace 10.244.1.2 any tcp 443 --live 3": _LIVE,
+        "udptun trace 10.244.1.2 any --drops --live 100 --write drops.pcapng": _LIVE,
+        "tshark -r drops.pcapng -T fields -e frame.comment": _LIVE,
     },
     "CONTRIBUTING.md": {
         "./dev test": _TESTS,

@@ -1,4 +1,4 @@
-"""`udptun trace` says what becomes of a packet: each is traced, and then sent.
+"""`udptun trace` says what becomes of a packet: each is traced, and then sent.  `--live` shows it when it is sent.
 
     pod h1/p1 -- cni0 - flannel0 [h1: asked] eth0 -- underlay -- eth0 [h2: a peer, and a stranger beside it]
 
@@ -10,16 +10,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from traffic import read_status, read_trace, socket_in, wait_for_peers
+from traffic import (
+    ipv6_gateway,
+    ping,
+    read_status,
+    read_trace,
+    seconds_until,
+    socket_in,
+    tcp_flow,
+    wait_for_peers,
+)
 
 from tests.packets import ipv4, ipv6, udp_segment
 from udptun.core.counter_words import COUNTERS
@@ -294,6 +306,159 @@ def test_what_the_kernel_does_with_a_packet_that_has_come_out_of_the_tunnel_coun
     assert "ip_forward" in said["verdict"]["words"]
 
 
+# ---------------------------------------------------------------------------------------------------------- live
+
+
+class Watch:
+    """`udptun trace --live`, which has begun."""
+
+    def __init__(self, host: Host, *words: str) -> None:
+        command = [sys.executable, "-m", "udptun", "trace", *words, "--json"]
+        self.process = host.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.begin = self.line()
+        assert self.begin["event"] == "begin"
+
+    def line(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def packets(self, n: int) -> list[Any]:
+        """The next lines."""
+        lines = [self.line() for _ in range(n)]
+        assert all(it["event"] == "packet" for it in lines), lines
+        return lines
+
+    def end(self) -> tuple[int, list[Any], str]:
+        """Exit status, the lines that are left, and what it has said to people."""
+        out, err = self.process.communicate(timeout=20)
+        return self.process.returncode, [json.loads(line) for line in out.splitlines()], err
+
+
+@contextmanager
+def watch(host: Host, *words: str) -> Iterator[Watch]:
+    found = Watch(host, *words)
+    try:
+        yield found
+    finally:
+        found.process.kill()
+        found.process.wait()
+
+
+def ends_of(line: Any) -> tuple[str, str, str, str | None]:
+    return line["direction"], line["source"], line["destination"], line["counter"]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_echoes_of_pods_are_shown_as_they_come(net: Net, version: int, tmp_path: Path) -> None:
+    pod, theirs = net.address("pod", version), net.address("their_pod", version)
+    path = tmp_path / "echo.pcapng"
+    words = (pod, theirs, "icmp", "--live", "4", "--write", str(path))
+    with watch(net.one, *words) as asked:
+        assert asked.begin["devices"] == ["flannel0"]
+        ping(net.one.pod(1), theirs)
+        status, lines, said = asked.end()
+    *packets, end = lines
+    there, back = ("outgoing", pod, theirs, "encap_sent"), ("arriving", theirs, pod, "decap_delivered")
+    assert (status, said) == (0, "")
+    # Neighbours of IPv6 ask for each other on the veth, never here.
+    assert [ends_of(it) for it in packets] == [there, back] * 2
+    assert end == {"event": "end", "reason": "packets", "packets": 4, "lost": 0}
+    for it in packets:
+        assert (it["outer"], it["outer_port"]) == (str(net.two.underlay_address), PORT)
+        assert it["peer"] == str(net.two.subnet if version == 4 else ipv6_gateway(net.two).network)
+        assert len(it["packet"]) == 2 * ((20 if version == 4 else 40) + 8), "headers alone"
+        assert abs(it["time_ns"] / 1e9 - time.time()) < 60
+    fields = ("-T", "fields", "-e", "frame.packet_flags_direction", "-e", "frame.comment")
+    read = [line.split("\t") for line in net.one.run(["tshark", "-nr", str(path), *fields]).stdout.splitlines()]
+    assert [direction for direction, _ in read] == ["0x00000002", "0x00000001"] * 2
+    peer = f"{net.two.underlay_address}:{PORT} ({packets[0]['peer']})"
+    assert [comment for _, comment in read[:2]] == [
+        f"to {peer}: {COUNTERS['encap_sent'].words} (encap_sent)",
+        f"from {peer}: {COUNTERS['decap_delivered'].words} (decap_delivered)",
+    ]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_each_row_of_the_table_is_shown_live_with_its_end(net: Net, version: int) -> None:
+    """Spoofed, without a route, too long, with a TTL that is used up: as their counters say."""
+    rows = [row for row in (*OUT, *IN) if row.counter is not None]
+    with watch(net.one, "any", "any", "udp", "--live", str(len(rows))) as asked:
+        for row in rows:
+            net.send(row, version)
+            (it,) = asked.packets(1)
+            ends = net.address(row.source, version), net.address(row.destination, version)
+            direction = "outgoing" if row.sender in ("pod", "host") else "arriving"
+            assert ends_of(it) == (direction, *ends, row.counter), row
+            assert (it["port"], it["bytes"]) == (row.port, row.size)
+            assert it["dropped"] == int("_drop_" in row.counter)
+            if row.counter in ("encap_drop_no_route", "encap_drop_ttl", "decap_drop_ttl"):
+                assert it["icmp_sent"] is True
+            if direction == "arriving":
+                address, port = net._udp["stranger" if row.sender == "stranger" else "peer"].getsockname()
+                assert (it["outer"], it["outer_port"]) == (address, port)
+        assert asked.end()[0] == 0
+
+
+def test_only_drops_are_shown_when_asked_for(net: Net) -> None:
+    with watch(net.one, "--live", "1", "--drops") as asked:
+        for row in (OUT[0], IN[0], IN[4]):
+            net.send(row, 4)
+        assert asked.packets(1)[0]["counter"] == "decap_drop_source_spoofed"
+        assert asked.end()[0] == 0
+
+
+def test_super_packets_of_a_flow_are_shown_with_their_segments(net: Net) -> None:
+    pod, theirs = net.address("pod", 4), net.address("their_pod", 4)
+    with (
+        watch(net.one, pod, theirs, "tcp", "--live", "400", "--one-way") as asked,
+        tcp_flow(net.one.pod(1), net.two.pod(1), 20e6),
+    ):
+        status, lines, _ = asked.end()
+    packets = [it for it in lines if it["event"] == "packet"]
+    assert status == 0
+    assert {ends_of(it) for it in packets} == {("outgoing", pod, theirs, "encap_sent")}
+    long = [it for it in packets if it["segments"] > 1]
+    assert long
+    assert all(it["bytes"] > MTU and it["dropped"] == 0 for it in long)
+
+
+def test_a_client_that_is_killed_ends_the_trace_and_two_do_not_get_one_at_a_time(net: Net) -> None:
+    with watch(net.one, "--live", "5") as first:
+        status, text = trace(net.one, "--live", "5")
+        assert status == 1
+        assert text.startswith("udptun: error: another live trace runs, for ")
+        first.process.send_signal(signal.SIGKILL)
+        first.process.wait()
+        # The daemon has seen that, and the next one is let in.
+        seconds_until(lambda: trace(net.one, "--live", "1", "--seconds", "1")[1].startswith("0 packets"), "let in", 10)
+
+
+def test_packets_that_come_too_fast_are_counted(net: Net) -> None:
+    daemon = net.one.daemon
+    assert daemon is not None
+    with watch(net.one, "any", "any", "udp", "--live", "1000") as asked:
+        daemon.send_signal(signal.SIGSTOP)
+        try:
+            for number in range(2500):
+                net.send(OUT[0], 4)
+                # The device holds a thousand, however slow the machine.
+                time.sleep(0.01 * (number % 100 == 0))
+        finally:
+            daemon.send_signal(signal.SIGCONT)
+        status, lines, said = asked.end()
+    *packets, end = lines
+    assert status == 0
+    assert {ends_of(it) for it in packets} == {
+        ("outgoing", net.address("pod", 4), net.address("their_pod", 4), "encap_sent")
+    }
+    assert len(packets) == 1000
+    assert end["lost"] > 0
+    assert said == f"{end['lost']} more packets came faster than they could be shown\n"
+    with watch(net.one, "--live", "2", "--seconds", "1") as asked:
+        status, (end,), _ = asked.end()
+        assert (status, end["packets"], end["lost"]) == (1, 0, 0), "each trace counts from its beginning"
+
+
 def test_every_key_of_the_document_is_documented(net: Net) -> None:
     page = (Path(__file__).parents[2] / "docs/trace.md").read_text()
     said = [read_trace(net.one, net.request(row, 4)) for row in (OUT[0], IN[0])]
@@ -310,3 +475,19 @@ def keys(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from keys(inner)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_trace_ends_with_the_daemon_and_the_next_daemon_begins_without_one(net: Net, number: signal.Signals) -> None:
+    """Last: the daemons here are others afterwards."""
+    with watch(net.one, "--live", "5") as asked:
+        net.one.stop_daemon(number)
+        status, lines, said = asked.end()
+    assert (status, lines) == (1, [])
+    assert "has ended, and the trace with it, after 0 packets" in said
+    net.one.start_daemon()
+    net.one.wait_ready()
+    with watch(net.one, "any", "any", "udp", "--live", "1") as asked:
+        net.send(OUT[0], 4)
+        assert asked.packets(1)[0]["counter"] == "encap_sent"
+        assert asked.end()[0] == 0

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
@@ -236,6 +237,30 @@ def test_all_pods_reach_each_other_by_both_families(lab: Lab) -> None:
     for one, other in pairs(lab):
         assert is_answered(one, other.ipv6_address, MTU - 48)
         assert is_answered(one, other.address, MTU - 28)
+
+
+def test_live_trace_shows_packets_of_both_families_with_their_devices(lab: Lab) -> None:
+    host, kernel = lab.host(2), lab.host(1).pod(1)
+    # Echoes, not the probes of the hosts, which have no pods' addresses.
+    words = ("any", "any", "icmp", "--live", "400", "--seconds", "60", "--json")
+    asked = host.popen([sys.executable, "-m", "udptun", "trace", *words], stdout=subprocess.PIPE)
+    assert asked.stdout is not None
+    assert json.loads(asked.stdout.readline())["devices"] == ["flannel.1", DEVICE]
+    pod = host.pod(1)
+    ends = [(str(kernel.address), str(pod.address)), (str(kernel.ipv6_address), str(pod.ipv6_address))]
+    for _, destination in ends:
+        ping(kernel, destination)
+    found = []
+    while len(found) < 8:
+        it = json.loads(asked.stdout.readline())
+        if (it["source"], it["destination"]) in ends or (it["destination"], it["source"]) in ends:
+            found.append((it["device"], it["direction"], it["counter"], it["outer"]))
+    asked.kill()
+    asked.wait()
+    for device, family in (("flannel.1", 4), (DEVICE, 6)):
+        outer = str(lab.host(1).underlay_address if family == 4 else lab.host(1).underlay_ipv6)
+        for it in ((device, "arriving", "decap_delivered", outer), (device, "outgoing", "encap_sent", outer)):
+            assert found.count(it) == 2
 
 
 def test_longer_packets_of_both_families_pass_in_fragments(lab: Lab) -> None:

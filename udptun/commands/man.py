@@ -32,8 +32,8 @@ _STATUS_OF = {
     ("doctor",): _OF_DOCTOR,
     ("lab", "doctor"): _OF_DOCTOR,
     ("trace",): (
-        "the packet would be delivered",
-        "it would be dropped, or is not the tunnel's; or no daemon answers",
+        "the packet would be delivered; --live: so many packets have come, or somebody has pressed Ctrl-C",
+        "it would be dropped, or is not the tunnel's; --live: the time is over; or no daemon answers",
         "a word or a flag is wrong",
     ),
     ("health",): ("all is well", "it is not, or no daemon answers", "a flag is wrong"),

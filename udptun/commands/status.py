@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +149,20 @@ def _restricted(text: str, peer: str) -> str:
 
 def fetch(run_dir: Path, document: str = "/status") -> str:
     """The text of the status document, or of another one, from the daemon's socket.  Raises UdptunError."""
+    path = run_dir / SOCKET_NAME
+    answer = b"".join(receive(run_dir, document))
+    head, _, body = answer.decode(errors="replace").partition("\r\n\r\n")
+    status_line = head.partition("\r\n")[0]
+    if " 200 " not in status_line:
+        raise UdptunError(body.strip() or f"the daemon at {path} answered {status_line!r}")
+    if not body.endswith("\n"):
+        # The daemon ended while it answered.
+        raise UdptunError(f"the daemon at {path} answered with half a document")
+    return body
+
+
+def receive(run_dir: Path, document: str, more_s: float = 0.0) -> Generator[bytes]:
+    """The daemon's answer as it comes; `more_s`: how much longer a piece of it may take.  Raises UdptunError."""
     check_run_dir(run_dir)
     path = run_dir / SOCKET_NAME
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -157,23 +172,16 @@ def fetch(run_dir: Path, document: str = "/status") -> str:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
         try:
             connection.connect(str(path))
-            connection.settimeout(_TIMEOUT_S)
+            connection.settimeout(_TIMEOUT_S + more_s)
             connection.sendall(f"GET {document} HTTP/1.1\r\nHost: udptun\r\n\r\n".encode())
-            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+            while piece := connection.recv(1 << 16):
+                yield piece
         except (TimeoutError, BlockingIOError):
-            raise UdptunError(f"the daemon at {path} does not answer within {_TIMEOUT_S:.0f} s") from None
+            raise UdptunError(f"the daemon at {path} does not answer within {_TIMEOUT_S + more_s:.0f} s") from None
         except OSError as exc:
             raise UdptunError(
                 f"no udptun daemon answers at {path}: {exc.strerror or exc}; is it running, and with this --run-dir?"
             ) from exc
-    head, _, body = answer.decode(errors="replace").partition("\r\n\r\n")
-    status_line = head.partition("\r\n")[0]
-    if " 200 " not in status_line:
-        raise UdptunError(body.strip() or f"the daemon at {path} answered {status_line!r}")
-    if not body.endswith("\n"):
-        # The daemon ended while it answered.
-        raise UdptunError(f"the daemon at {path} answered with half a document")
-    return body
 
 
 def look(run_dir: Path) -> Look:

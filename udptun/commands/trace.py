@@ -1,18 +1,24 @@
-"""`udptun trace`: what would happen to a packet here, asked of the daemon (docs/trace.md)."""
+"""`udptun trace`: what would happen to a packet here, or what happens to packets; asked of the daemon (docs/trace.md).
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from udptun.commands import trace_live
 from udptun.commands.parser import Parser
 from udptun.commands.screen import BOLD, DIM, GREEN, RED
 from udptun.commands.status import fetch
 from udptun.commands.terminal import has_colours
+from udptun.core.errors import UsageError
+from udptun.core.live_trace import LiveTraceRequest
 from udptun.core.network_state import socket_address
-from udptun.core.trace_request import PROTOCOLS, TraceRequest
+from udptun.core.trace_request import TraceRequest, protocol_name
 
 _MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 _COLOURS = {_MARKS[True]: GREEN, _MARKS[False]: f"{BOLD};{RED}", _MARKS[None]: DIM}
@@ -25,30 +31,17 @@ Document = Mapping[str, Any]
 def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Returns 0 when the packet would get to its destination, or to the host that has it, and else 1.
 
-    Raises UsageError, and UdptunError when no daemon answers.
+    With --live, what `trace_live.show` returns.  Raises UsageError, and UdptunError when no daemon answers.
     """
-    parser = Parser(
-        prog="udptun trace",
-        description="Say what would happen to a packet here: the kernel's route, the datapath's checks, its end.  "
-        "Nothing is sent.  Exit status 0: it would be delivered, 1: it would be dropped, or is not the tunnel's.",
-    )
-    parser.add_argument("source", metavar="SRC", help="its source address; where a peer leases it, the packet arrives")
-    parser.add_argument("destination", metavar="DST", help="its destination; in this host's subnet, the packet arrives")
-    parser.add_argument("protocol", metavar="PROTO", nargs="?", default="", help="tcp, udp, icmp (default) or a number")
-    parser.add_argument("port", metavar="PORT", nargs="?", default="", help="the destination's (default: 80)")
-    parser.add_argument("--size", metavar="BYTES", default="", help="of the whole packet (default: 56 bytes of data)")
-    parser.add_argument("--ttl", metavar="N", default="", help="as its sender has set it (default: 64)")
-    parser.add_argument("--df", action="store_true", help="it must not be fragmented (IPv4)")
-    parser.add_argument(
-        "--from",
-        dest="outer",
-        metavar="ADDRESS[:PORT]",
-        default="",
-        help="it arrives in a datagram from there (default: from the host that leases SRC)",
-    )
-    parser.add_argument("--json", action="store_true", help="for programs; see docs/trace.md")
-    parser.add_run_dir(environ)
-    given = parser.parse_args(argv)
+    # Words may stand between the flags, although all may be left out.
+    given = _parser(environ).parse_intermixed_args(argv)
+    if given.live:
+        return _run_live(given)
+    if not given.source or not given.destination:
+        raise UsageError("trace: SRC and DST are missing; with --live N they may be left out")
+    for flag in ("seconds", "one_way", "drops", "snap_len", "write"):
+        if getattr(given, flag):
+            raise UsageError(f"trace: --{flag.replace('_', '-')} is for --live N")
     request = TraceRequest.from_words(
         *(given.source, given.destination, given.protocol, given.port),
         size=given.size,
@@ -61,6 +54,78 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     has_colour = sys.stdout.isatty() and has_colours(environ)
     sys.stdout.write(text if given.json else render(document, has_colour=has_colour))
     return 0 if document["verdict"]["delivered"] else 1
+
+
+def _parser(environ: Mapping[str, str]) -> Parser:
+    parser = Parser(
+        prog="udptun trace",
+        description="Say what would happen to a packet here: the kernel's route, the datapath's checks, its end.  "
+        "Nothing is sent.  Exit status 0: it would be delivered, 1: it would be dropped, or is not the tunnel's.  "
+        "With --live say what happens to packets that come.",
+    )
+    parser.add_argument(
+        "source", metavar="SRC", nargs="?", default="", help="its source; where a peer leases it, the packet arrives"
+    )
+    parser.add_argument(
+        "destination",
+        metavar="DST",
+        nargs="?",
+        default="",
+        help="its destination; in this host's subnet, the packet arrives",
+    )
+    parser.add_argument(
+        "protocol",
+        metavar="PROTO",
+        nargs="?",
+        default="",
+        help="tcp, udp, icmp or a number (default: icmp, with --live any)",
+    )
+    parser.add_argument(
+        "port", metavar="PORT", nargs="?", default="", help="the destination's (default: 80, with --live any)"
+    )
+    parser.add_argument("--size", metavar="BYTES", default="", help="of the whole packet (default: 56 bytes of data)")
+    parser.add_argument("--ttl", metavar="N", default="", help="as its sender has set it (default: 64)")
+    parser.add_argument("--df", action="store_true", help="it must not be fragmented (IPv4)")
+    parser.add_argument(
+        "--from",
+        dest="outer",
+        metavar="ADDRESS[:PORT]",
+        default="",
+        help="it arrives in a datagram from there (default: from the host that leases SRC)",
+    )
+    parser.add_argument(
+        "--live",
+        metavar="N",
+        default="",
+        help="show the next N packets between SRC and DST, which may be prefixes or `any`, and their ends",
+    )
+    parser.add_argument("--seconds", metavar="N", default="", help="of --live: end after so many (default: 60)")
+    parser.add_argument("--one-way", action="store_true", help="of --live: from SRC to DST alone, without answers")
+    parser.add_argument("--drops", action="store_true", help="of --live: dropped packets alone")
+    parser.add_argument(
+        "--snap-len",
+        metavar="BYTES",
+        default="",
+        help="of --live: keep so many bytes of a packet, 256 at most (default: its headers alone)",
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="of --live: into a new pcapng file, too")
+    parser.add_argument("--json", action="store_true", help="for programs; see docs/trace.md")
+    parser.add_run_dir(environ)
+    return parser
+
+
+def _run_live(given: Namespace) -> int:
+    if given.size or given.ttl or given.df or given.outer:
+        raise UsageError("trace: --size, --ttl, --df and --from are not for --live N")
+    request = LiveTraceRequest.from_words(
+        *(given.source, given.destination, given.protocol, given.port),
+        n_packets=given.live,
+        seconds=given.seconds,
+        is_one_way=given.one_way,
+        is_drops_alone=given.drops,
+        snap_len=given.snap_len,
+    )
+    return trace_live.show(request, given.run_dir, as_json=given.json, write=given.write)
 
 
 def render(document: Document, *, has_colour: bool = False) -> str:
@@ -103,8 +168,7 @@ def _sgr(text: str, parameters: str) -> str:
 
 
 def _packet(packet: Document) -> str:
-    name = next((name for name, number in PROTOCOLS.items() if number == packet["protocol"]), None)
-    protocol = name or ("icmp" if packet["protocol"] == 58 else f"protocol {packet['protocol']}")
+    protocol = protocol_name(packet["protocol"])
     port = "" if packet["port"] is None else f" {packet['port']}"
     flow = f"{packet['source']} -> {packet['destination']} {protocol}{port}"
     return f"{flow}, {packet['bytes']} bytes, TTL {packet['ttl']}{', DF' if packet['df'] else ''}"

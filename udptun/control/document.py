@@ -23,6 +23,7 @@ from udptun.kernel.process_usage import usage_of
 if TYPE_CHECKING:
     from udptun.control.metrics.page import MetricsPage
     from udptun.control.metrics.text import Sample
+    from udptun.control.trace.live import LiveTraces
 
 SCHEMA = 1
 """Of the status document.  Keys are only ever added."""
@@ -39,6 +40,7 @@ class Answers:
         self.running: Running | None = None
         self._started_s = time.time()
         self._page: MetricsPage | None = None
+        self._live: LiveTraces | None = None
 
     def health(self, *, with_metrics: bool) -> Routes:
         """What everybody who can reach the health port may ask.  /metrics names the peers."""
@@ -48,7 +50,12 @@ class Answers:
     @property
     def all(self) -> Routes:
         """What this host's root may ask."""
-        asked = {"/status": self._status, "/trace": self._trace, MESH_PATH: self._mesh}
+        asked = {
+            "/status": self._status,
+            "/trace": self._trace,
+            "/trace/live": self._trace_live,
+            MESH_PATH: self._mesh,
+        }
         return {**self.health(with_metrics=True), **asked}
 
     def _healthz(self, request: Request) -> Response:
@@ -75,6 +82,17 @@ class Answers:
         from udptun.control.trace.page import answer_trace
 
         return await answer_trace(self.running, request)
+
+    async def _trace_live(self, request: Request) -> Response:
+        running = self.running
+        if running is None:
+            return self._not_ready()
+        if self._live is None:
+            from udptun.control.trace.live import LiveTraces
+
+            self._live = LiveTraces()
+        # A daemon that begins again may carry other families.
+        return self._live.answer(running, request, lambda: self.running is running)
 
     async def _mesh(self, request: Request) -> Response:
         return self._not_ready() if self.running is None else await self.running.mesh_port.answer(request)

@@ -142,6 +142,11 @@ class Forwarding:
         return next((it for it in self._tunnels if family in it.families), None)
 
     @property
+    def tunnels(self) -> Sequence[Tunnelled]:
+        """The datapaths: one, or one for each family; none where the kernel carries the packets."""
+        return self._tunnels
+
+    @property
     def families(self) -> Sequence[Family]:
         """Those that are carried, IPv4 first."""
         return self.live.families

@@ -1,0 +1,139 @@
+"""`udptun trace --live`: packets as they come, with their peers and their ends, asked of the daemon (docs/trace.md)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from udptun.commands.pcapng import PcapngFile
+from udptun.commands.status import receive
+from udptun.control.run_dir import SOCKET_NAME
+from udptun.core.errors import UdptunError
+from udptun.core.live_trace import SNAP_LEN_MAX, LiveTraceRequest
+from udptun.core.network_state import socket_address
+from udptun.core.trace_request import protocol_name
+
+Document = Mapping[str, Any]
+
+_ENDS = {
+    "seconds": "the time is over; --seconds N gives it more",
+    "daemon": "the daemon has begun again; ask it once more",
+}
+
+
+def show(request: LiveTraceRequest, run_dir: Path, *, as_json: bool, write: Path | None) -> int:
+    """Print packets as they come, and write them to a file that is not there yet.
+
+    Returns 0 when so many have come as were asked for, or somebody has pressed Ctrl-C, and else 1.  Raises UdptunError.
+    """
+    file: PcapngFile | None = None
+    n_packets = 0
+    try:
+        with closing(_follow(request, run_dir)) as lines:
+            for line in lines:
+                document = json.loads(line)
+                if as_json:
+                    print(line, flush=True)
+                if document["event"] == "begin" and write is not None:
+                    file = PcapngFile(write, document["devices"], SNAP_LEN_MAX)
+                elif document["event"] == "packet":
+                    n_packets += 1
+                    if not as_json:
+                        print(render(document), flush=True)
+                    if file is not None:
+                        _add(file, document)
+                elif document["event"] == "end":
+                    if file is not None:
+                        lost = document["lost"]
+                        file.add_statistics(n_packets=n_packets, n_lost=lost, time_ns=time.time_ns())
+                    return _end(document)
+    except KeyboardInterrupt:
+        # That is how one ends it.
+        print(f"{n_packets} packets", file=sys.stderr)
+        return 0
+    finally:
+        if file is not None:
+            file.close()
+    path = run_dir / SOCKET_NAME
+    raise UdptunError(f"the daemon at {path} has ended, and the trace with it, after {n_packets} packets")
+
+
+def render(document: Document) -> str:
+    """A packet for people, on one line."""
+    whole_s, part_ns = divmod(document["time_ns"], 10**9)
+    clock = f"{time.strftime('%H:%M:%S', time.localtime(whole_s))}.{part_ns // 1000:06}"
+    way = "out" if document["direction"] == "outgoing" else "in"
+    return f"{clock} {way} {_where(document)}: {_packet(document)}: {verdict(document)}"
+
+
+def verdict(document: Document) -> str:
+    """Where it has ended, in words."""
+    dropped, segments = document["dropped"], document["segments"]
+    part = f"{dropped} of {segments} packets " if 0 < dropped < segments else ""
+    icmp = ", ICMP error sent" if document["icmp_sent"] else ""
+    return f"{part}{'dropped, ' if dropped else ''}{document['words']} ({document['counter']}){icmp}"
+
+
+def _where(document: Document) -> str:
+    if document["outer"] is None:
+        return "to nobody"
+    where = socket_address(document["outer"], document["outer_port"])
+    return f"{'to' if document['direction'] == 'outgoing' else 'from'} {where}"
+
+
+def _packet(document: Document) -> str:
+    if document["source"] is None:
+        return f"no IP packet, {document['bytes']} bytes"
+    source, destination = (
+        f"{document[it]}" if document[port] is None else socket_address(document[it], document[port])
+        for it, port in (("source", "source_port"), ("destination", "port"))
+    )
+    flags = f" [{document['flags']}]" if document["flags"] else ""
+    fragment = " fragment" if document["fragment"] else ""
+    segments = f" in {document['segments']} packets" if document["segments"] > 1 else ""
+    what = f"{protocol_name(document['protocol'])}{flags}{fragment}"
+    return f"{source} > {destination} {what}, {document['bytes']} bytes{segments}"
+
+
+def _add(file: PcapngFile, document: Document) -> None:
+    file.add(
+        bytes.fromhex(document["packet"]),
+        length=document["bytes"],
+        time_ns=document["time_ns"],
+        interface=document["device"],
+        is_outgoing=document["direction"] == "outgoing",
+        comment=f"{_where(document)} ({document['peer'] or 'no peer'}): {verdict(document)}",
+    )
+
+
+def _end(document: Document) -> int:
+    n, lost = document["packets"], document["lost"]
+    if lost:
+        print(f"{lost} more packets came faster than they could be shown", file=sys.stderr)
+    if document["reason"] == "packets":
+        return 0
+    print(f"{n} packets; {_ENDS.get(document['reason'], document['reason'])}", file=sys.stderr)
+    return 1
+
+
+def _follow(request: LiveTraceRequest, run_dir: Path) -> Generator[str]:
+    """The lines that the daemon sends."""
+    head, has_begun = b"", False
+    rest = ""
+    with closing(receive(run_dir, f"/trace/live?{request.query()}", request.seconds)) as pieces:
+        for piece in pieces:
+            if not has_begun:
+                head += piece
+                status, end, body = head.partition(b"\r\n\r\n")
+                if not end:
+                    continue
+                if b" 200 " not in status.partition(b"\r\n")[0]:
+                    raise UdptunError((body + b"".join(pieces)).decode(errors="replace").strip())
+                has_begun, piece = True, body
+            *lines, rest = (rest + piece.decode()).split("\n")
+            yield from lines
