@@ -9,6 +9,7 @@ TUNNEL = "udptun"
 PLAIN = "plain routing"
 VXLAN = "kernel vxlan"
 VTEP = "userspace VTEP"
+SHORTCUT = "shortcut"
 NAIVE = "naive loop"
 PYTUN = "pytun loop"
 UNDERLAY_ONLY = "underlay"
@@ -21,6 +22,7 @@ _BY_IPV4 = {
     "host-gw": PLAIN,
     "vxlan": VXLAN,
     "vtep": VTEP,
+    "shortcut": SHORTCUT,
     "naive": NAIVE,
     "pytun": PYTUN,
     "underlay": UNDERLAY_ONLY,

@@ -27,6 +27,7 @@ from bench.figures import (
     PATHS,
     PLAIN,
     PYTUN,
+    SHORTCUT,
     TUNNEL,
     UNDERLAY_ONLY,
     VTEP,
@@ -35,6 +36,8 @@ from bench.figures import (
 )
 from udptun.core.family import Family
 from udptun.core.network_state import IPAddress, IPNetwork
+from udptun.datapath.shortcut.programs import find_lack
+from udptun.kernel.veth import pair_names
 from udptun.lab.comparison import Way, kernel_vxlan, over_device, plain_routing
 from udptun.lab.errors import LabError
 from udptun.lab.host import UNDERLAY, Host
@@ -208,6 +211,29 @@ def _children(pid: int) -> list[int]:
 
 def _name(name: str, family: Family) -> str:
     return name if family is Family.IPV4 else by_ipv6(name)
+
+
+def _shortcut(lab: Lab, _tools: Tools | None) -> Path:
+    """The tunnel of Type udp once more, on another port, with the kernel carrying what needs no thought."""
+    if why := find_lack():
+        raise _AbsentError(why)
+    network, mtu, device = IPv4Network("10.246.0.0/16"), lab.underlay_mtu - 28, "tun-short"
+
+    def command(host: Host, peer: Host) -> list[str]:
+        subnets = [f"10.246.{it.index}.0/24" for it in (host, peer)]
+        return [
+            *(sys.executable, str(SOURCES / "peers" / "shortcut.py"), str(LAB_DIR / f"{host.name}.shortcut"), device),
+            *(str(host.underlay_address), "8289", str(peer.underlay_address), str(network), *subnets, str(mtu), "eth0"),
+        ]
+
+    path = _program(lab, SHORTCUT, "shortcut", network, mtu, device, command)
+    near = pair_names(device)[0]
+    _wait(
+        "the shortcut in both hosts",
+        lambda: all(host.path(f"/sys/class/net/{near}").exists() for host in lab.hosts[:2]),
+    )
+    workers = [Process(it.host, "datapath", pid) for it in path.processes for pid in _children(it.pid)]
+    return replace(path, processes=(*path.processes, *workers))
 
 
 def _along(lab: Lab, name: str, way: Way, processes: Sequence[Process] = ()) -> Path:
@@ -386,6 +412,7 @@ KINDS: Mapping[str, Callable[[Lab, Tools | None], Path]] = {
     "vxlan-ipv6": partial(_vxlan, family=Family.IPV6),
     "vtep": _vtep,
     "vtep-ipv6": partial(_vtep, family=Family.IPV6),
+    "shortcut": _shortcut,
     "naive": _naive,
     "pytun": _pytun,
     "underlay": _underlay,

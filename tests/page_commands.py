@@ -344,6 +344,10 @@ ELSEWHERE: Mapping[str, Mapping[str, Elsewhere]] = {
             ("netns/test_etcd_hosts.py::test_pods_of_flannel_and_of_udptun_reach_each_other",),
         ),
         "./dev lint": _TESTS,
+        "./dev bytecode": Elsewhere(
+            "it would write into the source",
+            ("unit/test_shortcut_parts.py::test_the_bytecode_is_made_of_the_source_beside_it",),
+        ),
         "./dev demo": _DEMO,
         ".venv/bin/python -m tests.fuzz --minutes 10": Elsewhere(
             "it takes ten minutes of each target",

@@ -62,10 +62,24 @@ class _Lib:
     MS_NOSUID: int
     MS_NODEV: int
     MS_NOEXEC: int
+    BPF_MAP_CREATE: int
+    BPF_MAP_LOOKUP_ELEM: int
+    BPF_MAP_UPDATE_ELEM: int
+    BPF_MAP_DELETE_ELEM: int
+    BPF_MAP_LOOKUP_BATCH: int
+    BPF_PROG_LOAD: int
+    BPF_LINK_CREATE: int
+    BPF_MAP_TYPE_HASH: int
+    BPF_MAP_TYPE_ARRAY: int
+    BPF_MAP_TYPE_PERCPU_ARRAY: int
+    BPF_PROG_TYPE_SCHED_CLS: int
+    BPF_TCX_INGRESS: int
+    BPF_TCX_EGRESS: int
 
     def setns(self, fd: int, nstype: int) -> int: ...
     def unshare(self, flags: int) -> int: ...
     def prctl_pdeathsig(self, signal: int) -> int: ...
+    def bpf(self, command: int, attributes: Any, size: int) -> int: ...
     # cffi takes NULL as ffi.NULL, whose type has no name a stub could give.
     def mount(self, source: bytes, target: bytes, type: Any, flags: int, options: Any) -> int: ...
 
@@ -73,6 +87,8 @@ class _FFI:
     NULL: Any
     errno: int
     def sizeof(self, cdecl: str) -> int: ...
+    def from_buffer(self, buffer: bytes | bytearray) -> Any: ...
+    def cast(self, cdecl: str, value: Any) -> Any: ...
     def offsetof(self, cdecl: str, field: str) -> int: ...
 
 lib: _Lib

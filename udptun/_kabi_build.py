@@ -21,6 +21,11 @@ _FALLBACKS = {
     "VIRTIO_NET_HDR_GSO_UDP_L4": "5",
     "IP_PMTUDISC_INTERFACE": "4",
     "IP_PMTUDISC_OMIT": "5",
+    # Enumerators, so these stand in for the headers' own, too.
+    "BPF_MAP_LOOKUP_BATCH": "24",
+    "BPF_LINK_CREATE": "28",
+    "BPF_TCX_INGRESS": "46",
+    "BPF_TCX_EGRESS": "47",
 }
 
 _CONSTANTS = """
@@ -40,6 +45,10 @@ _CONSTANTS = """
     CLONE_NEWNS CLONE_NEWNET CLONE_NEWPID CLONE_NEWUTS
     PR_SET_PDEATHSIG
     MS_BIND MS_REC MS_PRIVATE MS_NOSUID MS_NODEV MS_NOEXEC
+    BPF_MAP_CREATE BPF_MAP_LOOKUP_ELEM BPF_MAP_UPDATE_ELEM BPF_MAP_DELETE_ELEM BPF_MAP_LOOKUP_BATCH
+    BPF_PROG_LOAD BPF_LINK_CREATE
+    BPF_MAP_TYPE_HASH BPF_MAP_TYPE_ARRAY BPF_MAP_TYPE_PERCPU_ARRAY BPF_PROG_TYPE_SCHED_CLS
+    BPF_TCX_INGRESS BPF_TCX_EGRESS
 """
 
 ffi = FFI()
@@ -62,6 +71,7 @@ ffi.cdef(
     int setns(int fd, int nstype);
     int unshare(int flags);
     int prctl_pdeathsig(int signal);
+    int bpf(int command, void *attributes, unsigned int size);
     int mount(const char *source, const char *target, const char *type, unsigned long flags, const char *options);
     """
 )
@@ -82,6 +92,9 @@ ffi.set_source(
     #include <sys/mount.h>
     #include <sys/prctl.h>
     #include <sys/socket.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #include <linux/bpf.h>
     #include <linux/if_tun.h>
     #include <linux/virtio_net.h>
     """
@@ -91,6 +104,11 @@ ffi.set_source(
     static int prctl_pdeathsig(int signal)
     {
         return prctl(PR_SET_PDEATHSIG, (unsigned long)signal, 0UL, 0UL, 0UL);
+    }
+    /* The C library has no function for it. */
+    static int bpf(int command, void *attributes, unsigned int size)
+    {
+        return (int)syscall(SYS_bpf, command, attributes, size);
     }
     """,
 )

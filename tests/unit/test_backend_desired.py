@@ -21,7 +21,7 @@ from udptun.core.family import Family
 from udptun.core.lease import Json, Lease, LeaseAttrs, Subnets
 from udptun.core.network_state import RouteType, Vxlan
 from udptun.core.offload import ALL
-from udptun.core.tunnel import SourceCheck
+from udptun.core.tunnel import ShortcutMode, SourceCheck
 from udptun.datapath.settings import Where
 from udptun.kernel.underlay import Underlay
 
@@ -186,6 +186,14 @@ def test_a_udp_lease_takes_any_source_port_unless_a_nat_is_before_the_host() -> 
     peers = [Lease(Subnets(IPv4Network("10.244.7.0/24")), attrs) for attrs in (here, behind_nat)]
     assert [Udp(8285).remote(peer).takes_any_source_port for peer in peers] == [True, False]
     assert not Udp(8285).remote(lease(2, "", {"x": 1})).takes_any_source_port
+
+
+def test_a_udp_lease_says_that_the_kernel_takes_packets_only_while_it_does() -> None:
+    wanted = replace(LIVE, shortcut=ShortcutMode.AUTO)
+    here, off = (Udp(8285).attrs(UNDERLAY, replace(wanted, takes_shortcut=it), "n" * 32) for it in (True, False))
+    assert list(here.backend_data) == ["Port", "NodeID", "Udptun", "AnySourcePort", "Shortcut"]
+    peers = [Lease(Subnets(IPv4Network("10.244.7.0/24")), attrs) for attrs in (here, off)]
+    assert [Udp(8285).remote(peer).takes_shortcut for peer in peers] == [True, False]
 
 
 def test_a_udp_lease_says_that_marks_of_congestion_are_carried_on_where_all_of_them_are() -> None:

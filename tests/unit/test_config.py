@@ -32,7 +32,7 @@ from udptun.control.settings import lack as lack_of
 from udptun.core.errors import ConfigError
 from udptun.core.family import Family
 from udptun.core.lease import Subnets
-from udptun.core.tunnel import AS_MANY_AS_WORKERS, SourceCheck, default_workers
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, ShortcutMode, SourceCheck, default_workers
 from udptun.datapath.settings import OUTER_HEADERS
 from udptun.kernel.underlay import Underlay
 
@@ -167,6 +167,27 @@ def test_peers_are_probed_unless_the_flag_or_the_config_says_no(
     assert not is_on([], keys(probe=False))
     assert is_on(["--probe"], keys(probe=False))
     assert not is_on(["--probe=false"], keys())
+
+
+@pytest.mark.parametrize(
+    ("argv", "keys", "mode"),
+    [
+        ([], UdpKeys(), "off"),
+        ([], UdpKeys(shortcut=ShortcutMode.AUTO), "auto"),
+        (["--shortcut=auto"], UdpKeys(), "auto"),
+        (["--shortcut=off"], UdpKeys(shortcut=ShortcutMode.REQUIRE), "off"),
+        (["--shortcut=auto"], VxlanKeys(), "off"),
+    ],
+)
+def test_the_shortcut_is_the_flags_then_the_configs(argv: list[str], keys: BackendKeys, mode: str) -> None:
+    assert live(parse_daemon_flags(argv, {}), keys).shortcut == mode
+
+
+def test_a_shortcut_that_is_required_and_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("udptun.datapath.shortcut.programs.find_lack", lambda: "this kernel is too old")
+    with pytest.raises(ConfigError, match="Shortcut: it is required, and this host cannot have it: this kernel is too"):
+        live(parse_daemon_flags(["--shortcut=require"], {}), UdpKeys())
+    assert live(parse_daemon_flags(["--shortcut=auto"], {}), UdpKeys()).shortcut == "auto"
 
 
 @pytest.mark.parametrize(
@@ -595,6 +616,8 @@ MALFORMED = [
     (udp(SourcePorts=[]), 'Backend.SourcePorts: must be 1..16 or "auto", not an array'),
     (udp(SourceCheck="none"), 'Backend.SourceCheck: must be "off", "peer" or "strict", not "none"'),
     (udp(SourceCheck=True), 'Backend.SourceCheck: must be "off", "peer" or "strict", not true'),
+    (udp(Shortcut="on"), 'Backend.Shortcut: must be "off", "auto" or "require", not "on"'),
+    (udp(Shortcut=True), 'Backend.Shortcut: must be "off", "auto" or "require", not true'),
     (udp(LogLevel="loud"), 'Backend.LogLevel: must be "debug", "info", "warning" or "error", not "loud"'),
     (udp(LogLevel=10), 'Backend.LogLevel: must be "debug", "info", "warning" or "error", not 10'),
 ]

@@ -92,6 +92,7 @@ class OfOneFamily:
     def __init__(self, family: Family, said: list[str], refused: Underlay | None = None) -> None:
         self.families, self.device = frozenset((family,)), str(family)
         self._said, self._refused = said, refused
+        self.shortcut = SimpleNamespace(switched=None)
         datapath = SimpleNamespace(stop=self._stop, descriptors=None)
         self.tunnel = SimpleNamespace(
             tun=None, is_adopted=False, datapath=datapath, detach=lambda: None, peers=SimpleNamespace(narrow={})
@@ -186,7 +187,8 @@ def test_status_of_a_datapath_shows_the_workers_that_it_has(tmp_path: Path) -> N
     """It showed as many as the settings say, which are those of the other datapath where this one refused a change."""
     stats = Stats.create()
     tunnel = MagicMock(n_workers=4, stats=stats, granted_offload=Offload(0), receive_queues=[])
-    document = Tunnelled(MagicMock(families={Family.IPV4}), tunnel, tmp_path).document(replace(BOTH, workers=2))
+    tunnelled = Tunnelled(MagicMock(families={Family.IPV4}), tunnel, tmp_path, "udptun")
+    document = tunnelled.document(replace(BOTH, workers=2))
     stats.close()
     assert [len(document["datapath"][key]) for key in ("workers", "worker_counters")] == [4, 4]
 

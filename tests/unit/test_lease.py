@@ -211,6 +211,13 @@ def test_a_host_carries_marks_of_congestion_on_when_its_lease_says_so(data: Json
     assert LeaseAttrs(OWN_IP, backend_data=data).carries_ecn is carries
 
 
+@pytest.mark.parametrize(
+    ("data", "takes"), [(None, False), ({"Udptun": 1}, False), ({"Shortcut": 1}, False), ({"Shortcut": True}, True)]
+)
+def test_a_host_takes_the_shortcut_when_its_lease_says_so(data: Json, takes: bool) -> None:
+    assert LeaseAttrs(OWN_IP, backend_data=data).takes_shortcut is takes
+
+
 def test_attrs_say_who_wrote_them() -> None:
     ours = LeaseAttrs(OWN_IP, backend_data={"Udptun": 1, "NodeID": "n"})
     flannels = LeaseAttrs(OWN_IP, backend_data={"VtepMAC": "x"})

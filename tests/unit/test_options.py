@@ -88,7 +88,7 @@ def test_flags_are_those_of_flannel_and_ours() -> None:
         iptables-forward-rules ip-blackhole-route v vmodule log_backtrace_at
         logtostderr alsologtostderr stderrthreshold log_dir"""
     ours = "store mtu port workers source-ports source-check offload-disabled run-dir state-dir node take-over"
-    ours += " datapath-confinement probe metrics metrics-peers mesh-port log-format"
+    ours += " datapath-confinement probe metrics metrics-peers mesh-port log-format shortcut"
     assert {flag.name for flag in ALL_FLAGS} == set((flannel + " " + ours).split())
 
 
@@ -96,7 +96,7 @@ def test_every_options_field_that_names_a_flag_has_that_flags_default() -> None:
     options = parse()
     by_field = {flag.name.replace("-", "_"): flag for flag in ALL_FLAGS}
     shared = [field.name for field in dataclasses.fields(Options) if field.name in by_field]
-    assert len(shared) == 40
+    assert len(shared) == 41
     for name in shared:
         if name != "store":
             assert getattr(options, name) == by_field[name].default
@@ -243,6 +243,7 @@ REFUSED = [
     (["--source-ports=17"], "--source-ports=17: must be 1..16 or auto"),
     (["--source-ports=Auto"], "--source-ports=Auto: must be 1..16 or auto"),
     (["--source-ports="], "--source-ports=: must be 1..16 or auto"),
+    (["--shortcut=on"], "--shortcut=on: must be off, auto or require"),
     (["--datapath-confinement=on"], "--datapath-confinement=on: must be full, capabilities or off"),
     (["--source-check=on"], "--source-check=on: must be off, peer or strict"),
     (

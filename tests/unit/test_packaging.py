@@ -67,13 +67,15 @@ def test_sdist_has_every_source_test_and_document_and_nothing_built(sdist: Path)
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
+    wanted |= sources("udptun", "bytecode.json", "*.bpf.c")
     wanted |= sources("tests", "*.py") | sources("docs", "*.md") | sources("bench", "*.py")
     wanted |= sources("deploy", "*.py", "*.in", "*.txt", "*.yml", "*.yaml", "*.service", "*.conf", "*.json")
     wanted |= sources("deploy", "Containerfile")
     wanted |= {"pyproject.toml", "setup.py", "dev", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert {"udptun/_fastpath.pyx", "deploy/monitoring/dashboard.json"} <= wanted
     assert wanted - names == set()
-    assert [name for name in names if name.endswith((".so", ".c", ".pyc"))] == []
+    compiled = [name for name in names if name.endswith((".so", ".c", ".pyc")) and not name.endswith(".bpf.c")]
+    assert compiled == []
 
 
 def test_wheel_has_every_module_both_extensions_and_nothing_else(wheel: Path) -> None:
@@ -83,7 +85,8 @@ def test_wheel_has_every_module_both_extensions_and_nothing_else(wheel: Path) ->
     extensions = {name for name in names if name.endswith(".so")}
     assert {name.split(".")[0] for name in extensions} == {"udptun/_fastpath", "udptun/_kabi"}
     # The .pyx, .pxd and .h are what a traceback and a reader of the compiled module want.
-    assert names - extensions == sources("udptun", "*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed")
+    patterns = ("*.py", "*.pyx", "*.pxd", "*.pyi", "*.h", "*.proto", "py.typed", "bytecode.json")
+    assert names - extensions == sources("udptun", *patterns)
     for name in ("udptun", "flanneld", "mk-docker-opts.sh"):
         assert f"{name} = udptun.commands.cli:main" in entry_points
     assert "udptun-cni = udptun.cni.plugin:main" in entry_points

@@ -346,6 +346,19 @@ def test_a_peer_is_found_by_its_subnets_its_address_and_its_pods(wanted: str, fo
     assert matching(dual(public_ip="fd99::2"), wanted) == ({"10.244.2.0/24", "fd00:2::/64"} if found else set())
 
 
+def test_a_host_with_the_shortcut_says_so_and_of_each_peer_who_sends_to_it() -> None:
+    document = {**dual(), "datapath": {**DOCUMENT["datapath"], "shortcut": "on"}}
+    document["peers"][0]["shortcut"] = True
+    assert "shortcut on" in screen(document)
+    for is_sent_to, expected in ((True, "the kernel (shortcut)"), (False, "the workers")):
+        document["peers"][0]["shortcut"] = is_sent_to
+        views = Views("10.244.2.0/24")
+        views.note(next(iter(looks(document, document))))
+        assert f"sent by    {expected}" in views.lines(Page())
+    why = {**document["datapath"], "shortcut": "off: why"}
+    assert "shortcut off: why" in screen({**document, "datapath": why})
+
+
 def test_all_about_one_peer() -> None:
     document = dual()
     document["problems"] = ["the host of 10.244.2.0/24 is away", "192.0.2.22 is not this one", "10.244.2.0/24x neither"]

@@ -16,7 +16,7 @@ from udptun.core.lease import Lease, LeaseAttrs, LeasePart
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.offload import ALL, Offload
 from udptun.core.offload import parse as parse_offloads
-from udptun.core.tunnel import MTU_MIN, UNDERLAY_MTUS, WORKERS, SourceCheck
+from udptun.core.tunnel import MTU_MIN, UNDERLAY_MTUS, WORKERS, ShortcutMode, SourceCheck
 from udptun.datapath.settings import PacketSettings, Remote, Vtep, Where
 from udptun.kernel.underlay import Underlay
 
@@ -60,6 +60,7 @@ class LiveSettings:
     `probe`: whether the peers are probed.
     `source_ports`: how many ports datagrams leave from, where the peer takes any and nothing else forbids it.
     `carries_ecn`: whether every mark of congestion on what peers send can be carried on.
+    `takes_shortcut`: whether our kernel takes what a peer's has encapsulated, which only our lease says.
     """
 
     mtu: int
@@ -71,6 +72,8 @@ class LiveSettings:
     carries_ecn: bool = False
     ipv6_mtu: int | None = None
     has_ipv4: bool = True
+    shortcut: ShortcutMode = ShortcutMode.OFF
+    takes_shortcut: bool = False
 
     @property
     def families(self) -> tuple[Family, ...]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from udptun.backends.base import BackendInput, LiveSettings, TunnelKeys, packet_settings
-from udptun.config.go_json import integer, key
+from udptun.config.go_json import choice, integer, key
 from udptun.core.desired import DesiredAddress, DesiredLink, DesiredRoute, DesiredState, Sysctl, guard
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeaseAttrs
-from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, PORTS, SOURCE_PORTS, ShortcutMode
 from udptun.datapath.settings import OUTER_HEADERS, PacketSettings, Remote, Where
 from udptun.kernel.underlay import Underlay
 
@@ -47,6 +47,9 @@ class UdpKeys(TunnelKeys):
     type: ClassVar[str] = "udp"
     port: int = key("Port", integer(PORTS), 8285)
     source_ports: int = key("SourcePorts", _source_ports, 1, is_live=True)
+    shortcut: ShortcutMode = key(
+        "Shortcut", choice({it.value: it for it in ShortcutMode}), ShortcutMode.OFF, is_live=True
+    )
     own_port: int | None = None
 
 
@@ -93,6 +96,8 @@ class Udp:
             data["ECN"] = True
         if live.ipv6_mtu is not None:
             data["IPv6"] = True
+        if live.takes_shortcut:
+            data["Shortcut"] = True
         return LeaseAttrs(underlay.public_ip, underlay.public_ipv6, self.type, data)
 
     def outer(self, attrs: LeaseAttrs, family: Family) -> Family:
@@ -129,6 +134,7 @@ class Udp:
             attrs.is_udptun,
             attrs.takes_any_source_port,
             carries_ecn=attrs.carries_ecn,
+            takes_shortcut=attrs.takes_shortcut,
         )
 
     def links(self, underlay: Underlay, live: LiveSettings, family: Family = Family.IPV4) -> tuple[DesiredLink]:

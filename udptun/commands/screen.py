@@ -254,6 +254,8 @@ def _datapath(datapath: Document, offloads: Sequence[str] | None) -> str:
         parts.append(f"offloads all but {', '.join(lack)}" if lack else "all offloads")
     if confinement := datapath.get("confinement"):
         parts.append(f"confinement {confinement}")
+    if (shortcut := datapath.get("shortcut", "off")) != "off":
+        parts.append(f"shortcut {shortcut}")
     return ", ".join(parts)
 
 

@@ -54,6 +54,7 @@ from udptun.core.tunnel import (
     UNDERLAY_MTUS,
     WORKERS,
     Confinement,
+    ShortcutMode,
     SourceCheck,
 )
 
@@ -123,6 +124,13 @@ def _confinement(text: str) -> Confinement:
         return Confinement(text)
     except ValueError:
         raise ValueError("must be full, capabilities or off") from None
+
+
+def _shortcut(text: str) -> ShortcutMode:
+    try:
+        return ShortcutMode(text)
+    except ValueError:
+        raise ValueError("must be off, auto or require") from None
 
 
 def _log_format(text: str) -> LogFormat:
@@ -211,6 +219,13 @@ class Options:
     )
     source_check: SourceCheck | None = flag(
         _TUNNEL, _source_check, None, "WHICH", "off, peer or strict, over Backend.SourceCheck"
+    )
+    shortcut: ShortcutMode | None = flag(
+        _TUNNEL,
+        _shortcut,
+        None,
+        "WHICH",
+        "off, auto or require: the kernel carries what needs no thought; over Backend.Shortcut (Type udp)",
     )
     offload_disabled: Offload | None = flag(
         _TUNNEL,

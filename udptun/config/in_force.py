@@ -28,7 +28,7 @@ FLAGS_OVER_KEYS: Mapping[str, str] = {
 }
 """The key of `Backend` -> the flag that wins over it on one host."""
 
-FLAGS_OVER_KEYS_OF_UDP: Mapping[str, str] = {"Port": "port", "SourcePorts": "source-ports"}
+FLAGS_OVER_KEYS_OF_UDP: Mapping[str, str] = {"Port": "port", "SourcePorts": "source-ports", "Shortcut": "shortcut"}
 """The same of Type udp alone."""
 
 _ETCD = tuple(it.name for it in ETCD_FLAGS.values())

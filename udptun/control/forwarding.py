@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import ChainMap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +84,8 @@ class Forwarding:
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""
         self._has_started = False
+        self.shortcut_switched: Callable[[], None] = lambda: None
+        """Called when `takes_shortcut` is another one than before."""
 
     @classmethod
     async def open(
@@ -129,7 +131,7 @@ class Forwarding:
 
         ownership = self._ownership_of(encapsulation.families)
         await delete_own_vxlan(encapsulation.device, ownership)
-        how = (encapsulation, self._run_dir, self._underlay, self.live, confinement)
+        how = (encapsulation, self._run_dir, self._underlay, self.live, confinement, ownership.alias)
         self._tunnels.append(await Tunnelled.open(*how))
         await mark_link(encapsulation.device, ownership)
 
@@ -163,6 +165,11 @@ class Forwarding:
     def device(self, family: Family) -> str | None:
         """The device that the pods' packets of a family that is carried go through; None: they go through none."""
         return device_of(self.backend, self._underlay, self.live, family)
+
+    @property
+    def takes_shortcut(self) -> bool:
+        """Whether our kernel takes what a peer's has encapsulated."""
+        return any(it.shortcut.is_on for it in self._tunnels)
 
     @property
     def is_adopted(self) -> bool:
@@ -208,6 +215,7 @@ class Forwarding:
             probes.use(self._inputs(family))
         for it in self._tunnels:
             it.tunnel.narrow_changed = self._update_desired
+            it.shortcut.switched = lambda: self.shortcut_switched()
         self._has_started = True
         narrow, first = self._narrow, self._first
         for family, routing in self._routings.items():

@@ -64,6 +64,7 @@ class Running:
         addresses of other families than before: the daemon begins again."""
         self.mesh_port = MeshPort(self)
         self.supervisor = Supervisor()
+        forwarding.shortcut_switched = self._say_shortcut
         self._changing = asyncio.Lock()
         """Held during a change: each one starts from what the one before has left."""
 
@@ -139,7 +140,12 @@ class Running:
 
     def _attrs(self) -> LeaseAttrs:
         """What our lease has to say by the settings that are in force."""
-        return self.forwarding.backend.attrs(self.underlay, self.forwarding.live, self.me.node_id)
+        live = replace(self.forwarding.live, takes_shortcut=self.forwarding.takes_shortcut)
+        return self.forwarding.backend.attrs(self.underlay, live, self.me.node_id)
+
+    def _say_shortcut(self) -> None:
+        """Have our lease say whether our kernel takes what a peer's has encapsulated."""
+        self.membership.move(self.me, self._attrs())
 
     async def _apply(self, present: Underlay, live: LiveSettings) -> None:
         """Carry packets over this underlay and with these settings from now on.  Raises UdptunError: unchanged."""

@@ -19,7 +19,7 @@ from udptun.core.ip_text import ip_address
 from udptun.core.lease import Subnets
 from udptun.core.network_state import IPAddress
 from udptun.core.offload import ALL, corrupted_by, tells_marks
-from udptun.core.tunnel import AS_MANY_AS_WORKERS, IPV6_MTU_MIN, default_workers
+from udptun.core.tunnel import AS_MANY_AS_WORKERS, IPV6_MTU_MIN, ShortcutMode, default_workers
 from udptun.firewall.reconciler import FirewallSettings
 from udptun.kernel.sysctl import read_sysctl
 from udptun.kernel.underlay import Underlay, UnderlayOptions
@@ -34,7 +34,8 @@ def read_config(text: str, source: str, options: Options) -> NetConf:
     for note in conf.notes:
         log.warning("%s", note)
     if not isinstance(conf.backend, UdpKeys):
-        for name, value in (("port", options.port), ("source-ports", options.source_ports)):
+        for name in ("port", "source-ports", "shortcut"):
+            value = getattr(options, name.replace("-", "_"))
             if value is not None:
                 log.warning("--%s has no effect with Backend.Type %s", name, conf.backend.type)
         return conf
@@ -49,14 +50,16 @@ def live_settings(
     """A flag says it for this host, the configuration for all, and the interface or the machine when neither does.
 
     `own` are the subnets of our lease; None: they are not known yet.  Raises ConfigError when the MTU is too small for
-    IPv4, and when nothing at all can be carried.
+    IPv4, when nothing at all can be carried, and when a shortcut is required that cannot be had.
     """
     keys = conf.backend
     tunnel = keys if isinstance(keys, TunnelKeys) else TunnelKeys()
     probed = keys if isinstance(keys, ProbedKeys) else tunnel
     workers = options.workers or tunnel.workers or default_workers(len(os.sched_getaffinity(0)))
-    source_ports = 1
+    source_ports, shortcut = 1, ShortcutMode.OFF
     if isinstance(keys, UdpKeys):
+        shortcut = options.shortcut or keys.shortcut
+        _check_shortcut(shortcut)
         source_ports = keys.source_ports if options.source_ports is None else options.source_ports
     release = os.uname().release
     offload = tunnel.offload if options.offload_disabled is None else ALL & ~options.offload_disabled
@@ -80,7 +83,19 @@ def live_settings(
         tells_marks(offload, release),
         carried.get(Family.IPV6),
         Family.IPV4 in carried,
+        shortcut,
     )
+
+
+def _check_shortcut(mode: ShortcutMode) -> None:
+    """Raise ConfigError when it is required and cannot be had."""
+    if mode is not ShortcutMode.REQUIRE:
+        return
+    # Here, because a host without it does not need the module.
+    from udptun.datapath.shortcut.programs import find_lack
+
+    if why := find_lack():
+        raise ConfigError(f"Shortcut: it is required, and this host cannot have it: {why}; set it to auto or off")
 
 
 def _underlay_mtu(options: Options, conf: NetConf, underlay: Underlay) -> int:

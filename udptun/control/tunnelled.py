@@ -13,6 +13,7 @@ from typing import Any
 
 from udptun.backends.base import BackendInput, Encapsulation, LiveSettings
 from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
+from udptun.control.shortcut_switch import ShortcutSwitch
 from udptun.core.errors import UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import EventType, Lease, LeaseEvent
@@ -41,13 +42,15 @@ class Tunnelled:
     `families` is what it can carry, and `device` the device whose packets it carries.
     """
 
-    def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel, run_dir: Path) -> None:
+    def __init__(self, encapsulation: Encapsulation, tunnel: Tunnel, run_dir: Path, alias: str) -> None:
+        """`alias`: that of our devices."""
         self.tunnel = tunnel
         self.families, self.device = encapsulation.families, encapsulation.device
         self._encapsulation = encapsulation
         self._learner = Learner(tunnel, lambda: tunnel.n_workers)
         self._strays = StrayWatch(tunnel.table, tunnel.stats, lambda: tunnel.n_workers, self._learner.explains)
         self._carrier = TunnelCarrier(tunnel)
+        self.shortcut = ShortcutSwitch(tunnel, alias)
         probes_file = PROBES_FILE if Family.IPV4 in self.families else IPV6_PROBES_FILE
         self._prober = Prober(self._carrier, memory=Memory(run_dir / probes_file))
         self._leases: dict[Family, dict[IPNetwork, Lease]] = {}
@@ -64,11 +67,12 @@ class Tunnelled:
         underlay: Underlay,
         live: LiveSettings,
         confinement: Confinement,
+        alias: str,
     ) -> Tunnelled:
-        """Adopt device and sockets, or make them.  Raises KernelError, DatapathError."""
+        """Adopt device and sockets, or make them.  `alias`: that of our devices.  Raises KernelError, DatapathError."""
         where, n_senders = encapsulation.where(underlay), encapsulation.n_senders(underlay, live)
         how = (where, live.workers, live.offload, n_senders, confinement)
-        return cls(encapsulation, await Tunnel.open(run_dir, encapsulation.device, *how), run_dir)
+        return cls(encapsulation, await Tunnel.open(run_dir, encapsulation.device, *how), run_dir, alias)
 
     async def start(self, inputs: Mapping[Family, BackendInput]) -> None:
         """Carry packets of these families."""
@@ -86,6 +90,7 @@ class Tunnelled:
         await self.tunnel.start()
         self.tunnel.set_offload(live.offload)
         self._local_watch = LocalAddressWatch(tuple(inputs), local, self._use_local_addresses)
+        self.shortcut.use(live.shortcut, _any(inputs).underlay.link_name, settings)
 
     async def run(self) -> None:
         """Keep the processes running and the table true to this host's addresses, until cancelled.  After `start`."""
@@ -97,12 +102,13 @@ class Tunnelled:
             tasks.create_task(self._prober.run(), name="probes")
             tasks.create_task(self._learner.run(), name="learning")
             tasks.create_task(self.tunnel.strangers.run(), name="strangers")
+            tasks.create_task(self.shortcut.run(), name="shortcut")
 
     @property
     def problems(self) -> tuple[str, ...]:
         """One line for each thing that is wrong right now.  May be read on another thread."""
         local = () if self._local_watch is None else self._local_watch.problems
-        others = (*self._strays.problems, *self._prober.problems)
+        others = (*self._strays.problems, *self._prober.problems, *self.shortcut.problems)
         return (*self.tunnel.problems, *filter(None, [self._not_refused]), *local, *others)
 
     async def peers_changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
@@ -151,6 +157,7 @@ class Tunnelled:
             self.tunnel.peers.add(remotes)
             self._switch(settings, live)
             await self._publish(remotes)
+        self.shortcut.use(live.shortcut, underlay.link_name, settings)
         return live
 
     def _switch(self, settings: PacketSettings, live: LiveSettings) -> None:
@@ -205,6 +212,7 @@ class Tunnelled:
                 "started_at": round(active.started_s, 3) if active else None,
                 "standby_pids": [process.pid for process in datapath.standbys],
                 "stranger_filter": self.tunnel.strangers.state,
+                **self.shortcut.document(),
                 "confinement": active.confinement.value if active and active.confinement else None,
                 "cpu_s": usage and usage.cpu_s,
                 "memory_bytes": usage and usage.memory_bytes,
@@ -247,6 +255,7 @@ class Tunnelled:
                 "port": remote.port,
                 "any_source_port": remote.takes_any_source_port,
                 "ecn": remote.carries_ecn,
+                "shortcut": self.shortcut.is_sent_to(subnet),
                 **dict(zip(PEER_COUNTERS, count, strict=True)),
                 **self._prober.document(leader(subnet)),
                 "learned": self._learner.document(subnet),

@@ -216,6 +216,11 @@ class LeaseAttrs:
         return isinstance(self.backend_data, Mapping) and self.backend_data.get("ECN") is True
 
     @property
+    def takes_shortcut(self) -> bool:
+        """Whether the host's kernel takes what another one's has encapsulated (docs/shortcut.md)."""
+        return isinstance(self.backend_data, Mapping) and self.backend_data.get("Shortcut") is True
+
+    @property
     def host_address(self) -> IPAddress:
         """See the function."""
         return host_address(self)

@@ -38,6 +38,16 @@ class SourceCheck(Enum):
     """As PEER, and every inner source lies in that peer's subnet."""
 
 
+class ShortcutMode(StrEnum):
+    """Whether the kernel carries the packets that need no thought (docs/shortcut.md)."""
+
+    OFF = "off"
+    AUTO = "auto"
+    """Where it can be had and surprises nobody; `udptun status` says why not elsewhere."""
+    REQUIRE = "require"
+    """No start without it, also where firewall rules name the port."""
+
+
 class Confinement(StrEnum):
     """What the datapath's processes give up once they hold their descriptors."""
 

@@ -7,7 +7,8 @@ out about it holds for the other one, its follower.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.core.tunnel import IPV6_MTU_MIN
@@ -16,6 +17,16 @@ from udptun.datapath.stats import Stats
 from udptun.datapath.table import TableWriter
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerEntry:
+    """What the peer table has of a peer.  `mtu`: the longest packet to it, bytes."""
+
+    remote: Remote
+    index: int
+    mtu: int
+    is_dead: bool
 
 
 class PeerEntries:
@@ -28,6 +39,8 @@ class PeerEntries:
         """How long packets may be by the device, bytes.  Who changes this or the next one adds the peers again."""
         self.less_for: Callable[[Remote], int] = lambda remote: 0
         """How many bytes fewer it is to that remote (`PacketSettings.less_for`)."""
+        self.changed: Callable[[IPNetwork], None] = lambda subnet: None
+        """Called for each peer that is set again or forgotten."""
         self._waiting: dict[IPNetwork, Remote] = {}
         """Peers for which the table has no room."""
         self._remotes: dict[IPNetwork, Remote] = {}
@@ -78,6 +91,7 @@ class PeerEntries:
             if (follower := self._followers.get(subnet)) is not None:
                 self.follow(follower, None)
             self._table.remove_peer(subnet)
+            self.changed(subnet)
 
     def follow(self, subnet: IPNetwork, leader: IPNetwork | None) -> None:
         """Have a peer be the only follower of another one, or stand for itself again.
@@ -168,3 +182,16 @@ class PeerEntries:
         if index is None and (leader := self._leaders.get(subnet)) is not None:
             # It has waited for room.
             self._table.set_learned(subnet, self._table.learned(leader))
+        self.changed(subnet)
+
+    def entry(self, subnet: IPNetwork) -> PeerEntry | None:
+        """What stands in the table of a peer; None: nothing."""
+        remote, index = self._remotes.get(subnet), self._table.index_of(subnet)
+        if remote is None or index is None:
+            return None
+        return PeerEntry(remote, index, self._mtu_to(subnet), self.leader(subnet) in self._dead)
+
+    @property
+    def subnets(self) -> Collection[IPNetwork]:
+        """Of the peers in the table."""
+        return self._remotes.keys()

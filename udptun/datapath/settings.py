@@ -89,6 +89,7 @@ class Remote:
 
     `takes_any_source_port`: they reach it from whatever port; otherwise they must leave from ours.  `mac` is its
     VtepMAC, 6 bytes; empty where packets travel bare.  `carries_ecn`: it carries on marks of congestion.
+    `takes_shortcut`: its kernel takes what ours sends, without a worker.
     """
 
     address: IPAddress
@@ -97,3 +98,4 @@ class Remote:
     takes_any_source_port: bool = False
     mac: bytes = b""
     carries_ecn: bool = False
+    takes_shortcut: bool = False

@@ -2,6 +2,9 @@
 
 Each worker has a block of words and a row of counters for each peer, which it alone writes; reading is a sum over the
 workers.  The counters live as long as the memory file: a process that takes over from another goes on counting.
+
+What the kernel carries by the shortcut counts too: the control plane adds it to the last block, which then no worker
+has (`count_beside`).
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -37,6 +40,8 @@ With 4,096 peers it sums their counters in 1 ms in place of 8.
 _STATS, _WORKER, _STRAY = shm.Structure("stats"), shm.Structure("worker"), shm.Structure("stray")
 _STRAY_FIELDS = _STRAY.packer("outer", "inner", "peer", "last_s", "datagrams")
 _N_WORKERS = LAYOUT["max_workers"]
+MAX_WORKERS_BESIDE = _N_WORKERS - 1
+"""So many workers leave a block for what others count."""
 _N_PEER_COUNTERS = len(PEER_COUNTERS)
 _EARLIER_BLOCK_BYTES = {**dict.fromkeys((5, 6, 7, 8, 9, 10), 512), 11: 576}
 """A worker's block, by earlier layout versions whose blocks begin where ours do, with the same counters first."""
@@ -232,6 +237,22 @@ class Stats:
         for worker in workers:
             for index in indexes:
                 self._row(worker, index)[:] = zeros
+
+    def count_beside(self, counters: Mapping[str, int], peers: Mapping[int, Sequence[int]]) -> None:
+        """Add what was counted elsewhere than by workers, of which there are MAX_WORKERS_BESIDE at most.
+
+        `peers`: by their index PEER_COUNTERS.
+        """
+        block, first = self._workers[MAX_WORKERS_BESIDE], _word("counter")
+        for name, n in counters.items():
+            block[first + COUNTERS.index(name)] += n
+        for index, row in peers.items():
+            mine = self._row(MAX_WORKERS_BESIDE, index)
+            for column, n in enumerate(row):
+                mine[column] += n
+        # Last: from now on the block is looked at.
+        if peers and not block[_word("turns")]:
+            block[_word("turns")] = 1
 
     def _sums(self, index: int, workers: Sequence[int]) -> list[int]:
         rows = [self._row(worker, index) for worker in workers]

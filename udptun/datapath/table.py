@@ -143,6 +143,11 @@ class TableWriter:
         return len(asked) - len(self._local)
 
     @property
+    def local_addresses(self) -> tuple[IPAddress, ...]:
+        """What packets are refused from as this host's own."""
+        return (self._underlay_address, *self._local)
+
+    @property
     def vtep(self) -> Vtep | None:
         """What we are by the last settings, an earlier control plane's included."""
         slot = self._next

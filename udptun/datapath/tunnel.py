@@ -89,6 +89,8 @@ class Tunnel:
         self._publishing = asyncio.Lock()
         self.narrow_changed: Callable[[], None] = lambda: None
         """Called when `PeerEntries.narrow` says something else of a peer that stays."""
+        self.publishing: Callable[[], None] = lambda: None
+        """Called before the workers are shown another table."""
         self.datapath = Datapath(run_dir, self._descriptors(endpoints), processes, tun.name, confinement)
         self.datapath.is_spread = Offload.SPREAD in wanted
         self.datapath.signs_of_life = lambda: stats.signs_of_life(self.n_workers)
@@ -273,6 +275,7 @@ class Tunnel:
     def _publish_once(self) -> bool:
         # Each time: peers may have been added while a worker kept us waiting.
         self.strangers.follow()
+        self.publishing()
         return self.table.publish(self.stats)
 
     def detach(self) -> None:

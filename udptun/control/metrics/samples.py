@@ -142,6 +142,7 @@ def _datapaths(document: Document) -> Iterator[Sample]:
     for name in names(ALL):
         yield Sample(t.OFFLOAD, (name,), int(name in backend["offloads"]))
     yield Sample(t.STRANGER_FILTER, (), int(any(it["stranger_filter"] == "on" for _, _, it in parts)))
+    yield Sample(t.SHORTCUT, (), int(any(it["shortcut"] == "on" for _, _, it in parts)))
     for name, n in counters.items():
         yield counter_sample(name, n)
     for prefix, _, datapath in parts:

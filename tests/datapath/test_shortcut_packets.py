@@ -1,0 +1,311 @@
+"""The programs of the shortcut beside tests/reference.py: the same result, or the packet is left to the worker.
+
+Packets from peers are put into `decap` by the kernel (BPF_PROG_TEST_RUN).  Those to peers go into a real TUN device,
+with `encap` on it, and come out on the far end of an underlay, or for the worker on the TUN's queue.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+
+from tests.datapath.cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, Bad
+from tests.namespace import linked_namespace, requires_netns
+from tests.packets import (
+    LOCAL_IN_A_LEASE,
+    NEAR,
+    NEAR_POD,
+    NO_VNET_HDR,
+    POD,
+    PORT,
+    UNDERLAY,
+    ipv4,
+    overlay,
+    udp,
+)
+from tests.reference import CE, ECT_0, ECT_1, NOT_ECT, Table, decap, encap, outer_tos
+from udptun.datapath.peer_entries import PeerEntry
+from udptun.datapath.settings import Remote
+from udptun.datapath.shortcut.entries import KernelPeers
+from udptun.datapath.shortcut.programs import LinkIndexes, Programs, ShortcutSettings, find_lack
+from udptun.kernel.bpf import Hook, attach
+from udptun.kernel.tun import open_queues
+
+pytestmark = [requires_netns, pytest.mark.skipif(os.geteuid() == 0 and bool(find_lack()), reason=find_lack())]
+
+PASS, REDIRECT = 0, 7
+"""TC_ACT_OK, TC_ACT_REDIRECT."""
+ETH_P_IP = 0x0800
+_TEST_RUN = struct.Struct("=IIIIQQIIIIQQIII")
+_PROG_TEST_RUN, _SYS_BPF = 10, {"x86_64": 321, "aarch64": 280}[os.uname().machine]
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def of_the_shortcut(table: Table) -> Table:
+    """The overlay of the other tests without our address in the first peer's subnet: the kernel may know the peer."""
+    return replace(table, local_addresses=table.local_addresses - {IPv4Address(LOCAL_IN_A_LEASE)})
+
+
+def known_peers(table: Table, *, takes_shortcut: bool = True) -> KernelPeers:
+    peers = KernelPeers(table.own_subnet, table.mtu)
+    peers.set_local(table.local_addresses)
+    for it in table.peers:
+        address, port = it.remote
+        remote = Remote(address, port, True, carries_ecn=it.carries_ecn, takes_shortcut=takes_shortcut)
+        peers.set_peer(it.subnet, PeerEntry(remote, it.index, it.mtu, it.is_dead))
+    return peers
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """The programs with what they know of `table`, attached to nothing."""
+
+    table: Table
+    programs: Programs
+
+    def decap(self, frame: bytes) -> tuple[int, bytes]:
+        """What the program answers, and the frame as it is then."""
+        into, out = ctypes.create_string_buffer(frame, len(frame)), ctypes.create_string_buffer(4096)
+        attributes = ctypes.create_string_buffer(
+            _TEST_RUN.pack(
+                self.programs.program_fd("decap"), 0, len(frame), len(out),
+                ctypes.addressof(into), ctypes.addressof(out), 1, *(0,) * 8,
+            ),
+            _TEST_RUN.size,
+        )  # fmt: skip
+        result = _libc.syscall(_SYS_BPF, _PROG_TEST_RUN, attributes, _TEST_RUN.size)
+        assert result == 0, os.strerror(ctypes.get_errno())
+        _, answer, _, out_len, *_ = _TEST_RUN.unpack(attributes.raw)
+        return answer, out.raw[:out_len]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[Kernel]:
+    table = of_the_shortcut(overlay())
+    programs = Programs.load(0)
+    programs.configure(settings(table), LinkIndexes(1, 1, 1, 1))
+    for key, value in known_peers(table).changes():
+        programs.set_peer(key, value)
+    yield Kernel(table, programs)
+    programs.close()
+
+
+def settings(table: Table) -> ShortcutSettings:
+    return ShortcutSettings("lo", IPv4Address(UNDERLAY), PORT, table.own_subnet, table.mtu, carries_ecn=True)
+
+
+def frame(
+    payload: bytes,
+    source: str = NEAR,
+    *,
+    tos: int = 0,
+    check: int = 0,
+    udp_len: int | None = None,
+    ports: tuple[int, int] = (PORT, PORT),
+    destination: str = UNDERLAY,
+    trailer: bytes = b"",
+    **outer: object,
+) -> bytes:
+    """An Ethernet frame with a datagram of the tunnel."""
+    datagram = struct.pack(">HHHH", *ports, 8 + len(payload) if udp_len is None else udp_len, check) + payload
+    packet = ipv4(source, destination, datagram, tos=tos, **outer)  # type: ignore[arg-type]
+    return bytes(12) + b"\x08\x00" + packet + trailer
+
+
+OF_ANOTHER_TEST = {
+    "source-an-address-of-ours-that-the-peer-leases",
+    "a-pods-datagram-to-our-socket-on-a-leased-address",
+}
+"""The kernel never knows such a peer."""
+TEST_RUN_MAX = 3000
+"""What BPF_PROG_TEST_RUN takes is less than a page, bytes."""
+
+
+def cases(them: list[Bad]) -> list[Bad]:
+    """Those that are packets, as far as these tests can make them."""
+    return [it for it in them if it.slug not in OF_ANOTHER_TEST and len(it.packet) < TEST_RUN_MAX]
+
+
+@pytest.mark.parametrize("case", cases(DECAP), ids=lambda case: case.slug)
+def test_bad_packets_of_peers_are_left_to_the_worker(kernel: Kernel, case: Bad) -> None:
+    """Those too that one value of SourceCheck lets in: nothing is taken that any of them refuses."""
+    answer, after = kernel.decap(frame(case.packet, case.source))
+    assert (answer, after) == (PASS, frame(case.packet, case.source))
+
+
+TAKEN = {
+    *("udp", "udp-without-a-checksum", "tcp", "tcp-syn", "icmp-error", "ttl-2", "ttl-255", "tos-and-ecn"),
+    *("congestion-experienced", "as-large-as-the-mtu", "to-our-tunnel-address", "to-the-first-of-our-subnet"),
+    *("to-the-last-of-our-subnet", "from-the-tunnel-address-of-the-peer", "from-a-narrow-peer"),
+    *("from-the-first-lease-of-a-host-with-two", "tcp-too-short-for-a-header"),
+}
+"""Of GOOD_DECAP; the others have options, are fragments, very short, or from where no lease says."""
+
+
+@pytest.mark.parametrize("slug", GOOD_DECAP)
+def test_good_packets_of_peers_are_taken_as_the_worker_takes_them_or_left_to_it(kernel: Kernel, slug: str) -> None:
+    packet, source = GOOD_DECAP[slug]
+    answer, after = kernel.decap(frame(packet, source))
+    if slug not in TAKEN:
+        assert (answer, after) == (PASS, frame(packet, source))
+        return
+    for check in ("off", "peer", "strict"):
+        table = replace(kernel.table, source_check=check)  # type: ignore[arg-type]
+        outcome = decap(table, packet, IPv4Address(source), PORT)
+        assert outcome.counter == "decap_delivered"
+        assert (answer, after[14:]) == (REDIRECT, outcome.writes[0][len(NO_VNET_HDR) :])
+
+
+_GOOD = udp(NEAR_POD, POD, b"a good packet")
+OUTER = {
+    "header-checksum-wrong": frame(_GOOD, checksum=1),
+    "fragment": frame(_GOOD, flags="MF"),
+    "last-fragment": frame(_GOOD, offset=64),
+    "options": frame(_GOOD, options=bytes(4)),
+    "udp-length-too-short": frame(_GOOD, udp_len=7 + len(_GOOD)),
+    "udp-length-too-long": frame(_GOOD, udp_len=9 + len(_GOOD)),
+    "bytes-behind-the-inner-packet": frame(_GOOD + b"x"),
+    "bytes-behind-the-outer-packet": frame(_GOOD, trailer=b"x"),
+    "with-a-udp-checksum-that-nobody-has-verified": frame(_GOOD, check=0x1234),
+    "to-another-port": frame(_GOOD, ports=(PORT, PORT + 1)),
+    "to-another-address": frame(_GOOD, destination="192.0.2.2"),
+    "to-another-host": b"\2" + frame(_GOOD)[1:],
+    "not-ip": frame(_GOOD)[:12] + b"\x08\x06" + frame(_GOOD)[14:],
+    "not-udp": frame(_GOOD, protocol=6),
+    "cut": frame(_GOOD)[:40],
+}
+
+
+@pytest.mark.parametrize("slug", OUTER)
+def test_datagrams_whose_outer_headers_need_thought_are_left_to_the_worker(kernel: Kernel, slug: str) -> None:
+    assert kernel.decap(OUTER[slug]) == (PASS, OUTER[slug])
+
+
+@pytest.mark.parametrize("outer", [NOT_ECT, ECT_1, ECT_0, CE])
+@pytest.mark.parametrize("inner", [NOT_ECT, ECT_1, ECT_0, CE])
+def test_marks_of_congestion_are_carried_on_as_by_the_worker(kernel: Kernel, inner: int, outer: int) -> None:
+    packet = ipv4(NEAR_POD, POD, bytes(64), tos=0xB8 | inner, protocol=50)
+    answer, after = kernel.decap(frame(packet, tos=outer))
+    outcome = decap(kernel.table, packet, IPv4Address(NEAR), outer_ecn=outer)
+    if outcome.writes:
+        assert (answer, after[14:]) == (REDIRECT, outcome.writes[0][len(NO_VNET_HDR) :])
+    else:
+        assert answer == PASS
+
+
+def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker() -> None:
+    """Its packets may come from that address, and ours to it may be the tunnel's own."""
+    peers = known_peers(overlay())
+    keys = {IPv4Address(key) for key, value in peers.changes() if value is not None}
+    assert IPv4Address("10.244.4.0") in keys
+    assert IPv4Address("10.244.2.0") not in keys
+
+
+# ---------------------------------------------------------------------------------------------------- to the peers
+
+THERE = "192.0.2.200"
+"""Where all peers are: on the far end of the underlay."""
+
+
+class Ground:
+    """In a namespace v0 -- v1: the TUN device, and `encap` between it and the underlay.  Made and used inside."""
+
+    def __init__(self) -> None:
+        self.table = replace(
+            of_the_shortcut(overlay()),
+            peers=tuple(replace(it, remote=(IPv4Address(THERE), PORT)) for it in overlay().peers),
+        )
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+        self._tun = open_queues("flannel0", 1)
+        Path("/proc/sys/net/ipv6/conf/flannel0/disable_ipv6").write_text("1")
+        for command in ("link set flannel0 mtu 1472 up", f"neigh add {THERE} lladdr 02:00:00:00:00:99 dev v0"):
+            subprocess.run(["ip", *command.split()], check=True)
+        underlay, device = (socket.if_nametoindex(name) for name in ("v0", "flannel0"))
+        self.programs = Programs.load(0)
+        self.programs.configure(settings(self.table), LinkIndexes(underlay, device, underlay, underlay))
+        for key, value in known_peers(self.table).changes():
+            self.programs.set_peer(key, value)
+        self._link = attach(self.programs.program_fd("encap"), device, Hook.EGRESS)
+        self._into = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        self._into.bind(("flannel0", socket.htons(ETH_P_IP)))
+        self._far = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP))
+        self._far.bind(("v1", ETH_P_IP))
+
+    def send(self, packet: bytes) -> tuple[str, bytes]:
+        """Where the packet came out, `wire` or `worker`, and what came out."""
+        self._into.sendto(packet, ("flannel0", ETH_P_IP))
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            with suppress(BlockingIOError):
+                return "worker", os.read(self._tun.fds[0], 65600)[len(NO_VNET_HDR) :]
+            with suppress(BlockingIOError):
+                return "wire", self._far.recv(65600, socket.MSG_DONTWAIT)
+            time.sleep(0.001)
+        raise AssertionError("it came out nowhere")
+
+    def close(self) -> None:
+        os.close(self._link)
+        self.programs.close()
+        self._into.close()
+        self._far.close()
+        self._tun.close()
+
+
+@pytest.fixture(scope="module")
+def on_the_ground() -> Iterator[Callable[[bytes], tuple[str, bytes]]]:
+    """Sends a packet into the device; says where it came out."""
+    with linked_namespace() as ns:
+        ground = ns.call(Ground)
+        yield lambda packet: ns.call(lambda: ground.send(packet))
+        ground.close()
+
+
+SENT = {
+    *("udp", "tcp", "icmp-error", "bare-header", "ttl-2", "ttl-255", "tos-and-ecn", "congestion-experienced", "df"),
+    *("source-outside-network", "source-our-tunnel-address", "to-the-tunnel-address-of-the-peer"),
+    *("to-the-last-address-of-a-lease", "to-a-host-with-two-leases"),
+}
+"""Of GOOD_ENCAP; the others have options, are fragments, go to a narrow peer or to a subnet of another length."""
+
+
+@pytest.mark.parametrize("slug", GOOD_ENCAP)
+def test_packets_to_peers_leave_as_the_worker_sends_them_or_by_it(
+    on_the_ground: Callable[[bytes], tuple[str, bytes]], slug: str
+) -> None:
+    packet = GOOD_ENCAP[slug]
+    where, out = on_the_ground(packet)
+    if slug not in SENT:
+        assert (where, out) == ("worker", packet)
+        return
+    table = of_the_shortcut(overlay())
+    (outcome,) = encap(table, NO_VNET_HDR + packet)
+    ((_, payload),) = outcome.sends
+    peer = table.leasing(IPv4Address(packet[16:20]))
+    assert peer is not None
+    expected = ipv4(
+        UNDERLAY,
+        THERE,
+        struct.pack(">HHHH", PORT, PORT, 8 + len(payload), 0) + payload,
+        tos=outer_tos(peer, packet),
+        ident=0,
+        flags="DF",
+    )
+    assert (where, out[:6], out[14:]) == ("wire", bytes.fromhex("020000000099"), expected)
+
+
+@pytest.mark.parametrize("case", [it for it in cases(ENCAP) if len(it.packet) >= 20], ids=lambda it: it.slug)
+def test_bad_packets_to_peers_reach_the_worker_unchanged(
+    on_the_ground: Callable[[bytes], tuple[str, bytes]], case: Bad
+) -> None:
+    assert on_the_ground(case.packet) == ("worker", case.packet)

@@ -1,0 +1,241 @@
+"""The shortcut between hosts: pods speak through the kernel, and the workers are always there to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from traffic import (
+    CLEANUP,
+    REAL_TIME,
+    datapath_pids,
+    is_answered,
+    kill,
+    ping,
+    read_status,
+    tcp_flow,
+    udp_flow,
+    wait_for_peers,
+)
+
+from udptun.datapath.shortcut.programs import find_lack
+from udptun.kernel.veth import pair_names
+from udptun.lab.host import Host
+from udptun.lab.machine import wait_until
+from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Lab, Offload
+
+pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_lack()), reason=find_lack())]
+
+LIMIT_S = 15
+"""For the switch at both hosts, which takes some tenths of a second."""
+ON = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": "auto"}}
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab(f"c{os.getpid()}", net_conf=ON) as lab:
+        lab.daemon_command[:0] = REAL_TIME
+        lab.set_offload(Offload.NONE)
+        lab.start()
+        wait_for_peers(lab)
+        wait_until_on(lab)
+        yield lab
+
+
+def state(host: Host) -> str:
+    return str(read_status(host)["datapath"]["shortcut"])
+
+
+def wait_until_on(lab: Lab) -> None:
+    """Until each host's kernel takes and sends."""
+    wait_until(
+        "the shortcut at all hosts",
+        lambda: all(state(it) == "on" and all(p["shortcut"] for p in read_status(it)["peers"]) for it in lab.hosts),
+        LIMIT_S,
+    )
+
+
+def reload(host: Host, mode: str) -> None:
+    """Have the host's net-conf.json say so from now on."""
+    conf = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": mode}}
+    host.path(NET_CONF).write_text(json.dumps(conf))
+    assert host.daemon is not None
+    host.daemon.send_signal(signal.SIGHUP)
+
+
+def by_kernel(host: Host) -> dict[str, int]:
+    """Of all counters what no worker has counted."""
+    document = read_status(host)
+    rows = document["datapath"]["worker_counters"]
+    return {name: n - sum(row.get(name, 0) for row in rows) for name, n in document["counters"].items()}
+
+
+def mtus(lab: Lab) -> set[int]:
+    """Of the devices of all hosts."""
+    return {read_status(it)["backend"]["mtu"] for it in lab.hosts}
+
+
+def is_clean(host: Host) -> bool:
+    links = host.run(["ip", "-o", "link"]).stdout
+    return not any(name in links for name in pair_names("flannel0"))
+
+
+def test_pods_speak_through_the_kernel_and_every_packet_is_counted(lab: Lab) -> None:
+    one, two = lab.hosts
+    before = by_kernel(one)
+    with (
+        tcp_flow(one.pods[0], two.pods[0]) as to_two,
+        tcp_flow(two.pods[0], one.pods[0], port=5003) as to_one,
+        udp_flow(one.pods[0], two.pods[0], 500) as datagrams,
+    ):
+        time.sleep(0.5)
+    to_two.report.assert_exact()
+    to_one.report.assert_exact()
+    assert not datagrams.report.lost
+    assert not datagrams.report.n_spoilt
+    wait_until("the counters", lambda: by_kernel(one)["encap_sent"] - before["encap_sent"] > 1000, LIMIT_S)
+    time.sleep(1.2)
+    counters = read_status(one)["counters"]
+    drops = {name: n for name, n in counters.items() if "_drop_" in name}
+    assert counters["encap_packets"] == counters["encap_sent"] + sum(drops[it] for it in drops if it[0] == "e")
+    ends = counters["decap_delivered"] + counters["decap_punted"] + sum(drops[it] for it in drops if it[0] == "d")
+    assert counters["decap_packets"] == ends
+    (peer,) = read_status(one)["peers"]
+    assert peer["encap_packets"] > 1000
+    assert peer["liveness"] == "alive"
+
+
+def test_large_pings_ttl_and_path_are_as_through_the_workers(lab: Lab) -> None:
+    one, two = lab.hosts
+    far = two.pods[0]
+    ping(one.pods[0], far.address, "-s", "3000")
+    ping(one.pods[0], far.address, "-s", "1444", "-M", "do")
+    refused = one.pods[0].run(["ping", "-c", "1", "-W", "2", "-s", "1445", "-M", "do", str(far.address)], check=False)
+    assert "1472" in refused.stdout + refused.stderr
+    assert "ttl=60" in ping(one.pods[0], far.address)
+    hops = one.pods[0].run(["traceroute", "-n", "-q", "1", "-w", "2", str(far.address)]).stdout
+    assert [str(one.subnet.network_address), str(two.subnet.network_address)] == [
+        line.split()[1] for line in hops.splitlines()[2:4]
+    ]
+    assert ping(one, far.address)
+
+
+def test_one_host_without_it_is_spoken_to_by_the_workers(lab: Lab) -> None:
+    one, two = lab.hosts
+    reload(two, "off")
+    wait_until("the peer's lease to say so", lambda: not read_status(one)["peers"][0]["shortcut"], LIMIT_S)
+    assert state(two) == "off"
+    assert is_clean(two)
+    with tcp_flow(one.pods[0], two.pods[0]) as to_two, tcp_flow(two.pods[0], one.pods[0], port=5003) as to_one:
+        time.sleep(0.3)
+    to_two.report.assert_exact()
+    to_one.report.assert_exact()
+    reload(two, "auto")
+    wait_until_on(lab)
+
+
+def test_switching_it_off_and_on_loses_nothing(lab: Lab) -> None:
+    one, two = lab.hosts
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow, tcp_flow(two.pods[0], one.pods[0]) as connection:
+        for host in (two, one):
+            reload(host, "off")
+            wait_until("it to be off", lambda host=host: state(host) == "off", LIMIT_S)  # type: ignore[misc]
+            flow.wait_for_more()
+            reload(host, "auto")
+            wait_until_on(lab)
+            flow.wait_for_more()
+    assert not flow.report.lost
+    connection.report.assert_exact()
+
+
+def test_killed_workers_are_not_missed(lab: Lab) -> None:
+    one, two = lab.hosts
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow:
+        kill(two, *datapath_pids(two))
+        flow.wait_for_more()
+    assert not flow.report.lost
+    assert state(two) == "on"
+
+
+def test_a_killed_daemon_leaves_the_packets_to_the_workers(lab: Lab) -> None:
+    one, two = lab.hosts
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow:
+        for host in (two, one):
+            assert host.daemon is not None
+            host.stop_daemon(signal.SIGKILL)
+            flow.wait_for_more()
+            host.start_daemon()
+            host.wait_ready()
+            wait_until_on(lab)
+    assert not flow.report.lost
+
+
+def test_a_device_that_is_deleted_comes_back_with_it(lab: Lab) -> None:
+    one, two = lab.hosts
+    for name in ("flannel0", *pair_names("flannel0")[:1]):
+        two.run(["ip", "link", "delete", name])
+        wait_until("pods to be reached", lambda: is_answered(one.pods[0], two.pods[0].address), LIMIT_S)
+        wait_until_on(lab)
+    ping(one.pods[0], two.pods[0].address)
+
+
+def test_auto_gives_way_to_rules_that_name_the_port(lab: Lab) -> None:
+    two = lab.hosts[1]
+    with ExitStack() as undo:
+        rule = "table ip t { chain i { type filter hook input priority 0; udp dport 8285 accept; }; }"
+        two.run(["nft", "-f", "-"], input=rule)
+        undo.callback(two.run, ["nft", "delete", "table", "ip", "t"])
+        reload(two, "auto")
+        wait_until("it to be off", lambda: state(two).startswith("off: a firewall rule names UDP port 8285"), LIMIT_S)
+        reload(two, "require")
+        wait_until_on(lab)
+    reload(two, "auto")
+
+
+def test_an_underlay_that_takes_less_loses_nothing(lab: Lab) -> None:
+    one, two = lab.hosts
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow:
+        for mtu in (1400, 1500):
+            for host in lab.hosts:
+                host.run(["ip", "link", "set", "eth0", "mtu", str(mtu)])
+            flow.wait_for_more()
+            wait_until("the devices to follow", lambda mtu=mtu: mtus(lab) == {mtu - 28}, LIMIT_S)  # type: ignore[misc]
+            wait_until_on(lab)
+            ping(one.pods[0], two.pods[0].address, "-s", "1400", "-M", "dont")
+    assert not flow.report.lost
+
+
+def test_cleanup_leaves_nothing(lab: Lab) -> None:
+    one = lab.hosts[0]
+    one.stop_daemon(signal.SIGKILL)
+    assert not is_clean(one)
+    one.run(CLEANUP)
+    assert is_clean(one)
+    one.start_daemon()
+    one.wait_ready()
+    wait_until_on(lab)
+    one.stop_daemon()
+    one.run(CLEANUP)
+    assert is_clean(one)
+
+
+def test_without_the_right_to_load_programs_auto_is_off_and_require_does_not_start(lab: Lab) -> None:
+    one = lab.hosts[0]
+    no_right = ["setpriv", "--bounding-set=-bpf,-sys_admin", "--inh-caps=-bpf,-sys_admin", *lab.daemon_command]
+    one.start_daemon(command=no_right)
+    one.wait_ready()
+    wait_until("it to say why", lambda: "CAP_BPF" in state(one), LIMIT_S)
+    assert state(one).startswith("off: ")
+    assert not [line for line in read_status(one)["problems"] if "shortcut" in line]
+    ping(one.pods[0], lab.hosts[1].pods[0].address)
+    one.stop_daemon()
+    one.start_daemon(["--shortcut=require"], no_right)
+    assert one.daemon is not None
+    assert one.daemon.wait(LIMIT_S) == 2
+    (line,) = [it for it in one.daemon_log().splitlines() if "Shortcut: it is required" in it]
+    assert "CAP_BPF" in line

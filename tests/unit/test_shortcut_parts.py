@@ -1,0 +1,165 @@
+"""What the kernel is told of the peers, what it has counted, and the bytecode that is shipped."""
+
+from __future__ import annotations
+
+import json
+import struct
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_network
+
+import pytest
+
+from udptun.core.network_state import IPNetwork
+from udptun.datapath.peer_entries import PeerEntry
+from udptun.datapath.settings import Remote
+from udptun.datapath.shortcut.compile import BYTECODE, compile_source, compiler, source_hash
+from udptun.datapath.shortcut.counts import COUNTS, PEER_COUNTS_LEN, Counts
+from udptun.datapath.shortcut.entries import PEER, KernelPeers
+from udptun.datapath.stats import MAX_WORKERS_BESIDE, Stats
+from udptun.firewall.port_rules import names_port
+
+OWN = ip_network("10.244.1.0/24")
+MTU = 1472
+SUBNET = ip_network("10.244.2.0/24")
+KEY = SUBNET.network_address.packed
+REMOTE = Remote(IPv4Address("192.0.2.2"), 8285, True, takes_shortcut=True, carries_ecn=True)
+
+
+def entry(remote: Remote = REMOTE, *, index: int = 7, mtu: int = MTU, is_dead: bool = False) -> PeerEntry:
+    return PeerEntry(remote, index, mtu, is_dead)
+
+
+def kernel_peers(**peers: tuple[str, PeerEntry]) -> KernelPeers:
+    assert isinstance(OWN.network_address, IPv4Address)
+    it = KernelPeers(OWN, MTU)  # type: ignore[arg-type]
+    for subnet, of in peers.values():
+        it.set_peer(ip_network(subnet), of)
+    return it
+
+
+def test_a_peer_is_told_once_and_again_when_it_has_changed() -> None:
+    peers = kernel_peers(two=("10.244.2.0/24", entry()))
+    value = PEER.pack(bytes([192, 0, 2, 2]), b"\x20\x5d", 3, 7, 0, 0)
+    assert list(peers.changes()) == [(KEY, value)]
+    assert list(peers.changes()) == []
+    peers.set_peer(SUBNET, entry())
+    assert list(peers.changes()) == []
+    peers.set_peer(SUBNET, entry(Remote(IPv4Address("192.0.2.3"), 8286, False)))
+    assert list(peers.changes()) == [(KEY, PEER.pack(bytes([192, 0, 2, 3]), b"\x20\x5e", 0, 7, 0, 0))]
+    peers.set_peer(SUBNET, None)
+    assert list(peers.changes()) == [(KEY, None)]
+    assert list(peers.changes()) == []
+
+
+@pytest.mark.parametrize(
+    ("subnet", "of", "is_known", "is_sent_to"),
+    [
+        (SUBNET, entry(), True, True),
+        (SUBNET, entry(Remote(IPv4Address("192.0.2.2"), 8285, True)), True, False),
+        (SUBNET, entry(mtu=MTU - 1), True, False),
+        (SUBNET, entry(is_dead=True), False, False),
+        (SUBNET, entry(Remote(IPv6Address("2001:db8::2"), 8285, True, takes_shortcut=True)), False, False),
+        (ip_network("10.244.2.0/25"), entry(), False, False),
+        (ip_network("10.244.0.0/20"), entry(), False, False),
+        (IPv6Network("fd00::/64"), entry(), False, False),
+    ],
+    ids=["right", "does not take it", "narrow", "dead", "over IPv6", "longer", "shorter", "of IPv6"],
+)
+def test_what_the_kernel_may_do_for_a_peer(
+    subnet: IPNetwork, of: PeerEntry, is_known: bool, is_sent_to: bool
+) -> None:
+    peers = kernel_peers()
+    peers.set_peer(subnet, of)
+    told = list(peers.changes())
+    assert (bool(told), peers.is_sent_to(subnet)) == (is_known, is_sent_to)
+
+
+def test_a_subnet_that_holds_a_public_ip_or_our_own_address_is_left_to_the_workers() -> None:
+    """Its packets may be the tunnel's own, or come from an address that is ours: the workers tell."""
+    inside = entry(Remote(IPv4Address("10.244.2.99"), 8285, True, takes_shortcut=True), index=8)
+    peers = kernel_peers(two=("10.244.2.0/24", entry()), three=("10.244.3.0/24", inside))
+    assert {key for key, _ in peers.changes()} == {bytes([10, 244, 3, 0])}
+    peers.set_peer(ip_network("10.244.3.0/24"), None)
+    assert dict(peers.changes()) == {bytes([10, 244, 3, 0]): None, KEY: PEER.pack(
+        bytes([192, 0, 2, 2]), b"\x20\x5d", 3, 7, 0, 0
+    )}  # fmt: skip
+    peers.set_local([IPv4Address("10.244.2.200"), IPv6Address("fd00::1")])
+    assert dict(peers.changes()) == {KEY: None}
+    peers.set_local([])
+    assert [key for key, _ in peers.changes()] == [KEY]
+
+
+class FakeMap:
+    """An array of two processors."""
+
+    def __init__(self, form: str, n: int) -> None:
+        self._form, self.n = struct.Struct(form), n
+        self.rows = [[[0] * (self._form.size // 8) for _ in range(2)] for _ in range(n)]
+        self.stored_len = 2 * self._form.size
+
+    def read(self, index: int) -> bytes:
+        return b"".join(self._form.pack(*row) for row in self.rows[index])
+
+    def read_first(self, n: int) -> bytes:
+        return b"".join(map(self.read, range(n)))
+
+
+def test_what_the_kernel_has_counted_is_added_to_the_workers_counters_once() -> None:
+    stats = Stats.create()
+    counts_map, peers_map = FakeMap("=Q", len(COUNTS)), FakeMap("=4Q", 16)
+    assert peers_map.stored_len == 2 * PEER_COUNTS_LEN
+    counts = Counts(counts_map, peers_map, stats)  # type: ignore[arg-type]
+    counts_map.rows[COUNTS.index("decap_packets")] = [[2], [3]]
+    counts_map.rows[COUNTS.index("decap_super")] = [[4], [0]]
+    peers_map.rows[7] = [[1, 10, 2, 20], [0, 0, 3, 30]]
+    for _ in range(2):
+        counts.add(8, n_lost=1)
+    assert (stats.counters()["decap_packets"], stats.counters()["decap_drop_tun"]) == (5, 1)
+    assert stats.peers([7, 8]) == [[1, 10, 5, 50], [0, 0, 0, 0]]
+    assert stats.received(7) == 5
+    assert counts.passed == {"decap_super": 4}
+    peers_map.rows[7][0] = [2, 20, 2, 20]
+    # Another peer has the index from here on.
+    counts.begin_peer(7)
+    stats.clear_peers([7])
+    peers_map.rows[7][1] = [0, 0, 4, 40]
+    counts.add(8, n_lost=1)
+    assert stats.peers([7]) == [[0, 0, 1, 10]]
+    assert stats.worker_counters(MAX_WORKERS_BESIDE) == [{}] * MAX_WORKERS_BESIDE
+    stats.close()
+
+
+def test_the_bytecode_is_made_of_the_source_beside_it() -> None:
+    """`./dev bytecode` makes it anew."""
+    shipped = json.loads(BYTECODE.read_text())
+    assert shipped["source_sha256"] == source_hash()
+    assert list(shipped["programs"]) == ["encap", "decap", "deliver"]
+    try:
+        has_same_compiler = compiler() == shipped["compiler"]
+    except FileNotFoundError:
+        has_same_compiler = False
+    if not has_same_compiler:
+        pytest.skip(f"{shipped['compiler']} is not installed, so it is not compiled again")
+    assert compile_source() == shipped
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("\t\tudp dport 8285 accept", True),
+        ("udp dport { 53, 8285 } drop", True),
+        ("udp sport 8000-9000 counter packets 0 bytes 0", True),
+        ("th dport 8285 drop", True),
+        ("udp dport != 8285 drop", True),
+        ("\t\telements = { 22, 8285 }", True),
+        ("-A INPUT -p udp -m udp --dport 8285 -j ACCEPT", True),
+        ("-A INPUT -p udp -m multiport --dports 53,8000:8300 -j DROP", True),
+        ("udp dport 8472 accept", False),
+        ("tcp dport 8285 accept", False),
+        ("-A INPUT -p tcp -m tcp --dport 8285 -j ACCEPT", False),
+        ("\t\telements = { 10.82.85.0, 8.2.8.5 }", False),
+        ("ip saddr 10.244.0.0/16 counter packets 8285 bytes 8285 accept", False),
+        ("-A FLANNEL-FWD -s 10.244.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT", False),
+    ],
+)
+def test_rules_that_name_the_port_are_found(line: str, expected: bool) -> None:
+    assert names_port(line, 8285) is expected

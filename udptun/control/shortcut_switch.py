@@ -1,0 +1,123 @@
+"""Whether the shortcut of a tunnel shall be on: what was asked for, what this host can have, and its firewall's rules.
+
+Imported libraries and memory are those of a host that has it on: without, this module is all there is of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address
+from typing import TYPE_CHECKING
+
+from udptun.core.network_state import IPNetwork
+from udptun.core.offload import Offload
+from udptun.core.tunnel import ShortcutMode
+from udptun.datapath.settings import PacketSettings
+from udptun.datapath.tunnel import Tunnel
+from udptun.firewall.port_rules import find_port_rule
+
+if TYPE_CHECKING:
+    from udptun.datapath.shortcut.programs import ShortcutSettings
+    from udptun.datapath.shortcut.shortcut import Shortcut
+
+_PERIOD_S = 60.0
+"""The firewall's rules are read so often."""
+_REST = 100
+"""And after so many times as long as it took."""
+
+
+class ShortcutSwitch:
+    """For one event loop; what is said of the shortcut may be read on any thread."""
+
+    def __init__(self, tunnel: Tunnel, alias: str) -> None:
+        """`alias`: that of our devices."""
+        self._tunnel, self._alias = tunnel, alias
+        self._mode = ShortcutMode.OFF
+        self._underlay = ""
+        self._packets: PacketSettings | None = None
+        self._shortcut: Shortcut | None = None
+        self._changed = asyncio.Event()
+        self.switched: Callable[[], None] = lambda: None
+        """Called when it is on or off and was not before."""
+
+    def use(self, mode: ShortcutMode, underlay: str, packets: PacketSettings) -> None:
+        """From now on.  `underlay` is the name of the link that datagrams leave by."""
+        self._mode, self._underlay, self._packets = mode, underlay, packets
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Keep it so, until cancelled."""
+        clock = asyncio.get_running_loop().time
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._changed.clear()
+                began_s, wait_s = clock(), None
+                if self._mode is not ShortcutMode.OFF and self._shortcut is None:
+                    from udptun.datapath.shortcut.shortcut import Shortcut
+
+                    self._shortcut = Shortcut(self._tunnel, self._alias)
+                    self._shortcut.switched = lambda: self.switched()
+                    tasks.create_task(self._shortcut.run(), name="shortcut")
+                if self._shortcut is not None:
+                    self._shortcut.want(*await self._decide())
+                if self._mode is ShortcutMode.AUTO:
+                    wait_s = max(_PERIOD_S, _REST * (clock() - began_s))
+                try:
+                    async with asyncio.timeout(wait_s):
+                        await self._changed.wait()
+                except TimeoutError:
+                    continue
+
+    @property
+    def is_on(self) -> bool:
+        return self._shortcut is not None and self._shortcut.is_on
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A line when it is required and off.  May be read on another thread."""
+        shortcut = self._shortcut
+        if self._mode is not ShortcutMode.REQUIRE or shortcut is None or shortcut.is_on:
+            return ()
+        return (f"the shortcut is required and {shortcut.state}; the workers carry all packets meanwhile",)
+
+    def document(self) -> dict[str, object]:
+        """Keys of `datapath` in docs/status.md."""
+        shortcut = self._shortcut
+        if self._mode is ShortcutMode.OFF or shortcut is None:
+            return {"shortcut": "off", "shortcut_passed": {}}
+        passed: Mapping[str, int] = shortcut.passed
+        return {"shortcut": shortcut.state, "shortcut_passed": dict(passed)}
+
+    def is_sent_to(self, subnet: IPNetwork) -> bool:
+        """Whether packets to the peer leave by the kernel."""
+        return self._shortcut is not None and self._shortcut.is_sent_to(subnet)
+
+    async def _decide(self) -> tuple[ShortcutSettings | None, str]:
+        """The settings that it shall have, or why it shall be off."""
+        from udptun.datapath.shortcut.programs import ShortcutSettings, find_lack
+
+        packets = self._packets
+        if self._mode is ShortcutMode.OFF or packets is None:
+            return None, "Shortcut is off"
+        if packets.own_subnet is None or not isinstance(packets.underlay_address, IPv4Address):
+            return None, "it carries IPv4 over IPv4 alone"
+        if why := find_lack():
+            return None, why
+        if self._mode is ShortcutMode.AUTO and (rule := await find_port_rule(packets.port)):
+            return None, (
+                f"a firewall rule names UDP port {packets.port}, and the shortcut passes it by: `{rule}`; "
+                "set Shortcut to require if that may be"
+            )
+        carries_ecn = Offload.ECN in packets.offload
+        return (
+            ShortcutSettings(
+                self._underlay,
+                packets.underlay_address,
+                packets.port,
+                packets.own_subnet,
+                packets.mtu,
+                carries_ecn,
+            ),
+            "",
+        )

@@ -1,0 +1,80 @@
+"""What the programs have counted, added to the counters of the workers.
+
+They count per processor, in maps that are gone with the programs.  So every second what was added is added to the
+statistics' memory file, where all counters are.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+
+from udptun.datapath.stats import PEER_COUNTERS, Stats
+from udptun.kernel.bpf import Map
+
+COUNTS = (
+    *("encap_packets", "encap_sent", "encap_drop_send", "udp_sent_bytes"),
+    *("decap_packets", "decap_delivered", "decap_drop_tun", "tun_written_bytes"),
+    *("encap_shape", "encap_peer", "encap_ttl", "encap_too_big", "encap_route"),
+    *("decap_shape", "decap_checksum", "decap_super", "decap_source", "decap_destination"),
+    *("decap_ttl", "decap_too_big", "decap_mark"),
+)
+"""In the order of the enum of shortcut.bpf.c: counters of docs/wire-format.md, then why packets were passed on."""
+_N_SHARED = 8
+"""How many of them are counters of docs/wire-format.md."""
+_PEER_COUNTS = struct.Struct(f"={len(PEER_COUNTERS)}Q")
+PEER_COUNTS_LEN = _PEER_COUNTS.size
+
+
+class Counts:
+    """The counters of one load of the programs."""
+
+    def __init__(self, counts: Map, peer_counts: Map, stats: Stats) -> None:
+        self._counts, self._peer_counts, self._stats = counts, peer_counts, stats
+        self._before = dict.fromkeys(COUNTS, 0)
+        self._peers_before = bytearray()
+        self._n_lost = 0
+
+    @property
+    def passed(self) -> Mapping[str, int]:
+        """How many packets were passed on to the worker, by the reason, as of the last `add`."""
+        return {name: n for name, n in list(self._before.items())[_N_SHARED:] if n}
+
+    def add(self, top: int, n_lost: int) -> None:
+        """Add what has come since the last time to the statistics.
+
+        `top` is the highest index of a peer.  `n_lost`: how many packets the pair has dropped.  Raises KernelError.
+        """
+        raw, step = self._counts.read_first(len(COUNTS)), self._counts.stored_len
+        sums = [sum(memoryview(raw)[i * step : (i + 1) * step].cast("Q")) for i in range(len(COUNTS))]
+        now = dict(zip(COUNTS, sums, strict=True))
+        new = {name: now[name] - self._before[name] for name in COUNTS[:_N_SHARED]}
+        new["decap_drop_tun"] += n_lost - self._n_lost
+        self._before, self._n_lost = now, n_lost
+        rows = self._peer_counts.read_first(min(top + 1, self._peer_counts.n))
+        before = self._rows_before(len(rows))
+        of_peers = dict(_differences(before, rows, self._peer_counts.stored_len))
+        before[: len(rows)] = rows
+        self._stats.count_beside(new, of_peers)
+
+    def begin_peer(self, index: int) -> None:
+        """Another peer has this index now: what was counted under it is not its own.  Raises KernelError."""
+        step = self._peer_counts.stored_len
+        at = index * step
+        self._rows_before(at + step)[at : at + step] = self._peer_counts.read(index)
+
+    def _rows_before(self, length: int) -> bytearray:
+        """At least `length` bytes of what the peers' rows were."""
+        self._peers_before.extend(bytes(max(0, length - len(self._peers_before))))
+        return self._peers_before
+
+
+def _differences(before: bytearray, now: bytes, step: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Index of each row that has changed, and what was added, summed over the processors."""
+    if before[: len(now)] == now:
+        return
+    for at in range(0, len(now), step):
+        old, new = before[at : at + step], now[at : at + step]
+        if old != new:
+            sums = [[sum(column) for column in zip(*_PEER_COUNTS.iter_unpack(it), strict=True)] for it in (old, new)]
+            yield at // step, tuple(after - was for was, after in zip(*sums, strict=True))

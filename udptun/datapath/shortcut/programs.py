@@ -1,0 +1,174 @@
+"""The programs of shortcut.bpf.c in the kernel, with their maps, and where they are attached.
+
+Everything is a descriptor of ours.  With the last one, however this process ends, the programs are gone, and all
+packets go through the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any, Self
+
+from udptun.core.errors import KernelError
+from udptun.datapath.shortcut.counts import COUNTS, PEER_COUNTS_LEN
+from udptun.datapath.shortcut.entries import PEER
+from udptun.kernel.bpf import Hook, Map, MapType, attach, load_program, map_loads
+
+_BYTECODE = Path(__file__).parent / "bytecode.json"
+_CONFIG = struct.Struct("=4s4s4s4s4sIIII2sH")
+"""struct config of shortcut.bpf.c."""
+MAX_PEERS = 1 << 17
+"""As many as the peer table holds."""
+_LEAST_PEERS = 4096
+"""Room for the counters of so many at least, 32 bytes each for each processor."""
+_LOOPBACK = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShortcutSettings:
+    """What the programs are told of this host.
+
+    `underlay` is the name of the link that datagrams leave by.  `mtu`: of our device, bytes.  `carries_ecn`: whether
+    marks of congestion are carried on.
+    """
+
+    underlay: str
+    address: IPv4Address
+    port: int
+    own_subnet: IPv4Network
+    mtu: int
+    carries_ecn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LinkIndexes:
+    """Of the underlay's link, of our device, and of both ends of the pair between the programs."""
+
+    underlay: int
+    device: int
+    near: int
+    far: int
+
+
+class Programs:
+    """Owns the descriptors.  They do nothing before `attach`."""
+
+    def __init__(self, owned: ExitStack, maps: Mapping[str, Map], programs: Mapping[str, int]) -> None:
+        self._owned, self._maps, self._programs = owned, maps, programs
+        self._links: list[int] = []
+
+    @classmethod
+    def load(cls, top: int) -> Self:
+        """`top`: the highest index of a peer.  Raises KernelError."""
+        with ExitStack() as undo:
+            n_peers = max(_LEAST_PEERS, 1 << (2 * top).bit_length())
+            maps = {
+                "config": Map.create("ut_config", MapType.ARRAY, _CONFIG.size, 1),
+                "peers": Map.create("ut_peers", MapType.HASH, PEER.size, MAX_PEERS),
+                "counts": Map.create("ut_counts", MapType.PERCPU_ARRAY, 8, len(COUNTS)),
+                "peer_counts": Map.create("ut_peer_counts", MapType.PERCPU_ARRAY, PEER_COUNTS_LEN, n_peers),
+            }
+            for it in maps.values():
+                undo.callback(it.close)
+            programs = {}
+            for name, (code, loads) in _bytecode().items():
+                at = {instruction: maps[of_map].fd for of_map, where in loads.items() for instruction in where}
+                programs[name] = load_program(f"ut_{name}", map_loads(code, at))
+                undo.callback(os.close, programs[name])
+            return cls(undo.pop_all(), maps, programs)
+
+    def program_fd(self, name: str) -> int:
+        """Of `encap`, `decap` or `deliver`."""
+        return self._programs[name]
+
+    @property
+    def counts(self) -> Map:
+        return self._maps["counts"]
+
+    @property
+    def peer_counts(self) -> Map:
+        return self._maps["peer_counts"]
+
+    def configure(self, settings: ShortcutSettings, links: LinkIndexes) -> None:
+        """Only while they are not attached.  Raises KernelError."""
+        own = settings.own_subnet
+        value = _CONFIG.pack(
+            settings.address.packed,
+            own.network_address.packed,
+            own.netmask.packed,
+            own.network_address.packed,
+            own.netmask.packed,
+            links.underlay,
+            links.device,
+            links.near,
+            settings.mtu,
+            settings.port.to_bytes(2),
+            settings.carries_ecn,
+        )
+        self._maps["config"].set(bytes(4), value)
+
+    def set_peer(self, key: bytes, value: bytes | None) -> None:
+        """See `KernelPeers.changes`.  Raises KernelError."""
+        if value is None:
+            self._maps["peers"].delete(key)
+        else:
+            self._maps["peers"].set(key, value)
+
+    def attach(self, links: LinkIndexes) -> None:
+        """First what receives.  Raises KernelError: nothing is attached."""
+        try:
+            self._links.append(attach(self._programs["deliver"], links.far, Hook.INGRESS))
+            self._links.append(attach(self._programs["decap"], links.underlay, Hook.INGRESS))
+            self._links.append(attach(self._programs["encap"], links.device, Hook.EGRESS))
+        except KernelError:
+            self.detach()
+            self.detach_last()
+            raise
+
+    def detach(self) -> None:
+        """No packet enters from now on.  Those that are between the programs still get out."""
+        while len(self._links) > 1:
+            os.close(self._links.pop())
+
+    def detach_last(self) -> None:
+        """A moment later: the program that gets them out."""
+        while self._links:
+            os.close(self._links.pop())
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.detach()
+        self.detach_last()
+        self._owned.close()
+
+
+@cache
+def find_lack() -> str:
+    """Why this kernel or this process cannot have the shortcut; empty when it can.  Found by trying, once."""
+    try:
+        programs = Programs.load(0)
+    except KernelError as exc:
+        return str(exc)
+    try:
+        # It passes all packets on, as it has no peers, and it is gone a moment later.
+        os.close(attach(programs.program_fd("encap"), _LOOPBACK, Hook.EGRESS))
+    except KernelError as exc:
+        return f"{exc}; programs on devices as these (tcx) need Linux 6.6"
+    finally:
+        programs.close()
+    return ""
+
+
+@cache
+def _bytecode() -> dict[str, tuple[bytes, dict[str, list[int]]]]:
+    """Of each program its code, and which instructions load which map."""
+    document: dict[str, Any] = json.loads(_BYTECODE.read_text())
+    return {name: (bytes.fromhex("".join(it["code"])), it["maps"]) for name, it in document["programs"].items()}

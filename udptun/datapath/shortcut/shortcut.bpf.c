@@ -1,0 +1,397 @@
+/* The shortcut: the datagrams that need no thought, carried by the kernel (docs/shortcut.md).
+ *
+ *     flannel0, tcx egress      encap     an inner packet gets its outer header and leaves by the underlay
+ *     underlay, tcx ingress     decap     a peer's datagram loses its outer header and goes into the veth pair
+ *     far end of the pair,      deliver   by then GRO has merged what belongs together; on to flannel0
+ *     tcx ingress
+ *
+ * `pass` hands a packet over to the worker, which has all the policy: nothing of the packet has changed by then, and the
+ * reason is counted.  So a check here may be narrower than the worker's, never wider.  The checks have the numbers of
+ * the tables in docs/wire-format.md where they do the same.
+ *
+ * Only headers of the kernel's user interface are used, so one bytecode fits every kernel.  What a host differs in comes
+ * from the map `config`.  `./dev bytecode` compiles this into bytecode.json.
+ */
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/pkt_cls.h>
+#include <linux/udp.h>
+
+#define SECTION(name) __attribute__((section(name), used))
+#define INLINE static inline __attribute__((always_inline))
+#define be16(x) __builtin_bswap16(x)
+#define be32(x) __builtin_bswap32(x)
+#define CE 3
+#define ECN_MASK 3
+#define ECT_0 2
+#define ECT_1 1
+#define DONT_FRAGMENT 0x4000
+#define FRAGMENT_MASK 0x3fff /* more fragments, and the offset */
+#define AF_INET 2
+#define LOOPBACK 1           /* LOOPBACK_IFINDEX: where the kernel says that its own packets come from */
+#define FIB_SKIP_NEIGH 4     /* BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.3 */
+#define OUTER_LEN 28
+#define SUPER_AGE_NS 2000000000ull
+#define SUPER_NOTE_NS 250000000ull
+
+/* The order is that of the helpers' numbers in linux/bpf.h. */
+static void *(*map_lookup)(void *, const void *) = (void *)BPF_FUNC_map_lookup_elem;
+static __u64 (*ktime_ns)(void) = (void *)BPF_FUNC_ktime_get_ns;
+static int (*store_bytes)(void *, __u32, const void *, __u32, __u64) = (void *)BPF_FUNC_skb_store_bytes;
+static int (*redirect)(__u32, __u64) = (void *)BPF_FUNC_redirect;
+static int (*pull_data)(void *, __u32) = (void *)BPF_FUNC_skb_pull_data;
+static int (*change_head)(void *, __u32, __u64) = (void *)BPF_FUNC_skb_change_head;
+static int (*adjust_room)(void *, __s32, __u32, __u64) = (void *)BPF_FUNC_skb_adjust_room;
+static int (*fib_lookup)(void *, struct bpf_fib_lookup *, int, __u32) = (void *)BPF_FUNC_fib_lookup;
+static long (*csum_level)(void *, __u64) = (void *)BPF_FUNC_csum_level;
+static int (*redirect_neigh)(__u32, struct bpf_redir_neigh *, int, __u64) = (void *)BPF_FUNC_redirect_neigh;
+
+/* What holds for this host.  Addresses and the port are in network byte order. */
+struct config {
+    __u32 self;           /* our underlay address */
+    __u32 own_subnet, own_mask;
+    __u32 tunnel_address; /* the one on flannel0 */
+    __u32 key_mask;       /* of the subnets in `peers` */
+    __u32 underlay;       /* indexes of the links: the underlay, flannel0, the near end of the pair */
+    __u32 device;
+    __u32 pair;
+    __u32 mtu;            /* of flannel0, bytes */
+    __u16 port;
+    __u16 carries_ecn;
+};
+
+#define PEER_EGRESS 1 /* packets to it may leave here */
+#define PEER_ECN 2    /* it carries on marks of congestion */
+struct peer {
+    __u32 remote; /* network byte order */
+    __u16 port;   /* likewise */
+    __u16 flags;
+    __u32 index; /* in the peer table */
+    __u32 unused;
+    __u64 super_ns; /* when it has last sent a super-packet; the kernel's alone */
+};
+
+/* The same four as in struct ut_peer_stats. */
+struct peer_counts {
+    __u64 encap_packets, encap_bytes, decap_packets, decap_bytes;
+};
+
+/* In the order of COUNTS in counts.py. */
+enum {
+    ENCAP_PACKETS,
+    ENCAP_SENT,
+    ENCAP_DROP_SEND,
+    UDP_SENT_BYTES,
+    DECAP_PACKETS,
+    DECAP_DELIVERED,
+    DECAP_DROP_TUN,
+    TUN_WRITTEN_BYTES,
+    PASS_ENCAP_SHAPE,
+    PASS_ENCAP_PEER,
+    PASS_ENCAP_TTL,
+    PASS_ENCAP_TOO_BIG,
+    PASS_ENCAP_ROUTE,
+    PASS_DECAP_SHAPE,
+    PASS_DECAP_CHECKSUM,
+    PASS_DECAP_SUPER,
+    PASS_DECAP_SOURCE,
+    PASS_DECAP_DESTINATION,
+    PASS_DECAP_TTL,
+    PASS_DECAP_TOO_BIG,
+    PASS_DECAP_MARK,
+    N_COUNTS
+};
+
+/* The loader makes maps of these names; their sizes are in programs.py. */
+#define MAP(name) \
+    struct { \
+        int unused; \
+    } name SECTION("maps")
+MAP(config);
+MAP(peers);
+MAP(counts);
+MAP(peer_counts);
+
+INLINE void count(__u32 which, __u64 n)
+{
+    __u64 *at = map_lookup(&counts, &which);
+    if (at)
+        *at += n;
+}
+
+/* To the worker, with the reason. */
+INLINE int pass(__u32 why)
+{
+    count(why, 1);
+    return TC_ACT_OK;
+}
+
+INLINE struct config *find_config(void)
+{
+    __u32 first = 0;
+    return map_lookup(&config, &first);
+}
+
+INLINE struct peer *leasing(const struct config *c, __u32 address)
+{
+    __u32 key = address & c->key_mask;
+    return map_lookup(&peers, &key);
+}
+
+/* The sum over a header of 20 bytes, folded; 0xffff where its checksum is right. */
+INLINE __u16 sum_header(const struct iphdr *ip)
+{
+    const __u16 *word = (const void *)ip;
+    __u32 sum = 0;
+#pragma unroll
+    for (int i = 0; i < 10; i++)
+        sum += word[i];
+    sum = (sum & 0xffff) + (sum >> 16);
+    return (sum & 0xffff) + (sum >> 16);
+}
+
+/* Change one 16-bit word of a header whose checksum is right (RFC 1624). */
+INLINE void change_word(struct iphdr *ip, __u16 before, __u16 after)
+{
+    __u32 sum = (__u16)~ip->check + (__u16)~before + after;
+    sum = (sum & 0xffff) + (sum >> 16);
+    sum = (sum & 0xffff) + (sum >> 16);
+    ip->check = ~sum;
+}
+
+INLINE void step_ttl(struct iphdr *ip)
+{
+    __u16 *word = (__u16 *)&ip->ttl, before = *word;
+    ip->ttl--;
+    change_word(ip, before, *word);
+}
+
+INLINE void set_ecn(struct iphdr *ip, __u8 ecn)
+{
+    __u16 *word = (__u16 *)ip, before = *word;
+    ip->tos = (ip->tos & ~ECN_MASK) | ecn;
+    change_word(ip, before, *word);
+}
+
+SECTION("tc/encap") int encap(struct __sk_buff *skb)
+{
+    void *d = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+    struct config *c = find_config();
+    struct iphdr *ip = d;
+    __u32 len = skb->len, n = 1, headers = 0, longest = len;
+    if (!c || skb->protocol != be16(ETH_P_IP))
+        return TC_ACT_OK;
+    if ((void *)(ip + 1) > end || *(__u8 *)ip != 0x45 || be16(ip->tot_len) != len || len > 65535 - OUTER_LEN
+        || ip->frag_off & be16(FRAGMENT_MASK))
+        return pass(PASS_ENCAP_SHAPE);
+    if (skb->gso_size) {
+        __u8 *tcp = (void *)(ip + 1);
+        if (ip->protocol != IPPROTO_TCP || (void *)(tcp + 20) > end)
+            return pass(PASS_ENCAP_SHAPE);
+        headers = sizeof(*ip) + (tcp[12] >> 4) * 4;
+        n = skb->gso_segs;
+        longest = headers + skb->gso_size;
+        if (!n)
+            return pass(PASS_ENCAP_SHAPE);
+    }
+    struct peer *p = leasing(c, ip->daddr);
+    if (!p || !(p->flags & PEER_EGRESS))
+        return pass(PASS_ENCAP_PEER);
+    if (ip->ttl <= 1)
+        return pass(PASS_ENCAP_TTL);
+    if (longest > c->mtu)
+        return pass(PASS_ENCAP_TOO_BIG);
+
+    /* As the kernel looks up a datagram of its own, with what it has learned of the path's MTU. */
+    struct bpf_fib_lookup way = {
+        .family = AF_INET,
+        .l4_protocol = IPPROTO_UDP,
+        .sport = c->port,
+        .dport = p->port,
+        .tot_len = longest + OUTER_LEN,
+        .ifindex = LOOPBACK,
+        .ipv4_src = c->self,
+        .ipv4_dst = p->remote,
+    };
+    if (fib_lookup(skb, &way, sizeof(way), FIB_SKIP_NEIGH) != BPF_FIB_LKUP_RET_SUCCESS || way.family != AF_INET
+        || way.ifindex != c->underlay)
+        return pass(PASS_ENCAP_ROUTE);
+
+    struct iphdr outer = {
+        .version = 4,
+        .ihl = 5,
+        .tos = p->flags & PEER_ECN && c->carries_ecn ? ip->tos & ECN_MASK : 0,
+        .tot_len = be16(len + OUTER_LEN),
+        .frag_off = be16(DONT_FRAGMENT),
+        .ttl = 64,
+        .protocol = IPPROTO_UDP,
+        .saddr = c->self,
+        .daddr = p->remote,
+    };
+    outer.check = ~sum_header(&outer);
+    struct {
+        struct ethhdr eth;
+        struct iphdr ip;
+        struct udphdr udp;
+    } __attribute__((packed)) out = {
+        .eth.h_proto = be16(ETH_P_IP),
+        .ip = outer,
+        .udp.source = c->port,
+        .udp.dest = p->port,
+        .udp.len = be16(len + sizeof(struct udphdr)),
+    };
+    struct bpf_redir_neigh neighbour = {.nh_family = AF_INET, .ipv4_nh = way.ipv4_dst};
+    __u32 underlay = c->underlay, index = p->index;
+    if (adjust_room(skb, OUTER_LEN, BPF_ADJ_ROOM_MAC,
+                    BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | BPF_F_ADJ_ROOM_FIXED_GSO))
+        return pass(PASS_ENCAP_SHAPE);
+    __u64 bytes = len + (__u64)(n - 1) * headers;
+    count(ENCAP_PACKETS, n);
+    if (change_head(skb, ETH_HLEN, 0) || store_bytes(skb, 0, &out, sizeof(out), 0))
+        goto failed;
+    d = (void *)(long)skb->data;
+    end = (void *)(long)skb->data_end;
+    ip = d + sizeof(out);
+    if ((void *)(ip + 1) > end)
+        goto failed;
+    step_ttl(ip);
+    struct peer_counts *of_peer = map_lookup(&peer_counts, &index);
+    if (of_peer) {
+        of_peer->encap_packets += n;
+        of_peer->encap_bytes += bytes;
+    }
+    count(ENCAP_SENT, n);
+    count(UDP_SENT_BYTES, bytes);
+    return redirect_neigh(underlay, &neighbour, sizeof(neighbour), 0);
+failed:
+    count(ENCAP_DROP_SEND, n);
+    return TC_ACT_SHOT;
+}
+
+SECTION("tc/decap") int decap(struct __sk_buff *skb)
+{
+    void *d = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+    struct config *c = find_config();
+    struct ethhdr *eth = d;
+    struct iphdr *ip = (void *)(eth + 1), *in;
+    struct udphdr *udp = (void *)(ip + 1);
+    __u32 all = sizeof(*eth) + OUTER_LEN + sizeof(*in) + sizeof(*udp);
+    if (!c || skb->protocol != be16(ETH_P_IP) || skb->pkt_type != PACKET_HOST || skb->vlan_present)
+        return TC_ACT_OK;
+    if ((void *)(udp + 1) > end) {
+        if (skb->len < all || pull_data(skb, all))
+            return TC_ACT_OK;
+        d = (void *)(long)skb->data;
+        end = (void *)(long)skb->data_end;
+        eth = d;
+        ip = (void *)(eth + 1);
+        udp = (void *)(ip + 1);
+        if ((void *)(udp + 1) > end)
+            return TC_ACT_OK;
+    }
+    if (ip->protocol != IPPROTO_UDP || ip->daddr != c->self || *(__u8 *)ip != 0x45 || udp->dest != c->port
+        || ip->frag_off & be16(FRAGMENT_MASK))
+        return TC_ACT_OK;
+
+    /* It is for our socket. */
+    if (d + all > end) {
+        if (skb->len < all || pull_data(skb, all))
+            return pass(PASS_DECAP_SHAPE);
+        d = (void *)(long)skb->data;
+        end = (void *)(long)skb->data_end;
+        if (d + all > end)
+            return pass(PASS_DECAP_SHAPE);
+    }
+    eth = d;
+    ip = (void *)(eth + 1);
+    udp = (void *)(ip + 1);
+    in = (void *)(udp + 1);
+    __u32 len = be16(in->tot_len);
+    if (*(__u8 *)in != 0x45 || len < sizeof(*in) || be16(ip->tot_len) != len + OUTER_LEN
+        || be16(udp->len) != len + sizeof(*udp) || skb->len != sizeof(*eth) + OUTER_LEN + len
+        || in->frag_off & be16(FRAGMENT_MASK))
+        return pass(PASS_DECAP_SHAPE);
+    if (sum_header(ip) != 0xffff || sum_header(in) != 0xffff)
+        return pass(PASS_DECAP_CHECKSUM);
+    struct peer *p = leasing(c, in->saddr);
+    if (!p || p->remote != ip->saddr)
+        return pass(PASS_DECAP_SOURCE);
+    /* A super-packet goes through the worker, and for a while so does all else that this peer sends: it would overtake.
+     */
+    if (skb->gso_size || p->super_ns) {
+        __u64 now = ktime_ns();
+        if (skb->gso_size && now - p->super_ns > SUPER_NOTE_NS)
+            p->super_ns = now;
+        if (now - p->super_ns < SUPER_AGE_NS)
+            return pass(PASS_DECAP_SUPER);
+        p->super_ns = 0;
+    }
+    /* The kernel verifies it on the way to the socket, unless the network card has done so. */
+    if (udp->check && csum_level(skb, BPF_CSUM_LEVEL_QUERY) < 0)
+        return pass(PASS_DECAP_CHECKSUM);
+    if ((in->daddr & c->own_mask) != c->own_subnet)
+        return pass(PASS_DECAP_DESTINATION);
+    if (in->daddr == c->tunnel_address && in->protocol == IPPROTO_ICMP)
+        return pass(PASS_DECAP_DESTINATION);
+    if (in->protocol == IPPROTO_UDP && ((struct udphdr *)(in + 1))->dest == c->port)
+        return pass(PASS_DECAP_DESTINATION);
+    if (in->ttl <= 1)
+        return pass(PASS_DECAP_TTL);
+    if (len > c->mtu)
+        return pass(PASS_DECAP_TOO_BIG);
+    __u8 outer = ip->tos & ECN_MASK, inner = in->tos & ECN_MASK, mark = inner;
+    if (outer == CE && !inner)
+        return pass(PASS_DECAP_MARK);
+    if (inner && (outer == CE || (outer == ECT_1 && inner == ECT_0)))
+        mark = outer;
+
+    __u32 pair = c->pair, index = p->index;
+    if (adjust_room(skb, -OUTER_LEN, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+        return pass(PASS_DECAP_SHAPE);
+    count(DECAP_PACKETS, 1);
+    d = (void *)(long)skb->data;
+    end = (void *)(long)skb->data_end;
+    eth = d;
+    in = (void *)(eth + 1);
+    if ((void *)(in + 1) > end) {
+        count(DECAP_DROP_TUN, 1);
+        return TC_ACT_SHOT;
+    }
+    /* The far end takes what is for its address (kernel/veth.py). */
+    eth->h_dest[0] = eth->h_source[0] = 2;
+    eth->h_dest[1] = eth->h_source[1] = 'u';
+    eth->h_dest[2] = eth->h_source[2] = 't';
+    eth->h_dest[3] = eth->h_source[3] = 0;
+    eth->h_dest[4] = eth->h_source[4] = 0;
+    eth->h_dest[5] = 2;
+    eth->h_source[5] = 1;
+    step_ttl(in);
+    if (mark != inner)
+        set_ecn(in, mark);
+    struct peer_counts *of_peer = map_lookup(&peer_counts, &index);
+    if (of_peer) {
+        of_peer->decap_packets++;
+        of_peer->decap_bytes += len;
+    }
+    return redirect(pair, 0);
+}
+
+SECTION("tc/deliver") int deliver(struct __sk_buff *skb)
+{
+    struct config *c = find_config();
+    __u32 n = skb->gso_size ? skb->gso_segs : 1;
+    if (!c)
+        return TC_ACT_SHOT;
+    /* Somebody else's, as the kernel's own solicitations. */
+    if (skb->protocol != be16(ETH_P_IP))
+        return TC_ACT_SHOT;
+    count(DECAP_DELIVERED, n);
+    count(TUN_WRITTEN_BYTES, skb->len - ETH_HLEN);
+    return redirect(c->device, BPF_F_INGRESS);
+}
+
+/* The kernel has most of the helpers for such programs only. */
+char _license[] SECTION("license") = "GPL";

@@ -1,0 +1,247 @@
+"""The shortcut of one tunnel: switched on where it can be, followed by the peers, and off again without a loss.
+
+    wanted      what `want` has asked for; None: the shortcut shall be off
+    on          the programs are attached, and the kernel takes what they are made for
+
+Off is always right: then the workers do everything, as before.  So whatever goes wrong here ends in a line that says
+why it is off, and another try.  The programs end with this process, and the workers carry on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from udptun.core.errors import KernelError, UdptunError
+from udptun.core.network_state import IPNetwork
+from udptun.datapath.settings import OUTER_HEADERS
+from udptun.datapath.shortcut.counts import Counts
+from udptun.datapath.shortcut.entries import KernelPeers
+from udptun.datapath.shortcut.programs import LinkIndexes, Programs, ShortcutSettings
+from udptun.datapath.stats import MAX_WORKERS_BESIDE
+from udptun.datapath.tunnel import Tunnel
+from udptun.kernel import notices
+from udptun.kernel.device_counters import read_device_counters
+from udptun.kernel.netlink import Netlink
+from udptun.kernel.veth import delete_pair, make_pair, pair_names
+from udptun.kernel.watch_loop import Pace, WatchLoop
+
+log = logging.getLogger(__name__)
+
+_PACE = Pace(settle_s=0.01, max_settle_s=0.05, storm_s=0.5, period_s=1.0, retry_s=1.0)
+"""A look counts, and finds links that are other ones than before."""
+_MAC_LEN = len("02:00:00:00:00:01")
+"""Links without Ethernet headers, as those of other tunnels, have addresses of another length or none."""
+_DRAIN_S = 0.05
+"""So long packets may be on the way from one program to the next."""
+
+
+class Shortcut:
+    """For one event loop; `is_on`, `state`, `passed` and `is_sent_to` may be asked on any thread."""
+
+    def __init__(self, tunnel: Tunnel, alias: str) -> None:
+        """`alias`: that of our devices, by which they are found when they are left over."""
+        self._tunnel, self._alias = tunnel, alias
+        self._wanted: ShortcutSettings | None = None
+        self._on: _On | None = None
+        self._reason = ""
+        self.switched: Callable[[], None] = lambda: None
+        """Called when it is on or off and was not before."""
+        self._loop = WatchLoop("shortcut", notices.watch, self._look, _PACE)
+
+    @property
+    def is_on(self) -> bool:
+        return self._on is not None
+
+    @property
+    def state(self) -> str:
+        """For `udptun status`: `on`, or `off: ` and why."""
+        return "on" if self._on is not None else f"off: {self._reason or 'it was not tried yet'}"
+
+    @property
+    def passed(self) -> Mapping[str, int]:
+        """Packets that the programs have left to the workers since they are on, by the reason."""
+        on = self._on
+        return {} if on is None else on.counts.passed
+
+    def is_sent_to(self, subnet: IPNetwork) -> bool:
+        """Whether packets to the peer leave by the kernel."""
+        on = self._on
+        return on is not None and on.peers.is_sent_to(subnet)
+
+    def want(self, settings: ShortcutSettings | None, reason: str = "") -> None:
+        """Switch it on soon, with these settings, or off, for this reason."""
+        self._wanted = settings
+        if settings is None:
+            self._reason = reason
+        self._loop.wake()
+
+    async def run(self) -> None:
+        """Keep it as wanted until cancelled, and switch it off then."""
+        try:
+            await self._loop.run()
+        finally:
+            if self._on is not None:
+                # A shutdown waits for no netlink: `udptun cleanup` and the next start find the pair by its alias.
+                self._on.programs.detach()
+                time.sleep(_DRAIN_S)
+                self._on.end()
+
+    async def _look(self) -> bool:
+        try:
+            if self._on is not None and (self._on.settings != self._wanted or not self._is_in_place(self._on)):
+                await self._switch_off()
+            if self._on is None and self._wanted is not None:
+                await self._switch_on(self._wanted)
+            if self._on is not None:
+                self._count(self._on)
+        except (UdptunError, OSError) as exc:
+            if self._on is not None:
+                await self._switch_off()
+            if self._reason != str(exc):
+                log.warning("the shortcut is off, the workers carry all packets: %s", exc)
+            self._reason = str(exc)
+            return False
+        return True
+
+    async def _switch_on(self, settings: ShortcutSettings) -> None:
+        """Raises KernelError, OSError: it is off."""
+        if self._tunnel.n_workers > MAX_WORKERS_BESIDE:
+            raise UdptunError(f"with {self._tunnel.n_workers} workers there is no room for its counters; have one less")
+        async with Netlink() as kernel:
+            underlay = await kernel.link(settings.underlay)
+        if underlay is None:
+            raise UdptunError(f"there is no link {settings.underlay}")
+        if len(underlay.mac) != _MAC_LEN or underlay.is_loopback:
+            raise UdptunError(f"{underlay.name} is no Ethernet link, which the shortcut needs")
+        if underlay.mtu < settings.mtu + OUTER_HEADERS[4]:
+            raise UdptunError(
+                f"{underlay.name} takes {underlay.mtu} bytes and {self._tunnel.tun.name} {settings.mtu}, to which the "
+                f"outer headers add {OUTER_HEADERS[4]}; have --mtu or Backend.MTU not above {underlay.mtu}"
+            )
+        device = self._tunnel.tun.name
+        pair = await make_pair(device, settings.mtu, self._alias)
+        try:
+            links = LinkIndexes(underlay.index, socket.if_nametoindex(device), pair.near.index, pair.far.index)
+            on = _On.begin(settings, links, self._tunnel)
+        except BaseException:
+            with suppress(KernelError):
+                await delete_pair(device)
+            raise
+        self._on, self._reason = on, ""
+        self._tunnel.peers.changed = on.note
+        self._tunnel.publishing = self._follow
+        log.info("shortcut on underlay=%s device=%s", settings.underlay, device)
+        self.switched()
+
+    async def _switch_off(self) -> None:
+        on = self._on
+        assert on is not None
+        self._on = None
+        self._tunnel.peers.changed, self._tunnel.publishing = _ignore, _do_nothing
+        on.programs.detach()
+        await asyncio.sleep(_DRAIN_S)
+        if self._tunnel.n_workers <= MAX_WORKERS_BESIDE:
+            with suppress(KernelError):
+                self._count(on)
+        on.end()
+        with suppress(KernelError):
+            await delete_pair(self._tunnel.tun.name)
+        log.info("shortcut off")
+        self.switched()
+
+    def _follow(self) -> None:
+        """Before the workers are shown another table: have the kernel know the same peers."""
+        if self._on is None:
+            return
+        try:
+            self._on.follow(self._tunnel)
+        except KernelError as exc:
+            # A peer that is gone must not stay: the next look switches off.
+            log.warning("the shortcut does not follow the peers and is switched off: %s", exc)
+            self._on.is_broken = True
+            self._loop.wake()
+
+    def _is_in_place(self, on: _On) -> bool:
+        """Whether the links are those that the programs know, and the peers fit."""
+        near, far = pair_names(self._tunnel.tun.name)
+        names = (on.settings.underlay, self._tunnel.tun.name, near, far)
+        indexes = (on.links.underlay, on.links.device, on.links.near, on.links.far)
+        return (
+            not on.is_broken
+            and tuple(map(_index, names)) == indexes
+            and self._tunnel.table.top < on.programs.peer_counts.n
+            and self._tunnel.n_workers <= MAX_WORKERS_BESIDE
+        )
+
+    def _count(self, on: _On) -> None:
+        near = pair_names(self._tunnel.tun.name)[0]
+        dropped = read_device_counters([near]).get(near)
+        on.counts.add(self._tunnel.table.top, 0 if dropped is None else dropped.tx_dropped)
+
+
+class _On:
+    """What there is while it is on."""
+
+    def __init__(self, settings: ShortcutSettings, links: LinkIndexes, programs: Programs, tunnel: Tunnel) -> None:
+        self.settings, self.links, self.programs = settings, links, programs
+        self.counts = Counts(programs.counts, programs.peer_counts, tunnel.stats)
+        self.peers = KernelPeers(settings.own_subnet, settings.mtu)
+        self.is_broken = False
+        self._noted: set[IPNetwork] = set(tunnel.peers.subnets)
+        self._indexes: dict[IPNetwork, int] = {}
+
+    @classmethod
+    def begin(cls, settings: ShortcutSettings, links: LinkIndexes, tunnel: Tunnel) -> _On:
+        """Raises KernelError."""
+        programs = Programs.load(tunnel.table.top)
+        try:
+            programs.configure(settings, links)
+            on = cls(settings, links, programs, tunnel)
+            on.follow(tunnel)
+            programs.attach(links)
+        except BaseException:
+            programs.close()
+            raise
+        return on
+
+    def note(self, subnet: IPNetwork) -> None:
+        """Something of this peer has changed."""
+        self._noted.add(subnet)
+
+    def follow(self, tunnel: Tunnel) -> None:
+        """Raises KernelError."""
+        noted, self._noted = self._noted, set()
+        self.peers.set_local(tunnel.table.local_addresses)
+        for subnet in noted:
+            entry = tunnel.peers.entry(subnet)
+            self.peers.set_peer(subnet, entry)
+            if entry is None:
+                self._indexes.pop(subnet, None)
+            elif self._indexes.get(subnet) != entry.index and entry.index < self.programs.peer_counts.n:
+                self._indexes[subnet] = entry.index
+                self.counts.begin_peer(entry.index)
+        for key, value in self.peers.changes():
+            self.programs.set_peer(key, value)
+
+    def end(self) -> None:
+        self.programs.close()
+
+
+def _index(name: str) -> int | None:
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return None
+
+
+def _ignore(subnet: IPNetwork) -> None:
+    """Nobody asks which peers change."""
+
+
+def _do_nothing() -> None:
+    """Nobody follows."""
