@@ -105,6 +105,20 @@ def test_a_peer_is_answered_and_anybody_else_is_turned_out_unheard(monkeypatch: 
     serve(mesh, test)
 
 
+def test_many_who_are_not_welcome_keep_no_peer_from_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "view", lambda running: {})
+    port = free_port()
+    mesh = MeshPort(running(port, [table(IPv4Network("127.0.2.0/24"))]))
+
+    async def test() -> None:
+        stranger = IPv4Address("127.0.9.9")
+        *turned_out, answer = await asyncio.gather(*(ask(port, stranger) for _ in range(100)), ask(port, PEER))
+        assert set(turned_out) == {b""}
+        assert answer.endswith(b"{}\n")
+
+    serve(mesh, test)
+
+
 def test_a_port_that_is_held_is_a_problem_and_is_served_once_it_is_free(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -197,7 +197,7 @@ def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _status(argv: list[str], environ: Mapping[str, str]) -> int:
-    from udptun.commands.parser import Parser
+    from udptun.commands.parser import Parser, subnet_or_address
 
     parser = Parser(prog="udptun status", description="Say what the daemon of this host is doing.")
     parser.add_argument("--json", action="store_true", help="for programs; see docs/status.md")
@@ -211,7 +211,7 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
     )
     parser.add_argument(
         "--peer",
-        type=_subnet_or_address,
+        type=subnet_or_address,
         metavar="SUBNET|ADDRESS",
         help="all about one: its subnet, its address, or that of one of its pods",
     )
@@ -242,18 +242,6 @@ def _seconds(text: str) -> float:
     if not 0.1 <= seconds <= 86400:
         raise ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 86400")
     return seconds
-
-
-def _subnet_or_address(text: str) -> str:
-    from argparse import ArgumentTypeError
-
-    from udptun.core.ip_text import ip_network
-
-    try:
-        ip_network(text, strict=False)
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no subnet, as 10.244.3.0/24, and no address") from None
-    return text
 
 
 def _doctor(argv: list[str], environ: Mapping[str, str]) -> int:

@@ -10,6 +10,17 @@ from typing import NoReturn
 from udptun.core.errors import UsageError
 
 
+def subnet_or_address(text: str) -> str:
+    """The same text, for `type` of an argument."""
+    from udptun.core.ip_text import ip_network
+
+    try:
+        ip_network(text, strict=False)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no subnet, as 10.244.3.0/24, and no address") from None
+    return text
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line per error, and no guessing at abbreviations."""
 

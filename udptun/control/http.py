@@ -36,6 +36,8 @@ _BACKLOG = 128
 """How many clients the kernel may hold for us while we are busy."""
 _ACCEPT_RETRY_S = 0.1
 """How long to wait after a client could not be let in, as when there are no descriptors left; seconds."""
+_UNWELCOME_PAUSE_S = 0.001
+"""After somebody who was turned out unheard: so many that come cost little; seconds."""
 _SAY_AGAIN_S = 60.0
 """How often a line is logged at most, whatever clients do; seconds."""
 
@@ -210,6 +212,7 @@ class Server:
                 self._let_in(connection)
             else:
                 connection.close()
+                await asyncio.sleep(_UNWELCOME_PAUSE_S)
             # The client that was let in has its turn before the next one comes.  Else a flood of new clients would turn
             # a probe out before its request is read, which is mostly here already.
             await asyncio.sleep(0)

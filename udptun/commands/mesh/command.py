@@ -13,7 +13,7 @@ from udptun.commands.mesh.answer import AnswerError, Peer, View, read_view
 from udptun.commands.mesh.ask import Answer, Question, ask_all
 from udptun.commands.mesh.matrix import MOST_HOSTS, Mesh, build, choose
 from udptun.commands.mesh.problems import notes_of, problems_of
-from udptun.commands.parser import Parser
+from udptun.commands.parser import Parser, subnet_or_address
 from udptun.commands.screen import Page
 from udptun.commands.status import fetch
 from udptun.commands.terminal import has_colours, is_dumb, size_of
@@ -38,6 +38,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     parser.add_argument(
         "hosts",
         nargs="*",
+        type=subnet_or_address,
         metavar="SUBNET|ADDRESS",
         help=f"this host and these alone (default: all, up to {MOST_HOSTS}, those in trouble first)",
     )
