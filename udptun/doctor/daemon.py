@@ -31,7 +31,7 @@ async def daemon(facts: Facts) -> list[Finding]:
     if facts.document is not None:
         return []
     remedy = (
-        "`systemctl status flanneld`, or the pod's log; give the daemon's --run-dir if it has another one"
+        "`systemctl status udptun`, or the pod's log; give the daemon's --run-dir if it has another one"
         if facts.daemon_pid is None
         else "its log says more; what it waits for may be another finding"
     )
