@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from ipaddress import IPv4Network
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etcd_server import MISSING, EtcdServer
@@ -184,6 +185,28 @@ def test_keys_and_values_in_etcd_are_flannels_and_pods_reach_each_other(cluster:
         )
         said = lab.host(1).pod(1).run(["iperf3", "-c", address, "-t", "1", "-J"]).stdout
     assert json.loads(said)["end"]["sum_received"]["bits_per_second"] > 1e7
+
+
+def test_doctor_names_the_server_of_etcd_that_does_not_answer_while_another_does(cluster: tuple[Lab, Etcd]) -> None:
+    """The store goes on with the other one, so nothing else shows that it has one less."""
+    lab, etcd = cluster
+    away = f"http://{UNDERLAY[1]}:1"
+    seen: list[Mapping[str, Any]] = []
+
+    def is_named() -> bool:
+        argv = [sys.executable, "-m", "udptun", "doctor", "--json", f"--etcd-endpoints={etcd.endpoint},{away}"]
+        seen[:] = [json.loads(lab.host(1).run(argv, check=False).stdout)]
+        return [it["subject"] for it in seen[0]["findings"] if it["severity"] != "note"] == [away]
+
+    # A busy machine may hold up an answer, or a ping.
+    wait_until("the finding", is_named, 30)
+    (said,) = seen
+    assert said["exit_status"] == 1
+    assert {"store", "own-lease", "network-config"} <= set(said["fine"])
+    there, not_there = said["store_endpoints"]
+    assert (there["endpoint"], there["error"], there["latency_ms"] > 0) == (etcd.endpoint, "", True)
+    assert (not_there["endpoint"], not_there["latency_ms"]) == (away, None)
+    assert "connection refused" in not_there["error"].lower()
 
 
 @pytest.mark.parametrize("more", [{}, {"BackendType": "udp"}, {"PublicIPv6": None, "Unknown": []}])
