@@ -278,6 +278,27 @@ def test_trace_says_how_each_backend_carries_a_packet(named_lab: tuple[str, Lab]
     assert (nowhere["delivered"], nowhere["counter"]) == (False, "encap_drop_no_route" if name == "udp" else None)
 
 
+def test_packets_are_shown_live_where_they_pass_through_the_datapath(named_lab: tuple[str, Lab]) -> None:
+    name, lab = named_lab
+    one, pod, their_pod = lab.host(1), lab.host(1).pod(1), str(lab.host(2).pod(1).address)
+    words = (str(pod.address), their_pod, "icmp", "--live", "2", "--json")
+    asked = one.popen(
+        [sys.executable, "-m", "udptun", "trace", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert asked.stdout is not None
+    if name not in USERSPACE:
+        _, said = asked.communicate(timeout=20)
+        assert asked.returncode == 1
+        assert f"`tcpdump -ni {DEVICES.get(name, 'eth0')}` shows what the kernel carries" in said
+        return
+    assert json.loads(asked.stdout.readline())["devices"] == [DEVICES[name]]
+    ping(pod, their_pod, count=1)
+    out, _ = asked.communicate(timeout=20)
+    assert asked.returncode == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [it.get("counter") for it in found] == ["encap_sent", "decap_delivered", None]
+
+
 def test_the_vxlan_device_and_its_peers_are_flannels() -> None:
     """The contract's text, with keys other than the defaults."""
     backend = {"Type": "vxlan", "VNI": 7, "Port": 4789, "GBP": True, "MTU": 1400}

@@ -257,6 +257,14 @@ def test_a_packet_is_one_line(changes: dict[str, Any], expected: str) -> None:
     assert rest == expected
 
 
+def test_on_a_terminal_the_end_has_a_colour() -> None:
+    plain = trace_live.render(line())
+    clock, end = plain.partition(" ")[0], "sent to the host of the destination (encap_sent)"
+    coloured = plain.replace(clock, f"\x1b[2m{clock}\x1b[0m").replace(end, f"\x1b[32m{end}\x1b[0m")
+    assert trace_live.render(line(), has_colour=True) == coloured
+    assert "\x1b[31mdropped, " in trace_live.render(line(dropped=1), has_colour=True)
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 

@@ -35,8 +35,9 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """
     # Words may stand between the flags, although all may be left out.
     given = _parser(environ).parse_intermixed_args(argv)
+    has_colour = sys.stdout.isatty() and has_colours(environ)
     if given.live:
-        return _run_live(given)
+        return _run_live(given, has_colour=has_colour)
     if not given.source or not given.destination:
         raise UsageError("trace: SRC and DST are missing; with --live N they may be left out")
     for flag in ("seconds", "one_way", "drops", "snap_len", "write"):
@@ -51,7 +52,6 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     )
     text = fetch(given.run_dir, f"/trace?{request.query()}")
     document = json.loads(text)
-    has_colour = sys.stdout.isatty() and has_colours(environ)
     sys.stdout.write(text if given.json else render(document, has_colour=has_colour))
     return 0 if document["verdict"]["delivered"] else 1
 
@@ -114,7 +114,7 @@ def _parser(environ: Mapping[str, str]) -> Parser:
     return parser
 
 
-def _run_live(given: Namespace) -> int:
+def _run_live(given: Namespace, *, has_colour: bool) -> int:
     if given.size or given.ttl or given.df or given.outer:
         raise UsageError("trace: --size, --ttl, --df and --from are not for --live N")
     request = LiveTraceRequest.from_words(
@@ -125,7 +125,9 @@ def _run_live(given: Namespace) -> int:
         is_drops_alone=given.drops,
         snap_len=given.snap_len,
     )
-    return trace_live.show(request, given.run_dir, as_json=given.json, write=given.write)
+    return trace_live.show(
+        request, given.run_dir, as_json=given.json, write=given.write, has_colour=has_colour
+    )
 
 
 def render(document: Document, *, has_colour: bool = False) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from udptun.commands.pcapng import PcapngFile
+from udptun.commands.screen import DIM, GREEN, RED
 from udptun.commands.status import receive
 from udptun.control.run_dir import SOCKET_NAME
 from udptun.core.errors import UdptunError
@@ -26,8 +27,10 @@ _ENDS = {
 }
 
 
-def show(request: LiveTraceRequest, run_dir: Path, *, as_json: bool, write: Path | None) -> int:
-    """Print packets as they come, and write them to a file that is not there yet.
+def show(
+    request: LiveTraceRequest, run_dir: Path, *, as_json: bool, write: Path | None, has_colour: bool = False
+) -> int:
+    """Print packets as they come, and write them to a file that is not there yet.  `has_colour`: as in `render`.
 
     Returns 0 when so many have come as were asked for, or somebody has pressed Ctrl-C, and else 1.  Raises UdptunError.
     """
@@ -44,7 +47,7 @@ def show(request: LiveTraceRequest, run_dir: Path, *, as_json: bool, write: Path
                 elif document["event"] == "packet":
                     n_packets += 1
                     if not as_json:
-                        print(render(document), flush=True)
+                        print(render(document, has_colour=has_colour), flush=True)
                     if file is not None:
                         _add(file, document)
                 elif document["event"] == "end":
@@ -63,12 +66,15 @@ def show(request: LiveTraceRequest, run_dir: Path, *, as_json: bool, write: Path
     raise UdptunError(f"the daemon at {path} has ended, and the trace with it, after {n_packets} packets")
 
 
-def render(document: Document) -> str:
-    """A packet for people, on one line."""
+def render(document: Document, *, has_colour: bool = False) -> str:
+    """A packet for people, on one line.  `has_colour`: it is for a terminal that has them."""
     whole_s, part_ns = divmod(document["time_ns"], 10**9)
     clock = f"{time.strftime('%H:%M:%S', time.localtime(whole_s))}.{part_ns // 1000:06}"
     way = "out" if document["direction"] == "outgoing" else "in"
-    return f"{clock} {way} {_where(document)}: {_packet(document)}: {verdict(document)}"
+    end = verdict(document)
+    if has_colour:
+        clock, end = f"\x1b[{DIM}m{clock}\x1b[0m", f"\x1b[{RED if document['dropped'] else GREEN}m{end}\x1b[0m"
+    return f"{clock} {way} {_where(document)}: {_packet(document)}: {end}"
 
 
 def verdict(document: Document) -> str:
