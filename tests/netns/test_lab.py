@@ -347,6 +347,24 @@ def test_doctor_that_says_nothing_on_one_host_leaves_what_the_others_say(
     assert cli._doctor(doctor_options()) == 1
 
 
+def test_mesh_of_a_lab_is_that_of_the_named_host_or_of_the_first_one_that_is_up(
+    lab_of_two: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    lab_of_two["words"] = {"h1": "echo of h1; exit 1", "h2": "echo of h2"}
+
+    def mesh(host: str | None) -> tuple[int, str]:
+        status = cli._mesh(argparse.Namespace(name="x", host=host, json=False, html=None))
+        return status, capfd.readouterr().out
+
+    assert mesh(None) == (1, "of h1\n")
+    assert mesh("h2") == (0, "of h2\n")
+    lab_of_two["hosts"][0]["up"] = False
+    assert mesh(None) == (0, "of h2\n")
+    lab_of_two["hosts"] = []
+    with pytest.raises(LabError, match="no host of the lab x is up"):
+        mesh(None)
+
+
 def test_exec_passes_status_input_terminal_and_directory_through(command: Command, tmp_path: Path) -> None:
     assert command.up("--hosts", "1").returncode == 0
     assert command("exec", "h1", "--", "sh", "-c", "exit 7").returncode == 7

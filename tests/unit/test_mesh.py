@@ -199,7 +199,7 @@ def test_of_more_hosts_than_a_mesh_has_those_in_trouble_stay() -> None:
         *("10.244.1.0/24", "10.244.198.0/24", "10.245.150.0/24")
     ]
     it = build(own, chosen, {}, made_at=0, took_s=0, port=0)
-    assert notes_of(it)[-1] == "4,801 more hosts not shown; name those that you want to see"
+    assert notes_of(it)[-1] == "4,801 more hosts not shown; those that are named would be"
 
 
 def test_named_hosts_are_found_by_subnet_address_and_pod() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from udptun.commands.mesh.answer import Found, Peer, View
@@ -91,6 +91,12 @@ class Mesh:
         return self.ways[start.number - 1][end.number - 1]
 
     @property
+    def rtts_ms(self) -> list[float]:
+        """Of all ways that are alive."""
+        ways = (way for row in self.ways for way in row if way is not None and way.state is State.ALIVE)
+        return [way.found.rtt_ms for way in ways if way.found.rtt_ms is not None]
+
+    @property
     def viewers(self) -> list[Host]:
         """Those whose view is known."""
         return [host for host in self.hosts if host.view is not None]
@@ -116,7 +122,7 @@ def build(
     others = [_host(peer, answers.get(peer.subnet)) for peer in peers]
     here = Host(0, own.subnet, own.ipv6_subnet, own.public_ip, is_udptun=True, is_self=True, view=own)
     in_order = sorted([here, *others], key=lambda host: _place(host.subnet))
-    hosts = [_numbered(host, number) for number, host in enumerate(in_order, 1)]
+    hosts = [replace(host, number=number) for number, host in enumerate(in_order, 1)]
     return Mesh(hosts, [_row(host, hosts) for host in hosts], own.n_peers - len(peers), made_at, took_s, port)
 
 
@@ -134,14 +140,6 @@ def _host(peer: Peer, answer: Answer | None) -> Host:
         reason=answer.reason,
         took_s=answer.took_s,
         is_wrong=answer.is_wrong,
-    )
-
-
-def _numbered(host: Host, number: int) -> Host:
-    return Host(
-        number,
-        *(host.subnet, host.ipv6_subnet, host.public_ip, host.is_udptun, host.is_self),
-        *(host.view, host.reason, host.took_s, host.is_wrong),
     )
 
 

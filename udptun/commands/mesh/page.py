@@ -91,12 +91,7 @@ def _list(texts: Iterable[str], kind: str, title: str) -> list[str]:
 
 def _matrix(mesh: Mesh) -> Iterator[str]:
     size = sum(len(mesh.hosts) > most for most in _SIZES)
-    bounds = bounds_of(
-        way.found.rtt_ms
-        for row in mesh.ways
-        for way in row
-        if way is not None and way.state is State.ALIVE and way.found.rtt_ms is not None
-    )
+    bounds = bounds_of(mesh.rtts_ms)
     for name, _ in _MAPS:
         chosen = " checked" if name == "rtt" else ""
         yield f'<input class="map" type="radio" name="map" id="by-{name}"{chosen}>'

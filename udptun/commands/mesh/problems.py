@@ -6,7 +6,7 @@ problem, however many others there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import combinations
@@ -116,7 +116,7 @@ def notes_of(mesh: Mesh) -> list[str]:
         who, whom = (others, one) if star.starts_there else (one, others)
         notes.append(f"no probe of {whom} was ever answered by {who}; does a firewall drop echoes?")
     if mesh.n_left_out > 0:
-        notes.append(f"{plural(mesh.n_left_out, 'more host')} not shown; name those that you want to see")
+        notes.append(f"{plural(mesh.n_left_out, 'more host')} not shown; those that are named would be")
     return notes
 
 
@@ -126,7 +126,7 @@ def name(host: Host) -> str:
 
 
 def names(hosts: Sequence[Host]) -> str:
-    """As `name` of one; `hosts 1, 2 and 3`, of many the first ones."""
+    """`hosts 1, 2 and 3`, of many the first ones; of one as `name`."""
     if len(hosts) == 1:
         return name(hosts[0])
     return f"hosts {_listed([str(host.number) for host in hosts])}"
@@ -263,10 +263,6 @@ def _mtus(mesh: Mesh) -> Iterator[Problem]:
         assert host.view is not None
         by_mtu.setdefault(host.view.mtu, []).append(host)
     usual = max(by_mtu, key=lambda mtu: len(by_mtu[mtu]))
-    for mtu, hosts in _others(by_mtu.items(), usual):
-        text = f"{names(hosts)}: the MTU is {mtu}, that of most others {usual}"
-        yield Problem(Kind.MTUS, tuple(host.number for host in hosts), text)
-
-
-def _others(items: Iterable[tuple[int, list[Host]]], usual: int) -> Iterator[tuple[int, list[Host]]]:
-    return (item for item in sorted(items, key=lambda item: item[0]) if item[0] != usual)
+    for mtu in sorted(by_mtu.keys() - {usual}):
+        text = f"{names(by_mtu[mtu])}: the MTU is {mtu}, that of most others {usual}"
+        yield Problem(Kind.MTUS, tuple(host.number for host in by_mtu[mtu]), text)

@@ -30,7 +30,7 @@ header { display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: center; }
 .verdict.wrong { background: var(--dead); } .verdict.unsure { background: var(--unsure); }
 p.when { margin: .3rem 0 0; color: var(--dim); }
 ul { margin: .4rem 0; padding-left: 1.2rem; } li { margin: .15rem 0; }
-ul.problems li::marker { color: var(--bad); } ul.problems b { color: var(--bad); }
+ul.problems li::marker { color: var(--bad); }
 ul.notes { color: var(--dim); }
 .maps { display: flex; flex-wrap: wrap; gap: .4rem; margin: 0 0 .6rem; }
 .maps label { cursor: pointer; } .maps .axes { align-self: center; margin-left: .6rem; color: var(--dim); }

@@ -107,12 +107,7 @@ def said(host: Host) -> str:
 
 
 def _matrix(mesh: Mesh, hosts: Sequence[Host], page: Page) -> list[Line]:
-    bounds = bounds_of(
-        way.found.rtt_ms
-        for row in mesh.ways
-        for way in row
-        if way is not None and way.state is State.ALIVE and way.found.rtt_ms is not None
-    )
+    bounds = bounds_of(mesh.rtts_ms)
     margin = _margin(mesh)
     is_wide = margin + _CELL * len(hosts) <= page.width if page.width is not None else len(hosts) <= _MOST_WIDE
     if is_wide:
