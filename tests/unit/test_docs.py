@@ -117,6 +117,14 @@ def test_every_full_path_of_the_repository_in_any_file_exists() -> None:
     assert [f"{place}: {name}" for place, name in named if not (ROOT / name).exists()] == []
 
 
+def test_each_decision_has_the_next_number_and_says_it_in_its_title() -> None:
+    """Two decisions of one day once had the same number."""
+    pages = sorted(path for path in PAGES if path.parent.name == "decisions" and path.stem[0].isdigit())
+    assert [page.stem.split("-")[0] for page in pages] == [f"{at:04}" for at in range(1, len(pages) + 1)]
+    for page in pages:
+        assert page.read_text().startswith(f"# {page.stem.split('-')[0]}: "), page
+
+
 def test_no_two_files_of_tests_have_one_name() -> None:
     """pytest imports them by their names alone, and then takes none of the two directories."""
     names = [path.name for path in tracked("tests/**/test_*.py")]
