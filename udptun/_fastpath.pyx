@@ -432,6 +432,7 @@ cdef class Worker:
     says which block of the statistics is ours, `tun_fd` is a non-blocking queue of a TUN device (the table says whether
     it has virtio headers), `udp_fd` the UDP socket that receives and sends.  `senders` are sockets that share the flows
     to peers that take any source port.  `ipv6_fd`: a socket of IPv6 beside `udp_fd`, which is of IPv4 then; -1: none.
+    `ipv6_senders` are to it what `senders` are to `udp_fd`.
     All are borrowed: the caller keeps them open while the worker runs.
     `more_queues`: of the device, which are read as `tun_fd` is, and not written to.
     `n_workers`: how many there are; what workers beyond them had in flight is handed on by those that there are.
@@ -443,13 +444,14 @@ cdef class Worker:
     cdef Loop *_w
 
     def __cinit__(self, int table_fd, int stats_fd, unsigned int index, int tun_fd, int udp_fd, senders=(),
-                  unsigned int n_workers=UT_MAX_WORKERS, events=(), int ipv6_fd=-1, more_queues=()):
+                  unsigned int n_workers=UT_MAX_WORKERS, events=(), int ipv6_fd=-1, more_queues=(), ipv6_senders=()):
         if index >= UT_MAX_WORKERS:
             raise ValueError(f"worker {index}: there are {UT_MAX_WORKERS} at most")
         if not index < n_workers <= UT_MAX_WORKERS:
             raise ValueError(f"worker {index} of {n_workers}")
-        if len(senders) > UT_MAX_SENDERS:
-            raise ValueError(f"{len(senders)} sockets to send from: there are {UT_MAX_SENDERS} at most")
+        for fds in (senders, ipv6_senders):
+            if len(fds) > UT_MAX_SENDERS:
+                raise ValueError(f"{len(fds)} sockets to send from: there are {UT_MAX_SENDERS} at most")
         if len(more_queues) >= UT_MAX_WORKERS:
             raise ValueError(f"{len(more_queues)} more queues: there are {UT_MAX_WORKERS - 1} at most")
         self._w = <Loop *>calloc(1, sizeof(Loop))
@@ -488,6 +490,9 @@ cdef class Worker:
         for fd in senders:
             self._w.senders[self._w.n_senders] = fd
             self._w.n_senders += 1
+        for fd in ipv6_senders:
+            self._w.ipv6_senders[self._w.n_ipv6_senders] = fd
+            self._w.n_ipv6_senders += 1
         self._w.icmp_tokens = ICMP_BURST
         if events:
             wake_fd, self._w.punt_fd = events

@@ -34,7 +34,7 @@ def hello(kind: str, is_active: bool) -> bytes:
     if kind in ("later", "poor"):
         more = bytes(range(200))
         known = struct.pack("=IIQ32sIII", is_active, 1, STARTED_NS, BUILD_ID, os.getpid(), LAYOUT_VERSION, 0)
-        return struct.pack("=4sII", b"udpt", 12 + len(known) + len(more), 7) + known + more
+        return struct.pack("=4sII", b"udpt", 12 + len(known) + len(more), 8) + known + more
     return b"udpt" + bytes(90)
 
 

@@ -79,6 +79,7 @@ class Rig:
         ipv6 = self.in_ns(lambda: open_sockets(HERE, 8285, 1))
         first = (own or ipv6)[0]
         self.senders = self.in_ns(lambda: open_senders(HERE_IPV4 if is_beside else HERE, 2))
+        self.ipv6_senders = self.in_ns(lambda: open_senders(HERE, 2)) if is_beside else self.senders
         for them in filter(None, (own, ipv6)):
             set_offload(them, ALL)
         self.other_address = OTHER_IPV4 if is_beside else OTHER_IPV6
@@ -104,7 +105,10 @@ class Rig:
         self.rings = Rings(self.stats, ())
         fds = (self._worker_tun.fileno(), first.fileno(), [it.fileno() for it in self.senders])
         ipv6_fd = ipv6[0].fileno() if is_beside else -1
-        self.worker = _fastpath.Worker(self.table.fd, self.stats.fd, 0, *fds, ipv6_fd=ipv6_fd)
+        ipv6_senders = [it.fileno() for it in self.ipv6_senders] if is_beside else []
+        self.worker = _fastpath.Worker(
+            self.table.fd, self.stats.fd, 0, *fds, ipv6_fd=ipv6_fd, ipv6_senders=ipv6_senders
+        )
         undo.callback(self.forget_worker)
 
     def forget_worker(self) -> None:
@@ -261,6 +265,21 @@ def test_a_packet_too_long_for_the_path_is_answered_or_leaves_in_fragments(rig: 
         assert rig.peer.recv(2000) == stepped(allowed)
     finally:
         ns.ip("link set lo mtu 65536")
+
+
+def test_flows_over_ipv6_spread_over_as_many_ports_as_those_over_ipv4(rig: Rig) -> None:
+    """Before, all of them left from our own port where the host has an address of both families."""
+    flows = range(32)
+    for _ in range(2):
+        for flow in flows:
+            rig.tun.send(out_of(ipv4(POD, PEER_POD, udp_segment(POD, PEER_POD, b"x", ports=(2000 + flow, 53)))))
+        assert rig.turn() == {"encap_packets": len(flows), "encap_sent": len(flows)}
+    ports: dict[bytes, set[int]] = {}
+    for _ in range(2 * len(flows)):
+        packet, source = rig.peer.recvfrom(2000)
+        ports.setdefault(packet[20:22], set()).add(source[1])
+    assert all(len(it) == 1 for it in ports.values()), "a flow leaves from one port"
+    assert {port for it in ports.values() for port in it} == {udp.getsockname()[1] for udp in rig.ipv6_senders}
 
 
 async def test_what_comes_over_ipv6_wakes_a_worker_that_sleeps(rig: Rig) -> None:

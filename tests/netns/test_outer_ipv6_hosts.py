@@ -2,7 +2,7 @@
 
     pod h1/p1 -- cni0 - flannel0 [h1] eth0 -- underlay (fd00:77::/64) -- eth0 [h2] flannel0 - cni0 -- pod h2/p1
 
-The pods have both families.  The tests are in order: the last one gives h2 and h3 IPv4 addresses.
+The pods have both families.  The tests are in order: the last but one gives h2 and h3 IPv4 addresses.
 """
 
 from __future__ import annotations
@@ -190,3 +190,42 @@ def test_hosts_that_get_ipv4_use_it_among_themselves_and_ipv6_to_the_others(lab:
     route = two.run(["ip", "route", "get", str(one.pod(1).address)]).stdout
     assert f"mtu {MTU}" in route
     assert [line for line in read_status(two)["problems"] if "the path to" in line] == []
+
+
+def test_a_host_with_both_families_spreads_flows_over_ports_of_each(lab: Lab, tmp_path: Path) -> None:
+    """Before, all that it sent over IPv6 left from one port.  A daemon that adopts the datapath keeps the ports."""
+    one, two, three = lab.hosts
+    more = [f"--public-ipv6={two.underlay_ipv6}", "--source-ports=4"]
+
+    def restart() -> None:
+        two.stop_daemon()
+        two.start_daemon(more)
+        two.wait_ready()
+
+    with contextlib.ExitStack() as flows:
+        running = [
+            flows.enter_context(udp_flow(two.pod(1), host.pod(1), 400, 5400 + i, from_many_ports=True))
+            for i, host in enumerate((one, three))
+        ]
+        restart()
+        found = []
+        for i in range(2):
+            path = tmp_path / f"{i}.pcap"
+            hosts = f"(src host {two.underlay_ipv6} or src host {two.underlay_address})"
+            with lab.capture(path, f"udp dst port {PORT} and {hosts}"):
+                for flow in running:
+                    flow.wait_for_more(100)
+            found.append(outer_ports(path))
+            restart()
+    assert [flow.report.lost for flow in running] == [[], []]
+    assert found[0] == found[1]
+    assert [len(ports - {PORT}) for ports in found[0].values()] == [4, 4]
+
+
+def outer_ports(path: Path) -> dict[int, set[int]]:
+    """From which the datagrams of each outer version of IP come."""
+    found: dict[int, set[int]] = {4: set(), 6: set()}
+    for frame in rdpcap(str(path)):
+        if UDP in frame:
+            found[6 if IPv6 in frame else 4].add(frame[UDP].sport)
+    return found

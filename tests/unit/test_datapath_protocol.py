@@ -16,7 +16,15 @@ import pytest
 from udptun.core.tunnel import Confinement
 from udptun.datapath.processes import Process
 from udptun.datapath.protocol import Descriptors, Hello
-from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_IPV6, HELLO_MAGIC, HELLO_QUEUES, HELLO_VERSION
+from udptun.datapath.worker import (
+    HELLO,
+    HELLO_CONFINEMENT,
+    HELLO_IPV6,
+    HELLO_IPV6_SENDERS,
+    HELLO_MAGIC,
+    HELLO_QUEUES,
+    HELLO_VERSION,
+)
 
 BUILD_ID = "0123456789abcdef" * 2
 OURS = HELLO.pack(HELLO_MAGIC, HELLO.size, 1, 1, 2, 5_000, BUILD_ID.encode(), 4711, 8, 3)
@@ -39,14 +47,15 @@ def test_hello_of_version_1_is_understood() -> None:
     [(0, Confinement.OFF), (1, Confinement.CAPABILITIES), (2, Confinement.FULL), (3, None)],
 )
 def test_hello_of_this_build_says_what_its_process_has_given_up(number: int, confinement: Confinement | None) -> None:
-    more = HELLO_CONFINEMENT.pack(number, 2) + HELLO_IPV6.pack(2) + HELLO_QUEUES.pack(3)
+    more = HELLO_CONFINEMENT.pack(number, 2) + HELLO_IPV6.pack(2) + HELLO_QUEUES.pack(3) + HELLO_IPV6_SENDERS.pack(4)
     head = struct.pack("=4sII", b"udpt", HELLO.size + len(more), HELLO_VERSION)
     ours = head + OURS[12:] + more
-    assert (len(ours), HELLO_VERSION) == (88, 6)
+    assert (len(ours), HELLO_VERSION) == (92, 7)
     understood = replace(UNDERSTOOD, confinement=confinement, has_events=True)
-    assert Hello.parse(ours) == replace(
-        understood, wanted_confinement=Confinement.FULL, n_ipv6=2, n_more_queues=3
-    )
+    of_version_6 = replace(understood, wanted_confinement=Confinement.FULL, n_ipv6=2, n_more_queues=3)
+    assert Hello.parse(ours) == replace(of_version_6, n_ipv6_senders=4)
+    before = head[:8] + struct.pack("=I", 6) + ours[12:]
+    assert Hello.parse(before) == Hello.parse(ours[:88]) == of_version_6
     before = head[:8] + struct.pack("=I", 5) + ours[12:]
     assert Hello.parse(before) == replace(understood, wanted_confinement=Confinement.FULL, n_ipv6=2)
     # One for each of the two workers, or none.
@@ -95,6 +104,7 @@ def test_descriptors_are_told_apart_by_their_order() -> None:
     assert replace(known, events=(10, 11)).as_list() == list(range(12))
     assert replace(known, events=(10, 11), ipv6=(12, 13)).as_list() == list(range(14))
     assert replace(known, tun=(3, 4, 12, 13), events=(10, 11)).as_list() == list(range(14))
+    assert replace(known, tun=(3, 4, 12), events=(10, 11), ipv6_senders=(13, 14)).as_list() == list(range(15))
 
 
 @pytest.mark.parametrize(

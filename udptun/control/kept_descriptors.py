@@ -155,6 +155,7 @@ def _names_of(device: str, descriptors: Descriptors) -> dict[str, int]:
         ("sender", descriptors.senders),
         ("event", descriptors.events),
         ("ipv6", descriptors.ipv6),
+        ("ipv6-sender", descriptors.ipv6_senders),
     ):
         for i, fd in enumerate(fds):
             inode = 0 if kind in ("tun", "event") else os.fstat(fd).st_ino
@@ -168,7 +169,7 @@ def _device_in(name: str) -> str:
 
 def _whole_set(passed: Mapping[str, int]) -> Descriptors:
     """Raises ValueError when something is missing or does not belong to the rest: a change was not finished."""
-    kinds = ("table", "stats", "lock", "tun", "udp", "sender", "event", "ipv6")
+    kinds = ("table", "stats", "lock", "tun", "udp", "sender", "event", "ipv6", "ipv6-sender")
     found: dict[str, dict[int, int]] = {kind: {} for kind in kinds}
     lineages = set()
     for name, fd in passed.items():
@@ -184,7 +185,7 @@ def _whole_set(passed: Mapping[str, int]) -> Descriptors:
     if not are_complete or len(lineages) != 1 or counts != (1, 1, 1) or not is_whole:
         raise ValueError("they are not all there")
     (table,), (stats,), (lock,) = lists["table"], lists["stats"], lists["lock"]
-    return Descriptors(table, stats, lock, lists["tun"], lists["udp"], lists["sender"], lists["event"], lists["ipv6"])
+    return Descriptors(table, stats, lock, *(lists[kind] for kind in kinds[3:]))
 
 
 def is_locked(lock_fd: int) -> bool:

@@ -18,6 +18,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from udptun.core.errors import DatapathError
@@ -54,8 +55,7 @@ class Process:
         self.path = path
         # Not SO_PEERCRED: that names the process that made the listening socket, an earlier control plane.
         self.pid = 0 if child is None else child.pid
-        self.is_active = False
-        self.is_gone = False
+        self.is_active = self.is_gone = False
         self.layout_version = 0
         self.started_ns, self.started_s = 0, 0.0
         """By CLOCK_MONOTONIC, and as Unix time, worked out once, when the first HELLO comes."""
@@ -70,7 +70,8 @@ class Process:
         self._child = child
         self._pid_here = self.pid
         """Its pid as the kernel tells it to us; 0 while unknown, and for a process that cannot be seen from here."""
-        self._are_events_due, self._n_ipv6, self._n_more_queues = False, 0, 0
+        self._are_events_due = False
+        self._n_behind_events: tuple[int, ...] = ()
         self._changed = asyncio.Event()
         self._not_understood = b""
         self._observers: list[Callable[[], None]] = []
@@ -255,7 +256,7 @@ class Process:
             else:
                 kept = self.descriptors.as_list()
                 self._are_events_due = hello.has_events
-                self._n_ipv6, self._n_more_queues = hello.n_ipv6, hello.n_more_queues
+                self._n_behind_events = hello.n_ipv6, hello.n_more_queues, hello.n_ipv6_senders
         for fd in fds:
             if fd not in kept:
                 os.close(fd)
@@ -278,15 +279,14 @@ class Process:
         n_kept = 0
         # One alone is of no use, as where we had room for no more descriptors.
         if self._are_events_due and self.descriptors is not None and len(fds) >= N_EVENTS:
-            ipv6_end = N_EVENTS + self._n_ipv6
             # Each kind wholly or not at all, and none behind one that is missing.
-            ends = (N_EVENTS, ipv6_end, ipv6_end + self._n_more_queues)
+            ends = tuple(accumulate(self._n_behind_events, initial=N_EVENTS))
             n_kept = max(end for end in ends if end <= len(fds))
-            events, ipv6, queues = (
+            events, ipv6, queues, ipv6_senders = (
                 tuple(fds[start : min(end, n_kept)]) for start, end in zip((0, *ends), ends, strict=False)
             )
             tun = (*self.descriptors.tun, *queues)
-            self.descriptors = replace(self.descriptors, tun=tun, events=events, ipv6=ipv6)
+            self.descriptors = replace(self.descriptors, tun=tun, events=events, ipv6=ipv6, ipv6_senders=ipv6_senders)
         for fd in fds[n_kept:]:
             os.close(fd)
         self._are_events_due = False

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from udptun.core.tunnel import Confinement
-from udptun.datapath.worker import HELLO, HELLO_CONFINEMENT, HELLO_IPV6, HELLO_MAGIC, HELLO_QUEUES
+from udptun.datapath.worker import (
+    HELLO,
+    HELLO_CONFINEMENT,
+    HELLO_IPV6,
+    HELLO_IPV6_SENDERS,
+    HELLO_MAGIC,
+    HELLO_QUEUES,
+)
 
 MAX_DESCRIPTORS = 253
 """In one message (SCM_MAX_FD of linux/net/scm.h).  A later build may hand over more than we know what to do with."""
@@ -31,6 +38,8 @@ _IPV6_VERSION, _IPV6_AT = 5, HELLO.size + HELLO_CONFINEMENT.size
 """From which on HELLO counts the sockets of IPv6, and where."""
 _QUEUES_VERSION, _QUEUES_AT = 6, _IPV6_AT + HELLO_IPV6.size
 """The same of the TUN queues beyond one a worker."""
+_IPV6_SENDERS_VERSION, _IPV6_SENDERS_AT = 7, _QUEUES_AT + HELLO_QUEUES.size
+"""The same of the sockets of IPv6 to send from."""
 
 _OLD_HELLO = struct.Struct("=4sIIIIQ32s")
 """HELLO of the first builds, recognised by its size: magic, layout version, pid, 1 if active, number of workers, start
@@ -42,8 +51,8 @@ class Hello:
     """How a datapath process introduces itself.  `n_senders` None: all descriptors beyond the others are senders.
 
     `confinement` is what it has given up, `wanted_confinement` what it was told to; None when nobody knows.
-    `has_events`: it answers EVENTS, with `n_ipv6` sockets and `n_more_queues` queues behind the
-    eventfds.
+    `has_events`: it answers EVENTS, with `n_ipv6` sockets, `n_more_queues` queues and `n_ipv6_senders` sockets behind
+    the eventfds.
     """
 
     pid: int
@@ -58,6 +67,7 @@ class Hello:
     has_events: bool = False
     n_ipv6: int = 0
     n_more_queues: int = 0
+    n_ipv6_senders: int = 0
 
     @classmethod
     def parse(cls, message: bytes) -> Hello | None:
@@ -77,15 +87,18 @@ class Hello:
         build_id = build.decode("ascii", "replace")
         known = (pid, bool(active), layout_version, n_workers, n_senders, started_ns, build_id)
         given_up, wanted = (_confinement(message, at) for at in _CONFINEMENTS_AT)
-        n_ipv6 = n_more_queues = 0
-        if version >= _IPV6_VERSION and len(message) >= _IPV6_AT + HELLO_IPV6.size:
-            (n_ipv6,) = HELLO_IPV6.unpack_from(message, _IPV6_AT)
-        if version >= _QUEUES_VERSION and len(message) >= _QUEUES_AT + HELLO_QUEUES.size:
-            (n_more_queues,) = HELLO_QUEUES.unpack_from(message, _QUEUES_AT)
+        counts = [
+            count.unpack_from(message, at)[0] if version >= since and len(message) >= at + count.size else 0
+            for count, since, at in (
+                (HELLO_IPV6, _IPV6_VERSION, _IPV6_AT),
+                (HELLO_QUEUES, _QUEUES_VERSION, _QUEUES_AT),
+                (HELLO_IPV6_SENDERS, _IPV6_SENDERS_VERSION, _IPV6_SENDERS_AT),
+            )
+        ]
         # One each, and no more than a message carries; or it means something else.
+        n_ipv6, n_more_queues, n_ipv6_senders = (n if n <= MAX_DESCRIPTORS else 0 for n in counts)
         n_ipv6 = n_ipv6 if n_ipv6 == n_workers else 0
-        n_more_queues = n_more_queues if n_more_queues <= MAX_DESCRIPTORS else 0
-        return cls(*known, given_up, wanted, version >= _EVENTS_VERSION, n_ipv6, n_more_queues)
+        return cls(*known, given_up, wanted, version >= _EVENTS_VERSION, n_ipv6, n_more_queues, n_ipv6_senders)
 
     @property
     def started_s(self) -> float:
@@ -106,8 +119,8 @@ class Descriptors:
     """What a datapath process works with: memory files, the lock, a TUN queue and a UDP socket a worker, senders.
 
     `events`: the two eventfds of the rings (`rings.new_events`); none of a build that has no rings.  `ipv6`: where the
-    UDP sockets are of IPv4, one of IPv6 a worker beside them, or none.  `tun`: the queues beyond one a worker are those
-    of a time with more workers.
+    UDP sockets are of IPv4, one of IPv6 a worker beside them, or none; `ipv6_senders`: senders of IPv6 beside those of
+    IPv4.  `tun`: the queues beyond one a worker are those of a time with more workers.
     """
 
     table: int
@@ -118,6 +131,7 @@ class Descriptors:
     senders: tuple[int, ...] = ()
     events: tuple[int, ...] = ()
     ipv6: tuple[int, ...] = ()
+    ipv6_senders: tuple[int, ...] = ()
 
     @classmethod
     def from_list(cls, fds: Sequence[int], hello: Hello) -> Descriptors:
@@ -137,4 +151,4 @@ class Descriptors:
         """All of them: first those of HELLO, in its order."""
         fixed, n = [self.table, self.stats, self.lock], len(self.udp)
         of_hello = [*fixed, *self.tun[:n], *self.udp, *self.senders]
-        return [*of_hello, *self.events, *self.ipv6, *self.tun[n:]]
+        return [*of_hello, *self.events, *self.ipv6, *self.tun[n:], *self.ipv6_senders]

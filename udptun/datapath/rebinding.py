@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 
 from udptun.core.family import Family
+from udptun.core.network_state import IPAddress
 from udptun.core.offload import Offload
 from udptun.datapath.settings import Where
 from udptun.datapath.sockets import (
@@ -30,19 +31,22 @@ from udptun.datapath.sockets import (
 )
 from udptun.kernel.tun import Tun, new_queues
 
+Sockets = tuple[socket.socket, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
     """What the workers move packets between: a TUN queue and a UDP socket each, and sockets that all send from.
 
     `queues`: more than workers after a time with more of these; the workers share them.  `ipv6`: where `sockets` are of
-    IPv4, one of IPv6 for each worker beside them, or none.
+    IPv4, one of IPv6 for each worker beside them, or none; `ipv6_senders` are beside `senders` likewise.
     """
 
     queues: tuple[int, ...]
     sockets: tuple[socket.socket, ...]
     senders: tuple[socket.socket, ...] = ()
     ipv6: tuple[socket.socket, ...] = ()
+    ipv6_senders: tuple[socket.socket, ...] = ()
 
     @property
     def where(self) -> Where:
@@ -62,11 +66,12 @@ class Endpoints:
 
     @property
     def all_sockets(self) -> tuple[socket.socket, ...]:
-        return (*self.sockets, *self.senders, *self.ipv6)
+        return (*self.sockets, *self.senders, *self.ipv6, *self.ipv6_senders)
 
     def fits(self, where: Where, n_workers: int, n_senders: int) -> bool:
         """Whether a tunnel of this shape needs no other endpoints."""
-        return (self.where, len(self.sockets), len(self.senders)) == (where, n_workers, n_senders)
+        counts = (len(self.sockets), len(self.senders), len(self.ipv6_senders))
+        return (self.where, *counts) == (where, n_workers, n_senders, 0 if where.ipv6 is None else n_senders)
 
 
 class Rebinding:
@@ -87,10 +92,9 @@ class Rebinding:
         Sockets on the same address as the old ones are bound by `switch`: without SPREAD in `wanted`, or a kernel that
         can do it, they take datagrams from these at once.
         """
-        senders = old.senders[:n_senders] if old.where.address == where.address else ()
         opened: list[socket.socket] = []
 
-        def sockets_of(family: Family) -> tuple[socket.socket, ...]:
+        def sockets_of(family: Family) -> Sockets:
             address = where.of(family)
             if address is None:
                 return ()
@@ -102,17 +106,26 @@ class Rebinding:
             opened.extend(added)
             return (*there[:n_workers], *added)
 
+        def senders_at(address: IPAddress | None, before: IPAddress | None, there: Sockets) -> Sockets:
+            if address is None:
+                return ()
+            kept = there[:n_senders] if address == before else ()
+            added = open_senders(address, n_senders - len(kept), kept)
+            opened.extend(added)
+            return (*kept, *added)
+
         try:
             sets = [them for them in map(sockets_of, Family) if them]
-            senders_added = open_senders(where.address, n_senders - len(senders), senders)
-            opened += senders_added
+            senders = senders_at(where.address, old.where.address, old.senders)
+            ipv6_senders = senders_at(where.ipv6, old.where.ipv6, old.ipv6_senders)
             # All that the device has stay: the kernel throws away what is in a queue that it loses.
             queues = (*old.queues, *new_queues(n_workers - len(old.queues)))
         except BaseException:
             for udp in opened:
                 udp.close()
             raise
-        return cls(tun, old, Endpoints(queues, sets[0], (*senders, *senders_added), *sets[1:]), wanted)
+        new = Endpoints(queues, sets[0], senders, *sets[1:])
+        return cls(tun, old, replace(new, ipv6_senders=ipv6_senders), wanted)
 
     def switch(self) -> None:
         """Bind the new sockets and attach the new queues.  Raises KernelError."""

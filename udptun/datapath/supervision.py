@@ -381,6 +381,7 @@ class Datapath:
                         *(",".join(map(str, some)) for some in (fds.ipv6, *old_fds)),
                         str(int(self.is_spread)),
                         str(CONFINEMENTS.index(confinement)),
+                        ",".join(map(str, fds.ipv6_senders)),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from udptun._fastpath import LAYOUT
@@ -127,8 +128,8 @@ class Tunnel:
         held = _take_one_set(found)
         log.info("datapath adopted pid=%s", ",".join(str(process.pid) for process in found))
         tun = Tun(device, held.tun)
-        sockets = (tuple(socket.socket(fileno=fd) for fd in fds) for fds in (held.udp, held.senders, held.ipv6))
-        endpoints = Endpoints(held.tun, *sockets)
+        sets = (held.udp, held.senders, held.ipv6, held.ipv6_senders)
+        endpoints = Endpoints(held.tun, *(tuple(socket.socket(fileno=fd) for fd in fds) for fds in sets))
         if found[0].layout_version == LAYOUT["version"]:
             table, stats = TableWriter(held.table), Stats(held.stats)
         else:
@@ -166,7 +167,7 @@ class Tunnel:
 
     @property
     def n_senders(self) -> int:
-        """How many sockets there are to send from, besides those that receive."""
+        """How many sockets of a family there are to send from, besides those that receive."""
         return len(self._endpoints.senders)
 
     async def start(self) -> None:
@@ -293,10 +294,10 @@ class Tunnel:
             os.close(fd)
 
     def _descriptors(self, endpoints: Endpoints) -> Descriptors:
-        sets = (endpoints.sockets, endpoints.senders, endpoints.ipv6)
-        udp, senders, ipv6 = (tuple(it.fileno() for it in them) for them in sets)
+        sets = (endpoints.sockets, endpoints.senders, endpoints.ipv6, endpoints.ipv6_senders)
+        udp, senders, ipv6, ipv6_senders = (tuple(it.fileno() for it in them) for them in sets)
         fds = (self.table.fd, self.stats.fd, self._lock_fd)
-        return Descriptors(*fds, endpoints.queues, udp, senders, self._events, ipv6)
+        return Descriptors(*fds, endpoints.queues, udp, senders, self._events, ipv6, ipv6_senders)
 
 
 async def _to_its_end(change: Coroutine[None, None, None]) -> None:
@@ -324,21 +325,19 @@ def _open_new(
     device: str, where: Where, n_workers: int, wanted: Offload, n_senders: int
 ) -> tuple[Tun, Endpoints]:
     """Queues and sockets for a datapath, as `Tunnel.open` says."""
-    opened: list[socket.socket] = []
+    sets: list[tuple[socket.socket, ...]] = []
     try:
-        for address in (where.address, where.ipv6):
-            if address is not None:
-                opened += open_sockets(address, where.port, n_workers, wanted)
-        senders = open_senders(where.address, n_senders)
-        opened += senders
+        addresses = [it for it in (where.address, where.ipv6) if it is not None]
+        for address in addresses:
+            sets.append(tuple(open_sockets(address, where.port, n_workers, wanted)))
+            sets.append(tuple(open_senders(address, n_senders)))
         # Last: what it makes is persistent.
         tun = open_queues(device, n_workers, wanted)
     except BaseException:
-        for udp in opened:
+        for udp in chain.from_iterable(sets):
             udp.close()
         raise
-    sockets, ipv6 = opened[:n_workers], opened[n_workers : len(opened) - n_senders]
-    return tun, Endpoints(tun.fds, tuple(sockets), tuple(senders), tuple(ipv6))
+    return tun, Endpoints(tun.fds, *sets)
 
 
 def _serves_another(held: Descriptors, device: str) -> bool:

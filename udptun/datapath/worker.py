@@ -2,6 +2,7 @@
 
     python -I -S worker.py <_fastpath .so> <build id> <listen> <table> <stats> <lock> <tun,…> <udp,…> <senders,…>
                            <events,…> <ipv6,…> <old tun,…> <old udp,…> <old ipv6,…> <spread> <confinement>
+                           <ipv6 senders,…>
 
 It is started with its descriptors inherited, needs no file but these two and imports next to nothing, so that it
 is ready in some 15 ms.  `socket` and `signal` would take half as long again: they make enums of what is in `_socket`
@@ -58,6 +59,8 @@ HELLO = struct.Struct("=4sIIIIQ32sIII")
     80  number of UDP sockets of IPv6 that the workers have beside those of IPv4: one each, or none
     Since version 6:
     84  number of TUN queues beyond one a worker
+    Since version 7:
+    88  number of UDP sockets of IPv6 that all workers send from, beside those of IPv4
 
 The descriptors: table, statistics, lock, a TUN queue for each worker, a UDP socket for each worker, the sockets that
 all workers send from.  Numbers are in host order, because both ends are on one machine.
@@ -75,13 +78,16 @@ take the first two and close the rest.
 
 Version 6: behind those the answer has the TUN queues that HELLO counts.
 
+Version 7: behind those the answer has the sockets to send from by IPv6 that HELLO counts.
+
 The first builds had no length and no version: their HELLO has 60 bytes, with the layout version at 4, the pid at 8 and
 the rest as here.  A control plane of such a build reads 60 bytes of ours.  It can adopt and stop us, too: it takes our
 length for a layout version that it does not know, and makes new memory files.
 """
 HELLO_CONFINEMENT, HELLO_IPV6, HELLO_QUEUES = struct.Struct("=II"), struct.Struct("=I"), struct.Struct("=I")
+HELLO_IPV6_SENDERS = struct.Struct("=I")
 HELLO_MAGIC = b"udpt"
-HELLO_VERSION = 6
+HELLO_VERSION = 7
 STOP = b"stop"
 EVENTS = b"events"
 
@@ -115,6 +121,8 @@ def main(argv: list[str]) -> None:
     lists = [[int(fd) for fd in text.split(",") if fd] for text in numbers[4:12]]
     tun_fds, udp_fds, sender_fds, event_fds, ipv6_fds, *old = lists
     with_program, wanted_confinement = numbers[12] == "1", int(numbers[13])
+    # A daemon of an earlier build, below which the files were exchanged, gives none.
+    ipv6_sender_fds = [int(fd) for text in numbers[14:] for fd in text.split(",") if fd]
     n = len(udp_fds)
     descriptors = [table_fd, stats_fd, lock_fd, *tun_fds[:n], *udp_fds, *sender_fds]
     # A terminal's or an init system's signals are meant for the control plane.
@@ -123,7 +131,9 @@ def main(argv: list[str]) -> None:
     fastpath = load_fastpath(fastpath_file)
     shared = (sender_fds, n, event_fds)
     workers = [
-        fastpath.Worker(table_fd, stats_fd, i, tun_fds[i], udp_fd, *shared, ipv6_fd, tun_fds[i + n :: n])
+        fastpath.Worker(
+            *(table_fd, stats_fd, i, tun_fds[i], udp_fd, *shared, ipv6_fd, tun_fds[i + n :: n]), ipv6_sender_fds
+        )
         for i, (udp_fd, ipv6_fd) in enumerate(zip(udp_fds, ipv6_fds or [NO_SOCKET] * n, strict=True))
     ]
     started_ns = time.monotonic_ns()
@@ -140,7 +150,8 @@ def main(argv: list[str]) -> None:
             fcntl.lockf(lock_fd, fcntl.LOCK_EX)
             if old[0]:
                 memory = (table_fd, stats_fd)
-                empty_old(fastpath, memory, sender_fds, [tun_fds, udp_fds, ipv6_fds], old, with_program)
+                senders = {"senders": sender_fds, "ipv6_senders": ipv6_sender_fds}
+                empty_old(fastpath, memory, senders, [tun_fds, udp_fds, ipv6_fds], old, with_program)
             for i in range(len(workers)):
                 running.append(i)
                 _thread.start_new_thread(run, (i,))
@@ -162,10 +173,12 @@ def main(argv: list[str]) -> None:
         counts = (os.getpid(), layout_version, len(sender_fds))
         more = HELLO_CONFINEMENT.pack(confinement, wanted_confinement)
         more += HELLO_IPV6.pack(len(ipv6_fds)) + HELLO_QUEUES.pack(len(tun_fds) - n)
+        more += HELLO_IPV6_SENDERS.pack(len(ipv6_sender_fds))
         head = (HELLO_MAGIC, HELLO.size + len(more), HELLO_VERSION)
         return HELLO.pack(*head, active, len(workers), started_ns, build, *counts) + more
 
-    serve(_socket.socket(fileno=listen_fd), descriptors, [*event_fds, *ipv6_fds, *tun_fds[n:]], woken, hello)
+    with_events = [*event_fds, *ipv6_fds, *tun_fds[n:], *ipv6_sender_fds]
+    serve(_socket.socket(fileno=listen_fd), descriptors, with_events, woken, hello)
     stop_workers(workers, running)
     # The lock goes with the process.  Python's own shutdown would wait for the thread that waits for it.
     os._exit(0)
@@ -186,7 +199,7 @@ def stop_workers(workers: list[Any], running: list[int]) -> None:
 def empty_old(
     fastpath: ModuleType,
     memory: tuple[int, int],
-    sender_fds: list[int],
+    senders: dict[str, list[int]],
     own: list[list[int]],
     old: list[list[int]],
     with_program: bool,
@@ -206,8 +219,8 @@ def empty_old(
         # What waits in the queue may be for a peer of a family that only the new sockets reach.
         fds = [theirs[i] if theirs else ours[i % n_workers] for theirs, ours in families if theirs or ours]
         udp_fd, ipv6_fd = (*fds, NO_SOCKET)[:2]
-        rest = {"ipv6_fd": ipv6_fd, "more_queues": queues[1:]}
-        worker = fastpath.Worker(*memory, i % n_workers, queues[0], udp_fd, sender_fds, **rest)
+        rest = {"ipv6_fd": ipv6_fd, "more_queues": queues[1:], **senders}
+        worker = fastpath.Worker(*memory, i % n_workers, queues[0], udp_fd, **rest)
         for _ in range(MAX_OLD_TURNS):
             if not worker.turn():
                 break

@@ -5,8 +5,7 @@
 
 All packets of a flow leave from the same socket.  The routers on the way, the peer's network card and its workers
 spread flows by the port and keep the order within each (RFC 7348 5).  To any other peer, and where there are no
-senders, everything leaves from the worker's own socket.  So does what goes to an IPv6 address from a worker with
-sockets of both families: its senders are of IPv4.
+senders, everything leaves from the worker's own socket.  A worker with sockets of both families has senders of each.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -22,15 +21,21 @@ cdef inline int sender_for(Loop *w, const Packet *p) noexcept nogil:
     ports.
     """
     cdef uint32_t flow
-    cdef int own = own_socket(w, remote_of(w.slot, p.peer))
-    if w.n_senders == 0 or not w.slot.peers[p.peer].flags & UT_PEER_ANY_SOURCE_PORT or own == w.ipv6_fd:
+    cdef int own = own_socket(w, remote_of(w.slot, p.peer)), n = w.n_senders
+    cdef const int *senders = w.senders
+    if w.n_senders == 0 or not w.slot.peers[p.peer].flags & UT_PEER_ANY_SOURCE_PORT:
         return own
+    if own == w.ipv6_fd:
+        senders = w.ipv6_senders
+        n = w.n_ipv6_senders
+        if n == 0:
+            return own
     flow = short_address(p, source_of(p)) ^ short_address(p, destination_of(p)) * <uint32_t>0x9E3779B1
     if p.is_whole and has_ports(p):
         flow ^= load_be32(p.data + p.header) * <uint32_t>0x85EBCA77    # both ports
     # The multiplication carries all bits to the upper ones, which choose.
     flow = (flow ^ flow >> 16) * <uint32_t>0x9E3779B1
-    return w.senders[<uint64_t>flow * <uint32_t>w.n_senders >> 32]
+    return senders[<uint64_t>flow * <uint32_t>n >> 32]
 
 
 cdef inline uint32_t short_address(const Packet *p, const uint8_t *address) noexcept nogil:

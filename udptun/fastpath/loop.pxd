@@ -56,8 +56,10 @@ cdef struct Loop:
     int n_queues
     int udp_fd
     int ipv6_fd                   # beside udp_fd, which is of IPv4 then; -1: udp_fd is all that we have
-    int senders[16]               # sockets with ports of their own to send from (flow.pxd), the same for all workers
+    int senders[UT_MAX_SENDERS]   # sockets with ports of their own to send from (flow.pxd), the same for all workers
     int n_senders
+    int ipv6_senders[UT_MAX_SENDERS]  # likewise of IPv6, where udp_fd is of IPv4 and ipv6_fd beside it
+    int n_ipv6_senders
     int index, n_workers          # which worker of how many
     # Owned by the Worker object.
     int event_fd                  # wakes us; worker 0's is the control plane's too, and borrowed
