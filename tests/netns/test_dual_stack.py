@@ -16,6 +16,7 @@ import pytest
 from traffic import (
     CLEANUP,
     REAL_TIME,
+    assert_no_traceback,
     ipv6_gateway,
     is_answered,
     problems,
@@ -54,8 +55,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         lab.start()
         wait_for_peers(lab)
         yield lab
-        for host in lab.hosts:
-            assert "Traceback" not in host.daemon_log()
+        assert_no_traceback(lab.hosts)
 
 
 def wait_for_both(lab: Lab) -> None:

@@ -22,6 +22,7 @@ import pytest
 from traffic import (
     CLEANUP,
     REAL_TIME,
+    assert_no_traceback,
     datapath_pids,
     ipv6_gateway,
     is_answered,
@@ -62,8 +63,7 @@ def lab() -> Iterator[Lab]:
         lab.start()
         wait_for_peers(lab)
         yield lab
-        for host in lab.hosts:
-            assert not host.machine.is_up or "Traceback" not in host.daemon_log()
+        assert_no_traceback(lab.hosts)
 
 
 def ping_all(lab: Lab, *options: str) -> None:

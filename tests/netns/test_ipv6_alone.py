@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 from test_dual_stack import IPV6_NETWORK
 from test_host_probes import ALLOWED, OFTEN, let_ping
-from traffic import CLEANUP, REAL_TIME, ipv6_gateway, is_answered, read_status, wait_for_peers
+from traffic import (
+    CLEANUP,
+    REAL_TIME,
+    assert_no_traceback,
+    ipv6_gateway,
+    is_answered,
+    read_status,
+    wait_for_peers,
+)
 
 from udptun.lab.host import UNDERLAY_IPV6, Host
 from udptun.lab.machine import wait_until
@@ -46,8 +54,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         lab.start()
         wait_for_peers(lab)
         yield lab
-        for host in lab.hosts:
-            assert "Traceback" not in host.daemon_log()
+        assert_no_traceback(lab.hosts)
 
 
 def subnet_of(host: Host) -> str:

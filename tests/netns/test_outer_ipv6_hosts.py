@@ -21,6 +21,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.utils import rdpcap
 from traffic import (
     REAL_TIME,
+    assert_no_traceback,
     kill,
     no_packet_errors,
     peers,
@@ -71,8 +72,7 @@ def lab() -> Iterator[Lab]:
             host.add_pod()
         wait_for_peers(lab)
         yield lab
-        for host in lab.hosts:
-            assert "Traceback" not in host.daemon_log()
+        assert_no_traceback(lab.hosts)
 
 
 def public_ips(host: Host) -> set[str]:

@@ -30,6 +30,7 @@ from scapy.utils import rdpcap
 from test_dual_stack_udp import ping_all
 from test_vtep import (
     PORT,
+    assert_no_traceback,
     assert_trains_arrive,
     counters,
     every_packet_explained,
@@ -145,8 +146,7 @@ def lab() -> Iterator[Lab]:
             host.add_pod()
         wait_until("all peers", lambda: all(n_peers(host) == (2, 2) for host in others), 50)
         yield lab
-        for host in others:
-            assert "Traceback" not in host.daemon_log()
+        assert_no_traceback(others)
 
 
 def n_peers(host: Host) -> tuple[int, int]:

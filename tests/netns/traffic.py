@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Interface
 from pathlib import Path
@@ -257,6 +257,14 @@ def is_answered(source: Host | Pod, address: object, size: int = 56) -> bool:
     """Whether one echo of `size` bytes of data, which nobody may fragment, comes back within a second."""
     command = ["ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(size), str(address)]
     return source.run(command, check=False).returncode == 0
+
+
+def assert_no_traceback(hosts: Iterable[Host]) -> None:
+    """None of the daemons of these hosts has logged one.  pytest shows a long log cut, and so not what matters."""
+    for host in hosts:
+        if host.machine.is_up:
+            _, found, text = host.daemon_log().partition("Traceback")
+            assert not found, f"the daemon of {host} has logged:\nTraceback{text[:4000]}"
 
 
 def tunnel_address(host: Host) -> IPv4Address:
