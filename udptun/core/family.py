@@ -21,5 +21,10 @@ class Family(Enum):
         """The last address as a number."""
         return (1 << self.bits) - 1
 
+    @property
+    def nft_name(self) -> str:
+        """What nft calls a table of this family, and the header of its packets."""
+        return "ip" if self is Family.IPV4 else "ip6"
+
     def __str__(self) -> str:
         return f"IPv{self.value}"

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from udptun.core.family import Family
 from udptun.core.network_state import IPNetwork
 from udptun.firewall.rules import MARK, DesiredRules, PresentRules, Rule, Verdict, network_or_none
 
-TABLES: Mapping[int, tuple[str, str]] = {4: ("ip", "flannel-ipv4"), 6: ("ip6", "flannel-ipv6")}
+TABLES: Mapping[int, tuple[str, str]] = {it.value: (it.nft_name, f"flannel-ipv{it.value}") for it in Family}
 """Family and name of flannel's tables, by IP version.  flannel makes both tables whatever its configuration says."""
 
 

@@ -206,8 +206,7 @@ def _remedy_for_pods(drop: Drop, path: PodPath) -> str:
     if base.table == "firewalld":
         return f"`firewall-cmd --permanent --zone=trusted --add-source={network}`, then `firewall-cmd --reload`"
     if base.tool is Tool.NFT:
-        header = "ip" if path.family is Family.IPV4 else "ip6"
-        command = f"nft insert rule {base.family} {base.table} {base.name} {header}"
+        command = f"nft insert rule {base.family} {base.table} {base.name} {path.family.nft_name}"
         return f"accept the overlay there: `{command} saddr {network} accept`, and the same with daddr"
     if drop.rule is None:
         return (

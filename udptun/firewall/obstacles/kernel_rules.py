@@ -44,8 +44,6 @@ _LEGACY = {
     Family.IPV6: (socket.AF_INET6, socket.IPPROTO_IPV6, Path("/proc/thread-self/net/ip6_tables_names")),
 }
 _IPTABLES_NFT = {Family.IPV4: Tool.IPTABLES_NFT, Family.IPV6: Tool.IP6TABLES_NFT}
-_FAMILIES = {Family.IPV4: "ip", Family.IPV6: "ip6"}
-"""As nft names them."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _MAX_RULES = 2000
@@ -113,7 +111,7 @@ class _NftReader:
         return {
             traffic: BaseChain(
                 _IPTABLES_NFT[traffic.family] if is_iptables else Tool.NFT,
-                "inet" if head.family == INET else _FAMILIES[traffic.family],
+                "inet" if head.family == INET else traffic.family.nft_name,
                 head.table,
                 head.name,
                 Hook(head.hook),

@@ -169,12 +169,10 @@ def decode_legacy_table(table: str, info: bytes, entries: bytes, traffic: Traffi
             verdict, target = _legacy_verdict(entry, begins)
             rule = Rule(len(chains[chain]) + 1, entry.conditions, verdict, target, entry.target in MARKING_TARGETS)
             chains[chain].append(rule)
-    tool, name_of_family = {
-        Family.IPV4: (Tool.IPTABLES_LEGACY, "ip"),
-        Family.IPV6: (Tool.IP6TABLES_LEGACY, "ip6"),
-    }[traffic.family]
+    tool = Tool.IPTABLES_LEGACY if traffic.family is Family.IPV4 else Tool.IP6TABLES_LEGACY
+    name = traffic.family.nft_name
     return [
-        BaseChain(tool, name_of_family, table, hook.name, hook, LEGACY_TABLES[table], is_policy_drop[hook.name], chains)
+        BaseChain(tool, name, table, hook.name, hook, LEGACY_TABLES[table], is_policy_drop[hook.name], chains)
         for hook in traffic.hooks
         if hook.name in built_in
     ]
