@@ -9,11 +9,16 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mesh_views import document, peer
 
-from udptun.commands.mesh import ask
+from udptun.commands.mesh import ask, page, report, table
 from udptun.commands.mesh.answer import MOST_BYTES, AnswerError, read_view
 from udptun.commands.mesh.ask import Answer, Question, ask_all
+from udptun.commands.mesh.matrix import build
+from udptun.commands.mesh.problems import notes_of, problems_of
+from udptun.commands.screen import Page
 from udptun.core.mesh import MOST_PEERS
 
 SUBNET = IPv4Network("10.244.2.0/24")
@@ -115,6 +120,43 @@ def test_an_answer_that_is_none_gets_one_short_line_of_printable_ascii(said: Any
     assert line.isprintable()
     assert len(line) < 160
 
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["10.0.0.0/8", "1::"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+@settings(max_examples=150)
+def test_any_value_anywhere_is_refused_in_one_line_or_shown_without_harm(data: st.DataObject) -> None:
+    said = document(2, 4)
+    for _ in range(data.draw(st.integers(1, 3))):
+        target = data.draw(st.sampled_from([said, *(it for it in said["peers"] if isinstance(it, dict))]))
+        target[data.draw(st.sampled_from(sorted(target)))] = data.draw(VALUES)
+        if not isinstance(said["peers"], list):
+            break
+    view, refusal = None, ""
+    try:
+        view = read_view(json.dumps(said).encode())
+    except AnswerError as exc:
+        refusal = f"its answer is not used: {exc}"
+    assert set(refusal) <= {*map(chr, range(0x20, 0x7F))}
+    own = read_view(json.dumps(document(1, 4)).encode())
+    it = build(own, own.peers, {SUBNET: Answer(view, refusal, is_wrong=view is None)}, made_at=0, took_s=0, port=1)
+    problems, notes = problems_of(it), notes_of(it)
+    assert all(set(line) <= SHOWN for line in table.render(it, problems, notes, Page()))
+    assert "<script" not in page.render(it, problems, notes)
+    json.loads(report.as_json(it, problems, notes))
+
+
+SHOWN = {*map(chr, range(0x20, 0x7F)), "·", "…"}
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]
 
