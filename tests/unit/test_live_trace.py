@@ -265,6 +265,24 @@ def test_on_a_terminal_the_end_has_a_colour() -> None:
     assert "\x1b[31mdropped, " in trace_live.render(line(dropped=1), has_colour=True)
 
 
+@pytest.mark.parametrize("has_shortcut", [False, True])
+def test_packets_that_cannot_be_shown_are_spoken_of_first(
+    has_shortcut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever waits for a packet that the kernel carries by the shortcut would wait for ever."""
+    begin = {"schema": 1, "event": "begin", "devices": ["flannel0"], "seconds": 9, "shortcut": has_shortcut}
+    end = {"event": "end", "reason": "packets", "packets": 1, "lost": 0}
+    answer = b"HTTP/1.1 200 OK\r\n\r\n" + "".join(f"{json.dumps(it)}\n" for it in (begin, line(), end)).encode()
+    # In two pieces that are cut anywhere.
+    monkeypatch.setattr(trace_live, "receive", lambda *_: (it for it in (answer[:50], answer[50:])))
+    request = LiveTraceRequest(None, None, None, None, 1)
+    assert trace_live.show(request, tmp_path, as_json=False, write=tmp_path / "a.pcapng") == 0
+    out, said = capsys.readouterr()
+    assert out == f"{trace_live.render(line())}\n"
+    assert said.startswith("packets that the kernel carries by the shortcut are not shown") is has_shortcut
+    assert (tmp_path / "a.pcapng").stat().st_size > 200
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 
@@ -397,7 +415,8 @@ def traced(number: int) -> Any:
 
 def running(tracer: FakeTracer | None, backend: str = "udp") -> Any:
     """A daemon that carries IPv4 by a datapath, or has the kernel carry it."""
-    tunnel = SimpleNamespace(device="flannel0", tunnel=SimpleNamespace(tracer=tracer))
+    shortcut = SimpleNamespace(is_on=False)
+    tunnel = SimpleNamespace(device="flannel0", tunnel=SimpleNamespace(tracer=tracer), shortcut=shortcut)
     tunnels = [] if tracer is None else [tunnel]
     device = "flannel.1" if backend == "vxlan" else None
     forwarding = SimpleNamespace(
@@ -458,7 +477,7 @@ def test_packets_are_sent_as_they_come_until_there_are_enough(tmp_path: Path) ->
             await until(lambda: not tracer.waiting)
             tracer.waiting = [traced(2), traced(3)]
             begin, one, two, end = await lines_of(reader)
-            assert begin == {"schema": 1, "event": "begin", "devices": ["flannel0"], "seconds": 30}
+            assert begin == {"schema": 1, "event": "begin", "devices": ["flannel0"], "seconds": 30, "shortcut": False}
             assert [it["event"] for it in (one, two)] == ["packet"] * 2
             assert two["time_ns"] - one["time_ns"] < 10**9
             assert (one["source"], one["outer"], one["peer"]) == (POD, "192.0.2.2", None)

@@ -25,6 +25,7 @@ _ENDS = {
     "seconds": "the time is over; --seconds N gives it more",
     "daemon": "the daemon has begun again; ask it once more",
 }
+_SHORTCUT = "packets that the kernel carries by the shortcut are not shown; Shortcut off shows all (docs/shortcut.md)"
 
 
 def show(
@@ -42,8 +43,11 @@ def show(
                 document = json.loads(line)
                 if as_json:
                     print(line, flush=True)
-                if document["event"] == "begin" and write is not None:
-                    file = PcapngFile(write, document["devices"], SNAP_LEN_MAX)
+                if document["event"] == "begin":
+                    if document["shortcut"]:
+                        print(_SHORTCUT, file=sys.stderr)
+                    if write is not None:
+                        file = PcapngFile(write, document["devices"], SNAP_LEN_MAX)
                 elif document["event"] == "packet":
                     n_packets += 1
                     if not as_json:

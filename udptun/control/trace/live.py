@@ -83,7 +83,9 @@ class LivePackets:
     def begin(self) -> str:
         """The first line."""
         devices = [it.device for it in self._tunnels]
-        return _line({"schema": SCHEMA, "event": "begin", "devices": devices, "seconds": self._asked.seconds})
+        has_shortcut = any(it.shortcut.is_on for it in self._tunnels)
+        head = {"schema": SCHEMA, "event": "begin", "devices": devices, "seconds": self._asked.seconds}
+        return _line({**head, "shortcut": has_shortcut})
 
     async def __anext__(self) -> str:
         """The lines of the packets that have come, or the last line."""
