@@ -111,6 +111,7 @@ def frame(
     *,
     tos: int = 0,
     check: int = 0,
+    ident: int = 0x7000,
     udp_len: int | None = None,
     ports: tuple[int, int] = (PORT, PORT),
     destination: str = UNDERLAY,
@@ -119,7 +120,7 @@ def frame(
 ) -> bytes:
     """An Ethernet frame with a datagram of the tunnel."""
     datagram = struct.pack(">HHHH", *ports, 8 + len(payload) if udp_len is None else udp_len, check) + payload
-    packet = ipv4(source, destination, datagram, tos=tos, **outer)  # type: ignore[arg-type]
+    packet = ipv4(source, destination, datagram, tos=tos, ident=ident, **outer)  # type: ignore[arg-type]
     return bytes(12) + b"\x08\x00" + packet + trailer
 
 
@@ -177,7 +178,9 @@ OUTER = {
     "udp-length-too-long": frame(_GOOD, udp_len=9 + len(_GOOD)),
     "bytes-behind-the-inner-packet": frame(_GOOD + b"x"),
     "bytes-behind-the-outer-packet": frame(_GOOD, trailer=b"x"),
-    "with-a-udp-checksum-that-nobody-has-verified": frame(_GOOD, check=0x1234),
+    "with-a-udp-checksum": frame(_GOOD, check=0x1234),
+    "of-a-worker": frame(_GOOD, ident=0),
+    "of-another-program": frame(_GOOD, ident=0x8000),
     "to-another-port": frame(_GOOD, ports=(PORT, PORT + 1)),
     "to-another-address": frame(_GOOD, destination="192.0.2.2"),
     "to-another-host": b"\2" + frame(_GOOD)[1:],
@@ -214,8 +217,10 @@ def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker()
 
 # ---------------------------------------------------------------------------------------------------- to the peers
 
-THERE = "192.0.2.200"
-"""Where all peers are: on the far end of the underlay."""
+THERE = IPv4Address("192.0.2.200")
+"""Where the peers are: on the far end of the underlay."""
+WHERE = {"10.244.4.0/24": IPv4Address("192.0.2.201")}
+"""But this one, whose MAC address is not known."""
 
 
 class Ground:
@@ -224,7 +229,7 @@ class Ground:
     def __init__(self) -> None:
         self.table = replace(
             of_the_shortcut(overlay()),
-            peers=tuple(replace(it, remote=(IPv4Address(THERE), PORT)) for it in overlay().peers),
+            peers=tuple(replace(it, remote=(WHERE.get(str(it.subnet), THERE), PORT)) for it in overlay().peers),
         )
         Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
         self._tun = open_queues("flannel0", 1)
@@ -274,9 +279,10 @@ def on_the_ground() -> Iterator[Callable[[bytes], tuple[str, bytes]]]:
 SENT = {
     *("udp", "tcp", "icmp-error", "bare-header", "ttl-2", "ttl-255", "tos-and-ecn", "congestion-experienced", "df"),
     *("source-outside-network", "source-our-tunnel-address", "to-the-tunnel-address-of-the-peer"),
-    *("to-the-last-address-of-a-lease", "to-a-host-with-two-leases"),
+    "to-the-last-address-of-a-lease",
 }
-"""Of GOOD_ENCAP; the others have options, are fragments, go to a narrow peer or to a subnet of another length."""
+"""Of GOOD_ENCAP; the others have options, are fragments, go to a narrow peer or to a subnet of another length, or to a
+host whose MAC address is not known: those went out without an Ethernet header."""
 
 
 @pytest.mark.parametrize("slug", GOOD_ENCAP)
@@ -295,10 +301,10 @@ def test_packets_to_peers_leave_as_the_worker_sends_them_or_by_it(
     assert peer is not None
     expected = ipv4(
         UNDERLAY,
-        THERE,
+        str(THERE),
         struct.pack(">HHHH", PORT, PORT, 8 + len(payload), 0) + payload,
         tos=outer_tos(peer, packet),
-        ident=0,
+        ident=0x7000,
         flags="DF",
     )
     assert (where, out[:6], out[14:]) == ("wire", bytes.fromhex("020000000099"), expected)

@@ -127,8 +127,11 @@ def test_large_pings_ttl_and_path_are_as_through_the_workers(lab: Lab) -> None:
 
 def test_one_host_without_it_is_spoken_to_by_the_workers(lab: Lab) -> None:
     one, two = lab.hosts
+    wait_until("an answer to a probe", lambda: read_status(one)["peers"][0]["liveness"] == "alive", LIMIT_S)
     reload(two, "off")
     wait_until("the peer's lease to say so", lambda: not read_status(one)["peers"][0]["shortcut"], LIMIT_S)
+    # What was found out about it was forgotten, as of another host.
+    assert read_status(one)["peers"][0]["liveness"] == "alive"
     assert state(two) == "off"
     assert is_clean(two)
     with tcp_flow(one.pods[0], two.pods[0]) as to_two, tcp_flow(two.pods[0], one.pods[0], port=5003) as to_one:

@@ -281,7 +281,12 @@ class Tunnelled:
 
     async def _publish(self, remotes: Mapping[IPNetwork, Remote]) -> None:
         """Show the workers what was set.  Those of these peers that stand for their hosts are probed and asked."""
-        leaders = {subnet: it for subnet, it in remotes.items() if self.tunnel.peers.leader(subnet) == subnet}
+        # A host that takes the shortcut, or does not any more, is the same host with the same path to it.
+        leaders = {
+            subnet: replace(it, takes_shortcut=False)
+            for subnet, it in remotes.items()
+            if self.tunnel.peers.leader(subnet) == subnet
+        }
         self._prober.add_peers(self._targets(leaders))
         self._learner.add_peers(leaders)
         await self.tunnel.publish()

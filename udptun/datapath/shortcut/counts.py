@@ -16,7 +16,7 @@ COUNTS = (
     *("encap_packets", "encap_sent", "encap_drop_send", "udp_sent_bytes"),
     *("decap_packets", "decap_delivered", "decap_drop_tun", "tun_written_bytes"),
     *("encap_shape", "encap_peer", "encap_ttl", "encap_too_big", "encap_route"),
-    *("decap_shape", "decap_checksum", "decap_super", "decap_source", "decap_destination"),
+    *("decap_shape", "decap_checksum", "decap_sender", "decap_super", "decap_source", "decap_destination"),
     *("decap_ttl", "decap_too_big", "decap_mark"),
 )
 """In the order of the enum of shortcut.bpf.c: counters of docs/wire-format.md, then why packets were passed on."""

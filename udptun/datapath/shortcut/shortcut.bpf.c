@@ -32,8 +32,9 @@
 #define FRAGMENT_MASK 0x3fff /* more fragments, and the offset */
 #define AF_INET 2
 #define LOOPBACK 1           /* LOOPBACK_IFINDEX: where the kernel says that its own packets come from */
-#define FIB_SKIP_NEIGH 4     /* BPF_FIB_LOOKUP_SKIP_NEIGH, Linux 6.3 */
 #define OUTER_LEN 28
+#define ID_MASK 0xf000       /* of the outer identification, with which nothing is put together where DF is set: */
+#define ID_OF_KERNEL 0x7000  /* a kernel has encapsulated it.  The rest counts the segments of a super-packet */
 #define SUPER_AGE_NS 2000000000ull
 #define SUPER_NOTE_NS 250000000ull
 
@@ -46,7 +47,6 @@ static int (*pull_data)(void *, __u32) = (void *)BPF_FUNC_skb_pull_data;
 static int (*change_head)(void *, __u32, __u64) = (void *)BPF_FUNC_skb_change_head;
 static int (*adjust_room)(void *, __s32, __u32, __u64) = (void *)BPF_FUNC_skb_adjust_room;
 static int (*fib_lookup)(void *, struct bpf_fib_lookup *, int, __u32) = (void *)BPF_FUNC_fib_lookup;
-static long (*csum_level)(void *, __u64) = (void *)BPF_FUNC_csum_level;
 static int (*redirect_neigh)(__u32, struct bpf_redir_neigh *, int, __u64) = (void *)BPF_FUNC_redirect_neigh;
 
 /* What holds for this host.  Addresses and the port are in network byte order. */
@@ -96,6 +96,7 @@ enum {
     PASS_ENCAP_ROUTE,
     PASS_DECAP_SHAPE,
     PASS_DECAP_CHECKSUM,
+    PASS_DECAP_SENDER,
     PASS_DECAP_SUPER,
     PASS_DECAP_SOURCE,
     PASS_DECAP_DESTINATION,
@@ -205,7 +206,10 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     if (longest > c->mtu)
         return pass(PASS_ENCAP_TOO_BIG);
 
-    /* As the kernel looks up a datagram of its own, with what it has learned of the path's MTU. */
+    /* As the kernel looks up a datagram of its own, with what it has learned of the path's MTU.  Where the neighbour is
+     * not resolved, it fails: the kernel would send what then waits by the route of the inner packet, which has no
+     * Ethernet header (neigh_update() takes the neighbour of skb_dst()).
+     */
     struct bpf_fib_lookup way = {
         .family = AF_INET,
         .l4_protocol = IPPROTO_UDP,
@@ -216,7 +220,7 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
         .ipv4_src = c->self,
         .ipv4_dst = p->remote,
     };
-    if (fib_lookup(skb, &way, sizeof(way), FIB_SKIP_NEIGH) != BPF_FIB_LKUP_RET_SUCCESS || way.family != AF_INET
+    if (fib_lookup(skb, &way, sizeof(way), 0) != BPF_FIB_LKUP_RET_SUCCESS || way.family != AF_INET
         || way.ifindex != c->underlay)
         return pass(PASS_ENCAP_ROUTE);
 
@@ -225,6 +229,7 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
         .ihl = 5,
         .tos = p->flags & PEER_ECN && c->carries_ecn ? ip->tos & ECN_MASK : 0,
         .tot_len = be16(len + OUTER_LEN),
+        .id = be16(ID_OF_KERNEL),
         .frag_off = be16(DONT_FRAGMENT),
         .ttl = 64,
         .protocol = IPPROTO_UDP,
@@ -316,6 +321,11 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
         return pass(PASS_DECAP_SHAPE);
     if (sum_header(ip) != 0xffff || sum_header(in) != 0xffff)
         return pass(PASS_DECAP_CHECKSUM);
+    /* What a worker or another program has sent may have inner checksums that are to be finished, which a worker sees.
+     * What a kernel has sent brings the kernel's note of that along.
+     */
+    if (udp->check || (ip->id & be16(ID_MASK)) != be16(ID_OF_KERNEL))
+        return pass(PASS_DECAP_SENDER);
     struct peer *p = leasing(c, in->saddr);
     if (!p || p->remote != ip->saddr)
         return pass(PASS_DECAP_SOURCE);
@@ -329,9 +339,6 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
             return pass(PASS_DECAP_SUPER);
         p->super_ns = 0;
     }
-    /* The kernel verifies it on the way to the socket, unless the network card has done so. */
-    if (udp->check && csum_level(skb, BPF_CSUM_LEVEL_QUERY) < 0)
-        return pass(PASS_DECAP_CHECKSUM);
     if ((in->daddr & c->own_mask) != c->own_subnet)
         return pass(PASS_DECAP_DESTINATION);
     if (in->daddr == c->tunnel_address && in->protocol == IPPROTO_ICMP)
