@@ -15,7 +15,7 @@ from udptun.core.offload import Offload
 from udptun.core.tunnel import ShortcutMode
 from udptun.datapath.settings import PacketSettings
 from udptun.datapath.tunnel import Tunnel
-from udptun.firewall.port_rules import find_port_rule
+from udptun.firewall.port_rules import find_objection
 
 if TYPE_CHECKING:
     from udptun.datapath.shortcut.programs import ShortcutSettings
@@ -104,11 +104,8 @@ class ShortcutSwitch:
             return None, "it carries IPv4 over IPv4 alone"
         if why := find_lack():
             return None, why
-        if self._mode is ShortcutMode.AUTO and (rule := await find_port_rule(packets.port)):
-            return None, (
-                f"a firewall rule names UDP port {packets.port}, and the shortcut passes it by: `{rule}`; "
-                "set Shortcut to require if that may be"
-            )
+        if self._mode is ShortcutMode.AUTO and (why := await find_objection(packets.port)):
+            return None, f"{why}; the shortcut passes such rules by: set Shortcut to require if that may be"
         carries_ecn = Offload.ECN in packets.offload
         return (
             ShortcutSettings(

@@ -7,7 +7,8 @@ statistics' memory file, where all counters are.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 from udptun.datapath.stats import PEER_COUNTERS, Stats
 from udptun.kernel.bpf import Map
@@ -24,26 +25,36 @@ _N_SHARED = 8
 """How many of them are counters of docs/wire-format.md."""
 _PEER_COUNTS = struct.Struct(f"={len(PEER_COUNTERS)}Q")
 PEER_COUNTS_LEN = _PEER_COUNTS.size
+_REST = 100
+"""The peers' counters are read again after so many times as long as it took: tens of thousands of peers on many
+processors are 30 MB."""
+_ROWS = 64
+"""So many are compared at once: most peers are silent."""
 
 
 class Counts:
     """The counters of one load of the programs."""
 
-    def __init__(self, counts: Map, peer_counts: Map, stats: Stats) -> None:
-        self._counts, self._peer_counts, self._stats = counts, peer_counts, stats
+    def __init__(
+        self, counts: Map, peer_counts: Map, stats: Stats, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`clock`: seconds."""
+        self._counts, self._peer_counts, self._stats, self._clock = counts, peer_counts, stats, clock
         self._before = dict.fromkeys(COUNTS, 0)
         self._peers_before = bytearray()
         self._n_lost = 0
+        self._rest_s = 0.0
 
     @property
     def passed(self) -> Mapping[str, int]:
         """How many packets were passed on to the worker, by the reason, as of the last `add`."""
         return {name: n for name, n in list(self._before.items())[_N_SHARED:] if n}
 
-    def add(self, top: int, n_lost: int) -> None:
+    def add(self, top: int, n_lost: int, *, is_last: bool = False) -> None:
         """Add what has come since the last time to the statistics.
 
-        `top` is the highest index of a peer.  `n_lost`: how many packets the pair has dropped.  Raises KernelError.
+        `top` is the highest index of a peer.  `n_lost`: how many packets the pair has dropped.  `is_last`: the programs
+        end, so nothing is left for later.  Raises KernelError.
         """
         raw, step = self._counts.read_first(len(COUNTS)), self._counts.stored_len
         sums = [sum(memoryview(raw)[i * step : (i + 1) * step].cast("Q")) for i in range(len(COUNTS))]
@@ -51,11 +62,20 @@ class Counts:
         new = {name: now[name] - self._before[name] for name in COUNTS[:_N_SHARED]}
         new["decap_drop_tun"] += n_lost - self._n_lost
         self._before, self._n_lost = now, n_lost
+        self._stats.count_beside(new, self._new_of_peers(top, is_last=is_last))
+
+    def _new_of_peers(self, top: int, *, is_last: bool) -> dict[int, tuple[int, ...]]:
+        """By index what was added since the last time; nothing where reading them would take too much of the time."""
+        began_s = self._clock()
+        if began_s < self._rest_s and not is_last:
+            return {}
         rows = self._peer_counts.read_first(min(top + 1, self._peer_counts.n))
         before = self._rows_before(len(rows))
-        of_peers = dict(_differences(before, rows, self._peer_counts.stored_len))
+        found = dict(_differences(before, rows, self._peer_counts.stored_len))
         before[: len(rows)] = rows
-        self._stats.count_beside(new, of_peers)
+        now_s = self._clock()
+        self._rest_s = now_s + _REST * (now_s - began_s)
+        return found
 
     def begin_peer(self, index: int) -> None:
         """Another peer has this index now: what was counted under it is not its own.  Raises KernelError."""
@@ -73,8 +93,10 @@ def _differences(before: bytearray, now: bytes, step: int) -> Iterator[tuple[int
     """Index of each row that has changed, and what was added, summed over the processors."""
     if before[: len(now)] == now:
         return
-    for at in range(0, len(now), step):
-        old, new = before[at : at + step], now[at : at + step]
-        if old != new:
-            sums = [[sum(column) for column in zip(*_PEER_COUNTS.iter_unpack(it), strict=True)] for it in (old, new)]
-            yield at // step, tuple(after - was for was, after in zip(*sums, strict=True))
+    blocks = range(0, len(now), _ROWS * step)
+    for start in (it for it in blocks if before[it : it + _ROWS * step] != now[it : it + _ROWS * step]):
+        for at in range(start, min(start + _ROWS * step, len(now)), step):
+            old, new = before[at : at + step], now[at : at + step]
+            if old != new:
+                sums = [list(map(sum, zip(*_PEER_COUNTS.iter_unpack(it), strict=True))) for it in (old, new)]
+                yield at // step, tuple(after - was for was, after in zip(*sums, strict=True))

@@ -147,7 +147,7 @@ class Shortcut:
         await asyncio.sleep(_DRAIN_S)
         if self._tunnel.n_workers <= MAX_WORKERS_BESIDE:
             with suppress(KernelError):
-                self._count(on)
+                self._count(on, is_last=True)
         on.end()
         with suppress(KernelError):
             await delete_pair(self._tunnel.tun.name)
@@ -178,10 +178,10 @@ class Shortcut:
             and self._tunnel.n_workers <= MAX_WORKERS_BESIDE
         )
 
-    def _count(self, on: _On) -> None:
+    def _count(self, on: _On, *, is_last: bool = False) -> None:
         near = pair_names(self._tunnel.tun.name)[0]
         dropped = read_device_counters([near]).get(near)
-        on.counts.add(self._tunnel.table.top, 0 if dropped is None else dropped.tx_dropped)
+        on.counts.add(self._tunnel.table.top, 0 if dropped is None else dropped.tx_dropped, is_last=is_last)
 
 
 class _On:
