@@ -177,6 +177,27 @@ async def test_a_datapath_without_process_worker_or_standby_is_named() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("shortcut", "rule", "is_said"),
+    [("on", "a firewall rule names UDP port 8285: `x`", True), ("on", "", False), ("off", "a firewall rule", False)],
+)
+async def test_rules_that_the_shortcut_passes_by_are_a_note(
+    monkeypatch: pytest.MonkeyPatch, shortcut: str, rule: str, is_said: bool
+) -> None:
+    async def find_objection(port: int) -> str:
+        return rule if port == 8285 else ""
+
+    monkeypatch.setattr(firewall, "find_objection", find_objection)
+    said = document()
+    said["lease"]["port"] = 8285
+    said["datapath"]["shortcut"] = shortcut
+    found = await firewall.rules_passed_by(facts(said))
+    assert [it.severity for it in found] == [Severity.NOTE] * is_said
+    assert all("INPUT and OUTPUT" in it.cause and rule in it.cause for it in found)
+    del said["datapath"]["shortcut"]
+    assert await firewall.rules_passed_by(facts(said)) == []
+
+
 async def test_an_mtu_that_the_underlay_does_not_take_is_named() -> None:
     small = {1: replace(link(1, "eth0"), mtu=1400)}
     (finding,) = await paths.mtu_in_use(facts(links=small, document=document()))

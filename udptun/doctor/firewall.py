@@ -17,6 +17,7 @@ from udptun.firewall import tool
 from udptun.firewall.iptables_programs import programs
 from udptun.firewall.obstacles.kernel_rules import read_legacy, read_nft
 from udptun.firewall.obstacles.watch import find_link_names, find_ways
+from udptun.firewall.port_rules import find_objection
 
 
 async def packet_filters(facts: Facts) -> list[Finding]:
@@ -29,7 +30,22 @@ async def packet_filters(facts: Facts) -> list[Finding]:
     legacy = read_legacy(traffics)
     chains = {traffic: [*nft[traffic], *legacy[traffic]] for traffic in traffics}
     lines = [line for way in ways for line in way.judge(chains)]
-    return [Finding.of_line(severity_of(line), line) for line in lines]
+    return [*(Finding.of_line(severity_of(line), line) for line in lines), *await rules_passed_by(facts)]
+
+
+async def rules_passed_by(facts: Facts) -> list[Finding]:
+    """Rules about the tunnel's port that the shortcut passes by, where it is on in spite of them."""
+    datapath = None if facts.document is None else facts.document["datapath"]
+    port = _tunnel_port(facts)
+    # A daemon of an earlier version does not say it.
+    if datapath is None or datapath.get("shortcut", "off") != "on" or port is None:
+        return []
+    objection = await find_objection(port)
+    if not objection:
+        return []
+    cause = f"the shortcut is on, and passes by what INPUT and OUTPUT say of the tunnel's packets: {objection}"
+    remedy = 'set "Shortcut" to "auto" or "off" in the network config where such rules matter'
+    return [Finding(Severity.NOTE, "shortcut", cause, remedy)]
 
 
 def tunnel_paths(facts: Facts) -> list[TunnelPath]:
