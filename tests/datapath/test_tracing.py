@@ -225,6 +225,22 @@ def test_what_the_device_refuses_in_the_end_is_shown_as_dropped(datapath: FastDa
 
 
 @pytest.mark.parametrize("datapath", ["udp", "vxlan"], indirect=True)
+def test_each_packet_that_the_kernel_refuses_is_shown_once_where_only_drops_are(datapath: FastDatapath) -> None:
+    """One entry could get the ends of others, which were not shown: it knew no place of its own."""
+    watch = tracer(datapath, replace(ALL, is_drops_alone=True, snap_len=SNAP_LEN_MAX))
+    refused = [udp(POD, DEAF_POD, bytes([n]) * 100) for n in range(20)]
+    taken = [udp(POD, NEAR_POD, bytes(100))] * 20
+    batch = [NO_VNET_HDR + it for pair in zip(refused, taken, strict=True) for it in pair]
+    assert datapath.encap_batch(batch).counts["encap_drop_send"] == len(refused)
+    found = watch.take()
+    assert [(it.packet, it.n_dropped) for it in found] == [(packet, 1) for packet in refused]
+    header = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4, hdr_len=40, gso_size=1000, start=20, offset=16)
+    datapath.encap_batch([header + tcp(POD, DEAF_POD, bytes(7000), check=PARTIAL)])
+    found = watch.take()
+    assert [(it.length, it.n_segments, it.n_dropped) for it in found] == [(1040, 1, 1)] * 7
+
+
+@pytest.mark.parametrize("datapath", ["udp", "vxlan"], indirect=True)
 def test_train_is_shown_packet_by_packet(datapath: FastDatapath) -> None:
     watch = tracer(datapath)
     train = b"".join(udp(NEAR_POD, POD, bytes([n]) * 200) for n in range(20))

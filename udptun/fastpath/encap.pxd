@@ -47,10 +47,10 @@ cdef inline void encap(Loop *w, Packet *p, ut_read *tun_read) noexcept nogil:
         longest = min(p.len, s.header + s.size)
     make_room(w, n, n * (w.prefix_len + s.header))
     drop = check_way(w, p, longest)
-    if w.is_traced and drop != &c.encap_sent:
+    if w.is_traced and drop != in_fragments(w):
         entry = trace(w, UT_TRACE_ENCAP, p, n, &c.encap_sent if drop == NULL else drop, NULL)
     if drop != NULL:
-        if drop == &c.encap_sent:
+        if drop == in_fragments(w):
             encap_in_fragments(w, p, tun_read, &s, longest)
         else:
             drop_and_answer(w, p, drop, n, entry)
@@ -80,7 +80,7 @@ cdef inline void encap_in_fragments(
     drop = check_way(w, p, longest)
     if w.is_traced:
         entry = trace(w, UT_TRACE_ENCAP, p, n, &w.counters.encap_sent if drop == NULL else drop, NULL)
-    if drop != NULL and drop != &w.counters.encap_sent:
+    if drop != NULL and drop != in_fragments(w):
         drop_and_answer(w, p, drop, n, entry)
         return
     w.counters.encap_packets += n
@@ -147,8 +147,7 @@ cdef inline Counter *take_read(Loop *w, Packet *p, virtio_net_hdr *vnet, SuperPa
 cdef inline Counter *check_way(const Loop *w, Packet *p, int longest) noexcept nogil:
     """Rows 4 to 6, with loops and dead peers: which peer gets the packet, and may it?  Sets p.peer.
 
-    `longest`: of the packets that it stands for, bytes.  The counter to drop it under, or NULL.  encap_sent: it is not
-    dropped, but longer than the path takes, and may be fragmented.
+    `longest`: of the packets that it stands for, bytes.  The counter to drop it under, NULL, or `in_fragments`.
     """
     cdef Counters *c = w.counters
     p.peer = leasing(w.slot, p, destination_of(p))
@@ -161,8 +160,15 @@ cdef inline Counter *check_way(const Loop *w, Packet *p, int longest) noexcept n
     if ttl_of(p) <= 1:
         return &c.encap_drop_ttl
     if <uint32_t>longest > w.slot.peers[p.peer].mtu:
-        return &c.encap_sent if may_be_fragmented(p, longest) else &c.encap_drop_too_big
+        return in_fragments(w) if may_be_fragmented(p, longest) else &c.encap_drop_too_big
     return NULL
+
+
+cdef inline Counter *in_fragments(const Loop *w) noexcept nogil:
+    """What `check_way` says of a packet that is not dropped although it is longer than the path takes: it may be
+    fragmented.  So it ends in this counter.
+    """
+    return &w.counters.encap_sent
 
 
 cdef inline void answer_sender(Loop *w, Packet *p, const Counter *drop) noexcept nogil:

@@ -92,6 +92,10 @@ cdef inline int headers_of(const Packet *p, bint is_packet) noexcept nogil:
 
 # ------------------------------------------------------------------------------------------------------ entries
 
+cdef enum:
+    NOWHERE = 0xffffffff          # in place of `at`: the end of the entry is final
+
+
 cdef inline bint is_drop(const Loop *w, const Counter *end) noexcept nogil:
     cdef const Counters *c = w.counters
     return end != &c.encap_sent and end != &c.decap_delivered and end != &c.decap_punted
@@ -178,13 +182,16 @@ cdef inline ut_traced *drop_late(
         Loop *w, int way, const Packet *p, const uint8_t *at, const Counter *end) noexcept nogil:
     """The kernel has refused a packet whose TTL has been stepped; `at` points into it where it was read.
 
-    Where only drops are asked for it has no entry yet.
+    Where only drops are asked for it has no entry yet.  `p` may be a copy, so the new entry lies nowhere.
     """
     cdef ut_traced *entry = end_late(w, way, at, 1, end)
     cdef Packet copy
     if entry == NULL:
         entry = trace(w, way, p, 1, end, NULL)
-        if entry != NULL and entry.kept >= IPV4_HEADER_MIN:
+        if entry == NULL:
+            return NULL
+        entry.at = NOWHERE
+        if entry.kept >= IPV4_HEADER_MIN:
             copy.data = entry.packet
             copy.is_ipv6 = ip_version(copy.data) == 6
             undo_ttl_step(&copy)
