@@ -482,7 +482,7 @@ def test_trace_ends_with_the_daemon_and_the_next_daemon_begins_without_one(net: 
         net.one.stop_daemon(number)
         status, lines, said = asked.end()
     assert (status, lines) == (1, [])
-    assert "has ended, and the trace with it, after 0 packets" in said
+    assert "has ended, and the trace with it" in said
     net.one.start_daemon()
     net.one.wait_ready()
     with watch(net.one, "any", "any", "udp", "--live", "1") as asked:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -281,6 +282,36 @@ def test_packets_that_cannot_be_shown_are_spoken_of_first(
     assert out == f"{trace_live.render(line())}\n"
     assert said.startswith("packets that the kernel carries by the shortcut are not shown") is has_shortcut
     assert (tmp_path / "a.pcapng").stat().st_size > 200
+
+
+BEGIN = {"schema": 1, "event": "begin", "devices": ["flannel0"], "seconds": 9, "shortcut": False}
+
+
+@pytest.mark.parametrize(
+    ("status", "more", "away_s", "message"),
+    [
+        ("200 OK", [BEGIN, line()], 0.0, r"the daemon at \S+ has ended, and the trace with it"),
+        ("200 OK", [BEGIN, line()], 0.1, r"the lines were not read for 0 s, and the daemon waits for 0 s, "),
+        ("404 Not Found", [], 0.0, r"the daemon at \S+ is of a version without --live: restart it, and ask again"),
+        ("503 Service Unavailable", [], 0.0, r"the daemon at \S+ answered b'HTTP/1.1 503 Service Unavailable'"),
+    ],
+)
+def test_an_answer_without_an_end_says_why(
+    status: str,
+    more: list[dict[str, Any]],
+    away_s: float,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever held the lines back in a pager read that the daemon had ended."""
+    answer = f"HTTP/1.1 {status}\r\n\r\n" + "".join(f"{json.dumps(it)}\n" for it in more)
+    monkeypatch.setattr(trace_live, "receive", lambda *_: (it.encode() for it in (answer[:9], answer[9:])))
+    monkeypatch.setattr(trace_live, "render", lambda *_, **__: time.sleep(away_s))
+    assert trace_live.PATIENCE_S == http.REQUEST_S
+    monkeypatch.setattr(trace_live, "PATIENCE_S", 0.05)
+    with pytest.raises(UdptunError, match=f"^{message}"):
+        trace_live.show(LiveTraceRequest(None, None, None, None, 1), tmp_path, as_json=False, write=None)
 
 
 # ------------------------------------------------------------------------------------------------------- files

@@ -25,6 +25,8 @@ _ENDS = {
     "seconds": "the time is over; --seconds N gives it more",
     "daemon": "the daemon has begun again; ask it once more",
 }
+PATIENCE_S = 5.0
+"""So long the daemon waits until somebody reads what it sends; control/http.py has the number."""
 _SHORTCUT = "packets that the kernel carries by the shortcut are not shown; Shortcut off shows all (docs/shortcut.md)"
 
 
@@ -66,8 +68,7 @@ def show(
     finally:
         if file is not None:
             file.close()
-    path = run_dir / SOCKET_NAME
-    raise UdptunError(f"the daemon at {path} has ended, and the trace with it, after {n_packets} packets")
+    raise AssertionError("a trace ends with its last line, or with an error")
 
 
 def render(document: Document, *, has_colour: bool = False) -> str:
@@ -132,18 +133,35 @@ def _end(document: Document) -> int:
 
 
 def _follow(request: LiveTraceRequest, run_dir: Path) -> Generator[str]:
-    """The lines that the daemon sends."""
-    head, has_begun = b"", False
-    rest = ""
+    """The lines that the daemon sends.  Raises UdptunError where there is no other one."""
+    path = run_dir / SOCKET_NAME
+    rest, has_begun, longest_s = b"", b"", 0.0
     with closing(receive(run_dir, f"/trace/live?{request.query()}", request.seconds)) as pieces:
         for piece in pieces:
+            came_s = time.monotonic()
+            rest += piece
             if not has_begun:
-                head += piece
-                status, end, body = head.partition(b"\r\n\r\n")
-                if not end:
+                head, has_begun, body = rest.partition(b"\r\n\r\n")
+                if not has_begun:
                     continue
-                if b" 200 " not in status.partition(b"\r\n")[0]:
-                    raise UdptunError((body + b"".join(pieces)).decode(errors="replace").strip())
-                has_begun, piece = True, body
-            *lines, rest = (rest + piece.decode()).split("\n")
-            yield from lines
+                status = head.partition(b"\r\n")[0]
+                if b" 200 " not in status:
+                    raise UdptunError(_refusal(status, body + b"".join(pieces), path))
+                rest = body
+            *lines, rest = rest.split(b"\n")
+            for line in lines:
+                yield line.decode()
+            longest_s = max(longest_s, time.monotonic() - came_s)
+    if longest_s >= PATIENCE_S:
+        raise UdptunError(
+            f"the lines were not read for {longest_s:.0f} s, and the daemon waits for {PATIENCE_S:.0f} s, so the trace "
+            "has ended; write to a file what is to be read later (--write FILE, or --json >FILE)"
+        )
+    raise UdptunError(f"the daemon at {path} has ended, and the trace with it")
+
+
+def _refusal(status: bytes, body: bytes, path: Path) -> str:
+    """Why there is no trace, by the daemon's answer."""
+    if b" 404 " in status:
+        return f"the daemon at {path} is of a version without --live: restart it, and ask again"
+    return body.decode(errors="replace").strip() or f"the daemon at {path} answered {status!r}"
