@@ -130,7 +130,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         full = [item for item in items if item.get_closest_marker("full")]
         if full:
             config.hook.pytest_deselected(items=full)
-            items[:] = [item for item in items if item not in full]
+            items[:] = [item for item in items if not item.get_closest_marker("full")]
     # A test that must be alone waits for the longest of those that run: so all of them come at the end.
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
     if hasattr(config, "workerinput"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ _NUMBERS = {"NET_ADMIN": 12, "NET_RAW": 13}
 """linux/capability.h"""
 
 
+@functools.cache
 def capabilities_of_the_manifest() -> list[str]:
     for found in yaml.safe_load_all((DEPLOY / "kube-flannel.yml").read_text()):
         if found["kind"] == "DaemonSet":
