@@ -173,8 +173,9 @@ def _nothing_outlives_the_session() -> Iterator[None]:
         time.sleep(0.02)
     left = _processes_with(_TOKEN_NAME, token)
     assert not left, f"processes outlive the tests: {left}"
-    # Other workers of this session may still be at it.
+    # Other workers of this session may still be at it, with a test that takes long.
+    deadline = time.monotonic() + 60
     while _names_outside_the_labs() - before and time.monotonic() < deadline:
-        time.sleep(0.02)
+        time.sleep(0.1)
     new = _names_outside_the_labs() - before
     assert not new, f"the tests left behind: {sorted(new)}"
