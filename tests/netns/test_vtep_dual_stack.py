@@ -30,7 +30,6 @@ from scapy.utils import rdpcap
 from test_dual_stack_udp import ping_all
 from test_vtep import (
     PORT,
-    assert_no_traceback,
     assert_trains_arrive,
     counters,
     every_packet_explained,
@@ -41,6 +40,7 @@ from test_vtep import (
 from traffic import (
     CLEANUP,
     REAL_TIME,
+    assert_no_traceback,
     datapath_pids,
     ipv6_gateway,
     is_answered,
