@@ -113,7 +113,8 @@ def test_subnet_env_and_status_name_both_families(lab: Lab) -> None:
         "counters": {},
         "peers": [
             {"subnet": str(ipv6_gateway(other).network), "public_ip": str(other.underlay_ipv6)}
-            | {"liveness": "unknown", "rtt_ms": None, "path_mtu": None}
+            | {"liveness": "unknown", "rtt_ms": None, "rtt_age_s": None, "path_mtu": None}
+            | {"probes_sent": 0, "probes_lost": 0}
         ],
     }
     assert status["problems"] == []
