@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -76,8 +77,10 @@ def by_kernel(host: Host) -> dict[str, int]:
 
 
 def mtus(lab: Lab) -> set[int]:
-    """Of the devices of all hosts."""
-    return {read_status(it)["backend"]["mtu"] for it in lab.hosts}
+    """Of the pairs of all hosts: each is made with the MTU that the shortcut is on with."""
+    near, _ = pair_names("flannel0")
+    found = [re.search(rf"{near}@.* mtu (\d+)", host.run(["ip", "-o", "link"]).stdout) for host in lab.hosts]
+    return {int(it[1]) if it else 0 for it in found}
 
 
 def is_clean(host: Host) -> bool:
@@ -197,6 +200,19 @@ def test_auto_gives_way_to_rules_that_name_the_port(lab: Lab) -> None:
         wait_until("it to be off", lambda: state(two).startswith("off: a firewall rule names UDP port 8285"), LIMIT_S)
         reload(two, "require")
         wait_until_on(lab)
+    reload(two, "auto")
+    wait_until_on(lab)
+
+
+def test_auto_lets_nothing_in_that_the_firewall_drops(lab: Lab) -> None:
+    """A policy of drop names no port: the workers got nothing, and the shortcut all."""
+    two = lab.hosts[1]
+    rules = "table ip t { chain i { type filter hook input priority 0; policy drop; iif lo accept; }; }"
+    with ExitStack() as undo:
+        two.run(["nft", "-f", "-"], input=rules)
+        undo.callback(two.run, ["nft", "delete", "table", "ip", "t"])
+        reload(two, "auto")
+        wait_until("it to be off", lambda: state(two).startswith("off: ") and "drops" in state(two), LIMIT_S)
     reload(two, "auto")
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from udptun.core.network_state import IPNetwork
 from udptun.core.offload import Offload
 from udptun.core.tunnel import ShortcutMode
+from udptun.core.tunnel_path import TunnelPath
 from udptun.datapath.settings import PacketSettings
 from udptun.datapath.tunnel import Tunnel
-from udptun.firewall.port_rules import find_objection
 
 if TYPE_CHECKING:
     from udptun.datapath.shortcut.programs import ShortcutSettings
@@ -25,6 +26,8 @@ _PERIOD_S = 60.0
 """The firewall's rules are read so often."""
 _REST = 100
 """And after so many times as long as it took."""
+_MAX_PEERS = 3
+"""Of the peers whose datagrams the rules are asked about."""
 
 
 class ShortcutSwitch:
@@ -93,6 +96,19 @@ class ShortcutSwitch:
         """Whether packets to the peer leave by the kernel."""
         return self._shortcut is not None and self._shortcut.is_sent_to(subnet)
 
+    async def _find_objection(self, packets: PacketSettings) -> str:
+        """What the host's firewall has against it; empty when nothing."""
+        # Here, because a host without it does not need the module.
+        from udptun.firewall.port_rules import find_drop, find_objection
+
+        entries = filter(None, map(self._tunnel.peers.entry, islice(self._tunnel.peers.subnets, _MAX_PEERS)))
+        remotes = [it.remote for it in entries if it.remote.address.version == 4]
+        ports = {it.port for it in remotes}
+        port = ports.pop() if len(ports) == 1 else None
+        addresses = tuple(it.address for it in remotes)
+        path = TunnelPath(self._underlay, packets.underlay_address, packets.port, addresses, port, looks_answered=True)
+        return await find_objection(packets.port) or await find_drop(path)
+
     async def _decide(self) -> tuple[ShortcutSettings | None, str]:
         """The settings that it shall have, or why it shall be off."""
         from udptun.datapath.shortcut.programs import ShortcutSettings, find_lack
@@ -104,7 +120,7 @@ class ShortcutSwitch:
             return None, "it carries IPv4 over IPv4 alone"
         if why := find_lack():
             return None, why
-        if self._mode is ShortcutMode.AUTO and (why := await find_objection(packets.port)):
+        if self._mode is ShortcutMode.AUTO and (why := await self._find_objection(packets)):
             return None, f"{why}; the shortcut passes such rules by: set Shortcut to require if that may be"
         carries_ecn = Offload.ECN in packets.offload
         return (

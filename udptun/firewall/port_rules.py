@@ -1,7 +1,7 @@
-"""Whether rules of packet filters name a UDP port.
+"""Whether rules of packet filters mean the tunnel's own datagrams.
 
 What the kernel carries by the shortcut passes none of the host's own chains.  So where somebody has written rules about
-the port, they mean to decide.
+the port, or drops all but a few, they mean to decide.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from udptun.core.errors import FirewallError
+from udptun.core.errors import FirewallError, KernelError
+from udptun.core.tunnel_path import TunnelPath
 from udptun.firewall import tool
 from udptun.firewall.iptables_programs import programs
+from udptun.firewall.obstacles.kernel_rules import read_legacy, read_nft
+from udptun.firewall.obstacles.watch import find_link_names, find_ways
 from udptun.firewall.tool import AbsentError
 
 _TABLES = ("raw", "mangle", "nat", "filter", "security")
@@ -35,6 +38,20 @@ async def find_objection(port: int) -> str:
     except FirewallError as exc:
         return f"the firewall's rules cannot be read: {exc}"
     return ""
+
+
+async def find_drop(path: TunnelPath) -> str:
+    """What drops the tunnel's datagrams, whatever port the rules name; empty when nothing certainly does."""
+    ways = await find_ways((), (path,))
+    traffics = list(dict.fromkeys(traffic for way in ways for traffic in way.traffics))
+    try:
+        nft, _ = await read_nft(find_link_names(ways), traffics)
+    except KernelError:
+        # The kernel has no nf_tables.
+        nft = {}
+    legacy = read_legacy(traffics)
+    chains = {traffic: [*nft.get(traffic, ()), *legacy[traffic]] for traffic in traffics}
+    return next((line for way in ways for line in way.judge(chains)), "")
 
 
 async def _listings() -> AsyncIterator[str]:
