@@ -84,6 +84,6 @@ def change(said: dict[str, Any], liveness: str) -> None:
     """Of a host that is not alive."""
     said["liveness"] = liveness
     if liveness == "unknown":
-        said.update(rtt_ms=None, rtt_age_s=None, path_mtu=None, probes_lost=said["probes_sent"])
+        said.update(rtt_ms=None, rtt_age_s=None, path_mtu=None, probes_sent=0)
     else:
-        said.update(rtt_age_s=95.0, probes_sent=90, probes_lost=90)
+        said.update(rtt_age_s=95.0, probes_sent=0)

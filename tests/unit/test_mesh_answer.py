@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Any
 
 import pytest
@@ -215,6 +215,16 @@ def test_a_host_that_answers_has_a_view() -> None:
 def test_an_answer_that_is_not_used_has_a_reason(parts: tuple[bytes, ...], why: str) -> None:
     answer = answer_of(says(*parts))
     assert (answer.view, answer.reason, answer.is_wrong) == (None, why, "not used" in why)
+
+
+def test_a_host_that_is_known_by_its_ipv6_subnet_alone_may_say_both() -> None:
+    by_ipv6 = IPv6Network("fd00:244:0:2::/64")
+    said = json.dumps(document(2, 9, ipv6_subnet=str(by_ipv6))).encode()
+    answer = ask._read(Question(by_ipv6, HERE, HERE), OK + said, 0.1, {SUBNET, IPv4Network("10.244.5.0/24")})
+    assert answer.view is not None
+    # Of the peers those are kept that the mesh has, and nothing is said of the others.
+    assert [str(it.subnet) for it in answer.view.peers] == ["10.244.5.0/24"]
+    assert answer.view.is_whole
 
 
 def test_a_host_that_says_its_answer_byte_by_byte_costs_no_more_than_the_deadline() -> None:

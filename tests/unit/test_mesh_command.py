@@ -150,7 +150,10 @@ def test_a_host_whose_port_is_closed_and_one_that_lies_are_told_apart(
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        (b"HTTP/1.1 404 not found\r\n\r\n404 not found\n", "404 not found"),
+        (
+            b"HTTP/1.1 404 Not Found\r\n\r\n404 not found\n",
+            "the daemon here is of a version without a view: restart it, and ask again",
+        ),
         (b"HTTP/1.1 503 x\r\n\r\nthe daemon is not ready yet: waits\n", "the daemon is not ready yet: waits"),
         ({"schema": 9}, "the daemon of this host says what cannot be used: its schema is 9, and this udptun reads 1"),
     ],

@@ -27,6 +27,11 @@ class Target:
     remote: Hashable = None
     less: int = 0
 
+    @property
+    def identity(self) -> str:
+        """Tells a peer from another one that has its subnet later."""
+        return f"{self.address} at {self.place}"
+
 
 @dataclass(frozen=True, slots=True)
 class Fate:

@@ -52,6 +52,8 @@ class _Asked:
     at_s: float
     size: int | None
     """Of a probe of the path, bytes; None: it asks whether the peer is alive."""
+    is_counted: bool
+    """As one that a peer that is alive should answer."""
     is_answered: bool = False
 
 
@@ -124,7 +126,7 @@ class Prober:
         now_s = self._now_s()
         for subnet in added:
             known = self._known.pop(subnet, None)
-            if known is None or known.place != _identity(self._targets[subnet]):
+            if known is None or known.place != self._targets[subnet].identity:
                 continue
             self._probing.restore(subnet, known.liveness, min(known.heard_s, now_s))
             if known.liveness is Liveness.DEAD:
@@ -148,7 +150,7 @@ class Prober:
             liveness, _ = self._probing.liveness(subnet)
             if liveness is not Liveness.UNKNOWN:
                 path_mtu = self._paths.measured(subnet)
-                known[subnet] = Known(_identity(target), liveness, path_mtu, heard_s.get(subnet, 0.0))
+                known[subnet] = Known(target.identity, liveness, path_mtu, heard_s.get(subnet, 0.0))
         self._memory.save(self._mtu, known)
 
     def remove_peers(self, subnets: Iterable[IPNetwork]) -> None:
@@ -210,9 +212,8 @@ class Prober:
 
     def document(self, subnet: IPNetwork) -> dict[str, object]:
         """The keys of docs/status.md about a peer."""
-        now_s = self._now_s()
         liveness, rtt_s = self._probing.liveness(subnet)
-        answered_s = self._probing.answered_s(subnet)
+        now_s, answered_s = self._now_s(), self._probing.answered_s(subnet)
         counts = self._losses.counts(subnet, now_s)
         return {
             "liveness": liveness.value,
@@ -280,16 +281,15 @@ class Prober:
         self._forget_late(now_s, was_away=was_away)
 
     def _forget_late(self, now_s: float, *, was_away: bool) -> None:
-        """Wait no longer for the answers to old probes.  Those that asked whether a peer is alive are lost."""
+        """Wait no longer for the answers to old probes, which are lost."""
         while self._nonces and now_s - self._by_nonce[self._nonces[0]].at_s > _LATE_S:
             asked = self._by_nonce.pop(self._nonces.popleft())
-            is_of_peer = asked.size is None and self._targets.get(asked.subnet) is asked.target
-            if is_of_peer and not asked.is_answered and not was_away and asked.sent.fate().has_left:
+            is_counted = asked.is_counted and self._targets.get(asked.subnet) is asked.target and not was_away
+            if is_counted and not asked.is_answered and self._is_alive(asked.subnet) and asked.sent.fate().has_left:
                 self._losses.note(asked.subnet, now_s, is_lost=True)
 
     def _look_at_beliefs(self, sent_to: Iterable[IPNetwork], now_s: float) -> None:
-        """Note what the kernel believes of the paths to peers that packets were sent to, and at times of other paths.
-        """
+        """Note what the kernel believes of the paths to peers that packets were sent to, at times of other paths."""
         subnets = set(sent_to) & self._targets.keys()
         if now_s >= self._beliefs_due_s:
             self._beliefs_due_s = now_s + _BELIEFS_S
@@ -318,6 +318,9 @@ class Prober:
 
     def _has_answered(self, subnet: IPNetwork) -> bool:
         return self._probing.liveness(subnet)[0] is not Liveness.UNKNOWN
+
+    def _is_alive(self, subnet: IPNetwork) -> bool:
+        return self._probing.liveness(subnet)[0] is Liveness.ALIVE
 
     def _go_on_measuring(self, now_s: float) -> None:
         self._give_up_measuring(now_s, was_away=False)
@@ -358,7 +361,8 @@ class Prober:
         sent = self._carrier.send(target.address, nonce, size or min_length(target.address))
         if sent is None:
             return None
-        asked = self._by_nonce[nonce] = _Asked(subnet, target, sent, now_s, size)
+        is_counted = size is None and self._is_alive(subnet)
+        asked = self._by_nonce[nonce] = _Asked(subnet, target, sent, now_s, size, is_counted)
         self._nonces.append(nonce)
         return asked
 
@@ -377,10 +381,10 @@ class Prober:
                 self._paths.note_answer(asked.subnet, asked.size, now_s)
                 if asked.subnet in self._beliefs:
                     self._undecided.add(asked.subnet)
-        elif not asked.is_answered:
+        elif self._asked.get(asked.subnet) is asked:
+            del self._asked[asked.subnet]
+        if asked.is_counted and not asked.is_answered:
             self._losses.note(asked.subnet, now_s, is_lost=False)
-            if self._asked.get(asked.subnet) is asked:
-                del self._asked[asked.subnet]
         asked.is_answered = True
         self._probing.note_answer(asked.subnet, rtt_s, now_s)
         self._measure(self._paths.due_with_answer(asked.subnet, now_s), now_s)
@@ -395,6 +399,7 @@ class Prober:
         for subnet, liveness in changes.items():
             if liveness is Liveness.DEAD:
                 self._paths.give_up(subnet, self._now_s())
+                self._losses.remove([subnet])
             is_dead = liveness is Liveness.DEAD
             if is_dead or subnet in self._refused:
                 must_publish = True
@@ -443,8 +448,3 @@ class Prober:
 def _host(subnet: IPNetwork, place: object) -> str:
     """`place` None: the peer has gone since."""
     return f"the host of {subnet}" + ("" if place is None else f" at {place}")
-
-
-def _identity(target: Target) -> str:
-    """Tells a peer from another one that has its subnet later."""
-    return f"{target.address} at {target.place}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar, cast
 
@@ -81,7 +81,7 @@ class Peer:
 class View:
     """What a host says of itself and its peers.  `made_at`: Unix time by its clock.  `mesh_port` 0: it has none open.
 
-    `probes`: `on`, `off`, or `off: ` and why.  `n_peers` may be more than there are in `peers`.
+    `probes`: `on`, `off`, or `off: ` and why.  `is_whole`: it has named all its `n_peers` peers; `peers` may be fewer.
     """
 
     version: str
@@ -94,11 +94,12 @@ class View:
     probes: str
     mesh_port: int
     n_peers: int
+    is_whole: bool
     peers: tuple[Peer, ...]
 
 
-def read_view(body: bytes) -> View:
-    """Raises AnswerError."""
+def read_view(body: bytes, of: Collection[IPNetwork] = ()) -> View:
+    """With the peers that have these subnets, or all of them.  Raises AnswerError."""
     if len(body) > MOST_BYTES:
         raise AnswerError(f"it has more than {MOST_BYTES} bytes")
     try:
@@ -113,9 +114,10 @@ def read_view(body: bytes) -> View:
         raise AnswerError("peers is no list")
     if len(items) > MOST_PEERS:
         raise AnswerError(f"it has {len(items)} peers, more than {MOST_PEERS}")
-    peers = tuple(_peer(_Object(item, f"peers[{i}]")) for i, item in enumerate(items))
+    peers = [_peer(_Object(item, f"peers[{i}]")) for i, item in enumerate(items)]
     if len({peer.subnet for peer in peers}) < len(peers):
         raise AnswerError("it has two peers of one subnet")
+    n_peers = top.integer("n_peers")
     return View(
         version=top.text("version", _word),
         made_at=top.number("made_at", most=1e11),
@@ -126,8 +128,9 @@ def read_view(body: bytes) -> View:
         mtu=top.integer("mtu", most=65535),
         probes=top.text("probes", _line),
         mesh_port=top.integer("mesh_port", most=65535),
-        n_peers=top.integer("n_peers"),
-        peers=peers,
+        n_peers=n_peers,
+        is_whole=n_peers <= len(peers),
+        peers=tuple(peer for peer in peers if not of or peer.subnet in of or peer.ipv6_subnet in of),
     )
 
 

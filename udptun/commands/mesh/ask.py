@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -37,46 +37,65 @@ class Answer:
     is_wrong: bool = False
 
 
-async def ask_all(questions: Sequence[Question], port: int, wait_s: float) -> Mapping[IPNetwork, Answer]:
-    """What the host of each subnet says, at most `wait_s` seconds after now."""
-    answers = await asyncio.gather(*(_ask(it, port, wait_s) for it in questions))
-    return {question.subnet: answer for question, answer in zip(questions, answers, strict=True)}
+async def ask_all(
+    questions: Sequence[Question], port: int, wait_s: float, of: Collection[IPNetwork] = ()
+) -> Mapping[IPNetwork, Answer]:
+    """What the host of each subnet says of itself and the hosts with subnets `of`, at most `wait_s` seconds after now.
+
+    Nothing is read before all is there: that takes a while, in which others would seem to be late.
+    """
+    came = await asyncio.gather(*(_ask(it, port, wait_s) for it in questions))
+    return {
+        question.subnet: it if isinstance(it, Answer) else _read(question, *it, of)
+        for question, it in zip(questions, came, strict=True)
+    }
 
 
-async def _ask(question: Question, port: int, wait_s: float) -> Answer:
+def _read(question: Question, answer: bytes, took_s: float, of: Collection[IPNetwork]) -> Answer:
+    try:
+        view = read_view(_body(answer), of)
+        if question.subnet not in (view.subnet, view.ipv6_subnet):
+            raise AnswerError(f"it comes from the host of {view.subnet}")
+    except AnswerError as exc:
+        return Answer(None, f"its answer is not used: {exc}", took_s, is_wrong=True)
+    return Answer(view, "", took_s)
+
+
+async def _ask(question: Question, port: int, wait_s: float) -> Answer | tuple[bytes, float]:
+    """All that has come, and how long that took; or why nothing has."""
     began_s = time.monotonic()
     try:
         async with asyncio.timeout(wait_s):
-            body = await _fetch(question, port)
-        view = read_view(body)
-        if view.subnet != question.subnet:
-            raise AnswerError(f"it comes from the host of {view.subnet}")
-        return Answer(view, "", time.monotonic() - began_s)
-    except AnswerError as exc:
-        return Answer(None, f"its answer is not used: {exc}", time.monotonic() - began_s, is_wrong=True)
+            answer = await _fetch(question, port)
     except TimeoutError:
         return Answer(None, f"no answer within {wait_s:g} s", wait_s)
     except OSError as exc:
         return Answer(None, _why_not(exc, port), time.monotonic() - began_s)
+    return answer, time.monotonic() - began_s
 
 
 async def _fetch(question: Question, port: int) -> bytes:
-    """The body of the answer.  Raises OSError, AnswerError."""
+    """The answer, or more of it than may be.  Raises OSError."""
     reader, writer = await asyncio.open_connection(
         str(question.to), port, local_addr=(str(question.here), 0), limit=_CHUNK_BYTES
     )
     try:
         writer.write(f"GET {PATH} HTTP/1.1\r\nHost: udptun\r\nConnection: close\r\n\r\n".encode())
         answer = bytearray()
-        while chunk := await reader.read(_CHUNK_BYTES):
+        while len(answer) <= _MOST_HEAD_BYTES + MOST_BYTES and (chunk := await reader.read(_CHUNK_BYTES)):
             answer += chunk
-            if len(answer) > _MOST_HEAD_BYTES + MOST_BYTES:
-                raise AnswerError(f"it has more than {MOST_BYTES} bytes")
     finally:
         writer.transport.abort()
     if not answer:
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-    head, end, body = bytes(answer).partition(b"\r\n\r\n")
+    return bytes(answer)
+
+
+def _body(answer: bytes) -> bytes:
+    """Raises AnswerError."""
+    if len(answer) > _MOST_HEAD_BYTES + MOST_BYTES:
+        raise AnswerError(f"it has more than {MOST_BYTES} bytes")
+    head, end, body = answer.partition(b"\r\n\r\n")
     words = head[:_MOST_HEAD_BYTES].split(b"\r\n")[0].split(b" ")
     if not end or len(words) < 2 or not words[0].startswith(b"HTTP/1.") or not words[1].isdigit():
         raise AnswerError("it is none of an HTTP server")

@@ -24,6 +24,8 @@ from udptun.core.network_state import IPNetwork
 from udptun.core.tunnel import PORTS
 
 _WAIT_S = 3.0
+_NOT_FOUND = "404 not found"
+"""What a daemon says that does not know the path."""
 _NO_ADDRESS = ("host-gw", "alloc")
 """The types whose hosts have no tunnel address, at which their views could be asked for."""
 
@@ -70,6 +72,10 @@ def gather(run_dir: Path, wanted: Sequence[str], port: int | None, wait_s: float
     began_s, made_at = time.monotonic(), time.time()
     try:
         own = read_view(fetch(run_dir, PATH).encode())
+    except UdptunError as exc:
+        if str(exc) != _NOT_FOUND:
+            raise
+        raise UdptunError("the daemon here is of a version without a view: restart it, and ask again") from None
     except AnswerError as exc:
         raise UdptunError(f"the daemon of this host says what cannot be used: {exc}") from None
     try:
@@ -79,8 +85,11 @@ def gather(run_dir: Path, wanted: Sequence[str], port: int | None, wait_s: float
     port = own.mesh_port if port is None else port
     answers = _not_asked(own, peers, port)
     questions = [it for peer in peers if peer.subnet not in answers and (it := _question(own, peer)) is not None]
-    answers |= asyncio.run(ask_all(questions, port, wait_s))
-    return build(own, peers, answers, made_at=made_at, took_s=time.monotonic() - began_s, port=port)
+    subnets = [own.subnet, own.ipv6_subnet, *(it.subnet for it in peers), *(it.ipv6_subnet for it in peers)]
+    of = {subnet for subnet in subnets if subnet is not None}
+    answers |= asyncio.run(ask_all(questions, port, wait_s, of))
+    took_s = time.monotonic() - began_s
+    return build(own, peers, answers, made_at=made_at, took_s=took_s, port=port, are_named=bool(wanted))
 
 
 def _not_asked(own: View, peers: Sequence[Peer], port: int) -> dict[IPNetwork, Answer]:

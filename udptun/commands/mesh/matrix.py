@@ -111,19 +111,30 @@ def choose(own: View, wanted: Collection[str] = (), most: int = MOST_HOSTS) -> l
     peers: Iterable[Peer] = own.peers
     if wanted:
         peers = {peer.subnet: peer for text in wanted for peer in _named(own, text)}.values()
-    by_trouble = sorted(peers, key=lambda peer: (_trouble(peer.found), _place(peer.subnet)))
+    by_trouble = sorted(peers, key=lambda peer: (_worst(peer), _place(peer.subnet)))
     return sorted(by_trouble[: most - 1], key=lambda peer: _place(peer.subnet))
 
 
 def build(
-    own: View, peers: Sequence[Peer], answers: Mapping[IPNetwork, Answer], *, made_at: float, took_s: float, port: int
+    own: View,
+    peers: Sequence[Peer],
+    answers: Mapping[IPNetwork, Answer],
+    *,
+    made_at: float,
+    took_s: float,
+    port: int,
+    are_named: bool = False,
 ) -> Mesh:
-    """The mesh of this host and these peers.  `answers` are by the peers' subnets."""
+    """The mesh of this host and these peers.  `answers` are by the peers' subnets.
+
+    `are_named`: nobody has asked for more peers than these, so none is left out.
+    """
+    n_left_out = 0 if are_named else own.n_peers - len(peers)
     others = [_host(peer, answers.get(peer.subnet)) for peer in peers]
     here = Host(0, own.subnet, own.ipv6_subnet, own.public_ip, is_udptun=True, is_self=True, view=own)
     in_order = sorted([here, *others], key=lambda host: _place(host.subnet))
     hosts = [replace(host, number=number) for number, host in enumerate(in_order, 1)]
-    return Mesh(hosts, [_row(host, hosts) for host in hosts], own.n_peers - len(peers), made_at, took_s, port)
+    return Mesh(hosts, [_row(host, hosts) for host in hosts], n_left_out, made_at, took_s, port)
 
 
 def _host(peer: Peer, answer: Answer | None) -> Host:
@@ -146,13 +157,13 @@ def _host(peer: Peer, answer: Answer | None) -> Host:
 def _row(start: Host, hosts: Sequence[Host]) -> list[Way | None]:
     if start.view is None:
         return [None if end is start else _NO_VIEW for end in hosts]
-    peers = {peer.subnet: peer for peer in start.view.peers}
-    is_whole = start.view.n_peers <= len(peers)
+    # Of a lease that one of two hosts can use by IPv6 alone it knows the IPv6 subnet alone.
+    peers = {subnet: peer for peer in start.view.peers for subnet in (peer.ipv6_subnet, peer.subnet)}
+    unknown = _MISSING if start.view.is_whole else _NO_VIEW
 
     def to(end: Host) -> Way:
-        # Of a lease that one host can use by IPv6 alone it knows the IPv6 subnet alone.
         peer = peers.get(end.subnet) or (None if end.ipv6_subnet is None else peers.get(end.ipv6_subnet))
-        return _way(peer) if peer is not None else _MISSING if is_whole else _NO_VIEW
+        return unknown if peer is None else _way(peer)
 
     return [None if end is start else to(end) for end in hosts]
 
@@ -162,6 +173,11 @@ def _way(peer: Peer) -> Way:
         family = "" if peer.ipv6 is None or _trouble(peer.ipv6) == _trouble(peer.found) else f"IPv{peer.subnet.version}"
         return Way(State(peer.found.liveness or State.UNKNOWN), peer.found, family)
     return Way(State(peer.ipv6.liveness or State.UNKNOWN), peer.ipv6, "IPv6")
+
+
+def _worst(peer: Peer) -> int:
+    """By either family."""
+    return min(_trouble(found) for found in (peer.found, peer.ipv6) if found is not None)
 
 
 def _trouble(found: Found) -> int:

@@ -16,6 +16,8 @@ from udptun.commands.mesh.matrix import Host, Mesh, State, Way
 
 _MOST_NAMED = 8
 """Numbers of hosts that a line lists."""
+_MOST_UNANSWERED = 4
+"""Notes about hosts that do not answer: more of them are one."""
 
 
 class Verdict(StrEnum):
@@ -67,7 +69,10 @@ def problems_of(mesh: Mesh) -> list[Problem]:
     """In the order in which to show them."""
     gone = {host.number: host for host in mesh.hosts if _is_gone(mesh, host)}
     one_way, dead = _dead_pairs(mesh, gone)
-    lossy, narrow = _pairs(mesh, lambda way: way.is_lossy), _pairs(mesh, lambda way: way.is_narrow)
+    cut = {frozenset((one.number, two.number)) for one, two in (*one_way, *dead)}
+    # Where one way is cut, probes are lost on the way back.
+    lossy = [it for it in _pairs(mesh, lambda way: way.is_lossy) if frozenset(host.number for host in it) not in cut]
+    narrow = _pairs(mesh, lambda way: way.is_narrow)
     wrong = [host for host in mesh.hosts if host.is_wrong]
     return [
         *(_host_dead(mesh, host) for host in gone.values()),
@@ -111,7 +116,14 @@ def notes_of(mesh: Mesh) -> list[str]:
     for why, hosts in mute.items():
         notes.append(f"probes of {names(hosts)} are {why}")
     quiet = {host.number for hosts in mute.values() for host in hosts}
-    for star in _stars([way for way in _ways(mesh, State.UNKNOWN) if way[0].number not in quiet]):
+    unanswered = [way for way in _ways(mesh, State.UNKNOWN) if way[0].number not in quiet]
+    stars = list(_stars(unanswered))
+    if len(stars) > _MOST_UNANSWERED:
+        ends = sorted({end.number: end for _, end in unanswered}.values(), key=lambda host: host.number)
+        where = f"{plural(len(unanswered), 'way')}, by {names(ends)}"
+        notes.append(f"no probe was ever answered on {where}; does a firewall drop echoes?")
+        stars = []
+    for star in stars:
         one, others = name(star.hub), names(star.others)
         who, whom = (others, one) if star.starts_there else (one, others)
         notes.append(f"no probe of {whom} was ever answered by {who}; does a firewall drop echoes?")
@@ -140,21 +152,20 @@ def _listed(words: Sequence[str]) -> str:
 
 def _stars(pairs: _Pairs, *, are_ways: bool = True) -> Iterator[_Star]:
     """All pairs, as few stars.  Without `are_ways` it does not matter which host of a pair comes first."""
-    left = pairs
-    while left:
-        around: dict[tuple[int, bool], _Pairs] = {}
-        for one, two in left:
-            around.setdefault((one.number, True), []).append((one, two))
-            around.setdefault((two.number, not are_ways), []).append((two, one))
-        (number, starts_there), found = max(around.items(), key=lambda item: len(item[1]))
-        hub, others = found[0][0], sorted((other for _, other in found), key=lambda host: host.number)
-        yield _Star(hub, others, starts_there)
-        of_hub = 0 if starts_there else 1
-        left = [
-            pair
-            for pair in left
-            if (pair[of_hub].number != number if are_ways else number not in (pair[0].number, pair[1].number))
-        ]
+    around: dict[tuple[int, bool], dict[int, Host]] = {}
+    """Host, and whether the ways start there -> the others, by the pairs' places."""
+    for i, (one, two) in enumerate(pairs):
+        around.setdefault((one.number, True), {})[i] = two
+        around.setdefault((two.number, not are_ways), {})[i] = one
+    while around:
+        key = number, starts_there = max(around, key=lambda it: len(around[it]))
+        found = around.pop(key)
+        if not found:
+            return
+        hub = next(host for host in pairs[next(iter(found))] if host.number == number)
+        yield _Star(hub, sorted(found.values(), key=lambda host: host.number), starts_there)
+        for i, other in found.items():
+            del around[other.number, not starts_there if are_ways else True][i]
 
 
 def _ways(mesh: Mesh, state: State) -> _Pairs:
