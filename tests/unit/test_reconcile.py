@@ -70,6 +70,13 @@ def test_plan_configures_a_new_device_sysctls_first_and_routes_last() -> None:
     ]
 
 
+def test_the_log_names_the_device_of_a_route() -> None:
+    """It had the number of the device: `dev if7`."""
+    fresh = replace(LINK, mtu=1500, is_up=False, tx_queue_len=10, alias="")
+    *_, route = plan(WANTED, ActualState({"flannel0": fresh}, frozenset({"flannel0"}), (), (GUARD,)), ALIAS)
+    assert route.describe({7: "flannel0"}) == "add route 10.244.0.0/16 dev flannel0 proto 158"
+
+
 def test_plan_revives_a_device_that_our_queues_no_longer_reach() -> None:
     """The name is there, but it is somebody else's device: nothing on it may be touched."""
     actual = replace(GOOD, attached=frozenset())

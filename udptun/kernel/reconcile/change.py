@@ -62,13 +62,17 @@ class Change:
         return OBJECTS[type(self.thing)]
 
     def __str__(self) -> str:
-        """For log lines and problems."""
-        return f"{self.verb.value} {self._object()}"
+        """For problems."""
+        return self.describe({})
 
-    def _object(self) -> str:
+    def describe(self, link_names: Mapping[int, str]) -> str:
+        """For log lines, with these names of links by their indexes."""
+        return f"{self.verb.value} {self._object(link_names)}"
+
+    def _object(self, link_names: Mapping[int, str]) -> str:
         match self.thing:
             case Route() as route:
-                return f"route {describe_route(route)}"
+                return f"route {describe_route(route, link_names)}"
             case Address() as address:
                 return f"address {address.ip}/{address.prefixlen}"
             case Neighbour() as neighbour:

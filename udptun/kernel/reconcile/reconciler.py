@@ -210,7 +210,7 @@ class Reconciler:
     def _record(self, outcome: Outcome) -> None:
         """Keep the outcome; say what was done, in one line, and what is new in its problems."""
         if outcome.changes:
-            log.info("kernel state changed changes=%r", "; ".join(_first_of(outcome.changes)))
+            log.info("kernel state changed changes=%r", "; ".join(_first_of(outcome.changes, self._own_links)))
         known = set(self.last.problems)
         for problem in _first_of([problem for problem in outcome.problems if problem not in known]):
             log.warning("kernel state is not as wanted problem=%r", problem)
@@ -363,7 +363,8 @@ def _describe_undone(undone: Sequence[Change]) -> Iterator[str]:
         )
 
 
-def _first_of(items: Sequence[object]) -> list[str]:
+def _first_of(items: Sequence[Change | str], link_names: Mapping[int, str] | None = None) -> list[str]:
     """The items as text.  Of very many only the first ones, and how many more there are."""
     more = len(items) - _MAX_NAMED
-    return [*map(str, items[:_MAX_NAMED]), *([f"and {more} more"] if more > 0 else [])]
+    named = [it if isinstance(it, str) else it.describe(link_names or {}) for it in items[:_MAX_NAMED]]
+    return [*named, *([f"and {more} more"] if more > 0 else [])]
