@@ -25,8 +25,8 @@ from udptun.lab.host import Host
 from udptun.lab.topology import DEFAULT_NET_CONF, Lab, missing_requirements
 
 _STATUS = [sys.executable, "-m", "udptun", "status"]
-_WIDEST_LINE = 96
-"""Columns: in a pipe the table of `udptun status` is as wide as it gets."""
+_WIDEST_LINE = 98
+"""Columns: in a pipe the table of `udptun status` is as wide as it gets.  So many end behind the column IN pkt/s."""
 _UDP_SECONDS = 1
 _UDP_BYTES = 64
 
