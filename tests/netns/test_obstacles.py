@@ -37,6 +37,9 @@ DOCKERS = 'if Docker has set it, `"allow-direct-routing": true` in daemon.json e
 ACCEPT = f"-s {NETWORK} -j ACCEPT\n-A FORWARD -d {NETWORK} -j ACCEPT"
 
 
+ETH0 = "192.0.2.1", "2001:db8::1"
+
+
 @pytest.fixture(scope="module")
 def _world() -> Iterator[Namespace]:
     with namespace() as ns:
@@ -44,8 +47,12 @@ def _world() -> Iterator[Namespace]:
             ns.ip(f"link add {link} type bridge")
             ns.ip(f"address add {address} dev {link}")
         ns.ip("link add flannel0 type veth peer name other0")
+        ns.ip("link add eth0 type bridge")
         run(ns, "sysctl -qw net.ipv6.conf.all.disable_ipv6=0 net.ipv6.conf.default.disable_ipv6=0")
         ns.ip("address add fd00:244:0:1::1/64 dev cni0 nodad")
+        ns.ip(f"address add {ETH0[0]}/24 dev eth0")
+        ns.ip(f"address add {ETH0[1]}/64 dev eth0 nodad")
+        ns.ip("address add 192.0.2.200/32 dev lo")
         yield ns
 
 
@@ -524,7 +531,6 @@ def test_chain_with_very_many_rules_is_not_judged(world: Namespace) -> None:
 
 # --- the tunnel's own datagrams
 
-ETH0 = "192.0.2.1", "2001:db8::1"
 PEERS = ("192.0.2.7", "192.0.2.9"), ("2001:db8::7", "2001:db8::9")
 
 
@@ -714,6 +720,11 @@ TUNNEL_NFT = {
         [],
     ),
     "a link that is not known": (table("iifname eth0 udp dport 8285 drop", hook=IN_BASE), tunnel(link=None), []),
+    "an address of another link, to which datagrams come in by any": (
+        table("iifname eth1 accept", policy="drop", hook=IN_BASE),
+        tunnel(address=ip_address("192.0.2.200")),
+        [],
+    ),
 }
 
 

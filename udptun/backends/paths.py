@@ -45,11 +45,10 @@ def tunnel_paths(backend: Backend, inputs: Sequence[BackendInput]) -> list[Tunne
         underlay = inputs[0].underlay
         if (own := underlay.address_of(family)) is None:
             continue
-        is_sure_of_link = not underlay.is_routed and underlay.address_link is None
         peer_ports = set(port_of.values())
         found.append(
             TunnelPath(
-                underlay.link_name if is_sure_of_link else None,
+                underlay.link_name,
                 own,
                 own_port,
                 tuple(port_of),

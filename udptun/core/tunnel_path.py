@@ -12,10 +12,10 @@ from udptun.core.network_state import IPAddress
 class TunnelPath:
     """Of one address family of the underlay.
 
-    Peers send to `port` of `address`, and their datagrams come in by `link`; None: nobody knows by which.  `peers` are
-    the addresses of some peers, and `peer_port` is the UDP port of all of them; None: they differ.
-    `looks_answered`: a datagram from a peer may look like the answer to one of ours, for a firewall that remembers what
-    has left, as both go between the same two ports.
+    Peers send to `port` of `address`, and their datagrams come in by `link`; None: by any, or it is not known.
+    `peers` are the addresses of some peers, and `peer_port` is the UDP port of all of them; None: they differ.
+    `looks_answered`: a datagram from a peer may look like the answer to one of ours, for a firewall that remembers
+    what has left, as both go between the same two ports.
     """
 
     link: str | None

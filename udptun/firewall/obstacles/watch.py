@@ -10,12 +10,14 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from udptun.core.errors import KernelError
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel_path import TunnelPath
 from udptun.firewall.ruleset_notices import RulesetNotice
+from udptun.kernel.netlink import Netlink
 from udptun.kernel.pod_links import find_pod_links
 from udptun.kernel.problem_lines import ProblemLines
 
@@ -41,7 +43,16 @@ async def find_ways(pod_paths: Iterable[PodPath], tunnel_paths: Iterable[TunnelP
     from udptun.firewall.obstacles.judge import PodWay, TunnelWay
 
     ways: list[Way] = [PodWay(path, links) for path in pod_paths if (links := await find_pod_links(path))]
-    return [*ways, *(TunnelWay(path) for path in tunnel_paths if path.peers)]
+    return [*ways, *[TunnelWay(await _with_known_link(path)) for path in tunnel_paths if path.peers]]
+
+
+async def _with_known_link(path: TunnelPath) -> TunnelPath:
+    """Without the link, where that does not have the address: datagrams to it may then come in by any."""
+    async with Netlink() as kernel:
+        addresses = await kernel.addresses(family=path.family)
+    indexes = {it.link_index for it in addresses if it.ip == path.address}
+    is_there = any(index in indexes and name == path.link for index, name in socket.if_nameindex())
+    return path if is_there else replace(path, link=None)
 
 
 def find_link_names(ways: Iterable[Way]) -> Mapping[int, str]:
