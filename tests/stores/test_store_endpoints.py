@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from etcd_harness import NEEDS, ON_SHARED_SERVERS, SHARED_ETCD
@@ -14,11 +16,12 @@ from kube_server import SHARED, TOKEN, Client, write_kubeconfig
 
 from udptun.config.flags import parse_daemon_flags
 from udptun.doctor import endpoints, store
-from udptun.doctor.endpoints import Endpoint, ask_endpoints
+from udptun.doctor.endpoints import ask_endpoints
+from udptun.doctor.facts import Facts
 
 pytestmark = ON_SHARED_SERVERS
 
-LATE_S = 0.1
+LATE_S = 1.0
 
 
 @asynccontextmanager
@@ -49,26 +52,28 @@ async def behind_a_slow_link(port: int) -> AsyncIterator[int]:
 
 
 @pytest.mark.skipif(bool(NEEDS), reason=f"needs {', '.join(NEEDS)}")
-def test_a_server_of_etcd_that_is_slow_or_away_is_told_from_one_that_is_well(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_server_of_etcd_that_is_slow_or_away_is_told_from_one_that_is_well() -> None:
     """The store went on with the server that answered, and nobody saw that it had one less."""
-    monkeypatch.setattr(store, "SLOW_S", LATE_S / 2)
     (server,) = SHARED_ETCD.get("plain")
     before = server.etcdctl("endpoint", "status", "-w", "simple").split(",")[-3:]
 
-    async def main() -> tuple[Endpoint, ...]:
-        async with behind_a_slow_link(server.port) as slow_port:
-            urls = [f"http://127.0.0.1:{port}" for port in (server.port, slow_port, *free_ports(1))]
-            return await ask_endpoints(parse_daemon_flags(["--store=etcd", f"--etcd-endpoints={','.join(urls)}"], {}))
-
-    well, slow, away = asyncio.run(main())
+    async with behind_a_slow_link(server.port) as slow_port:
+        urls = [f"http://127.0.0.1:{port}" for port in (server.port, slow_port, *free_ports(1))]
+        asked = parse_daemon_flags(["--store=etcd", f"--etcd-endpoints={','.join(urls)}"], {})
+        found = await ask_endpoints(asked)
+    well, slow, away = found
     assert well.latency_s is not None
     assert slow.latency_s is not None
-    assert well.latency_s < LATE_S <= slow.latency_s
-    assert str(slow).endswith(" ms")
+    assert LATE_S <= slow.latency_s > well.latency_s
     assert away.latency_s is None
     assert "connection refused" in away.error.lower()
+    said = await store.store_endpoints(cast(Facts, SimpleNamespace(endpoints=found)))
+    # On a busy machine any server may be slow.
+    by_server = {it.subject: it.cause for it in said}
+    assert "ms for a small answer" in by_server[urls[1]]
+    assert "does not answer this host" in by_server[urls[2]]
+    # Only slow ones are named too.
+    assert len(await store.store_endpoints(cast(Facts, SimpleNamespace(endpoints=(slow,))))) == 1
     # The revision is the same: nothing was written.
     assert server.etcdctl("endpoint", "status", "-w", "simple").split(",")[-3:] == before
 

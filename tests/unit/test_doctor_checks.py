@@ -153,6 +153,15 @@ def test_the_kernel_says_whether_its_clock_is_kept() -> None:
     assert is_clock_synchronised() is (clock_sync._libc.adjtimex(ctypes.byref(_Timex())) != TIME_ERROR)
 
 
+async def test_a_question_about_ntp_that_is_refused_keeps_nothing_else_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise OSError(errno.EPERM, "")
+
+    monkeypatch.setattr(kernel, "is_clock_synchronised", refuse)
+    behind = facts(now_s=NOW_S - 7200, options=parse_daemon_flags(["--store=etcd"], {}))
+    assert ["is behind" in it for it in await causes(kernel.clock, behind)] == [True]
+
+
 async def test_a_kernel_that_corrupts_what_is_sent_is_a_note_and_an_error_where_it_is_used() -> None:
     assert await causes(kernel.kernel_version, facts()) == []
     (note,) = await kernel.kernel_version(facts(release="7.1.0"))
