@@ -210,7 +210,7 @@ names = {{"__name__": "worker"}}
 exec(open({worker.__file__!r}).read(), names)
 start, started = _thread.start_new_thread, []
 def start_one(function, arguments):
-    if len(started) == STARTS and sys.argv[-1] == "2":
+    if len(started) == STARTS and sys.argv[-2] == "2":
         raise RuntimeError("can't start new thread")
     started.append(start(function, arguments))
 _thread.start_new_thread = start_one
