@@ -11,12 +11,14 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -24,6 +26,7 @@ from tests.datapath.cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, Bad
 from tests.namespace import linked_namespace, requires_netns
 from tests.packets import (
     LOCAL_IN_A_LEASE,
+    MTU,
     NEAR,
     NEAR_POD,
     NO_VNET_HDR,
@@ -35,6 +38,7 @@ from tests.packets import (
     udp,
 )
 from tests.reference import CE, ECT_0, ECT_1, NOT_ECT, Table, decap, encap, outer_tos
+from udptun.core.errors import KernelError
 from udptun.datapath.peer_entries import PeerEntry
 from udptun.datapath.settings import Remote
 from udptun.datapath.shortcut.entries import KernelPeers
@@ -213,6 +217,35 @@ def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker()
     keys = {IPv4Address(key) for key, value in peers.changes() if value is not None}
     assert IPv4Address("10.244.4.0") in keys
     assert IPv4Address("10.244.2.0") not in keys
+
+
+def test_after_a_thousand_changes_of_ten_thousand_peers_the_kernel_has_what_the_table_has() -> None:
+    """Nothing stale, nothing missing: each entry is read back."""
+    random = Random(1)
+    programs, peers = Programs.load(0), KernelPeers(IPv4Network("10.255.255.0/24"), MTU)
+    subnets = [IPv4Network((0x0A000000 | n << 8, 24)) for n in range(10_000)]
+    wanted: dict[IPv4Network, int] = {}
+
+    def change(subnet: IPv4Network, host: int) -> None:
+        """`host` 0: the peer goes."""
+        remote = Remote(IPv4Address(0xC0000000 | host), PORT, True, takes_shortcut=True)
+        peers.set_peer(subnet, PeerEntry(remote, 1, MTU, is_dead=False) if host else None)
+        wanted[subnet] = host
+
+    for host, subnet in enumerate(subnets, 1):
+        change(subnet, host)
+    for _ in range(1001):
+        for key, value in peers.changes():
+            programs.set_peer(key, value)
+        change(random.choice(subnets), random.choice((0, random.randrange(1, 1 << 16))))
+    for key, value in peers.changes():
+        programs.set_peer(key, value)
+    for subnet, host in wanted.items():
+        key, value = int.from_bytes(subnet.network_address.packed, sys.byteorder), b""
+        with suppress(KernelError):
+            value = programs.peers.read(key)
+        assert int.from_bytes(value[:4]) == (0xC0000000 | host if host else 0)
+    programs.close()
 
 
 # ---------------------------------------------------------------------------------------------------- to the peers

@@ -90,6 +90,10 @@ class Programs:
         return self._programs[name]
 
     @property
+    def peers(self) -> Map:
+        return self._maps["peers"]
+
+    @property
     def counts(self) -> Map:
         return self._maps["counts"]
 
@@ -118,9 +122,9 @@ class Programs:
     def set_peer(self, key: bytes, value: bytes | None) -> None:
         """See `KernelPeers.changes`.  Raises KernelError."""
         if value is None:
-            self._maps["peers"].delete(key)
+            self.peers.delete(key)
         else:
-            self._maps["peers"].set(key, value)
+            self.peers.set(key, value)
 
     def attach(self, links: LinkIndexes) -> None:
         """First what receives.  Raises KernelError: nothing is attached."""
