@@ -158,16 +158,19 @@ class Limited:
             mount_cgroups(host)
         top = Path("/sys/fs/cgroup")
         self._parent = top / self._controller if host.path(top / self._controller).is_dir() else top
-        self._pid = read_status(host)["pid"]
+        pid = read_status(host)["pid"]
         cgroup = self._parent / f"udptun-{os.getpid()}-{self._controller}"
         limits = " || ".join(
             f"echo {value} 2>/dev/null >{cgroup}/{file}" for file, value in self._LIMITS[self._controller].items()
         )
-        shell(f"mkdir {cgroup}", limits, f"echo {self._pid} >{cgroup}/cgroup.procs")(host)
+        shell(f"mkdir {cgroup}", limits, f"echo {pid} >{cgroup}/cgroup.procs")(host)
 
     def stop(self, host: Host) -> None:
         cgroup = self._parent / f"udptun-{os.getpid()}-{self._controller}"
-        shell(f"echo {self._pid} >{self._parent}/cgroup.procs; rmdir {cgroup}")(host)
+        # What the daemon starts meanwhile, a tool of the firewall for example, begins in there too.
+        move = f"for pid in $(cat {cgroup}/cgroup.procs); do echo $pid >{self._parent}/cgroup.procs; done"
+        leave = ["sh", "-c", f"{move}; rmdir {cgroup}"]
+        wait_until("the end of the cgroup", lambda: host.run(leave, check=False).returncode == 0, SOON_S)
 
 
 class NodeWithoutPodCidr:
