@@ -7,6 +7,7 @@ with `encap` on it, and come out on the far end of an underlay, or for the worke
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 import struct
@@ -23,7 +24,7 @@ from random import Random
 import pytest
 
 from tests.datapath.cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, Bad
-from tests.namespace import linked_namespace, requires_netns
+from tests.namespace import Namespace, linked_namespace, requires_netns
 from tests.packets import (
     LOCAL_IN_A_LEASE,
     MTU,
@@ -41,15 +42,16 @@ from tests.reference import CE, ECT_0, ECT_1, NOT_ECT, Table, decap, encap, oute
 from udptun.core.errors import KernelError
 from udptun.datapath.peer_entries import PeerEntry
 from udptun.datapath.settings import Remote
+from udptun.datapath.shortcut.counts import COUNTS
 from udptun.datapath.shortcut.entries import KernelPeers
 from udptun.datapath.shortcut.programs import LinkIndexes, Programs, ShortcutSettings, find_lack
-from udptun.kernel.bpf import Hook, attach
+from udptun.kernel.bpf import Hook, attach, load_program
 from udptun.kernel.tun import open_queues
 
 pytestmark = [requires_netns, pytest.mark.skipif(os.geteuid() == 0 and bool(find_lack()), reason=find_lack())]
 
-PASS, REDIRECT = 0, 7
-"""TC_ACT_OK, TC_ACT_REDIRECT."""
+PASS, REDIRECT = 0xFFFFFFFF, 7
+"""TC_ACT_UNSPEC, after which the next program of the device has its turn, and TC_ACT_REDIRECT."""
 ETH_P_IP = 0x0800
 _TEST_RUN = struct.Struct("=IIIIQQIIIIQQIII")
 _PROG_TEST_RUN, _SYS_BPF = 10, {"x86_64": 321, "aarch64": 280}[os.uname().machine]
@@ -97,16 +99,21 @@ class Kernel:
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[Kernel]:
     table = of_the_shortcut(overlay())
-    programs = Programs.load(0)
-    programs.configure(settings(table), LinkIndexes(1, 1, 1, 1))
-    for key, value in known_peers(table).changes():
-        programs.set_peer(key, value)
+    programs = loaded(settings(table), LinkIndexes(1, 1, 1, 1), known_peers(table))
     yield Kernel(table, programs)
     programs.close()
 
 
 def settings(table: Table) -> ShortcutSettings:
     return ShortcutSettings("lo", IPv4Address(UNDERLAY), PORT, table.own_subnet, table.mtu, carries_ecn=True)
+
+
+def loaded(of: ShortcutSettings, links: LinkIndexes, peers: KernelPeers) -> Programs:
+    programs = Programs.load(0)
+    programs.configure(of, links)
+    for key, value in peers.changes():
+        programs.set_peer(key, value)
+    return programs
 
 
 def frame(
@@ -211,6 +218,21 @@ def test_marks_of_congestion_are_carried_on_as_by_the_worker(kernel: Kernel, inn
         assert answer == PASS
 
 
+@pytest.mark.parametrize("outer", [ECT_1, CE])
+@pytest.mark.parametrize("inner", [NOT_ECT, ECT_0])
+def test_marks_of_congestion_are_carried_on_nowhere_while_ecn_is_disabled(inner: int, outer: int) -> None:
+    """`ecn` in OffloadDisabled was obeyed on the way out only."""
+    table = of_the_shortcut(overlay())
+    programs = loaded(replace(settings(table), carries_ecn=False), LinkIndexes(1, 1, 1, 1), known_peers(table))
+    packet = ipv4(NEAR_POD, POD, bytes(64), tos=0xB8 | inner, protocol=50)
+    answer, after = Kernel(table, programs).decap(frame(packet, tos=outer))
+    programs.close()
+    assert (answer, after[14:]) == (
+        REDIRECT,
+        decap(table, packet, IPv4Address(NEAR), outer_ecn=NOT_ECT).writes[0][len(NO_VNET_HDR) :],
+    )
+
+
 def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker() -> None:
     """Its packets may come from that address, and ours to it may be the tunnel's own."""
     peers = known_peers(overlay())
@@ -256,8 +278,11 @@ WHERE = {"10.244.4.0/24": IPv4Address("192.0.2.201")}
 """But this one, whose MAC address is not known."""
 
 
+_TC_ACT_SHOT = 2
+
+
 class Ground:
-    """In a namespace v0 -- v1: the TUN device, and `encap` between it and the underlay.  Made and used inside."""
+    """In a namespace v0 -- v1: the TUN device, and the programs between it and the underlay.  Made and used inside."""
 
     def __init__(self) -> None:
         self.table = replace(
@@ -270,11 +295,16 @@ class Ground:
         for command in ("link set flannel0 mtu 1472 up", f"neigh add {THERE} lladdr 02:00:00:00:00:99 dev v0"):
             subprocess.run(["ip", *command.split()], check=True)
         underlay, device = (socket.if_nametoindex(name) for name in ("v0", "flannel0"))
-        self.programs = Programs.load(0)
-        self.programs.configure(settings(self.table), LinkIndexes(underlay, device, underlay, underlay))
-        for key, value in known_peers(self.table).changes():
-            self.programs.set_peer(key, value)
-        self._link = attach(self.programs.program_fd("encap"), device, Hook.EGRESS)
+        links = LinkIndexes(underlay, device, underlay, underlay)
+        # Of another network on the same underlay: they stand before ours, and nothing is theirs.
+        other = replace(settings(self.table), port=PORT + 1)
+        self._others = loaded(other, links, KernelPeers(self.table.own_subnet, MTU))
+        self.programs = loaded(settings(self.table), links, known_peers(self.table))
+        self._links = [
+            attach(it.program_fd(name), index, hook)
+            for name, index, hook in (("encap", device, Hook.EGRESS), ("decap", underlay, Hook.INGRESS))
+            for it in (self._others, self.programs)
+        ]
         self._into = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._into.bind(("flannel0", socket.htons(ETH_P_IP)))
         self._far = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP))
@@ -292,21 +322,56 @@ class Ground:
             time.sleep(0.001)
         raise AssertionError("it came out nowhere")
 
+    def takes(self, frame: bytes) -> bool:
+        """Whether `decap` takes this one, which comes in by the underlay."""
+        before = self._n_counted("decap_packets")
+        self._far.send(frame)
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            if self._n_counted("decap_packets") > before:
+                return True
+            time.sleep(0.001)
+        return False
+
+    def reaches_a_program_behind(self, packet: bytes) -> bool:
+        """Whether one that is attached last, and drops everything, gets this packet: the sender is told of the drop."""
+        dropping = load_program("ut_test_drop", struct.pack("=BBhiBBhi", 0xB7, 0, 0, _TC_ACT_SHOT, 0x95, 0, 0, 0))
+        behind = attach(dropping, socket.if_nametoindex("flannel0"), Hook.EGRESS)
+        try:
+            self._into.sendto(packet, ("flannel0", ETH_P_IP))
+        except OSError as exc:
+            return exc.errno == errno.ENOBUFS
+        finally:
+            os.close(behind)
+            os.close(dropping)
+        return False
+
+    def _n_counted(self, name: str) -> int:
+        return sum(memoryview(self.programs.counts.read(COUNTS.index(name))).cast("Q"))
+
     def close(self) -> None:
-        os.close(self._link)
+        for it in self._links:
+            os.close(it)
         self.programs.close()
+        self._others.close()
         self._into.close()
         self._far.close()
         self._tun.close()
 
 
 @pytest.fixture(scope="module")
-def on_the_ground() -> Iterator[Callable[[bytes], tuple[str, bytes]]]:
-    """Sends a packet into the device; says where it came out."""
+def ground() -> Iterator[tuple[Namespace, Ground]]:
     with linked_namespace() as ns:
-        ground = ns.call(Ground)
-        yield lambda packet: ns.call(lambda: ground.send(packet))
-        ground.close()
+        it = ns.call(Ground)
+        yield ns, it
+        it.close()
+
+
+@pytest.fixture
+def on_the_ground(ground: tuple[Namespace, Ground]) -> Callable[[bytes], tuple[str, bytes]]:
+    """Sends a packet into the device; says where it came out."""
+    ns, it = ground
+    return lambda packet: ns.call(lambda: it.send(packet))
 
 
 SENT = {
@@ -348,3 +413,27 @@ def test_bad_packets_to_peers_reach_the_worker_unchanged(
     on_the_ground: Callable[[bytes], tuple[str, bytes]], case: Bad
 ) -> None:
     assert on_the_ground(case.packet) == ("worker", case.packet)
+
+
+def test_programs_behind_ours_see_every_packet_that_ours_leave(ground: tuple[Namespace, Ground]) -> None:
+    """Ours ended the chain: other programs and filters of the underlay were without effect for every packet."""
+    ns, it = ground
+    assert ns.call(lambda: it.reaches_a_program_behind(GOOD_ENCAP["fragment"]))
+    assert ns.call(lambda: it.reaches_a_program_behind(ipv4(POD, "198.51.100.1", bytes(8))))
+    assert not ns.call(lambda: it.reaches_a_program_behind(GOOD_ENCAP["udp"]))
+
+
+def test_two_networks_on_one_underlay_get_their_datagrams(ground: tuple[Namespace, Ground]) -> None:
+    """Those of the second went to its workers.  (That its packets leave is what the other tests here see.)"""
+    ns, it = ground
+    address = ns.show("link show v0")[0]["address"]
+    datagram = bytes.fromhex(address.replace(":", "")) + frame(_GOOD, str(THERE))[6:]
+    assert ns.call(lambda: it.takes(datagram))
+
+
+def test_the_documented_capabilities_are_enough() -> None:
+    """Without CAP_PERFMON the verifier refused `encap`: it gave helpers padding that was never written."""
+    code = "from udptun.datapath.shortcut.programs import find_lack; print(repr(find_lack()))"
+    rights = ["setpriv", "--bounding-set=-all,+bpf,+net_admin", "--inh-caps=-all"]
+    done = subprocess.run([*rights, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("''", "")

@@ -35,6 +35,9 @@
 #define OUTER_LEN 28
 #define ID_MASK 0xf000       /* of the outer identification, with which nothing is put together where DF is set: */
 #define ID_OF_KERNEL 0x7000  /* a kernel has encapsulated it.  The rest counts the segments of a super-packet */
+/* On to the programs and filters behind ours, and then to the worker.  TC_ACT_OK would end the chain: they would see
+ * nothing. */
+#define NEXT TC_ACT_UNSPEC
 #define SUPER_AGE_NS 2000000000ull
 #define SUPER_NOTE_NS 250000000ull
 
@@ -127,7 +130,7 @@ INLINE void count(__u32 which, __u64 n)
 INLINE int pass(__u32 why)
 {
     count(why, 1);
-    return TC_ACT_OK;
+    return NEXT;
 }
 
 INLINE struct config *find_config(void)
@@ -184,7 +187,7 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     struct iphdr *ip = d;
     __u32 len = skb->len, n = 1, headers = 0, longest = len;
     if (!c || skb->protocol != be16(ETH_P_IP))
-        return TC_ACT_OK;
+        return NEXT;
     if ((void *)(ip + 1) > end || *(__u8 *)ip != 0x45 || be16(ip->tot_len) != len || len > 65535 - OUTER_LEN
         || ip->frag_off & be16(FRAGMENT_MASK))
         return pass(PASS_ENCAP_SHAPE);
@@ -209,17 +212,20 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     /* As the kernel looks up a datagram of its own, with what it has learned of the path's MTU.  Where the neighbour is
      * not resolved, it fails: the kernel would send what then waits by the route of the inner packet, which has no
      * Ethernet header (neigh_update() takes the neighbour of skb_dst()).
+     *
+     * Every byte of both structures is written, padding and unions as well: without CAP_PERFMON the verifier lets no
+     * helper read what was not.
      */
-    struct bpf_fib_lookup way = {
-        .family = AF_INET,
-        .l4_protocol = IPPROTO_UDP,
-        .sport = c->port,
-        .dport = p->port,
-        .tot_len = longest + OUTER_LEN,
-        .ifindex = LOOPBACK,
-        .ipv4_src = c->self,
-        .ipv4_dst = p->remote,
-    };
+    struct bpf_fib_lookup way;
+    __builtin_memset(&way, 0, sizeof(way));
+    way.family = AF_INET;
+    way.l4_protocol = IPPROTO_UDP;
+    way.sport = c->port;
+    way.dport = p->port;
+    way.tot_len = longest + OUTER_LEN;
+    way.ifindex = LOOPBACK;
+    way.ipv4_src = c->self;
+    way.ipv4_dst = p->remote;
     if (fib_lookup(skb, &way, sizeof(way), 0) != BPF_FIB_LKUP_RET_SUCCESS || way.family != AF_INET
         || way.ifindex != c->underlay)
         return pass(PASS_ENCAP_ROUTE);
@@ -248,7 +254,10 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
         .udp.dest = p->port,
         .udp.len = be16(len + sizeof(struct udphdr)),
     };
-    struct bpf_redir_neigh neighbour = {.nh_family = AF_INET, .ipv4_nh = way.ipv4_dst};
+    struct bpf_redir_neigh neighbour;
+    __builtin_memset(&neighbour, 0, sizeof(neighbour));
+    neighbour.nh_family = AF_INET;
+    neighbour.ipv4_nh = way.ipv4_dst;
     __u32 underlay = c->underlay, index = p->index;
     if (adjust_room(skb, OUTER_LEN, BPF_ADJ_ROOM_MAC,
                     BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | BPF_F_ADJ_ROOM_FIXED_GSO))
@@ -285,21 +294,21 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
     struct udphdr *udp = (void *)(ip + 1);
     __u32 all = sizeof(*eth) + OUTER_LEN + sizeof(*in) + sizeof(*udp);
     if (!c || skb->protocol != be16(ETH_P_IP) || skb->pkt_type != PACKET_HOST || skb->vlan_present)
-        return TC_ACT_OK;
+        return NEXT;
     if ((void *)(udp + 1) > end) {
         if (skb->len < all || pull_data(skb, all))
-            return TC_ACT_OK;
+            return NEXT;
         d = (void *)(long)skb->data;
         end = (void *)(long)skb->data_end;
         eth = d;
         ip = (void *)(eth + 1);
         udp = (void *)(ip + 1);
         if ((void *)(udp + 1) > end)
-            return TC_ACT_OK;
+            return NEXT;
     }
     if (ip->protocol != IPPROTO_UDP || ip->daddr != c->self || *(__u8 *)ip != 0x45 || udp->dest != c->port
         || ip->frag_off & be16(FRAGMENT_MASK))
-        return TC_ACT_OK;
+        return NEXT;
 
     /* It is for our socket. */
     if (d + all > end) {
@@ -349,7 +358,7 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
         return pass(PASS_DECAP_TTL);
     if (len > c->mtu)
         return pass(PASS_DECAP_TOO_BIG);
-    __u8 outer = ip->tos & ECN_MASK, inner = in->tos & ECN_MASK, mark = inner;
+    __u8 outer = c->carries_ecn ? ip->tos & ECN_MASK : 0, inner = in->tos & ECN_MASK, mark = inner;
     if (outer == CE && !inner)
         return pass(PASS_DECAP_MARK);
     if (inner && (outer == CE || (outer == ECT_1 && inner == ECT_0)))
