@@ -244,7 +244,7 @@ def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker()
 def test_after_a_thousand_changes_of_ten_thousand_peers_the_kernel_has_what_the_table_has() -> None:
     """Nothing stale, nothing missing: each entry is read back."""
     random = Random(1)
-    programs, peers = Programs.load(0), KernelPeers(IPv4Network("10.255.255.0/24"), MTU)
+    programs, peers = Programs.load(10_000), KernelPeers(IPv4Network("10.255.255.0/24"), MTU)
     subnets = [IPv4Network((0x0A000000 | n << 8, 24)) for n in range(10_000)]
     wanted: dict[IPv4Network, int] = {}
 

@@ -6,6 +6,7 @@ packets go through the worker.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -25,10 +26,10 @@ from udptun.kernel.bpf import Hook, Map, MapType, attach, load_program, map_load
 _BYTECODE = Path(__file__).parent / "bytecode.json"
 _CONFIG = struct.Struct("=4s4s4s4s4sIIII2sH")
 """struct config of shortcut.bpf.c."""
-MAX_PEERS = 1 << 17
-"""As many as the peer table holds."""
 _LEAST_PEERS = 4096
-"""Room for the counters of so many at least, 32 bytes each for each processor."""
+"""Room for so many at least: some 100 bytes each, and 32 for each processor."""
+_PASSING = frozenset((errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EBUSY))
+"""What may be otherwise a moment later."""
 _LOOPBACK = 1
 
 
@@ -66,13 +67,13 @@ class Programs:
         self._links: list[int] = []
 
     @classmethod
-    def load(cls, top: int) -> Self:
-        """`top`: the highest index of a peer.  Raises KernelError."""
+    def load(cls, top: int, least: int = _LEAST_PEERS) -> Self:
+        """With room for twice `top`, the highest index of a peer, and for `least` peers.  Raises KernelError."""
         with ExitStack() as undo:
-            n_peers = max(_LEAST_PEERS, 1 << (2 * top).bit_length())
+            n_peers = max(least, 1 << (2 * top).bit_length())
             maps = {
                 "config": Map.create("ut_config", MapType.ARRAY, _CONFIG.size, 1),
-                "peers": Map.create("ut_peers", MapType.HASH, PEER.size, MAX_PEERS),
+                "peers": Map.create("ut_peers", MapType.HASH, PEER.size, n_peers),
                 "counts": Map.create("ut_counts", MapType.PERCPU_ARRAY, 8, len(COUNTS)),
                 "peer_counts": Map.create("ut_peer_counts", MapType.PERCPU_ARRAY, PEER_COUNTS_LEN, n_peers),
             }
@@ -154,17 +155,32 @@ class Programs:
         self._owned.close()
 
 
-@cache
 def find_lack() -> str:
-    """Why this kernel or this process cannot have the shortcut; empty when it can.  Found by trying, once."""
+    """Why this kernel or this process cannot have the shortcut; empty when it can.
+
+    Found by trying, once unless it may pass, as a lack of memory or of descriptors.
+    """
     try:
-        programs = Programs.load(0)
+        return _find_lasting_lack()
+    except (KernelError, OSError) as exc:
+        return str(exc)
+
+
+@cache
+def _find_lasting_lack() -> str:
+    """Raises KernelError or OSError for what may pass."""
+    try:
+        programs = Programs.load(0, least=1)
     except KernelError as exc:
+        if exc.errno in _PASSING:
+            raise
         return str(exc)
     try:
         # It passes all packets on, as it has no peers, and it is gone a moment later.
         os.close(attach(programs.program_fd("encap"), _LOOPBACK, Hook.EGRESS))
     except KernelError as exc:
+        if exc.errno in _PASSING:
+            raise
         return f"{exc}; programs on devices as these (tcx) need Linux 6.6"
     finally:
         programs.close()
