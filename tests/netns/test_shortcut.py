@@ -190,6 +190,21 @@ def test_a_device_that_is_deleted_comes_back_with_it(lab: Lab) -> None:
     ping(one.pods[0], two.pods[0].address)
 
 
+def test_a_link_of_somebody_else_with_the_name_of_ours_stays(lab: Lab) -> None:
+    """It was deleted."""
+    two = lab.hosts[1]
+    name = pair_names("flannel0")[0]
+    reload(two, "off")
+    wait_until("it to be off", lambda: state(two) == "off" and is_clean(two), LIMIT_S)
+    with ExitStack() as undo:
+        two.run(["ip", "link", "add", name, "type", "bridge"])
+        undo.callback(two.run, ["ip", "link", "delete", name])
+        reload(two, "auto")
+        wait_until("it to say so", lambda: state(two).startswith(f"off: cannot make {name}: the name is"), LIMIT_S)
+        assert "bridge" in two.run(["ip", "-d", "link", "show", name]).stdout
+    wait_until_on(lab)
+
+
 def test_auto_gives_way_to_rules_that_name_the_port(lab: Lab) -> None:
     two = lab.hosts[1]
     with ExitStack() as undo:

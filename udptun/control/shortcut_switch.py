@@ -6,11 +6,13 @@ Imported libraries and memory are those of a host that has it on: without, this 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from udptun.core.errors import UdptunError
 from udptun.core.network_state import IPNetwork
 from udptun.core.offload import Offload
 from udptun.core.tunnel import ShortcutMode
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from udptun.datapath.shortcut.programs import ShortcutSettings
     from udptun.datapath.shortcut.shortcut import Shortcut
 
+log = logging.getLogger(__name__)
+
 _PERIOD_S = 60.0
-"""The firewall's rules are read so often."""
+"""The firewall's rules are read so often, and what failed or is lacking is tried again."""
 _REST = 100
 """And after so many times as long as it took."""
 _MAX_PEERS = 3
@@ -41,6 +45,8 @@ class ShortcutSwitch:
         self._packets: PacketSettings | None = None
         self._shortcut: Shortcut | None = None
         self._changed = asyncio.Event()
+        self._failure = ""
+        """What went wrong the last time that it was decided; empty when nothing did."""
         self.switched: Callable[[], None] = lambda: None
         """Called when it is on or off and was not before."""
 
@@ -50,21 +56,21 @@ class ShortcutSwitch:
         self._changed.set()
 
     async def run(self) -> None:
-        """Keep it so, until cancelled."""
+        """Keep it so, until cancelled.  It may be run again then."""
         clock = asyncio.get_running_loop().time
         async with asyncio.TaskGroup() as tasks:
+            task: asyncio.Task[None] | None = None
             while True:
                 self._changed.clear()
-                began_s, wait_s = clock(), None
-                if self._mode is not ShortcutMode.OFF and self._shortcut is None:
-                    from udptun.datapath.shortcut.shortcut import Shortcut
-
-                    self._shortcut = Shortcut(self._tunnel, self._alias)
-                    self._shortcut.switched = lambda: self.switched()
-                    tasks.create_task(self._shortcut.run(), name="shortcut")
+                began_s, wait_s, is_wanted = clock(), None, False
+                if self._mode is not ShortcutMode.OFF and task is None:
+                    shortcut = self._shortcut = self._shortcut or self._make()
+                    task = tasks.create_task(shortcut.run(), name="shortcut")
                 if self._shortcut is not None:
-                    self._shortcut.want(*await self._decide())
-                if self._mode is ShortcutMode.AUTO:
+                    settings, why = await self._decide_anyhow()
+                    self._shortcut.want(settings, why)
+                    is_wanted = settings is not None
+                if self._mode is ShortcutMode.AUTO or (self._mode is ShortcutMode.REQUIRE and not is_wanted):
                     wait_s = max(_PERIOD_S, _REST * (clock() - began_s))
                 try:
                     async with asyncio.timeout(wait_s):
@@ -108,6 +114,28 @@ class ShortcutSwitch:
         addresses = tuple(it.address for it in remotes)
         path = TunnelPath(self._underlay, packets.underlay_address, packets.port, addresses, port, looks_answered=True)
         return await find_objection(packets.port) or await find_drop(path)
+
+    def _make(self) -> Shortcut:
+        from udptun.datapath.shortcut.shortcut import Shortcut
+
+        shortcut = Shortcut(self._tunnel, self._alias)
+        shortcut.switched = lambda: self.switched()
+        return shortcut
+
+    async def _decide_anyhow(self) -> tuple[ShortcutSettings | None, str]:
+        """As `_decide`; off when that fails, which is no reason to end the daemon."""
+        try:
+            decided = await self._decide()
+        except Exception as exc:
+            is_known = isinstance(exc, UdptunError)
+            failure = str(exc) if is_known else f"unexpected {type(exc).__name__}: {exc}; the log has more"
+            if failure != self._failure:
+                more = None if is_known else exc
+                log.warning("the shortcut stays off, and is tried again: %s", failure, exc_info=more)
+            self._failure = failure
+            return None, failure
+        self._failure = ""
+        return decided
 
     async def _decide(self) -> tuple[ShortcutSettings | None, str]:
         """The settings that it shall have, or why it shall be off."""

@@ -45,9 +45,12 @@ def pair_names(device: str) -> tuple[str, str]:
 
 
 async def make_pair(device: str, mtu: int, alias: str) -> MergingPair:
-    """Make it and switch it on, in place of one that is left over.  Raises KernelError: there is none then."""
+    """Make it and switch it on, in place of one that is left over.  Raises KernelError: there is none then.
+
+    EEXIST: one of the names is taken by a link that is not ours, which stays.
+    """
     names = pair_names(device)
-    await delete_pair(device)
+    await delete_pair(device, alias)
     async with Netlink() as kernel:
         await kernel.do(add_pair(names, _MACS, mtu))
         try:
@@ -68,17 +71,23 @@ async def make_pair(device: str, mtu: int, alias: str) -> MergingPair:
             await kernel.do(set_link(LinkSettings(near, alias=alias, up=True)))
         except BaseException:
             with suppress(KernelError):
-                await delete_pair(device)
+                await delete_pair(device, alias)
             raise
         return MergingPair(near, far)
 
 
-async def delete_pair(device: str) -> None:
-    """There may be none.  Raises KernelError."""
+async def delete_pair(device: str, alias: str) -> None:
+    """There may be none.  Raises KernelError, EEXIST when the link of that name is not ours, which stays."""
     async with Netlink() as kernel:
         link = await kernel.link(pair_names(device)[0])
-        if link is not None:
-            await kernel.do(delete_link(link))
+        if link is None:
+            return
+        # A daemon that was killed while it made the pair has left one without an alias.
+        is_half_made = not link.alias and link.kind == "veth" and link.mac == _MACS[0]
+        if link.alias != alias and not is_half_made:
+            hint = "it is a link of somebody else; rename or delete it"
+            raise KernelError(f"cannot make {link.name}: the name is taken", errno.EEXIST, hint)
+        await kernel.do(delete_link(link))
 
 
 def _set_feature(name: str, command: int, *, is_on: bool) -> None:

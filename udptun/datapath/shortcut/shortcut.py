@@ -87,9 +87,10 @@ class Shortcut:
         finally:
             if self._on is not None:
                 # A shutdown waits for no netlink: `udptun cleanup` and the next start find the pair by its alias.
-                self._on.programs.detach()
+                on = self._let_go()
+                on.programs.detach()
                 time.sleep(_DRAIN_S)
-                self._on.end()
+                self._end(on)
 
     async def _look(self) -> bool:
         try:
@@ -124,13 +125,14 @@ class Shortcut:
                 f"outer headers add {OUTER_HEADERS[4]}; have --mtu or Backend.MTU not above {underlay.mtu}"
             )
         device = self._tunnel.tun.name
+        # A link with the name of the pair's that is not ours is left alone: this fails.
         pair = await make_pair(device, settings.mtu, self._alias)
         try:
             links = LinkIndexes(underlay.index, socket.if_nametoindex(device), pair.near.index, pair.far.index)
             on = _On.begin(settings, links, self._tunnel)
         except BaseException:
             with suppress(KernelError):
-                await delete_pair(device)
+                await delete_pair(device, self._alias)
             raise
         self._on, self._reason = on, ""
         self._tunnel.peers.changed = on.note
@@ -139,20 +141,38 @@ class Shortcut:
         self.switched()
 
     async def _switch_off(self) -> None:
+        """Whatever goes wrong meanwhile, and if it is cancelled: it is off then."""
+        on = self._let_go()
+        try:
+            on.programs.detach()
+            await asyncio.sleep(_DRAIN_S)
+        finally:
+            self._end(on)
+            try:
+                with suppress(KernelError):
+                    await delete_pair(self._tunnel.tun.name, self._alias)
+            finally:
+                log.info("shortcut off")
+                self.switched()
+
+    def _let_go(self) -> _On:
+        """It is off from now on, and nobody tells it of peers; the caller detaches and ends it."""
         on = self._on
         assert on is not None
         self._on = None
         self._tunnel.peers.changed, self._tunnel.publishing = _ignore, _do_nothing
-        on.programs.detach()
-        await asyncio.sleep(_DRAIN_S)
-        if self._tunnel.n_workers <= MAX_WORKERS_BESIDE:
-            with suppress(KernelError):
+        return on
+
+    def _end(self, on: _On) -> None:
+        """Count what has come since the last time, and let go of the programs."""
+        try:
+            if self._tunnel.n_workers <= MAX_WORKERS_BESIDE:
                 self._count(on, is_last=True)
-        on.end()
-        with suppress(KernelError):
-            await delete_pair(self._tunnel.tun.name)
-        log.info("shortcut off")
-        self.switched()
+        except Exception as exc:
+            # Up to a second of counts is no reason to keep the programs.
+            log.warning("the shortcut's last counts are lost: %s", exc)
+        finally:
+            on.end()
 
     def _follow(self) -> None:
         """Before the workers are shown another table: have the kernel know the same peers."""
@@ -180,8 +200,10 @@ class Shortcut:
 
     def _count(self, on: _On, *, is_last: bool = False) -> None:
         near = pair_names(self._tunnel.tun.name)[0]
-        dropped = read_device_counters([near]).get(near)
-        on.counts.add(self._tunnel.table.top, 0 if dropped is None else dropped.tx_dropped, is_last=is_last)
+        found = read_device_counters([near]).get(near)
+        if found is not None:
+            on.n_lost = found.tx_dropped
+        on.counts.add(self._tunnel.table.top, on.n_lost, is_last=is_last)
 
 
 class _On:
@@ -192,6 +214,8 @@ class _On:
         self.counts = Counts(programs.counts, programs.peer_counts, tunnel.stats)
         self.peers = KernelPeers(settings.own_subnet, settings.mtu)
         self.is_broken = False
+        self.n_lost = 0
+        """Packets that the pair has dropped, as far as is known: a pair that is deleted takes its counters along."""
         self._noted: set[IPNetwork] = set(tunnel.peers.subnets)
         self._indexes: dict[IPNetwork, int] = {}
 
@@ -225,7 +249,8 @@ class _On:
             elif self._indexes.get(subnet) != entry.index and entry.index < self.programs.peer_counts.n:
                 self._indexes[subnet] = entry.index
                 self.counts.begin_peer(entry.index)
-        for key, value in self.peers.changes():
+        # First those that go: they make room, and must not stay where there is none for the others.
+        for key, value in sorted(self.peers.changes(), key=lambda it: it[1] is not None):
             self.programs.set_peer(key, value)
 
     def end(self) -> None:

@@ -1,0 +1,228 @@
+"""The shortcut is switched, and followed, whatever goes wrong: it says what it is, and is off where it cannot be on."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from ipaddress import IPv4Address, IPv4Network
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from udptun.control.shortcut_switch import ShortcutSwitch
+from udptun.core.errors import KernelError
+from udptun.core.tunnel import ShortcutMode
+from udptun.datapath.shortcut import programs, shortcut
+from udptun.datapath.shortcut.shortcut import Shortcut
+
+LIMIT_S = 10
+
+
+class FakeShortcut:
+    """Says what was asked of it."""
+
+    def __init__(self, *_of: object) -> None:
+        self.n_running = 0
+        self.wanted: list[tuple[object, str]] = []
+        self.is_on = False
+        self.switched: Callable[[], None] = lambda: None
+
+    async def run(self) -> None:
+        self.n_running += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.n_running -= 1
+
+    def want(self, settings: object, why: str) -> None:
+        self.wanted.append((settings, why))
+
+    @property
+    def state(self) -> str:
+        return f"off: {self.wanted[-1][1]}"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeShortcut:
+    made = FakeShortcut()
+    monkeypatch.setattr(shortcut, "Shortcut", lambda *_of: made)
+    return made
+
+
+def packets() -> Any:
+    return SimpleNamespace(own_subnet=None, underlay_address=IPv4Address("192.0.2.1"))
+
+
+async def run_until(switch: ShortcutSwitch, is_done: Callable[[], bool]) -> None:
+    """Run it until then, and cancel it."""
+    async with asyncio.timeout(LIMIT_S):
+        task = asyncio.create_task(switch.run())
+        while not is_done():
+            assert not task.done(), task.exception()
+            await asyncio.sleep(0)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_it_is_looked_after_again_when_forwarding_runs_again(fake: FakeShortcut) -> None:
+    """After any failure beside it nobody did, and it said `on` for ever."""
+    switch = ShortcutSwitch(SimpleNamespace(), "ours")  # type: ignore[arg-type]
+    switch.use(ShortcutMode.AUTO, "eth0", packets())
+    for n in (1, 2):
+        await run_until(switch, lambda n=n: fake.n_running == 1 and len(fake.wanted) == n)  # type: ignore[misc]
+        assert fake.n_running == 0
+
+
+async def test_a_decision_that_fails_is_a_reason_to_be_off_and_ends_nothing(
+    fake: FakeShortcut, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended all that forwards."""
+    switch = ShortcutSwitch(SimpleNamespace(), "ours")  # type: ignore[arg-type]
+
+    async def fail() -> None:
+        raise ValueError("a listing that nobody has seen")
+
+    monkeypatch.setattr(switch, "_decide", fail)
+    monkeypatch.setattr("udptun.control.shortcut_switch._PERIOD_S", 0.01)
+    switch.use(ShortcutMode.REQUIRE, "eth0", packets())
+    await run_until(switch, lambda: len(fake.wanted) >= 3)
+    assert fake.wanted[0] == (None, "unexpected ValueError: a listing that nobody has seen; the log has more")
+    assert len([it for it in caplog.records if "stays off" in it.message]) == 1
+    assert "a listing" in switch.problems[0]
+
+
+@pytest.fixture
+def fresh_find_lack() -> Iterator[None]:
+    programs._find_lasting_lack.cache_clear()
+    yield
+    programs._find_lasting_lack.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_find_lack")
+@pytest.mark.parametrize(
+    ("error", "n_tries"), [(errno.ENOMEM, 2), (errno.EMFILE, 2), (errno.EPERM, 1)], ids=["memory", "files", "right"]
+)
+def test_a_passing_lack_is_not_remembered(monkeypatch: pytest.MonkeyPatch, error: int, n_tries: int) -> None:
+    """One moment without memory, and it was off until the daemon began anew."""
+    tries = 0
+
+    def load(top: int, least: int) -> None:
+        nonlocal tries
+        tries += 1
+        raise KernelError("cannot make the BPF map ut_peers", error)
+
+    monkeypatch.setattr(programs.Programs, "load", load)
+    for _ in range(2):
+        assert errno.errorcode[error] in programs.find_lack()
+    assert tries == n_tries
+
+
+def test_room_is_for_the_peers_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There was always room for 131,072, which is 12.6 MB, and as much again for the look whether it can be had."""
+    rooms: dict[str, int] = {}
+
+    def create(name: str, _type: object, _value_len: int, n: int) -> SimpleNamespace:
+        rooms[name] = n
+        return SimpleNamespace(fd=0, close=lambda: None)
+
+    monkeypatch.setattr(programs.Map, "create", create)
+    monkeypatch.setattr(programs, "_bytecode", dict)
+    for top, room in ((0, 4096), (3000, 8192), (65_000, 131_072)):
+        programs.Programs.load(top).close()
+        assert rooms["ut_peers"] == rooms["ut_peer_counts"] == room
+    programs.Programs.load(0, least=1).close()
+    assert rooms["ut_peers"] <= 2
+
+
+class Switched:
+    """A shortcut that is on, with nothing of the kernel's; says in what order it is taken apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.said: list[str] = []
+        self.dropped: int | None = 3
+        self.failure: Exception | None = None
+        self.lost: list[int] = []
+        peers = SimpleNamespace(changed=self.end)
+        table = SimpleNamespace(top=1)
+        tun = SimpleNamespace(name="flannel0")
+        self.tunnel = SimpleNamespace(peers=peers, publishing=self.end, n_workers=1, table=table, tun=tun)
+        self.shortcut = Shortcut(self.tunnel, "ours")  # type: ignore[arg-type]
+        self.shortcut.switched = lambda: self.said.append("switched")
+        counts = SimpleNamespace(add=self.add, passed={})
+        own = IPv4Network("10.244.1.0/24")
+        settings = programs.ShortcutSettings("eth0", IPv4Address("192.0.2.1"), 8285, own, 1472, True)
+        on: Any = SimpleNamespace(
+            programs=SimpleNamespace(detach=lambda: self.said.append("detach")),
+            counts=counts,
+            end=self.end,
+            settings=settings,
+            n_lost=0,
+        )
+        self.shortcut._on = on
+
+        async def delete_pair(*_of: str) -> None:
+            self.said.append("pair")
+
+        monkeypatch.setattr(shortcut, "delete_pair", delete_pair)
+        monkeypatch.setattr(shortcut, "read_device_counters", self.read)
+
+    def read(self, names: list[str]) -> dict[str, SimpleNamespace]:
+        if self.failure is not None:
+            raise self.failure
+        return {} if self.dropped is None else {names[0]: SimpleNamespace(tx_dropped=self.dropped)}
+
+    def add(self, _top: int, n_lost: int, *, is_last: bool) -> None:
+        self.lost.append(n_lost)
+        self.said.append("count")
+
+    def end(self) -> None:
+        self.said.append("end")
+
+
+async def test_what_is_cancelled_while_it_is_switched_off_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs stayed loaded, the pair stayed, and the lease said that it is on."""
+    it = Switched(monkeypatch)
+    task = asyncio.create_task(it.shortcut._switch_off())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert it.said == ["detach", "count", "end", "pair", "switched"]
+
+
+async def test_counts_that_cannot_be_read_keep_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = Switched(monkeypatch)
+    it.failure = ValueError("no number")
+    await it.shortcut._switch_off()
+    assert it.said == ["detach", "end", "pair", "switched"]
+
+
+async def test_its_end_counts_once_more_and_nobody_follows_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each end lost up to a second of counts, and what had ended said `on` and was still told of peers."""
+    it = Switched(monkeypatch)
+
+    async def fail() -> None:
+        raise ValueError
+
+    monkeypatch.setattr(it.shortcut._loop, "run", fail)
+    with pytest.raises(ValueError):
+        await it.shortcut.run()
+    assert it.said == ["detach", "count", "end"]
+    assert not it.shortcut.is_on
+    assert it.tunnel.publishing != it.end
+    assert it.tunnel.peers.changed != it.end
+
+
+def test_what_a_deleted_pair_has_dropped_stays_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`decap_drop_tun` went back by all that the pair had dropped."""
+    it = Switched(monkeypatch)
+    on = it.shortcut._on
+    assert on is not None
+    it.shortcut._count(on)
+    it.dropped = None
+    it.shortcut._count(on)
+    assert it.lost == [3, 3]
