@@ -25,8 +25,9 @@ from udptun.lab.host import Host
 from udptun.lab.topology import DEFAULT_NET_CONF, Lab, missing_requirements
 
 _STATUS = [sys.executable, "-m", "udptun", "status"]
-_WIDEST_LINE = 98
-"""Columns: in a pipe the table of `udptun status` is as wide as it gets.  So many end behind the column IN pkt/s."""
+_WIDEST_LINE = 88
+"""Columns: in a pipe the table of `udptun status` is as wide as it gets.  So many end behind the column OUT pkt/s, and
+with their indentation fit a window of 100."""
 _UDP_SECONDS = 1
 _UDP_BYTES = 64
 

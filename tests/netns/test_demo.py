@@ -23,6 +23,7 @@ from bench.demo import Figures, comparison
 from bench.errors import BenchError
 from bench.figures import TUNNEL
 from bench.measure import Ping, Result, ping, wait_for_path
+from udptun.core.family import Family
 from udptun.lab.comparison import Way
 from udptun.lab.errors import LabError
 from udptun.lab.host import UNDERLAY
@@ -151,7 +152,7 @@ def test_table_says_so_and_goes_on_when_the_kernel_has_no_vxlan(
 ) -> None:
     answer = "Error: Unknown device type."
 
-    def no_vxlan(lab: Lab) -> Way:
+    def no_vxlan(lab: Lab, family: Family) -> Way:
         raise LabError(f"no kernel vxlan to compare with: cannot set up the network of h1: {answer}")
 
     monkeypatch.setattr(paths, "kernel_vxlan", no_vxlan)
@@ -167,7 +168,7 @@ def test_table_says_so_and_goes_on_when_the_kernel_has_no_vxlan(
     assert ping(connected.present[1], 1, 1).rtt_ms
 
     answer = "RTNETLINK answers: File exists"
-    monkeypatch.setattr(paths, "plain_routing", lambda lab: Way("plain", two_hosts.host(1).subnet, 1500))
+    monkeypatch.setattr(paths, "plain_routing", lambda lab, family: Way("plain", two_hosts.host(1).subnet, 1500))
     with pytest.raises(LabError, match="File exists"):
         paths.connect(two_hosts)
 

@@ -361,8 +361,10 @@ def test_echoes_of_pods_are_shown_as_they_come(net: Net, version: int, tmp_path:
     *packets, end = lines
     there, back = ("outgoing", pod, theirs, "encap_sent"), ("arriving", theirs, pod, "decap_delivered")
     assert (status, said) == (0, "")
-    # Neighbours of IPv6 ask for each other on the veth, never here.
-    assert [ends_of(it) for it in packets] == [there, back] * 2
+    # Neighbours of IPv6 ask for each other on the veth, never here.  On a busy machine the second request may leave
+    # before the first answer comes.
+    assert ends_of(packets[0]) == there
+    assert sorted(ends_of(it) for it in packets) == sorted([there, back] * 2)
     assert end == {"event": "end", "reason": "packets", "packets": 4, "lost": 0}
     for it in packets:
         assert (it["outer"], it["outer_port"]) == (str(net.two.underlay_address), PORT)
@@ -371,12 +373,12 @@ def test_echoes_of_pods_are_shown_as_they_come(net: Net, version: int, tmp_path:
         assert abs(it["time_ns"] / 1e9 - time.time()) < 60
     fields = ("-T", "fields", "-e", "frame.packet_flags_direction", "-e", "frame.comment")
     read = [line.split("\t") for line in net.one.run(["tshark", "-nr", str(path), *fields]).stdout.splitlines()]
-    assert [direction for direction, _ in read] == ["0x00000002", "0x00000001"] * 2
     peer = f"{net.two.underlay_address}:{PORT} ({packets[0]['peer']})"
-    assert [comment for _, comment in read[:2]] == [
-        f"to {peer}: {COUNTERS['encap_sent'].words} (encap_sent)",
-        f"from {peer}: {COUNTERS['decap_delivered'].words} (decap_delivered)",
-    ]
+    shown = {
+        "outgoing": ["0x00000002", f"to {peer}: {COUNTERS['encap_sent'].words} (encap_sent)"],
+        "arriving": ["0x00000001", f"from {peer}: {COUNTERS['decap_delivered'].words} (decap_delivered)"],
+    }
+    assert read == [shown[it["direction"]] for it in packets]
 
 
 @pytest.mark.parametrize("version", [4, 6])

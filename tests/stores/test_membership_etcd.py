@@ -52,7 +52,7 @@ async def test_short_leases_are_renewed_for_ever_and_end_with_their_host_whateve
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease_clock, "CHECK_S", 0.2)
-    caplog.set_level(logging.INFO, logger="udptun.membership")
+    caplog.set_level(logging.DEBUG, logger="udptun.membership")
 
     harness = EtcdHarness(tmp_path)
     harness.etcdctl("put", f"{harness.prefix}/config", CONFIG)

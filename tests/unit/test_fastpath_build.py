@@ -81,6 +81,7 @@ def expected_output(rounds: int) -> str:
 
 def test_fields_follow_each_other_within_their_structure() -> None:
     shared = {"peer", "slot", "table", "worker", "peer_stats", "stray", "stats", "in_flight", "ring", "ring_slot"}
+    shared |= {"trace", "trace_filter", "trace_ring", "traced"}
     assert set(_fastpath.FIELDS) == shared | {"learned", "length", "read", "remote"}
     # A structure within in_flight, which has an array of them.
     sizes = _fastpath.LAYOUT | {"read": _fastpath.FIELDS["in_flight"]["read"][1]}

@@ -1,3 +1,4 @@
+# cython: cdivision=True
 """Check a datagram that came from a peer, step its TTL and give it to the merger: the first stage to the TUN.
 
     message             what one receive gave: a datagram, or a train of them
@@ -289,7 +290,7 @@ cdef inline Counter *offload_header(
 
 cdef inline int n_segments(const Packet *p, const virtio_net_hdr *vnet) noexcept nogil:
     """How many packets it stands for, by its virtio header."""
-    if vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE or not vnet.flags:
+    if vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE or not vnet.flags or not vnet.gso_size:
         return 1
     return (p.len - vnet.hdr_len + vnet.gso_size - 1) // vnet.gso_size
 

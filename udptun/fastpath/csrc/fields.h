@@ -95,13 +95,13 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(stray, datagrams),
 
     UT_FIELD(stats, n_strangers),
+    UT_FIELD(stats, trace),
     UT_FIELD(stats, worker),
     UT_FIELD(stats, peer),
     UT_FIELD(stats, in_flight),
     UT_FIELD(stats, stray),
     UT_FIELD(stats, inject),
     UT_FIELD(stats, punt),
-    UT_FIELD(stats, trace),
     UT_FIELD(stats, traced),
 
 
