@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +21,7 @@ from traffic import (
     kill,
     ping,
     read_status,
+    socket_in,
     tcp_flow,
     udp_flow,
     wait_for_peers,
@@ -32,6 +35,7 @@ from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Lab, Offload
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_lack()), reason=find_lack())]
 
+_UDP_SEGMENT = 103
 LIMIT_S = 15
 """For the switch at both hosts, which takes some tenths of a second."""
 ON = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": "auto"}}
@@ -111,6 +115,26 @@ def test_pods_speak_through_the_kernel_and_every_packet_is_counted(lab: Lab) -> 
     (peer,) = read_status(one)["peers"]
     assert peer["encap_packets"] > 1000
     assert peer["liveness"] == "alive"
+
+
+def test_what_follows_a_train_of_datagrams_does_not_overtake_it(lab: Lab) -> None:
+    """Trains (UDP_SEGMENT) are the workers', and the kernel carried what came next: nine of ten packets came late."""
+    one, two = (host.pods[0] for host in lab.hosts)
+    wait_until("the pod to answer", lambda: is_answered(one, two.address), LIMIT_S)
+    n_rounds, segments, last, length = 50, range(16), 16, 1000
+    n_overtaken = 0
+    with socket_in(two, socket.SOCK_DGRAM) as receiver, socket_in(one, socket.SOCK_DGRAM) as sender:
+        receiver.bind((str(two.address), 5004))
+        receiver.settimeout(LIMIT_S)
+        sender.connect((str(two.address), 5004))
+        for _ in range(n_rounds):
+            train = b"".join(it.to_bytes(length) for it in segments)
+            sender.sendmsg([train], [(socket.IPPROTO_UDP, _UDP_SEGMENT, length.to_bytes(2, sys.byteorder))])
+            sender.send(last.to_bytes(length))
+            got = [int.from_bytes(receiver.recv(length)) for _ in range(len(segments) + 1)]
+            n_overtaken += got[-1] != last
+    # A process may be kept from running between the two for longer than the programs wait.
+    assert n_overtaken < n_rounds / 5
 
 
 def test_large_pings_ttl_and_path_are_as_through_the_workers(lab: Lab) -> None:

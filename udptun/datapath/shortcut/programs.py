@@ -30,6 +30,9 @@ _LEAST_PEERS = 4096
 """Room for so many at least: some 100 bytes each, and 32 for each processor."""
 _PASSING = frozenset((errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EBUSY))
 """What may be otherwise a moment later."""
+_N_FLOWS = 1 << 12
+_FLOW_LEN = 16
+"""struct flow of shortcut.bpf.c."""
 _LOOPBACK = 1
 
 
@@ -74,6 +77,7 @@ class Programs:
             maps = {
                 "config": Map.create("ut_config", MapType.ARRAY, _CONFIG.size, 1),
                 "peers": Map.create("ut_peers", MapType.HASH, PEER.size, n_peers),
+                "flows": Map.create("ut_flows", MapType.ARRAY, _FLOW_LEN, _N_FLOWS),
                 "counts": Map.create("ut_counts", MapType.PERCPU_ARRAY, 8, len(COUNTS)),
                 "peer_counts": Map.create("ut_peer_counts", MapType.PERCPU_ARRAY, PEER_COUNTS_LEN, n_peers),
             }

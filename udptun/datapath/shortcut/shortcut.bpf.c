@@ -35,9 +35,11 @@
 #define OUTER_LEN 28
 #define ID_MASK 0xf000       /* of the outer identification, with which nothing is put together where DF is set: */
 #define ID_OF_KERNEL 0x7000  /* a kernel has encapsulated it.  The rest counts the segments of a super-packet */
-/* On to the programs and filters behind ours, and then to the worker.  TC_ACT_OK would end the chain: they would see
- * nothing. */
+/* On to the programs and filters behind ours, and then to the worker.  TC_ACT_OK would end the chain before them. */
 #define NEXT TC_ACT_UNSPEC
+#define FLOW_BITS 12 /* _N_FLOWS in programs.py */
+#define FLOW_GAP_NS 20000000ull
+#define FLOW_AGE_NS 2000000000ull
 #define SUPER_AGE_NS 2000000000ull
 #define SUPER_NOTE_NS 250000000ull
 
@@ -82,6 +84,12 @@ struct peer_counts {
     __u64 encap_packets, encap_bytes, decap_packets, decap_bytes;
 };
 
+/* What has the same addresses and protocol: fragments tell no ports.  Different flows may share one. */
+struct flow {
+    __u64 left_ns; /* when the worker has last got a packet of it that only it can send; 0: it holds nothing back */
+    __u64 last_ns; /* when the worker has last got any packet of it */
+};
+
 /* In the order of COUNTS in counts.py. */
 enum {
     ENCAP_PACKETS,
@@ -97,6 +105,7 @@ enum {
     PASS_ENCAP_TTL,
     PASS_ENCAP_TOO_BIG,
     PASS_ENCAP_ROUTE,
+    PASS_ENCAP_ORDER,
     PASS_DECAP_SHAPE,
     PASS_DECAP_CHECKSUM,
     PASS_DECAP_SENDER,
@@ -116,6 +125,7 @@ enum {
     } name SECTION("maps")
 MAP(config);
 MAP(peers);
+MAP(flows);
 MAP(counts);
 MAP(peer_counts);
 
@@ -143,6 +153,40 @@ INLINE struct peer *leasing(const struct config *c, __u32 address)
 {
     __u32 key = address & c->key_mask;
     return map_lookup(&peers, &key);
+}
+
+INLINE struct flow *flow_of(const struct iphdr *ip)
+{
+    /* Addresses differ in their last bits first, and a product is mixed best in its first ones. */
+    __u32 key = (be32(ip->saddr) * 0x9e3779b1u + be32(ip->daddr)) * 0x85ebca6bu + ip->protocol;
+    key = (key * 0x9e3779b1u) >> (32 - FLOW_BITS);
+    return map_lookup(&flows, &key);
+}
+
+/* To the worker, and what follows of the flow as well, which would overtake it. */
+INLINE int pass_in_order(const struct iphdr *ip, __u32 why)
+{
+    struct flow *flow = flow_of(ip);
+    if (flow)
+        flow->left_ns = flow->last_ns = ktime_ns();
+    return pass(why);
+}
+
+/* Whether the packet would overtake others of its flow.  A gap in the flow frees it, as the worker has sent all by then,
+ * or the age.  Times of other processors may be a little ahead.
+ */
+INLINE int would_overtake(const struct iphdr *ip)
+{
+    struct flow *flow = flow_of(ip);
+    if (!flow || !flow->left_ns)
+        return 0;
+    __u64 now = ktime_ns();
+    if ((__s64)(now - flow->last_ns) > (__s64)FLOW_GAP_NS || (__s64)(now - flow->left_ns) > (__s64)FLOW_AGE_NS) {
+        flow->left_ns = 0;
+        return 0;
+    }
+    flow->last_ns = now;
+    return 1;
 }
 
 /* The sum over a header of 20 bytes, folded; 0xffff where its checksum is right. */
@@ -188,18 +232,20 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     __u32 len = skb->len, n = 1, headers = 0, longest = len;
     if (!c || skb->protocol != be16(ETH_P_IP))
         return NEXT;
-    if ((void *)(ip + 1) > end || *(__u8 *)ip != 0x45 || be16(ip->tot_len) != len || len > 65535 - OUTER_LEN
-        || ip->frag_off & be16(FRAGMENT_MASK))
+    if ((void *)(ip + 1) > end)
         return pass(PASS_ENCAP_SHAPE);
+    if (*(__u8 *)ip != 0x45 || be16(ip->tot_len) != len || len > 65535 - OUTER_LEN
+        || ip->frag_off & be16(FRAGMENT_MASK))
+        return pass_in_order(ip, PASS_ENCAP_SHAPE);
     if (skb->gso_size) {
         __u8 *tcp = (void *)(ip + 1);
         if (ip->protocol != IPPROTO_TCP || (void *)(tcp + 20) > end)
-            return pass(PASS_ENCAP_SHAPE);
+            return pass_in_order(ip, PASS_ENCAP_SHAPE);
         headers = sizeof(*ip) + (tcp[12] >> 4) * 4;
         n = skb->gso_segs;
         longest = headers + skb->gso_size;
         if (!n)
-            return pass(PASS_ENCAP_SHAPE);
+            return pass_in_order(ip, PASS_ENCAP_SHAPE);
     }
     struct peer *p = leasing(c, ip->daddr);
     if (!p || !(p->flags & PEER_EGRESS))
@@ -207,7 +253,9 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     if (ip->ttl <= 1)
         return pass(PASS_ENCAP_TTL);
     if (longest > c->mtu)
-        return pass(PASS_ENCAP_TOO_BIG);
+        return pass_in_order(ip, PASS_ENCAP_TOO_BIG);
+    if (would_overtake(ip))
+        return pass(PASS_ENCAP_ORDER);
 
     /* As the kernel looks up a datagram of its own, with what it has learned of the path's MTU.  Where the neighbour is
      * not resolved, it fails: the kernel would send what then waits by the route of the inner packet, which has no
@@ -228,7 +276,7 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     way.ipv4_dst = p->remote;
     if (fib_lookup(skb, &way, sizeof(way), 0) != BPF_FIB_LKUP_RET_SUCCESS || way.family != AF_INET
         || way.ifindex != c->underlay)
-        return pass(PASS_ENCAP_ROUTE);
+        return pass_in_order(ip, PASS_ENCAP_ROUTE);
 
     struct iphdr outer = {
         .version = 4,
