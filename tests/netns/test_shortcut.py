@@ -255,6 +255,22 @@ def test_auto_lets_nothing_in_that_the_firewall_drops(lab: Lab) -> None:
     reload(two, "auto")
 
 
+def test_auto_sends_nothing_in_clear_text_that_ipsec_means_to_encrypt(lab: Lab) -> None:
+    """Out and in, policies were passed by and nothing said so."""
+    one, two = (str(read_status(it)["underlay"]["address"]) for it in lab.hosts)
+    host = lab.hosts[1]
+    # `level use`: the workers' datagrams pass, as there is nothing to encrypt them with.
+    policy = ["src", f"{two}/32", "dst", f"{one}/32", "proto", "udp", "dport", "8285", "dir", "out"]
+    with ExitStack() as undo:
+        tmpl = ["tmpl", "proto", "esp", "mode", "transport", "level", "use"]
+        host.run(["ip", "xfrm", "policy", "add", *policy, *tmpl])
+        undo.callback(host.run, ["ip", "xfrm", "policy", "delete", *policy])
+        reload(host, "auto")
+        wait_until("it to be off", lambda: state(host).startswith(f"off: the IPsec policy `src {two}/32"), LIMIT_S)
+    reload(host, "auto")
+    wait_until_on(lab)
+
+
 def test_an_underlay_that_takes_less_loses_nothing(lab: Lab) -> None:
     one, two = lab.hosts
     with udp_flow(one.pods[0], two.pods[0], 1000) as flow:

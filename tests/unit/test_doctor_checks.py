@@ -36,6 +36,7 @@ from udptun.doctor.sample import MOST, sample
 from udptun.kernel import clock_sync
 from udptun.kernel.cgroup import Limits
 from udptun.kernel.clock_sync import _Timex, is_clock_synchronised
+from udptun.kernel.ipsec import Policy
 from udptun.stores.base import LEASE_TTL_S, Snapshot
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "doctor.md"
@@ -196,7 +197,11 @@ async def test_rules_that_the_shortcut_passes_by_are_a_note(
     async def find_objection(port: int) -> str:
         return rule if port == 8285 else ""
 
+    async def no_policies() -> list[Policy]:
+        return []
+
     monkeypatch.setattr(firewall, "find_objection", find_objection)
+    monkeypatch.setattr(firewall, "read_policies", no_policies)
     said = document()
     said["lease"]["port"] = 8285
     said["datapath"]["shortcut"] = shortcut
@@ -205,6 +210,27 @@ async def test_rules_that_the_shortcut_passes_by_are_a_note(
     assert all("INPUT and OUTPUT" in it.cause and rule in it.cause for it in found)
     del said["datapath"]["shortcut"]
     assert await firewall.rules_passed_by(facts(said)) == []
+
+
+async def test_an_ipsec_policy_that_the_shortcut_passes_by_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tunnel's packets left in clear text, and nothing said so."""
+    said = document()
+    said["lease"]["port"] = 8285
+    said["datapath"]["shortcut"] = "on"
+
+    async def no_objection(_port: int) -> str:
+        return ""
+
+    async def one_policy() -> list[Policy]:
+        own = IPv4Network(said["underlay"]["address"])
+        return [Policy("out", own, IPv4Network("0.0.0.0/0"), 17, (0, 0), (8285, 0xFFFF))]
+
+    monkeypatch.setattr(firewall, "find_objection", no_objection)
+    monkeypatch.setattr(firewall, "read_policies", one_policy)
+    of_peers = facts(said)
+    (found,) = await firewall.rules_passed_by(of_peers)
+    assert (found.severity, found.subject) == (Severity.WARNING, "shortcut")
+    assert "in clear text whatever IPsec says" in found.cause
 
 
 async def test_an_mtu_that_the_underlay_does_not_take_is_named() -> None:

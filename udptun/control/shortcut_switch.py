@@ -103,17 +103,25 @@ class ShortcutSwitch:
         return self._shortcut is not None and self._shortcut.is_sent_to(subnet)
 
     async def _find_objection(self, packets: PacketSettings) -> str:
-        """What the host's firewall has against it; empty when nothing."""
-        # Here, because a host without it does not need the module.
+        """What the host's firewall or IPsec has against it; empty when nothing."""
+        # Here, because a host without it does not need the modules.
         from udptun.firewall.port_rules import find_drop, find_objection
+        from udptun.kernel.ipsec import find_policy, read_policies
 
-        entries = filter(None, map(self._tunnel.peers.entry, islice(self._tunnel.peers.subnets, _MAX_PEERS)))
+        # Of all peers: a policy may name a single one.
+        policies = await read_policies()
+        if policies and (why := find_policy(policies, self._path(packets, len(self._tunnel.peers.subnets)))):
+            return why
+        return await find_objection(packets.port) or await find_drop(self._path(packets, _MAX_PEERS))
+
+    def _path(self, packets: PacketSettings, n: int) -> TunnelPath:
+        """That of the datagrams between us and the first `n` peers."""
+        entries = filter(None, map(self._tunnel.peers.entry, islice(self._tunnel.peers.subnets, n)))
         remotes = [it.remote for it in entries if it.remote.address.version == 4]
         ports = {it.port for it in remotes}
         port = ports.pop() if len(ports) == 1 else None
-        addresses = tuple(it.address for it in remotes)
-        path = TunnelPath(self._underlay, packets.underlay_address, packets.port, addresses, port, looks_answered=True)
-        return await find_objection(packets.port) or await find_drop(path)
+        addresses = tuple(dict.fromkeys(it.address for it in remotes))
+        return TunnelPath(self._underlay, packets.underlay_address, packets.port, addresses, port, looks_answered=True)
 
     def _make(self) -> Shortcut:
         from udptun.datapath.shortcut.shortcut import Shortcut

@@ -18,6 +18,7 @@ from udptun.firewall.iptables_programs import programs
 from udptun.firewall.obstacles.kernel_rules import read_legacy, read_nft
 from udptun.firewall.obstacles.watch import find_link_names, find_ways
 from udptun.firewall.port_rules import find_objection
+from udptun.kernel.ipsec import find_policy, read_policies
 
 
 async def packet_filters(facts: Facts) -> list[Finding]:
@@ -34,18 +35,22 @@ async def packet_filters(facts: Facts) -> list[Finding]:
 
 
 async def rules_passed_by(facts: Facts) -> list[Finding]:
-    """Rules about the tunnel's port that the shortcut passes by, where it is on in spite of them."""
+    """Rules and policies about the tunnel's datagrams that the shortcut passes by, where it is on in spite of them."""
     datapath = None if facts.document is None else facts.document["datapath"]
     port = _tunnel_port(facts)
     # A daemon of an earlier version does not say it.
     if datapath is None or datapath.get("shortcut", "off") != "on" or port is None:
         return []
-    objection = await find_objection(port)
-    if not objection:
-        return []
-    cause = f"the shortcut is on, and passes by what INPUT and OUTPUT say of the tunnel's packets: {objection}"
+    found = []
     remedy = 'set "Shortcut" to "auto" or "off" in the network config where such rules matter'
-    return [Finding(Severity.NOTE, "shortcut", cause, remedy)]
+    if objection := await find_objection(port):
+        cause = f"the shortcut is on, and passes by what INPUT and OUTPUT say of the tunnel's packets: {objection}"
+        found.append(Finding(Severity.NOTE, "shortcut", cause, remedy))
+    policies = await read_policies()
+    if policy := next(filter(None, (find_policy(policies, it) for it in tunnel_paths(facts))), ""):
+        cause = f"the shortcut is on, and sends and takes in clear text whatever IPsec says: {policy}"
+        found.append(Finding(Severity.WARNING, "shortcut", cause, remedy))
+    return found
 
 
 def tunnel_paths(facts: Facts) -> list[TunnelPath]:
