@@ -5,12 +5,12 @@
  *     far end of the pair,      deliver   by then GRO has merged what belongs together; on to flannel0
  *     tcx ingress
  *
- * `pass` hands a packet over to the worker, which has all the policy: nothing of the packet has changed by then, and the
- * reason is counted.  So a check here may be narrower than the worker's, never wider.  The checks have the numbers of
+ * `pass` hands a packet over to the worker, which has all the policy: nothing of the packet has changed by then, and
+ * the reason is counted.  So a check here may be narrower than the worker's, never wider.  The checks have the numbers of
  * the tables in docs/wire-format.md where they do the same.
  *
- * Only headers of the kernel's user interface are used, so one bytecode fits every kernel.  What a host differs in comes
- * from the map `config`.  `./dev bytecode` compiles this into bytecode.json.
+ * Only headers of the kernel's user interface are used, so one bytecode fits every kernel.  What a host differs in
+ * comes from the map `config`.  `./dev bytecode` compiles this into bytecode.json.
  */
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
@@ -172,8 +172,8 @@ INLINE int pass_in_order(const struct iphdr *ip, __u32 why)
     return pass(why);
 }
 
-/* Whether the packet would overtake others of its flow.  A gap in the flow frees it, as the worker has sent all by then,
- * or the age.  Times of other processors may be a little ahead.
+/* Whether the packet would overtake others of its flow.  A gap in the flow frees it, as the worker has sent all by
+ * then, and so does its age.  Times of other processors may be a little ahead.
  */
 INLINE int would_overtake(const struct iphdr *ip)
 {
