@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from namespace import Namespace, linked_namespace, requires_netns, seconds_until
+
+from udptun.datapath.shortcut.programs import find_lack
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
@@ -254,12 +257,14 @@ def _members(names: Iterable[str]) -> Iterator[str]:
         yield from _members(line for line in lines if line and not line.startswith("#"))
 
 
-def under_the_unit(folder: Path, writable: Sequence[Path]) -> list[str]:
-    """The beginning of a command that has what the unit leaves, without systemd to see to it.
+def under_the_unit(
+    folder: Path, writable: Sequence[Path], *, more_calls: Sequence[str] = (), more_capabilities: Sequence[str] = ()
+) -> list[str]:
+    """The beginning of a command that has what the unit and a drop-in leave, without systemd to see to it.
 
     Not done: address families, the rest of /proc, and that there are no new namespaces.
     """
-    calls = "".join(ALLOW.format(name) for name in sorted(calls_that_the_unit_allows()))
+    calls = "".join(ALLOW.format(name) for name in sorted({*calls_that_the_unit_allows(), *more_calls}))
     (umask,) = values_of_the_unit("UMask")
     source, launcher, dev = folder / "launcher.c", folder / "launcher", folder / "dev"
     source.write_text(LAUNCHER.replace("CALLS", calls).replace("UMASK", umask))
@@ -267,7 +272,7 @@ def under_the_unit(folder: Path, writable: Sequence[Path]) -> list[str]:
     dev.mkdir()
     places = " ".join(map(str, writable))
     mounts = ["unshare", "--mount", "sh", "-c", MOUNTS, "sh", places, str(dev)]
-    return [*mounts, *with_capabilities(capabilities_of_the_unit()), str(launcher)]
+    return [*mounts, *with_capabilities([*capabilities_of_the_unit(), *more_capabilities]), str(launcher)]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze, which knows groups of calls")
@@ -290,3 +295,20 @@ def test_daemon_and_datapath_do_with_what_the_unit_leaves_them(linked: Namespace
         assert {it.stat().st_mode & 0o777 for it in sockets} == {0o600}
         assert len(sockets) == 3
         assert (tmp_path / "env" / "subnet.env").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.skipif(bool(find_lack()), reason=find_lack())
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze, which knows groups of calls")
+def test_the_shortcut_does_with_what_its_drop_in_adds_to_the_unit(linked: Namespace, tmp_path: Path) -> None:
+    """The unit's filter forbids bpf(2), and nothing said what to add."""
+    page = (UNIT.parents[2] / "docs" / "operations.md").read_text()
+    (row,) = re.findall(r"^\| the \[shortcut\].*$", page, re.M)
+    capabilities = [it.removeprefix("CAP_") for it in re.findall(r"CapabilityBoundingSet=(\w+)", row)]
+    calls = re.findall(r"SystemCallFilter=(\w+)", row)
+    writable = [tmp_path / name for name in ("run", "state", "env")]
+    privileges = under_the_unit(tmp_path, writable, more_calls=calls, more_capabilities=capabilities)
+    with started(linked, tmp_path, network({"Type": "udp", "Shortcut": "require"}), privileges) as daemon:
+        deadline_s = time.monotonic() + 10
+        while (state := daemon.status()["datapath"]["shortcut"]) != "on":
+            assert time.monotonic() < deadline_s, state
+            time.sleep(0.05)

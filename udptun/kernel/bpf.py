@@ -32,7 +32,10 @@ _LINK_CREATE = struct.Struct("=IIIIIxxxxQ")
 _LOG_LEN = 1 << 18
 """Room for what the verifier says, bytes."""
 _LICENCE = b"GPL\0"
-_HINT = "the shortcut needs CAP_BPF and CAP_NET_ADMIN (or CAP_SYS_ADMIN), and a kernel with CONFIG_BPF_SYSCALL"
+_HINT = (
+    "the shortcut needs CAP_BPF and CAP_NET_ADMIN (or CAP_SYS_ADMIN), a filter of system calls that lets bpf through "
+    "(systemd: SystemCallFilter=bpf), and a kernel with CONFIG_BPF_SYSCALL"
+)
 
 
 class MapType(Enum):
