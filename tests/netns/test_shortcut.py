@@ -271,6 +271,24 @@ def test_auto_sends_nothing_in_clear_text_that_ipsec_means_to_encrypt(lab: Lab) 
     wait_until_on(lab)
 
 
+def test_what_a_device_that_is_down_drops_is_counted_as_dropped(lab: Lab) -> None:
+    """It counted as delivered."""
+    one, two = lab.hosts
+    before = read_status(two)["counters"]["decap_drop_tun"]
+    assert two.daemon is not None
+    with udp_flow(one.pods[0], two.pods[0], 1000):
+        # Its daemon would have it up again at once.
+        two.daemon.send_signal(signal.SIGSTOP)
+        try:
+            two.run(["ip", "link", "set", "flannel0", "down"])
+            time.sleep(0.3)
+        finally:
+            two.daemon.send_signal(signal.SIGCONT)
+        wait_until("the drops", lambda: read_status(two)["counters"]["decap_drop_tun"] - before > 50, LIMIT_S)
+    wait_until("pods to be reached", lambda: is_answered(one.pods[0], two.pods[0].address), LIMIT_S)
+    wait_until_on(lab)
+
+
 def test_an_underlay_that_takes_less_loses_nothing(lab: Lab) -> None:
     one, two = lab.hosts
     with udp_flow(one.pods[0], two.pods[0], 1000) as flow:

@@ -116,7 +116,7 @@ def test_what_the_kernel_has_counted_is_added_to_the_workers_counters_once() -> 
     counts_map.rows[COUNTS.index("decap_super")] = [[4], [0]]
     peers_map.rows[7] = [[1, 10, 2, 20], [0, 0, 3, 30]]
     for _ in range(2):
-        counts.add(8, n_lost=1)
+        counts.add(8, n_lost=1, n_refused=5)
     assert (stats.counters()["decap_packets"], stats.counters()["decap_drop_tun"]) == (5, 1)
     assert stats.peers([7, 8]) == [[1, 10, 5, 50], [0, 0, 0, 0]]
     assert stats.received(7) == 5
@@ -126,9 +126,22 @@ def test_what_the_kernel_has_counted_is_added_to_the_workers_counters_once() -> 
     counts.begin_peer(7)
     stats.clear_peers([7])
     peers_map.rows[7][1] = [0, 0, 4, 40]
-    counts.add(8, n_lost=1)
+    counts.add(8, n_lost=1, n_refused=5)
     assert stats.peers([7]) == [[0, 0, 1, 10]]
     assert stats.worker_counters(MAX_WORKERS_BESIDE) == [{}] * MAX_WORKERS_BESIDE
+    stats.close()
+
+
+def test_what_the_device_drops_behind_the_programs_is_no_delivery() -> None:
+    """All that a device that is down or a full backlog had dropped counted as delivered."""
+    stats = Stats.create()
+    counts_map = FakeMap("=Q", len(COUNTS))
+    counts = Counts(counts_map, FakeMap("=4Q", 16), stats)  # type: ignore[arg-type]
+    # The device had dropped 40 before, and 4 of 10.  It never drops more than there was, nor less than nothing.
+    for delivered, n_refused, expected in ((0, 40, (0, 0)), (10, 44, (6, 4)), (12, 50, (6, 6)), (15, 30, (9, 6))):
+        counts_map.rows[COUNTS.index("decap_delivered")] = [[delivered], [0]]
+        counts.add(0, 0, n_refused)
+        assert (stats.counters()["decap_delivered"], stats.counters()["decap_drop_tun"]) == expected
     stats.close()
 
 
@@ -143,14 +156,14 @@ def test_reading_the_counters_of_many_peers_takes_a_hundredth_of_the_time_at_mos
 
     peers_map.read_first = read_slowly  # type: ignore[method-assign]
     counts = Counts(FakeMap("=Q", len(COUNTS)), peers_map, stats, lambda: now_s[0])  # type: ignore[arg-type]
-    counts.add(8, n_lost=0)
+    counts.add(8, n_lost=0, n_refused=0)
     for second, (is_last, expected) in enumerate([(False, 0), (False, 0), (True, 1), (False, 1)], 1):
         now_s[0] += 1
         peers_map.rows[7][0][0] = 1 if second < 4 else 2
-        counts.add(8, n_lost=0, is_last=is_last)
+        counts.add(8, n_lost=0, n_refused=0, is_last=is_last)
         assert stats.peers([7])[0][0] == expected
     now_s[0] += 60
-    counts.add(8, n_lost=0)
+    counts.add(8, n_lost=0, n_refused=0)
     assert stats.peers([7])[0][0] == 2
     stats.close()
 

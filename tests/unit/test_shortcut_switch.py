@@ -149,7 +149,8 @@ class Switched:
         peers = SimpleNamespace(changed=self.end)
         table = SimpleNamespace(top=1)
         tun = SimpleNamespace(name="flannel0")
-        self.tunnel = SimpleNamespace(peers=peers, publishing=self.end, n_workers=1, table=table, tun=tun)
+        stats = SimpleNamespace(worker_counters=lambda n: [])
+        self.tunnel = SimpleNamespace(peers=peers, publishing=self.end, n_workers=1, table=table, tun=tun, stats=stats)
         self.shortcut = Shortcut(self.tunnel, "ours")  # type: ignore[arg-type]
         self.shortcut.switched = lambda: self.said.append("switched")
         counts = SimpleNamespace(add=self.add, passed={})
@@ -161,6 +162,7 @@ class Switched:
             end=self.end,
             settings=settings,
             n_lost=0,
+            n_refused=0,
         )
         self.shortcut._on = on
 
@@ -175,7 +177,7 @@ class Switched:
             raise self.failure
         return {} if self.dropped is None else {names[0]: SimpleNamespace(tx_dropped=self.dropped)}
 
-    def add(self, _top: int, n_lost: int, *, is_last: bool) -> None:
+    def add(self, _top: int, n_lost: int, _n_refused: int, *, is_last: bool) -> None:
         self.lost.append(n_lost)
         self.said.append("count")
 

@@ -43,6 +43,7 @@ class Counts:
         self._before = dict.fromkeys(COUNTS, 0)
         self._peers_before = bytearray()
         self._n_lost = 0
+        self._n_refused: int | None = None
         self._rest_s = 0.0
 
     @property
@@ -50,18 +51,22 @@ class Counts:
         """How many packets were passed on to the worker, by the reason, as of the last `add`."""
         return {name: n for name, n in list(self._before.items())[_N_SHARED:] if n}
 
-    def add(self, top: int, n_lost: int, *, is_last: bool = False) -> None:
+    def add(self, top: int, n_lost: int, n_refused: int, *, is_last: bool = False) -> None:
         """Add what has come since the last time to the statistics.
 
-        `top` is the highest index of a peer.  `n_lost`: how many packets the pair has dropped.  `is_last`: the programs
-        end, so nothing is left for later.  Raises KernelError.
+        `top` is the highest index of a peer.  `n_lost`: how many packets the pair has dropped.  `n_refused`: grows with
+        each that our device has dropped after it was delivered.  `is_last`: the programs end, so nothing is left for
+        later.  Raises KernelError.
         """
         raw, step = self._counts.read_first(len(COUNTS)), self._counts.stored_len
         sums = [sum(memoryview(raw)[i * step : (i + 1) * step].cast("Q")) for i in range(len(COUNTS))]
         now = dict(zip(COUNTS, sums, strict=True))
         new = {name: now[name] - self._before[name] for name in COUNTS[:_N_SHARED]}
-        new["decap_drop_tun"] += n_lost - self._n_lost
-        self._before, self._n_lost = now, n_lost
+        refused = 0 if self._n_refused is None else n_refused - self._n_refused
+        refused = min(max(refused, 0), new["decap_delivered"])
+        new["decap_delivered"] -= refused
+        new["decap_drop_tun"] += n_lost - self._n_lost + refused
+        self._before, self._n_lost, self._n_refused = now, n_lost, n_refused
         self._stats.count_beside(new, self._new_of_peers(top, is_last=is_last))
 
     def _new_of_peers(self, top: int, *, is_last: bool) -> dict[int, tuple[int, ...]]:

@@ -199,11 +199,16 @@ class Shortcut:
         )
 
     def _count(self, on: _On, *, is_last: bool = False) -> None:
-        near = pair_names(self._tunnel.tun.name)[0]
-        found = read_device_counters([near]).get(near)
-        if found is not None:
-            on.n_lost = found.tx_dropped
-        on.counts.add(self._tunnel.table.top, on.n_lost, is_last=is_last)
+        device, stats = self._tunnel.tun.name, self._tunnel.stats
+        near = pair_names(device)[0]
+        found = read_device_counters([near, device])
+        if near in found:
+            on.n_lost = found[near].tx_dropped
+        if device in found:
+            # What workers could not write the device counts too.
+            rows = stats.worker_counters(MAX_WORKERS_BESIDE)
+            on.n_refused = found[device].rx_dropped - sum(row.get("decap_drop_tun", 0) for row in rows)
+        on.counts.add(self._tunnel.table.top, on.n_lost, on.n_refused, is_last=is_last)
 
 
 class _On:
@@ -216,6 +221,8 @@ class _On:
         self.is_broken = False
         self.n_lost = 0
         """Packets that the pair has dropped, as far as is known: a pair that is deleted takes its counters along."""
+        self.n_refused = 0
+        """What our device has dropped that no worker gave to it, from some number on."""
         self._noted: set[IPNetwork] = set(tunnel.peers.subnets)
         self._indexes: dict[IPNetwork, int] = {}
 
