@@ -26,6 +26,9 @@ from status_document import DOCUMENT
 
 from udptun.control.run_dir import SOCKET_NAME
 
+UDPTUN = ["env", "--default-signal=INT,QUIT,HUP", sys.executable, "-m", "udptun"]
+"""Without env the command would ignore what these tests ignore: SIGINT and SIGQUIT where a shell runs them in the
+background, SIGHUP under nohup."""
 DEADLINE_S = 30.0
 ENTER, LEAVE = b"\x1b[?1049h", b"\x1b[?7h\x1b[?25h\x1b[?1049l"
 
@@ -84,7 +87,7 @@ class Terminal:
         self._theirs = theirs
         self.written = self.all = b""
         environ = {**os.environ, "TERM": "xterm", "NO_COLOR": ""}
-        command = [sys.executable, "-m", "udptun", "status", "--watch", "0.1", "--run-dir", str(run_dir), *flags]
+        command = [*UDPTUN, "status", "--watch", "0.1", "--run-dir", str(run_dir), *flags]
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ, start_new_session=True
         )
@@ -218,7 +221,7 @@ def test_one_peer_can_be_watched_also_one_that_goes(daemon: Daemon, tmp_path: Pa
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_in_a_pipe_each_look_is_written_below_the_one_before(daemon: Daemon, tmp_path: Path, flags: list[str]) -> None:
-    command = [sys.executable, "-m", "udptun", "status", "--watch", "0.1", "--run-dir", str(tmp_path), *flags]
+    command = [*UDPTUN, "status", "--watch", "0.1", "--run-dir", str(tmp_path), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         if flags:
@@ -234,7 +237,7 @@ def test_in_a_pipe_each_look_is_written_below_the_one_before(daemon: Daemon, tmp
 def test_in_json_a_peer_that_is_not_there_is_said_once(daemon: Daemon, tmp_path: Path) -> None:
     """It was said again at every look."""
     daemon.answer = {**DOCUMENT, "peers": []}
-    command = [sys.executable, "-m", "udptun", "status", "--json", "--watch", "0.1", "--run-dir", str(tmp_path)]
+    command = [*UDPTUN, "status", "--json", "--watch", "0.1", "--run-dir", str(tmp_path)]
     command += ["--peer", "10.244.2.0/24"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
