@@ -43,7 +43,7 @@ from udptun.core.errors import KernelError
 from udptun.datapath.peer_entries import PeerEntry
 from udptun.datapath.settings import Remote
 from udptun.datapath.shortcut.counts import COUNTS
-from udptun.datapath.shortcut.entries import KernelPeers
+from udptun.datapath.shortcut.entries import PEER, KernelPeers
 from udptun.datapath.shortcut.programs import LinkIndexes, Programs, ShortcutSettings, find_lack
 from udptun.kernel.bpf import Hook, attach, load_program
 from udptun.kernel.tun import open_queues
@@ -231,6 +231,27 @@ def test_marks_of_congestion_are_carried_on_nowhere_while_ecn_is_disabled(inner:
         REDIRECT,
         decap(table, packet, IPv4Address(NEAR), outer_ecn=NOT_ECT).writes[0][len(NO_VNET_HDR) :],
     )
+
+
+@pytest.mark.parametrize(
+    ("ago_s", "expected"),
+    [(-60, (PASS, 1)), (3, (REDIRECT, 0))],
+    ids=["another processor is ahead", "long ago"],
+)
+def test_nothing_overtakes_a_super_packet_that_another_processor_has_just_noted(
+    ago_s: int, expected: tuple[int, int]
+) -> None:
+    """With a clock that was ahead the time since the super-packet was negative, and counted as long ago."""
+    table = of_the_shortcut(overlay())
+    programs = loaded(settings(table), LinkIndexes(1, 1, 1, 1), KernelPeers(table.own_subnet, table.mtu))
+    for key, value in known_peers(table).changes():
+        assert value is not None
+        *fields, _ = PEER.unpack(value)
+        programs.set_peer(key, PEER.pack(*fields, time.monotonic_ns() - ago_s * 10**9))
+    answer, _ = Kernel(table, programs).decap(frame(_GOOD))
+    n_passed = sum(memoryview(programs.counts.read(COUNTS.index("decap_super"))).cast("Q"))
+    programs.close()
+    assert (answer, n_passed) == expected
 
 
 def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker() -> None:

@@ -6,8 +6,8 @@
  *     tcx ingress
  *
  * `pass` hands a packet over to the worker, which has all the policy: nothing of the packet has changed by then, and
- * the reason is counted.  So a check here may be narrower than the worker's, never wider.  The checks have the numbers of
- * the tables in docs/wire-format.md where they do the same.
+ * the reason is counted.  So a check here may be narrower than the worker's, never wider.  The checks have the numbers
+ * of the tables in docs/wire-format.md where they do the same.
  *
  * Only headers of the kernel's user interface are used, so one bytecode fits every kernel.  What a host differs in
  * comes from the map `config`.  `./dev bytecode` compiles this into bytecode.json.
@@ -387,12 +387,13 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
     if (!p || p->remote != ip->saddr)
         return pass(PASS_DECAP_SOURCE);
     /* A super-packet goes through the worker, and for a while so does all else that this peer sends: it would overtake.
+     * Times of other processors may be a little ahead.
      */
     if (skb->gso_size || p->super_ns) {
         __u64 now = ktime_ns();
-        if (skb->gso_size && now - p->super_ns > SUPER_NOTE_NS)
+        if (skb->gso_size && (__s64)(now - p->super_ns) > (__s64)SUPER_NOTE_NS)
             p->super_ns = now;
-        if (now - p->super_ns < SUPER_AGE_NS)
+        if ((__s64)(now - p->super_ns) < (__s64)SUPER_AGE_NS)
             return pass(PASS_DECAP_SUPER);
         p->super_ns = 0;
     }
