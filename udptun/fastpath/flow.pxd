@@ -23,13 +23,11 @@ cdef inline int sender_for(Loop *w, const Packet *p) noexcept nogil:
     cdef uint32_t flow
     cdef int own = own_socket(w, remote_of(w.slot, p.peer)), n = w.n_senders
     cdef const int *senders = w.senders
-    if w.n_senders == 0 or not w.slot.peers[p.peer].flags & UT_PEER_ANY_SOURCE_PORT:
-        return own
     if own == w.ipv6_fd:
         senders = w.ipv6_senders
         n = w.n_ipv6_senders
-        if n == 0:
-            return own
+    if n == 0 or not w.slot.peers[p.peer].flags & UT_PEER_ANY_SOURCE_PORT:
+        return own
     flow = short_address(p, source_of(p)) ^ short_address(p, destination_of(p)) * <uint32_t>0x9E3779B1
     if p.is_whole and has_ports(p):
         flow ^= load_be32(p.data + p.header) * <uint32_t>0x85EBCA77    # both ports
