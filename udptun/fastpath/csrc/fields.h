@@ -104,7 +104,6 @@ static const struct ut_field ut_fields[] = {
     UT_FIELD(stats, punt),
     UT_FIELD(stats, traced),
 
-
     UT_FIELD(trace_filter, source),
     UT_FIELD(trace_filter, destination),
     UT_FIELD(trace_filter, family),

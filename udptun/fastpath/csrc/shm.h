@@ -50,7 +50,7 @@
 #define UT_MAX_LEARNED 65536u     /* addresses beside the public IPs that peers send from */
 #define UT_RING_SLOTS 64u         /* packets that wait in a ring at most; a power of two */
 #define UT_RING_BYTES 440u        /* of a packet, in its slot */
-#define UT_TRACE_SLOTS 1024u       /* packets that wait in a ring of traces at most; a power of two */
+#define UT_TRACE_SLOTS 1024u      /* packets that wait in a ring of traces at most; a power of two */
 #define UT_TRACE_BYTES 256u       /* of a packet, in its slot */
 #define UT_TABLE_HEADER_BYTES 4096u
 #define UT_STATS_HEADER_BYTES 4096u
