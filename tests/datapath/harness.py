@@ -608,6 +608,10 @@ class FastDatapath:
         )
         self._n_answers = 0
 
+    def stop(self) -> None:
+        """From now on the worker waits for nothing."""
+        self._worker.stop()
+
     def _begin(self, n_packets: int) -> dict[str, int]:
         """Make sure that the bucket holds an answer for each packet; return the counters."""
         if self._is_bucket_renewed and self._n_answers + n_packets > ICMP_BURST:

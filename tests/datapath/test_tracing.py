@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +19,8 @@ from tests.datapath import cases, ipv6_cases
 from tests.datapath.harness import FastDatapath, Message, skip_unless_built
 from tests.datapath.test_equivalence import ANY_PACKET
 from tests.datapath.test_ipv6_equivalence import mixed
+from tests.datapath.test_learned_sources import SEQUENCE, answer
+from tests.namespace import namespace, requires_netns
 from tests.packets import (
     DEAF_POD,
     DEAF_POD6,
@@ -53,7 +57,7 @@ from udptun.datapath.tracing import Traced, Tracer
 
 ALL = LiveTraceRequest(None, None, None, None, 1)
 VALID_S = 60.0
-SLOTS = LAYOUT["trace_slots"]
+SLOTS, PUNTS = LAYOUT["trace_slots"], LAYOUT["ring_slots"]
 ID = 0x5EED
 
 
@@ -238,6 +242,82 @@ def test_each_packet_that_the_kernel_refuses_is_shown_once_where_only_drops_are(
     datapath.encap_batch([header + tcp(POD, DEAF_POD, bytes(7000), check=PARTIAL)])
     found = watch.take()
     assert [(it.length, it.n_segments, it.n_dropped) for it in found] == [(1040, 1, 1)] * 7
+
+
+@pytest.mark.parametrize("is_drops_alone", [False, True])
+def test_what_the_control_plane_has_no_room_for_is_shown_as_dropped(fast: FastDatapath, is_drops_alone: bool) -> None:
+    """It was not shown where only drops are: when the room was looked at, it had no entry."""
+    fast.configure(punt_id=ID)
+    watch = tracer(fast, replace(ALL, is_drops_alone=is_drops_alone, snap_len=SNAP_LEN_MAX))
+    replies = [
+        ipv4(NEAR_POD, OWN, icmp_message(0, rest=ID.to_bytes(2) + n.to_bytes(2)), protocol=1) for n in range(PUNTS + 5)
+    ]
+    for packet in replies:
+        fast.send_from(NEAR, packet)
+    while fast.turn():
+        pass
+    assert fast.counters["decap_drop_punt_full"] == 5
+    expected = [(packet, "decap_punted", 0) for packet in replies[:PUNTS] if not is_drops_alone]
+    expected += [(packet, "decap_drop_punt_full", 1) for packet in replies[PUNTS:]]
+    assert [(it.packet, it.counter, it.n_dropped) for it in watch.take()] == expected
+
+
+@pytest.mark.parametrize("is_drops_alone", [False, True])
+def test_a_stray_that_the_control_plane_gets_is_no_drop(fast: FastDatapath, is_drops_alone: bool) -> None:
+    """It was shown where only drops are."""
+    fast.configure(punt_id=ID, learn_id=ID << 16 | SEQUENCE)
+    watch = tracer(fast, replace(ALL, is_drops_alone=is_drops_alone, snap_len=SNAP_LEN_MAX))
+    punted, dropped = answer(), udp(NEAR_POD, POD)
+    batch = fast.decap_batch([(packet, STRANGER) for packet in (punted, dropped, punted, punted, dropped)])
+    assert (batch.counts["decap_punted"], batch.counts["decap_drop_unknown_peer"]) == (3, 2)
+    shown = [(it.packet, it.counter, it.n_dropped) for it in watch.take()]
+    of_punted, of_dropped = (punted, "decap_punted", 0), (dropped, "decap_drop_unknown_peer", 1)
+    if is_drops_alone:
+        assert shown == [of_dropped] * 2
+    else:
+        assert shown == [of_punted, of_dropped, of_punted, of_punted, of_dropped]
+
+
+@requires_netns
+@pytest.mark.parametrize("is_drops_alone", [False, True])
+def test_what_waits_for_the_send_buffer_of_a_worker_that_stops_is_shown_as_dropped(is_drops_alone: bool) -> None:
+    """It was not shown where only drops are."""
+    # Each longer than the one before, so that each is a message of its own.
+    sent = [udp(POD, NEAR_POD, bytes(100 + n)) for n in range(30)]
+    data = bytes(7000)
+    header = vnet_hdr(flags=NEEDS_CSUM, gso_type=GSO_TCPV4, hdr_len=40, gso_size=1000, start=20, offset=16)
+    super_packet = tcp(POD, NEAR_POD, data, check=PARTIAL)
+
+    def stop_in_the_middle() -> tuple[dict[str, int], list[Traced]]:
+        with FastDatapath() as datapath:
+            datapath.turn()
+            watch = tracer(datapath, replace(ALL, is_drops_alone=is_drops_alone, snap_len=SNAP_LEN_MAX))
+            shaper = ["rate", "1kbit", "burst", "2000", "limit", "1mb"]
+            subprocess.run(["tc", "qdisc", "add", "dev", "lo", "root", "tbf", *shaper], check=True)
+            datapath.udp.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            datapath.stop()
+            for raw in (*(NO_VNET_HDR + it for it in sent), header + super_packet):
+                datapath.tun.send(raw)
+            datapath.turn()
+            subprocess.run(["tc", "qdisc", "del", "dev", "lo", "root"], check=True)
+            datapath.collect(0)
+            return datapath.counters, watch.take()
+
+    with namespace() as ns:
+        counters, found = ns.call(stop_in_the_middle)
+    n_sent, n_dropped = counters["encap_sent"], counters["encap_drop_send"]
+    assert n_sent + n_dropped == len(sent) + 7
+    assert 0 < n_sent < len(sent)
+    dropped = [it for it in found if it.counter == "encap_drop_send"]
+    assert [it.packet for it in dropped][: len(sent) - n_sent] == sent[n_sent:]
+    assert [it.n_dropped for it in dropped[: len(sent) - n_sent]] == [1] * (len(sent) - n_sent)
+    last = [(it.length, it.n_segments, it.n_dropped) for it in dropped[len(sent) - n_sent :]]
+    if is_drops_alone:
+        assert last == [(1040, 1, 1)] * 7
+        assert dropped == found
+    else:
+        assert last == [(40 + len(data), 7, 7)]
+        assert [it.packet for it in found if it.counter == "encap_sent"] == sent[:n_sent]
 
 
 @pytest.mark.parametrize("datapath", ["udp", "vxlan"], indirect=True)

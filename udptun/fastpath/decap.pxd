@@ -21,7 +21,7 @@ from udptun.fastpath.ecn cimport take_mark
 from udptun.fastpath.icmp cimport TTL_EXCEEDED, answer_peer
 from udptun.fastpath.loop cimport *
 from udptun.fastpath.loops cimport is_for_our_socket
-from udptun.fastpath.ring cimport is_asked_for, punt
+from udptun.fastpath.ring cimport is_asked_for, is_punt_full, punt
 from udptun.fastpath.segment cimport complete_checksum
 from udptun.fastpath.vxlan cimport check_prefix
 from udptun.fastpath.wire cimport *
@@ -93,7 +93,8 @@ cdef inline void decap(Loop *w, int i, uint8_t *d, int length, int inner_size, i
         drop = take_mark(c, &p, outer_ecn)
     if drop == NULL and is_for_control_plane(w.slot, &p):
         if w.is_traced:
-            entry = trace(w, UT_TRACE_DECAP, &p, 1, &c.decap_punted, source)
+            end = &c.decap_drop_punt_full if is_punt_full(w) else &c.decap_punted
+            entry = trace(w, UT_TRACE_DECAP, &p, 1, end, source)
         end = punt(w, &p, source, False)
         if entry != NULL:
             set_end(w, entry, end)

@@ -70,13 +70,18 @@ cdef inline bint is_asked_for(const ut_slot *table, const Packet *p) noexcept no
     return p.has_more or icmp_checksum_holds(p)
 
 
+cdef inline bint is_punt_full(const Loop *w) noexcept nogil:
+    """Whether the ring to the control plane has no room.  Room may come at any time; only the worker takes it."""
+    return w.punts.written - ut_load_u64(&w.punts.taken) >= UT_RING_SLOTS
+
+
 cdef inline Counter *punt(Loop *w, Packet *p, const ut_socket_address *source, bint is_stray) noexcept nogil:
     """Hand the packet to the control plane; `source` is where its datagram came from.  The counter where it has ended.
     """
     cdef ut_ring *ring = w.punts
     cdef uint64_t written = ring.written
     cdef ut_ring_slot *slot = &ring.slot[written & (UT_RING_SLOTS - 1)]
-    if written - ut_load_u64(&ring.taken) >= UT_RING_SLOTS:
+    if is_punt_full(w):
         w.counters.decap_drop_punt_full += 1
         return &w.counters.decap_drop_punt_full
     memset(slot, 0, sizeof(ut_ring_slot) - UT_RING_BYTES)

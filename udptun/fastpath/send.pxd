@@ -19,7 +19,7 @@ from libc.string cimport memcpy, memset
 
 from udptun.fastpath.icmp cimport TOO_BIG, may_answer, send_local_answer
 from udptun.fastpath.loop cimport *
-from udptun.fastpath.trace cimport drop_late, end_late
+from udptun.fastpath.trace cimport drop_late
 from udptun.fastpath.wire cimport *
 
 cdef enum:
@@ -91,7 +91,7 @@ cdef inline void make_room(Loop *w, int n, int header_bytes) noexcept nogil:
 
 cdef inline void send_groups(Loop *w) noexcept nogil:
     """Send all queued groups.  Their headers and pieces are free again."""
-    cdef int i, k, sent, end, error, nbytes, done = 0
+    cdef int i, sent, end, error, nbytes, done = 0
     cdef Group *g
     for i in range(w.n_groups):
         address_message(w, i)
@@ -111,11 +111,7 @@ cdef inline void send_groups(Loop *w) noexcept nogil:
         elif errno == EAGAIN:
             if not w.wait_for_room(w, w.group[done].fd):
                 for i in range(done, w.n_groups):
-                    g = &w.group[i]
-                    w.counters.encap_drop_send += g.n
-                    for k in range(g.n_iov):
-                        end_late(w, UT_TRACE_ENCAP, <uint8_t *>g.iov[k].iov_base, <int>g.iov[k].iov_len,
-                                 &w.counters.encap_drop_send)
+                    drop_group(w, &w.group[i])
                 break
         elif errno != EINTR:
             error = errno
@@ -192,27 +188,51 @@ cdef inline bint send_one_by_one(Loop *w, Group *g) noexcept nogil:
 
     True when the kernel took them all as they are: none was refused, and the path is too narrow for none.
     """
-    cdef int i, piece = 0, offset = 0, length, part, have
+    cdef int i, piece = 0, offset = 0
     cdef bint are_taken = True
-    cdef const uint8_t *at = NULL
+    cdef const uint8_t *at
     cdef Packet p
-    p.data = w.single + w.prefix_len
-    p.peer = g.peer
     for i in range(g.n):
-        length = min(g.size, g.bytes - i * g.size)
-        have = 0
-        while have < length:
-            part = min(<int>g.iov[piece].iov_len - offset, length - have)
-            memcpy(w.single + have, <uint8_t *>g.iov[piece].iov_base + offset, part)
-            have += part
-            offset += part
-            at = <uint8_t *>g.iov[piece].iov_base + offset - 1
-            if offset == <int>g.iov[piece].iov_len:
-                piece += 1
-                offset = 0
-        p.len = length - w.prefix_len
+        at = copy_datagram(w, g, i, &piece, &offset, &p)
         are_taken &= send_single(w, g, &p, at)
     return are_taken
+
+
+cdef inline void drop_group(Loop *w, const Group *g) noexcept nogil:
+    """Drop a group that finds no room in the send buffer, as the worker shall stop."""
+    cdef int i, piece = 0, offset = 0
+    cdef const uint8_t *at
+    cdef Packet p
+    if not w.is_traced:
+        w.counters.encap_drop_send += g.n
+        return
+    for i in range(g.n):
+        at = copy_datagram(w, g, i, &piece, &offset, &p)
+        drop_refused(w, &p, at)
+
+
+cdef inline const uint8_t *copy_datagram(
+        Loop *w, const Group *g, int i, int *piece, int *offset, Packet *p) noexcept nogil:
+    """Copy datagram i of a group into one piece, which `p` is the packet of.  Returns where its last byte was read.
+
+    The datagrams are taken in order: piece and offset say where this one begins and then where the next one does, and
+    are 0 at first.
+    """
+    cdef int length = min(g.size, g.bytes - i * g.size), have = 0, part
+    cdef const uint8_t *at = NULL
+    while have < length:
+        part = min(<int>g.iov[piece[0]].iov_len - offset[0], length - have)
+        memcpy(w.single + have, <uint8_t *>g.iov[piece[0]].iov_base + offset[0], part)
+        have += part
+        offset[0] += part
+        at = <uint8_t *>g.iov[piece[0]].iov_base + offset[0] - 1
+        if offset[0] == <int>g.iov[piece[0]].iov_len:
+            piece[0] += 1
+            offset[0] = 0
+    p.data = w.single + w.prefix_len
+    p.len = length - w.prefix_len
+    p.peer = g.peer
+    return at
 
 
 cdef inline bint send_single(Loop *w, Group *g, Packet *p, const uint8_t *at) noexcept nogil:

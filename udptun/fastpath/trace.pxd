@@ -11,7 +11,7 @@ number of the trace.  While somebody does, a packet that matches is copied as fa
 the control plane, and what finds the ring full is counted there and not shown.
 
 An entry is filled when all checks have been made, and published when the batch has been handed to the kernel
-(`publish_traced`).  In between stands the end that the packet has unless the kernel refuses it; if it does, `end_late`
+(`publish_traced`).  In between stands the end that the packet has unless the kernel refuses it; if it does, `drop_late`
 finds the entry by where the packet lies.
 
 The control plane asks for a few seconds at a time (`until_ns`).  So whoever is killed, nothing is traced for long.
@@ -154,13 +154,19 @@ cdef inline ut_traced *trace(
 
 
 cdef inline void set_end(Loop *w, ut_traced *entry, const Counter *end) noexcept nogil:
-    """Have an open entry end in another counter than it was opened with, with all that it stands for."""
+    """Have the entry of a peer's packet that was opened last end in this counter, with all that it stands for.
+
+    Where only drops are asked for and this is none, the entry is withdrawn.
+    """
+    if w.filter.is_drops_alone and not is_drop(w, end):
+        w.n_open[UT_TRACE_DECAP] -= 1
+        return
     entry.counter = <uint32_t>(end - <const Counter *>w.counters)
     entry.n_dropped = entry.n_segments if is_drop(w, end) else 0
 
 
-cdef inline ut_traced *end_late(Loop *w, int way, const uint8_t *d, int length, const Counter *end) noexcept nogil:
-    """Say in the open entries of all that lies in those bytes that one more packet of it was dropped after all.
+cdef inline ut_traced *end_late(Loop *w, int way, const uint8_t *d, const Counter *end) noexcept nogil:
+    """Say in the open entries of what lies at `d` that one more packet of it was dropped after all.
 
     Returns the last of them; NULL: there is none.
     """
@@ -171,7 +177,7 @@ cdef inline ut_traced *end_late(Loop *w, int way, const uint8_t *d, int length, 
     cdef uint32_t i
     for i in range(w.n_open[way]):
         entry = &ring.slot[(ring.written + i) & (UT_TRACE_SLOTS - 1)]
-        if at < <int64_t>entry.at + entry.length and at + length > <int64_t>entry.at:
+        if <int64_t>entry.at <= at < <int64_t>entry.at + entry.length:
             entry.counter = <uint32_t>(end - <const Counter *>w.counters)
             entry.n_dropped += 1
             found = entry
@@ -184,7 +190,7 @@ cdef inline ut_traced *drop_late(
 
     Where only drops are asked for it has no entry yet.  `p` may be a copy, so the new entry lies nowhere.
     """
-    cdef ut_traced *entry = end_late(w, way, at, 1, end)
+    cdef ut_traced *entry = end_late(w, way, at, end)
     cdef Packet copy
     if entry == NULL:
         entry = trace(w, way, p, 1, end, NULL)
