@@ -197,7 +197,7 @@ def _cleanup(argv: list[str], environ: Mapping[str, str]) -> int:
 
 
 def _status(argv: list[str], environ: Mapping[str, str]) -> int:
-    from udptun.commands.parser import Parser, subnet_or_address
+    from udptun.commands.parser import Parser, seconds_up_to, subnet_or_address
 
     parser = Parser(prog="udptun status", description="Say what the daemon of this host is doing.")
     parser.add_argument("--json", action="store_true", help="for programs; see docs/status.md")
@@ -205,7 +205,7 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
         "--watch",
         nargs="?",
         const=1.0,
-        type=_seconds,
+        type=seconds_up_to(86400),
         metavar="SECONDS",
         help="show it again and again, every second or so often; q ends it",
     )
@@ -230,18 +230,6 @@ def _status(argv: list[str], environ: Mapping[str, str]) -> int:
 
     of_terminal = has_colours(environ), is_dumb(environ)
     return status.show(status.Request(given.run_dir, given.json, given.watch, given.peer, *of_terminal))
-
-
-def _seconds(text: str) -> float:
-    from argparse import ArgumentTypeError
-
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 86400:
-        raise ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 86400")
-    return seconds
 
 
 def _doctor(argv: list[str], environ: Mapping[str, str]) -> int:

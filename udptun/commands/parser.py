@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +19,21 @@ def subnet_or_address(text: str) -> str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no subnet, as 10.244.3.0/24, and no address") from None
     return text
+
+
+def seconds_up_to(most: int) -> Callable[[str], float]:
+    """For `type` of an argument: seconds, from 0.1."""
+
+    def read(text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = 0.0
+        if not 0.1 <= seconds <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to {most}")
+        return seconds
+
+    return read
 
 
 class Parser(argparse.ArgumentParser):

@@ -60,9 +60,7 @@ class PcapngFile:
         with suppress(OSError):
             os.close(self._fd)
 
-    def add(
-        self, packet: bytes, *, length: int, time_ns: int, interface: str, is_outgoing: bool, comment: str
-    ) -> None:
+    def add(self, packet: bytes, *, length: int, time_ns: int, interface: str, is_outgoing: bool, comment: str) -> None:
         """`packet` is what is there of `length` bytes; `time_ns`: since the epoch."""
         head = self._head(interface, time_ns) + struct.pack("=II", len(packet), length) + _padded(packet)
         flags = struct.pack("=I", _OUTBOUND if is_outgoing else _INBOUND)

@@ -1,5 +1,4 @@
-"""`udptun trace`: what would happen to a packet here, or what happens to packets; asked of the daemon (docs/trace.md).
-"""
+"""`udptun trace`: what would happen to a packet here, or what happens to those that come (docs/trace.md)."""
 
 from __future__ import annotations
 
@@ -125,9 +124,7 @@ def _run_live(given: Namespace, *, has_colour: bool) -> int:
         is_drops_alone=given.drops,
         snap_len=given.snap_len,
     )
-    return trace_live.show(
-        request, given.run_dir, as_json=given.json, write=given.write, has_colour=has_colour
-    )
+    return trace_live.show(request, given.run_dir, as_json=given.json, write=given.write, has_colour=has_colour)
 
 
 def render(document: Document, *, has_colour: bool = False) -> str:

@@ -32,9 +32,7 @@ class Views:
 
     @property
     def is_anybody_shown(self) -> bool:
-        return self._latest is not None and (
-            self._peer is None or bool(matching(self._latest.document, self._peer))
-        )
+        return self._latest is not None and (self._peer is None or bool(matching(self._latest.document, self._peer)))
 
     def note(self, look: Look) -> None:
         """The daemon has answered."""

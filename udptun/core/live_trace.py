@@ -8,7 +8,7 @@ from typing import Self
 from udptun.core.errors import UsageError
 from udptun.core.ip_text import ip_network
 from udptun.core.network_state import IPNetwork
-from udptun.core.trace_request import PROTOCOLS, TCP, UDP, read_number
+from udptun.core.trace_request import read_number, read_port, read_protocol
 
 ANY = "any"
 """In place of an address: of either family."""
@@ -58,13 +58,11 @@ class LiveTraceRequest:
         ends = _prefix("SRC", source), _prefix("DST", destination)
         if len({it.version for it in ends if it is not None}) > 1:
             raise UsageError(f"SRC {source} and DST {destination} are of different families")
-        number = _protocol(protocol)
-        if port and number not in (TCP, UDP):
-            raise UsageError(f"PORT {port}: only tcp and udp have ports")
+        number = read_protocol(protocol) if protocol else None
         return cls(
             *ends,
             number,
-            read_number("PORT", port, 1, 65535) if port else None,
+            read_port(port, number),
             read_number("--live", n_packets, 1, _PACKETS_MAX),
             read_number("--seconds", seconds, 1, _SECONDS_MAX) if seconds else _SECONDS,
             is_one_way,
@@ -111,9 +109,3 @@ def _prefix(what: str, text: str) -> IPNetwork | None:
         return ip_network(text, strict=False)
     except ValueError as exc:
         raise UsageError(f"{what} {text!r} is no IP address, no prefix and not {ANY!r}") from exc
-
-
-def _protocol(text: str) -> int | None:
-    if not text:
-        return None
-    return PROTOCOLS[text] if text in PROTOCOLS else read_number("PROTO", text, 0, 255, " or tcp, udp, icmp")

@@ -71,13 +71,12 @@ class TraceRequest:
             raise UsageError(f"SRC {source} and DST {destination} are of different families")
         number = _protocol(protocol, inner[0].version)
         least = _HEADER_LEN[inner[0].version] + _TRANSPORT_LEN.get(number, 0)
-        if port and number not in (TCP, UDP):
-            raise UsageError(f"PORT {port}: only tcp and udp have ports")
+        given_port = read_port(port, number)
         where, outer_port = _socket_address(outer)
         return cls(
             *inner,
             number,
-            read_number("PORT", port, 1, 65535) if port else (80 if number in (TCP, UDP) else None),
+            80 if given_port is None and number in (TCP, UDP) else given_port,
             read_number("--size", size, least, _PACKET_MAX) if size else least + _DATA_LEN,
             read_number("--ttl", ttl, 0, 255) if ttl else 64,
             has_df,
@@ -174,10 +173,22 @@ def _socket_address(text: str) -> tuple[IPAddress | None, int | None]:
 
 
 def _protocol(text: str, version: int) -> int:
-    if not text:
-        text = "icmp"
-    number = PROTOCOLS[text] if text in PROTOCOLS else read_number("PROTO", text, 0, 255, " or tcp, udp, icmp")
+    number = read_protocol(text or "icmp")
     return ICMPV6 if number == ICMP and version == 6 else number
+
+
+def read_protocol(text: str) -> int:
+    """IP's number of the protocol that a person has typed, by name or number.  Raises UsageError."""
+    return PROTOCOLS[text] if text in PROTOCOLS else read_number("PROTO", text, 0, 255, " or tcp, udp, icmp")
+
+
+def read_port(text: str, protocol: int | None) -> int | None:
+    """The port that a person has typed, if any.  Raises UsageError, also where `protocol` has none."""
+    if not text:
+        return None
+    if protocol not in (TCP, UDP):
+        raise UsageError(f"PORT {text}: only tcp and udp have ports")
+    return read_number("PORT", text, 1, 65535)
 
 
 def read_number(what: str, text: str, least: int, most: int, others: str = "") -> int:

@@ -13,7 +13,7 @@ from udptun.commands.mesh.answer import AnswerError, Peer, View, read_view
 from udptun.commands.mesh.ask import Answer, Question, ask_all
 from udptun.commands.mesh.matrix import MOST_HOSTS, Mesh, build, choose
 from udptun.commands.mesh.problems import notes_of, problems_of
-from udptun.commands.parser import Parser, subnet_or_address
+from udptun.commands.parser import Parser, seconds_up_to, subnet_or_address
 from udptun.commands.screen import Page
 from udptun.commands.status import fetch
 from udptun.commands.terminal import has_colours, is_dumb, size_of
@@ -48,7 +48,11 @@ def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         "--port", type=_port, metavar="PORT", help="the --mesh-port of the others (default: this host's)"
     )
     parser.add_argument(
-        "--wait", type=_seconds, default=_WAIT_S, metavar="SECONDS", help="for their answers (default: %(default)g)"
+        "--wait",
+        type=seconds_up_to(60),
+        default=_WAIT_S,
+        metavar="SECONDS",
+        help="for their answers (default: %(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="for programs; see docs/mesh.md")
     parser.add_argument("--html", metavar="FILE", help="write one page with a heat map as well; -: to stdout, alone")
@@ -139,15 +143,3 @@ def _port(text: str) -> int:
         return integer_in(PORTS)(text)
     except ValueError as exc:
         raise ArgumentTypeError(f"{text!r} {exc}") from None
-
-
-def _seconds(text: str) -> float:
-    from argparse import ArgumentTypeError
-
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 60:
-        raise ArgumentTypeError(f"{text!r} is no number of seconds from 0.1 to 60")
-    return seconds
