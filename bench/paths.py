@@ -199,8 +199,11 @@ def _vtep(lab: Lab, _tools: Tools | None, family: Family = Family.IPV4) -> Path:
             *(here, "8572", there, str(network), *subnets, str(mtu)),
         ]
 
-    path = _program(lab, _name(VTEP, family), links, network, mtu, device, command)
-    # The program starts the processes that carry packets, and is none of them.
+    return _with_workers(_program(lab, _name(VTEP, family), links, network, mtu, device, command))
+
+
+def _with_workers(path: Path) -> Path:
+    """The program starts the processes that carry packets, and is none of them."""
     workers = [Process(it.host, "datapath", pid) for it in path.processes for pid in _children(it.pid)]
     return replace(path, processes=(*path.processes, *workers))
 
@@ -232,8 +235,7 @@ def _shortcut(lab: Lab, _tools: Tools | None) -> Path:
         "the shortcut in both hosts",
         lambda: all(host.path(f"/sys/class/net/{near}").exists() for host in lab.hosts[:2]),
     )
-    workers = [Process(it.host, "datapath", pid) for it in path.processes for pid in _children(it.pid)]
-    return replace(path, processes=(*path.processes, *workers))
+    return _with_workers(path)
 
 
 def _along(lab: Lab, name: str, way: Way, processes: Sequence[Process] = ()) -> Path:

@@ -471,6 +471,15 @@ def test_the_tunnels_path_is_that_of_the_daemons_document() -> None:
     assert firewall.tunnel_paths(facts(vxlan, conf=direct)) == []
 
 
+def test_policies_are_asked_about_all_peers_and_rules_about_some() -> None:
+    """A policy about a peer beyond the first hundred was not named."""
+    one = document()["peers"][0]
+    peers = [{**one, "subnet": f"10.244.{i}.0/24", "public_ip": f"192.0.2.{i}"} for i in range(2, 202)]
+    many = facts(document(lease={**document()["lease"], "port": 8285}, peers=peers))
+    ((some,), (whole,)) = firewall.tunnel_paths(many), firewall.tunnel_paths(many, to_all=True)
+    assert (len(some.peers), len(whole.peers)) == (100, 200)
+
+
 def test_without_a_daemon_the_tunnels_path_is_that_of_our_lease_in_the_store() -> None:
     ours, other = (
         Lease(Subnets(IPv4Network(subnet)), LeaseAttrs(IPv4Address(ip)), NOW_S + 100, 1)

@@ -51,6 +51,8 @@ def test_each_page_says_what_the_exit_status_means_there(pages: Path) -> None:
         assert "the daemon would refuse the file" in status_of(pages / name)["2"]
     for name in ("udptun-doctor.8", "udptun-lab-doctor.8"):
         assert (status_of(pages / name)["1"][:8], status_of(pages / name)["2"][:6]) == ("warnings", "errors")
+    for name in ("udptun-mesh.8", "udptun-lab-mesh.8"):
+        assert status_of(pages / name)["0"] == "nothing is wrong"
     assert status_of(pages / "udptun-lease.8")["1"] == "failed"
     assert all(list(status_of(page)) == ["0", "1", "2"] for page in pages.iterdir())
 

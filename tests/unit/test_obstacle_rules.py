@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from udptun.core.errors import KernelError
+from udptun.firewall.obstacles import kernel_rules
 from udptun.firewall.obstacles.ruleset import (
     AddressIn,
     BaseChain,
@@ -28,6 +32,7 @@ from udptun.firewall.obstacles.ruleset import (
     find_drops,
     intersection,
 )
+from udptun.firewall.obstacles.watch import find_lines
 
 N = 4
 """Addresses are 0 to 3."""
@@ -146,3 +151,27 @@ def test_ranges_are_sets_of_addresses(a: Ranges, b: Ranges) -> None:
 
     assert members(intersection(a, b)) == members(a) & members(b)
     assert members(difference(a, b)) == members(a) - members(b)
+
+
+async def test_rules_of_legacy_iptables_are_judged_where_the_kernel_has_no_nf_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The doctor could not look there.  What else keeps rules from being read is said."""
+    answer = errno.EPROTONOSUPPORT
+
+    async def refuse(_links: object, _traffics: object) -> None:
+        raise KernelError("dump tables", answer)
+
+    monkeypatch.setattr(kernel_rules, "read_nft", refuse)
+    monkeypatch.setattr(kernel_rules, "read_legacy", lambda traffics: {it: ["a chain"] for it in traffics})
+
+    class OneWay:
+        traffics, links = ("forwarded",), frozenset[str]()
+
+        def judge(self, chains: dict[str, list[str]]) -> list[str]:
+            return [f"{traffic}: {found}" for traffic, found in chains.items()]
+
+    assert await find_lines([OneWay()]) == ["forwarded: ['a chain']"]  # type: ignore[list-item]  # a stand-in
+    answer = errno.EINTR
+    with pytest.raises(KernelError):
+        await find_lines([OneWay()])  # type: ignore[list-item]  # a stand-in

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
+import time
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_network
-from pathlib import Path
 
 import pytest
 
-from udptun.core.errors import FirewallError
+from udptun.core.errors import FirewallError, KernelError
 from udptun.core.network_state import IPNetwork
 from udptun.datapath.peer_entries import PeerEntry
 from udptun.datapath.settings import Remote
 from udptun.datapath.shortcut.compile import BYTECODE, compile_source, compiler, source_hash
 from udptun.datapath.shortcut.counts import COUNTS, PEER_COUNTS_LEN, Counts
 from udptun.datapath.shortcut.entries import PEER, KernelPeers
+from udptun.datapath.shortcut.programs import Programs
 from udptun.datapath.stats import MAX_WORKERS_BESIDE, Stats
 from udptun.firewall.iptables import Program
 from udptun.firewall.port_rules import find_objection, joined, names_port
+from udptun.kernel.bpf import Map
 
 OWN = ip_network("10.244.1.0/24")
 MTU = 1472
@@ -231,6 +234,37 @@ def test_a_set_that_goes_over_several_lines_is_read_as_one() -> None:
     assert len(list(joined(listing))) == 11
 
 
+def test_a_set_of_many_lines_takes_time_by_its_length() -> None:
+    """The text of 50,000 lines was copied and counted again for each of them, on the daemon's event loop."""
+    lines = ["elements = { 192.0.2.1,", *["192.0.2.2, 192.0.2.3, 192.0.2.4,"] * 50_000, "192.0.2.5 }"]
+    began_s = time.process_time()
+    (whole,) = joined(lines)
+    assert time.process_time() - began_s < 2
+    assert whole.startswith("elements = { 192.0.2.1, 192.0.2.2,")
+    assert whole.endswith("192.0.2.4, 192.0.2.5 }")
+
+
+def test_maps_that_were_made_are_closed_when_the_next_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look, a second after the last one, left up to four of them open."""
+    made, closed = list[str](), list[str]()
+
+    class OneMap:
+        def __init__(self, name: str) -> None:
+            self.close = lambda: closed.append(name)
+
+    def create(name: str, *_shape: object) -> OneMap:
+        if name == "ut_peer_counts":
+            raise KernelError("cannot make the BPF map ut_peer_counts", errno.ENOMEM)
+        made.append(name)
+        return OneMap(name)
+
+    monkeypatch.setattr(Map, "create", create)
+    with pytest.raises(KernelError):
+        Programs.load(1)
+    assert len(made) == 4
+    assert sorted(closed) == sorted(made)
+
+
 @pytest.mark.parametrize(
     ("installed", "failure", "expected"),
     [
@@ -256,7 +290,7 @@ async def test_rules_that_cannot_be_read_are_an_objection(
     monkeypatch.setattr("udptun.firewall.tool.is_installed", lambda name: name in installed)
     monkeypatch.setattr("udptun.firewall.tool.run", run)
     monkeypatch.setattr("udptun.firewall.port_rules.programs", no_programs)
-    monkeypatch.setattr("udptun.firewall.port_rules._LEGACY_TABLES", Path("/nowhere"))
+    monkeypatch.setattr("udptun.firewall.port_rules.legacy_tables", lambda version: [])
     found = await find_objection(8285)
     assert found.startswith(expected)
     assert bool(found) is bool(expected)

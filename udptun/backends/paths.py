@@ -45,15 +45,6 @@ def tunnel_paths(backend: Backend, inputs: Sequence[BackendInput]) -> list[Tunne
         underlay = inputs[0].underlay
         if (own := underlay.address_of(family)) is None:
             continue
-        peer_ports = set(port_of.values())
-        found.append(
-            TunnelPath(
-                underlay.link_name,
-                own,
-                own_port,
-                tuple(port_of),
-                peer_ports.pop() if len(peer_ports) == 1 else None,
-                backend.type == Udp.type,
-            )
-        )
+        path = TunnelPath.to_peers(underlay.link_name, own, own_port, port_of.items(), backend.type == Udp.type)
+        found.append(path)
     return found

@@ -27,10 +27,13 @@ _OF_DOCTOR = (
     "warnings, or the command failed",
     "errors, or a flag is wrong",
 )
+_OF_MESH = ("nothing is wrong", "something is, or no daemon answers", "a word or a flag is wrong")
 _STATUS_OF = {
-    (): (*_STATUS[:2], f"{_STATUS[2]}; the pages of doctor, trace, health and config say what each means there"),
+    (): (*_STATUS[:2], f"{_STATUS[2]}; the pages of doctor, trace, mesh, health and config say what each means there"),
     ("doctor",): _OF_DOCTOR,
     ("lab", "doctor"): _OF_DOCTOR,
+    ("mesh",): _OF_MESH,
+    ("lab", "mesh"): _OF_MESH,
     ("trace",): (
         "the packet would be delivered; --live: so many packets have come, or somebody has pressed Ctrl-C",
         "it would be dropped, or is not the tunnel's; --live: the time is over; or no daemon answers",

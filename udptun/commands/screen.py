@@ -73,13 +73,18 @@ def _share(left: int | None, n_peers: int, n_reasons: int) -> tuple[int, int]:
     return max(left - reasons, 1), reasons
 
 
+def sgr(text: str, style: str) -> str:
+    """The text with the control sequences of its colours (ECMA-48, SGR)."""
+    return f"\x1b[{style}m{text}\x1b[0m"
+
+
 def paint(line: Line, page: Page) -> str:
     """The line as it is written: cut to the page, with the control sequences of its colours."""
     text, left = "", page.width
     for span in line:
         shown = span.text if left is None else span.text[:left]
         left = None if left is None else left - len(shown)
-        text += f"\x1b[{span.style}m{shown}\x1b[0m" if page.has_colours and span.style and shown else shown
+        text += sgr(shown, span.style) if page.has_colours and span.style and shown else shown
     return text if page.has_colours else text.rstrip()
 
 

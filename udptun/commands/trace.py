@@ -11,7 +11,7 @@ from typing import Any
 
 from udptun.commands import trace_live
 from udptun.commands.parser import Parser
-from udptun.commands.screen import BOLD, DIM, GREEN, RED
+from udptun.commands.screen import BOLD, DIM, GREEN, RED, sgr
 from udptun.commands.status import fetch
 from udptun.commands.terminal import has_colours
 from udptun.core.errors import UsageError
@@ -153,17 +153,13 @@ def _coloured(line: str, end_colour: str) -> str:
     """The mark of a check in its colour, the word that a line begins with dim, and the end in `end_colour`."""
     if line.startswith(("delivered: ", "dropped: ", "nothing: ")):
         end, colon, words = line.partition(":")
-        return _sgr(end, f"{BOLD};{end_colour}") + colon + words
+        return sgr(end, f"{BOLD};{end_colour}") + colon + words
     if not line.startswith("  "):
         return line
     if line.startswith("  see "):
-        return _sgr(line, DIM)
+        return sgr(line, DIM)
     label, mark, rest = line[:_LABEL], line[_LABEL : _LABEL + 4], line[_LABEL + 4 :]
-    return _sgr(label, DIM) + (_sgr(mark, _COLOURS[mark]) if mark in _COLOURS else mark) + rest
-
-
-def _sgr(text: str, parameters: str) -> str:
-    return f"\x1b[{parameters}m{text}\x1b[0m"
+    return sgr(label, DIM) + (sgr(mark, _COLOURS[mark]) if mark in _COLOURS else mark) + rest
 
 
 def _packet(packet: Document) -> str:

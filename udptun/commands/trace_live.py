@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from udptun.commands.pcapng import PcapngFile
-from udptun.commands.screen import DIM, GREEN, RED
+from udptun.commands.screen import DIM, GREEN, RED, sgr
 from udptun.commands.status import receive
 from udptun.control.run_dir import SOCKET_NAME
 from udptun.core.errors import UdptunError
@@ -78,7 +78,7 @@ def render(document: Document, *, has_colour: bool = False) -> str:
     way = "out" if document["direction"] == "outgoing" else "in"
     end = verdict(document)
     if has_colour:
-        clock, end = f"\x1b[{DIM}m{clock}\x1b[0m", f"\x1b[{RED if document['dropped'] else GREEN}m{end}\x1b[0m"
+        clock, end = sgr(clock, DIM), sgr(end, RED if document["dropped"] else GREEN)
     return f"{clock} {way} {_where(document)}: {_packet(document)}: {end}"
 
 

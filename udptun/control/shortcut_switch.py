@@ -117,11 +117,8 @@ class ShortcutSwitch:
     def _path(self, packets: PacketSettings, n: int) -> TunnelPath:
         """That of the datagrams between us and the first `n` peers."""
         entries = filter(None, map(self._tunnel.peers.entry, islice(self._tunnel.peers.subnets, n)))
-        remotes = [it.remote for it in entries if it.remote.address.version == 4]
-        ports = {it.port for it in remotes}
-        port = ports.pop() if len(ports) == 1 else None
-        addresses = tuple(dict.fromkeys(it.address for it in remotes))
-        return TunnelPath(self._underlay, packets.underlay_address, packets.port, addresses, port, looks_answered=True)
+        ends = [(it.remote.address, it.remote.port) for it in entries if it.remote.address.version == 4]
+        return TunnelPath.to_peers(self._underlay, packets.underlay_address, packets.port, ends, looks_answered=True)
 
     def _make(self) -> Shortcut:
         from udptun.datapath.shortcut.shortcut import Shortcut

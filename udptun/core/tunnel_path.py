@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from udptun.core.family import Family
 from udptun.core.network_state import IPAddress
@@ -24,6 +26,21 @@ class TunnelPath:
     peers: tuple[IPAddress, ...]
     peer_port: int | None
     looks_answered: bool
+
+    @classmethod
+    def to_peers(
+        cls,
+        link: str | None,
+        address: IPAddress,
+        port: int,
+        ends: Iterable[tuple[IPAddress, int]],
+        looks_answered: bool,
+    ) -> Self:
+        """`ends`: addresses and ports of the peers; several may have one address."""
+        ends = list(ends)
+        peers = tuple(dict.fromkeys(peer for peer, _ in ends))
+        ports = {peer_port for _, peer_port in ends}
+        return cls(link, address, port, peers, ports.pop() if len(ports) == 1 else None, looks_answered)
 
     @property
     def family(self) -> Family:

@@ -15,8 +15,7 @@ from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.doctor.sample import sample
 from udptun.firewall import tool
 from udptun.firewall.iptables_programs import programs
-from udptun.firewall.obstacles.kernel_rules import read_legacy, read_nft
-from udptun.firewall.obstacles.watch import find_link_names, find_ways
+from udptun.firewall.obstacles.watch import find_lines, find_ways
 from udptun.firewall.port_rules import find_objection
 from udptun.kernel.ipsec import find_policy, read_policies
 
@@ -26,11 +25,7 @@ async def packet_filters(facts: Facts) -> list[Finding]:
     ways = await find_ways(facts.paths, tunnel_paths(facts))
     if not ways:
         raise NotHereError("there are neither pods nor peers yet, as far as is known here, so nothing passes")
-    traffics = list(dict.fromkeys(traffic for way in ways for traffic in way.traffics))
-    nft, _ = await read_nft(find_link_names(ways), traffics)
-    legacy = read_legacy(traffics)
-    chains = {traffic: [*nft[traffic], *legacy[traffic]] for traffic in traffics}
-    lines = [line for way in ways for line in way.judge(chains)]
+    lines = await find_lines(ways)
     return [*(Finding.of_line(severity_of(line), line) for line in lines), *await rules_passed_by(facts)]
 
 
@@ -47,24 +42,26 @@ async def rules_passed_by(facts: Facts) -> list[Finding]:
         cause = f"the shortcut is on, and passes by what INPUT and OUTPUT say of the tunnel's packets: {objection}"
         found.append(Finding(Severity.NOTE, "shortcut", cause, remedy))
     policies = await read_policies()
-    if policy := next(filter(None, (find_policy(policies, it) for it in tunnel_paths(facts))), ""):
+    # Of all peers: a policy may name a single one.
+    if policy := next(filter(None, (find_policy(policies, it) for it in tunnel_paths(facts, to_all=True))), ""):
         cause = f"the shortcut is on, and sends and takes in clear text whatever IPsec says: {policy}"
         found.append(Finding(Severity.WARNING, "shortcut", cause, remedy))
     return found
 
 
-def tunnel_paths(facts: Facts) -> list[TunnelPath]:
-    """Where the tunnel's own datagrams pass, by each family of the underlay, as far as it is known."""
+def tunnel_paths(facts: Facts, *, to_all: bool = False) -> list[TunnelPath]:
+    """Where the tunnel's own datagrams to some peers, or to all, pass, by each family of the underlay.
+
+    As far as that is known.
+    """
     port = _tunnel_port(facts)
     if port is None:
         return []
     found = []
     for link, address in _own_ends(facts):
-        peers = sample([it for it in facts.peers if it.public_ip.version == address.version]).chosen
-        addresses = tuple(dict.fromkeys(it.public_ip for it in peers))
-        ports = {it.port or port for it in peers}
-        peer_port = ports.pop() if len(ports) == 1 else None
-        found.append(TunnelPath(link, address, port, addresses, peer_port, facts.backend_type == UdpKeys.type))
+        peers = [it for it in facts.peers if it.public_ip.version == address.version]
+        ends = [(it.public_ip, it.port or port) for it in (peers if to_all else sample(peers).chosen)]
+        found.append(TunnelPath.to_peers(link, address, port, ends, facts.backend_type == UdpKeys.type))
     return found
 
 

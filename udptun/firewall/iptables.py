@@ -55,7 +55,7 @@ class Program:
 
         Raises FirewallError; UnreadableError where rules that nft has set hide those of iptables.
         """
-        if self.is_legacy and not may_load and table not in _legacy_tables(self.version):
+        if self.is_legacy and not may_load and table not in legacy_tables(self.version):
             return ""
         try:
             return await self._run(self.name, "-w", "-t", table, "-S", *filter(None, [chain]))
@@ -186,7 +186,8 @@ def _chain_of(table: str, desired: DesiredRules) -> Chain:
     return chain
 
 
-def _legacy_tables(version: int) -> list[str]:
+def legacy_tables(version: int) -> list[str]:
+    """The tables of legacy iptables that there are in this network namespace, for that version of IP."""
     try:
         return _LEGACY_TABLES[version].read_text().split()
     except OSError:

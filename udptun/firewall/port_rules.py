@@ -6,22 +6,23 @@ the port, or drops all but a few, they mean to decide.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from textwrap import shorten
 
-from udptun.core.errors import FirewallError, KernelError
+from udptun.core.errors import FirewallError
 from udptun.core.tunnel_path import TunnelPath
 from udptun.firewall import tool
+from udptun.firewall.iptables import legacy_tables
 from udptun.firewall.iptables_programs import programs
-from udptun.firewall.obstacles.kernel_rules import read_legacy, read_nft
-from udptun.firewall.obstacles.watch import find_link_names, find_ways
+from udptun.firewall.obstacles.watch import find_lines, find_ways
 from udptun.firewall.tool import AbsentError
 
 _TABLES = ("raw", "mangle", "nat", "filter", "security")
-_LEGACY_TABLES = Path("/proc/thread-self/net/ip_tables_names")
-"""The tables of legacy iptables that there are in this network namespace."""
+_SHOWN = 200
+"""So many characters of a rule are shown: a set may have a megabyte of elements."""
 _NAMES = re.compile(r"\b[ds]ports?\b|\belements = ")
 _PORTS = re.compile(r"\b(?:[ds]ports?|elements =)\s*(?:vmap\s*|!=\s*)*(?:\{(?P<set>[^}]*)\}|(?P<list>[-\d,: ]+))")
 _RANGE = re.compile(r"\b(\d+)(?:[-:](\d+))?\b")
@@ -32,26 +33,25 @@ async def find_objection(port: int) -> str:
     """That a rule names the port, or why that cannot be known; empty when no rule does, of whatever chain."""
     try:
         async for listing in _listings():
-            for line in joined(listing.splitlines()):
-                if names_port(line, port):
-                    return f"a firewall rule names UDP port {port}: `{line}`"
+            # In a thread: a hundred thousand rules take seconds.
+            if line := await asyncio.to_thread(find_rule, listing, port):
+                return f"a firewall rule names UDP port {port}: `{shorten(line, _SHOWN)}`"
     except FirewallError as exc:
         return f"the firewall's rules cannot be read: {exc}"
     return ""
 
 
+def find_rule(listing: str, port: int) -> str:
+    """The first rule or set of the listing that names the port; empty when none does."""
+    return next((line for line in joined(listing.splitlines()) if names_port(line, port)), "")
+
+
 async def find_drop(path: TunnelPath) -> str:
-    """What drops the tunnel's datagrams, whatever port the rules name; empty when nothing certainly does."""
-    ways = await find_ways((), (path,))
-    traffics = list(dict.fromkeys(traffic for way in ways for traffic in way.traffics))
-    try:
-        nft, _ = await read_nft(find_link_names(ways), traffics)
-    except KernelError:
-        # The kernel has no nf_tables.
-        nft = {}
-    legacy = read_legacy(traffics)
-    chains = {traffic: [*nft.get(traffic, ()), *legacy[traffic]] for traffic in traffics}
-    return next((line for way in ways for line in way.judge(chains)), "")
+    """What drops the tunnel's datagrams, whatever port the rules name; empty when nothing certainly does.
+
+    Raises KernelError where the rules cannot be read.
+    """
+    return next(iter(await find_lines(await find_ways((), (path,)))), "")
 
 
 async def _listings() -> AsyncIterator[str]:
@@ -64,36 +64,30 @@ async def _listings() -> AsyncIterator[str]:
     found = await programs()
     if not has_nft and not any(not it.is_legacy for it in found):
         raise FirewallError("there is neither nft nor an iptables that reads nf_tables")
-    legacy = _legacy_tables()
+    legacy = legacy_tables(4)
     if legacy and not any(it.is_legacy for it in found):
         raise FirewallError(f"legacy iptables has the tables {', '.join(legacy)}, and there is no iptables-legacy")
     for program in found:
         # nft shows what iptables-nft has set.
         if program.is_legacy or not has_nft:
-            for table in legacy if program.is_legacy else _TABLES:
+            for table in _TABLES:
                 with suppress(AbsentError):
                     yield await program.list(table)
 
 
-def _legacy_tables() -> list[str]:
-    try:
-        return _LEGACY_TABLES.read_text().split()
-    except OSError:
-        # The kernel has no legacy iptables.
-        return []
-
-
 def joined(lines: Iterable[str]) -> Iterator[str]:
     """The lines of a listing, those of a set that goes over several as one."""
-    whole = ""
-    for line in lines:
-        whole = f"{whole} {line.strip()}".strip()
-        if _NAMES.search(whole) and whole.count("{") > whole.count("}"):
+    parts: list[str] = []
+    depth = 0
+    for line in map(str.strip, lines):
+        parts.append(line)
+        depth += line.count("{") - line.count("}")
+        if depth > 0 and (len(parts) > 1 or _NAMES.search(line)):
             continue
-        yield whole
-        whole = ""
-    if whole:
-        yield whole
+        yield " ".join(filter(None, parts))
+        parts, depth = [], 0
+    if parts:
+        yield " ".join(filter(None, parts))
 
 
 def names_port(line: str, port: int) -> bool:

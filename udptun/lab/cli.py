@@ -248,12 +248,8 @@ def _status(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     """At the same time in all of them; the exit status is the worst of theirs, 2 where one has said nothing."""
-    lab = owner.RunningLab.find(options.name)
-    with lab.connection:
-        status = lab.status()
-    names = options.hosts or [host["name"] for host in status["hosts"] if host["up"]]
-    if not names:
-        raise LabError(f"no host of the lab {options.name} is up, so there is nothing to look at")
+    status, up = _hosts_up(options.name)
+    names = options.hosts or up
     flags = [f"--cni-bin-dir={PROGRAMS}", *(["--json"] * options.json), *(["--all"] * options.all)]
     command = [sys.executable, "-m", "udptun", "doctor", *flags]
     environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
@@ -272,15 +268,22 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _mesh(options: argparse.Namespace) -> int:
     """As one host sees it, which asks the others; the exit status is its own."""
-    lab = owner.RunningLab.find(options.name)
+    status, up = _hosts_up(options.name)
+    flags = [*(["--json"] * options.json), *([] if options.html is None else ["--html", str(options.html.absolute())])]
+    command = [sys.executable, "-m", "udptun", "mesh", *flags]
+    environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
+    return _place(status, options.host or up[0]).popen(command, env=environ).wait()
+
+
+def _hosts_up(name: str) -> tuple[dict[str, Any], list[str]]:
+    """The status of a lab and the names of its hosts that are up.  Raises LabError when none is."""
+    lab = owner.RunningLab.find(name)
     with lab.connection:
         status = lab.status()
-    names = [options.host] if options.host else [host["name"] for host in status["hosts"] if host["up"]]
+    names = [host["name"] for host in status["hosts"] if host["up"]]
     if not names:
-        raise LabError(f"no host of the lab {options.name} is up, so there is nobody to ask")
-    flags = [*(["--json"] * options.json), *([] if options.html is None else ["--html", str(options.html.absolute())])]
-    environ = {**os.environ, "PYTHONPATH": str(SOURCE_ROOT)}
-    return _place(status, names[0]).popen([sys.executable, "-m", "udptun", "mesh", *flags], env=environ).wait()
+        raise LabError(f"no host of the lab {name} is up")
+    return status, names
 
 
 def _down(options: argparse.Namespace) -> int:

@@ -74,15 +74,17 @@ class Programs:
         """With room for twice `top`, the highest index of a peer, and for `least` peers.  Raises KernelError."""
         with ExitStack() as undo:
             n_peers = max(least, 1 << (2 * top).bit_length())
-            maps = {
-                "config": Map.create("ut_config", MapType.ARRAY, _CONFIG.size, 1),
-                "peers": Map.create("ut_peers", MapType.HASH, PEER.size, n_peers),
-                "flows": Map.create("ut_flows", MapType.ARRAY, _FLOW_LEN, _N_FLOWS),
-                "counts": Map.create("ut_counts", MapType.PERCPU_ARRAY, 8, len(COUNTS)),
-                "peer_counts": Map.create("ut_peer_counts", MapType.PERCPU_ARRAY, PEER_COUNTS_LEN, n_peers),
+            shapes = {
+                "config": (MapType.ARRAY, _CONFIG.size, 1),
+                "peers": (MapType.HASH, PEER.size, n_peers),
+                "flows": (MapType.ARRAY, _FLOW_LEN, _N_FLOWS),
+                "counts": (MapType.PERCPU_ARRAY, 8, len(COUNTS)),
+                "peer_counts": (MapType.PERCPU_ARRAY, PEER_COUNTS_LEN, n_peers),
             }
-            for it in maps.values():
-                undo.callback(it.close)
+            maps: dict[str, Map] = {}
+            for name, shape in shapes.items():
+                maps[name] = Map.create(f"ut_{name}", *shape)
+                undo.callback(maps[name].close)
             programs = {}
             for name, (code, loads) in _bytecode().items():
                 at = {instruction: maps[of_map].fd for of_map, where in loads.items() for instruction in where}

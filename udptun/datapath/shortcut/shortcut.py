@@ -225,6 +225,7 @@ class _On:
         """What our device has dropped that no worker gave to it, from some number on."""
         self._noted: set[IPNetwork] = set(tunnel.peers.subnets)
         self._indexes: dict[IPNetwork, int] = {}
+        self._is_attached = False
 
     @classmethod
     def begin(cls, settings: ShortcutSettings, links: LinkIndexes, tunnel: Tunnel) -> _On:
@@ -235,6 +236,7 @@ class _On:
             on = cls(settings, links, programs, tunnel)
             on.follow(tunnel)
             programs.attach(links)
+            on._is_attached = True
         except BaseException:
             programs.close()
             raise
@@ -255,7 +257,9 @@ class _On:
                 self._indexes.pop(subnet, None)
             elif self._indexes.get(subnet) != entry.index and entry.index < self.programs.peer_counts.n:
                 self._indexes[subnet] = entry.index
-                self.counts.begin_peer(entry.index)
+                # Before, nothing is counted under any index.
+                if self._is_attached:
+                    self.counts.begin_peer(entry.index)
         # First those that go: they make room, and must not stay where there is none for the others.
         for key, value in sorted(self.peers.changes(), key=lambda it: it[1] is not None):
             self.programs.set_peer(key, value)

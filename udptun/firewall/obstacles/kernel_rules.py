@@ -7,6 +7,7 @@ and the tables of legacy iptables.
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import socket
@@ -46,6 +47,8 @@ _LEGACY = {
 _IPTABLES_NFT = {Family.IPV4: Tool.IPTABLES_NFT, Family.IPV6: Tool.IP6TABLES_NFT}
 _libc = ctypes.CDLL(None, use_errno=True)
 
+NO_NF_TABLES = (errno.EPROTONOSUPPORT, errno.EINVAL)
+"""What a kernel without netfilter's netlink sockets answers, and one whose have no nf_tables (nfnetlink_rcv_msg)."""
 _MAX_RULES = 2000
 """A chain of more rules, with all that it leads to, is not judged: reading them would hold up the daemon."""
 

@@ -61,6 +61,29 @@ def find_link_names(ways: Iterable[Way]) -> Mapping[int, str]:
     return {index: name for index, name in socket.if_nameindex() if name in wanted}
 
 
+async def find_lines(ways: Sequence[Way]) -> list[str]:
+    """What drops packets on these ways now.  Raises KernelError where the rules cannot be read."""
+    from udptun.firewall.obstacles.kernel_rules import NO_NF_TABLES, read_legacy, read_nft
+
+    traffics = _traffics_of(ways)
+    try:
+        nft, _ = await read_nft(find_link_names(ways), traffics)
+    except KernelError as exc:
+        if exc.errno not in NO_NF_TABLES:
+            raise
+        nft = {}
+    return _judged(ways, nft, read_legacy(traffics))
+
+
+def _traffics_of(ways: Iterable[Way]) -> list[Traffic]:
+    return list(dict.fromkeys(traffic for way in ways for traffic in way.traffics))
+
+
+def _judged(ways: Iterable[Way], nft: Chains, legacy: Chains) -> list[str]:
+    chains = {traffic: [*nft.get(traffic, ()), *found] for traffic, found in legacy.items()}
+    return [line for way in ways for line in way.judge(chains)]
+
+
 class Obstacles:
     """What keeps the overlay's packets from passing, as of the latest `look`.  For one event loop."""
 
@@ -108,13 +131,12 @@ class Obstacles:
         # Not before, as in `find_ways`.
         from udptun.firewall.obstacles.kernel_rules import read_legacy
 
-        traffics = list(dict.fromkeys(traffic for way in ways for traffic in way.traffics))
+        traffics = _traffics_of(ways)
         await self._read_nft(ways, traffics)
         legacy = read_legacy(traffics)
         question = (ways, self._nft_read_s)
         if any(legacy.values()) or question != self._judged:
-            chains = {traffic: [*self._nft.get(traffic, ()), *legacy[traffic]] for traffic in traffics}
-            self._lines.replace([line for way in ways for line in way.judge(chains)])
+            self._lines.replace(_judged(ways, self._nft, legacy))
             self._judged = None if any(legacy.values()) else question
 
     async def _read_nft(self, ways: Sequence[Way], traffics: Sequence[Traffic]) -> None:
