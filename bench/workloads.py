@@ -13,6 +13,7 @@ from pathlib import Path as File
 
 from bench import measure
 from bench.compiler import SOURCES, compiled
+from bench.cpu import Meter
 from bench.measure import Result
 from bench.paths import Path
 from udptun.commands.status import fetch
@@ -31,6 +32,8 @@ _LEASES_TIMEOUT_S = 600.0
 """How long both daemons may take to have 65,534 leases in use, or no more; a minute by IPv6 too, on an idle machine."""
 _LEASES_PAUSE_S = 0.5
 """Between two looks."""
+_IDLE_CORES = 0.1
+"""What a daemon takes of a core at most once nothing is left to do about its leases, probes of their hosts included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ RUN: Mapping[str, Callable[[Bench, Path], Result]] = {
 
 
 def set_leases(lab: Lab, n: int, *, with_ipv6: bool) -> None:
-    """Have `n` leases of other hosts in the store, and wait until both daemons have them all in use.
+    """Have `n` leases of other hosts in the store; wait until both daemons have them all in use and have nothing to do.
 
     `with_ipv6`: each of them has a subnet of either family.
     """
@@ -70,6 +73,17 @@ def set_leases(lab: Lab, n: int, *, with_ipv6: bool) -> None:
     gone, last = said.stdout.split()
     for host in lab.hosts:
         wait_until(f"{n} leases in use on {host}", partial(_uses_leases, host, n, gone, last), _LEASES_TIMEOUT_S)
+    for host in lab.hosts:
+        wait_until(f"idle daemon on {host}", partial(_is_idle, host), _LEASES_TIMEOUT_S)
+
+
+def _is_idle(host: Host) -> bool:
+    """Whether the daemon takes next to no CPU time for a second."""
+    assert host.daemon is not None
+    meter = Meter([host.daemon.pid])
+    time.sleep(1)
+    usage = meter.read()
+    return usage.tunnel_s < _IDLE_CORES * usage.wall_s
 
 
 def _uses_leases(host: Host, n: int, gone: str, last: str) -> bool:
