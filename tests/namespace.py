@@ -9,6 +9,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -27,6 +28,7 @@ _numbers = itertools.count()
 requires_netns = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun"
 )
+HAS_TCX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 6)
 
 
 class Namespace:

@@ -6,6 +6,7 @@ with `encap` on it, and come out on the far end of an underlay, or for the worke
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import errno
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
@@ -24,7 +25,7 @@ from random import Random
 import pytest
 
 from tests.datapath.cases import DECAP, ENCAP, GOOD_DECAP, GOOD_ENCAP, Bad
-from tests.namespace import Namespace, linked_namespace, requires_netns
+from tests.namespace import HAS_TCX, Namespace, linked_namespace, requires_netns
 from tests.packets import (
     LOCAL_IN_A_LEASE,
     MTU,
@@ -46,6 +47,7 @@ from udptun.datapath.shortcut.counts import COUNTS
 from udptun.datapath.shortcut.entries import PEER, KernelPeers
 from udptun.datapath.shortcut.programs import LinkIndexes, Programs, ShortcutSettings, find_lack
 from udptun.kernel.bpf import Hook, attach, load_program
+from udptun.kernel.filters import attach_filter
 from udptun.kernel.tun import open_queues
 
 pytestmark = [requires_netns, pytest.mark.skipif(os.geteuid() == 0 and bool(find_lack()), reason=find_lack())]
@@ -113,6 +115,7 @@ def loaded(of: ShortcutSettings, links: LinkIndexes, peers: KernelPeers) -> Prog
     programs.configure(of, links)
     for key, value in peers.changes():
         programs.set_peer(key, value)
+    programs.keep_on(3600)
     return programs
 
 
@@ -254,6 +257,36 @@ def test_nothing_overtakes_a_super_packet_that_another_processor_has_just_noted(
     assert (answer, n_passed) == expected
 
 
+def test_what_the_daemon_does_not_look_after_is_left_to_the_worker() -> None:
+    """A daemon that is dead or stands still follows no peers, and a filter outlives it."""
+    table = of_the_shortcut(overlay())
+    programs = loaded(settings(table), LinkIndexes(1, 1, 1, 1), known_peers(table))
+    kernel, good = Kernel(table, programs), frame(_GOOD)
+    for seconds, expected in ((60, REDIRECT), (-1, PASS), (60, REDIRECT), (-60, PASS)):
+        programs.keep_on(seconds)
+        assert kernel.decap(good)[0] == expected
+    programs.keep_on()
+    assert kernel.decap(good)[0] == REDIRECT
+    programs.stop()
+    assert kernel.decap(good) == (PASS, good)
+    n_passed = sum(memoryview(programs.counts.read(COUNTS.index("decap_lapsed"))).cast("Q"))
+    programs.close()
+    assert n_passed == 3
+
+
+def test_a_time_namespace_makes_the_programs_time_no_other() -> None:
+    """The kernel's clocks have no offset there, and those of a process have."""
+    code = "from udptun.kernel.bpf import monotonic_ns; print(monotonic_ns())"
+    ahead = ["unshare", "--time", "--fork", "--monotonic", "1000000"]
+    try:
+        said = subprocess.run([*ahead, sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        pytest.skip("needs unshare")
+    if "unshare" in said.stderr:
+        pytest.skip(said.stderr)
+    assert abs(time.monotonic_ns() - int(said.stdout)) < 60 * 10**9
+
+
 def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker() -> None:
     """Its packets may come from that address, and ours to it may be the tunnel's own."""
     peers = known_peers(overlay())
@@ -305,9 +338,13 @@ _FLOW_GAP_S = 0.021
 
 
 class Ground:
-    """In a namespace v0 -- v1: the TUN device, and the programs between it and the underlay.  Made and used inside."""
+    """In a namespace v0 -- v1: the TUN device, and the programs between it and the underlay.  Made and used inside.
 
-    def __init__(self) -> None:
+    `by` tcx or clsact.
+    """
+
+    def __init__(self, by: str) -> None:
+        self._by = by
         self.table = replace(
             of_the_shortcut(overlay()),
             peers=tuple(replace(it, remote=(WHERE.get(str(it.subnet), THERE), PORT)) for it in overlay().peers),
@@ -323,11 +360,13 @@ class Ground:
         other = replace(settings(self.table), port=PORT + 1)
         self._others = loaded(other, links, KernelPeers(self.table.own_subnet, MTU))
         self.programs = loaded(settings(self.table), links, known_peers(self.table))
-        self._links = [
-            attach(it.program_fd(name), index, hook)
-            for name, index, hook in (("encap", device, Hook.EGRESS), ("decap", underlay, Hook.INGRESS))
-            for it in (self._others, self.programs)
-        ]
+        self._links = list[int]()
+        for name, index, hook in (("encap", device, Hook.EGRESS), ("decap", underlay, Hook.INGRESS)):
+            for it in (self._others, self.programs):
+                if by == "tcx":
+                    self._links.append(attach(it.program_fd(name), index, hook))
+                else:
+                    asyncio.run(attach_filter("udptun", name, it.program_fd(name), index, hook))
         self._into = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self._into.bind(("flannel0", socket.htons(ETH_P_IP)))
         self._far = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP))
@@ -369,15 +408,21 @@ class Ground:
 
     def reaches_a_program_behind(self, packet: bytes) -> bool:
         """Whether one that is attached last, and drops everything, gets this packet: the sender is told of the drop."""
-        dropping = load_program("ut_test_drop", struct.pack("=BBhiBBhi", 0xB7, 0, 0, _TC_ACT_SHOT, 0x95, 0, 0, 0))
-        behind = attach(dropping, socket.if_nametoindex("flannel0"), Hook.EGRESS)
-        try:
-            self._into.sendto(packet, ("flannel0", ETH_P_IP))
-        except OSError as exc:
-            return exc.errno == errno.ENOBUFS
-        finally:
-            os.close(behind)
-            os.close(dropping)
+        with ExitStack() as undo:
+            if self._by == "tcx":
+                drop = struct.pack("=BBhiBBhi", 0xB7, 0, 0, _TC_ACT_SHOT, 0x95, 0, 0, 0)
+                dropping = load_program("ut_test_drop", drop)
+                undo.callback(os.close, dropping)
+                undo.callback(os.close, attach(dropping, socket.if_nametoindex("flannel0"), Hook.EGRESS))
+            else:
+                behind = ["dev", "flannel0", "egress", "prio", "65000"]
+                what = ["protocol", "all", "bpf", "da", "bytecode", f"1,6 0 0 {_TC_ACT_SHOT},"]
+                subprocess.run(["tc", "filter", "add", *behind, *what], check=True)
+                undo.callback(subprocess.run, ["tc", "filter", "delete", *behind], check=True)
+            try:
+                self._into.sendto(packet, ("flannel0", ETH_P_IP))
+            except OSError as exc:
+                return exc.errno == errno.ENOBUFS
         return False
 
     def _n_counted(self, name: str) -> int:
@@ -393,10 +438,16 @@ class Ground:
         self._tun.close()
 
 
-@pytest.fixture(scope="module")
-def ground() -> Iterator[tuple[Namespace, Ground]]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("tcx", marks=pytest.mark.skipif(not HAS_TCX, reason="needs a kernel with tcx, 6.6 or later")),
+        "clsact",
+    ],
+)
+def ground(request: pytest.FixtureRequest) -> Iterator[tuple[Namespace, Ground]]:
     with linked_namespace() as ns:
-        it = ns.call(Ground)
+        it = ns.call(lambda: Ground(request.param))
         yield ns, it
         it.close()
 

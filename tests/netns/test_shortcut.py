@@ -9,10 +9,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
+from namespace import HAS_TCX
 from traffic import (
     CLEANUP,
     REAL_TIME,
@@ -41,14 +43,43 @@ LIMIT_S = 15
 ON = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": "auto"}}
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab(f"c{os.getpid()}", net_conf=ON) as lab:
+NETWORK = str(DEFAULT_NET_CONF["Network"])
+PROGRAMS = {f"udptun {NETWORK} {name}" for name in ("decap", "encap")}
+"""Filters, on kernels without tcx, and those that `filters` sees."""
+WITHOUT_TCX = Path(__file__).with_name("without_tcx.py")
+
+
+@contextmanager
+def started_lab(by: str) -> Iterator[Lab]:
+    """Of two hosts that have it on, attached by tcx or by clsact."""
+    with Lab(f"c{os.getpid()}{by[0]}", net_conf=ON) as lab:
+        if by == "clsact":
+            at = lab.daemon_command.index("-m")
+            lab.daemon_command[at : at + 2] = [str(WITHOUT_TCX)]
         lab.daemon_command[:0] = REAL_TIME
         lab.set_offload(Offload.NONE)
         lab.start()
         wait_for_peers(lab)
         wait_until_on(lab)
+        yield lab
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("tcx", marks=pytest.mark.skipif(not HAS_TCX, reason="needs a kernel with tcx, 6.6 or later")),
+        pytest.param("clsact", marks=pytest.mark.full),
+    ],
+)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    with started_lab(request.param) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def filter_lab() -> Iterator[Lab]:
+    """As on kernels without tcx, where programs outlive the daemon."""
+    with started_lab("clsact") as lab:
         yield lab
 
 
@@ -89,7 +120,23 @@ def mtus(lab: Lab) -> set[int]:
 
 def is_clean(host: Host) -> bool:
     links = host.run(["ip", "-o", "link"]).stdout
-    return not any(name in links for name in pair_names("flannel0"))
+    return not any(name in links for name in pair_names("flannel0")) and not filters(host) & PROGRAMS
+
+
+def filters(host: Host) -> set[str]:
+    """The names of ours on the underlay and on the device."""
+    places = [(device, hook) for device in ("eth0", "flannel0") for hook in ("ingress", "egress")]
+    shown = [host.run(["tc", "filter", "show", "dev", *it], check=False).stdout for it in places]
+    return set(re.findall(r"udptun \S+ \w+", "".join(shown)))
+
+
+def has_clsact(host: Host, device: str = "eth0") -> bool:
+    return "clsact" in host.run(["tc", "qdisc", "show", "dev", device]).stdout
+
+
+def by_workers(host: Host) -> int:
+    """Packets that the workers were given to send: those that the kernel has sent the device does not count."""
+    return int(host.run(["cat", "/sys/class/net/flannel0/statistics/tx_packets"]).stdout)
 
 
 def test_pods_speak_through_the_kernel_and_every_packet_is_counted(lab: Lab) -> None:
@@ -190,6 +237,25 @@ def test_killed_workers_are_not_missed(lab: Lab) -> None:
         flow.wait_for_more()
     assert not flow.report.lost
     assert state(two) == "on"
+
+
+def test_what_a_stopped_daemon_does_not_look_after_goes_to_the_workers_and_comes_back(lab: Lab) -> None:
+    """The programs went on, with peers as they once were, for as long as it stood still."""
+    one, two = lab.hosts
+    assert one.daemon is not None
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow:
+        before = by_workers(one)
+        one.daemon.send_signal(signal.SIGSTOP)
+        try:
+            wait_until("the workers to send", lambda: by_workers(one) - before > 100, LIMIT_S)
+            flow.wait_for_more()
+        finally:
+            one.daemon.send_signal(signal.SIGCONT)
+        sent = by_kernel(one)["encap_sent"]
+        wait_until("the kernel to send", lambda: by_kernel(one)["encap_sent"] > sent + 100, LIMIT_S)
+    assert not flow.report.lost
+    assert read_status(one)["datapath"]["shortcut_passed"]["encap_lapsed"] > 100
+    assert state(one) == "on"
 
 
 def test_a_killed_daemon_leaves_the_packets_to_the_workers(lab: Lab) -> None:
@@ -308,12 +374,14 @@ def test_cleanup_leaves_nothing(lab: Lab) -> None:
     assert not is_clean(one)
     one.run(CLEANUP)
     assert is_clean(one)
+    assert not has_clsact(one)
     one.start_daemon()
     one.wait_ready()
     wait_until_on(lab)
     one.stop_daemon()
     one.run(CLEANUP)
     assert is_clean(one)
+    assert not has_clsact(one)
 
 
 def test_without_the_right_to_load_programs_auto_is_off_and_require_does_not_start(lab: Lab) -> None:
@@ -331,3 +399,77 @@ def test_without_the_right_to_load_programs_auto_is_off_and_require_does_not_sta
     assert one.daemon.wait(LIMIT_S) == 2
     (line,) = [it for it in one.daemon_log().splitlines() if "Shortcut: it is required" in it]
     assert "CAP_BPF" in line
+
+
+def test_what_outlives_a_killed_daemon_lapses_and_loses_nothing(
+    filter_lab: Lab, request: pytest.FixtureRequest, figure: Callable[..., None]
+) -> None:
+    """Filters stay, and would send to a host for as long as this one runs, whoever has its subnet by then."""
+    one, two = filter_lab.hosts
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow, tcp_flow(two.pods[0], one.pods[0]) as connection:
+        for host in (one, two) if request.config.getoption("--full") else (one,):
+            assert filters(host) > PROGRAMS
+            before, began_s = by_workers(host), time.monotonic()
+            host.stop_daemon(signal.SIGKILL)
+            wait_until("the workers to send", lambda: by_workers(host) - before > 100, LIMIT_S)  # noqa: B023
+            figure("the workers send again after a kill", time.monotonic() - began_s, "s")
+            flow.wait_for_more()
+            assert filters(host) > PROGRAMS
+            host.start_daemon()
+            host.wait_ready()
+            wait_until_on(filter_lab)
+            flow.wait_for_more()
+    assert not flow.report.lost
+    connection.report.assert_exact()
+
+
+def test_a_daemon_without_it_removes_what_a_killed_one_has_left(filter_lab: Lab) -> None:
+    one, two = filter_lab.hosts
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow:
+        one.stop_daemon(signal.SIGKILL)
+        one.start_daemon(["--shortcut=off"])
+        one.wait_ready()
+        wait_until("it to be gone", lambda: is_clean(one), LIMIT_S)
+        flow.wait_for_more()
+        one.stop_daemon()
+        one.start_daemon()
+        one.wait_ready()
+        wait_until_on(filter_lab)
+    assert not flow.report.lost
+
+
+def test_filters_that_somebody_takes_out_come_back(filter_lab: Lab) -> None:
+    one, two = filter_lab.hosts
+    with udp_flow(one.pods[0], two.pods[0], 1000) as flow:
+        two.run(["tc", "filter", "delete", "dev", "eth0", "ingress"])
+        wait_until("them to be back", lambda: f"udptun {NETWORK} decap" in filters(two), LIMIT_S)
+        wait_until_on(filter_lab)
+    assert not flow.report.lost
+
+
+def test_the_filters_of_others_stay_when_ours_go(filter_lab: Lab) -> None:
+    """Switched off, stopped, and by cleanup after a kill."""
+    one = filter_lab.hosts[0]
+    theirs = ["dev", "eth0", "ingress", "prio", "1"]
+    one.run(["tc", "filter", "add", *theirs, "protocol", "all", "bpf", "da", "bytecode", "1,6 0 0 4294967295,"])
+
+    def leaves(end: Callable[[], object]) -> None:
+        end()
+        wait_until("ours to be gone", lambda: not filters(one) & PROGRAMS, LIMIT_S)
+        assert "bytecode" in one.run(["tc", "filter", "show", *theirs[:3]]).stdout
+
+    try:
+        leaves(lambda: reload(one, "off"))
+        reload(one, "auto")
+        wait_until_on(filter_lab)
+        leaves(one.stop_daemon)
+        one.start_daemon()
+        one.wait_ready()
+        wait_until_on(filter_lab)
+        one.stop_daemon(signal.SIGKILL)
+        assert filters(one) > PROGRAMS
+        leaves(lambda: one.run(CLEANUP))
+        assert filters(one) == set()
+        assert has_clsact(one)
+    finally:
+        one.run(["tc", "qdisc", "delete", "dev", "eth0", "clsact"])

@@ -245,7 +245,7 @@ def test_a_set_of_many_lines_takes_time_by_its_length() -> None:
 
 
 def test_maps_that_were_made_are_closed_when_the_next_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each look, a second after the last one, left up to four of them open."""
+    """Each look, a second after the last one, left up to five of them open."""
     made, closed = list[str](), list[str]()
 
     class OneMap:
@@ -261,7 +261,7 @@ def test_maps_that_were_made_are_closed_when_the_next_cannot_be(monkeypatch: pyt
     monkeypatch.setattr(Map, "create", create)
     with pytest.raises(KernelError):
         Programs.load(1)
-    assert len(made) == 4
+    assert len(made) == 5
     assert sorted(closed) == sorted(made)
 
 

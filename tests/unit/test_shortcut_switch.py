@@ -157,7 +157,7 @@ class Switched:
         own = IPv4Network("10.244.1.0/24")
         settings = programs.ShortcutSettings("eth0", IPv4Address("192.0.2.1"), 8285, own, 1472, True)
         on: Any = SimpleNamespace(
-            programs=SimpleNamespace(detach=lambda: self.said.append("detach")),
+            programs=SimpleNamespace(stop=lambda: self.said.append("stop"), has_filters=True),
             counts=counts,
             end=self.end,
             settings=settings,
@@ -169,7 +169,12 @@ class Switched:
         async def delete_pair(*_of: str) -> None:
             self.said.append("pair")
 
+        async def remove_filters(_aliases: list[str]) -> list[str]:
+            self.said.append("filters")
+            return []
+
         monkeypatch.setattr(shortcut, "delete_pair", delete_pair)
+        monkeypatch.setattr(shortcut, "remove_filters", remove_filters)
         monkeypatch.setattr(shortcut, "read_device_counters", self.read)
 
     def read(self, names: list[str]) -> dict[str, SimpleNamespace]:
@@ -193,14 +198,14 @@ async def test_what_is_cancelled_while_it_is_switched_off_is_off(monkeypatch: py
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert it.said == ["detach", "count", "end", "pair", "switched"]
+    assert it.said == ["stop", "count", "end", "filters", "pair", "switched"]
 
 
 async def test_counts_that_cannot_be_read_keep_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     it = Switched(monkeypatch)
     it.failure = ValueError("no number")
     await it.shortcut._switch_off()
-    assert it.said == ["detach", "end", "pair", "switched"]
+    assert it.said == ["stop", "end", "filters", "pair", "switched"]
 
 
 async def test_its_end_counts_once_more_and_nobody_follows_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,10 +218,27 @@ async def test_its_end_counts_once_more_and_nobody_follows_the_peers(monkeypatch
     monkeypatch.setattr(it.shortcut._loop, "run", fail)
     with pytest.raises(ValueError):
         await it.shortcut.run()
-    assert it.said == ["detach", "count", "end"]
+    assert it.said == ["stop", "count", "end", "filters"]
     assert not it.shortcut.is_on
     assert it.tunnel.publishing != it.end
     assert it.tunnel.peers.changed != it.end
+
+
+async def test_peers_that_change_while_filters_are_attached_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = Switched(monkeypatch)
+    noted: list[str] = []
+    told: list[list[str]] = []
+
+    async def attach(*_where: object) -> None:
+        await asyncio.sleep(0)
+        it.tunnel.peers.changed("a peer")
+
+    kernel = SimpleNamespace(attach=attach)
+    on: Any = SimpleNamespace(
+        programs=kernel, links=None, note=noted.append, follow=lambda _tunnel: told.append(noted[:]), end=it.end
+    )
+    assert await it.shortcut._attach(on) is on
+    assert told == [["a peer"]]
 
 
 def test_what_a_deleted_pair_has_dropped_stays_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from udptun.core.tunnel import Confinement
 from udptun.core.tunnel_path import TunnelPath
 from udptun.datapath import processes
 from udptun.kernel.device_counters import read_device_counters
+from udptun.kernel.filters import remove_filters
 from udptun.kernel.reconcile.apply import create_missing_vxlans
 from udptun.kernel.reconcile.change import OBJECTS
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
@@ -103,6 +104,9 @@ class Forwarding:
         `routings` are of the families that are enabled, IPv4 first.  `confinement` is what a datapath's processes shall
         give up.  `kept` gets their descriptors.
         """
+        # Those of a daemon that was killed.  What they take would be lost once its pair of devices is deleted.
+        for left in await remove_filters([alias for routing in routings for alias in routing.ownership.aliases]):
+            log.info("deleted filter name=%r reason=a daemon that was killed has left it", left.name)
         was_clean = not any([await is_anything_ours(routing.ownership) for routing in routings])
         forwarding = cls(choice, routings, underlay, live, run_dir, kept, was_clean)
         backend = choice.backend

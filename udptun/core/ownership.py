@@ -5,6 +5,7 @@ udptun has made something, and the Network says which daemon:
 
     route     our protocol number; its destination lies in the Network
     device    our alias, `udptun <Network>`
+    filter    its name begins with that alias
     rule      it stands in flannel's chains; its addresses lie in the Network
 
 Builds that knew one daemon a host made devices with less: VXLAN devices with the alias `udptun`, TUN devices without
@@ -74,6 +75,11 @@ class Ownership:
     def alias(self) -> str:
         """See `alias_of`."""
         return alias_of(self.network)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Of all that is this daemon's, leftovers included."""
+        return tuple(map(alias_of, self.networks))
 
     def without_leftovers(self) -> Ownership:
         """What belongs to it once everything of its earlier runs is gone."""

@@ -1,7 +1,7 @@
 """BPF maps and programs, and links that attach programs to devices (bpf(2)).
 
 Each is a descriptor of ours, and the kernel takes it away with the last descriptor: a program is detached when the
-process ends, however that ends.  Nothing is pinned.
+process ends, however that ends.  Nothing is pinned.  Kernels that have no such links: see filters.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -45,7 +46,7 @@ class MapType(Enum):
 
 
 class Hook(Enum):
-    """Where a device runs programs (tcx), before and beside traffic control."""
+    """Where a device runs programs."""
 
     INGRESS = lib.BPF_TCX_INGRESS
     EGRESS = lib.BPF_TCX_EGRESS
@@ -150,12 +151,29 @@ def load_program(name: str, code: bytes) -> int:
 
 
 def attach(program_fd: int, link_index: int, hook: Hook) -> int:
-    """Run a program on a device, behind those that are there; returns the descriptor that keeps it there.
+    """Run a program on a device, behind those that are there (tcx); returns the descriptor that keeps it there.
 
-    Raises KernelError: EINVAL before Linux 6.6.
+    Raises KernelError: EINVAL before Linux 6.6, which has no tcx.
     """
     attributes = _LINK_CREATE.pack(program_fd, link_index, hook.value, 0, 0, 0)
     return _call(lib.BPF_LINK_CREATE, attributes, f"cannot attach a BPF program to link {link_index}")
+
+
+def monotonic_ns() -> int:
+    """What bpf_ktime_get_ns and bpf_ktime_get_coarse_ns tell the programs now."""
+    return time.monotonic_ns() - _offset_ns()
+
+
+@cache
+def _offset_ns() -> int:
+    """By which our time namespace is ahead of the kernel's own clock."""
+    try:
+        lines = Path("/proc/self/timens_offsets").read_text().splitlines()
+    except OSError:
+        # A kernel without time namespaces.
+        return 0
+    offsets = {clock: int(seconds) * 10**9 + int(ns) for clock, seconds, ns in map(str.split, lines)}
+    return offsets.get("monotonic", 0)
 
 
 @cache

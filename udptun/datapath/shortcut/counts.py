@@ -16,9 +16,9 @@ from udptun.kernel.bpf import Map
 COUNTS = (
     *("encap_packets", "encap_sent", "encap_drop_send", "udp_sent_bytes"),
     *("decap_packets", "decap_delivered", "decap_drop_tun", "tun_written_bytes"),
-    *("encap_shape", "encap_peer", "encap_ttl", "encap_too_big", "encap_route", "encap_order"),
-    *("decap_shape", "decap_checksum", "decap_sender", "decap_super", "decap_source", "decap_destination"),
-    *("decap_ttl", "decap_too_big", "decap_mark"),
+    *("encap_shape", "encap_peer", "encap_ttl", "encap_too_big", "encap_route", "encap_order", "encap_lapsed"),
+    *("decap_lapsed", "decap_shape", "decap_checksum", "decap_sender", "decap_super", "decap_source"),
+    *("decap_destination", "decap_ttl", "decap_too_big", "decap_mark"),
 )
 """In the order of the enum of shortcut.bpf.c: counters of docs/wire-format.md, then why packets were passed on."""
 _N_SHARED = 8

@@ -1,7 +1,8 @@
 """The programs of shortcut.bpf.c in the kernel, with their maps, and where they are attached.
 
-Everything is a descriptor of ours.  With the last one, however this process ends, the programs are gone, and all
-packets go through the worker.
+Everything is a descriptor of ours, and gone with the last one.  Only filters, which the programs are where the kernel
+has no tcx, outlive this process and keep programs and maps.  So all programs take packets only until a time that is put
+off again and again, whichever way they are attached: a process that is dead, or stands still, follows no peers.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
 from ipaddress import IPv4Address, IPv4Network
@@ -21,7 +23,8 @@ from typing import Any, Self
 from udptun.core.errors import KernelError
 from udptun.datapath.shortcut.counts import COUNTS, PEER_COUNTS_LEN
 from udptun.datapath.shortcut.entries import PEER
-from udptun.kernel.bpf import Hook, Map, MapType, attach, load_program, map_loads
+from udptun.kernel.bpf import Hook, Map, MapType, attach, load_program, map_loads, monotonic_ns
+from udptun.kernel.filters import attach_filter, find_filters
 
 _BYTECODE = Path(__file__).parent / "bytecode.json"
 _CONFIG = struct.Struct("=4s4s4s4s4sIIII2sH")
@@ -33,7 +36,11 @@ _PASSING = frozenset((errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, er
 _N_FLOWS = 1 << 12
 _FLOW_LEN = 16
 """struct flow of shortcut.bpf.c."""
-_LOOPBACK = 1
+_CONTROL = struct.Struct("=Q")
+"""Until when the programs take packets, ns of `monotonic_ns`."""
+_VALID_S = 3.0
+_LEAST_KERNEL = (5, 13)
+"""Has all that the programs and their maps need; earlier ones do not merge packets in a veth pair either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +70,13 @@ class LinkIndexes:
 
 
 class Programs:
-    """Owns the descriptors.  They do nothing before `attach`."""
+    """Owns the descriptors.  They do nothing before `attach`, and take packets while `keep_on` is called in time."""
 
     def __init__(self, owned: ExitStack, maps: Mapping[str, Map], programs: Mapping[str, int]) -> None:
         self._owned, self._maps, self._programs = owned, maps, programs
         self._links: list[int] = []
+        self._filters: dict[str, int] = {}
+        """By the name of each the index of its link."""
 
     @classmethod
     def load(cls, top: int, least: int = _LEAST_PEERS) -> Self:
@@ -76,6 +85,7 @@ class Programs:
             n_peers = max(least, 1 << (2 * top).bit_length())
             shapes = {
                 "config": (MapType.ARRAY, _CONFIG.size, 1),
+                "control": (MapType.ARRAY, _CONTROL.size, 1),
                 "peers": (MapType.HASH, PEER.size, n_peers),
                 "flows": (MapType.ARRAY, _FLOW_LEN, _N_FLOWS),
                 "counts": (MapType.PERCPU_ARRAY, 8, len(COUNTS)),
@@ -133,31 +143,62 @@ class Programs:
         else:
             self.peers.set(key, value)
 
-    def attach(self, links: LinkIndexes) -> None:
-        """First what receives.  Raises KernelError: nothing is attached."""
+    def keep_on(self, seconds: float = _VALID_S) -> None:
+        """Take packets for so long from now on; called each second.  Raises KernelError."""
+        self._maps["control"].set(bytes(4), _CONTROL.pack(monotonic_ns() + int(seconds * 10**9)))
+
+    async def attach(self, links: LinkIndexes, alias: str) -> None:
+        """First what receives.  Filters get names that begin with `alias`.
+
+        Raises KernelError: nothing is attached but filters, which take nothing.
+        """
+        self.keep_on()
         try:
-            self._links.append(attach(self._programs["deliver"], links.far, Hook.INGRESS))
-            self._links.append(attach(self._programs["decap"], links.underlay, Hook.INGRESS))
-            self._links.append(attach(self._programs["encap"], links.device, Hook.EGRESS))
+            await self._attach("deliver", links.far, Hook.INGRESS, alias)
+            await self._attach("decap", links.underlay, Hook.INGRESS, alias)
+            await self._attach("encap", links.device, Hook.EGRESS, alias)
         except KernelError:
+            self.stop()
             self.detach()
-            self.detach_last()
             raise
 
-    def detach(self) -> None:
-        """No packet enters from now on.  Those that are between the programs still get out."""
-        while len(self._links) > 1:
-            os.close(self._links.pop())
+    async def _attach(self, name: str, link_index: int, hook: Hook, alias: str) -> None:
+        try:
+            self._links.append(attach(self._programs[name], link_index, hook))
+        except KernelError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            await attach_filter(alias, name, self._programs[name], link_index, hook)
+            self._filters[f"{alias} {name}"] = link_index
 
-    def detach_last(self) -> None:
-        """A moment later: the program that gets them out."""
+    @property
+    def has_filters(self) -> bool:
+        """Whether `remove_filters` has something to do after the end."""
+        return bool(self._filters)
+
+    async def are_attached(self, alias: str) -> bool:
+        """False when somebody has taken out a filter, as everybody may.  Raises KernelError."""
+        if not self._filters:
+            return True
+        found = await find_filters([alias], self._filters.values())
+        return self._filters.items() <= {(it.name, it.link_index) for it in found}
+
+    def stop(self) -> None:
+        """No packet enters from now on.  Those that are between the programs still get out."""
+        with suppress(KernelError):
+            # If that ever fails, the time ends soon.
+            self._maps["control"].set(bytes(4), _CONTROL.pack(0))
+
+    def detach(self) -> None:
+        """A moment later.  Filters stay: see `remove_filters`."""
         while self._links:
             os.close(self._links.pop())
 
     def close(self) -> None:
         """Let go of everything."""
+        if self._filters:
+            self.stop()
         self.detach()
-        self.detach_last()
         self._owned.close()
 
 
@@ -175,21 +216,16 @@ def find_lack() -> str:
 @cache
 def _find_lasting_lack() -> str:
     """Raises KernelError or OSError for what may pass."""
+    release = os.uname().release
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < _LEAST_KERNEL:
+        return f"it needs Linux {'.'.join(map(str, _LEAST_KERNEL))} or later, and this is {release}"
     try:
         programs = Programs.load(0, least=1)
     except KernelError as exc:
         if exc.errno in _PASSING:
             raise
         return str(exc)
-    try:
-        # It passes all packets on, as it has no peers, and it is gone a moment later.
-        os.close(attach(programs.program_fd("encap"), _LOOPBACK, Hook.EGRESS))
-    except KernelError as exc:
-        if exc.errno in _PASSING:
-            raise
-        return f"{exc}; programs on devices as these (tcx) need Linux 6.6"
-    finally:
-        programs.close()
+    programs.close()
     return ""
 
 

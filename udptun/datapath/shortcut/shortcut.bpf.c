@@ -1,9 +1,9 @@
 /* The shortcut: the datagrams that need no thought, carried by the kernel (docs/shortcut.md).
  *
- *     flannel0, tcx egress      encap     an inner packet gets its outer header and leaves by the underlay
- *     underlay, tcx ingress     decap     a peer's datagram loses its outer header and goes into the veth pair
+ *     flannel0, egress          encap     an inner packet gets its outer header and leaves by the underlay
+ *     underlay, ingress         decap     a peer's datagram loses its outer header and goes into the veth pair
  *     far end of the pair,      deliver   by then GRO has merged what belongs together; on to flannel0
- *     tcx ingress
+ *     ingress
  *
  * `pass` hands a packet over to the worker, which has all the policy: nothing of the packet has changed by then, and
  * the reason is counted.  So a check here may be narrower than the worker's, never wider.  The checks have the numbers
@@ -53,6 +53,7 @@ static int (*change_head)(void *, __u32, __u64) = (void *)BPF_FUNC_skb_change_he
 static int (*adjust_room)(void *, __s32, __u32, __u64) = (void *)BPF_FUNC_skb_adjust_room;
 static int (*fib_lookup)(void *, struct bpf_fib_lookup *, int, __u32) = (void *)BPF_FUNC_fib_lookup;
 static int (*redirect_neigh)(__u32, struct bpf_redir_neigh *, int, __u64) = (void *)BPF_FUNC_redirect_neigh;
+static __u64 (*coarse_ktime_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 
 /* What holds for this host.  Addresses and the port are in network byte order. */
 struct config {
@@ -106,6 +107,8 @@ enum {
     PASS_ENCAP_TOO_BIG,
     PASS_ENCAP_ROUTE,
     PASS_ENCAP_ORDER,
+    PASS_ENCAP_LAPSED,
+    PASS_DECAP_LAPSED,
     PASS_DECAP_SHAPE,
     PASS_DECAP_CHECKSUM,
     PASS_DECAP_SENDER,
@@ -124,6 +127,7 @@ enum {
         int unused; \
     } name SECTION("maps")
 MAP(config);
+MAP(control);
 MAP(peers);
 MAP(flows);
 MAP(counts);
@@ -147,6 +151,16 @@ INLINE struct config *find_config(void)
 {
     __u32 first = 0;
     return map_lookup(&config, &first);
+}
+
+/* Whether the daemon has not said for too long that it follows the peers: it is dead, or stands still.  `control` has
+ * the time until which it counts, 0 while it wants nothing taken.  `deliver` does not ask: what it gets was taken.
+ */
+INLINE int has_lapsed(void)
+{
+    __u32 first = 0;
+    __u64 *until_ns = map_lookup(&control, &first);
+    return !until_ns || coarse_ktime_ns() >= *until_ns;
 }
 
 INLINE struct peer *leasing(const struct config *c, __u32 address)
@@ -232,6 +246,8 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     __u32 len = skb->len, n = 1, headers = 0, longest = len;
     if (!c || skb->protocol != be16(ETH_P_IP))
         return NEXT;
+    if (has_lapsed())
+        return pass(PASS_ENCAP_LAPSED);
     if ((void *)(ip + 1) > end)
         return pass(PASS_ENCAP_SHAPE);
     if (*(__u8 *)ip != 0x45 || be16(ip->tot_len) != len || len > 65535 - OUTER_LEN
@@ -359,6 +375,8 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
         return NEXT;
 
     /* It is for our socket. */
+    if (has_lapsed())
+        return pass(PASS_DECAP_LAPSED);
     if (d + all > end) {
         if (skb->len < all || pull_data(skb, all))
             return pass(PASS_DECAP_SHAPE);

@@ -4,7 +4,8 @@
     on          the programs are attached, and the kernel takes what they are made for
 
 Off is always right: then the workers do everything, as before.  So whatever goes wrong here ends in a line that says
-why it is off, and another try.  The programs end with this process, and the workers carry on.
+why it is off, and another try.  The programs end with this process, or take nothing a few seconds later, and the
+workers carry on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from udptun.datapath.stats import MAX_WORKERS_BESIDE
 from udptun.datapath.tunnel import Tunnel
 from udptun.kernel import notices
 from udptun.kernel.device_counters import read_device_counters
+from udptun.kernel.filters import remove_filters
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.veth import delete_pair, make_pair, pair_names
 from udptun.kernel.watch_loop import Pace, WatchLoop
@@ -38,6 +40,8 @@ _MAC_LEN = len("02:00:00:00:00:01")
 """Links without Ethernet headers, as those of other tunnels, have addresses of another length or none."""
 _DRAIN_S = 0.05
 """So long packets may be on the way from one program to the next."""
+_LAST_S = 1.0
+"""A shutdown waits so long for filters to be taken out."""
 
 
 class Shortcut:
@@ -86,19 +90,25 @@ class Shortcut:
             await self._loop.run()
         finally:
             if self._on is not None:
-                # A shutdown waits for no netlink: `udptun cleanup` and the next start find the pair by its alias.
+                # A shutdown hardly waits for netlink: `udptun cleanup` and the next start find the pair by its alias,
+                # and filters, which take nothing any more.
                 on = self._let_go()
-                on.programs.detach()
+                on.programs.stop()
                 time.sleep(_DRAIN_S)
                 self._end(on)
+                if on.programs.has_filters:
+                    with suppress(KernelError, TimeoutError):
+                        async with asyncio.timeout(_LAST_S):
+                            await remove_filters([self._alias])
 
     async def _look(self) -> bool:
         try:
-            if self._on is not None and (self._on.settings != self._wanted or not self._is_in_place(self._on)):
+            if self._on is not None and (self._on.settings != self._wanted or not await self._is_in_place(self._on)):
                 await self._switch_off()
             if self._on is None and self._wanted is not None:
                 await self._switch_on(self._wanted)
             if self._on is not None:
+                self._on.programs.keep_on()
                 self._count(self._on)
         except (UdptunError, OSError) as exc:
             if self._on is not None:
@@ -126,29 +136,48 @@ class Shortcut:
             )
         device = self._tunnel.tun.name
         # A link with the name of the pair's that is not ours is left alone: this fails.
+        if await remove_filters([self._alias]):
+            # An earlier process has left them: what they have taken gets out of its pair.
+            await asyncio.sleep(_DRAIN_S)
         pair = await make_pair(device, settings.mtu, self._alias)
         try:
             links = LinkIndexes(underlay.index, socket.if_nametoindex(device), pair.near.index, pair.far.index)
-            on = _On.begin(settings, links, self._tunnel)
+            on = await self._attach(_On.begin(settings, links, self._tunnel))
         except BaseException:
+            with suppress(KernelError):
+                await remove_filters([self._alias])
             with suppress(KernelError):
                 await delete_pair(device, self._alias)
             raise
         self._on, self._reason = on, ""
-        self._tunnel.peers.changed = on.note
         self._tunnel.publishing = self._follow
         log.info("shortcut on underlay=%s device=%s", settings.underlay, device)
         self.switched()
+
+    async def _attach(self, on: _On) -> _On:
+        """Have the kernel take packets, and the same peers as the workers.  Raises KernelError: it is ended then."""
+        self._tunnel.peers.changed = on.note
+        try:
+            await on.programs.attach(on.links, self._alias)
+            # What has changed meanwhile.
+            on.follow(self._tunnel)
+        except BaseException:
+            self._tunnel.peers.changed = _ignore
+            on.end()
+            raise
+        return on
 
     async def _switch_off(self) -> None:
         """Whatever goes wrong meanwhile, and if it is cancelled: it is off then."""
         on = self._let_go()
         try:
-            on.programs.detach()
+            on.programs.stop()
             await asyncio.sleep(_DRAIN_S)
         finally:
             self._end(on)
             try:
+                with suppress(KernelError):
+                    await remove_filters([self._alias])
                 with suppress(KernelError):
                     await delete_pair(self._tunnel.tun.name, self._alias)
             finally:
@@ -156,7 +185,7 @@ class Shortcut:
                 self.switched()
 
     def _let_go(self) -> _On:
-        """It is off from now on, and nobody tells it of peers; the caller detaches and ends it."""
+        """It is off from now on, and nobody tells it of peers; the caller stops and ends it."""
         on = self._on
         assert on is not None
         self._on = None
@@ -186,8 +215,8 @@ class Shortcut:
             self._on.is_broken = True
             self._loop.wake()
 
-    def _is_in_place(self, on: _On) -> bool:
-        """Whether the links are those that the programs know, and the peers fit."""
+    async def _is_in_place(self, on: _On) -> bool:
+        """Whether the links are those that the programs know, with the programs on them, and the peers fit."""
         near, far = pair_names(self._tunnel.tun.name)
         names = (on.settings.underlay, self._tunnel.tun.name, near, far)
         indexes = (on.links.underlay, on.links.device, on.links.near, on.links.far)
@@ -196,6 +225,7 @@ class Shortcut:
             and tuple(map(_index, names)) == indexes
             and self._tunnel.table.top < on.programs.peer_counts.n
             and self._tunnel.n_workers <= MAX_WORKERS_BESIDE
+            and await on.programs.are_attached(self._alias)
         )
 
     def _count(self, on: _On, *, is_last: bool = False) -> None:
@@ -225,18 +255,17 @@ class _On:
         """What our device has dropped that no worker gave to it, from some number on."""
         self._noted: set[IPNetwork] = set(tunnel.peers.subnets)
         self._indexes: dict[IPNetwork, int] = {}
-        self._is_attached = False
+        self._may_count = False
 
     @classmethod
     def begin(cls, settings: ShortcutSettings, links: LinkIndexes, tunnel: Tunnel) -> _On:
-        """Raises KernelError."""
+        """With the peers that there are, and attached to nothing.  Raises KernelError."""
         programs = Programs.load(tunnel.table.top)
         try:
             programs.configure(settings, links)
             on = cls(settings, links, programs, tunnel)
             on.follow(tunnel)
-            programs.attach(links)
-            on._is_attached = True
+            on._may_count = True
         except BaseException:
             programs.close()
             raise
@@ -258,7 +287,7 @@ class _On:
             elif self._indexes.get(subnet) != entry.index and entry.index < self.programs.peer_counts.n:
                 self._indexes[subnet] = entry.index
                 # Before, nothing is counted under any index.
-                if self._is_attached:
+                if self._may_count:
                     self.counts.begin_peer(entry.index)
         # First those that go: they make room, and must not stay where there is none for the others.
         for key, value in sorted(self.peers.changes(), key=lambda it: it[1] is not None):

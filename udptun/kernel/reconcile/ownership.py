@@ -18,6 +18,7 @@ from udptun.core.network_state import (
     describe_route,
 )
 from udptun.core.ownership import Ownership, is_marked, marked_network
+from udptun.kernel.filters import remove_filters
 from udptun.kernel.link_messages import delete_address, delete_link, set_link
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.rtnetlink import delete_route
@@ -99,12 +100,13 @@ async def delete_own_vxlan(name: str, ownership: Ownership) -> None:
 
 
 async def remove_ours(ownership: Ownership, keep: str = "") -> list[str]:
-    """Take out every device and every route of ours.  Of the device `keep` only the addresses go that are ours.
+    """Take out every filter, device and route of ours.  Of the device `keep` only the addresses go that are ours.
 
     Returns a line for each thing removed, and for what was left: other daemons' devices and routes, and devices that
     have a name like ours.  Removing nothing is no error.  Raises KernelError when the kernel refuses.
     """
-    lines: list[str] = []
+    # First what sends packets into the devices.
+    lines = [f"deleted filter {it.name}" for it in await remove_filters(ownership.aliases, with_clsact=True)]
     async with Netlink() as kernel:
         addresses = await kernel.addresses()
         for link in await kernel.links():
