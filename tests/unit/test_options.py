@@ -244,7 +244,7 @@ REFUSED = [
     (["--source-ports=Auto"], "--source-ports=Auto: must be 1..16 or auto"),
     (["--source-ports="], "--source-ports=: must be 1..16 or auto"),
     (["--shortcut=on"], "--shortcut=on: must be off, auto or require"),
-    (["--datapath-confinement=on"], "--datapath-confinement=on: must be full, capabilities or off"),
+    (["--datapath-confinement=on"], "--datapath-confinement=on: must be off, capabilities or full"),
     (["--source-check=on"], "--source-check=on: must be off, peer or strict"),
     (
         ["--offload-disabled=tso,gso"],

@@ -6,11 +6,12 @@ are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
+from typing import TypeVar
 
 from udptun.config.go_flags import (
     Flag,
@@ -75,6 +76,9 @@ LEASES = "Leases"
 _HOST, _TUNNEL, _RUNNING, _FIREWALL = "This host", "Tunnel", "Running", "Firewall"
 
 
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
 class LogFormat(StrEnum):
     """What --log-format may be."""
 
@@ -112,32 +116,17 @@ def _regex(text: str) -> str:
     return text
 
 
-def _source_check(text: str) -> SourceCheck:
-    try:
-        return SourceCheck(text)
-    except ValueError:
-        raise ValueError("must be off, peer or strict") from None
+def _one_of(choices: type[_Choice]) -> Callable[[str], _Choice]:
+    """By its value, as it is written in the configuration."""
 
+    def parse(text: str) -> _Choice:
+        try:
+            return choices(text)
+        except ValueError:
+            *words, last = (str(choice.value) for choice in choices)
+            raise ValueError(f"must be {', '.join(words)} or {last}") from None
 
-def _confinement(text: str) -> Confinement:
-    try:
-        return Confinement(text)
-    except ValueError:
-        raise ValueError("must be full, capabilities or off") from None
-
-
-def _shortcut(text: str) -> ShortcutMode:
-    try:
-        return ShortcutMode(text)
-    except ValueError:
-        raise ValueError("must be off, auto or require") from None
-
-
-def _log_format(text: str) -> LogFormat:
-    try:
-        return LogFormat(text)
-    except ValueError:
-        raise ValueError("must be text or json") from None
+    return parse
 
 
 def _source_ports(text: str) -> int:
@@ -218,11 +207,11 @@ class Options:
         "UDP ports to send from to peers that take any, or auto: as many as workers; over Backend.SourcePorts",
     )
     source_check: SourceCheck | None = flag(
-        _TUNNEL, _source_check, None, "WHICH", "off, peer or strict, over Backend.SourceCheck"
+        _TUNNEL, _one_of(SourceCheck), None, "WHICH", "off, peer or strict, over Backend.SourceCheck"
     )
     shortcut: ShortcutMode | None = flag(
         _TUNNEL,
-        _shortcut,
+        _one_of(ShortcutMode),
         None,
         "WHICH",
         "off, auto or require: the kernel carries what needs no thought; over Backend.Shortcut (Type udp)",
@@ -239,7 +228,7 @@ class Options:
     )
     datapath_confinement: Confinement = flag(
         _TUNNEL,
-        _confinement,
+        _one_of(Confinement),
         Confinement.FULL,
         "WHICH",
         "what the datapath gives up: full (capabilities and system calls), capabilities or off",
@@ -269,7 +258,7 @@ class Options:
     )
     v: int = flag(_RUNNING, integer, 0, "LEVEL", "log level; 1 and more: debug")
     log_format: LogFormat = flag(
-        _RUNNING, _log_format, LogFormat.TEXT, "FORM", "text, or json: an object a line, its fields as keys"
+        _RUNNING, _one_of(LogFormat), LogFormat.TEXT, "FORM", "text, or json: an object a line, its fields as keys"
     )
     vmodule: str = flag_without_effect(_RUNNING, str, "", "PATTERNS", "accepted as flannel's; no effect")
     log_backtrace_at: str = flag_without_effect(
