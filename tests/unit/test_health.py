@@ -17,7 +17,8 @@ import pytest
 
 import udptun
 from udptun.commands import health
-from udptun.control import run_dir
+from udptun.config.flags import parse_daemon_flags
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import UdptunError, UsageError
 from udptun.kernel import peer
 
@@ -28,7 +29,7 @@ OK, UNREADY = "HTTP/1.1 200 OK\r\n\r\nflanneld is ready", "HTTP/1.1 503 Unavaila
 def daemon(directory: Path, answers: dict[str, str] | None) -> Iterator[None]:
     """Answers each path once; None: takes connections and says nothing, as one that hangs."""
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(directory / run_dir.SOCKET_NAME))
+        listening.bind(str(directory / SOCKET_NAME))
         listening.listen()
 
         def serve() -> None:
@@ -57,8 +58,11 @@ def why(directory: Path, *argv: str) -> str:
     return str(caught.value)
 
 
-def test_health_asks_where_the_daemon_listens() -> None:
-    assert health.SOCKET_NAME == run_dir.SOCKET_NAME
+def test_health_asks_where_the_daemon_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(health, "_ask", lambda where, path: asked.append(where))
+    health.run([], {})
+    assert asked == [str(parse_daemon_flags([], {}).run_dir / SOCKET_NAME)]
 
 
 @pytest.mark.parametrize("argv", [(), ("--ready",), ("--live",)])
@@ -70,7 +74,7 @@ def test_health_of_a_daemon_that_is_ready_is_0(tmp_path: Path, argv: tuple[str, 
 def test_a_daemon_that_waits_for_its_store_is_live_and_not_ready(tmp_path: Path) -> None:
     with daemon(tmp_path, {"/readyz": UNREADY}):
         assert why(tmp_path, "--ready") == "flanneld is not ready yet"
-    (tmp_path / run_dir.SOCKET_NAME).unlink()
+    (tmp_path / SOCKET_NAME).unlink()
     with daemon(tmp_path, {"/healthz": OK}):
         assert ask(tmp_path, "--live") == 0
 
@@ -135,7 +139,7 @@ def test_a_probe_takes_less_than_30_ms_of_cpu(
             subprocess.run(command, check=True, env=environ)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         took_ms.append(1000 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
-        (tmp_path / run_dir.SOCKET_NAME).unlink()
+        (tmp_path / SOCKET_NAME).unlink()
     figure("CPU of `udptun health --live`", took_ms, "ms")
     assert statistics.median(took_ms) < (30 if is_full else 150)
 
@@ -152,5 +156,5 @@ def test_health_loads_none_of_the_slow_modules() -> None:
     ours = {name for name in loaded if name.startswith("udptun.")}
     assert ours <= {
         *("udptun.commands", "udptun.commands.cli", "udptun.commands.health", "udptun.core", "udptun.core.errors"),
-        *("udptun.kernel", "udptun.kernel.peer"),
+        *("udptun.core.daemon_socket", "udptun.kernel", "udptun.kernel.peer"),
     }

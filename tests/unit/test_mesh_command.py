@@ -14,7 +14,7 @@ import pytest
 from mesh_views import change, document, peer
 
 from udptun.commands.mesh import command
-from udptun.control.run_dir import SOCKET_NAME
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import UdptunError, UsageError
 
 

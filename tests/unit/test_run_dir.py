@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from udptun.commands import status
-from udptun.control.run_dir import LOCK_FILE, SOCKET_NAME, check_run_dir, fault_of_directory, lock_run_dir
+from udptun.control.run_dir import LOCK_FILE, check_run_dir, fault_of_directory, lock_run_dir
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import ConfigError, UdptunError
 
 STRANGER = 4711

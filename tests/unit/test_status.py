@@ -14,7 +14,7 @@ from status_document import DOCUMENT
 
 from udptun.commands import status
 from udptun.commands.status import Request
-from udptun.control.run_dir import SOCKET_NAME
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import UdptunError
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from status_document import DOCUMENT
 
-from udptun.control.run_dir import SOCKET_NAME
+from udptun.core.daemon_socket import SOCKET_NAME
 
 UDPTUN = ["env", "--default-signal=INT,QUIT,HUP", sys.executable, "-m", "udptun"]
 """Without env the command would ignore what these tests ignore: SIGINT and SIGQUIT where a shell runs them in the

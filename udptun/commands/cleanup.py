@@ -15,7 +15,8 @@ from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.control.instance import NETWORKS_FILE, claim_files, claim_leftovers, starting
 from udptun.control.node_status import path_beside
-from udptun.control.run_dir import IPV6_PROBES_FILE, LOCK_FILE, PROBES_FILE, SOCKET_NAME, lock_run_dir
+from udptun.control.run_dir import IPV6_PROBES_FILE, LOCK_FILE, PROBES_FILE, lock_run_dir
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import FirewallError
 from udptun.core.ownership import Ownership
 from udptun.datapath import processes

@@ -9,6 +9,7 @@ import _socket  # see kernel/peer.py
 import os
 import struct
 
+from udptun.core.daemon_socket import DEFAULT_RUN_DIR, SOCKET_NAME
 from udptun.core.errors import UdptunError, UsageError
 from udptun.kernel.peer import peer_of
 
@@ -17,25 +18,22 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-USAGE = """\
+USAGE = f"""\
 usage: udptun health [--live | --ready] [--run-dir DIR]
 
 Ask the daemon of this host over its status socket; exit status 0 when all is well, 1 with one line when not.
 
 --live         a daemon answers: it does not hang.  It need not be ready, nor reach its store
 --ready        the network is ready, by a daemon of this container (the default)
---run-dir DIR  the daemon's --run-dir (default: FLANNELD_RUN_DIR, else /run/udptun)
+--run-dir DIR  the daemon's --run-dir (default: FLANNELD_RUN_DIR, else {DEFAULT_RUN_DIR})
 """
-
-SOCKET_NAME = "udptun.sock"
-"""As control/run_dir.py has it, whose imports take as long as all of this."""
 
 _TIMEOUT_S = 5
 
 
 def run(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Returns 0 when all is well.  Raises UdptunError saying what is not, and UsageError."""
-    path, run_dir = "/readyz", environ.get("FLANNELD_RUN_DIR") or "/run/udptun"
+    path, run_dir = "/readyz", environ.get("FLANNELD_RUN_DIR") or DEFAULT_RUN_DIR
     words = iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from udptun.core.ip_text import ip_address, ip_network
-from udptun.core.network_state import IPAddress
 from udptun.core.tunnel import device_mtu_to
+
+if TYPE_CHECKING:
+    from udptun.core.network_state import IPAddress
 
 Document = Mapping[str, Any]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from udptun.core.daemon_socket import DEFAULT_RUN_DIR
 from udptun.core.errors import UsageError
 
 
@@ -47,8 +48,6 @@ class Parser(argparse.ArgumentParser):
 
     def add_run_dir(self, environ: Mapping[str, str]) -> None:
         """--run-dir, of a command that asks the daemon."""
-        from udptun.config.flags import DEFAULT_RUN_DIR
-
         self.add_argument(
             "--run-dir",
             type=Path,

@@ -18,7 +18,8 @@ from udptun.commands.hosts import Look, matching, restrict
 from udptun.commands.screen import Page
 from udptun.commands.terminal import LiveTerminal, live_terminal, size_of
 from udptun.commands.views import Views, says_that_nobody_is
-from udptun.control.run_dir import SOCKET_NAME, check_run_dir
+from udptun.control.run_dir import check_run_dir
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import UdptunError
 
 _TIMEOUT_S = 5.0

@@ -13,7 +13,7 @@ from typing import Any
 from udptun.commands.pcapng import PcapngFile
 from udptun.commands.screen import DIM, GREEN, RED, sgr
 from udptun.commands.status import receive
-from udptun.control.run_dir import SOCKET_NAME
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import UdptunError
 from udptun.core.live_trace import SNAP_LEN_MAX, LiveTraceRequest
 from udptun.core.network_state import socket_address

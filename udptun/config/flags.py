@@ -44,6 +44,7 @@ from udptun.config.store_flags import (
     kube_options,
     parse_store,
 )
+from udptun.core.daemon_socket import DEFAULT_RUN_DIR
 from udptun.core.errors import UsageError, one_line
 from udptun.core.ip_text import ip_address, ipv6_address
 from udptun.core.offload import Offload
@@ -59,7 +60,6 @@ from udptun.core.tunnel import (
     SourceCheck,
 )
 
-DEFAULT_RUN_DIR = Path("/run/udptun")
 ENVIRONMENT_PREFIX = "FLANNELD_"
 RENEW_MARGINS_MIN = range(1, 1440)
 """What --subnet-lease-renew-margin may be, minutes: a lease lasts 24 h (flannel main.go)."""
@@ -234,7 +234,7 @@ class Options:
         "what the datapath gives up: full (capabilities and system calls), capabilities or off",
     )
 
-    run_dir: Path = flag(_RUNNING, nonempty_path, DEFAULT_RUN_DIR, "DIR", "sockets")
+    run_dir: Path = flag(_RUNNING, nonempty_path, Path(DEFAULT_RUN_DIR), "DIR", "sockets")
     state_dir: Path = flag(
         _RUNNING, nonempty_path, Path("/var/lib/udptun"), "DIR", "what outlives a reboot: node id, last leases"
     )

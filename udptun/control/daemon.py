@@ -45,7 +45,7 @@ from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.log_format import start_logging
 from udptun.control.node_status import NodeStatus
 from udptun.control.routing import Routing
-from udptun.control.run_dir import SOCKET_NAME, fault_of_directory
+from udptun.control.run_dir import fault_of_directory
 from udptun.control.running import Running, log_underlay
 from udptun.control.settings import (
     check_store,
@@ -56,6 +56,7 @@ from udptun.control.settings import (
     underlay_options,
 )
 from udptun.core.clock import Clock
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import BeginAgainError, KernelError, UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import LeaseAttrs

@@ -17,7 +17,8 @@ from http import HTTPStatus
 from pathlib import Path
 
 from udptun.control.http import Request, Response, Routes
-from udptun.control.run_dir import SOCKET_NAME, RunDirInUseError, lock_run_dir
+from udptun.control.run_dir import RunDirInUseError, lock_run_dir
+from udptun.core.daemon_socket import SOCKET_NAME
 
 PATH = "/hand-over"
 

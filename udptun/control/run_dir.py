@@ -15,11 +15,9 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.core.errors import ConfigError, KernelError, UdptunError
 from udptun.kernel.peer import peer_of
-
-SOCKET_NAME = "udptun.sock"
-"""Speaks HTTP; `udptun status` asks there."""
 
 LOCK_FILE = "daemon.lock"
 """flock()ed by the daemon, whose pid it holds."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 from ipaddress import IPv6Address, IPv6Network
+from typing import TYPE_CHECKING
 
-from udptun.core.network_state import IPAddress, IPNetwork
+if TYPE_CHECKING:
+    from udptun.core.network_state import IPAddress, IPNetwork
 
 
 def ip_address(text: str) -> IPAddress:

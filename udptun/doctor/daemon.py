@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from udptun.control.run_dir import SOCKET_NAME
+from udptun.core.daemon_socket import SOCKET_NAME
 from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.kernel.peer import peer_of
