@@ -40,6 +40,7 @@ async def main(words: list[str]) -> None:
     tunnel.set_offload(ALL)
     shortcut = Shortcut(tunnel, f"udptun {network}")
     shortcut.want(ShortcutSettings(underlay, here, int(port), own_subnet, int(mtu), carries_ecn=True))
+    shortcut.allow_detour("")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(tunnel.datapath.supervise())
         tasks.create_task(shortcut.run())

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -45,7 +46,7 @@ from udptun.datapath.peer_entries import PeerEntry
 from udptun.datapath.settings import Remote
 from udptun.datapath.shortcut.counts import COUNTS
 from udptun.datapath.shortcut.entries import PEER, KernelPeers
-from udptun.datapath.shortcut.programs import LinkIndexes, Programs, ShortcutSettings, find_lack
+from udptun.datapath.shortcut.programs import DETOUR, LinkIndexes, Programs, ShortcutSettings, find_lack
 from udptun.kernel.bpf import Hook, attach, load_program
 from udptun.kernel.filters import attach_filter
 from udptun.kernel.tun import open_queues
@@ -82,12 +83,12 @@ class Kernel:
     table: Table
     programs: Programs
 
-    def decap(self, frame: bytes) -> tuple[int, bytes]:
+    def decap(self, frame: bytes, program: str = "decap") -> tuple[int, bytes]:
         """What the program answers, and the frame as it is then."""
         into, out = ctypes.create_string_buffer(frame, len(frame)), ctypes.create_string_buffer(4096)
         attributes = ctypes.create_string_buffer(
             _TEST_RUN.pack(
-                self.programs.program_fd("decap"), 0, len(frame), len(out),
+                self.programs.program_fd(program), 0, len(frame), len(out),
                 ctypes.addressof(into), ctypes.addressof(out), 1, *(0,) * 8,
             ),
             _TEST_RUN.size,
@@ -96,6 +97,9 @@ class Kernel:
         assert result == 0, os.strerror(ctypes.get_errno())
         _, answer, _, out_len, *_ = _TEST_RUN.unpack(attributes.raw)
         return answer, out.raw[:out_len]
+
+    def n_counted(self, name: str) -> int:
+        return sum(memoryview(self.programs.counts.read(COUNTS.index(name))).cast("Q"))
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +253,10 @@ def test_nothing_overtakes_a_super_packet_that_another_processor_has_just_noted(
     programs = loaded(settings(table), LinkIndexes(1, 1, 1, 1), KernelPeers(table.own_subnet, table.mtu))
     for key, value in known_peers(table).changes():
         assert value is not None
-        *fields, _ = PEER.unpack(value)
-        programs.set_peer(key, PEER.pack(*fields, time.monotonic_ns() - ago_s * 10**9))
-    answer, _ = Kernel(table, programs).decap(frame(_GOOD))
-    n_passed = sum(memoryview(programs.counts.read(COUNTS.index("decap_super"))).cast("Q"))
+        programs.set_peer(key, used(value, super_ns=time.monotonic_ns() - ago_s * 10**9))
+    kernel = Kernel(table, programs)
+    answer, _ = kernel.decap(frame(_GOOD))
+    n_passed = kernel.n_counted("decap_super")
     programs.close()
     assert (answer, n_passed) == expected
 
@@ -285,6 +289,127 @@ def test_a_time_namespace_makes_the_programs_time_no_other() -> None:
     if "unshare" in said.stderr:
         pytest.skip(said.stderr)
     assert abs(time.monotonic_ns() - int(said.stdout)) < 60 * 10**9
+
+
+# ------------------------------------------------------------------------------------------------------ the detour
+
+VNI, DETOUR_UDP_PORT, MACS = b"\x12\x34\x56\0", (18472).to_bytes(2), bytes.fromhex("024a6f5e21b3062c8d13f7a9")
+_OK, _SHOT = 0, 2
+_FAR_S = 60
+
+
+def used(value: bytes, *, n_out: int = 0, super_ns: int = 0, detour_ns: int = 0, out_ns: int = 0) -> bytes:
+    """A peer's entry as it is once packets have come."""
+    remote, port, flags, index, *_ = PEER.unpack(value)
+    return PEER.pack(remote, port, flags, index, n_out, super_ns, detour_ns, out_ns)
+
+
+@contextmanager
+def by_detour(*, since_ns: int = 1, is_on: bool = True, **of_peers: int) -> Iterator[Kernel]:
+    """The programs with a detour, which all peers take as they have just sent super-packets, or as `of_peers` says."""
+    table = of_the_shortcut(overlay())
+    programs = loaded(settings(table), LinkIndexes(1, 1, 1, 1), KernelPeers(table.own_subnet, table.mtu))
+    programs.set_detour(DETOUR.pack(since_ns, is_on, VNI, DETOUR_UDP_PORT, MACS))
+    for key, value in known_peers(table).changes():
+        assert value is not None
+        programs.set_peer(key, used(value, **{"detour_ns": time.monotonic_ns() + _FAR_S * 10**9, **of_peers}))
+    yield Kernel(table, programs)
+    programs.close()
+
+
+def in_detour(written: bytes, source: str) -> bytes:
+    """What the host gets of a packet that the worker would write like this."""
+    vxlan = bytes.fromhex("08000000") + VNI + MACS + b"\x08\x00" + written
+    datagram = DETOUR_UDP_PORT * 2 + (8 + len(vxlan)).to_bytes(2) + bytes(2) + vxlan
+    return bytes(12) + b"\x08\x00" + ipv4(source, UNDERLAY, datagram, ident=0x7000)
+
+
+def test_what_takes_the_detour_has_passed_the_same_checks_and_comes_out_as_the_worker_writes_it() -> None:
+    with by_detour() as kernel:
+        for case in cases(DECAP):
+            whole = frame(case.packet, case.source)
+            assert (case.slug, *kernel.decap(whole)) == (case.slug, PASS, whole)
+        for slug, whole in OUTER.items():
+            assert (slug, *kernel.decap(whole)) == (slug, PASS, whole)
+        for n, slug in enumerate(sorted(TAKEN), 1):
+            packet, source = GOOD_DECAP[slug]
+            written = decap(kernel.table, packet, IPv4Address(source), PORT).writes[0][len(NO_VNET_HDR) :]
+            assert (slug, *kernel.decap(frame(packet, source))) == (slug, _OK, in_detour(written, source))
+            inner = MACS + b"\x08\x00" + written
+            assert (slug, *kernel.decap(inner, "arrive")) == (slug, REDIRECT, inner)
+            assert kernel.n_counted("decap_packets") == kernel.n_counted("decap_delivered") == n
+            assert kernel.n_counted("detour_sent") == kernel.n_counted("detour_arrived") == n
+
+
+def test_marks_of_congestion_are_carried_on_once_by_the_detour() -> None:
+    """The VXLAN device would do it again."""
+    with by_detour() as kernel:
+        for inner, outer in product([NOT_ECT, ECT_1, ECT_0, CE], repeat=2):
+            packet = ipv4(NEAR_POD, POD, bytes(64), tos=0xB8 | inner, protocol=50)
+            outcome = decap(kernel.table, packet, IPv4Address(NEAR), outer_ecn=outer)
+            answer, after = kernel.decap(frame(packet, tos=outer))
+            if outcome.writes:
+                assert (answer, after) == (_OK, in_detour(outcome.writes[0][len(NO_VNET_HDR) :], NEAR))
+            else:
+                assert answer == PASS
+
+
+def test_only_what_decap_has_sent_comes_out_of_the_detour() -> None:
+    """Each bit of the addresses counts, and nothing but IPv4 passes."""
+    with by_detour() as kernel:
+        good = MACS + b"\x08\x00" + _GOOD
+        for bit in range(8 * len(MACS)):
+            wrong = bytearray(good)
+            wrong[bit // 8] ^= 1 << bit % 8
+            assert kernel.decap(bytes(wrong), "arrive")[0] == _SHOT
+        assert kernel.decap(MACS + b"\x86\xdd" + _GOOD, "arrive")[0] == _SHOT
+        assert kernel.n_counted("detour_refused") == 8 * len(MACS) + 1
+        assert kernel.n_counted("decap_delivered") == 0
+        assert kernel.decap(good, "arrive")[0] == REDIRECT
+
+
+def test_a_stranger_with_the_vni_gets_no_further_than_the_underlay_and_others_may_have_the_port() -> None:
+    """A masqueraded connection may have it."""
+    vxlan = bytes.fromhex("08000000") + VNI + MACS + b"\x08\x00" + _GOOD
+    with by_detour() as kernel:
+        ports = (40000, int.from_bytes(DETOUR_UDP_PORT))
+        assert kernel.decap(frame(vxlan, ports=ports))[0] == _SHOT
+        for other in (frame(vxlan[:4] + b"\x12\x34\x57" + vxlan[7:], ports=ports), frame(b"hello", ports=ports)):
+            assert kernel.decap(other) == (PASS, other)
+        assert kernel.n_counted("detour_refused") == 1
+
+
+@pytest.mark.parametrize(
+    ("of_peers", "expected"),
+    [
+        ({"is_on": False}, REDIRECT),
+        ({"detour_ns": 0}, REDIRECT),
+        ({"detour_ns": 1}, REDIRECT),
+        ({"super_ns": -1}, PASS),
+        ({"super_ns": -1, "since_ns": -1}, _OK),
+        ({"super_ns": -1, "is_on": False}, PASS),
+        ({"n_out": 2, "out_ns": 1}, _OK),
+        ({"n_out": 3, "out_ns": 1}, PASS),
+        ({"n_out": 1000, "out_ns": -1}, _OK),
+    ],
+    ids=[
+        *("off", "no super-packet", "none for a while", "the worker has just got one"),
+        *("the worker got one before the detour was there", "and there is none any more"),
+        *("two are late", "three are late", "many have just gone in"),
+    ],
+)
+def test_which_way_the_packets_of_a_peer_go(of_peers: dict[str, int], expected: int) -> None:
+    """-1: now.  Where the peer's super-packets went another way a moment ago, others would overtake them."""
+    now_ns = time.monotonic_ns()
+    with by_detour(**{name: now_ns if value == -1 else value for name, value in of_peers.items()}) as kernel:  # type: ignore[arg-type]
+        assert kernel.decap(frame(_GOOD))[0] == expected
+        if of_peers.get("n_out") == 3:
+            # And so do those after it.
+            assert kernel.decap(frame(_GOOD))[0] == PASS
+            assert (kernel.n_counted("detour_late"), kernel.n_counted("decap_super")) == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker() -> None:

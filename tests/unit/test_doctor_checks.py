@@ -233,6 +233,30 @@ async def test_an_ipsec_policy_that_the_shortcut_passes_by_is_a_warning(monkeypa
     assert "in clear text whatever IPsec says" in found.cause
 
 
+@pytest.mark.parametrize(
+    ("state", "passed", "is_said"),
+    [
+        ("on", {"decap_super": 5}, False),
+        ("off: no peer has sent a super-packet yet", {}, False),
+        ("off: flannel0-gso is gone", {"decap_super": 5}, True),
+    ],
+)
+async def test_super_packets_without_a_detour_are_a_note(
+    monkeypatch: pytest.MonkeyPatch, state: str, passed: dict[str, int], is_said: bool
+) -> None:
+    async def nothing(*_of: object) -> list[Policy]:
+        return []
+
+    monkeypatch.setattr(firewall, "find_objection", nothing)
+    monkeypatch.setattr(firewall, "read_policies", nothing)
+    said = document()
+    said["lease"]["port"] = 8285
+    said["datapath"] |= {"shortcut": "on", "shortcut_detour": {"state": state}, "shortcut_passed": passed}
+    found = await firewall.rules_passed_by(facts(said))
+    assert [it.severity for it in found] == [Severity.NOTE] * is_said
+    assert all("flannel0-gso is gone" in it.cause for it in found)
+
+
 async def test_an_mtu_that_the_underlay_does_not_take_is_named() -> None:
     small = {1: replace(link(1, "eth0"), mtu=1400)}
     (finding,) = await paths.mtu_in_use(facts(links=small, document=document()))

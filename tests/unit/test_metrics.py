@@ -69,7 +69,8 @@ DOCUMENT: dict[str, Any] = {
         "started_at": NOW_S - 3600.5,
         "standby_pids": [12, 13],
         "stranger_filter": "ready",
-        "shortcut": "off",
+        "shortcut": "on",
+        "shortcut_detour": {"state": "on"},
         "cpu_s": 17.5,
         "memory_bytes": 9_000_000,
         "receive_queues": [

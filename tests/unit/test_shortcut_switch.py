@@ -27,8 +27,11 @@ class FakeShortcut:
     def __init__(self, *_of: object) -> None:
         self.n_running = 0
         self.wanted: list[tuple[object, str]] = []
-        self.is_on = False
+        self.is_on = self.is_detour_wanted = False
+        self.objections: list[str | None] = []
+        self.detour_problem = ""
         self.switched: Callable[[], None] = lambda: None
+        self.detour_wanted: Callable[[], None] = lambda: None
 
     async def run(self) -> None:
         self.n_running += 1
@@ -39,6 +42,9 @@ class FakeShortcut:
 
     def want(self, settings: object, why: str) -> None:
         self.wanted.append((settings, why))
+
+    def allow_detour(self, objection: str | None) -> None:
+        self.objections.append(objection)
 
     @property
     def state(self) -> str:
@@ -93,6 +99,38 @@ async def test_a_decision_that_fails_is_a_reason_to_be_off_and_ends_nothing(
     assert fake.wanted[0] == (None, "unexpected ValueError: a listing that nobody has seen; the log has more")
     assert len([it for it in caplog.records if "stays off" in it.message]) == 1
     assert "a listing" in switch.problems[0]
+
+
+async def test_the_firewall_is_asked_about_the_detour_once_it_is_wanted(
+    fake: FakeShortcut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the shortcut is required, since those packets pass the firewall; and an error is no consent."""
+    switch = ShortcutSwitch(SimpleNamespace(peers=SimpleNamespace(subnets=(), entry=None)), "ours")  # type: ignore[arg-type]
+    asked: list[Any] = []
+
+    async def find_drop(path: Any) -> str:
+        asked.append(path)
+        if len(asked) == 1:
+            return "a rule drops it"
+        raise KernelError("cannot read the rules of nf_tables", errno.EPERM)
+
+    async def decide() -> tuple[object, str]:
+        return object(), ""
+
+    monkeypatch.setattr("udptun.firewall.port_rules.find_drop", find_drop)
+    monkeypatch.setattr(switch, "_decide", decide)
+    switch.use(ShortcutMode.REQUIRE, "eth0", SimpleNamespace(**vars(packets()), port=8285))  # type: ignore[arg-type]
+
+    def has_asked_twice() -> bool:
+        if len(fake.objections) > len(asked):
+            fake.is_detour_wanted = True
+            fake.detour_wanted()
+        return len(fake.objections) == 3
+
+    await run_until(switch, has_asked_twice)
+    assert fake.objections[:2] == [None, "a rule drops it"]
+    assert str(fake.objections[2]).startswith("whether the firewall drops UDP port 18472 is not known: ")
+    assert {(it.port, it.is_sent_back, it.looks_answered) for it in asked} == {(18472, False, False)}
 
 
 @pytest.fixture

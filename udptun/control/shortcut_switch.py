@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -62,15 +63,17 @@ class ShortcutSwitch:
             task: asyncio.Task[None] | None = None
             while True:
                 self._changed.clear()
-                began_s, wait_s, is_wanted = clock(), None, False
+                began_s, wait_s, may_change = clock(), None, self._mode is ShortcutMode.AUTO
                 if self._mode is not ShortcutMode.OFF and task is None:
                     shortcut = self._shortcut = self._shortcut or self._make()
                     task = tasks.create_task(shortcut.run(), name="shortcut")
                 if self._shortcut is not None:
                     settings, why = await self._decide_anyhow()
                     self._shortcut.want(settings, why)
-                    is_wanted = settings is not None
-                if self._mode is ShortcutMode.AUTO or (self._mode is ShortcutMode.REQUIRE and not is_wanted):
+                    has_detour = self._shortcut.is_detour_wanted
+                    self._shortcut.allow_detour(await self._find_objection_to_detour() if has_detour else None)
+                    may_change |= has_detour or (self._mode is ShortcutMode.REQUIRE and settings is None)
+                if may_change:
                     wait_s = max(_PERIOD_S, _REST * (clock() - began_s))
                 try:
                     async with asyncio.timeout(wait_s):
@@ -84,19 +87,21 @@ class ShortcutSwitch:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """A line when it is required and off.  May be read on another thread."""
+        """A line when it is required and off, or has lost packets.  May be read on another thread."""
         shortcut = self._shortcut
-        if self._mode is not ShortcutMode.REQUIRE or shortcut is None or shortcut.is_on:
+        if shortcut is None or self._mode is ShortcutMode.OFF:
             return ()
+        if self._mode is ShortcutMode.AUTO or shortcut.is_on:
+            return tuple(filter(None, [shortcut.detour_problem]))
         return (f"the shortcut is required and {shortcut.state}; the workers carry all packets meanwhile",)
 
     def document(self) -> dict[str, object]:
         """Keys of `datapath` in docs/status.md."""
         shortcut = self._shortcut
         if self._mode is ShortcutMode.OFF or shortcut is None:
-            return {"shortcut": "off", "shortcut_passed": {}}
+            return {"shortcut": "off", "shortcut_passed": {}, "shortcut_detour": None}
         passed: Mapping[str, int] = shortcut.passed
-        return {"shortcut": shortcut.state, "shortcut_passed": dict(passed)}
+        return {"shortcut": shortcut.state, "shortcut_passed": dict(passed), "shortcut_detour": shortcut.detour}
 
     def is_sent_to(self, subnet: IPNetwork) -> bool:
         """Whether packets to the peer leave by the kernel."""
@@ -114,6 +119,24 @@ class ShortcutSwitch:
             return why
         return await find_objection(packets.port) or await find_drop(self._path(packets, _MAX_PEERS))
 
+    async def _find_objection_to_detour(self) -> str | None:
+        """What the host's firewall would do to super-packets that take the detour; empty when nothing certainly.
+
+        They pass it even where the shortcut is required, as what arrives at any port of this host.  None: not known.
+        """
+        from udptun.datapath.shortcut.detour import DETOUR_PORT
+        from udptun.firewall.port_rules import find_drop
+
+        packets = self._packets
+        if packets is None or not isinstance(packets.underlay_address, IPv4Address):
+            return None
+        path = self._path(packets, _MAX_PEERS)
+        try:
+            return await find_drop(replace(path, port=DETOUR_PORT, looks_answered=False, is_sent_back=False))
+        except Exception as exc:
+            # As `_decide_anyhow`.
+            return f"whether the firewall drops UDP port {DETOUR_PORT} is not known: {exc}"
+
     def _path(self, packets: PacketSettings, n: int) -> TunnelPath:
         """That of the datagrams between us and the first `n` peers."""
         entries = filter(None, map(self._tunnel.peers.entry, islice(self._tunnel.peers.subnets, n)))
@@ -125,6 +148,7 @@ class ShortcutSwitch:
 
         shortcut = Shortcut(self._tunnel, self._alias)
         shortcut.switched = lambda: self.switched()
+        shortcut.detour_wanted = self._changed.set
         return shortcut
 
     async def _decide_anyhow(self) -> tuple[ShortcutSettings | None, str]:

@@ -87,6 +87,7 @@ class LinkSettings:
     tx_queue_len: int | None = None
     mac: str | None = None
     alias: str | None = None
+    has_arp: bool | None = None
 
     def __str__(self) -> str:
         """As `ip link set` takes it."""
@@ -101,6 +102,8 @@ class LinkSettings:
             words.append(f"address {self.mac}")
         if self.alias is not None:
             words.append(f"alias '{self.alias}'")
+        if self.has_arp is not None:
+            words.append(f"arp {'on' if self.has_arp else 'off'}")
         return " ".join(words)
 
 

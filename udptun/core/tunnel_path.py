@@ -17,7 +17,7 @@ class TunnelPath:
     Peers send to `port` of `address`, and their datagrams come in by `link`; None: by any, or it is not known.
     `peers` are the addresses of some peers, and `peer_port` is the UDP port of all of them; None: they differ.
     `looks_answered`: a datagram from a peer may look like the answer to one of ours, for a firewall that remembers
-    what has left, as both go between the same two ports.
+    what has left, as both go between the same two ports.  `is_sent_back`: we send to `peer_port` of theirs, too.
     """
 
     link: str | None
@@ -26,6 +26,7 @@ class TunnelPath:
     peers: tuple[IPAddress, ...]
     peer_port: int | None
     looks_answered: bool
+    is_sent_back: bool = True
 
     @classmethod
     def to_peers(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 from udptun.backends.udp import UdpKeys
 from udptun.backends.vxlan import VxlanKeys
 from udptun.core.errors import FirewallError
@@ -46,7 +49,16 @@ async def rules_passed_by(facts: Facts) -> list[Finding]:
     if policy := next(filter(None, (find_policy(policies, it) for it in tunnel_paths(facts, to_all=True))), ""):
         cause = f"the shortcut is on, and sends and takes in clear text whatever IPsec says: {policy}"
         found.append(Finding(Severity.WARNING, "shortcut", cause, remedy))
-    return found
+    return [*found, *_detour_lacking(datapath)]
+
+
+def _detour_lacking(datapath: Mapping[str, Any]) -> Iterator[Finding]:
+    """Where super-packets come and there is no detour for them."""
+    detour = datapath.get("shortcut_detour")
+    if detour is not None and detour["state"] != "on" and datapath["shortcut_passed"].get("decap_super"):
+        why = detour["state"].removeprefix("off: ")
+        cause = f"super-packets of peers go through the workers, which is slower than through the kernel: {why}"
+        yield Finding(Severity.NOTE, "shortcut", cause, "nothing is lost; for speed, mend what stands there")
 
 
 def tunnel_paths(facts: Facts, *, to_all: bool = False) -> list[TunnelPath]:

@@ -29,7 +29,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg  # noqa: E402
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 
-_IFF_UP, _IFF_LOOPBACK, _IFF_LOWER_UP = 0x1, 0x8, 0x10000
+_IFF_UP, _IFF_LOOPBACK, _IFF_NOARP, _IFF_LOWER_UP = 0x1, 0x8, 0x80, 0x10000
 _IFA_F_TEMPORARY, _IFA_F_DEPRECATED, _IFA_F_PERMANENT = 0x01, 0x20, 0x80
 _IFA_F_OPTIMISTIC, _IFA_F_DADFAILED, _IFA_F_TENTATIVE = 0x04, 0x08, 0x40
 _ADDRESS = struct.Struct("=BBBBi")
@@ -94,8 +94,9 @@ def set_link(settings: LinkSettings) -> Request:
     """Change the settings that are given, and leave the others."""
     message = ifinfmsg()
     message["index"] = settings.link.index
-    if settings.up is not None:
-        message["flags"], message["change"] = _IFF_UP if settings.up else 0, _IFF_UP
+    flags = {_IFF_UP: settings.up, _IFF_NOARP: None if settings.has_arp is None else not settings.has_arp}
+    message["flags"] = sum(flag for flag, is_set in flags.items() if is_set)
+    message["change"] = sum(flag for flag, is_set in flags.items() if is_set is not None)
     attributes: _Attributes = [
         ("IFLA_MTU", settings.mtu),
         ("IFLA_TXQLEN", settings.tx_queue_len),

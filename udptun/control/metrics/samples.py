@@ -143,6 +143,8 @@ def _datapaths(document: Document) -> Iterator[Sample]:
         yield Sample(t.OFFLOAD, (name,), int(name in backend["offloads"]))
     yield Sample(t.STRANGER_FILTER, (), int(any(it["stranger_filter"] == "on" for _, _, it in parts)))
     yield Sample(t.SHORTCUT, (), int(any(it["shortcut"] == "on" for _, _, it in parts)))
+    detours = [it["shortcut_detour"] for _, _, it in parts]
+    yield Sample(t.SHORTCUT_DETOUR, (), int(any(it is not None and it["state"] == "on" for it in detours)))
     for name, n in counters.items():
         yield counter_sample(name, n)
     for prefix, _, datapath in parts:

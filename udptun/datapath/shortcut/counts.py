@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from udptun.datapath.stats import PEER_COUNTERS, Stats
 from udptun.kernel.bpf import Map
@@ -19,10 +20,12 @@ COUNTS = (
     *("encap_shape", "encap_peer", "encap_ttl", "encap_too_big", "encap_route", "encap_order", "encap_lapsed"),
     *("decap_lapsed", "decap_shape", "decap_checksum", "decap_sender", "decap_super", "decap_source"),
     *("decap_destination", "decap_ttl", "decap_too_big", "decap_mark"),
+    *("detour_sent", "detour_arrived", "detour_refused", "detour_late"),
 )
-"""In the order of the enum of shortcut.bpf.c: counters of docs/wire-format.md, then why packets were passed on."""
-_N_SHARED = 8
-"""How many of them are counters of docs/wire-format.md."""
+"""In the order of the enum of shortcut.bpf.c: counters of docs/wire-format.md, then why packets were passed on, then
+those of `DetourCounts`."""
+_N_SHARED, _N_DETOUR = 8, 4
+"""How many of them are counters of docs/wire-format.md, and of the detour."""
 _PEER_COUNTS = struct.Struct(f"={len(PEER_COUNTERS)}Q")
 PEER_COUNTS_LEN = _PEER_COUNTS.size
 _REST = 100
@@ -30,6 +33,19 @@ _REST = 100
 processors are 30 MB."""
 _ROWS = 64
 """So many are compared at once: most peers are silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class DetourCounts:
+    """Packets that have taken the detour, that came out, and of strangers that were dropped.
+
+    `late`: how often nothing that a peer has sent came out.
+    """
+
+    sent: int = 0
+    arrived: int = 0
+    refused: int = 0
+    late: int = 0
 
 
 class Counts:
@@ -42,14 +58,21 @@ class Counts:
         self._counts, self._peer_counts, self._stats, self._clock = counts, peer_counts, stats, clock
         self._before = dict.fromkeys(COUNTS, 0)
         self._peers_before = bytearray()
-        self._n_lost = 0
+        self._n_lost = self._n_missing = 0
+        self.n_lost_by_detour = 0
+        """Packets that went in and did not come out."""
         self._n_refused: int | None = None
         self._rest_s = 0.0
 
     @property
     def passed(self) -> Mapping[str, int]:
         """How many packets were passed on to the worker, by the reason, as of the last `add`."""
-        return {name: n for name, n in list(self._before.items())[_N_SHARED:] if n}
+        return {name: n for name, n in list(self._before.items())[_N_SHARED:-_N_DETOUR] if n}
+
+    @property
+    def detour(self) -> DetourCounts:
+        """As of the last `add`."""
+        return DetourCounts(*list(self._before.values())[-_N_DETOUR:])
 
     def add(self, top: int, n_lost: int, n_refused: int, *, is_last: bool = False) -> None:
         """Add what has come since the last time to the statistics.
@@ -65,9 +88,16 @@ class Counts:
         refused = 0 if self._n_refused is None else n_refused - self._n_refused
         refused = min(max(refused, 0), new["decap_delivered"])
         new["decap_delivered"] -= refused
-        new["decap_drop_tun"] += n_lost - self._n_lost + refused
+        new["decap_drop_tun"] += n_lost - self._n_lost + refused + self._new_of_detour(now, is_last=is_last)
         self._before, self._n_lost, self._n_refused = now, n_lost, n_refused
         self._stats.count_beside(new, self._new_of_peers(top, is_last=is_last))
+
+    def _new_of_detour(self, now: Mapping[str, int], *, is_last: bool) -> int:
+        """How many packets were lost there: those that are missing and were so before, or that nobody waits for."""
+        missing = now["detour_sent"] - now["detour_arrived"]
+        n_lost = max(self.n_lost_by_detour, missing if is_last else min(missing, self._n_missing))
+        new, self._n_missing, self.n_lost_by_detour = n_lost - self.n_lost_by_detour, missing, n_lost
+        return new
 
     def _new_of_peers(self, top: int, *, is_last: bool) -> dict[int, tuple[int, ...]]:
         """By index what was added since the last time; nothing where reading them would take too much of the time."""

@@ -17,8 +17,8 @@ from ipaddress import IPv4Address, IPv4Network
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.datapath.peer_entries import PeerEntry
 
-PEER = struct.Struct("=4s2sHIIQ")
-"""struct peer of shortcut.bpf.c: remote and port (network byte order), flags, index, unused, time of a super-packet."""
+PEER = struct.Struct("=4s2sHIIQQQ")
+"""struct peer of shortcut.bpf.c: remote and port (network byte order), flags, index, and what is the kernel's."""
 _EGRESS, _ECN = 1, 2
 
 
@@ -88,7 +88,7 @@ class KernelPeers:
         if remote.address.version != 4:
             return None
         flags = _EGRESS * (remote.takes_shortcut and entry.mtu >= self._mtu) | _ECN * remote.carries_ecn
-        return PEER.pack(remote.address.packed, remote.port.to_bytes(2), flags, entry.index, 0, 0)
+        return PEER.pack(remote.address.packed, remote.port.to_bytes(2), flags, entry.index, 0, 0, 0, 0)
 
     def _unblock(self, subnet: IPNetwork) -> None:
         key = self._remote_keys.pop(subnet, None)

@@ -33,6 +33,8 @@ _LEAST_PEERS = 4096
 """Room for so many at least: some 100 bytes each, and 32 for each processor."""
 _PASSING = frozenset((errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EBUSY))
 """What may be otherwise a moment later."""
+DETOUR = struct.Struct("=QI4s2s12s2x")
+"""struct detour of shortcut.bpf.c: since when, whether it is on, VNI and port as the headers have them, addresses."""
 _N_FLOWS = 1 << 12
 _FLOW_LEN = 16
 """struct flow of shortcut.bpf.c."""
@@ -77,6 +79,8 @@ class Programs:
         self._links: list[int] = []
         self._filters: dict[str, int] = {}
         """By the name of each the index of its link."""
+        self._detour_fd: int | None = None
+        """The link of `arrive`, or the program itself while there is none."""
 
     @classmethod
     def load(cls, top: int, least: int = _LEAST_PEERS) -> Self:
@@ -86,6 +90,7 @@ class Programs:
             shapes = {
                 "config": (MapType.ARRAY, _CONFIG.size, 1),
                 "control": (MapType.ARRAY, _CONTROL.size, 1),
+                "detour": (MapType.ARRAY, DETOUR.size, 1),
                 "peers": (MapType.HASH, PEER.size, n_peers),
                 "flows": (MapType.ARRAY, _FLOW_LEN, _N_FLOWS),
                 "counts": (MapType.PERCPU_ARRAY, 8, len(COUNTS)),
@@ -103,7 +108,7 @@ class Programs:
             return cls(undo.pop_all(), maps, programs)
 
     def program_fd(self, name: str) -> int:
-        """Of `encap`, `decap` or `deliver`."""
+        """Of `encap`, `decap`, `deliver` or `arrive`."""
         return self._programs[name]
 
     @property
@@ -136,6 +141,10 @@ class Programs:
         )
         self._maps["config"].set(bytes(4), value)
 
+    def set_detour(self, value: bytes) -> None:
+        """See `DETOUR`.  Programs may read while the kernel writes more than one word.  Raises KernelError."""
+        self._maps["detour"].set(bytes(4), value)
+
     def set_peer(self, key: bytes, value: bytes | None) -> None:
         """See `KernelPeers.changes`.  Raises KernelError."""
         if value is None:
@@ -153,6 +162,8 @@ class Programs:
         Raises KernelError: nothing is attached but filters, which take nothing.
         """
         self.keep_on()
+        # When a process is killed, Linux closes what it has opened last first: so `decap` ends before those behind it.
+        self._detour_fd = os.dup(self._programs["arrive"])
         try:
             await self._attach("deliver", links.far, Hook.INGRESS, alias)
             await self._attach("decap", links.underlay, Hook.INGRESS, alias)
@@ -170,6 +181,22 @@ class Programs:
                 raise
             await attach_filter(alias, name, self._programs[name], link_index, hook)
             self._filters[f"{alias} {name}"] = link_index
+
+    async def attach_detour(self, link_index: int, alias: str) -> None:
+        """As `attach`, to the detour's device.  Raises KernelError."""
+        assert self._detour_fd is not None
+        n_links = len(self._links)
+        await self._attach("arrive", link_index, Hook.INGRESS, alias)
+        for link in self._links[n_links:]:
+            os.dup2(link, self._detour_fd, inheritable=False)
+            os.close(link)
+        del self._links[n_links:]
+
+    def detach_detour(self, alias: str) -> None:
+        """A filter goes with the device."""
+        self._filters.pop(f"{alias} arrive", None)
+        if self._detour_fd is not None:
+            os.dup2(self._programs["arrive"], self._detour_fd, inheritable=False)
 
     @property
     def has_filters(self) -> bool:
@@ -191,6 +218,9 @@ class Programs:
 
     def detach(self) -> None:
         """A moment later.  Filters stay: see `remove_filters`."""
+        if self._detour_fd is not None:
+            os.close(self._detour_fd)
+            self._detour_fd = None
         while self._links:
             os.close(self._links.pop())
 

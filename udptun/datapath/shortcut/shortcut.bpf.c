@@ -4,6 +4,11 @@
  *     underlay, ingress         decap     a peer's datagram loses its outer header and goes into the veth pair
  *     far end of the pair,      deliver   by then GRO has merged what belongs together; on to flannel0
  *     ingress
+ *     detour, ingress           arrive    the same for the packets of a peer whose super-packets arrive whole
+ *
+ * The detour is a VXLAN device of our own.  `decap` puts a VXLAN header in the place of the outer UDP header, and the
+ * kernel takes the packet from there as it takes any VXLAN, which is the only way to have it forget that a super-packet
+ * was encapsulated: one that it remembers is cut up at the next device.
  *
  * `pass` hands a packet over to the worker, which has all the policy: nothing of the packet has changed by then, and
  * the reason is counted.  So a check here may be narrower than the worker's, never wider.  The checks have the numbers
@@ -42,6 +47,10 @@
 #define FLOW_AGE_NS 2000000000ull
 #define SUPER_AGE_NS 2000000000ull
 #define SUPER_NOTE_NS 250000000ull
+#define DETOUR_LATE_NS 500000000ull /* who takes the detour is through in some microseconds */
+#define DETOUR_LATE_N 3
+#define VXLAN_FLAGS 0x08000000 /* there is a VNI */
+#define DETOUR_MAX (65535 - 50) /* the headers of the detour's datagram are longer */
 
 /* The order is that of the helpers' numbers in linux/bpf.h. */
 static void *(*map_lookup)(void *, const void *) = (void *)BPF_FUNC_map_lookup_elem;
@@ -76,8 +85,21 @@ struct peer {
     __u16 port;   /* likewise */
     __u16 flags;
     __u32 index; /* in the peer table */
-    __u32 unused;
-    __u64 super_ns; /* when it has last sent a super-packet; the kernel's alone */
+    /* The kernel's alone: */
+    __u32 n_out;      /* of its packets in the detour, since one has last come out */
+    __u64 super_ns;   /* when the worker has last got a super-packet of it */
+    __u64 detour_ns;  /* when one has last taken the detour */
+    __u64 out_ns;     /* when the first of those that are out went in */
+};
+
+/* By the MAC addresses `arrive` knows what `decap` has sent.  They are chosen at random, and nobody is told. */
+struct detour {
+    __u64 since_ns; /* super-packets take it since then */
+    __u32 is_on;
+    __u32 vni;  /* as it stands in the header */
+    __u16 port; /* likewise */
+    __u8 macs[12];
+    __u16 unused;
 };
 
 /* The same four as in struct ut_peer_stats. */
@@ -118,6 +140,10 @@ enum {
     PASS_DECAP_TTL,
     PASS_DECAP_TOO_BIG,
     PASS_DECAP_MARK,
+    DETOUR_SENT,
+    DETOUR_ARRIVED,
+    DETOUR_REFUSED,
+    DETOUR_LATE,
     N_COUNTS
 };
 
@@ -128,6 +154,7 @@ enum {
     } name SECTION("maps")
 MAP(config);
 MAP(control);
+MAP(detour);
 MAP(peers);
 MAP(flows);
 MAP(counts);
@@ -161,6 +188,12 @@ INLINE int has_lapsed(void)
     __u32 first = 0;
     __u64 *until_ns = map_lookup(&control, &first);
     return !until_ns || coarse_ktime_ns() >= *until_ns;
+}
+
+INLINE struct detour *find_detour(void)
+{
+    __u32 first = 0;
+    return map_lookup(&detour, &first);
 }
 
 INLINE struct peer *leasing(const struct config *c, __u32 address)
@@ -349,15 +382,145 @@ failed:
     return TC_ACT_SHOT;
 }
 
+INLINE int is_younger(__u64 ns, __u64 now, __u64 age)
+{
+    return ns && (__s64)(now - ns) < (__s64)age;
+}
+
+enum way { BY_WORKER, BY_PAIR, BY_DETOUR };
+
+/* The way of a packet that comes from this peer.  `fits`: a super-packet may take the detour.
+ *
+ * A super-packet takes the detour where there is one, and else goes through the worker.  For a while so does all else
+ * that this peer sends: it would overtake.  Times of other processors may be a little ahead.
+ */
+INLINE enum way way_of(struct peer *p, const struct detour *by, __u32 is_super, int fits)
+{
+    if (!is_super && !p->super_ns && !p->detour_ns)
+        return BY_PAIR;
+    __u64 now = ktime_ns();
+    int is_open = by->is_on;
+    if (is_super && !(is_open && fits)) {
+        if ((__s64)(now - p->super_ns) > (__s64)SUPER_NOTE_NS)
+            p->super_ns = now;
+        return BY_WORKER;
+    }
+    if (is_super && (__s64)(now - p->detour_ns) > (__s64)SUPER_NOTE_NS)
+        p->detour_ns = now;
+    if (!is_younger(p->super_ns, now, SUPER_AGE_NS))
+        p->super_ns = 0;
+    else if (!is_open || (__s64)(p->super_ns - by->since_ns) > 0)
+        return BY_WORKER;
+    if (!is_younger(p->detour_ns, now, SUPER_AGE_NS)) {
+        p->detour_ns = 0;
+        return BY_PAIR;
+    }
+    if (!is_open)
+        return BY_PAIR;
+    /* Nothing of what it sends comes out again: something on the way drops it. */
+    if (p->n_out >= DETOUR_LATE_N && (__s64)(now - p->out_ns) > (__s64)DETOUR_LATE_NS) {
+        count(DETOUR_LATE, 1);
+        p->n_out = 0;
+        p->super_ns = now;
+        return BY_WORKER;
+    }
+    return BY_DETOUR;
+}
+
+/* What every packet that is taken gets, once its headers are where they shall be. */
+INLINE void receive(struct iphdr *in, struct peer *p, __u32 len, __u8 ecn, __u8 mark)
+{
+    __u32 index = p->index;
+    struct peer_counts *of_peer = map_lookup(&peer_counts, &index);
+    step_ttl(in);
+    if (mark != ecn)
+        set_ecn(in, mark);
+    if (of_peer) {
+        of_peer->decap_packets++;
+        of_peer->decap_bytes += len;
+    }
+}
+
+INLINE int into_pair(struct __sk_buff *skb, const struct config *c, struct peer *p, __u32 len, __u8 ecn, __u8 mark)
+{
+    if (adjust_room(skb, -OUTER_LEN, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+        return pass(PASS_DECAP_SHAPE);
+    count(DECAP_PACKETS, 1);
+    void *d = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+    struct ethhdr *eth = d;
+    struct iphdr *in = (void *)(eth + 1);
+    if ((void *)(in + 1) > end) {
+        count(DECAP_DROP_TUN, 1);
+        return TC_ACT_SHOT;
+    }
+    /* The far end takes what is for its address (kernel/veth.py). */
+    eth->h_dest[0] = eth->h_source[0] = 2;
+    eth->h_dest[1] = eth->h_source[1] = 'u';
+    eth->h_dest[2] = eth->h_source[2] = 't';
+    eth->h_dest[3] = eth->h_source[3] = 0;
+    eth->h_dest[4] = eth->h_source[4] = 0;
+    eth->h_dest[5] = 2;
+    eth->h_source[5] = 1;
+    receive(in, p, len, ecn, mark);
+    return redirect(c->pair, 0);
+}
+
+/* The kernel goes on with it as with a VXLAN packet that has come by the underlay.  With marks of congestion on the
+ * outer header it would mark the inner one again.
+ */
+INLINE int into_detour(struct __sk_buff *skb, const struct detour *by, struct peer *p, const struct iphdr *ip, __u32 len,
+                       __u8 ecn, __u8 mark)
+{
+    struct iphdr outer = *ip;
+    struct {
+        struct iphdr ip;
+        struct udphdr udp;
+        __u32 flags, vni;
+        struct ethhdr eth;
+    } __attribute__((packed)) out = {
+        .udp.source = by->port,
+        .udp.dest = by->port,
+        .udp.len = be16(len + sizeof(out) - sizeof(out.ip)),
+        .flags = be32(VXLAN_FLAGS),
+        .vni = by->vni,
+        .eth.h_proto = be16(ETH_P_IP),
+    };
+    outer.tos &= ~ECN_MASK;
+    outer.tot_len = be16(len + sizeof(out));
+    outer.check = 0;
+    outer.check = ~sum_header(&outer);
+    out.ip = outer;
+    __builtin_memcpy(out.eth.h_dest, by->macs, sizeof(by->macs));
+    if (adjust_room(skb, sizeof(out) - OUTER_LEN, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+        return pass(PASS_DECAP_SHAPE);
+    count(DECAP_PACKETS, 1);
+    if (store_bytes(skb, ETH_HLEN, &out, sizeof(out), BPF_F_RECOMPUTE_CSUM))
+        goto failed;
+    void *d = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+    struct iphdr *in = d + ETH_HLEN + sizeof(out);
+    if ((void *)(in + 1) > end)
+        goto failed;
+    receive(in, p, len, ecn, mark);
+    if (!p->n_out)
+        p->out_ns = ktime_ns();
+    p->n_out++;
+    count(DETOUR_SENT, 1);
+    return TC_ACT_OK;
+failed:
+    count(DECAP_DROP_TUN, 1);
+    return TC_ACT_SHOT;
+}
+
 SECTION("tc/decap") int decap(struct __sk_buff *skb)
 {
     void *d = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
     struct config *c = find_config();
+    struct detour *by = find_detour();
     struct ethhdr *eth = d;
     struct iphdr *ip = (void *)(eth + 1), *in;
     struct udphdr *udp = (void *)(ip + 1);
-    __u32 all = sizeof(*eth) + OUTER_LEN + sizeof(*in) + sizeof(*udp);
-    if (!c || skb->protocol != be16(ETH_P_IP) || skb->pkt_type != PACKET_HOST || skb->vlan_present)
+    __u32 all = sizeof(*eth) + OUTER_LEN + sizeof(*in) + sizeof(*udp), longest, headers = 0;
+    if (!c || !by || skb->protocol != be16(ETH_P_IP) || skb->pkt_type != PACKET_HOST || skb->vlan_present)
         return NEXT;
     if ((void *)(udp + 1) > end) {
         if (skb->len < all || pull_data(skb, all))
@@ -370,9 +533,20 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
         if ((void *)(udp + 1) > end)
             return NEXT;
     }
-    if (ip->protocol != IPPROTO_UDP || ip->daddr != c->self || *(__u8 *)ip != 0x45 || udp->dest != c->port
+    if (ip->protocol != IPPROTO_UDP || ip->daddr != c->self || *(__u8 *)ip != 0x45
         || ip->frag_off & be16(FRAGMENT_MASK))
         return NEXT;
+    if (udp->dest != c->port) {
+        /* A stranger who has guessed the VNI gets no further.  Who has not is no concern of ours: the port may be that
+         * of a connection which is masqueraded.
+         */
+        __u32 *vni = (void *)(udp + 1) + 4;
+        if (udp->dest == by->port && (void *)(vni + 1) <= end && *vni == by->vni) {
+            count(DETOUR_REFUSED, 1);
+            return TC_ACT_SHOT;
+        }
+        return NEXT;
+    }
 
     /* It is for our socket. */
     if (has_lapsed())
@@ -404,17 +578,16 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
     struct peer *p = leasing(c, in->saddr);
     if (!p || p->remote != ip->saddr)
         return pass(PASS_DECAP_SOURCE);
-    /* A super-packet goes through the worker, and for a while so does all else that this peer sends: it would overtake.
-     * Times of other processors may be a little ahead.
-     */
-    if (skb->gso_size || p->super_ns) {
-        __u64 now = ktime_ns();
-        if (skb->gso_size && (__s64)(now - p->super_ns) > (__s64)SUPER_NOTE_NS)
-            p->super_ns = now;
-        if ((__s64)(now - p->super_ns) < (__s64)SUPER_AGE_NS)
-            return pass(PASS_DECAP_SUPER);
-        p->super_ns = 0;
+    longest = len;
+    if (skb->gso_size) {
+        __u8 *tcp = (void *)(in + 1);
+        if (in->protocol == IPPROTO_TCP && (void *)(tcp + 20) <= end)
+            headers = sizeof(*in) + (tcp[12] >> 4) * 4;
+        longest = headers + skb->gso_size;
     }
+    enum way way = way_of(p, by, skb->gso_size, headers && len <= DETOUR_MAX);
+    if (way == BY_WORKER)
+        return pass(PASS_DECAP_SUPER);
     if ((in->daddr & c->own_mask) != c->own_subnet)
         return pass(PASS_DECAP_DESTINATION);
     if (in->daddr == c->tunnel_address && in->protocol == IPPROTO_ICMP)
@@ -423,7 +596,7 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
         return pass(PASS_DECAP_DESTINATION);
     if (in->ttl <= 1)
         return pass(PASS_DECAP_TTL);
-    if (len > c->mtu)
+    if (longest > c->mtu)
         return pass(PASS_DECAP_TOO_BIG);
     __u8 outer = c->carries_ecn ? ip->tos & ECN_MASK : 0, inner = in->tos & ECN_MASK, mark = inner;
     if (outer == CE && !inner)
@@ -431,35 +604,8 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
     if (inner && (outer == CE || (outer == ECT_1 && inner == ECT_0)))
         mark = outer;
 
-    __u32 pair = c->pair, index = p->index;
-    if (adjust_room(skb, -OUTER_LEN, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
-        return pass(PASS_DECAP_SHAPE);
-    count(DECAP_PACKETS, 1);
-    d = (void *)(long)skb->data;
-    end = (void *)(long)skb->data_end;
-    eth = d;
-    in = (void *)(eth + 1);
-    if ((void *)(in + 1) > end) {
-        count(DECAP_DROP_TUN, 1);
-        return TC_ACT_SHOT;
-    }
-    /* The far end takes what is for its address (kernel/veth.py). */
-    eth->h_dest[0] = eth->h_source[0] = 2;
-    eth->h_dest[1] = eth->h_source[1] = 'u';
-    eth->h_dest[2] = eth->h_source[2] = 't';
-    eth->h_dest[3] = eth->h_source[3] = 0;
-    eth->h_dest[4] = eth->h_source[4] = 0;
-    eth->h_dest[5] = 2;
-    eth->h_source[5] = 1;
-    step_ttl(in);
-    if (mark != inner)
-        set_ecn(in, mark);
-    struct peer_counts *of_peer = map_lookup(&peer_counts, &index);
-    if (of_peer) {
-        of_peer->decap_packets++;
-        of_peer->decap_bytes += len;
-    }
-    return redirect(pair, 0);
+    return way == BY_DETOUR ? into_detour(skb, by, p, ip, len, inner, mark)
+                            : into_pair(skb, c, p, len, inner, mark);
 }
 
 SECTION("tc/deliver") int deliver(struct __sk_buff *skb)
@@ -474,6 +620,45 @@ SECTION("tc/deliver") int deliver(struct __sk_buff *skb)
     count(DECAP_DELIVERED, n);
     count(TUN_WRITTEN_BYTES, skb->len - ETH_HLEN);
     return redirect(c->device, BPF_F_INGRESS);
+}
+
+SECTION("tc/arrive") int arrive(struct __sk_buff *skb)
+{
+    void *d = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+    struct config *c = find_config();
+    struct detour *by = find_detour();
+    struct ethhdr *eth = d;
+    struct iphdr *in = (void *)(eth + 1);
+    __u32 n = skb->gso_segs ? skb->gso_segs : 1;
+    if (!c || !by)
+        return TC_ACT_SHOT;
+    if ((void *)(in + 1) > end) {
+        if (pull_data(skb, sizeof(*eth) + sizeof(*in)))
+            goto refused;
+        d = (void *)(long)skb->data;
+        end = (void *)(long)skb->data_end;
+        eth = d;
+        in = (void *)(eth + 1);
+        if ((void *)(in + 1) > end)
+            goto refused;
+    }
+    __u16 *have = d, *want = (void *)by->macs, differs = skb->protocol ^ be16(ETH_P_IP);
+#pragma unroll
+    for (int i = 0; i < 6; i++)
+        differs |= have[i] ^ want[i];
+    if (differs)
+        goto refused;
+    struct peer *p = leasing(c, in->saddr);
+    if (p && p->n_out)
+        p->n_out = 0;
+    /* A super-packet is one, as it was when it was received: decap has made its number of segments zero. */
+    count(DETOUR_ARRIVED, n);
+    count(DECAP_DELIVERED, n);
+    count(TUN_WRITTEN_BYTES, skb->len - ETH_HLEN);
+    return redirect(c->device, BPF_F_INGRESS);
+refused:
+    count(DETOUR_REFUSED, 1);
+    return TC_ACT_SHOT;
 }
 
 /* The kernel has most of the helpers for such programs only. */

@@ -21,11 +21,13 @@ from udptun.core.errors import KernelError, UdptunError
 from udptun.core.network_state import IPNetwork
 from udptun.datapath.settings import OUTER_HEADERS
 from udptun.datapath.shortcut.counts import Counts
+from udptun.datapath.shortcut.detour import Detour
 from udptun.datapath.shortcut.entries import KernelPeers
 from udptun.datapath.shortcut.programs import LinkIndexes, Programs, ShortcutSettings
 from udptun.datapath.stats import MAX_WORKERS_BESIDE
 from udptun.datapath.tunnel import Tunnel
 from udptun.kernel import notices
+from udptun.kernel.detour_device import delete_detour
 from udptun.kernel.device_counters import read_device_counters
 from udptun.kernel.filters import remove_filters
 from udptun.kernel.netlink import Netlink
@@ -53,8 +55,12 @@ class Shortcut:
         self._wanted: ShortcutSettings | None = None
         self._on: _On | None = None
         self._reason = ""
+        self._objection: str | None = None
+        """To the detour."""
         self.switched: Callable[[], None] = lambda: None
         """Called when it is on or off and was not before."""
+        self.detour_wanted: Callable[[], None] = lambda: None
+        """Called when the detour is wanted and was not before."""
         self._loop = WatchLoop("shortcut", notices.watch, self._look, _PACE)
 
     @property
@@ -72,6 +78,28 @@ class Shortcut:
         on = self._on
         return {} if on is None else on.counts.passed
 
+    @property
+    def is_detour_wanted(self) -> bool:
+        """Whether super-packets come, and so `allow_detour` matters."""
+        on = self._on
+        return on is not None and on.detour.is_wanted
+
+    @property
+    def detour(self) -> Mapping[str, object]:
+        """Keys of `datapath.shortcut_detour` in docs/status.md."""
+        on = self._on
+        if on is None:
+            return {"state": "off", "packets": 0, "lost": 0, "refused": 0}
+        sums = on.counts.detour
+        lost = on.counts.n_lost_by_detour
+        return {"state": on.detour.state, "packets": sums.sent, "lost": lost, "refused": sums.refused}
+
+    @property
+    def detour_problem(self) -> str:
+        """Why it was given up; empty when it was not."""
+        on = self._on
+        return "" if on is None else on.detour.problem
+
     def is_sent_to(self, subnet: IPNetwork) -> bool:
         """Whether packets to the peer leave by the kernel."""
         on = self._on
@@ -82,6 +110,11 @@ class Shortcut:
         self._wanted = settings
         if settings is None:
             self._reason = reason
+        self._loop.wake()
+
+    def allow_detour(self, objection: str | None) -> None:
+        """What the host's firewall has against the detour, from now on: nothing (empty), or it is not known (None)."""
+        self._objection = objection
         self._loop.wake()
 
     async def run(self) -> None:
@@ -109,7 +142,7 @@ class Shortcut:
                 await self._switch_on(self._wanted)
             if self._on is not None:
                 self._on.programs.keep_on()
-                self._count(self._on)
+                await self._follow_detour(self._on)
         except (UdptunError, OSError) as exc:
             if self._on is not None:
                 await self._switch_off()
@@ -139,10 +172,13 @@ class Shortcut:
         if await remove_filters([self._alias]):
             # An earlier process has left them: what they have taken gets out of its pair.
             await asyncio.sleep(_DRAIN_S)
+        with suppress(KernelError):
+            # It is made when it is wanted, and may be somebody else's.
+            await delete_detour(device, self._alias)
         pair = await make_pair(device, settings.mtu, self._alias)
         try:
             links = LinkIndexes(underlay.index, socket.if_nametoindex(device), pair.near.index, pair.far.index)
-            on = await self._attach(_On.begin(settings, links, self._tunnel))
+            on = await self._attach(_On.begin(settings, links, self._tunnel, self._alias))
         except BaseException:
             with suppress(KernelError):
                 await remove_filters([self._alias])
@@ -179,10 +215,20 @@ class Shortcut:
                 with suppress(KernelError):
                     await remove_filters([self._alias])
                 with suppress(KernelError):
+                    await delete_detour(self._tunnel.tun.name, self._alias)
+                with suppress(KernelError):
                     await delete_pair(self._tunnel.tun.name, self._alias)
             finally:
                 log.info("shortcut off")
                 self.switched()
+
+    async def _follow_detour(self, on: _On) -> None:
+        """Count what has come, and have the detour as that tells.  Raises KernelError."""
+        was_wanted = on.detour.is_wanted
+        self._count(on)
+        await on.detour.look(self._objection)
+        if on.detour.is_wanted and not was_wanted:
+            self.detour_wanted()
 
     def _let_go(self) -> _On:
         """It is off from now on, and nobody tells it of peers; the caller stops and ends it."""
@@ -244,9 +290,12 @@ class Shortcut:
 class _On:
     """What there is while it is on."""
 
-    def __init__(self, settings: ShortcutSettings, links: LinkIndexes, programs: Programs, tunnel: Tunnel) -> None:
+    def __init__(
+        self, settings: ShortcutSettings, links: LinkIndexes, programs: Programs, tunnel: Tunnel, alias: str
+    ) -> None:
         self.settings, self.links, self.programs = settings, links, programs
         self.counts = Counts(programs.counts, programs.peer_counts, tunnel.stats)
+        self.detour = Detour(programs, self.counts, tunnel.tun.name, settings.mtu, alias)
         self.peers = KernelPeers(settings.own_subnet, settings.mtu)
         self.is_broken = False
         self.n_lost = 0
@@ -258,12 +307,12 @@ class _On:
         self._may_count = False
 
     @classmethod
-    def begin(cls, settings: ShortcutSettings, links: LinkIndexes, tunnel: Tunnel) -> _On:
+    def begin(cls, settings: ShortcutSettings, links: LinkIndexes, tunnel: Tunnel, alias: str) -> _On:
         """With the peers that there are, and attached to nothing.  Raises KernelError."""
         programs = Programs.load(tunnel.table.top)
         try:
             programs.configure(settings, links)
-            on = cls(settings, links, programs, tunnel)
+            on = cls(settings, links, programs, tunnel, alias)
             on.follow(tunnel)
             on._may_count = True
         except BaseException:

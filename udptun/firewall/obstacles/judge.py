@@ -122,7 +122,8 @@ class TunnelWay:
     @property
     def traffics(self) -> Sequence[Traffic]:
         states = (_ANY, _NOT_OF_A_CONNECTION) if self.path.looks_answered else (_NOT_OF_A_CONNECTION,)
-        return tuple(self._traffic(is_out, it) for it in states for is_out in (False, True))
+        directions = (False, True) if self.path.is_sent_back else (False,)
+        return tuple(self._traffic(is_out, it) for it in states for is_out in directions)
 
     def _traffic(self, is_out: bool, states: frozenset[State]) -> Traffic:
         port = self.path.peer_port if is_out else self.path.port

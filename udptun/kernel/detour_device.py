@@ -1,0 +1,80 @@
+"""A VXLAN device that super-packets from peers pass, so that the kernel forgets that they were encapsulated.
+
+Nobody can use it to get in or out: it sends to nobody, learns nothing, asks and answers no ARP, and has no addresses
+and no IPv6.  A program at its ingress takes what is ours and drops all else.  While there is no such program, as after
+the end of a daemon that was killed, the kernel drops what the device receives: no route leads back by it (rp_filter).
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+from contextlib import suppress
+
+from udptun.core.desired import Sysctl
+from udptun.core.errors import KernelError
+from udptun.core.network_state import Link, LinkSettings, Vxlan
+from udptun.kernel.link_messages import add_vxlan, delete_link, set_link
+from udptun.kernel.netlink import Netlink
+from udptun.kernel.sysctl import read_sysctl, write_sysctl
+
+_MAC = "02:75:74"
+"""The first half of its MAC address.  The others are chosen by chance: strangers do not know them."""
+
+
+def detour_name(device: str) -> str:
+    """Of the detour that belongs to a TUN device."""
+    return f"{device}-gso"
+
+
+async def make_detour(device: str, port: int, vni: int, mtu: int, alias: str) -> Link:
+    """Make it and switch it on, in place of one that is left over.  Raises KernelError: there is none then.
+
+    EEXIST: the name is taken by a link that is not ours, which stays.  EADDRINUSE: the UDP port is.  EOPNOTSUPP: the
+    kernel has no VXLAN.
+    """
+    name = detour_name(device)
+    await delete_detour(device, alias)
+    mac = ":".join([_MAC, *(f"{byte:02x}" for byte in secrets.token_bytes(3))])
+    async with Netlink() as kernel:
+        await kernel.do(add_vxlan(name, Vxlan(vni, None, 0, port, learning=False, gbp=False), mac, mtu))
+        try:
+            link = await kernel.link(name)
+            if link is None:
+                raise KernelError(f"cannot find {name}, which was just made", errno.ENODEV)
+            # All before it is up.  A kernel without IPv6 has no such setting.
+            with suppress(KernelError):
+                write_sysctl(Sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1", ""))
+            _close(name)
+            await kernel.do(set_link(LinkSettings(link, alias=alias, has_arp=False)))
+            await kernel.do(set_link(LinkSettings(link, up=True)))
+        except BaseException:
+            with suppress(KernelError):
+                await delete_detour(device, alias)
+            raise
+        return link
+
+
+async def delete_detour(device: str, alias: str) -> None:
+    """There may be none.  Raises KernelError, EEXIST when the link of that name is not ours, which stays."""
+    async with Netlink() as kernel:
+        link = await kernel.link(detour_name(device))
+        if link is None:
+            return
+        # A daemon that was killed while it made the device has left one without an alias.
+        is_half_made = not link.alias and link.vxlan is not None and link.mac.startswith(_MAC)
+        if link.alias != alias and not is_half_made:
+            hint = "it is a link of somebody else; rename or delete it"
+            raise KernelError(f"cannot make {link.name}: the name is taken", errno.EEXIST, hint)
+        await kernel.do(delete_link(link))
+
+
+def _close(name: str) -> None:
+    """Have the kernel drop what no program takes.  Raises KernelError."""
+    setting = f"net/ipv4/conf/{name}/rp_filter"
+    try:
+        write_sysctl(Sysctl(setting, "1", ""))
+    except KernelError:
+        # The greater one of the two holds, and both values but 0 are right for a device without addresses.
+        if not {read_sysctl(setting), read_sysctl("net/ipv4/conf/all/rp_filter")} & {"1", "2"}:
+            raise
