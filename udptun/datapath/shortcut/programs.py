@@ -38,6 +38,8 @@ DETOUR = struct.Struct("=QI4s2s12s2x")
 _N_FLOWS = 1 << 12
 _FLOW_LEN = 16
 """struct flow of shortcut.bpf.c."""
+_SCRATCH_LEN = 152
+"""struct scratch."""
 _CONTROL = struct.Struct("=Q")
 """Until when the programs take packets, ns of `monotonic_ns`."""
 _VALID_S = 3.0
@@ -95,6 +97,7 @@ class Programs:
                 "flows": (MapType.ARRAY, _FLOW_LEN, _N_FLOWS),
                 "counts": (MapType.PERCPU_ARRAY, 8, len(COUNTS)),
                 "peer_counts": (MapType.PERCPU_ARRAY, PEER_COUNTS_LEN, n_peers),
+                "scratch": (MapType.PERCPU_ARRAY, _SCRATCH_LEN, 1),
             }
             maps: dict[str, Map] = {}
             for name, shape in shapes.items():

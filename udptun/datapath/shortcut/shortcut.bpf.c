@@ -50,7 +50,8 @@
 #define DETOUR_LATE_NS 500000000ull /* who takes the detour is through in some microseconds */
 #define DETOUR_LATE_N 3
 #define VXLAN_FLAGS 0x08000000 /* there is a VNI */
-#define DETOUR_MAX (65535 - 50) /* the headers of the detour's datagram are longer */
+#define DETOUR_LEN 50 /* of the outer headers in the detour */
+#define DETOUR_MAX (65535 - DETOUR_LEN)
 
 /* The order is that of the helpers' numbers in linux/bpf.h. */
 static void *(*map_lookup)(void *, const void *) = (void *)BPF_FUNC_map_lookup_elem;
@@ -113,6 +114,27 @@ struct flow {
     __u64 last_ns; /* when the worker has last got any packet of it */
 };
 
+/* Without CAP_PERFMON the verifier is strict about the stack.  No helper reads there what was not written, padding
+ * included.  And before Linux 6.8 a constant that was written to a multiple of eight bytes counts as a register that was
+ * saved: until a helper has read it, nothing else may be written to those eight bytes.  So each key has eight bytes for
+ * itself, and structures are in `scratch`.
+ */
+typedef __u32 map_key __attribute__((aligned(8)));
+
+/* What is given to helpers, of each processor. */
+struct scratch {
+    struct bpf_fib_lookup way;
+    struct bpf_redir_neigh neighbour;
+    __u16 unused;
+    /* The head of a datagram.  The kernel fills in the addresses of the Ethernet header. */
+    struct ethhdr eth;
+    struct iphdr ip;
+    struct udphdr udp;
+    /* In the detour alone. */
+    __u32 vxlan_flags, vni;
+    struct ethhdr inner_eth;
+};
+
 /* In the order of COUNTS in counts.py. */
 enum {
     ENCAP_PACKETS,
@@ -159,10 +181,12 @@ MAP(peers);
 MAP(flows);
 MAP(counts);
 MAP(peer_counts);
+MAP(scratch);
 
 INLINE void count(__u32 which, __u64 n)
 {
-    __u64 *at = map_lookup(&counts, &which);
+    map_key key = which;
+    __u64 *at = map_lookup(&counts, &key);
     if (at)
         *at += n;
 }
@@ -176,7 +200,7 @@ INLINE int pass(__u32 why)
 
 INLINE struct config *find_config(void)
 {
-    __u32 first = 0;
+    map_key first = 0;
     return map_lookup(&config, &first);
 }
 
@@ -185,27 +209,27 @@ INLINE struct config *find_config(void)
  */
 INLINE int has_lapsed(void)
 {
-    __u32 first = 0;
+    map_key first = 0;
     __u64 *until_ns = map_lookup(&control, &first);
     return !until_ns || coarse_ktime_ns() >= *until_ns;
 }
 
 INLINE struct detour *find_detour(void)
 {
-    __u32 first = 0;
+    map_key first = 0;
     return map_lookup(&detour, &first);
 }
 
 INLINE struct peer *leasing(const struct config *c, __u32 address)
 {
-    __u32 key = address & c->key_mask;
+    map_key key = address & c->key_mask;
     return map_lookup(&peers, &key);
 }
 
 INLINE struct flow *flow_of(const struct iphdr *ip)
 {
     /* Addresses differ in their last bits first, and a product is mixed best in its first ones. */
-    __u32 key = (be32(ip->saddr) * 0x9e3779b1u + be32(ip->daddr)) * 0x85ebca6bu + ip->protocol;
+    map_key key = (be32(ip->saddr) * 0x9e3779b1u + be32(ip->daddr)) * 0x85ebca6bu + ip->protocol;
     key = (key * 0x9e3779b1u) >> (32 - FLOW_BITS);
     return map_lookup(&flows, &key);
 }
@@ -277,6 +301,7 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     struct config *c = find_config();
     struct iphdr *ip = d;
     __u32 len = skb->len, n = 1, headers = 0, longest = len;
+    map_key first = 0;
     if (!c || skb->protocol != be16(ETH_P_IP))
         return NEXT;
     if (has_lapsed())
@@ -305,29 +330,29 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
         return pass_in_order(ip, PASS_ENCAP_TOO_BIG);
     if (would_overtake(ip))
         return pass(PASS_ENCAP_ORDER);
+    struct scratch *s = map_lookup(&scratch, &first);
+    if (!s)
+        return NEXT;
 
     /* As the kernel looks up a datagram of its own, with what it has learned of the path's MTU.  Where the neighbour is
      * not resolved, it fails: the kernel would send what then waits by the route of the inner packet, which has no
      * Ethernet header (neigh_update() takes the neighbour of skb_dst()).
-     *
-     * Every byte of both structures is written, padding and unions as well: without CAP_PERFMON the verifier lets no
-     * helper read what was not.
      */
-    struct bpf_fib_lookup way;
-    __builtin_memset(&way, 0, sizeof(way));
-    way.family = AF_INET;
-    way.l4_protocol = IPPROTO_UDP;
-    way.sport = c->port;
-    way.dport = p->port;
-    way.tot_len = longest + OUTER_LEN;
-    way.ifindex = LOOPBACK;
-    way.ipv4_src = c->self;
-    way.ipv4_dst = p->remote;
-    if (fib_lookup(skb, &way, sizeof(way), 0) != BPF_FIB_LKUP_RET_SUCCESS || way.family != AF_INET
-        || way.ifindex != c->underlay)
+    s->way = (struct bpf_fib_lookup){
+        .family = AF_INET,
+        .l4_protocol = IPPROTO_UDP,
+        .sport = c->port,
+        .dport = p->port,
+        .tot_len = longest + OUTER_LEN,
+        .ifindex = LOOPBACK,
+        .ipv4_src = c->self,
+        .ipv4_dst = p->remote,
+    };
+    if (fib_lookup(skb, &s->way, sizeof(s->way), 0) != BPF_FIB_LKUP_RET_SUCCESS || s->way.family != AF_INET
+        || s->way.ifindex != c->underlay)
         return pass_in_order(ip, PASS_ENCAP_ROUTE);
 
-    struct iphdr outer = {
+    s->ip = (struct iphdr){
         .version = 4,
         .ihl = 5,
         .tos = p->flags & PEER_ECN && c->carries_ecn ? ip->tos & ECN_MASK : 0,
@@ -339,33 +364,23 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
         .saddr = c->self,
         .daddr = p->remote,
     };
-    outer.check = ~sum_header(&outer);
-    struct {
-        struct ethhdr eth;
-        struct iphdr ip;
-        struct udphdr udp;
-    } __attribute__((packed)) out = {
-        .eth.h_proto = be16(ETH_P_IP),
-        .ip = outer,
-        .udp.source = c->port,
-        .udp.dest = p->port,
-        .udp.len = be16(len + sizeof(struct udphdr)),
-    };
-    struct bpf_redir_neigh neighbour;
-    __builtin_memset(&neighbour, 0, sizeof(neighbour));
-    neighbour.nh_family = AF_INET;
-    neighbour.ipv4_nh = way.ipv4_dst;
-    __u32 underlay = c->underlay, index = p->index;
+    s->ip.check = ~sum_header(&s->ip);
+    s->eth.h_proto = be16(ETH_P_IP);
+    s->udp = (struct udphdr){.source = c->port, .dest = p->port, .len = be16(len + sizeof(struct udphdr))};
+    s->neighbour.nh_family = AF_INET;
+    s->neighbour.ipv4_nh = s->way.ipv4_dst;
+    __u32 underlay = c->underlay;
+    map_key index = p->index;
     if (adjust_room(skb, OUTER_LEN, BPF_ADJ_ROOM_MAC,
                     BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | BPF_F_ADJ_ROOM_FIXED_GSO))
         return pass(PASS_ENCAP_SHAPE);
     __u64 bytes = len + (__u64)(n - 1) * headers;
     count(ENCAP_PACKETS, n);
-    if (change_head(skb, ETH_HLEN, 0) || store_bytes(skb, 0, &out, sizeof(out), 0))
+    if (change_head(skb, ETH_HLEN, 0) || store_bytes(skb, 0, &s->eth, ETH_HLEN + OUTER_LEN, 0))
         goto failed;
     d = (void *)(long)skb->data;
     end = (void *)(long)skb->data_end;
-    ip = d + sizeof(out);
+    ip = d + ETH_HLEN + OUTER_LEN;
     if ((void *)(ip + 1) > end)
         goto failed;
     step_ttl(ip);
@@ -376,7 +391,7 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     }
     count(ENCAP_SENT, n);
     count(UDP_SENT_BYTES, bytes);
-    return redirect_neigh(underlay, &neighbour, sizeof(neighbour), 0);
+    return redirect_neigh(underlay, &s->neighbour, sizeof(s->neighbour), 0);
 failed:
     count(ENCAP_DROP_SEND, n);
     return TC_ACT_SHOT;
@@ -430,7 +445,7 @@ INLINE enum way way_of(struct peer *p, const struct detour *by, __u32 is_super, 
 /* What every packet that is taken gets, once its headers are where they shall be. */
 INLINE void receive(struct iphdr *in, struct peer *p, __u32 len, __u8 ecn, __u8 mark)
 {
-    __u32 index = p->index;
+    map_key index = p->index;
     struct peer_counts *of_peer = map_lookup(&peer_counts, &index);
     step_ttl(in);
     if (mark != ecn)
@@ -471,33 +486,27 @@ INLINE int into_pair(struct __sk_buff *skb, const struct config *c, struct peer 
 INLINE int into_detour(struct __sk_buff *skb, const struct detour *by, struct peer *p, const struct iphdr *ip, __u32 len,
                        __u8 ecn, __u8 mark)
 {
-    struct iphdr outer = *ip;
-    struct {
-        struct iphdr ip;
-        struct udphdr udp;
-        __u32 flags, vni;
-        struct ethhdr eth;
-    } __attribute__((packed)) out = {
-        .udp.source = by->port,
-        .udp.dest = by->port,
-        .udp.len = be16(len + sizeof(out) - sizeof(out.ip)),
-        .flags = be32(VXLAN_FLAGS),
-        .vni = by->vni,
-        .eth.h_proto = be16(ETH_P_IP),
-    };
-    outer.tos &= ~ECN_MASK;
-    outer.tot_len = be16(len + sizeof(out));
-    outer.check = 0;
-    outer.check = ~sum_header(&outer);
-    out.ip = outer;
-    __builtin_memcpy(out.eth.h_dest, by->macs, sizeof(by->macs));
-    if (adjust_room(skb, sizeof(out) - OUTER_LEN, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
+    map_key first = 0;
+    struct scratch *s = map_lookup(&scratch, &first);
+    if (!s)
+        return NEXT;
+    s->ip = *ip;
+    s->ip.tos &= ~ECN_MASK;
+    s->ip.tot_len = be16(len + DETOUR_LEN);
+    s->ip.check = 0;
+    s->ip.check = ~sum_header(&s->ip);
+    s->udp = (struct udphdr){.source = by->port, .dest = by->port, .len = be16(len + DETOUR_LEN - sizeof(s->ip))};
+    s->vxlan_flags = be32(VXLAN_FLAGS);
+    s->vni = by->vni;
+    __builtin_memcpy(s->inner_eth.h_dest, by->macs, sizeof(by->macs));
+    s->inner_eth.h_proto = be16(ETH_P_IP);
+    if (adjust_room(skb, DETOUR_LEN - OUTER_LEN, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
         return pass(PASS_DECAP_SHAPE);
     count(DECAP_PACKETS, 1);
-    if (store_bytes(skb, ETH_HLEN, &out, sizeof(out), BPF_F_RECOMPUTE_CSUM))
+    if (store_bytes(skb, ETH_HLEN, &s->ip, DETOUR_LEN, BPF_F_RECOMPUTE_CSUM))
         goto failed;
     void *d = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
-    struct iphdr *in = d + ETH_HLEN + sizeof(out);
+    struct iphdr *in = d + ETH_HLEN + DETOUR_LEN;
     if ((void *)(in + 1) > end)
         goto failed;
     receive(in, p, len, ecn, mark);
