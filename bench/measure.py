@@ -91,9 +91,12 @@ def parse_ping(text: str) -> tuple[float, ...]:
 # --- TCP: iperf3
 
 
-def tcp(path: Path, seconds: int, n_streams: int = 1, both_ways: bool = False) -> Result:
-    """TCP streams from client to server, and with `both_ways` as many in the other direction at the same time."""
-    options = ["-P", str(n_streams), *(["--bidir"] if both_ways else [])]
+def tcp(path: Path, seconds: int, n_streams: int = 1, both_ways: bool = False, congestion: str = "") -> Result:
+    """TCP streams from client to server, and with `both_ways` as many in the other direction at the same time.
+
+    `congestion`: the algorithm that controls it, empty for the machine's.
+    """
+    options = ["-P", str(n_streams), *["--bidir"] * both_ways, *(["-C", congestion] if congestion else [])]
     # -i 0: no figures of single seconds.
     command = ["iperf3", "-c", str(path.address), "-t", str(seconds), *options, "-i", "0", "-J"]
     server = ["iperf3", "-s", "-1", "--forceflush", "-B", str(path.address)]

@@ -70,9 +70,11 @@ def _head(document: Mapping[str, Any]) -> list[str]:
     foreign = [run["usage"]["foreign_cores"] for run in document["runs"]]
     n_disturbed = sum(cores >= BUSY_LIMIT for cores in foreign)
     changed = " with uncommitted changes" * bool(machine["uncommitted_changes"])
+    chosen = document["options"].get("congestion")
+    congestion = f"; TCP's congestion control is {chosen}" if chosen else ""
     items = [
         f"commit {machine['commit'] or 'unknown'}{changed}; {machine['kernel']}; {machine['cpu']}, "
-        f"{machine['cores']} cores; {machine['iperf3']}",
+        f"{machine['cores']} cores; {machine['iperf3']}{congestion}",
         f"{document['options']['repeats']} interleaved rounds, {document['options']['seconds']} s a run; "
         "median (least–greatest); ratios are taken within a round",
         f"before: {document['idle_busy_cores']:.2f} cores busy with something else",

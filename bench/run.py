@@ -54,6 +54,8 @@ class Options:
     repeats: int
     seconds: int
     families: tuple[str, ...] = ("4",)
+    congestion: str = ""
+    """TCP's control; empty: the machine's."""
 
 
 FULL = Options(tuple(MODES), tuple(it for it in PATHS if it not in IPV6_OF.values()), tuple(WORKLOADS), 5, 3)
@@ -92,12 +94,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--seconds", type=whole_number(1, 3600), metavar="S", help=f"that a run sends (default: {FULL.seconds})"
     )
+    parser.add_argument("--congestion", default="", metavar="NAME", help="TCP's control (default: the machine's)")
     parser.add_argument("--quick", action="store_true", help="under two minutes: fewer of everything not named")
     parser.add_argument("--flanneld", type=File, metavar="PATH", help="a real flanneld to measure too; needs etcd")
     parser.add_argument("--json", type=File, metavar="FILE", help="write every run there, the report beside it")
     given = vars(parser.parse_args(arguments))
     named = {name: given[name] for name in ("modes", "paths", "workloads", "repeats", "seconds") if given[name]}
-    options = replace(QUICK if given["quick"] else FULL, **named, families=given["family"] or ("4",))
+    named |= {"families": given["family"] or ("4",), "congestion": given["congestion"]}
+    options = replace(QUICK if given["quick"] else FULL, **named)
     if given["flanneld"] and "paths" not in named:
         options = replace(options, paths=tuple(dict.fromkeys((*options.paths, "flanneld"))))
     options = replace(options, paths=paths_of(options.paths, options.families))
@@ -116,7 +120,7 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
         "schema": results.SCHEMA,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": ["python", "-m", "bench", *sys.argv[1:]],
-        "machine": machine.facts(),
+        "machine": machine.facts(options.congestion),
         "options": asdict(options),
         "runs": [],
     }
@@ -138,7 +142,7 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
         uninterrupted_end(),
     ):
         lab.start()
-        tools = prepare(lab, File(directory), options.seconds)
+        tools = prepare(lab, File(directory), options.seconds, options.congestion)
         screen.step("connecting the pods by " + ", ".join(PATHS[key] for key in options.paths))
         paths = connect(lab, options.paths, Tools(File(directory), flanneld))
         for name, reason in paths.missing.items():

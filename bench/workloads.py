@@ -38,22 +38,26 @@ _IDLE_CORES = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a workload needs besides the path.  `udp` is the traffic program, `seconds` how long a run sends."""
+    """What a workload needs besides the path.
+
+    `udp` is the traffic program, `seconds` how long a run sends, `congestion` as `measure.tcp` has it.
+    """
 
     lab: Lab
     udp: File
     seconds: int
+    congestion: str
 
 
-def prepare(lab: Lab, directory: File, seconds: int) -> Bench:
+def prepare(lab: Lab, directory: File, seconds: int, congestion: str) -> Bench:
     """Compile the traffic program into `directory`.  Raises BenchError."""
-    return Bench(lab, compiled("traffic/udp.c", directory), seconds)
+    return Bench(lab, compiled("traffic/udp.c", directory), seconds, congestion)
 
 
 RUN: Mapping[str, Callable[[Bench, Path], Result]] = {
-    "tcp_1": lambda bench, path: measure.tcp(path, bench.seconds),
-    "tcp_8": lambda bench, path: measure.tcp(path, bench.seconds, n_streams=8),
-    "tcp_both": lambda bench, path: measure.tcp(path, bench.seconds, both_ways=True),
+    "tcp_1": lambda bench, path: measure.tcp(path, bench.seconds, congestion=bench.congestion),
+    "tcp_8": lambda bench, path: measure.tcp(path, bench.seconds, n_streams=8, congestion=bench.congestion),
+    "tcp_both": lambda bench, path: measure.tcp(path, bench.seconds, both_ways=True, congestion=bench.congestion),
     "udp_64": lambda bench, path: measure.udp_flood(path, bench.seconds, 64, bench.udp),
     "udp_512": lambda bench, path: measure.udp_flood(path, bench.seconds, 512, bench.udp),
     "udp_1400": lambda bench, path: measure.udp_flood(path, bench.seconds, 1400, bench.udp),
