@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from shortcut_run import ShortcutRun
 
 # An example that takes long says that the machine is busy, and nothing else.
 settings.register_profile("udptun", deadline=None)
@@ -36,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked `full` too")
     parser.addoption("--flanneld", metavar="PATH", help="flanneld's program, for the tests beside the real one")
     parser.addoption("--kube-apiserver", metavar="PATH", help="kube-apiserver's program, to test beside ours")
+    parser.addoption("--shortcut", action="store_true", help="have the shortcut in every lab (tests/shortcut_run.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--shortcut"):
+        config.pluginmanager.register(ShortcutRun())
 
 
 Figure = Callable[..., None]
@@ -131,6 +138,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if full:
             config.hook.pytest_deselected(items=full)
             items[:] = [item for item in items if not item.get_closest_marker("full")]
+    if config.getoption("--shortcut"):
+        for item in items:
+            if (mark := item.get_closest_marker("workers")) is not None:
+                item.add_marker(pytest.mark.skip(reason=f"about the workers alone: {mark.kwargs['reason']}"))
     # A test that must be alone waits for the longest of those that run: so all of them come at the end.
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
     if hasattr(config, "workerinput"):

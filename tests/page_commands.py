@@ -339,6 +339,7 @@ ELSEWHERE: Mapping[str, Mapping[str, Elsewhere]] = {
         "./dev test": _TESTS,
         "./dev test tests/unit": _TESTS,
         "./dev test --full": _TESTS,
+        "./dev test --shortcut": _TESTS,
         "./dev test tests/netns/test_etcd_hosts.py --flanneld PATH": Elsewhere(
             "flanneld's program is not the tests'",
             ("netns/test_etcd_hosts.py::test_pods_of_flannel_and_of_udptun_reach_each_other",),

@@ -21,6 +21,7 @@ from etcd_server import MISSING, EtcdServer
 from traffic import (
     REAL_TIME,
     datapath_pids,
+    has_shortcut,
     kill,
     nothing_in_clear_text,
     peers,
@@ -166,9 +167,10 @@ def test_keys_and_values_in_etcd_are_flannels_and_pods_reach_each_other(cluster:
     for host in lab.hosts:
         key = f"{host.subnet.network_address}-24"
         node_id = read_status(host)["lease"]["node_id"]
+        more = ',"Shortcut":true' if has_shortcut(host) else ""
         assert leases[key] == (
             f'{{"PublicIP":"{host.underlay_address}","PublicIPv6":null,"BackendType":"udp",'
-            f'"BackendData":{{"Port":8285,"NodeID":"{node_id}","Udptun":1,"AnySourcePort":true,"ECN":true}}}}'
+            f'"BackendData":{{"Port":8285,"NodeID":"{node_id}","Udptun":1,"AnySourcePort":true,"ECN":true{more}}}}}'
         )
         assert 86_000 < etcd.ttl_s(key) <= 86_400
         assert read_status(host)["store"] == "etcd"

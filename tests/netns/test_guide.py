@@ -81,6 +81,8 @@ CHANGING = (
     # What `udptun status` measures.
     (r"\bup [\dhms]+, (\d+ workers?)?", "up N, "),
     (r", (all offloads|offloads all but [\w, ]+), confinement", ", confinement"),
+    # With --shortcut it says more.
+    (r"(confinement full),.*", r"\1"),
     (r"last news \w+ ago", "last news"),
     (r"(\d alive); out .*", r"\1"),
     (r" alive +[\d.]+ .*", " alive"),

@@ -115,7 +115,8 @@ def test_pods_of_three_nodes_reach_each_other_and_the_nodes_say_what_flannels_do
             assert data["Port"] == 8285 if kind == "udp" else data["VNI"] == 1
             conditions = {it["type"]: it for it in value["status"]["conditions"]}
             assert (conditions["NetworkUnavailable"]["status"], conditions["Ready"]["status"]) == ("False", "True")
-            assert written_by(api, host) == captured(addresses[host.name], kind, texts[f"{PREFIX}backend-data"])
+            first = texts[f"{PREFIX}backend-data"].replace(',"Shortcut":true', "")
+            assert written_by(api, host) == captured(addresses[host.name], kind, first)
         host = lab.host(1)
         # Somebody takes an annotation away: it alone is written again.
         gone = {"metadata": {"annotations": {f"{PREFIX}kube-subnet-manager": None}}}
@@ -138,9 +139,16 @@ def test_pods_of_three_nodes_reach_each_other_and_the_nodes_say_what_flannels_do
         }
 
 
+OF_A_SHORTCUT = {f"{PREFIX}backend-data"}
+
+
 def written_by(api: Any, host: Host) -> list[str]:
-    """The bodies of the host's patches, with N in the place of times."""
+    """The bodies of the host's patches, with N in the place of times.
+
+    Without those that a shortcut adds: it is on a moment after the start, and its lease says so by a patch of its own.
+    """
     bodies = [it.body.decode() for it in list(api.requests) if it.line == f"PATCH /api/v1/nodes/{host.name}/status"]
+    bodies = [it for it in bodies if json.loads(it).get("metadata", {}).get("annotations", {}).keys() != OF_A_SHORTCUT]
     return [re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "N", body) for body in bodies]
 
 

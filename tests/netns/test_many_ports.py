@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from traffic import REAL_TIME, ping, read_status, tcp_flow, udp_flow, wait_for_peers
+from traffic import REAL_TIME, has_shortcut, ping, read_status, tcp_flow, udp_flow, wait_for_peers
 
 from udptun.lab.host import UNDERLAY, Host, Pod
 from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Lab
@@ -118,12 +118,14 @@ def test_a_stateful_nat_loses_nothing_and_hosts_without_one_use_all_ports_and_wo
         assert flow.report.n_out_of_order == 0
     stream.report.assert_exact()
 
-    before = n_delivered_by_worker(lab, 3)
-    send_many_flows(pods[1], pods[2])
-    got = [now - was for now, was in zip(n_delivered_by_worker(lab, 3), before, strict=True)]
-    print(f"{N_FLOWS} flows of one peer over the workers: {got}")
-    assert sum(got) >= 10 * N_FLOWS
-    assert sum(n > 0 for n in got) > 1
+    # What the kernel carries leaves from one port, and reaches no worker.
+    if not has_shortcut(three):
+        before = n_delivered_by_worker(lab, 3)
+        send_many_flows(pods[1], pods[2])
+        got = [now - was for now, was in zip(n_delivered_by_worker(lab, 3), before, strict=True)]
+        print(f"{N_FLOWS} flows of one peer over the workers: {got}")
+        assert sum(got) >= 10 * N_FLOWS
+        assert sum(n > 0 for n in got) > 1
     for host in lab.hosts:
         drops = {name: n for name, n in read_status(host)["counters"].items() if "source" in name and n}
         assert drops == {}

@@ -19,7 +19,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_open_metrics
 from prometheus_client.parser import text_string_to_metric_families as read_plain
-from traffic import ping, read_status, socket_in, udp_flow, wait_for_peers
+from traffic import ping, read_status, socket_in, udp_flow, wait_for_peers, wait_until_counted
 
 from udptun.control.metrics.samples import counter_sample
 from udptun.core.counter_words import is_drop
@@ -114,6 +114,7 @@ def test_metrics_status_its_screen_and_the_datapath_count_the_same_packets(pair:
         """Of both hosts; each is answered."""
         return sum(read_status(host)["counters"]["inject_sent"] for host in pair.hosts)
 
+    wait_until_counted(one, two)
     probed = n_probes()
     sent, received = peer_packets(one, two, "encap"), peer_packets(two, one, "decap")
     with udp_flow(one.pod(1), two.pod(1), 500) as flow:
@@ -121,6 +122,7 @@ def test_metrics_status_its_screen_and_the_datapath_count_the_same_packets(pair:
         status = read_status(one)
         after = scrape(one)
         flow.wait_for_more(300)
+    wait_until_counted(one, two)
     names = status["counters"]
     for name in names:
         assert counters_in(before, [name])[name] <= names[name] <= counters_in(after, [name])[name]

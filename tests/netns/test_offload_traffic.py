@@ -12,7 +12,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.netns.traffic import CLEANUP, REAL_TIME, no_packet_errors, read_status, tcp_flow, udp_flow
+from tests.netns.traffic import (
+    CLEANUP,
+    REAL_TIME,
+    no_packet_errors,
+    read_status,
+    tcp_flow,
+    udp_flow,
+    wait_until_counted,
+)
 from udptun.core.offload import ALL, names
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
@@ -72,6 +80,7 @@ def test_traffic_is_exact_with_offloads_switched_off(lab: Lab, links: Offload, o
         in_use = set(EVERY).difference(off, *(NEEDED_BY.get(name, ()) for name in off))
         assert set(read_status(host)["backend"]["offloads"]) == in_use
     one, two = lab.host(1).pod(1), lab.host(2).pod(1)
+    wait_until_counted(*lab.hosts)
     before = [read_status(host)["counters"] for host in lab.hosts]
     already = peer_bytes(lab.host(2))
 
@@ -86,6 +95,7 @@ def test_traffic_is_exact_with_offloads_switched_off(lab: Lab, links: Offload, o
         stream.report.assert_exact()
         assert stream.report.received > STREAM_BYTES
         assert (datagrams.report.lost, datagrams.report.n_duplicates, datagrams.report.n_spoilt) == ([], 0, 0)
+    wait_until_counted(*lab.hosts)
     for host, earlier in zip(lab.hosts, before, strict=True):
         counters = read_status(host)["counters"]
         moved = {name: n - earlier[name] for name, n in counters.items() if n != earlier[name]}

@@ -56,7 +56,8 @@ def started_lab(by: str) -> Iterator[Lab]:
         if by == "clsact":
             at = lab.daemon_command.index("-m")
             lab.daemon_command[at : at + 2] = [str(WITHOUT_TCX)]
-        lab.daemon_command[:0] = REAL_TIME
+        # What the network config says holds here, with --shortcut too.
+        lab.daemon_command[:0] = [*REAL_TIME, "env", "--unset=FLANNELD_SHORTCUT"]
         lab.set_offload(Offload.NONE)
         lab.start()
         wait_for_peers(lab)

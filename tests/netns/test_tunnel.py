@@ -21,6 +21,7 @@ from scapy.layers.l2 import ARP
 from scapy.packet import Packet
 from scapy.utils import rdpcap
 from traffic import (
+    has_shortcut,
     no_packet_errors,
     packet_errors,
     ping,
@@ -215,6 +216,7 @@ def test_the_underlay_carries_one_bare_ip_packet_per_datagram_and_nothing_else(t
         ping(two, one.address, "-s", "3000", "-t", "33", count=1)
         wait_until("the capture to be complete", lambda: n_echoes() >= 6 + 6, 10)
 
+    is_by_kernel = {address: has_shortcut(host) for address, host in hosts.items()}
     frames = read_capture(path)
     kinds = {1: 0, 6: 0, 17: 0}
     ttls = set()
@@ -225,9 +227,10 @@ def test_the_underlay_carries_one_bare_ip_packet_per_datagram_and_nothing_else(t
         udp = outer[UDP]
         assert (outer.ihl, outer.tos, outer.ttl, str(outer.flags), outer.frag) == (5, 0, 64, "DF", 0)
         assert (udp.sport, udp.dport, outer.len, udp.len) == (PORT, PORT, 20 + udp.len, 8 + len(udp.payload))
-        assert udp.chksum != 0
+        # Of the shortcut's datagrams none has one.
+        assert udp.chksum != 0 or (outer.id >> 12 == 7 and is_by_kernel[outer.src])
         assert packets.internet_sum(bytes(outer)[:20]) == 0xFFFF
-        assert transport_is_right(outer)
+        assert udp.chksum == 0 or transport_is_right(outer)
 
         inner = IP(bytes(udp.payload))
         sender, receiver = hosts[outer.src], hosts[outer.dst]
