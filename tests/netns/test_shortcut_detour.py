@@ -11,9 +11,11 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from select import select
 
 import pytest
+from namespace import HAS_TCX
 from traffic import CLEANUP, REAL_TIME, in_network_of, read_status, socket_in, tcp_flow, udp_flow, wait_for_peers
 
 from tests.packets import udp
@@ -32,10 +34,19 @@ FAST = 20e6
 NAME = detour_name("flannel0")
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("tcx", marks=pytest.mark.skipif(not HAS_TCX, reason="needs a kernel with tcx, 6.6 or later")),
+        pytest.param("clsact", marks=pytest.mark.full),
+    ],
+)
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     conf = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": "auto"}}
-    with Lab(f"d{os.getpid()}", net_conf=conf) as lab:
+    with Lab(f"d{os.getpid()}{request.param[0]}", net_conf=conf) as lab:
+        if request.param == "clsact":
+            at = lab.daemon_command.index("-m")
+            lab.daemon_command[at : at + 2] = [str(Path(__file__).with_name("without_tcx.py"))]
         lab.daemon_command[:0] = REAL_TIME
         lab.set_offload(Offload.FULL)
         lab.start()
