@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import errno
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -517,7 +518,7 @@ class Ground:
                 return "worker", os.read(self._tun.fds[0], 65600)[len(NO_VNET_HDR) :]
             with suppress(BlockingIOError):
                 return "wire", self._far.recv(65600, socket.MSG_DONTWAIT)
-            time.sleep(0.001)
+            select.select([self._far, *self._tun.fds], [], [], 1)
         raise AssertionError("it came out nowhere")
 
     def takes(self, frame: bytes) -> bool:

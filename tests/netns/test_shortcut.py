@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from namespace import HAS_TCX
 from traffic import (
+    AS_CONFIGURED,
     CLEANUP,
     REAL_TIME,
     datapath_pids,
@@ -56,8 +57,7 @@ def started_lab(by: str) -> Iterator[Lab]:
         if by == "clsact":
             at = lab.daemon_command.index("-m")
             lab.daemon_command[at : at + 2] = [str(WITHOUT_TCX)]
-        # What the network config says holds here, with --shortcut too.
-        lab.daemon_command[:0] = [*REAL_TIME, "env", "--unset=FLANNELD_SHORTCUT"]
+        lab.daemon_command[:0] = [*REAL_TIME, *AS_CONFIGURED]
         lab.set_offload(Offload.NONE)
         lab.start()
         wait_for_peers(lab)

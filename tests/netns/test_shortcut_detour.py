@@ -16,7 +16,17 @@ from select import select
 
 import pytest
 from namespace import HAS_TCX
-from traffic import CLEANUP, REAL_TIME, in_network_of, read_status, socket_in, tcp_flow, udp_flow, wait_for_peers
+from traffic import (
+    AS_CONFIGURED,
+    CLEANUP,
+    REAL_TIME,
+    in_network_of,
+    read_status,
+    socket_in,
+    tcp_flow,
+    udp_flow,
+    wait_for_peers,
+)
 
 from tests.packets import udp
 from udptun.datapath.shortcut.detour import DETOUR_PORT
@@ -47,7 +57,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         if request.param == "clsact":
             at = lab.daemon_command.index("-m")
             lab.daemon_command[at : at + 2] = [str(Path(__file__).with_name("without_tcx.py"))]
-        lab.daemon_command[:0] = REAL_TIME
+        lab.daemon_command[:0] = [*REAL_TIME, *AS_CONFIGURED]
         lab.set_offload(Offload.FULL)
         lab.start()
         wait_for_peers(lab)

@@ -43,6 +43,9 @@ The queues of the tunnel hold a quarter of a second at 2,000 packets/s. On a bus
 longer than that for a processor, and then packets are lost whatever the datapath does.
 """
 
+AS_CONFIGURED = ("env", "--unset=FLANNELD_SHORTCUT")
+"""Goes before the command of a daemon whose shortcut is what the network config says, with --shortcut too."""
+
 CLEANUP = [sys.executable, "-m", "udptun", "cleanup", "--store", f"local:{LEASES}", "--net-config-path", str(NET_CONF)]
 """`udptun cleanup` with the flags of a lab's daemon."""
 
