@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from udptun.datapath.shortcut import detour
 from udptun.datapath.shortcut.counts import COUNTS, Counts, DetourCounts
 from udptun.datapath.shortcut.detour import Detour, LossWatch
 from udptun.datapath.shortcut.programs import DETOUR
+from udptun.kernel import detour_device
 from udptun.kernel.device_counters import DeviceCounters
 
 NONE_COMES_OUT, PART_COMES_OUT = "what comes from a peer", "part of what comes from peers"
@@ -20,7 +22,7 @@ NONE_COMES_OUT, PART_COMES_OUT = "what comes from a peer", "part of what comes f
 
 def verdicts(*looks: tuple[int, int, int, int]) -> list[str]:
     """Of a watch that gets these, one a second: sent, arrived, late, dropped by the device."""
-    watch = LossWatch(DetourCounts(), 0)
+    watch = LossWatch(DetourCounts())
     return [watch.judge(DetourCounts(sent, arrived, 0, late), dropped) for sent, arrived, late, dropped in looks]
 
 
@@ -180,6 +182,23 @@ async def test_a_device_that_is_gone_is_made_anew(ground: Ground) -> None:
     ground.device = None
     assert await ground.look() == "off: flannel0-gso is gone"
     assert await ground.look() == "on"
+
+
+@pytest.mark.parametrize(
+    ("own", "of_all", "is_closed"), [("0", "0", False), ("0", "2", True), ("1", "0", True), (None, None, False)]
+)
+def test_a_device_that_cannot_be_closed_to_strangers_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, of_all: str | None, is_closed: bool
+) -> None:
+    """In a container with a read-only /proc/sys: without a program it would take what anybody sends."""
+
+    def refuse(_sysctl: object) -> None:
+        raise KernelError("cannot write 1", errno.EROFS)
+
+    monkeypatch.setattr(detour_device, "write_sysctl", refuse)
+    monkeypatch.setattr(detour_device, "read_sysctl", lambda path: of_all if "/all/" in path else own)
+    with nullcontext() if is_closed else pytest.raises(KernelError):
+        detour_device._close("flannel0-gso")
 
 
 def test_packets_that_are_lost_on_the_detour_are_counted_once_nobody_waits_for_them(ground: Ground) -> None:

@@ -45,15 +45,18 @@ class LossWatch:
     missing at each of the last looks is lost.
     """
 
-    def __init__(self, begin: DetourCounts, dropped: int) -> None:
-        """`dropped`: by the device, for want of room, which is no fault."""
+    def __init__(self, begin: DetourCounts) -> None:
+        """Of a device that is new."""
         self._last = begin
-        self._missing = deque([begin.sent - begin.arrived - dropped], _N_LOOKS)
+        self._missing = deque([begin.sent - begin.arrived], _N_LOOKS)
         self._n_lost = self._missing[0]
         self._excess = 0.0
 
     def judge(self, now: DetourCounts, dropped: int) -> str:
-        """What is wrong, empty when nothing.  To be called each second."""
+        """What is wrong, empty when nothing.  To be called each second.
+
+        `dropped`: by the device, for want of room, which is no fault.
+        """
         last, self._last = self._last, now
         missing, least = now.sent - now.arrived - dropped, min(self._missing)
         self._missing.append(missing)
@@ -150,7 +153,7 @@ class Detour:
         except BaseException:
             await self._take_apart()
             raise
-        self._on = _On(link.index, link.name, words, LossWatch(self._counts.detour, 0))
+        self._on = _On(link.index, link.name, words, LossWatch(self._counts.detour))
         self._reason = self.problem = ""
         log.info("super-packets take the kernel device=%s", link.name)
 
