@@ -28,7 +28,8 @@ _numbers = itertools.count()
 requires_netns = pytest.mark.skipif(
     os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and /dev/net/tun"
 )
-HAS_TCX = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 6)
+KERNEL = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+HAS_TCX = KERNEL >= (6, 6)
 
 
 class Namespace:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from namespace import Namespace, namespace, requires_netns, seconds_until
+from namespace import KERNEL, Namespace, namespace, requires_netns, seconds_until
 from packets import (
     DESTINATION_OPTIONS,
     FULL,
@@ -238,6 +238,10 @@ def super_packet(kind: int, n_segments: int, size: int = 100, flags: int = NEEDS
     return vnet_hdr(flags=flags, gso_type=kind, hdr_len=header, gso_size=size, start=20, offset=offset) + packet
 
 
+takes_udp_super_packets = pytest.mark.skipif(KERNEL < (6, 2), reason="needs Linux 6.2: super-packets of UDP on a TUN")
+
+
+@takes_udp_super_packets
 def test_a_udp_super_packet_is_taken_with_64_segments_and_received_as_so_many_datagrams(
     ns: Namespace, undo: ExitStack
 ) -> None:
@@ -253,6 +257,7 @@ def test_a_udp_super_packet_is_taken_with_64_segments_and_received_as_so_many_da
             os.write(fd, wrong)
 
 
+@takes_udp_super_packets
 def test_a_device_that_is_down_refuses_a_good_super_packet_with_eio_and_a_bad_one_with_einval(
     ns: Namespace, undo: ExitStack
 ) -> None:
@@ -267,7 +272,7 @@ def test_a_device_that_is_down_refuses_a_good_super_packet_with_eio_and_a_bad_on
     assert refused.value.errno == errno.EINVAL
 
 
-@pytest.mark.parametrize("protocol", [6, 17])
+@pytest.mark.parametrize("protocol", [6, pytest.param(17, marks=takes_udp_super_packets)])
 def test_a_super_packet_of_ipv6_is_cut_behind_options_but_not_behind_fragment_or_authentication_headers(
     ns: Namespace, undo: ExitStack, protocol: int
 ) -> None:

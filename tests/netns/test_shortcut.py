@@ -148,12 +148,11 @@ def test_pods_speak_through_the_kernel_and_every_packet_is_counted(lab: Lab) -> 
         tcp_flow(two.pods[0], one.pods[0], port=5003) as to_one,
         udp_flow(one.pods[0], two.pods[0], 500) as datagrams,
     ):
-        time.sleep(0.5)
+        wait_until("the counters", lambda: by_kernel(one)["encap_sent"] - before["encap_sent"] > 1000, LIMIT_S)
     to_two.report.assert_exact()
     to_one.report.assert_exact()
     assert not datagrams.report.lost
     assert not datagrams.report.n_spoilt
-    wait_until("the counters", lambda: by_kernel(one)["encap_sent"] - before["encap_sent"] > 1000, LIMIT_S)
     time.sleep(1.2)
     counters = read_status(one)["counters"]
     drops = {name: n for name, n in counters.items() if "_drop_" in name}
