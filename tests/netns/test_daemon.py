@@ -118,6 +118,13 @@ def test_config_show_says_what_the_running_daemon_uses_and_why(pair: Lab) -> Non
     reload(host, {"MTU": 1400, "Port": 9999})
     assert shown("Backend.MTU") == (1400, str(NET_CONF))
     assert shown("Backend.Port") == (8285, f"{NET_CONF} as it was at the start; a restart brings 9999")
+    # Pods of later tests would be told of the smaller MTU, and remember it.
+    reload(host, {})
+    wait_until("flannel0 to get its MTU back", lambda: mtu_of_device(host) == 1472, 10)
+
+
+def mtu_of_device(host: Host) -> int:
+    return int(host.path("/sys/class/net/flannel0/mtu").read_text())
 
 
 def conf(**backend: object) -> str:
@@ -424,18 +431,14 @@ def test_reload_changes_the_mtu_of_device_pods_and_peers(pair: Lab) -> None:
     assert sum("config reloaded mtu=1272 workers=1 source_check=peer" in line for line in messages(log, "I")) == 1
     assert one.mtu == 1272
     assert read_status(one)["backend"]["mtu"] == 1272
-
-    def device_mtu() -> str:
-        return one.path("/sys/class/net/flannel0/mtu").read_text()
-
-    wait_until("flannel0 to get its MTU", lambda: device_mtu() == "1272\n", 10)
+    wait_until("flannel0 to get its MTU", lambda: mtu_of_device(one) == 1272, 10)
     ping(one, two.pod(1).address, "-M", "do", "-s", str(1272 - 28))
     # The pod's own link still has the old MTU: what is too large for the tunnel is told to it.
     too_large = ["ping", "-c", "1", "-M", "do", "-s", "1400", "-W", "5", str(two.pod(1).address)]
     told = one.pod(1).run(too_large, check=False)
     assert "Frag needed and DF set (mtu = 1272)" in told.stdout
     reload(one, {})
-    wait_until("flannel0 to get its MTU back", lambda: device_mtu() == "1472\n", 10)
+    wait_until("flannel0 to get its MTU back", lambda: mtu_of_device(one) == 1472, 10)
     ping(one, two.pod(1).address, "-M", "do", "-s", str(1472 - 28))
 
 

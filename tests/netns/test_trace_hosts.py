@@ -432,6 +432,11 @@ def test_super_packets_of_a_flow_are_shown_with_their_segments(net: Net) -> None
 
 
 def test_a_client_that_is_killed_ends_the_trace_and_two_do_not_get_one_at_a_time(net: Net) -> None:
+
+    def is_let_in() -> bool:
+        said = trace(net.one, "--live", "1", "--seconds", "1")[1]
+        return said.removeprefix(NOT_SHOWN).startswith("0 packets")
+
     with watch(net.one, "--live", "5") as first:
         status, text = trace(net.one, "--live", "5")
         assert status == 1
@@ -439,8 +444,6 @@ def test_a_client_that_is_killed_ends_the_trace_and_two_do_not_get_one_at_a_time
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
         # The daemon has seen that, and the next one is let in.
-        one_second = ("--live", "1", "--seconds", "1")
-        is_let_in = lambda: trace(net.one, *one_second)[1].removeprefix(NOT_SHOWN).startswith("0 packets")  # noqa: E731
         seconds_until(is_let_in, "let in", 10)
 
 
