@@ -10,11 +10,8 @@ from pathlib import Path
 _SOURCE = Path(__file__).resolve().parents[1]
 
 
-def facts(congestion: str = "") -> dict[str, object]:
-    """Commit, kernel, CPU model, cores and so on; None for what cannot be found out.
-
-    `congestion`: TCP's control where it is another one than the machine's.
-    """
+def facts() -> dict[str, object]:
+    """Commit, kernel, CPU model, cores and so on; None for what cannot be found out."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
@@ -23,8 +20,7 @@ def facts(congestion: str = "") -> dict[str, object]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "iperf3": _first_line(["iperf3", "--version"]),
-        "tcp_congestion_control": congestion
-        or Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
+        "tcp_congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
     }
 
 

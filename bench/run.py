@@ -120,7 +120,7 @@ def bench(screen: Screen, options: Options, flanneld: File | None, file: File | 
         "schema": results.SCHEMA,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": ["python", "-m", "bench", *sys.argv[1:]],
-        "machine": machine.facts(options.congestion),
+        "machine": machine.facts(),
         "options": asdict(options),
         "runs": [],
     }

@@ -306,11 +306,14 @@ def used(value: bytes, *, n_out: int = 0, super_ns: int = 0, detour_ns: int = 0,
 
 
 @contextmanager
-def by_detour(*, since_ns: int = 1, is_on: bool = True, **of_peers: int) -> Iterator[Kernel]:
-    """The programs with a detour, which all peers take as they have just sent super-packets, or as `of_peers` says."""
+def by_detour(*, since_ns: int = 1, is_on: bool = True, sign: int = 0, **of_peers: int) -> Iterator[Kernel]:
+    """The programs with a detour, which all peers take as they have just sent super-packets, or as `of_peers` says.
+
+    `sign`: BPF_PROG_TEST_RUN gives every packet 0.
+    """
     table = of_the_shortcut(overlay())
     programs = loaded(settings(table), LinkIndexes(1, 1, 1, 1), KernelPeers(table.own_subnet, table.mtu))
-    programs.set_detour(DETOUR.pack(since_ns, is_on, VNI, DETOUR_UDP_PORT, MACS))
+    programs.set_detour(DETOUR.pack(since_ns, is_on, VNI, DETOUR_UDP_PORT, MACS, sign))
     for key, value in known_peers(table).changes():
         assert value is not None
         programs.set_peer(key, used(value, **{"detour_ns": time.monotonic_ns() + _FAR_S * 10**9, **of_peers}))
@@ -367,6 +370,29 @@ def test_only_what_decap_has_sent_comes_out_of_the_detour() -> None:
         assert kernel.n_counted("detour_refused") == 8 * len(MACS) + 1
         assert kernel.n_counted("decap_delivered") == 0
         assert kernel.decap(good, "arrive")[0] == REDIRECT
+
+
+def test_who_has_read_the_addresses_in_an_icmp_error_gets_nothing_in() -> None:
+    """A rule that rejects a few of the detour's packets has them told to a peer, whose fragments `decap` lets by.
+
+    The sign is beside the packet.  And nothing comes out that is not from a peer to our subnet.
+    """
+    with by_detour(sign=1) as kernel:
+        assert kernel.decap(MACS + b"\x08\x00" + _GOOD, "arrive")[0] == _SHOT
+    with by_detour() as kernel:
+        for source, destination in (("10.244.77.7", POD), (NEAR_POD, "10.244.77.7")):
+            inner = ipv4(source, destination, bytes(64), protocol=50)
+            assert kernel.decap(MACS + b"\x08\x00" + inner, "arrive")[0] == _SHOT
+        assert kernel.n_counted("detour_refused") == 2
+
+
+def test_nothing_comes_out_where_there_is_no_detour() -> None:
+    """All of its map is zero then, and a packet of zeros was taken."""
+    with by_detour() as kernel:
+        kernel.programs.set_detour(bytes(DETOUR.size))
+        assert kernel.decap(bytes(12) + b"\x08\x00" + _GOOD, "arrive")[0] == _SHOT
+        to_port_0 = frame(bytes(64), ports=(40000, 0))
+        assert kernel.decap(to_port_0) == (PASS, to_port_0)
 
 
 def test_a_stranger_with_the_vni_gets_no_further_than_the_underlay_and_others_may_have_the_port() -> None:

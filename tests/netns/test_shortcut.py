@@ -69,7 +69,7 @@ def started_lab(by: str) -> Iterator[Lab]:
     scope="module",
     params=[
         pytest.param("tcx", marks=pytest.mark.skipif(not HAS_TCX, reason="needs a kernel with tcx, 6.6 or later")),
-        pytest.param("clsact", marks=pytest.mark.full),
+        pytest.param("clsact", marks=pytest.mark.full if HAS_TCX else ()),
     ],
 )
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:

@@ -116,7 +116,9 @@ DATAPATH_START_TIME = _gauge(
 OFFLOAD = _gauge("udptun_offload_in_use", "1 where the kernel does this for the datapath.", "offload")
 STRANGER_FILTER = _gauge("udptun_stranger_filter_active", "1 while the kernel keeps a flood of strangers out.")
 SHORTCUT = _gauge("udptun_shortcut_active", "1 while the kernel carries the packets that need no thought.")
-SHORTCUT_DETOUR = _gauge("udptun_shortcut_detour_active", "1 while it takes super-packets that arrive whole, too.")
+SHORTCUT_DETOUR = _gauge(
+    "udptun_shortcut_detour_active", "1 while the kernel also carries super-packets that arrive whole."
+)
 ENCAP_PACKETS = _counter("udptun_encap_packets", "Packets from pods to other hosts that the datapath has read.")
 ENCAP_SENT = _counter("udptun_encap_sent_packets", "Of them, those that were sent.")
 DECAP_PACKETS = _counter("udptun_decap_packets", "Packets from other hosts that the datapath has received.")

@@ -73,12 +73,12 @@ class LossWatch:
 class _On:
     """What there is while it is on.
 
-    `words`: VNI, port and addresses, as in struct detour.
+    `words`: VNI, port, addresses and sign, as in struct detour.
     """
 
     index: int
     name: str
-    words: tuple[bytes, bytes, bytes]
+    words: tuple[bytes, bytes, bytes, int]
     watch: LossWatch
 
     @property
@@ -143,7 +143,8 @@ class Detour:
     async def _switch_on(self) -> None:
         """Raises KernelError: it is off."""
         vni = 1 + secrets.randbelow((1 << 24) - 1)
-        words = (vni << 8).to_bytes(4), DETOUR_PORT.to_bytes(2), _random_mac() + _random_mac()
+        sign = 1 + secrets.randbelow((1 << 16) - 1)
+        words = (vni << 8).to_bytes(4), DETOUR_PORT.to_bytes(2), _random_mac() + _random_mac(), sign
         link = await make_detour(self._device, DETOUR_PORT, vni, self._mtu, self._alias)
         try:
             self._programs.set_detour(DETOUR.pack(0, False, *words))

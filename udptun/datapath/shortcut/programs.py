@@ -33,8 +33,9 @@ _LEAST_PEERS = 4096
 """Room for so many at least: some 100 bytes each, and 32 for each processor."""
 _PASSING = frozenset((errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.ENOSPC, errno.EBUSY))
 """What may be otherwise a moment later."""
-DETOUR = struct.Struct("=QI4s2s12s2x")
-"""struct detour of shortcut.bpf.c: since when, whether it is on, VNI and port as the headers have them, addresses."""
+DETOUR = struct.Struct("=QI4s2s12sH")
+"""struct detour of shortcut.bpf.c: since when, whether it is on, VNI and port as the headers have them, MAC addresses,
+sign."""
 _N_FLOWS = 1 << 12
 _FLOW_LEN = 16
 """struct flow of shortcut.bpf.c."""

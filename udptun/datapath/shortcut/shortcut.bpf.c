@@ -93,14 +93,16 @@ struct peer {
     __u64 out_ns;     /* when the first of those that are out went in */
 };
 
-/* By the MAC addresses `arrive` knows what `decap` has sent.  They are chosen at random, and nobody is told. */
+/* By MAC addresses and sign `arrive` knows what `decap` has sent.  They are chosen at random.  An ICMP error may quote
+ * the addresses.  The sign is beside the packet, where only this host can write.  All is zero while there is no detour.
+ */
 struct detour {
     __u64 since_ns; /* super-packets take it since then */
     __u32 is_on;
     __u32 vni;  /* as it stands in the header */
     __u16 port; /* likewise */
     __u8 macs[12];
-    __u16 unused;
+    __u16 sign;
 };
 
 /* The same four as in struct ut_peer_stats. */
@@ -514,6 +516,8 @@ INLINE int into_detour(struct __sk_buff *skb, const struct detour *by, struct pe
         p->out_ns = ktime_ns();
     p->n_out++;
     count(DETOUR_SENT, 1);
+    /* With TC_ACT_OK the kernel copies it to tc_index. */
+    skb->tc_classid = by->sign;
     return TC_ACT_OK;
 failed:
     count(DECAP_DROP_TUN, 1);
@@ -550,7 +554,7 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
          * of a connection which is masqueraded.
          */
         __u32 *vni = (void *)(udp + 1) + 4;
-        if (udp->dest == by->port && (void *)(vni + 1) <= end && *vni == by->vni) {
+        if (by->port && udp->dest == by->port && (void *)(vni + 1) <= end && *vni == by->vni) {
             count(DETOUR_REFUSED, 1);
             return TC_ACT_SHOT;
         }
@@ -655,11 +659,12 @@ SECTION("tc/arrive") int arrive(struct __sk_buff *skb)
 #pragma unroll
     for (int i = 0; i < 6; i++)
         differs |= have[i] ^ want[i];
-    if (differs)
+    if (differs || !by->port || skb->tc_index != by->sign)
         goto refused;
     struct peer *p = leasing(c, in->saddr);
-    if (p && p->n_out)
-        p->n_out = 0;
+    if (!p || (in->daddr & c->own_mask) != c->own_subnet)
+        goto refused;
+    p->n_out = 0;
     /* A super-packet is one, as it was when it was received: decap has made its number of segments zero. */
     count(DETOUR_ARRIVED, n);
     count(DECAP_DELIVERED, n);
