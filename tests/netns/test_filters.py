@@ -9,14 +9,17 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from namespace import Namespace, linked_namespace, requires_netns
 
 from udptun.core.errors import KernelError
 from udptun.datapath.shortcut.programs import find_lack
+from udptun.kernel import filters
 from udptun.kernel.bpf import Hook, load_program
 from udptun.kernel.filters import attach_filter, find_filters, remove_filters
+from udptun.kernel.rtnetlink import Request
 
 pytestmark = [
     pytest.mark.netns,
@@ -156,3 +159,27 @@ def test_what_cannot_be_attached_is_said(linked: Namespace) -> None:
     with pytest.raises(KernelError) as raised:
         linked.call_async(lambda: attach_filter(OURS, "decap", 0, 999, Hook.INGRESS))
     assert raised.value.errno == errno.ENODEV
+
+
+def test_where_the_sign_cannot_be_made_no_clsact_stays(
+    linked: Namespace, attached: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a kernel without CONFIG_NET_CLS_BPF.  It stayed for ever, as nobody could know that it was ours."""
+    new_filter = filters._new_filter
+
+    def of_an_unknown_kind(*args: object) -> Request:
+        request = new_filter(*args)  # type: ignore[arg-type]
+        return replace(request, body=request.body.replace(b"bpf\0", b"b?f\0"))
+
+    monkeypatch.setattr(filters, "_new_filter", of_an_unknown_kind)
+    with pytest.raises(KernelError, match="CONFIG_NET_CLS_BPF"):
+        attached(OURS, "decap")
+    assert holders(linked) == []
+
+    def refuse(*_args: object) -> int:
+        raise KernelError("cannot load ut_sign", errno.EPERM)
+
+    monkeypatch.setattr(filters, "load_program", refuse)
+    with pytest.raises(KernelError, match="cannot load ut_sign"):
+        attached(OURS, "decap")
+    assert holders(linked) == []

@@ -12,15 +12,20 @@ have their turn when ours answers TC_ACT_UNSPEC.
 Making or deleting a clsact stops the device's sending for some milliseconds, and what is sent meanwhile is lost
 (dev_deactivate in net/sched/sch_generic.c).  So ours stays until everything of ours goes, and then only where nobody
 else has a filter on it.
+
+Some programs take packets and send them into devices of ours; the others get them out there.  Filters of the former go
+first, and those of the latter a moment later, so that what was taken gets out.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from udptun.core.errors import KernelError
@@ -50,6 +55,10 @@ _SIGN = "clsact"
 _SIGN_CHAIN = 0x7574
 _SIGN_PROGRAM = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -1, 0x95, 0, 0, 0)
 """r0 = TC_ACT_UNSPEC; exit"""
+_OUT = ("deliver", "arrive")
+"""The programs that get packets out of our devices, which others have sent there."""
+_DRAIN_S = 0.05
+"""So long packets may be on the way from one program to the next."""
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EINVAL)
 """What a deletion answers when the thing, its device, or what held it is gone already."""
 _HINT = "a kernel without tcx (Linux 6.6) needs CONFIG_NET_CLS_ACT, CONFIG_NET_SCH_INGRESS and CONFIG_NET_CLS_BPF"
@@ -69,6 +78,10 @@ class Filter:
     def is_sign(self) -> bool:
         return self.chain == _SIGN_CHAIN
 
+    @property
+    def gets_out(self) -> bool:
+        return self.name.rpartition(" ")[2] in _OUT
+
     def belongs_to(self, aliases: Collection[str]) -> bool:
         return any(self.name.startswith(f"{alias} ") for alias in aliases)
 
@@ -82,21 +95,15 @@ async def attach_filter(alias: str, name: str, program_fd: int, link_index: int,
     async with Netlink() as kernel:
         holder = (await _holders(kernel)).get(link_index)
         if holder is None:
-            await _add(kernel, Request(operation, _NEWQDISC, F_CREATE | F_EXCL, _clsact_body(link_index)))
-            signs = []
+            await _add_sign(kernel, operation, alias, link_index, with_clsact=True)
         elif holder in _HOLDERS[hook]:
             signs = [it for it in await _filters_on(kernel, link_index, holder) if it.is_sign]
+            if signs and not any(it.belongs_to([alias]) for it in signs):
+                # Of each network one: the clsact is there for all of them.
+                await _add_sign(kernel, operation, alias, link_index, with_clsact=False)
         else:
             hint = f"it has a qdisc {holder} of somebody else, which has no egress"
             raise KernelError(operation, errno.EEXIST, hint)
-        if holder is None or (signs and not any(it.belongs_to([alias]) for it in signs)):
-            # Of each network one: the clsact is there for all of them.
-            sign_fd = load_program("ut_sign", _SIGN_PROGRAM)
-            try:
-                sign = _new_filter(operation, f"{alias} {_SIGN}", sign_fd, link_index, Hook.INGRESS, _SIGN_CHAIN)
-                await _add(kernel, sign)
-            finally:
-                os.close(sign_fd)
         await _add(kernel, _new_filter(operation, f"{alias} {name}", program_fd, link_index, hook))
 
 
@@ -110,16 +117,17 @@ async def find_filters(aliases: Collection[str], link_indexes: Collection[int]) 
 async def remove_filters(aliases: Collection[str], *, with_clsact: bool = False) -> list[Filter]:
     """Take out those of the owners with these aliases, whichever process has attached them.  Returns them.
 
-    `with_clsact`: each clsact of theirs as well, unless somebody else uses it.  Raises KernelError.
+    What is between the programs gets out, which takes a moment.  `with_clsact`: each clsact of theirs as well, unless
+    somebody else uses it.  Raises KernelError.
     """
     async with Netlink() as kernel:
         found = await _find(kernel, aliases, await _holders(kernel))
         gone = [it for it in found if with_clsact or not it.is_sign]
-        for it in gone:
-            body = _MESSAGE.pack(0, it.link_index, it.handle, _PARENTS[it.hook], _INFO)
-            body += attribute(_TCA_KIND, b"bpf\0") + attribute(_TCA_CHAIN, _U32.pack(it.chain))
-            operation = f"cannot delete the filter {it.name} of link {it.link_index}"
-            await _delete(kernel, Request(operation, _DELTFILTER, 0, body))
+        last = [it for it in gone if it.gets_out]
+        await _delete_filters(kernel, [it for it in gone if not it.gets_out])
+        if last:
+            await asyncio.sleep(_DRAIN_S)
+        await _delete_filters(kernel, last)
         for link_index in sorted({it.link_index for it in gone if it.is_sign}):
             await _delete_empty_clsact(kernel, link_index)
         return gone
@@ -131,7 +139,13 @@ async def _find(kernel: Netlink, aliases: Collection[str], holders: Mapping[int,
 
 async def _holders(kernel: Netlink) -> dict[int, str]:
     """By the index of each device that can have filters the kind of what holds them."""
-    bodies = await kernel.dump(Request("cannot list qdiscs", _GETQDISC, F_DUMP, _MESSAGE.pack(0, 0, 0, 0, 0)))
+    try:
+        bodies = await kernel.dump(Request("cannot list qdiscs", _GETQDISC, F_DUMP, _MESSAGE.pack(0, 0, 0, 0, 0)))
+    except KernelError as exc:
+        # A kernel without CONFIG_NET_SCHED knows no such question.
+        if exc.errno == errno.EOPNOTSUPP:
+            return {}
+        raise
     found = {}
     for body in bodies:
         _, link_index, _, parent, _ = _MESSAGE.unpack_from(body)
@@ -159,6 +173,33 @@ async def _dump_filters(kernel: Netlink, link_index: int, hook: Hook, info: int)
     """Those of one priority, or of all (0).  A device that is gone has none."""
     body = _MESSAGE.pack(0, link_index, 0, _PARENTS[hook], info)
     return await kernel.dump(Request(f"cannot list the filters of link {link_index}", _GETTFILTER, F_DUMP, body))
+
+
+async def _delete_filters(kernel: Netlink, filters: Iterable[Filter]) -> None:
+    for it in filters:
+        body = _MESSAGE.pack(0, it.link_index, it.handle, _PARENTS[it.hook], _INFO)
+        body += attribute(_TCA_KIND, b"bpf\0") + attribute(_TCA_CHAIN, _U32.pack(it.chain))
+        operation = f"cannot delete the filter {it.name} of link {it.link_index}"
+        await _delete(kernel, Request(operation, _DELTFILTER, 0, body))
+
+
+async def _add_sign(kernel: Netlink, operation: str, alias: str, link_index: int, *, with_clsact: bool) -> None:
+    """`with_clsact`: make that too.  Raises KernelError: neither is there then."""
+    sign_fd = load_program("ut_sign", _SIGN_PROGRAM)
+    try:
+        if with_clsact:
+            await _add(kernel, Request(operation, _NEWQDISC, F_CREATE | F_EXCL, _clsact_body(link_index)))
+        try:
+            sign = _new_filter(operation, f"{alias} {_SIGN}", sign_fd, link_index, Hook.INGRESS, _SIGN_CHAIN)
+            await _add(kernel, sign)
+        except BaseException:
+            if with_clsact:
+                # Without a sign nobody would know that it is ours.
+                with suppress(KernelError):
+                    await _delete_empty_clsact(kernel, link_index)
+            raise
+    finally:
+        os.close(sign_fd)
 
 
 async def _delete_empty_clsact(kernel: Netlink, link_index: int) -> None:

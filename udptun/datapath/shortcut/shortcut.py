@@ -168,13 +168,12 @@ class Shortcut:
                 f"outer headers add {OUTER_HEADERS[4]}; have --mtu or Backend.MTU not above {underlay.mtu}"
             )
         device = self._tunnel.tun.name
-        # A link with the name of the pair's that is not ours is left alone: this fails.
-        if await remove_filters([self._alias]):
-            # An earlier process has left them: what they have taken gets out of its pair.
-            await asyncio.sleep(_DRAIN_S)
+        # There are some when they could not be taken out as it was switched off.
+        await remove_filters([self._alias])
         with suppress(KernelError):
             # It is made when it is wanted, and may be somebody else's.
             await delete_detour(device, self._alias)
+        # A link with the name of the pair's that is not ours is left alone: this fails.
         pair = await make_pair(device, settings.mtu, self._alias)
         try:
             links = LinkIndexes(underlay.index, socket.if_nametoindex(device), pair.near.index, pair.far.index)
