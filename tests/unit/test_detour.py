@@ -185,18 +185,31 @@ async def test_a_device_that_is_gone_is_made_anew(ground: Ground) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "of_all", "is_closed"), [("0", "0", False), ("0", "2", True), ("1", "0", True), (None, None, False)]
+    ("own", "of_all", "no_ipv6", "is_closed"),
+    [
+        ("0", "0", "1", False),
+        ("0", "2", "1", True),
+        ("1", "0", "1", True),
+        ("1", "0", None, True),
+        ("1", "0", "0", False),
+        (None, None, None, False),
+    ],
 )
 def test_a_device_that_cannot_be_closed_to_strangers_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, own: str | None, of_all: str | None, is_closed: bool
+    monkeypatch: pytest.MonkeyPatch, own: str | None, of_all: str | None, no_ipv6: str | None, is_closed: bool
 ) -> None:
-    """In a container with a read-only /proc/sys: without a program it would take what anybody sends."""
+    """In a container with a read-only /proc/sys: without a program it would take what anybody sends.
+
+    IPv6 stayed on: a stranger's datagram with the VNI brought an IPv6 packet to a socket of the host.
+    """
+    found = {"ipv4/conf/flannel0-gso/rp_filter": own, "ipv4/conf/all/rp_filter": of_all}
+    found["ipv6/conf/flannel0-gso/disable_ipv6"] = no_ipv6
 
     def refuse(_sysctl: object) -> None:
         raise KernelError("cannot write 1", errno.EROFS)
 
     monkeypatch.setattr(detour_device, "write_sysctl", refuse)
-    monkeypatch.setattr(detour_device, "read_sysctl", lambda path: of_all if "/all/" in path else own)
+    monkeypatch.setattr(detour_device, "read_sysctl", lambda path: found[path.removeprefix("net/")])
     with nullcontext() if is_closed else pytest.raises(KernelError):
         detour_device._close("flannel0-gso")
 

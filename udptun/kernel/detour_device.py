@@ -2,7 +2,8 @@
 
 Nobody can use it to get in or out: it sends to nobody, learns nothing, asks and answers no ARP, and has no addresses
 and no IPv6.  A program at its ingress takes what is ours and drops all else.  While there is no such program, as after
-the end of a daemon that was killed, the kernel drops what the device receives: no route leads back by it (rp_filter).
+the end of a daemon that was killed, the kernel drops what the device receives: no route leads back by it (rp_filter),
+and IPv6 is off on it.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ async def make_detour(device: str, port: int, vni: int, mtu: int, alias: str) ->
             link = await kernel.link(name)
             if link is None:
                 raise KernelError(f"cannot find {name}, which was just made", errno.ENODEV)
-            # All before it is up.  A kernel without IPv6 has no such setting.
-            with suppress(KernelError):
-                write_sysctl(Sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1", ""))
+            # All before it is up.
             _close(name)
             await kernel.do(set_link(LinkSettings(link, alias=alias, has_arp=False)))
             await kernel.do(set_link(LinkSettings(link, up=True)))
@@ -70,11 +69,20 @@ async def delete_detour(device: str, alias: str) -> None:
 
 
 def _close(name: str) -> None:
-    """Have the kernel drop what no program takes.  Raises KernelError."""
-    setting = f"net/ipv4/conf/{name}/rp_filter"
+    """Have the kernel drop what no program takes, by both families.  Raises KernelError.
+
+    What cannot be set, as in a container with a read-only /proc/sys, may be right already.
+    """
+    rp_filter, disable_ipv6 = f"net/ipv4/conf/{name}/rp_filter", f"net/ipv6/conf/{name}/disable_ipv6"
     try:
-        write_sysctl(Sysctl(setting, "1", ""))
+        write_sysctl(Sysctl(rp_filter, "1", ""))
     except KernelError:
         # The greater one of the two holds, and both values but 0 are right for a device without addresses.
-        if not {read_sysctl(setting), read_sysctl("net/ipv4/conf/all/rp_filter")} & {"1", "2"}:
+        if not {read_sysctl(rp_filter), read_sysctl("net/ipv4/conf/all/rp_filter")} & {"1", "2"}:
+            raise
+    try:
+        write_sysctl(Sysctl(disable_ipv6, "1", ""))
+    except KernelError:
+        # A kernel without IPv6 has no such setting.  That /proc/sys can be read was seen above.
+        if read_sysctl(disable_ipv6) not in (None, "1"):
             raise
