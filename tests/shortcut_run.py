@@ -23,6 +23,12 @@ SETTING = "FLANNELD_SHORTCUT"
 
 _LIMIT_S = 15.0
 _NOT_TRIED = "off: it was not tried yet"
+_EXPECTED_OFF = (
+    _NOT_TRIED,
+    "off: it carries IPv4 over IPv4 alone",
+    "off: the firewall's rules cannot be read: there is neither nft nor an iptables that reads nf_tables",
+)
+"""How states begin that are no fault: of a host that ended a moment after the start, and of what tests ask for."""
 _KIND = "shortcut"
 
 
@@ -66,8 +72,15 @@ class ShortcutRun:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         is_here = not hasattr(session.config, "workerinput")
-        if is_here and self._states and not all(self._carried[name] for name in ("sent", "delivered")):
+        if is_here and self._wrong():
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _wrong(self) -> list[str]:
+        """What is not as it shall be.  `off` alone is what daemons of other types say."""
+        wrong = [it for it in self._states if it not in ("on", "off") and not it.startswith(_EXPECTED_OFF)]
+        if self._states and not all(self._carried[name] for name in ("sent", "delivered")):
+            wrong.append("the kernel has carried nothing")
+        return wrong
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("shortcut")
@@ -75,6 +88,8 @@ class ShortcutRun:
         terminalreporter.write_line(f"the kernel has sent {sent} packets and delivered {delivered}, of these daemons:")
         for state, n in self._states.most_common():
             terminalreporter.write_line(f"{n:6} {state}")
+        for line in self._wrong():
+            terminalreporter.write_line(f"failed: no test asks for this: {line}")
 
     def _watch(self) -> None:
         """Have each lab wait for the shortcut, and each host say what it has carried before it ends."""
