@@ -11,8 +11,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from udptun.core.offload import ALL
 from udptun.core.ownership import Ownership
 from udptun.core.tunnel import SourceCheck
 from udptun.kernel import netlink, notices
+from udptun.kernel.detour_device import delete_detour
 from udptun.kernel.reconcile import reconciler
 from udptun.kernel.reconcile.change import Change
 from udptun.kernel.reconcile.ownership import remove_ours
@@ -38,6 +40,7 @@ from udptun.kernel.reconcile.plan import plan
 from udptun.kernel.reconcile.reconciler import Outcome, Reconciler
 from udptun.kernel.tun import VNET_HDR_LEN, Tun, open_queues
 from udptun.kernel.underlay import Underlay
+from udptun.kernel.veth import delete_pair
 
 pytestmark = [pytest.mark.netns, requires_netns]
 
@@ -551,6 +554,40 @@ def test_remove_leaves_a_device_that_is_not_ours(ns: Namespace, command: str) ->
     ns.ip(command)
     assert ns.call_async(lambda: remove_ours(OURS)) == [f"left {TUN_NAME} alone: it is not a device of udptun"]
     assert ns.show(f"link show {TUN_NAME}")
+
+
+@pytest.mark.parametrize(
+    ("command", "is_ours"),
+    [
+        ("flannel0-in address 02:75:74:00:00:01 type veth peer name flannel0-gro address 02:75:74:00:00:02", True),
+        ("flannel0-gso address 02:75:74:12:34:56 type vxlan id 7 dstport 18472", True),
+        ("flannel0-in type veth peer name flannel0-gro", False),
+        ("flannel0-gso address 02:75:75:12:34:56 type vxlan id 7 dstport 18472", False),
+        ("flannel0-gso address 02:75:74:12:34:56 type bridge", False),
+        ("else-gso2 address 02:75:74:12:34:56 type vxlan id 7 dstport 18472", False),
+    ],
+)
+def test_what_a_killed_daemon_has_half_made_for_the_shortcut_is_removed(
+    ns: Namespace, command: str, is_ours: bool
+) -> None:
+    """The kernel gives them an alias a moment after it has made them.  `udptun cleanup` left those without one."""
+    name, before = command.split()[0], ns.show("link show")
+    ns.ip(f"link add {command}")
+    assert (f"deleted link {name}" in ns.call_async(lambda: remove_ours(OURS))) is is_ours
+    assert (ns.show("link show") == before) is is_ours
+
+
+@pytest.mark.parametrize("alias", ["", "ours", "others"])
+def test_only_a_link_of_ours_makes_room_for_a_new_one(ns: Namespace, alias: str) -> None:
+    """One without an alias is ours where it looks like it."""
+    ns.ip("link add flannel0-gso address 02:75:74:12:34:56 type vxlan id 7 dstport 18472")
+    ns.ip("link add flannel0-in address 02:75:74:00:00:01 type veth peer name flannel0-gro address 02:75:74:00:00:02")
+    for name, delete in (("flannel0-gso", delete_detour), ("flannel0-in", delete_pair)):
+        if alias:
+            ns.ip(f"link set {name} alias {alias}")
+        with pytest.raises(KernelError, match="somebody else") if alias == "others" else nullcontext():
+            ns.call_async(partial(delete, "flannel0", "ours"))
+        assert (name in {it["ifname"] for it in ns.show("link show")}) is (alias == "others")
 
 
 def test_two_hundred_flaps_leak_no_descriptor(running: Running) -> None:

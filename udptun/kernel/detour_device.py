@@ -9,23 +9,25 @@ and IPv6 is off on it.
 from __future__ import annotations
 
 import errno
-import secrets
+import os
 from contextlib import suppress
 
 from udptun.core.desired import Sysctl
 from udptun.core.errors import KernelError
 from udptun.core.network_state import Link, LinkSettings, Vxlan
-from udptun.kernel.link_messages import add_vxlan, delete_link, set_link
+from udptun.kernel.link_messages import add_vxlan, set_link
 from udptun.kernel.netlink import Netlink
+from udptun.kernel.own_link import delete_own_link
 from udptun.kernel.sysctl import read_sysctl, write_sysctl
 
+_SUFFIX = "-gso"
 _MAC = "02:75:74"
 """The first half of its MAC address.  The others are chosen by chance: strangers do not know them."""
 
 
 def detour_name(device: str) -> str:
     """Of the detour that belongs to a TUN device."""
-    return f"{device}-gso"
+    return device + _SUFFIX
 
 
 async def make_detour(device: str, port: int, vni: int, mtu: int, alias: str) -> Link:
@@ -36,7 +38,8 @@ async def make_detour(device: str, port: int, vni: int, mtu: int, alias: str) ->
     """
     name = detour_name(device)
     await delete_detour(device, alias)
-    mac = ":".join([_MAC, *(f"{byte:02x}" for byte in secrets.token_bytes(3))])
+    # `secrets` has the same bytes, and loads OpenSSL for the daemons without a shortcut as well.
+    mac = ":".join([_MAC, *(f"{byte:02x}" for byte in os.urandom(3))])
     async with Netlink() as kernel:
         await kernel.do(add_vxlan(name, Vxlan(vni, None, 0, port, learning=False, gbp=False), mac, mtu))
         try:
@@ -56,16 +59,13 @@ async def make_detour(device: str, port: int, vni: int, mtu: int, alias: str) ->
 
 async def delete_detour(device: str, alias: str) -> None:
     """There may be none.  Raises KernelError, EEXIST when the link of that name is not ours, which stays."""
-    async with Netlink() as kernel:
-        link = await kernel.link(detour_name(device))
-        if link is None:
-            return
-        # A daemon that was killed while it made the device has left one without an alias.
-        is_half_made = not link.alias and link.vxlan is not None and link.mac.startswith(_MAC)
-        if link.alias != alias and not is_half_made:
-            hint = "it is a link of somebody else; rename or delete it"
-            raise KernelError(f"cannot make {link.name}: the name is taken", errno.EEXIST, hint)
-        await kernel.do(delete_link(link))
+    await delete_own_link(detour_name(device), alias, is_half_made_detour)
+
+
+def is_half_made_detour(link: Link) -> bool:
+    """Whether it is a detour that a daemon, killed while it made the device, has left without an alias."""
+    is_like_it = link.name.endswith(_SUFFIX) and link.vxlan is not None and link.mac.startswith(_MAC)
+    return is_like_it and not link.alias
 
 
 def _close(name: str) -> None:

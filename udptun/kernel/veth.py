@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from udptun.core.desired import Sysctl
 from udptun.core.errors import KernelError
 from udptun.core.network_state import Link, LinkSettings
-from udptun.kernel.link_messages import add_pair, delete_link, set_link
+from udptun.kernel.link_messages import add_pair, set_link
 from udptun.kernel.netlink import Netlink
+from udptun.kernel.own_link import delete_own_link
 from udptun.kernel.sysctl import write_sysctl
 
 # include/uapi/linux/sockios.h and ethtool.h; the same on every architecture.
@@ -78,16 +79,12 @@ async def make_pair(device: str, mtu: int, alias: str) -> MergingPair:
 
 async def delete_pair(device: str, alias: str) -> None:
     """There may be none.  Raises KernelError, EEXIST when the link of that name is not ours, which stays."""
-    async with Netlink() as kernel:
-        link = await kernel.link(pair_names(device)[0])
-        if link is None:
-            return
-        # A daemon that was killed while it made the pair has left one without an alias.
-        is_half_made = not link.alias and link.kind == "veth" and link.mac == _MACS[0]
-        if link.alias != alias and not is_half_made:
-            hint = "it is a link of somebody else; rename or delete it"
-            raise KernelError(f"cannot make {link.name}: the name is taken", errno.EEXIST, hint)
-        await kernel.do(delete_link(link))
+    await delete_own_link(pair_names(device)[0], alias, is_half_made_pair)
+
+
+def is_half_made_pair(link: Link) -> bool:
+    """Whether it is the near end of a pair that a daemon, killed while it made the pair, has left without an alias."""
+    return not link.alias and link.kind == "veth" and link.mac == _MACS[0]
 
 
 def _set_feature(name: str, command: int, *, is_on: bool) -> None:

@@ -18,10 +18,12 @@ from udptun.core.network_state import (
     describe_route,
 )
 from udptun.core.ownership import Ownership, is_marked, marked_network
+from udptun.kernel.detour_device import is_half_made_detour
 from udptun.kernel.filters import remove_filters
 from udptun.kernel.link_messages import delete_address, delete_link, set_link
 from udptun.kernel.netlink import Netlink
 from udptun.kernel.rtnetlink import delete_route
+from udptun.kernel.veth import is_half_made_pair
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +104,7 @@ async def delete_own_vxlan(name: str, ownership: Ownership) -> None:
 async def remove_ours(ownership: Ownership, keep: str = "") -> list[str]:
     """Take out every filter, device and route of ours.  Of the device `keep` only the addresses go that are ours.
 
+    Devices of the shortcut that a killed daemon has half made go too, whosever they were: they have no mark yet.
     Returns a line for each thing removed, and for what was left: other daemons' devices and routes, and devices that
     have a name like ours.  Removing nothing is no error.  Raises KernelError when the kernel refuses.
     """
@@ -116,7 +119,7 @@ async def remove_ours(ownership: Ownership, keep: str = "") -> list[str]:
                     if any(address.ip in network for network in ownership.networks):
                         await kernel.do(delete_address(address))
                         lines.append(f"deleted address {address.ip} of {keep}")
-            elif ownership.owns_link(link, addresses):
+            elif ownership.owns_link(link, addresses) or is_half_made_pair(link) or is_half_made_detour(link):
                 await kernel.do(delete_link(link))
                 lines.append(f"deleted link {link.name}")
             elif is_marked(link):
