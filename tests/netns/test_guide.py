@@ -81,6 +81,9 @@ CHANGING = (
     # What `udptun status` measures.
     (r"\bup [\dhms]+, (\d+ workers?)?", "up N, "),
     (r", (all offloads|offloads all but [\w, ]+), confinement", ", confinement"),
+    # Who has just joined may send before its lease has come here.
+    (r"^drops +\d packets, none now; see docs/wire-format.md$", "drops      none"),
+    (r"^ +\d +- +sender is no host's PublicIP  decap_drop_unknown_peer.*", ""),
     # With --shortcut it says more.
     (r"(confinement full),.*", r"\1"),
     (r"last news \w+ ago", "last news"),

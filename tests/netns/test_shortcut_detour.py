@@ -146,6 +146,7 @@ def test_super_packets_take_the_kernel_both_ways_and_every_one_is_counted(lab: L
         drops = sum(n for name, n in counters.items() if name.startswith("decap_drop_"))
         assert counters["decap_packets"] == counters["decap_delivered"] + counters["decap_punted"] + drops
         found = document["datapath"]["shortcut_detour"]
+        assert found.keys() == {"state", "packets", "lost", "refused"}
         assert (found["lost"], found["refused"]) == (0, 0)
         assert found["packets"] > 5 * (document["datapath"]["shortcut_passed"]["decap_super"] - before)
 

@@ -54,6 +54,7 @@ MADE_ELSEWHERE: Mapping[tuple[str, str], str] = {
     ): "packets from all addresses of this host are refused again",
     ("datapath/carrier.py", "exc"): "what the kernel was asked and refused",
     ("datapath/learner.py", "text"): "learned address forgotten: not proved again for … s",
+    ("datapath/shortcut/detour.py", "self.problem"): "problem lines",
     ("datapath/strays.py", "lines[pair]"): "problem lines",
     ("datapath/supervision.py", "*self._dying"): "problem lines",
     ("datapath/supervision.py", "_stopped_line(process)"): "problem lines",
