@@ -350,7 +350,8 @@ def test_a_host_with_the_shortcut_says_so_and_of_each_peer_who_sends_to_it() -> 
     document = {**dual(), "datapath": {**DOCUMENT["datapath"], "shortcut": "on"}}
     document["peers"][0]["shortcut"] = True
     assert "shortcut on" in screen(document)
-    for is_sent_to, expected in ((True, "the kernel (shortcut)"), (False, "the workers")):
+    by_kernel = "the kernel (shortcut), which is slower for floods of small datagrams"
+    for is_sent_to, expected in ((True, by_kernel), (False, "the workers")):
         document["peers"][0]["shortcut"] = is_sent_to
         views = Views("10.244.2.0/24")
         views.note(next(iter(looks(document, document))))
