@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
-from namespace import HAS_TCX
+from shortcut_labs import ATTACHED_BY, reload, started_lab, wait_until_on
 from traffic import (
-    AS_CONFIGURED,
     CLEANUP,
-    REAL_TIME,
     datapath_pids,
     is_answered,
     kill,
@@ -27,82 +22,39 @@ from traffic import (
     socket_in,
     tcp_flow,
     udp_flow,
-    wait_for_peers,
 )
 
 from udptun.datapath.shortcut.programs import find_lack
 from udptun.kernel.veth import pair_names
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Lab, Offload
+from udptun.lab.topology import DEFAULT_NET_CONF, Lab, Offload
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_lack()), reason=find_lack())]
 
 _UDP_SEGMENT = 103
 LIMIT_S = 15
 """For the switch at both hosts, which takes some tenths of a second."""
-ON = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": "auto"}}
-
-
 NETWORK = str(DEFAULT_NET_CONF["Network"])
 PROGRAMS = {f"udptun {NETWORK} {name}" for name in ("decap", "encap")}
 """Filters, on kernels without tcx, and those that `filters` sees."""
-WITHOUT_TCX = Path(__file__).with_name("without_tcx.py")
 
 
-@contextmanager
-def started_lab(by: str) -> Iterator[Lab]:
-    """Of two hosts that have it on, attached by tcx or by clsact."""
-    with Lab(f"c{os.getpid()}{by[0]}", net_conf=ON) as lab:
-        if by == "clsact":
-            at = lab.daemon_command.index("-m")
-            lab.daemon_command[at : at + 2] = [str(WITHOUT_TCX)]
-        lab.daemon_command[:0] = [*REAL_TIME, *AS_CONFIGURED]
-        lab.set_offload(Offload.NONE)
-        lab.start()
-        wait_for_peers(lab)
-        wait_until_on(lab)
-        yield lab
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("tcx", marks=pytest.mark.skipif(not HAS_TCX, reason="needs a kernel with tcx, 6.6 or later")),
-        pytest.param("clsact", marks=pytest.mark.full if HAS_TCX else ()),
-    ],
-)
+@pytest.fixture(scope="module", params=ATTACHED_BY)
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    with started_lab(request.param) as lab:
+    with started_lab("c", request.param, Offload.NONE) as lab:
         yield lab
 
 
 @pytest.fixture(scope="module")
 def filter_lab() -> Iterator[Lab]:
     """As on kernels without tcx, where programs outlive the daemon."""
-    with started_lab("clsact") as lab:
+    with started_lab("c", "clsact", Offload.NONE) as lab:
         yield lab
 
 
 def state(host: Host) -> str:
     return str(read_status(host)["datapath"]["shortcut"])
-
-
-def wait_until_on(lab: Lab) -> None:
-    """Until each host's kernel takes and sends."""
-    wait_until(
-        "the shortcut at all hosts",
-        lambda: all(state(it) == "on" and all(p["shortcut"] for p in read_status(it)["peers"]) for it in lab.hosts),
-        LIMIT_S,
-    )
-
-
-def reload(host: Host, mode: str) -> None:
-    """Have the host's net-conf.json say so from now on."""
-    conf = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": mode}}
-    host.path(NET_CONF).write_text(json.dumps(conf))
-    assert host.daemon is not None
-    host.daemon.send_signal(signal.SIGHUP)
 
 
 def by_kernel(host: Host) -> dict[str, int]:

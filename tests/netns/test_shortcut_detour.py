@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -11,21 +10,17 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from select import select
 
 import pytest
-from namespace import HAS_TCX
+from shortcut_labs import ATTACHED_BY, reload, started_lab
 from traffic import (
-    AS_CONFIGURED,
     CLEANUP,
-    REAL_TIME,
     in_network_of,
     read_status,
     socket_in,
     tcp_flow,
     udp_flow,
-    wait_for_peers,
 )
 
 from tests.packets import udp
@@ -34,7 +29,7 @@ from udptun.datapath.shortcut.programs import find_lack
 from udptun.kernel.detour_device import detour_name
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import DEFAULT_NET_CONF, NET_CONF, Lab, Offload
+from udptun.lab.topology import Lab, Offload
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_lack()), reason=find_lack())]
 
@@ -44,24 +39,9 @@ FAST = 20e6
 NAME = detour_name("flannel0")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("tcx", marks=pytest.mark.skipif(not HAS_TCX, reason="needs a kernel with tcx, 6.6 or later")),
-        pytest.param("clsact", marks=pytest.mark.full if HAS_TCX else ()),
-    ],
-)
+@pytest.fixture(scope="module", params=ATTACHED_BY)
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    conf = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": "auto"}}
-    with Lab(f"d{os.getpid()}{request.param[0]}", net_conf=conf) as lab:
-        if request.param == "clsact":
-            at = lab.daemon_command.index("-m")
-            lab.daemon_command[at : at + 2] = [str(Path(__file__).with_name("without_tcx.py"))]
-        lab.daemon_command[:0] = [*REAL_TIME, *AS_CONFIGURED]
-        lab.set_offload(Offload.FULL)
-        lab.start()
-        wait_for_peers(lab)
-        wait_until("the shortcut at all hosts", lambda: all(map(is_on, lab.hosts)), LIMIT_S)
+    with started_lab("d", request.param, Offload.FULL) as lab:
         yield lab
 
 
@@ -86,14 +66,6 @@ def n_taken(host: Host) -> int:
 
 def has_device(host: Host) -> bool:
     return NAME in host.run(["ip", "-o", "link"]).stdout
-
-
-def reload(host: Host, mode: str) -> None:
-    """Have the host's net-conf.json say so from now on."""
-    conf = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": mode}}
-    host.path(NET_CONF).write_text(json.dumps(conf))
-    assert host.daemon is not None
-    host.daemon.send_signal(signal.SIGHUP)
 
 
 def switch_off(host: Host) -> None:
