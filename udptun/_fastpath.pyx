@@ -37,8 +37,8 @@ The table of peers is shared memory that the control plane rewrites; a turn uses
 has the protocol).  Counters are shared memory that only this worker writes.
 
 The TUN device may be deleted under us: every read and write then answers EBADFD, for every holder of the descriptor,
-until someone attaches it again with TUNSETIFF.  Meanwhile the worker tries again every TUN_LOST_WAIT_MS and leaves
-arriving datagrams in the socket's queue.
+until someone attaches it again with TUNSETIFF.  Meanwhile, and while the kernel is still at deleting it, the worker
+tries again every TUN_LOST_WAIT_MS and leaves arriving datagrams in the socket's queue.
 
 A process that is killed loses nothing.  What it had not begun to read waits in the kernel's queues.  What it had read
 and not handed on lies in shared memory (`ut_in_flight`), and its successor hands it on (`hand_on_inherited`): a batch
@@ -369,7 +369,7 @@ cdef int turn(Loop *w, bint tun, bint udp) noexcept nogil:
 cdef void run_loop(Loop *w) noexcept nogil:
     cdef pollfd fds[BEFORE_QUEUES + UT_MAX_WORKERS]
     cdef int i, n_fds = BEFORE_QUEUES + w.n_queues
-    cdef bint tun = True, udp = True
+    cdef bint tun = True, udp = True, is_going
     fds[0].fd = w.event_fd
     fds[1].fd = w.udp_fd
     # poll() leaves out what has no descriptor.
@@ -393,12 +393,19 @@ cdef void run_loop(Loop *w) noexcept nogil:
         else:
             w.worker.state = UT_STATE_RUNNING
             poll(fds, n_fds, -1)
-            # The side that woke us goes first and alone: what waits there waits for nothing else.  A deleted device
-            # makes poll return at once, with POLLERR; the read then says so.
+            # The side that woke us goes first and alone: what waits there waits for nothing else.
             udp = fds[1].revents != 0 or fds[2].revents != 0
             tun = not udp
+            is_going = False
             for i in range(BEFORE_QUEUES, n_fds):
                 tun |= fds[i].revents != 0
+                is_going |= fds[i].revents & POLLERR != 0
+            if is_going:
+                # The device is being deleted, or is.  Until the kernel has let go of our queues, reads say that they are
+                # empty, writes fail, and poll() returns at once.
+                w.worker.state = UT_STATE_TUN_LOST
+                poll(fds, 1, TUN_LOST_WAIT_MS)
+                tun, udp = True, False
         if fds[0].revents:
             drain(w.event_fd)
     w.worker.state = UT_STATE_STOPPED

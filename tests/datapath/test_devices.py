@@ -28,7 +28,7 @@ from udptun.core.offload import ALL, Offload
 from udptun.core.tunnel import SourceCheck
 from udptun.datapath.settings import PacketSettings, Remote
 from udptun.datapath.sockets import open_sockets, set_offload
-from udptun.datapath.stats import Stats
+from udptun.datapath.stats import Stats, WorkerState
 from udptun.datapath.table import TableWriter
 from udptun.kernel.tun import open_queues
 
@@ -65,6 +65,8 @@ class Host:
         worker = Worker(self.table.fd, self.stats.fd, 0, tun.fds[0], udp.fileno())
         thread = threading.Thread(target=worker.run)
         thread.start()
+        assert thread.ident
+        self._worker_clock = time.pthread_getcpuclockid(thread.ident)
         undo.callback(thread.join)
         undo.callback(worker.stop)
 
@@ -100,6 +102,10 @@ class Host:
         argv = ["ip", "-n", self.ns.name, "-s", "-j", "link", "show", "t0"]
         (link,) = json.loads(subprocess.run(argv, capture_output=True, check=True, timeout=30).stdout)
         return {f"{way}_{what}": link["stats64"][way][what] for way in ("rx", "tx") for what in ("bytes", "packets")}
+
+    def worker_s(self) -> float:
+        """Processor time that the worker has used."""
+        return time.clock_gettime(self._worker_clock)
 
     def counts(self) -> dict[str, int]:
         return {name: n for name, n in of_packets(self.stats.counters()).items() if n}
@@ -227,6 +233,25 @@ def test_the_kernel_believes_our_answers(hosts: tuple[Host, Host]) -> None:
     assert re.search(rf"Packet too big: mtu={NARROW}", said)
     # The kernel fragments from now on.
     assert "1 received" in first.ping("-6", "-s", size, second.ipv6)
+
+
+def test_a_worker_does_not_spin_while_the_kernel_is_deleting_its_device(
+    hosts: tuple[Host, Host], figure: Callable[..., None]
+) -> None:
+    """It did as soon as anything came from a peer: poll() returned at once, and the device read as empty."""
+    first, second = hosts
+    first.ns.make_slow_to_delete("t0")
+    deletion = threading.Thread(target=first.ns.ip, args=("link delete t0",))
+    with second.datagram_socket(first.ipv4) as sock:
+        used, start = first.worker_s(), time.monotonic()
+        deletion.start()
+        while deletion.is_alive():
+            sock.sendto(b"", (first.ipv4, 9))
+            time.sleep(0.001)
+        share = (first.worker_s() - used) / (time.monotonic() - start)
+    figure("while its device is deleted, a worker uses of a processor", 100 * share, "%")
+    assert first.stats.states(1) == [WorkerState.TUN_LOST]
+    assert share < 0.2
 
 
 @pytest.mark.alone

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -173,6 +175,41 @@ def test_a_queue_outlives_its_device_and_can_be_attached_again_for_every_holder(
     sock = udp_socket(ns, undo)
     sock.sendto(b"again", (THERE, 9))
     assert [packet[-5:] for packet in read_packets(held)] == [b"again"]
+
+
+def errors_while_deleted(ns: Namespace, fd: int) -> set[int]:
+    """What reads of the queue fail with, each after poll() said POLLERR, until t0 is gone."""
+    looks = select.poll()
+    looks.register(fd, select.POLLIN)
+    read_packets(fd)
+    assert looks.poll(0) == []
+    deletion = threading.Thread(target=ns.ip, args=("link delete t0",))
+    deletion.start()
+    seen = set()
+    while errno.EBADFD not in seen:
+        if looks.poll(0) == [(fd, select.POLLERR)]:
+            try:
+                os.read(fd, 100)
+            except OSError as err:
+                seen.add(err.errno)
+    deletion.join()
+    return seen
+
+
+def test_a_device_that_is_being_deleted_reads_as_empty_while_poll_reports_an_error(
+    ns: Namespace, undo: ExitStack
+) -> None:
+    """tun_chr_poll says POLLERR from the begin of a deletion, before the queues are let go of, and never before.
+
+    So whoever polls again after each read would not sleep until then, which is a second on a busy machine.
+    """
+    fd = queue(ns, undo)
+    for _ in range(50):
+        # The moment may be over before we look.
+        if (seen := errors_while_deleted(ns, fd)) != {errno.EBADFD}:
+            break
+        attach(fd)
+    assert seen == {errno.EAGAIN, errno.EBADFD}
 
 
 @pytest.mark.parametrize(("first", "second"), [(IFF_MULTI_QUEUE, 0), (0, IFF_MULTI_QUEUE)], ids=["multi", "single"])

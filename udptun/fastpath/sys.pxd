@@ -71,6 +71,7 @@ cdef extern from "<poll.h>" nogil:
     int poll(pollfd *fds, unsigned long n, int timeout_ms)
     short POLLIN
     short POLLOUT
+    short POLLERR
 
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int initial, int flags)
