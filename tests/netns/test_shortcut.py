@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 from shortcut_labs import ATTACHED_BY, reload, started_lab, wait_until_on
@@ -28,7 +30,7 @@ from udptun.datapath.shortcut.programs import find_lack
 from udptun.kernel.veth import pair_names
 from udptun.lab.host import Host
 from udptun.lab.machine import wait_until
-from udptun.lab.topology import DEFAULT_NET_CONF, Lab, Offload
+from udptun.lab.topology import DEFAULT_NET_CONF, LEASES, Lab, Offload
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_lack()), reason=find_lack())]
 
@@ -221,6 +223,69 @@ def test_a_killed_daemon_leaves_the_packets_to_the_workers(lab: Lab) -> None:
             host.wait_ready()
             wait_until_on(lab)
     assert not flow.report.lost
+
+
+_NOTE = (
+    "create table if not exists written (value)",
+    *(
+        f"create trigger note_{it} after {it} on leases begin insert into written values (new.value); end"
+        for it in ("insert", "update")
+    ),
+)
+_FORGET = "drop trigger note_insert", "drop trigger note_update", "drop table written"
+
+
+def in_database(host: Host, *statements: str) -> list[Any]:
+    """What the lab's leases answer to the last one."""
+    code = (
+        "import json, sqlite3, sys; db = sqlite3.connect(sys.argv[1], timeout=15, isolation_level=None);"
+        "print(json.dumps([db.execute(it).fetchall() for it in sys.argv[2:]][-1]))"
+    )
+    answer: list[Any] = json.loads(host.run([sys.executable, "-c", code, str(LEASES), *statements]).stdout)
+    return answer
+
+
+@contextmanager
+def written_leases(lab: Lab) -> Iterator[list[dict[str, Any]]]:
+    """BackendData of each lease that is written meanwhile; it is there after the block."""
+    found: list[dict[str, Any]] = []
+    host = lab.hosts[0]
+    in_database(host, *_NOTE)
+    try:
+        yield found
+        found += [json.loads(value)["BackendData"] for (value,) in in_database(host, "select value from written")]
+    finally:
+        in_database(host, *_FORGET)
+
+
+def test_no_lease_unsays_for_a_moment_that_the_kernel_takes_packets(lab: Lab) -> None:
+    """At each restart and each other MTU it did, so all peers changed twice what they do."""
+    two = lab.hosts[1]
+    with written_leases(lab) as written:
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            two.stop_daemon(kind)
+            two.start_daemon()
+            two.wait_ready()
+            wait_until_on(lab)
+        for mtu in (1400, 1500):
+            two.run(["ip", "link", "set", "eth0", "mtu", str(mtu)])
+            wait_until("the device to follow", lambda mtu=mtu: mtu - 28 in mtus(lab), LIMIT_S)  # type: ignore[misc]
+        # Filters, on kernels without tcx, and the pair: it is off and on again.
+        two.run(["ip", "link", "delete", pair_names("flannel0")[0]])
+        wait_until("the pair to be back", lambda: not is_clean(two), LIMIT_S)
+        wait_until_on(lab)
+    assert len(written) >= 2
+    assert all(it["Shortcut"] for it in written)
+    with written_leases(lab) as written:
+        two.stop_daemon()
+        two.start_daemon(["--shortcut=off"])
+        two.wait_ready()
+        wait_until("the lease to say so", lambda: not read_status(lab.hosts[0])["peers"][0]["shortcut"], LIMIT_S)
+        two.stop_daemon()
+        two.start_daemon()
+        two.wait_ready()
+        wait_until_on(lab)
+    assert ["Shortcut" in it for it in written][:2] == [False, False]
 
 
 def test_a_device_that_is_deleted_comes_back_with_it(lab: Lab) -> None:

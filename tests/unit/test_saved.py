@@ -14,7 +14,7 @@ from udptun.core.errors import KernelError
 from udptun.core.lease import Lease, LeaseAttrs, Subnets
 from udptun.membership import saved
 from udptun.membership.child_writer import ChildWriter
-from udptun.membership.saved import LastLeases, load, parse, render
+from udptun.membership.saved import LastLeases, load, load_own, parse, render
 
 NETWORK = IPv4Network("10.244.0.0/16")
 NOW_S = 1_700_000_000.0
@@ -49,6 +49,17 @@ def test_what_is_saved_is_loaded_without_knowing_its_network(tmp_path: Path) -> 
     """The store, which may be where the network config is, does not answer."""
     save(tmp_path, LAST, NOW_S)
     assert load(tmp_path, None, NOW_S).last == LAST
+
+
+def test_our_own_lease_is_loaded_alone_until_it_has_expired(tmp_path: Path) -> None:
+    assert load_own(tmp_path, NOW_S) is None
+    save(tmp_path, LAST, NOW_S)
+    assert load_own(tmp_path, NOW_S) == LAST.own
+    assert load_own(tmp_path, NOW_S + 101) is None
+    # Not a look at the peers: thousands of them take a second.
+    whole = (tmp_path / "last-leases.json").read_text()
+    (tmp_path / "last-leases.json").write_text(whole.splitlines()[0] + "\nno leases")
+    assert load_own(tmp_path, NOW_S) == LAST.own
 
 
 def test_what_is_forgotten_is_not_loaded(tmp_path: Path) -> None:
@@ -111,11 +122,12 @@ CONTENT = json.loads(render(LAST, NOW_S))
     ],
 )
 def test_damaged_content_is_ignored_with_one_line(tmp_path: Path, content: Any) -> None:
-    (tmp_path / "last-leases.json").write_text(json.dumps(content))
+    (tmp_path / "last-leases.json").write_text(json.dumps(content).replace('"peers": [', '"peers": [\n'))
     found = load(tmp_path, NETWORK, NOW_S)
     assert found.last is None
     assert found.reason.startswith(f"ignoring {tmp_path}/last-leases.json: ")
     assert "\n" not in found.reason
+    assert load_own(tmp_path, NOW_S) in (None, LAST.own)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"[" * 100_000, render(LAST, NOW_S).encode()[:-20]])

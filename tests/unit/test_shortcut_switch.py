@@ -28,6 +28,7 @@ class FakeShortcut:
         self.n_running = 0
         self.wanted: list[tuple[object, str]] = []
         self.is_on = self.is_detour_wanted = False
+        self.takes: bool | None = None
         self.objections: list[str | None] = []
         self.detour_problem = ""
         self.switched: Callable[[], None] = lambda: None
@@ -236,14 +237,47 @@ async def test_what_is_cancelled_while_it_is_switched_off_is_off(monkeypatch: py
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert it.said == ["stop", "count", "end", "filters", "pair", "switched"]
+    assert it.said == ["stop", "count", "end", "filters", "pair"]
+    assert it.shortcut.takes is None
 
 
 async def test_counts_that_cannot_be_read_keep_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     it = Switched(monkeypatch)
     it.failure = ValueError("no number")
     await it.shortcut._switch_off()
-    assert it.said == ["stop", "end", "filters", "pair", "switched"]
+    assert it.said == ["stop", "end", "filters", "pair"]
+
+
+async def test_what_is_off_for_a_moment_only_is_said_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another MTU, address or device, the lease was written twice, and all peers changed twice what they do."""
+    it = Switched(monkeypatch)
+    switched_on: Any = it.shortcut._on
+    it.shortcut._on = None
+    outcome: list[Exception | None] = [None, None, KernelError("cannot make it", errno.EEXIST), None]
+
+    async def switch_on(_settings: object) -> None:
+        if (failure := outcome.pop(0)) is not None:
+            raise failure
+        it.shortcut._on, it.shortcut._reason = switched_on, ""
+
+    async def is_in_place(_on: object) -> bool:
+        return False
+
+    async def follow(_on: object) -> None:
+        """No detour."""
+
+    monkeypatch.setattr(it.shortcut, "_switch_on", switch_on)
+    monkeypatch.setattr(it.shortcut, "_is_in_place", is_in_place)
+    monkeypatch.setattr(it.shortcut, "_follow_detour", follow)
+    switched_on.programs.keep_on = lambda: None
+    it.shortcut.want(switched_on.settings)
+    assert it.shortcut.takes is None
+    said = []
+    for _ in range(4):
+        it.said.clear()
+        await it.shortcut._look()
+        said.append((it.shortcut.takes, it.said.count("stop"), it.said.count("switched")))
+    assert said == [(True, 0, 1), (True, 1, 0), (False, 1, 1), (True, 0, 1)]
 
 
 async def test_its_end_counts_once_more_and_nobody_follows_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ from udptun.core.errors import BeginAgainError, KernelError, UdptunError
 from udptun.core.family import Family
 from udptun.core.lease import LeaseAttrs
 from udptun.core.ownership import Ownership
+from udptun.core.tunnel import ShortcutMode
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler
 from udptun.kernel import cgroup
@@ -70,7 +71,7 @@ from udptun.kernel.netlink import Netlink
 from udptun.kernel.supervisor import first_failure
 from udptun.kernel.underlay import Underlay
 from udptun.kernel.underlay_watch import find_underlay
-from udptun.membership import identity
+from udptun.membership import identity, saved
 from udptun.membership.allocate import chooser
 from udptun.membership.former import FormerLease
 from udptun.membership.identity import Identity
@@ -306,7 +307,8 @@ class Daemon:
             device = device_of(backend, underlay, live, live.families[0])
             log.info("backend chosen backend=%s device=%s reason=%r", backend.type, device, choice.reason)
             node_id = identity.node_id(options.state_dir)
-            attrs = backend.attrs(underlay, live, node_id)
+            takes_shortcut = live.shortcut is not ShortcutMode.OFF and self._said_shortcut(node_id)
+            attrs = backend.attrs(underlay, replace(live, takes_shortcut=takes_shortcut), node_id)
             remember(options.state_dir, [network for it in ownerships.values() for network in it.networks])
             forwarding = await self._open_forwarding(choice, conf, ownerships, underlay, live)
         undo.callback(forwarding.detach)
@@ -375,6 +377,14 @@ class Daemon:
             forwarding.backend.peer_types,
             outer=forwarding.backend.outer,
         )
+
+    def _said_shortcut(self, node_id: str) -> bool:
+        """Whether our lease says it now.  It goes on saying so until it is known whether the shortcut is on again.
+
+        Otherwise each restart would have all peers change twice what they do.
+        """
+        own = saved.load_own(self._options.state_dir, Clock().unix_s())
+        return own is not None and own.attrs.node_id == node_id and own.attrs.takes_shortcut
 
     async def _join(self, running: Running, attrs: LeaseAttrs) -> None:
         """Get our lease, now that device and socket are sure, and know the peers."""

@@ -171,9 +171,10 @@ class Forwarding:
         return device_of(self.backend, self._underlay, self.live, family)
 
     @property
-    def takes_shortcut(self) -> bool:
-        """Whether our kernel takes what a peer's has encapsulated."""
-        return any(it.shortcut.is_on for it in self._tunnels)
+    def takes_shortcut(self) -> bool | None:
+        """Whether our kernel takes what a peer's has encapsulated; None: that is not known yet."""
+        each = {it.shortcut.takes for it in self._tunnels}
+        return True in each or (None if None in each else False)
 
     @property
     def is_adopted(self) -> bool:

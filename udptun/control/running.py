@@ -140,7 +140,11 @@ class Running:
 
     def _attrs(self) -> LeaseAttrs:
         """What our lease has to say by the settings that are in force."""
-        live = replace(self.forwarding.live, takes_shortcut=self.forwarding.takes_shortcut)
+        takes = self.forwarding.takes_shortcut
+        # A daemon before us may have said it, and peers need not change what they do twice.
+        live = replace(
+            self.forwarding.live, takes_shortcut=self.membership.own.attrs.takes_shortcut if takes is None else takes
+        )
         return self.forwarding.backend.attrs(self.underlay, live, self.me.node_id)
 
     def _say_shortcut(self) -> None:

@@ -49,7 +49,7 @@ class ShortcutSwitch:
         self._failure = ""
         """What went wrong the last time that it was decided; empty when nothing did."""
         self.switched: Callable[[], None] = lambda: None
-        """Called when it is on or off and was not before."""
+        """Called when `takes` is another than before."""
 
     def use(self, mode: ShortcutMode, underlay: str, packets: PacketSettings) -> None:
         """From now on.  `underlay` is the name of the link that datagrams leave by."""
@@ -84,6 +84,13 @@ class ShortcutSwitch:
     @property
     def is_on(self) -> bool:
         return self._shortcut is not None and self._shortcut.is_on
+
+    @property
+    def takes(self) -> bool | None:
+        """Whether our kernel takes what a peer's has encapsulated; None: that is not known yet."""
+        if self._shortcut is not None:
+            return self._shortcut.takes
+        return False if self._mode is ShortcutMode.OFF else None
 
     @property
     def problems(self) -> tuple[str, ...]:

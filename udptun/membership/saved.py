@@ -134,6 +134,17 @@ def load(directory: Path, network: IPNetwork | None, now_s: float) -> Remembered
     return found if found.last is not None else Remembered(None, f"ignoring {path}: {found.reason}")
 
 
+def load_own(directory: Path, now_s: float) -> Lease | None:
+    """Our own lease as the last run held it, without a look at the peers; None when it has expired or is not known."""
+    try:
+        with (directory / FILE).open(encoding="utf-8") as file:
+            head = json.loads(file.readline() + "]}")
+        own = _from_json(head["own"]) if head["schema"] == SCHEMA else None
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+    return None if own is None or own.is_expired(now_s) else own
+
+
 async def save(writer: ChildWriter, directory: Path, last: LastLeases, now_s: float) -> None:
     """Replace last-leases.json in `directory`.  Raises KernelError; the caller decides how often to call."""
     path = directory / FILE

@@ -47,7 +47,7 @@ _LAST_S = 1.0
 
 
 class Shortcut:
-    """For one event loop; `is_on`, `state`, `passed` and `is_sent_to` may be asked on any thread."""
+    """For one event loop; `takes`, `state`, `passed` and `is_sent_to` may be asked on any thread."""
 
     def __init__(self, tunnel: Tunnel, alias: str) -> None:
         """`alias`: that of our devices, by which they are found when they are left over."""
@@ -58,7 +58,9 @@ class Shortcut:
         self._objection: str | None = None
         """To the detour."""
         self.switched: Callable[[], None] = lambda: None
-        """Called when it is on or off and was not before."""
+        """Called when `takes` is another than before."""
+        self._told: bool | None = None
+        """What `takes` was then."""
         self.detour_wanted: Callable[[], None] = lambda: None
         """Called when the detour is wanted and was not before."""
         self._loop = WatchLoop("shortcut", notices.watch, self._look, _PACE)
@@ -66,6 +68,11 @@ class Shortcut:
     @property
     def is_on(self) -> bool:
         return self._on is not None
+
+    @property
+    def takes(self) -> bool | None:
+        """Whether the kernel takes what a peer's sends; None: that is not known yet."""
+        return self.is_on if self.is_on or self._reason else None
 
     @property
     def state(self) -> str:
@@ -136,6 +143,15 @@ class Shortcut:
 
     async def _look(self) -> bool:
         try:
+            return await self._keep_as_wanted()
+        finally:
+            # Not before: with other settings or links it is off for a moment only, and peers need not know.
+            if self.takes != self._told:
+                self._told = self.takes
+                self.switched()
+
+    async def _keep_as_wanted(self) -> bool:
+        try:
             if self._on is not None and (self._on.settings != self._wanted or not await self._is_in_place(self._on)):
                 await self._switch_off()
             if self._on is None and self._wanted is not None:
@@ -187,7 +203,6 @@ class Shortcut:
         self._on, self._reason = on, ""
         self._tunnel.publishing = self._follow
         log.info("shortcut on underlay=%s device=%s", settings.underlay, device)
-        self.switched()
 
     async def _attach(self, on: _On) -> _On:
         """Have the kernel take packets, and the same peers as the workers.  Raises KernelError: it is ended then."""
@@ -219,7 +234,6 @@ class Shortcut:
                     await delete_pair(self._tunnel.tun.name, self._alias)
             finally:
                 log.info("shortcut off")
-                self.switched()
 
     async def _follow_detour(self, on: _On) -> None:
         """Count what has come, and have the detour as that tells.  Raises KernelError."""
