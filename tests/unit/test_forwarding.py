@@ -19,6 +19,7 @@ from udptun.backends.choice import BackendChoice
 from udptun.backends.hostgw import HostGw
 from udptun.config.service_manager import ServiceManager
 from udptun.control import forwarding
+from udptun.control.document import device_documents
 from udptun.control.forwarding import Forwarding
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
@@ -232,9 +233,9 @@ def test_status_is_there_without_devices_where_their_counters_cannot_be_read(
     """All of /status and /metrics was an error 500 then."""
     parts = of_each_family(tmp_path, [OfOneFamily(family, []) for family in Family])
     monkeypatch.setattr(Forwarding, "device", lambda self, family: "lo")
-    assert [it["name"] for it in parts._devices()] == ["lo"]
+    assert [it["name"] for it in device_documents(parts)] == ["lo"]
     monkeypatch.setattr(device_counters, "_FILE", tmp_path / "none")
-    assert parts._devices() == []
+    assert device_documents(parts) == []
 
 
 async def test_a_datapath_for_which_there_is_no_memory_leaves_no_device(

@@ -21,7 +21,7 @@ from prometheus_client.openmetrics import parser as _openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from udptun._fastpath import COUNTERS
-from udptun.control.document import Answers
+from udptun.control.answers import Answers
 from udptun.control.http import Request, Response
 from udptun.control.metrics import samples as made
 from udptun.control.metrics.page import MetricsPage

@@ -34,8 +34,8 @@ from udptun.config.flags import Options
 from udptun.config.net_conf import NetConf
 from udptun.config.service_manager import ServiceManager
 from udptun.control import notify
+from udptun.control.answers import Answers
 from udptun.control.config_document import config_document
-from udptun.control.document import Answers
 from udptun.control.forwarding import Forwarding
 from udptun.control.hand_over import HandOver
 from udptun.control.health_port import HealthPort

@@ -1,126 +1,28 @@
-"""What the daemon answers over HTTP: whether it lives, whether it is ready, its status (docs/status.md) and metrics."""
+"""The status document: what `udptun status --json` prints (docs/status.md has its keys)."""
 
 from __future__ import annotations
 
-import asyncio
-import json
+import logging
 import os
-import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from udptun import __version__
-from udptun.control.http import Request, Response, Routes
+from udptun.control.forwarding import Forwarding
 from udptun.control.running import Running
+from udptun.core.errors import KernelError
 from udptun.core.family import Family
 from udptun.core.lease import Lease, LeasePart
 from udptun.core.lease_table import LeaseTable
-from udptun.core.mesh import PATH as MESH_PATH
+from udptun.kernel.device_counters import read_device_counters
 from udptun.kernel.process_usage import usage_of
+from udptun.kernel.reconcile.change import OBJECTS
 
-if TYPE_CHECKING:
-    from udptun.control.metrics.page import MetricsPage
-    from udptun.control.metrics.text import Sample
-    from udptun.control.trace.live import LiveTraces
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 """Of the status document.  Keys are only ever added."""
-
-
-class Answers:
-    """The answers of one daemon, from its very start.  `running` None: it is not ready yet.
-
-    `waiting` then says what it does and what is in its way.
-    """
-
-    def __init__(self, waiting: Callable[[], str]) -> None:
-        self._waiting = waiting
-        self.running: Running | None = None
-        self._started_s = time.time()
-        self._page: MetricsPage | None = None
-        self._live: LiveTraces | None = None
-
-    def health(self, *, with_metrics: bool) -> Routes:
-        """What everybody who can reach the health port may ask.  /metrics names the peers."""
-        routes: Routes = {"/healthz": self._healthz, "/readyz": self._readyz}
-        return {**routes, "/metrics": self._metrics} if with_metrics else routes
-
-    @property
-    def all(self) -> Routes:
-        """What this host's root may ask."""
-        asked = {
-            "/status": self._status,
-            "/trace": self._trace,
-            "/trace/live": self._trace_live,
-            MESH_PATH: self._mesh,
-        }
-        return {**self.health(with_metrics=True), **asked}
-
-    def _healthz(self, request: Request) -> Response:
-        return Response(HTTPStatus.OK, "flanneld is running")
-
-    def _readyz(self, request: Request) -> Response:
-        if self.running is None:
-            return Response(HTTPStatus.SERVICE_UNAVAILABLE, "flanneld is not ready yet")
-        return Response(HTTPStatus.OK, "flanneld is ready")
-
-    async def _status(self, request: Request) -> Response:
-        running = self.running
-        if running is None:
-            return self._not_ready()
-        uptime_s = time.time() - self._started_s
-        # In a thread: with 65,000 peers it takes more than a second, in which the event loop would do nothing else.
-        text = await asyncio.to_thread(lambda: json.dumps(document(running, uptime_s)) + "\n")
-        return Response(HTTPStatus.OK, text, "application/json")
-
-    async def _trace(self, request: Request) -> Response:
-        if self.running is None:
-            return self._not_ready()
-        # Most daemons are never asked.
-        from udptun.control.trace.page import answer_trace
-
-        return await answer_trace(self.running, request)
-
-    async def _trace_live(self, request: Request) -> Response:
-        running = self.running
-        if running is None:
-            return self._not_ready()
-        if self._live is None:
-            from udptun.control.trace.live import LiveTraces
-
-            self._live = LiveTraces()
-        # A daemon that begins again may carry other families.
-        return self._live.answer(running, request, lambda: self.running is running)
-
-    async def _mesh(self, request: Request) -> Response:
-        return self._not_ready() if self.running is None else await self.running.mesh_port.answer(request)
-
-    def _not_ready(self) -> Response:
-        return Response(HTTPStatus.SERVICE_UNAVAILABLE, f"the daemon is not ready yet: {self._waiting()}\n")
-
-    async def _metrics(self, request: Request) -> Response:
-        if self._page is None:
-            # Here, because a daemon that nobody scrapes does without.
-            from udptun.control.metrics.page import MetricsPage
-
-            self._page = MetricsPage(self._samples)
-        return await self._page.answer(request)
-
-    def _samples(self) -> Iterator[Sample]:
-        """Of this moment, for a thread beside the event loop."""
-        from udptun.control.metrics.samples import daemon_samples, samples
-
-        running = self.running
-        usage = usage_of(os.getpid())
-        yield from daemon_samples(__version__, self._started_s, usage, is_ready=running is not None)
-        if running is not None:
-            leases = {lease.key: lease for table in running.membership.tables for lease in list(table.peers.values())}
-            peers, forwarding = list(leases.values()), running.forwarding
-            liveness = Counter(map(forwarding.liveness, peers))
-            shown = {lease.key for lease in forwarding.busiest(peers, running.options.metrics_peers)}
-            yield from samples(document(running, time.time() - self._started_s, shown), liveness)
 
 
 def document(running: Running, uptime_s: float, keys: Collection[str] | None = None) -> dict[str, Any]:
@@ -152,7 +54,7 @@ def document(running: Running, uptime_s: float, keys: Collection[str] | None = N
         },
         "underlay": {"interface": underlay.link_name, "address": str(underlay.first_address), "mtu": underlay.mtu},
         "ipv6": _ipv6(running, keys),
-        **running.forwarding.document(leases, parts),
+        **_carrying(running.forwarding, leases, parts),
         "firewall": running.firewall.document(),
         "other_types": [
             {
@@ -174,9 +76,75 @@ def _peers(table: LeaseTable, keys: Collection[str] | None) -> tuple[list[Lease]
     return leases, [*map(table.part, leases)]
 
 
+def _carrying(forwarding: Forwarding, leases: Sequence[Lease], parts: Sequence[LeasePart]) -> dict[str, Any]:
+    """The keys about carrying packets.
+
+    `leases` are the peers' by the first family, in the order to show them in, and `parts` what each says of it.
+    """
+    first = forwarding.families[0]
+    backend = {
+        "type": forwarding.backend.type,
+        "reason": forwarding.reason,
+        "device": forwarding.device(first),
+        "mtu": forwarding.live.mtu,
+    }
+    common = {"devices": device_documents(forwarding), "changes": _changes(forwarding)}
+    peers = [_peer(lease, part) for lease, part in zip(leases, parts, strict=True)]
+    if (probes := forwarding.probes.get(first)) is not None:
+        backend |= {"probes": probes.state}
+        peers = [peer | probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
+    tunnel = forwarding.tunnel_of(first)
+    if tunnel is None:
+        return {"backend": backend, "datapath": None, **common, "peers": peers, "counters": {}}
+    own = tunnel.document(forwarding.live)
+    known = tunnel.peer_documents([part.subnet for part in parts], leases)
+    return {
+        "backend": backend | own["backend"],
+        "datapath": own["datapath"],
+        **common,
+        "peers": [peer | more for peer, more in zip(peers, known, strict=True)],
+        "counters": own["counters"],
+    }
+
+
+def device_documents(forwarding: Forwarding) -> list[dict[str, Any]]:
+    names = sorted({name for family in forwarding.families if (name := forwarding.device(family)) is not None})
+    try:
+        counters = read_device_counters(names)
+    except KernelError as exc:
+        # All else of the status is known.
+        log.debug("no counters of devices error=%r", str(exc))
+        return []
+    return [{"name": name, **asdict(it)} for name in names if (it := counters.get(name)) is not None]
+
+
+def _changes(forwarding: Forwarding) -> list[dict[str, Any]]:
+    return [
+        {
+            "family": f"ipv{routing.family.value}",
+            "object": thing,
+            "desired": routing.changes.get((thing, False), 0),
+            "repairs": routing.changes.get((thing, True), 0),
+        }
+        for routing in forwarding.routings
+        for thing in sorted(set(OBJECTS.values()))
+    ]
+
+
+def _peer(lease: Lease, part: LeasePart) -> dict[str, Any]:
+    return {
+        "subnet": str(part.subnet),
+        "ipv6_subnet": None if lease.subnets.ipv6 is None else str(lease.subnets.ipv6),
+        "public_ip": str(part.public_ip),
+        "port": lease.attrs.port(0) or None,
+        "udptun": lease.attrs.is_udptun,
+        "expires_at": lease.expires_s,
+    }
+
+
 def _ipv6(running: Running, keys: Collection[str] | None) -> dict[str, object] | None:
     """The key `ipv6`: None where the configuration does not enable it."""
-    pool, own, live = running.conf.ipv6, running.membership.own, running.forwarding.live
+    pool, own, forwarding = running.conf.ipv6, running.membership.own, running.forwarding
     if pool is None:
         return None
     table = next((it for it in running.membership.tables if it.family is Family.IPV6), None)
@@ -187,11 +155,29 @@ def _ipv6(running: Running, keys: Collection[str] | None) -> dict[str, object] |
         "subnet": None if own.subnets.ipv6 is None else str(own.subnets.ipv6),
         "public_ip": None if own.attrs.public_ipv6 is None else str(own.attrs.public_ipv6),
         "address": None if address is None else str(address),
-        "device": running.forwarding.ipv6_device,
-        "mtu": live.ipv6_mtu,
-        **running.forwarding.ipv6_datapath,
+        "device": forwarding.ipv6_device,
+        "mtu": forwarding.live.ipv6_mtu,
+        **_ipv6_datapath(forwarding),
         "peers": [
             {"subnet": str(part.subnet), "public_ip": str(part.public_ip), **more}
-            for part, more in zip(parts, running.forwarding.ipv6_peers(leases), strict=True)
+            for part, more in zip(parts, _ipv6_peers(forwarding, leases), strict=True)
         ],
     }
+
+
+def _ipv6_datapath(forwarding: Forwarding) -> dict[str, Any]:
+    """Of the datapath that IPv6 has beside that of IPv4."""
+    tunnel = forwarding.tunnel_of(Family.IPV6)
+    if tunnel is None or tunnel is forwarding.tunnel_of(forwarding.families[0]):
+        return {"datapath": None, "counters": {}}
+    own = tunnel.document(forwarding.live)
+    return {"datapath": own["datapath"], "counters": own["counters"]}
+
+
+def _ipv6_peers(forwarding: Forwarding, leases: Sequence[Lease]) -> list[dict[str, Any]]:
+    """What is known of these peers by IPv6 beside their leases."""
+    tunnel = forwarding.tunnel_of(Family.IPV6)
+    if tunnel is None:
+        probes = forwarding.probes.get(Family.IPV6)
+        return [{} if probes is None else probes.document(lease) for lease in leases]
+    return tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases)

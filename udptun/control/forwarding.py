@@ -13,9 +13,8 @@ import logging
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from udptun.backends.base import BackendInput, Encapsulation, LiveSettings, device_of
 from udptun.backends.choice import BackendChoice
@@ -24,9 +23,9 @@ from udptun.control.host_probes import HostProbes
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.routing import Routing
 from udptun.control.run_dir import IPV6_PROBES_FILE, PROBES_FILE
-from udptun.core.errors import KernelError, UdptunError
+from udptun.core.errors import UdptunError
 from udptun.core.family import Family
-from udptun.core.lease import Lease, LeaseEvent, LeasePart, Subnets
+from udptun.core.lease import Lease, LeaseEvent, Subnets
 from udptun.core.lease_table import LeaseTable
 from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
@@ -34,10 +33,8 @@ from udptun.core.pod_path import PodPath
 from udptun.core.tunnel import Confinement
 from udptun.core.tunnel_path import TunnelPath
 from udptun.datapath import processes
-from udptun.kernel.device_counters import read_device_counters
 from udptun.kernel.filters import remove_filters
 from udptun.kernel.reconcile.apply import create_missing_vxlans
-from udptun.kernel.reconcile.change import OBJECTS
 from udptun.kernel.reconcile.ownership import delete_own_vxlan, is_anything_ours, mark_link, remove_ours
 from udptun.kernel.underlay import Underlay
 from udptun.probing.liveness import Liveness
@@ -52,8 +49,8 @@ log = logging.getLogger(__name__)
 class Forwarding:
     """Carries one host's packets as the chosen backend says.  It is made by `open`, and belongs to one event loop.
 
-    `live` has the settings in force now.  `is_adopted`: a datapath already carried packets when we came, and we took
-    it over.
+    `live` has the settings in force now, and `reason` is why the backend is this one.  `is_adopted`: a datapath already
+    carried packets when we came, and we took it over.
     """
 
     def __init__(
@@ -67,7 +64,7 @@ class Forwarding:
         was_clean: bool,
     ) -> None:
         self.backend = choice.backend
-        self._reason = choice.reason
+        self.reason = choice.reason
         self.live = live
         self._routings = {routing.family: routing for routing in routings}
         self._ownerships = {routing.family: routing.ownership for routing in routings}
@@ -76,11 +73,12 @@ class Forwarding:
         self._run_dir = run_dir
         self._tunnels: list[Tunnelled] = []
         """Of all families that are carried: one, or one for each; none where the kernel carries the packets."""
-        self._probes: dict[Family, HostProbes] = {}
+        self.probes: dict[Family, HostProbes] = {}
+        """Of all families that are carried, where the kernel carries the packets to hosts that can be asked."""
         if not choice.backend.encapsulations and choice.backend.peer_types:
             for family in live.families:
                 memory = Memory(run_dir / (PROBES_FILE if family is Family.IPV4 else IPV6_PROBES_FILE))
-                self._probes[family] = HostProbes(family, self.device(family), memory)
+                self.probes[family] = HostProbes(family, self.device(family), memory)
         self._kept = kept
         self._was_clean = was_clean
         """Whether the kernel had nothing with our mark when we came."""
@@ -153,13 +151,14 @@ class Forwarding:
         return self._tunnels
 
     @property
+    def routings(self) -> Sequence[Routing]:
+        """Of each family that is enabled and that our lease has a subnet of.  May be asked on another thread."""
+        return list(self._routings.values())
+
+    @property
     def families(self) -> Sequence[Family]:
         """Those that are carried, IPv4 first."""
         return self.live.families
-
-    @property
-    def _first(self) -> Family:
-        return self.families[0]
 
     @property
     def ipv6_device(self) -> str | None:
@@ -215,14 +214,14 @@ class Forwarding:
         await self._kept.forget(self._kept.devices - devices)
         await self._keep_descriptors()
         # A family of which our lease has no subnet has no peers.
-        self._probes = {family: probes for family, probes in self._probes.items() if family in self._routings}
-        for family, probes in self._probes.items():
+        self.probes = {family: probes for family, probes in self.probes.items() if family in self._routings}
+        for family, probes in self.probes.items():
             probes.use(self._inputs(family))
         for it in self._tunnels:
             it.tunnel.narrow_changed = self._update_desired
             it.shortcut.switched = lambda: self.shortcut_switched()
         self._has_started = True
-        narrow, first = self._narrow, self._first
+        narrow, first = self._narrow, self.families[0]
         for family, routing in self._routings.items():
             tunnel = self.tunnel_of(family)
             device = None if tunnel is None else tunnel.tunnel.tun
@@ -239,7 +238,7 @@ class Forwarding:
                 tasks.create_task(routing.run(), name=f"reconcile {routing.family}")
             for it in self._tunnels:
                 tasks.create_task(it.run(), name=f"datapath of {it.device}")
-            for family, probes in self._probes.items():
+            for family, probes in self.probes.items():
                 tasks.create_task(probes.run(), name=f"probes by {family}")
 
     async def peers_changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
@@ -249,8 +248,8 @@ class Forwarding:
         self._routings[family].change_peers(events)
         if (tunnel := self.tunnel_of(family)) is not None:
             await tunnel.peers_changed(family, events)
-        if family in self._probes:
-            self._probes[family].peers_changed(events)
+        if family in self.probes:
+            self.probes[family].peers_changed(events)
         self._update_desired()
 
     async def apply(self, underlay: Underlay, live: LiveSettings) -> None:
@@ -268,7 +267,7 @@ class Forwarding:
         finally:
             await self._keep_descriptors()
         self._underlay, self.live = underlay, live
-        for family, probes in self._probes.items():
+        for family, probes in self.probes.items():
             probes.use(self._inputs(family))
         self._update_desired()
 
@@ -305,7 +304,7 @@ class Forwarding:
     @property
     def problems(self) -> tuple[str, ...]:
         parts: Iterable[Tunnelled | HostProbes | Routing]
-        parts = (*self._tunnels, *self._probes.values(), *self._routings.values())
+        parts = (*self._tunnels, *self.probes.values(), *self._routings.values())
         # What is wrong with a device that both families use, both say.
         return tuple(dict.fromkeys(line for part in parts for line in part.problems))
 
@@ -320,57 +319,6 @@ class Forwarding:
         """Where the tunnel's own datagrams pass, by each family of the underlay."""
         return tunnel_paths(self.backend, [self._inputs(family) for family in self.families])
 
-    def document(self, leases: Sequence[Lease], parts: Sequence[LeasePart]) -> dict[str, Any]:
-        """The keys of docs/status.md about carrying packets.
-
-        `leases` are the peers' by the first family, in the order to show them in, and `parts` what each says of it.
-        """
-        backend = {
-            "type": self.backend.type,
-            "reason": self._reason,
-            "device": self.device(self._first),
-            "mtu": self.live.mtu,
-        }
-        common = {"devices": self._devices(), "changes": self._changes()}
-        peers = [_peer(lease, part) for lease, part in zip(leases, parts, strict=True)]
-        if (probes := self._probes.get(self._first)) is not None:
-            backend |= {"probes": probes.state}
-            peers = [peer | probes.document(lease) for peer, lease in zip(peers, leases, strict=True)]
-        tunnel = self.tunnel_of(self._first)
-        if tunnel is None:
-            return {"backend": backend, "datapath": None, **common, "peers": peers, "counters": {}}
-        own = tunnel.document(self.live)
-        known = tunnel.peer_documents([part.subnet for part in parts], leases)
-        return {
-            "backend": backend | own["backend"],
-            "datapath": own["datapath"],
-            **common,
-            "peers": [peer | more for peer, more in zip(peers, known, strict=True)],
-            "counters": own["counters"],
-        }
-
-    def _devices(self) -> list[dict[str, Any]]:
-        names = sorted({name for family in self.families if (name := self.device(family)) is not None})
-        try:
-            counters = read_device_counters(names)
-        except KernelError as exc:
-            # All else of the status is known.
-            log.debug("no counters of devices error=%r", str(exc))
-            return []
-        return [{"name": name, **asdict(it)} for name in names if (it := counters.get(name)) is not None]
-
-    def _changes(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "family": f"ipv{family.value}",
-                "object": thing,
-                "desired": routing.changes.get((thing, False), 0),
-                "repairs": routing.changes.get((thing, True), 0),
-            }
-            for family, routing in list(self._routings.items())
-            for thing in sorted(set(OBJECTS.values()))
-        ]
-
     def liveness(self, lease: Lease) -> Liveness:
         """What is known of a peer.  May be asked on another thread."""
         for family in self.families:
@@ -378,7 +326,7 @@ class Forwarding:
                 continue
             if (tunnel := self.tunnel_of(family)) is not None:
                 return tunnel.liveness(subnet)
-            if (probes := self._probes.get(family)) is not None:
+            if (probes := self.probes.get(family)) is not None:
                 return probes.liveness(lease)
         return Liveness.UNKNOWN
 
@@ -392,23 +340,6 @@ class Forwarding:
         by_tunnel = [it.traffic(leases) for it in self._tunnels]
         n_bytes = [sum(of_one) for of_one in zip(*by_tunnel, strict=True)]
         return [leases[i] for i in sorted(range(len(leases)), key=lambda i: -n_bytes[i])[:n]]
-
-    def ipv6_peers(self, leases: Sequence[Lease]) -> list[dict[str, Any]]:
-        """What is known of these peers by IPv6 beside their leases: keys of docs/status.md."""
-        tunnel = self.tunnel_of(Family.IPV6)
-        if tunnel is None:
-            probes = self._probes.get(Family.IPV6)
-            return [{} if probes is None else probes.document(lease) for lease in leases]
-        return tunnel.peer_documents([lease.subnet_of(Family.IPV6) for lease in leases], leases)
-
-    @property
-    def ipv6_datapath(self) -> dict[str, Any]:
-        """Of the datapath that IPv6 has beside that of IPv4: keys of docs/status.md."""
-        tunnel = self.tunnel_of(Family.IPV6)
-        if tunnel is None or tunnel is self.tunnel_of(self._first):
-            return {"datapath": None, "counters": {}}
-        own = tunnel.document(self.live)
-        return {"datapath": own["datapath"], "counters": own["counters"]}
 
     async def _apply_to_tunnels(self, underlay: Underlay, live: LiveSettings) -> LiveSettings:
         """Returns the settings that are then in force.  Raises UdptunError.
@@ -443,14 +374,3 @@ class Forwarding:
 
     def _inputs(self, family: Family) -> BackendInput:
         return self._routings[family].inputs(self._underlay, self.live)
-
-
-def _peer(lease: Lease, part: LeasePart) -> dict[str, Any]:
-    return {
-        "subnet": str(part.subnet),
-        "ipv6_subnet": None if lease.subnets.ipv6 is None else str(lease.subnets.ipv6),
-        "public_ip": str(part.public_ip),
-        "port": lease.attrs.port(0) or None,
-        "udptun": lease.attrs.is_udptun,
-        "expires_at": lease.expires_s,
-    }
