@@ -297,6 +297,18 @@ def test_a_device_that_is_deleted_comes_back_with_it(lab: Lab) -> None:
     ping(one.pods[0], two.pods[0].address)
 
 
+@pytest.mark.parametrize("change", ["down", "mtu 1000"])
+@pytest.mark.parametrize("end", pair_names("flannel0"))
+def test_a_pair_that_somebody_changes_is_put_right(lab: Lab, end: str, change: str) -> None:
+    """All packets from peers were lost in an end that was down, and the long ones in a far end with a lower MTU."""
+    one, two = lab.hosts
+    two.run(["ip", "link", "set", end, *change.split()])
+    far = two.pods[0].address
+    wait_until("long packets to arrive", lambda: is_answered(one.pods[0], far, 1444), LIMIT_S)
+    wait_until("the pair to be as it was", lambda: mtus(lab) == {1472}, LIMIT_S)
+    wait_until_on(lab)
+
+
 def test_a_link_of_somebody_else_with_the_name_of_ours_stays(lab: Lab) -> None:
     """It was deleted."""
     two = lab.hosts[1]

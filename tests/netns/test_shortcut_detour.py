@@ -213,6 +213,23 @@ def test_killing_and_switching_lose_nothing(lab: Lab) -> None:
     supers.report.assert_exact()
 
 
+@pytest.mark.parametrize("change", ["down", "mtu 1000"])
+def test_a_device_that_somebody_changes_is_made_anew(lab: Lab, change: str) -> None:
+    """One that was down lost half a second of packets, and a firewall was blamed for it."""
+    two = lab.hosts[1]
+    bring_on(lab)
+    before = index_of(two)
+    two.run(["ip", "link", "set", NAME, *change.split()])
+    wait_until("the device to go", lambda: not has_device(two) or index_of(two) != before, LIMIT_S)
+    bring_on(lab)
+    assert "mtu 1472" in two.run(["ip", "-o", "link", "show", NAME]).stdout
+    assert not [line for line in read_status(two)["problems"] if "super-packets" in line]
+
+
+def index_of(host: Host) -> str:
+    return host.run(["cat", f"/sys/class/net/{NAME}/ifindex"], check=False).stdout
+
+
 def test_a_rule_that_drops_its_port_is_seen_and_said(lab: Lab) -> None:
     two = lab.hosts[1]
     bring_on(lab)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import socket
 import time
 from collections import deque
 from contextlib import suppress
@@ -22,6 +21,7 @@ from udptun.datapath.shortcut.programs import DETOUR, Programs
 from udptun.kernel.bpf import monotonic_ns
 from udptun.kernel.detour_device import delete_detour, make_detour
 from udptun.kernel.device_counters import read_device_counters
+from udptun.kernel.own_link import is_in_order
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,6 @@ class _On:
     words: tuple[bytes, bytes, bytes, int]
     watch: LossWatch
 
-    @property
-    def is_in_place(self) -> bool:
-        try:
-            return socket.if_nametoindex(self.name) == self.index
-        except OSError:
-            return False
-
 
 class Detour:
     """Of one load of the programs.  For one event loop; `state` and `problem` may be asked on any thread."""
@@ -122,8 +115,8 @@ class Detour:
         if on is not None:
             if objection:
                 await self._switch_off(objection)
-            elif not on.is_in_place:
-                await self._switch_off(f"{on.name} is gone")
+            elif not await is_in_order(on.name, on.index, self._mtu):
+                await self._switch_off(f"{on.name} is gone, or somebody has changed it")
             elif why := self._judge(on):
                 await self._give_up(why)
         elif objection:

@@ -31,6 +31,7 @@ from udptun.kernel.detour_device import delete_detour
 from udptun.kernel.device_counters import read_device_counters
 from udptun.kernel.filters import remove_filters
 from udptun.kernel.netlink import Netlink
+from udptun.kernel.own_link import is_in_order
 from udptun.kernel.veth import delete_pair, make_pair, pair_names
 from udptun.kernel.watch_loop import Pace, WatchLoop
 
@@ -275,13 +276,15 @@ class Shortcut:
             self._loop.wake()
 
     async def _is_in_place(self, on: _On) -> bool:
-        """Whether the links are those that the programs know, with the programs on them, and the peers fit."""
-        near, far = pair_names(self._tunnel.tun.name)
-        names = (on.settings.underlay, self._tunnel.tun.name, near, far)
-        indexes = (on.links.underlay, on.links.device, on.links.near, on.links.far)
+        """Whether the links are those that the programs know and pass packets on, with the programs on them, and the
+        peers fit."""
+        device, links = self._tunnel.tun.name, on.links
+        near, far = pair_names(device)
         return (
             not on.is_broken
-            and tuple(map(_index, names)) == indexes
+            and (_index(on.settings.underlay), _index(device)) == (links.underlay, links.device)
+            and await is_in_order(near, links.near, on.settings.mtu)
+            and await is_in_order(far, links.far, on.settings.mtu)
             and self._tunnel.table.top < on.programs.peer_counts.n
             and self._tunnel.n_workers <= MAX_WORKERS_BESIDE
             and await on.programs.are_attached(self._alias)
