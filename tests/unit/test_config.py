@@ -495,6 +495,18 @@ MALFORMED = [
         '{"Network":"0.0.0.0/8"}',
         "Network: 0.0.0.0/8 overlaps 0.0.0.0/8 (this-network addresses), which no host can route",
     ),
+    *(
+        (
+            f'{{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"{network}"}}',
+            f"IPv6Network: {network}: {what} addresses ({within}), which no host can route",
+        )
+        for network, what, within in (
+            ("ff00::/48", "multicast", "ff00::/8"),
+            ("fe80::/10", "link-local", "fe80::/10"),
+            ("::ffff:0:0/96", "IPv4-mapped", "::ffff:0:0/96"),
+            ("::/112", "loopback and IPv4-compatible", "::/96"),
+        )
+    ),
     (
         '{"Network":"10.244.0.0/29"}',
         "Network: network is too small. Minimum useful network prefix is /28, not /29",

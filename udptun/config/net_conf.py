@@ -34,6 +34,14 @@ _UNUSABLE = (
 )
 """Ranges whose addresses the datapath drops as martian (docs/wire-format.md); no Network may touch them."""
 
+_UNUSABLE_IPV6 = (
+    (IPv6Network("::/96"), "loopback and IPv4-compatible"),
+    (IPv6Network("::ffff:0:0/96"), "IPv4-mapped"),
+    (IPv6Network("fe80::/10"), "link-local"),
+    (IPv6Network("ff00::/8"), "multicast"),
+)
+"""The same of IPv6.  They are so few of its addresses that an IPv6Network may touch them where its subnets do not."""
+
 
 class LogLevel(Enum):
     """How much the daemon says; the values are those of the `logging` module."""
@@ -138,6 +146,8 @@ def parse(text: str, source: str, kinds: Mapping[str, type[BackendKeys]]) -> Net
     ipv6 = _pool(_IPV6, asked_ipv6, report) if enable_ipv6 else None
     if enable_ipv4 and asked_ipv4.network is not None:
         _check_usable(asked_ipv4.network, ipv4, report)
+    if ipv6 is not None:
+        _check_usable_ipv6(ipv6, report)
     for enabled, family in ((enable_ipv4, _IPV4), (enable_ipv6, _IPV6)):
         if not enabled:
             _note_unused(family, top, report)
@@ -339,6 +349,13 @@ def _check_usable(network: IPv4Network, pool: SubnetPool[IPv4Network, IPv4Addres
             "SubnetLen",
             f"/{pool.subnet_len} is shorter than /16, the largest subnet that the datapath's direct index takes",
         )
+
+
+def _check_usable_ipv6(pool: SubnetPool[IPv6Network, IPv6Address], report: Report) -> None:
+    """Report a range of subnets whose addresses are all of a kind that no host routes."""
+    for unusable, what in _UNUSABLE_IPV6:
+        if pool.subnet_min in unusable and pool.subnet_max + (pool.subnet_size - 1) in unusable:
+            report.problem("IPv6Network", f"{pool.network}: {what} addresses ({unusable}), which no host can route")
 
 
 # ----------------------------------------------------------------------------------------------------------- Backend
