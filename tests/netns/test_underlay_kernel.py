@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 from namespace import Namespace, namespace, requires_netns, seconds_until
 
 from udptun.core.family import Family
-from udptun.kernel.interfaces import UnderlayError
+from udptun.kernel.interfaces import NoAddressError, UnderlayError
 from udptun.kernel.underlay import Underlay, UnderlayOptions
 from udptun.kernel.underlay_watch import UnderlayWatch, find_underlay
 
@@ -55,6 +55,26 @@ def test_a_public_ip_that_the_host_lacks_is_refused_where_ipv6_is_looked_for_too
         choose(ns, unusable)
     ns.ip("route del default")
     assert str(choose(ns, UnderlayOptions(families=tuple(Family))).chosen_address) == "2001:db8::1"
+
+
+def test_where_no_family_leads_to_an_interface_each_ones_reason_is_said(ns: Namespace) -> None:
+    """Before, a host of IPv6 alone was told that IPv4 has no default route, whatever --public-ipv6 named."""
+    ns.ip("address flush dev v0")
+    ns.ip("-6 address add 2001:db8::1/64 dev v0 nodad")
+    wrong = UnderlayOptions(public_ipv6=IPv6Address("2001:db8::9"), families=tuple(Family))
+    there = "(there are: v1 198.51.100.1, v0 2001:db8::1)"
+    start = "Failed to find any valid interface to use:"
+    with pytest.raises(NoAddressError) as refused:
+        choose(ns, wrong)
+    assert str(refused.value) == (
+        f"by IPv4: {start} failed to get default interface: unable to find default route; use --iface {there}; "
+        f"by IPv6: {start} No interface with given IP found: 2001:db8::9 {there}"
+    )
+    with pytest.raises(NoAddressError) as both:
+        choose(ns, UnderlayOptions(families=tuple(Family)))
+    assert str(both.value) == (
+        f"{start} failed to get default interface: unable to find default route; use --iface {there}"
+    )
 
 
 def test_can_reach_follows_the_kernels_route(ns: Namespace) -> None:

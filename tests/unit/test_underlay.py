@@ -8,6 +8,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 import pytest
 
+from udptun.control.running import log_underlay
 from udptun.core.errors import UsageError
 from udptun.core.family import Family
 from udptun.core.network_state import Address, Link, Route, RouteType, Scope
@@ -362,6 +363,15 @@ def test_an_interface_without_an_ipv6_address_has_ipv4_and_the_reason(there: lis
     assert found.ipv6_problem == "eth0 has no IPv6 address that other hosts could send to; give it one"
 
 
+def test_an_address_that_cannot_be_used_is_named_with_the_reason() -> None:
+    """`eth0 has no IPv6 address` was all that was said of an interface that shows one."""
+    found = choose_dual(LINK_LOCAL, replace(GLOBAL, is_deprecated=True), replace(OTHER, is_tentative=True))
+    which = "2001:db8::1 is deprecated, 2001:db8::2 is tentative, or another host has it"
+    assert found.ipv6_problem == f"eth0 ({which}) has no IPv6 address that other hosts could send to; give it one"
+    with pytest.raises(NoAddressError, match=r"IPv6 address for interface eth0 \(2001:db8::1 is deprecated\) \("):
+        choose_ipv6(replace(GLOBAL, is_deprecated=True))
+
+
 def test_nobody_looks_for_an_ipv6_address_unless_pods_have_ipv6() -> None:
     found = by_ipv4(UnderlayOptions(), LINKS, [*ADDRESSES, GLOBAL], ROUTES)
     assert (found.ipv6, found.public_ipv6, found.ipv6_problem) == (None, None, "")
@@ -373,6 +383,16 @@ def test_public_ipv6_is_what_peers_are_told_and_our_own_address_where_the_host_h
     assert (behind_nat.ipv6, behind_nat.public_ipv6) == (GLOBAL.ip, elsewhere)
     own = choose_dual(GLOBAL, ip6(str(here), 3), public_ipv6=here)
     assert (own.ipv6, own.public_ipv6) == (here, here)
+
+
+def test_the_log_names_the_addresses_of_both_families(caplog: pytest.LogCaptureFixture) -> None:
+    """A new address of IPv6 was logged as `underlay changed` with the addresses of IPv4, which had not changed."""
+    caplog.set_level("INFO", "udptun")
+    log_underlay("changed", choose_dual(GLOBAL, public_ipv6=IPv6Address("2001:db8:9::9")))
+    log_underlay("changed", choose_ipv6(GLOBAL))
+    both, alone = (record.getMessage() for record in caplog.records)
+    assert " address=192.0.2.1,2001:db8::1 public_ip=192.0.2.1,2001:db8:9::9 mtu=1500 " in both
+    assert " address=2001:db8::1 public_ip=2001:db8::1 mtu=1500 " in alone
 
 
 def test_iface_may_be_an_ipv6_address() -> None:

@@ -173,12 +173,13 @@ class Running:
 
 
 def log_underlay(what: str, it: Underlay) -> None:
+    """Of both families, where it has both, IPv4 first; `others` are of the family that has chosen it."""
     log.info(
         "underlay %s iface=%s address=%s public_ip=%s mtu=%d reason=%r others=%s",
         what,
         it.link_name,
-        it.chosen_address,
-        it.host_address,
+        ",".join(map(str, filter(None, (it.address, it.ipv6)))),
+        ",".join(map(str, filter(None, (it.public_ip, it.public_ipv6)))),
         it.mtu,
         it.reason,
         ",".join(map(str, it.others)) or "none",

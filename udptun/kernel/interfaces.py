@@ -43,6 +43,7 @@ class Interfaces:
     def __init__(self, links: Sequence[Link], addresses: Sequence[Address], family: Family) -> None:
         self.family = family
         self._links = links
+        self._addresses = addresses
         self._by_index = {link.index: link for link in links}
         self._ranked = {
             (family, link.index): _rank(link, addresses, family) for family in Family for link in links
@@ -113,9 +114,19 @@ class Interfaces:
         return [link for link in found if not DEVICE_NAME.fullmatch(link.name)]
 
     def inventory(self) -> str:
-        """Every link but lo with its usable addresses, for error messages."""
+        """Every link but lo with its usable addresses of both families, for error messages."""
         links = [link for link in self._links if not link.is_loopback]
-        return ", ".join(" ".join([link.name, *map(str, self.addresses_of(link))]) for link in links) or "none"
+        ips = {link: [ip for family in Family for ip in self.addresses_of(link, family)] for link in links}
+        return ", ".join(" ".join([link.name, *map(str, ips[link])]) for link in links) or "none"
+
+    def useless(self, link: Link, family: Family | None = None) -> str:
+        """In brackets the addresses that the link has and nobody may use now, with the reasons; empty without any."""
+        whys = [
+            f"{it.ip} is {'deprecated' if it.is_deprecated else 'tentative, or another host has it'}"
+            for it in self._addresses
+            if it.link_index == link.index and it.ip.version == (family or self.family).value and _is_useless(it)
+        ]
+        return f" ({', '.join(whys)})" if whys else ""
 
     def _source(self, link: Link, route: Route, name: str) -> Found | None:
         """The source address that the kernel gives to packets on this route; None when it is none for us."""
@@ -128,7 +139,7 @@ class Interfaces:
     def _first_address(self, link: Link) -> Found:
         ranked = self._usable(link, self.family)
         if not ranked:
-            raise NoAddressError(f"failed to find {self.family} address for interface {link.name}")
+            raise NoAddressError(f"failed to find {self.family} address for interface {link.name}{self.useless(link)}")
         (rank, ip), *others = ranked
         if not others:
             return Found(link, link, ip, f"the only address of {link.name}")
@@ -189,7 +200,11 @@ def _rank(link: Link, addresses: Sequence[Address], family: Family) -> list[_Ran
         for a in addresses
         if a.link_index == link.index
         and a.ip.version == family.value
-        and not (a.is_deprecated or a.is_tentative)
+        and not _is_useless(a)
         and not (a.ip.is_loopback or a.ip.is_multicast or a.ip.is_unspecified)
     ]
     return sorted(usable, key=lambda it: it[0])
+
+
+def _is_useless(address: Address) -> bool:
+    return address.is_deprecated or address.is_tentative

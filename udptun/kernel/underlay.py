@@ -280,7 +280,7 @@ def _with_other(
         address = used if used in usable else usable[0]
         public = public or address
     else:
-        names = " and ".join(dict.fromkeys(link.name for link in links))
+        names = " and ".join({link.name: f"{link.name}{interfaces.useless(link, other)}" for link in links}.values())
         address = public = None
         problem = f"{names} has no {other} address that other hosts could send to; give it one"
     if other is Family.IPV4:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from itertools import islice
 
 from udptun.core.errors import UdptunError
@@ -33,11 +33,17 @@ async def find_underlay(options: UnderlayOptions) -> Underlay:
     first, *others = options.families
     try:
         return await _find_underlay(options, first)
-    except NoAddressError:
-        for family in () if options.public(first) else others:
-            with suppress(UnderlayError):
-                return await _find_underlay(options, family)
-        raise
+    except NoAddressError as exc:
+        whys = {first: str(exc)}
+    for family in () if options.public(first) else others:
+        try:
+            return await _find_underlay(options, family)
+        except UnderlayError as exc:
+            whys[family] = str(exc)
+    # Where one answer is that of all, or of the only one, the family says nothing.
+    if len(set(whys.values())) == 1:
+        raise NoAddressError(whys[first])
+    raise NoAddressError("; ".join(f"by {family}: {why}" for family, why in whys.items()))
 
 
 async def _find_underlay(options: UnderlayOptions, family: Family) -> Underlay:
