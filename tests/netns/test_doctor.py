@@ -272,6 +272,27 @@ FAULTS = [
         shell("sysctl -qw net.ipv6.conf.all.forwarding=1"),
     ),
     Fault(
+        "an address by router advertisements, which are heeded no longer",
+        "forwarding",
+        "eth0 heeds no router advertisements while net/ipv6/conf/eth0/forwarding is 1",
+        "sysctl -w net/ipv6/conf/eth0/accept_ra=2",
+        shell("ip -6 address add 2001:db8::5/64 dev eth0 valid_lft 600 preferred_lft 600 nodad"),
+        shell("ip -6 address del 2001:db8::5/64 dev eth0"),
+        severity="warning",
+    ),
+    Fault(
+        "IPv6 of the pods' bridge off",
+        "ipv6-in-kernel",
+        "net/ipv6/conf/cni0/disable_ipv6 is 1, so the pods behind cni0 have no IPv6",
+        "sysctl -w net/ipv6/conf/cni0/disable_ipv6=0.*make the pods anew",
+        shell("sysctl -qw net.ipv6.conf.cni0.disable_ipv6=1"),
+        shell(
+            "sysctl -qw net.ipv6.conf.cni0.disable_ipv6=0",
+            ". /run/flannel/subnet.env; ip -6 address add $FLANNEL_IPV6_SUBNET dev cni0 nodad",
+        ),
+        severity="warning",
+    ),
+    Fault(
         "forwarding of the pods' bridge off",
         "forwarding",
         r"net/ipv4/conf/cni0/forwarding is 0",

@@ -12,6 +12,7 @@ from udptun.config.store_flags import StoreKind
 from udptun.core.family import Family
 from udptun.core.network_state import IPAddress
 from udptun.core.offload import corrupted_by, names
+from udptun.doctor.daemon import severity_of
 from udptun.doctor.facts import Facts
 from udptun.doctor.finding import Finding, NotHereError, Severity
 from udptun.doctor.sample import sample
@@ -78,11 +79,8 @@ async def cgroup_limits(facts: Facts) -> list[Finding]:
 async def forwarding(facts: Facts) -> list[Finding]:
     if not facts.paths:
         raise NotHereError("this host has no path between pods and other hosts yet")
-    lines = []
-    for path in facts.paths:
-        if pod_links := await find_pod_links(path):
-            lines += find_forwarding_faults(path, pod_links)
-    return [Finding.of_line(Severity.ERROR, line) for line in lines]
+    lines = [line for path in facts.paths for line in await find_forwarding_faults(path)]
+    return [Finding.of_line(severity_of(line), line) for line in lines]
 
 
 async def reverse_path(facts: Facts) -> list[Finding]:
@@ -219,13 +217,24 @@ async def underlay_interface(facts: Facts) -> list[Finding]:
 
 
 async def ipv6_in_kernel(facts: Facts) -> list[Finding]:
-    """A running daemon says it under `problems`."""
+    """A running daemon says under `problems` that the kernel has none."""
     if facts.conf is None or Family.IPV6 not in facts.conf.families:
         raise NotHereError("IPv6 is not enabled")
-    if read_sysctl("net/ipv6/conf/all/disable_ipv6") is not None:
-        return []
-    cause = "IPv6 is enabled in the network config, and this kernel has none"
-    return [Finding(Severity.ERROR, "", cause, "boot it without ipv6.disable=1")]
+    if read_sysctl("net/ipv6/conf/all/disable_ipv6") is None:
+        cause = "IPv6 is enabled in the network config, and this kernel has none"
+        return [Finding(Severity.ERROR, "", cause, "boot it without ipv6.disable=1")]
+    # A link that has IPv6 switched off has lost its address of IPv6: it is known by that of IPv4.
+    links = {link for path in facts.paths for link in await find_pod_links(path)}
+    return [
+        Finding(
+            Severity.WARNING,
+            link,
+            f"net/ipv6/conf/{link}/disable_ipv6 is 1, so the pods behind {link} have no IPv6",
+            f"`sysctl -w net/ipv6/conf/{link}/disable_ipv6=0`, and make the pods anew: {link} has lost its address",
+        )
+        for link in sorted(links)
+        if read_sysctl(f"net/ipv6/conf/{link}/disable_ipv6") == "1"
+    ]
 
 
 def _read(path: Path) -> str:
