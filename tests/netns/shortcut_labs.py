@@ -23,7 +23,8 @@ ATTACHED_BY = [
 ]
 """Parameters of a fixture: what `started_lab` takes as `by`."""
 
-_WITHOUT_TCX = Path(__file__).with_name("without_tcx.py")
+WITHOUT_TCX = Path(__file__).with_name("without_tcx.py")
+"""`udptun` that attaches by clsact."""
 _LIMIT_S = 15
 """For the switch at all hosts, which takes some tenths of a second."""
 
@@ -34,7 +35,7 @@ def started_lab(prefix: str, by: str, offload: Offload) -> Iterator[Lab]:
     with Lab(f"{prefix}{os.getpid()}{by[0]}", net_conf=_net_conf("auto")) as lab:
         if by == "clsact":
             at = lab.daemon_command.index("-m")
-            lab.daemon_command[at : at + 2] = [str(_WITHOUT_TCX)]
+            lab.daemon_command[at : at + 2] = [str(WITHOUT_TCX)]
         lab.daemon_command[:0] = [*REAL_TIME, *AS_CONFIGURED]
         lab.set_offload(offload)
         lab.start()

@@ -68,9 +68,11 @@ VX, GW, V2, UA, UB = FIVE
 class Daemon:
     """The daemon of one network on one host, with a run directory, a state directory and a subnet.env of its own."""
 
-    def __init__(self, host: Host, network: Network) -> None:
+    def __init__(self, host: Host, network: Network, udptun: Sequence[str] = UDPTUN) -> None:
+        """`udptun`: the command."""
         self.host = host
         self.network = network
+        self._udptun = udptun
         self.process: subprocess.Popen[str] | None = None
         self.run_dir = f"/run/udptun-{network.name}"
         self.subnet_file = f"/run/flannel/{network.name}.env"
@@ -87,7 +89,7 @@ class Daemon:
         self.host.path(self.subnet_file).unlink(missing_ok=True)
         with self._log.open("a") as log:
             self.process = self.host.machine.popen(
-                [*UDPTUN, "daemon", *self.flags, "--ip-masq", *more], stdout=log, stderr=log, new_session=True
+                [*self._udptun, "daemon", *self.flags, "--ip-masq", *more], stdout=log, stderr=log, new_session=True
             )
 
     def wait_ready(self) -> None:
@@ -172,11 +174,11 @@ def add_pods(daemon: Daemon) -> None:
 
 
 @contextlib.contextmanager
-def crowd_of(networks: Sequence[Network], n_hosts: int = 2) -> Iterator[Crowd]:
+def crowd_of(networks: Sequence[Network], n_hosts: int = 2, udptun: Sequence[str] = UDPTUN) -> Iterator[Crowd]:
     with Lab(f"n{os.getpid()}", n_hosts=n_hosts) as lab:
         crowd = Crowd(lab, [])
         for network in networks:
-            crowd.daemons += [Daemon(host, network) for host in lab.hosts]
+            crowd.daemons += [Daemon(host, network, udptun) for host in lab.hosts]
         for daemon in crowd.daemons:
             daemon.start()
             # One after the other, so that the names of the devices are known.
