@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,7 @@ def test_up_exec_status_down_do_what_they_say(command: Command) -> None:
     assert "underlay" in command("exec", "underlay", "--", "ls", "/sys/class/net").stdout.split()
     status = command.status()
     assert [host["name"] for host in status["hosts"]] == ["h1", "h2", "h3"]
-    assert status["hosts"][1]["pods"][1] == {"name": "p2", "address": "10.99.2.3"}
+    assert status["hosts"][1]["pods"][1] == {"name": "p2", "address": "10.99.2.3", "ipv6_address": None}
     assert status["hosts"][1]["daemon_pid"] is not None
     assert "h2/p2" in command("status").stdout
     examined = command("doctor", "--json", "h3", "h1")
@@ -302,6 +303,27 @@ def test_up_exec_status_down_do_what_they_say(command: Command) -> None:
     assert command("down").returncode == 0
     assert not command.processes()
     assert "there is no lab named" in command("status").stderr
+
+
+@pytest.mark.parametrize("is_ipv4", [True, False], ids=["both families", "IPv6 alone"])
+def test_status_of_a_lab_knows_the_addresses_of_both_families(command: Command, tmp_path: Path, is_ipv4: bool) -> None:
+    """With IPv6 alone the first `status` or `exec` ended the lab: its owner died of a KeyError."""
+    conf = {"EnableIPv4": is_ipv4, "EnableIPv6": True, "Network": "10.244.0.0/16", "IPv6Network": "fd00:244::/48"}
+    file = tmp_path / "net-conf.json"
+    file.write_text(json.dumps(conf))
+    up = command("up", "--hosts", "1", "--ipv6", "--net-conf", str(file))
+    assert up.returncode == 0, up.stderr
+    (host,) = command.status()["hosts"]
+    (pod,) = host["pods"]
+    assert ip_address(pod["ipv6_address"]) in ip_network(host["ipv6_subnet"])
+    assert (pod["address"] == pod["ipv6_address"], host["subnet"] is None) == (not is_ipv4, not is_ipv4)
+    assert host["underlay_ipv6"] == "fd00:77::b"
+    words = pod["address"] if not is_ipv4 else f"{pod['address']} and {pod['ipv6_address']}"
+    assert f"lab: pod h1/p1 has {words}\n" in up.stdout
+    text = command("status").stdout
+    assert f"h1/p1     {words.replace(' and ', ' ')}\n" in text
+    assert f"subnet {' '.join(filter(None, (host['subnet'], host['ipv6_subnet'])))}, daemon pid" in text
+    assert command("exec", "h1/p1", "--", "ping", "-c", "1", pod["ipv6_address"]).returncode == 0
 
 
 @pytest.fixture

@@ -240,10 +240,16 @@ def _status(options: argparse.Namespace) -> int:
         else:
             daemon = "no daemon"
         state = daemon if host["up"] else "down"
-        print(f"  {host['name']:<6} {host['underlay_address']:<15} subnet {host['subnet'] or '-'}, {state}")
+        subnets = _words(host["subnet"], host["ipv6_subnet"])
+        underlay = _words(host["underlay_address"], host["underlay_ipv6"])
+        print(f"  {host['name']:<6} {underlay:<15} subnet {subnets or '-'}, {state}")
         for pod in host["pods"]:
-            print(f"    {host['name']}/{pod['name']:<6} {pod['address']}")
+            print(f"    {host['name']}/{pod['name']:<6} {_words(pod['address'], pod['ipv6_address'])}")
     return 0
+
+
+def _words(*values: str | None) -> str:
+    return " ".join(dict.fromkeys(filter(None, values)))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -227,8 +227,10 @@ class Host:
 
     @property
     def gateway(self) -> IPv4Interface:
-        """FLANNEL_SUBNET: the address of cni0, with the subnet's prefix length."""
-        return IPv4Interface(self.subnet_env()["FLANNEL_SUBNET"])
+        """FLANNEL_SUBNET: the address of cni0, with the subnet's prefix length.  Raises LabError without IPv4."""
+        if (text := self.subnet_env().get("FLANNEL_SUBNET")) is None:
+            raise LabError(f"{self.name} has no IPv4 subnet")
+        return IPv4Interface(text)
 
     @property
     def ipv6_gateway(self) -> IPv6Interface | None:
@@ -262,7 +264,8 @@ class Host:
         number = len(self.pods) + 1
         pod = self._wire_pod(number) if self._podman is None else self._run_container(self._podman, number)
         self.pods.append(pod)
-        log.info("pod %s has %s", pod, pod.address)
+        addresses = dict.fromkeys(filter(None, (pod.address, pod.ipv6_address)))
+        log.info("pod %s has %s", pod, " and ".join(map(str, addresses)))
         return pod
 
     def _wire_pod(self, number: int) -> Pod:

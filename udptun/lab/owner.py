@@ -19,6 +19,7 @@ import signal
 import socket
 import struct
 from dataclasses import dataclass
+from ipaddress import ip_interface
 from typing import Any
 
 from udptun.lab.errors import LabError
@@ -148,19 +149,29 @@ def _host_status(host: Host) -> dict[str, Any]:
     up = host.machine.is_up
     status = host.daemon.poll() if host.daemon is not None else None
     try:
-        subnet, mtu = str(host.subnet), host.mtu
+        env = host.subnet_env()
     except (LabError, OSError):
-        subnet, mtu = None, None
+        env = {}
+    subnet, ipv6_subnet = map(env.get, ("FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET"))
     return {
         "name": host.name,
         "up": up,
         "holder_pid": host.machine.at().holder_pid,
         "underlay_address": str(host.underlay_address),
+        "underlay_ipv6": str(host.underlay_ipv6) if host.lab.has_ipv6 else None,
         "daemon_pid": host.daemon.pid if host.daemon is not None and status is None else None,
         "daemon_exit_status": status,
-        "subnet": subnet,
-        "mtu": mtu,
-        "pods": [{"name": pod.name, "address": str(pod.address)} for pod in host.pods],
+        "subnet": subnet and str(ip_interface(subnet).network),
+        "ipv6_subnet": ipv6_subnet and str(ip_interface(ipv6_subnet).network),
+        "mtu": int(env["FLANNEL_MTU"]) if env else None,
+        "pods": [
+            {
+                "name": pod.name,
+                "address": str(pod.address),
+                "ipv6_address": None if pod.ipv6_address is None else str(pod.ipv6_address),
+            }
+            for pod in host.pods
+        ],
     }
 
 

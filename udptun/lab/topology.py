@@ -118,7 +118,7 @@ class Lab:
         self.underlay_mtu = underlay_mtu
         self.daemon_command = list(daemon_command) if daemon_command else _udptun_daemon(store, cni, _api_address(ipv4))
         self._has_containers = cni
-        self._has_ipv6 = ipv6
+        self.has_ipv6 = ipv6
         self._has_ipv4 = ipv4
         self._pod_cidrs = pod_cidrs
         self._is_kube = store == StoreKind.KUBE.value
@@ -144,12 +144,12 @@ class Lab:
             self.switch.wait_made()
             # Written through the namespace: the directory exists on the lab's own tmpfs only.
             self.switch.at().path(NET_CONF).write_text(self._net_conf)
-            if self._has_ipv6:
+            if self.has_ipv6:
                 enable_ipv6(self.switch)
             self.switch.at().ip(
                 "link set lo up",
                 *self._subnet(SWITCH, UNDERLAY),
-                *([f"addr add {UNDERLAY_IPV6[1]}/{UNDERLAY_IPV6.prefixlen} dev {SWITCH} nodad"] * self._has_ipv6),
+                *([f"addr add {UNDERLAY_IPV6[1]}/{UNDERLAY_IPV6.prefixlen} dev {SWITCH} nodad"] * self.has_ipv6),
             )
             undo.callback(self._hosts_down)
             if self._is_kube:
@@ -181,9 +181,10 @@ class Lab:
         for host in self.hosts:
             host.wait_ready(timeout)
             env = host.subnet_env()
-            subnet = ip_interface(env.get("FLANNEL_SUBNET") or env["FLANNEL_IPV6_SUBNET"]).network
-            address = host.underlay_address if self._has_ipv4 else host.underlay_ipv6
-            log.info("host %s is ready: subnet %s, underlay %s", host.name, subnet, address)
+            gateways = filter(None, map(env.get, ("FLANNEL_SUBNET", "FLANNEL_IPV6_SUBNET")))
+            subnets = " and ".join(str(ip_interface(gateway).network) for gateway in gateways)
+            addresses = [host.underlay_address] * self._has_ipv4 + [host.underlay_ipv6] * self.has_ipv6
+            log.info("host %s is ready: subnet %s, underlay %s", host.name, subnets, " and ".join(map(str, addresses)))
         for host in self.hosts:
             for _ in range(self._n_pods):
                 host.add_pod()
@@ -205,7 +206,7 @@ class Lab:
             new.append(self.hosts[-1])
         for host in new:
             host.machine.wait_made()
-            if self._has_ipv6:
+            if self.has_ipv6:
                 enable_ipv6(host.machine)
             self.switch.at().ip(
                 f"link add {host.name} mtu {self.underlay_mtu} type veth"
@@ -218,7 +219,7 @@ class Lab:
                     f"addr add {host.underlay_address}/{UNDERLAY.prefixlen} brd + dev eth0",
                     f"route add default via {UNDERLAY[1]}",
                 )
-            if self._has_ipv6:
+            if self.has_ipv6:
                 host.machine.at().ip(
                     f"addr add {host.underlay_ipv6}/{UNDERLAY_IPV6.prefixlen} dev eth0 nodad",
                     f"route add default via {UNDERLAY_IPV6[1]}",
