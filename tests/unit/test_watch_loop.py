@@ -39,8 +39,10 @@ class Watched:
         if self.source_error is not None:
             raise self.source_error
         for at in self.at:
-            if at >= self.now:
-                await asyncio.sleep(at - self.now)
+            wait_s = at - self.now
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            if wait_s >= 0:
                 yield at
         await asyncio.sleep(1e6)
 
@@ -64,6 +66,11 @@ def test_it_looks_at_once_and_then_by_the_timer() -> None:
     assert looks(Watched(), 100) == [0, 30, 60, 90]
 
 
+def test_what_a_source_says_once_it_is_open_is_answered_by_the_first_look() -> None:
+    """Each start looked twice at everything, the firewall's rules with three programs a look."""
+    assert looks(Watched([0.0, 10.0]), 20) == [0, 10.02]
+
+
 def test_a_notice_brings_a_look_when_it_is_quiet_again() -> None:
     """Three notices of one change are one look, and the timer begins anew with it."""
     assert looks(Watched([10.0, 10.01, 10.025]), 60) == [0, 10.045, 40.045]
@@ -79,6 +86,8 @@ def test_looks_in_a_storm_are_ever_further_apart_up_to_a_bound() -> None:
     watched = Watched()
 
     async def follow_each_look() -> AsyncGenerator[None, None]:
+        while not watched.looks:
+            await asyncio.sleep(0.001)
         for _ in range(6):
             n = len(watched.looks)
             await asyncio.sleep(10 if n == 1 else 0.03)

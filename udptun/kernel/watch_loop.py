@@ -50,8 +50,9 @@ class WatchLoop:
     ) -> None:
         """`subject` names in log lines what is looked at.
 
-        Every item of `notices` asks for a look, whatever the item is.  A generator that raises or ends is replaced by a
-        new one, and the timer goes on meanwhile.  `look` returns whether all is well; if not, it is called again soon.
+        Every item of `notices` asks for a look, whatever the item is; the first look answers what comes at once.  A
+        generator that raises or ends is replaced by a new one, and the timer goes on meanwhile.  `look` returns whether
+        all is well; if not, it is called again soon.
         """
         self._subject = subject
         self._notices = notices
@@ -75,6 +76,8 @@ class WatchLoop:
         clock = asyncio.get_running_loop().time
         pace = self._pace
         settle_s, retry_s = pace.settle_s, pace.retry_s
+        # The notices are opened first.  Each of our sources then says that it has not seen earlier changes.
+        await asyncio.sleep(0)
         while True:
             self._wake.clear()
             if await self._look_once():
