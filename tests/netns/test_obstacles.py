@@ -7,8 +7,10 @@ The rules are set with the tools that people use, and read from the kernel.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, ip_address
@@ -20,6 +22,7 @@ from namespace import Namespace, namespace, requires_netns
 
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel_path import TunnelPath
+from udptun.firewall.obstacles import kernel_rules
 from udptun.firewall.obstacles.watch import Obstacles
 
 pytestmark = [pytest.mark.netns, requires_netns]
@@ -520,6 +523,34 @@ def test_nothing_is_said_where_there_are_no_pods_or_nothing_is_carried(world: Na
     assert problems(world) != ()
     assert world.call_async(nothing_carried) == ()
     assert problems(world, PodPath(NETWORK, IPv4Network("10.244.2.0/24"), "flannel0")) == ()
+
+
+def test_a_line_does_not_outlive_its_cause_where_a_reading_waits_for_the_processor(
+    world: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules were not read again for 100 times as long as that took: for 20 s on a busy machine, where it took 0.2 s."""
+    read = kernel_rules.read_nft
+
+    async def read_slowly(*about: Any) -> Any:
+        await asyncio.sleep(0.3)
+        return await read(*about)
+
+    async def look_before_and_after() -> tuple[tuple[str, ...], float]:
+        obstacles = Obstacles(lambda: [PATH], list)
+        await obstacles.look()
+        before, healed_s = obstacles.problems, time.monotonic()
+        await asyncio.to_thread(run, world, "nft delete table inet t")
+        obstacles.note(None)
+        while obstacles.problems:
+            await obstacles.look()
+            await asyncio.sleep(0.05)
+        return before, time.monotonic() - healed_s
+
+    monkeypatch.setattr(kernel_rules, "read_nft", read_slowly)
+    run(world, "nft add table inet t; nft 'add chain inet t c { type filter hook forward priority 0; policy drop; }'")
+    before, seconds = world.call_async(look_before_and_after)
+    assert before != ()
+    assert seconds < 15
 
 
 def test_chain_with_very_many_rules_is_not_judged(world: Namespace) -> None:

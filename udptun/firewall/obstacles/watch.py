@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ log = logging.getLogger(__name__)
 _PERIOD_S = 30.0
 """nf_tables is read again after a notice, and this often: the kernel's notices do not tell of the elements of sets."""
 _REST = 100
-"""And not before so many times as long as the last reading took: kube-proxy changes thousands of rules all day long."""
+"""And not before so many times as long as the last reading used the processor: kube-proxy changes thousands of rules
+all day long.  How long it took is another thing on a busy machine, where a line would outlive its cause by seconds."""
 
 
 async def find_ways(pod_paths: Iterable[PodPath], tunnel_paths: Iterable[TunnelPath]) -> list[Way]:
@@ -150,6 +152,7 @@ class Obstacles:
         if now_s < self._nft_rest_s or not is_due:
             return
         self._is_stale, self._links = False, links
+        used_s = time.thread_time()
         try:
             self._nft, self._nft_seen = await read_nft(links, traffics)
         except KernelError as exc:
@@ -157,4 +160,4 @@ class Obstacles:
             log.debug("nftables rules not read error=%s", exc)
             self._nft, self._nft_seen = {traffic: [] for traffic in traffics}, frozenset()
         self._nft_read_s = asyncio.get_running_loop().time()
-        self._nft_rest_s = self._nft_read_s + _REST * (self._nft_read_s - now_s)
+        self._nft_rest_s = self._nft_read_s + _REST * (time.thread_time() - used_s)
