@@ -401,8 +401,8 @@ cdef void run_loop(Loop *w) noexcept nogil:
                 tun |= fds[i].revents != 0
                 is_going |= fds[i].revents & POLLERR != 0
             if is_going:
-                # The device is being deleted, or is.  Until the kernel has let go of our queues, reads say that they are
-                # empty, writes fail, and poll() returns at once.
+                # The device is being deleted, or is.  Until the kernel lets go of our queues they read as empty, writes
+                # fail, and poll() returns at once.
                 w.worker.state = UT_STATE_TUN_LOST
                 poll(fds, 1, TUN_LOST_WAIT_MS)
                 tun, udp = True, False
