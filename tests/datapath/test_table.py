@@ -497,5 +497,6 @@ def test_no_batch_is_torn_under_a_writer_in_another_process_at_full_rate(
     batches, torn, different = ours.recv()
     print(f"{batches} batches of {n_peers}, {flips} flips, waited {refused}, {different} tables seen, {torn} torn")
     assert torn == 0
-    assert flips > 100
-    assert different > 20
+    # Else nothing has been tried; on an idle machine it is many times as much.
+    assert flips > 20
+    assert different > 5

@@ -531,7 +531,7 @@ async def test_opening_costs_no_time_for_ten_thousand_leases(harness: LocalHarne
     harness.write((number, number) for number in range(10_000))
 
     store = harness.store()
-    began_s = time.monotonic()
+    used_s = time.process_time()
     await store.release(await store.claim(host(11_000), exactly(11_000)))
-    assert time.monotonic() - began_s < 2.5
+    assert time.process_time() - used_s < 2.5
     await store.aclose()

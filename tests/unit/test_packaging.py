@@ -28,6 +28,10 @@ def run(argv: Sequence[str | Path], cwd: Path, **environment: str) -> subprocess
     return done
 
 
+# The first of them builds the wheel.
+pytestmark = pytest.mark.timeout(600)
+
+
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory with sdist and wheel; the wheel is built from the sdist, with this environment's build tools."""
