@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -295,6 +296,25 @@ def test_a_device_that_is_deleted_comes_back_with_it(lab: Lab) -> None:
         wait_until("pods to be reached", lambda: is_answered(one.pods[0], two.pods[0].address), LIMIT_S)
         wait_until_on(lab)
     ping(one.pods[0], two.pods[0].address)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
+def test_packets_of_several_flows_do_not_wait_for_a_single_processor(lab: Lab) -> None:
+    """Whatever the underlay's card had received by its queues, one processor at a time went on with all of it."""
+    one, two = lab.hosts
+    far = pair_names("flannel0")[1]
+
+    def received() -> list[int]:
+        """By each queue of the far end."""
+        said = two.run(["ethtool", "-S", far]).stdout
+        return [int(it) for it in re.findall(r"rx_queue_\d+_xdp_packets: (\d+)", said)]
+
+    before = received()
+    assert len(before) == min(os.cpu_count() or 1, 64)
+    with udp_flow(one.pods[0], two.pods[0], 1000, from_many_ports=True) as flow:
+        flow.wait_for_more(500)
+    assert not flow.report.lost
+    assert sum(now - then > 20 for then, now in zip(before, received(), strict=True)) > 1
 
 
 @pytest.mark.parametrize("change", ["down", "mtu 1000"])

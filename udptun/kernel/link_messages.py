@@ -76,15 +76,26 @@ def add_vxlan(name: str, vxlan: Vxlan, mac: str, mtu: int) -> Request:
     return _request(operation, NEWLINK, F_CREATE | F_EXCL, ifinfmsg(), attributes)
 
 
-def add_pair(names: tuple[str, str], macs: tuple[str, str], mtu: int) -> Request:
-    """Make two devices of which each receives what the other one sends (veth), still down."""
-    other: _Attributes = [("IFLA_IFNAME", names[1]), ("IFLA_ADDRESS", macs[1]), ("IFLA_MTU", mtu)]
+def add_pair(names: tuple[str, str], macs: tuple[str, str], mtu: int, n_queues: int) -> Request:
+    """Make two devices of which each receives what the other one sends (veth), still down.
+
+    The first one sends by so many queues, and the second one receives by them.
+    """
+    other: _Attributes = [
+        ("IFLA_IFNAME", names[1]),
+        ("IFLA_ADDRESS", macs[1]),
+        ("IFLA_MTU", mtu),
+        ("IFLA_NUM_TX_QUEUES", 1),
+        ("IFLA_NUM_RX_QUEUES", n_queues),
+    ]
     data: _Attributes = [("VETH_INFO_PEER", {"attrs": other})]
     info: _Attributes = [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": data})]
     attributes: _Attributes = [
         ("IFLA_IFNAME", names[0]),
         ("IFLA_ADDRESS", macs[0]),
         ("IFLA_MTU", mtu),
+        ("IFLA_NUM_TX_QUEUES", n_queues),
+        ("IFLA_NUM_RX_QUEUES", 1),
         ("IFLA_LINKINFO", {"attrs": info}),
     ]
     return _request(f"cannot create {names[0]} and {names[1]}", NEWLINK, F_CREATE | F_EXCL, ifinfmsg(), attributes)

@@ -3,6 +3,9 @@
     near end    packets are sent into it.  Its TCP segmentation is off: only then does veth merge what others have sent
                 (veth_skb_is_eligible_for_gro in drivers/net/veth.c)
     far end     receives them by NAPI, with GRO
+    queues      one for each processor: what a card has received by one of its queues goes on by the same one of these
+                (skb_tx_hash in net/core/dev.c), and so on the processor that received it.  A single queue would have
+                one processor at a time receive for all, and now one, now another
 
 Nobody else has business on it: no addresses, no IPv6.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import os
 import socket
 import struct
 from contextlib import suppress
@@ -28,6 +32,8 @@ from udptun.kernel.sysctl import write_sysctl
 # include/uapi/linux/sockios.h and ethtool.h; the same on every architecture.
 _SIOCETHTOOL, _ETHTOOL_STSO, _ETHTOOL_SGRO = 0x8946, 0x1F, 0x2C
 
+_MAX_QUEUES = 64
+"""More queues of a card than these share some."""
 _MACS = ("02:75:74:00:00:01", "02:75:74:00:00:02")
 """Of the near and the far end; shortcut.bpf.c writes them before the packets."""
 
@@ -53,7 +59,7 @@ async def make_pair(device: str, mtu: int, alias: str) -> MergingPair:
     names = pair_names(device)
     await delete_pair(device, alias)
     async with Netlink() as kernel:
-        await kernel.do(add_pair(names, _MACS, mtu))
+        await kernel.do(add_pair(names, _MACS, mtu, min(os.cpu_count() or 1, _MAX_QUEUES)))
         try:
             links = []
             for name in names:
