@@ -70,14 +70,17 @@ class Member:
         start: Start | None = None,
         clock: Clock | None = None,
         me: Identity = ME,
+        config: str = CONFIG,
     ) -> None:
         self.store = store
         self.peers: dict[str, str] = {}
         self.n_changes = 0
         self.me = me
+        self.conf = parse_net_conf(config, "test")
+        claimed = {family: (self.conf.pool(family).network,) for family in self.conf.families}
         self.membership = Membership(
-            *(store, start or Start(CONFIG), CONF, me, directory, margin_s),
-            *({Family.IPV4: (CONF.network,)}, lambda lease, family: None),
+            *(store, start or Start(config), self.conf, me, directory, margin_s),
+            *(claimed, lambda lease, family: None),
             *(self._changed, parse_net_conf, clock or Clock()),
             outer=lambda attrs, family: family,
         )
@@ -85,14 +88,15 @@ class Member:
     async def _changed(self, family: Family, events: Sequence[LeaseEvent]) -> None:
         self.n_changes += len(events)
         for event in events:
+            subnet = str(event.lease.subnet_of(family))
             if event.type is EventType.ADDED:
-                self.peers[str(event.lease.subnet)] = str(event.lease.attrs.public_ip)
+                self.peers[subnet] = str(event.lease.attrs.address(family))
             else:
-                del self.peers[str(event.lease.subnet)]
+                del self.peers[subnet]
 
     async def join(self) -> None:
-        own = attrs(str(self.me.public_ip), self.me.node_id)
-        await self.membership.join(own, chooser(CONF, self.me, None, random.Random(1)))
+        own = replace(attrs(str(self.me.public_ip), self.me.node_id), public_ipv6=self.me.public_ipv6)
+        await self.membership.join(own, chooser(self.conf, self.me, None, random.Random(1)))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -438,6 +442,38 @@ async def test_subnet_of_a_peer_that_goes_is_another_ones_when_its_grace_is_over
         store.replace_all(member.membership.own, half)
         await until(lambda: member.peers == {"10.244.20.0/25": "192.0.2.66"})
         assert member.membership.skipped == ()
+
+
+async def test_peer_by_one_family_that_goes_is_forgotten_by_the_other_too(tmp_path: Path) -> None:
+    """What IPv6 has refused of such a lease was `skipped` for ever, and a peer once the addresses that it waited for
+    were free: a host that is gone.
+    """
+    config = '{"Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:244::/48"}'
+    me = replace(ME, public_ipv6=IPv6Address("fd99::1"))
+
+    def host(number: int, ipv6_subnet: str) -> Lease:
+        subnets = Subnets(IPv4Network(f"10.244.{number}.0/24"), IPv6Network(ipv6_subnet))
+        return Lease(subnets, replace(attrs(f"192.0.2.{number}"), public_ipv6=IPv6Address(f"fd99::{number}")))
+
+    first, waiting, outside = (
+        host(*it) for it in ((20, "fd00:244:0:20::/64"), (21, "fd00:244:0:20::/80"), (22, "fd01::/64"))
+    )
+    member = Member(FakeStore(first, waiting, outside), tmp_path, me=me, config=config)
+    by_ipv4 = {f"10.244.{number}.0/24": f"192.0.2.{number}" for number in (20, 21, 22)}
+    async with member.running():
+        await until(lambda: member.peers == by_ipv4 | {"fd00:244:0:20::/64": "fd99::20"})
+        assert set(member.membership.skipped) == {
+            f"{waiting.key}: subnet fd00:244:0:20::/80 overlaps the lease {first.key}",
+            f"{outside.key}: subnet fd01::/64 is outside IPv6Network fd00:244::/48",
+        }
+        member.store.remove(waiting)
+        member.store.remove(outside)
+        await until(lambda: "10.244.21.0/24" not in member.peers and "10.244.22.0/24" not in member.peers)
+        assert member.membership.skipped == ()
+        member.store.remove(first)
+        await until(lambda: member.peers == {})
+        await turns()
+        assert member.peers == {}
 
 
 async def test_peer_that_overlaps_our_own_lease_is_refused(tmp_path: Path) -> None:

@@ -186,10 +186,10 @@ class Peers:
             await self._drop(ended)
 
     async def _drop(self, keys: Iterable[str]) -> None:
-        dropped = set(keys)
+        # Also from a table that refuses the lease: it is no peer by that family, and known there all the same.
+        dropped = {key: table.peers[key] for key in keys for table in self.tables if key in table.peers}
         for table in self.tables:
-            peers = [table.peers[key] for key in dropped if key in table.peers]
-            await self._apply(table, table.update(LeaseEvent(EventType.REMOVED, peer) for peer in peers))
+            await self._apply(table, table.update(LeaseEvent(EventType.REMOVED, peer) for peer in dropped.values()))
 
     async def _apply(self, table: LeaseTable, events: list[LeaseEvent]) -> None:
         """Tell what the table has answered to a change."""
