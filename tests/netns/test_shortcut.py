@@ -358,6 +358,27 @@ def test_auto_gives_way_to_rules_that_name_the_port(lab: Lab) -> None:
     wait_until_on(lab)
 
 
+@pytest.mark.parametrize(
+    ("family", "hook"), [("netdev", "ingress"), ("netdev", "egress"), ("inet", "ingress")], ids="-".join
+)
+def test_auto_gives_way_to_chains_at_the_underlay(lab: Lab, family: str, hook: str) -> None:
+    """One that dropped all of a peer's packets was passed by, and nothing said so."""
+    host = lab.hosts[1]
+    with ExitStack() as undo:
+        chain = f"chain c {{ type filter hook {hook} device eth0 priority 0; ip saddr 192.0.2.1 drop; }}"
+        host.run(["nft", "-f", "-"], input=f"table {family} t {{ {chain}; }}")
+        undo.callback(host.run, ["nft", "delete", "table", family, "t"])
+        reload(host, "auto")
+        said = "off: the chain c of nft (table t) stands at eth0"
+        wait_until("it to be off", lambda: state(host).startswith(said), LIMIT_S)
+    # Another link's.
+    with ExitStack() as undo:
+        host.run(["nft", "-f", "-"], input=f"table netdev t {{ {chain.replace('eth0', 'cni0')}; }}")
+        undo.callback(host.run, ["nft", "delete", "table", "netdev", "t"])
+        reload(host, "auto")
+        wait_until_on(lab)
+
+
 def test_auto_lets_nothing_in_that_the_firewall_drops(lab: Lab) -> None:
     """A policy of drop names no port: the workers got nothing, and the shortcut all."""
     two = lab.hosts[1]

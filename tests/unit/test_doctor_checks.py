@@ -194,8 +194,8 @@ async def test_a_datapath_without_process_worker_or_standby_is_named() -> None:
 async def test_rules_that_the_shortcut_passes_by_are_a_note(
     monkeypatch: pytest.MonkeyPatch, shortcut: str, rule: str, is_said: bool
 ) -> None:
-    async def find_objection(port: int) -> str:
-        return rule if port == 8285 else ""
+    async def find_objection(port: int, link: str | None) -> str:
+        return rule if (port, link) == (8285, "eth0") else ""
 
     async def no_policies() -> list[Policy]:
         return []
@@ -207,7 +207,7 @@ async def test_rules_that_the_shortcut_passes_by_are_a_note(
     said["datapath"]["shortcut"] = shortcut
     found = await firewall.rules_passed_by(facts(said))
     assert [it.severity for it in found] == [Severity.NOTE] * is_said
-    assert all("INPUT and OUTPUT" in it.cause and rule in it.cause for it in found)
+    assert all("this host's rules say" in it.cause and rule in it.cause for it in found)
     del said["datapath"]["shortcut"]
     assert await firewall.rules_passed_by(facts(said)) == []
 
@@ -218,7 +218,7 @@ async def test_an_ipsec_policy_that_the_shortcut_passes_by_is_a_warning(monkeypa
     said["lease"]["port"] = 8285
     said["datapath"]["shortcut"] = "on"
 
-    async def no_objection(_port: int) -> str:
+    async def no_objection(_port: int, _link: str | None) -> str:
         return ""
 
     async def one_policy() -> list[Policy]:

@@ -291,6 +291,6 @@ async def test_rules_that_cannot_be_read_are_an_objection(
     monkeypatch.setattr("udptun.firewall.tool.run", run)
     monkeypatch.setattr("udptun.firewall.port_rules.programs", no_programs)
     monkeypatch.setattr("udptun.firewall.port_rules.legacy_tables", lambda version: [])
-    found = await find_objection(8285)
+    found = await find_objection(8285, None)
     assert found.startswith(expected)
     assert bool(found) is bool(expected)

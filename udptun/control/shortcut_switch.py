@@ -124,7 +124,7 @@ class ShortcutSwitch:
         policies = await read_policies()
         if policies and (why := find_policy(policies, self._path(packets, len(self._tunnel.peers.subnets)))):
             return why
-        return await find_objection(packets.port) or await find_drop(self._path(packets, _MAX_PEERS))
+        return await find_objection(packets.port, self._underlay) or await find_drop(self._path(packets, _MAX_PEERS))
 
     async def _find_objection_to_detour(self) -> str | None:
         """What the host's firewall would do to super-packets that take the detour; empty when nothing certainly.

@@ -41,8 +41,8 @@ async def rules_passed_by(facts: Facts) -> list[Finding]:
         return []
     found = []
     remedy = 'set "Shortcut" to "auto" or "off" in the network config where such rules matter'
-    if objection := await find_objection(port):
-        cause = f"the shortcut is on, and passes by what INPUT and OUTPUT say of the tunnel's packets: {objection}"
+    if objection := await find_objection(port, facts.underlay):
+        cause = f"the shortcut is on, and passes by what this host's rules say of the tunnel's packets: {objection}"
         found.append(Finding(Severity.NOTE, "shortcut", cause, remedy))
     policies = await read_policies()
     # Of all peers: a policy may name a single one.

@@ -1,7 +1,8 @@
 """Whether rules of packet filters mean the tunnel's own datagrams.
 
-What the kernel carries by the shortcut passes none of the host's own chains.  So where somebody has written rules about
-the port, or drops all but a few, they mean to decide.
+What the kernel carries by the shortcut passes none of the host's own chains, nor those at the underlay's ingress and
+egress (nft).  So where somebody has written rules about the port or at the underlay, or drops all but a few, they mean
+to decide.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from udptun.core.tunnel_path import TunnelPath
 from udptun.firewall import tool
 from udptun.firewall.iptables import legacy_tables
 from udptun.firewall.iptables_programs import programs
+from udptun.firewall.obstacles.kernel_rules import find_chain_at
 from udptun.firewall.obstacles.watch import find_lines, find_ways
 from udptun.firewall.tool import AbsentError
 
@@ -29,8 +31,13 @@ _RANGE = re.compile(r"\b(\d+)(?:[-:](\d+))?\b")
 _ADDRESS = re.compile(r"\b\d+(\.\d+){3}(/\d+)?|[0-9a-fA-F]*:[0-9a-fA-F:]*:[0-9a-fA-F]*(/\d+)?")
 
 
-async def find_objection(port: int) -> str:
-    """That a rule names the port, or why that cannot be known; empty when no rule does, of whatever chain."""
+async def find_objection(port: int, link: str | None) -> str:
+    """What rules are about the port, or at the link, or why that cannot be known; empty when none are.
+
+    `link`: the underlay; None: it is not known.  Raises KernelError.
+    """
+    if link is not None and (chain := await find_chain_at(link)) is not None:
+        return f"the chain {chain.name} of nft (table {chain.table}) stands at {link}"
     try:
         async for listing in _listings():
             # In a thread: a hundred thousand rules take seconds.

@@ -13,8 +13,10 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from udptun.core.errors import KernelError
 from udptun.core.family import Family
 from udptun.firewall.obstacles.nft_messages import (
     INET,
@@ -66,6 +68,23 @@ async def read_nft(
     async with Conversation(_NETLINK_NETFILTER) as kernel:
         reader = _NftReader(kernel, links, traffics)
         return await reader.read(), frozenset(reader.seen)
+
+
+async def find_chain_at(link: str) -> ChainHead | None:
+    """A chain of nf_tables at the link's ingress or egress, where those of IP are not met yet, or no more.
+
+    Raises KernelError.
+    """
+    try:
+        async with Conversation(_NETLINK_NETFILTER) as kernel:
+            dormant = {decode_dormant_table(body) for body in await kernel.dump(dump_tables())}
+            heads = [decode_chain(body) for body in await kernel.dump(dump_chains())]
+    except KernelError as exc:
+        if exc.errno not in NO_NF_TABLES:
+            raise
+        return None
+    awake = [it for it in heads if (it.family, it.table) not in dormant]
+    return next((it for it in awake if any(fnmatchcase(link, name) for name in it.devices)), None)
 
 
 class _NftReader:

@@ -7,7 +7,7 @@ attributes are in network byte order.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -34,7 +34,8 @@ _GOING_ON = (-1, -2)
 class ChainHead:
     """A chain without its rules.
 
-    `hook` None: only other chains lead into it.  `type` is "filter", "nat" or "route".
+    `hook` None: only other chains lead into it.  `type` is "filter", "nat" or "route".  `devices`: what it stands at,
+    where that is a link's ingress or egress; a name that ends with * is the beginning of several.
     """
 
     family: int
@@ -44,6 +45,7 @@ class ChainHead:
     priority: int
     type: str
     is_policy_drop: bool
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,16 @@ def decode_chain(body: bytes) -> ChainHead:
         _I32.unpack(hook[2])[0] if hook else 0,
         text_of(found.get(7, b"")),
         5 in found and number_of(found[5]) == 0,
+        (*_device_names(hook),),
     )
+
+
+def _device_names(hook: Mapping[int, bytes]) -> Iterator[str]:
+    """NFTA_HOOK_DEVS, each with NFTA_DEVICE_NAME or, since Linux 6.17, NFTA_DEVICE_PREFIX; or NFTA_HOOK_DEV alone."""
+    for kind, name in attributes(hook.get(4, b""), 0):
+        yield text_of(name) + "*" * (kind == 2)
+    if 3 in hook and 4 not in hook:
+        yield text_of(hook[3])
 
 
 def decode_set(head: bytes, bodies: Iterable[bytes]) -> SetContents:
