@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from udptun.core.family import Family
-from udptun.core.network_state import IPAddress
 from udptun.lab.errors import LabError
 from udptun.lab.machine import LAB_DIR, SOURCE_ROOT, File, Machine
 from udptun.lab.podman import Podman
 
 if TYPE_CHECKING:
+    from udptun.core.network_state import IPAddress
     from udptun.lab.topology import Lab
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,15 @@ import shutil
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_interface
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from udptun.cni import install
 from udptun.cni.errors import CniError
-from udptun.core.network_state import IPAddress
 from udptun.lab.errors import LabError
 from udptun.lab.machine import Machine
+
+if TYPE_CHECKING:
+    from udptun.core.network_state import IPAddress
 
 CONFLIST = """\
 {

@@ -23,16 +23,17 @@ from enum import Enum
 from ipaddress import IPv4Network, ip_interface
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from udptun.backends.choice import parse_net_conf
-from udptun.config.store_flags import StoreKind
 from udptun.core.family import Family
-from udptun.core.network_state import IPAddress
 from udptun.lab.errors import CommandError, LabError
 from udptun.lab.host import DISTANT, FIRST_HOST, UNDERLAY, UNDERLAY_IPV6, Host
 from udptun.lab.machine import LAB_DIR as LAB_DIR
 from udptun.lab.machine import SOURCE_ROOT, Machine, signals_deferred
 from udptun.lab.podman import missing_packages
+
+if TYPE_CHECKING:
+    from udptun.core.network_state import IPAddress
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Lab:
         self.has_ipv6 = ipv6
         self._has_ipv4 = ipv4
         self._pod_cidrs = pod_cidrs
-        self._is_kube = store == StoreKind.KUBE.value
+        self._is_kube = store == "kube"
         self._api: subprocess.Popen[str] | None = None
         self._n_hosts = n_hosts
         self._n_pods = n_pods
@@ -258,6 +259,9 @@ class Lab:
         """Make the host a node with the podCIDRs of its number."""
         if self._api is None:
             return
+        # Here, because most commands of a lab do not need it: it would be a third of their start.
+        from udptun.backends.choice import parse_net_conf
+
         assert self._api.stdin is not None
         conf = parse_net_conf(self._net_conf, "the lab's net-conf.json")
         pools = [conf.pool(family) for family in self._pod_cidrs or conf.families]
@@ -347,7 +351,7 @@ def _api_address(has_ipv4: bool) -> IPAddress:
 
 def _udptun_daemon(store: str, cni: bool, api: IPAddress) -> list[str]:
     where = f"[{api}]" if api.version == 6 else str(api)
-    more = [f"--kube-api-url=http://{where}:{KUBE_PORT}"] if store == StoreKind.KUBE.value else []
+    more = [f"--kube-api-url=http://{where}:{KUBE_PORT}"] if store == "kube" else []
     more += ["--ip-masq"] if cni else []
     return [
         *(sys.executable, "-m", "udptun", "daemon"),
