@@ -105,8 +105,13 @@ async def test_a_decision_that_fails_is_a_reason_to_be_off_and_ends_nothing(
 async def test_the_firewall_is_asked_about_the_detour_once_it_is_wanted(
     fake: FakeShortcut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the shortcut is required, since those packets pass the firewall; and an error is no consent."""
-    switch = ShortcutSwitch(SimpleNamespace(peers=SimpleNamespace(subnets=(), entry=None)), "ours")  # type: ignore[arg-type]
+    """Also where the shortcut is required, since those packets pass the firewall; and an error is no consent.
+
+    A rule about a fourth peer was not seen.
+    """
+    remotes = [SimpleNamespace(address=IPv4Address(f"192.0.2.{n}"), port=8285) for n in range(10, 20)]
+    peers = SimpleNamespace(subnets=range(10), entry=lambda n: SimpleNamespace(remote=remotes[n]))
+    switch = ShortcutSwitch(SimpleNamespace(peers=peers), "ours")  # type: ignore[arg-type]
     asked: list[Any] = []
 
     async def find_drop(path: Any) -> str:
@@ -132,6 +137,7 @@ async def test_the_firewall_is_asked_about_the_detour_once_it_is_wanted(
     assert fake.objections[:2] == [None, "a rule drops it"]
     assert str(fake.objections[2]).startswith("whether the firewall drops UDP port 18472 is not known: ")
     assert {(it.port, it.is_sent_back, it.looks_answered) for it in asked} == {(18472, False, False)}
+    assert all(it.peers == tuple(remote.address for remote in remotes) for it in asked)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from udptun.core.network_state import IPAddress
 from udptun.core.pod_path import PodPath
 from udptun.core.tunnel_path import TunnelPath
 
-_MAX_PEERS = 100
+MAX_PEERS = 100
 """The addresses of so many peers are looked at."""
 
 
@@ -36,7 +36,7 @@ def tunnel_paths(backend: Backend, inputs: Sequence[BackendInput]) -> list[Tunne
     own_port, default_port = backend.ports
     ports: dict[Family, dict[IPAddress, int]] = {}
     for it in inputs:
-        for lease in islice(it.peers, _MAX_PEERS):
+        for lease in islice(it.peers, MAX_PEERS):
             outer = backend.outer(lease.attrs, it.family)
             if (address := lease.attrs.address(outer)) is not None:
                 ports.setdefault(outer, {})[address] = lease.attrs.port(default_port)

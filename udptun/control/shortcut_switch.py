@@ -13,6 +13,7 @@ from ipaddress import IPv4Address
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from udptun.backends.paths import MAX_PEERS
 from udptun.core.errors import UdptunError
 from udptun.core.network_state import IPNetwork
 from udptun.core.offload import Offload
@@ -31,8 +32,6 @@ _PERIOD_S = 60.0
 """The firewall's rules are read so often, and what failed or is lacking is tried again."""
 _REST = 100
 """And after so many times as long as it took."""
-_MAX_PEERS = 3
-"""Of the peers whose datagrams the rules are asked about."""
 
 
 class ShortcutSwitch:
@@ -124,7 +123,7 @@ class ShortcutSwitch:
         policies = await read_policies()
         if policies and (why := find_policy(policies, self._path(packets, len(self._tunnel.peers.subnets)))):
             return why
-        return await find_objection(packets.port, self._underlay) or await find_drop(self._path(packets, _MAX_PEERS))
+        return await find_objection(packets.port, self._underlay) or await find_drop(self._path(packets, MAX_PEERS))
 
     async def _find_objection_to_detour(self) -> str | None:
         """What the host's firewall would do to super-packets that take the detour; empty when nothing certainly.
@@ -137,7 +136,7 @@ class ShortcutSwitch:
         packets = self._packets
         if packets is None or not isinstance(packets.underlay_address, IPv4Address):
             return None
-        path = self._path(packets, _MAX_PEERS)
+        path = self._path(packets, MAX_PEERS)
         try:
             return await find_drop(replace(path, port=DETOUR_PORT, looks_answered=False, is_sent_back=False))
         except Exception as exc:
