@@ -350,7 +350,7 @@ def test_a_host_with_the_shortcut_says_so_and_of_each_peer_who_sends_to_it() -> 
     document = {**dual(), "datapath": {**DOCUMENT["datapath"], "shortcut": "on"}}
     document["peers"][0]["shortcut"] = True
     assert "shortcut on" in screen(document)
-    by_kernel = "the kernel (shortcut), which is slower for floods of small datagrams, and with GRO for many streams"
+    by_kernel = "the kernel (shortcut), slower for floods of small datagrams, and with GRO for many streams"
     for is_sent_to, expected in ((True, by_kernel), (False, "the workers")):
         document["peers"][0]["shortcut"] = is_sent_to
         views = Views("10.244.2.0/24")

@@ -66,7 +66,7 @@ def _rows(host: Host, look: Look, earlier: Look | None) -> Iterator[_Row]:
     if "ecn" in part:
         yield "ECN", "marks of congestion reach its pods" if part["ecn"] else "no marks of congestion", ""
     if (document["datapath"] or {}).get("shortcut") == "on":
-        by_kernel = "the kernel (shortcut), which is slower for floods of small datagrams, and with GRO for many streams"
+        by_kernel = "the kernel (shortcut), slower for floods of small datagrams, and with GRO for many streams"
         yield "sent by", by_kernel if part.get("shortcut") else "the workers", ""
     by = "udptun" if part.get("udptun", True) else "flannel"
     yield "lease", f"by {by}, {lease_end(part.get('expires_at'), look.unix_s)}", ""
