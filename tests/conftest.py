@@ -145,9 +145,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # A test that must be alone waits for the longest of those that run: so all of them come at the end.
     items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
     if hasattr(config, "workerinput"):
+        _take_out_of_groups([item for item in items if item.get_closest_marker("alone")])
         _group_by_shared_fixture(items)
         _group_quick_cases(items)
     _skip_what_needs_a_lab(items)
+
+
+def _take_out_of_groups(items: Sequence[pytest.Item]) -> None:
+    """They come at the end, whenever the others of their groups do: to xdist several marks are a group of its own."""
+    for number, item in enumerate(items):
+        if item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(f"alone-{number}"))
 
 
 def _group_by_shared_fixture(items: list[pytest.Item]) -> None:
