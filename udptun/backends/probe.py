@@ -42,7 +42,8 @@ async def choose_backend(
 
     Raises UdptunError, also when another daemon of this host has the device that `keys` name.
     """
-    ownership = next(iter(ownerships.values()))
+    # The device for both families may be one that a run with the other family alone has made.
+    ownership = Ownership(tuple(network for it in ownerships.values() for network in it.networks))
     if isinstance(keys, UdpKeys):
         return choose(keys, KernelSupport(), "", await find_tun_name(ownership), outer=outer)
     if not isinstance(keys, VxlanKeys):

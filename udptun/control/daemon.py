@@ -40,7 +40,14 @@ from udptun.control.forwarding import Forwarding
 from udptun.control.hand_over import HandOver
 from udptun.control.health_port import HealthPort
 from udptun.control.http import Request, Response, serve
-from udptun.control.instance import claim_files, claim_network, remember, starting
+from udptun.control.instance import (
+    claim_files,
+    claim_network,
+    former_networks,
+    remember,
+    remove_former,
+    starting,
+)
 from udptun.control.kept_descriptors import KeptDescriptors
 from udptun.control.log_format import start_logging
 from udptun.control.node_status import NodeStatus
@@ -284,6 +291,9 @@ class Daemon:
         conf = read_config(start.config, store.config_name, options)
         self._node_status.starts("makes the device")
         ownerships = {it: await claim_network(self._claims, conf.pool(it).network, options) for it in conf.families}
+        # Of a family that is enabled no longer.  Its device may be the one that the other goes on with.
+        former = former_networks(options, conf.families)
+        ownerships[conf.families[0]] = ownerships[conf.families[0]].with_leftovers(former)
         public = await find_public_addresses(store)
         options = replace(
             options, public_ip=public.ipv4 or options.public_ip, public_ipv6=public.ipv6 or options.public_ipv6
@@ -333,6 +343,8 @@ class Daemon:
         await forwarding.start(own, live_settings(options, conf, underlay, backend, own), membership.tables)
         # The subnet.env of the run before is still there.
         await firewall.set_up(own, subnet_env.read_networks(options.subnet_file))
+        if former:
+            await remove_former(former, forwarding.device(live.families[0]) or "")
         running.write_subnet_env()
         remember(options.state_dir, [conf.pool(it).network for it in conf.families])
         return running

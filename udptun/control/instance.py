@@ -17,12 +17,13 @@ from udptun.config import subnet_env
 from udptun.config.flags import Options
 from udptun.core import atomic_file
 from udptun.core.errors import ConfigError, KernelError, UdptunError
+from udptun.core.family import Family
 from udptun.core.ip_text import ip_network
 from udptun.core.lease import overlap
 from udptun.core.network_state import IPNetwork
 from udptun.core.ownership import Ownership
 from udptun.kernel.claims import Claims, describe_holder, locked, names_held
-from udptun.kernel.reconcile.ownership import marked_networks
+from udptun.kernel.reconcile.ownership import marked_networks, remove_ours
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,31 @@ async def claim_network(claims: Claims, network: IPNetwork, options: Options) ->
             remedy = "`udptun cleanup` with its flags removes what it has left"
             raise _taken(network, other, f"the udptun daemon that made {device}", remedy)
     return Ownership((network, *earlier))
+
+
+def former_networks(options: Options, families: Sequence[Family]) -> tuple[IPNetwork, ...]:
+    """The Networks of this daemon's earlier runs that are of none of these `families`, and that no daemon has now."""
+    running = [*_networks_held()]
+    return tuple(
+        it
+        for it in _recall(options.state_dir) or ()
+        if Family(it.version) not in families and not any(overlap(it, other) for other in running)
+    )
+
+
+async def remove_former(networks: Sequence[IPNetwork], device: str) -> None:
+    """Take out what the kernel has of these Networks; of `device`, which is in use, addresses alone.
+
+    Raises KernelError.
+    """
+    async with starting():
+        lines = await remove_ours(Ownership(tuple(networks)), keep=device)
+    removed = [line for line in lines if line.startswith("deleted ")]
+    log.info(
+        "what a family had that is enabled no longer is removed networks=%s changes=%r",
+        ",".join(map(str, networks)),
+        "; ".join(removed),
+    )
 
 
 def claim_leftovers(claims: Claims, options: Options) -> Ownership:

@@ -61,8 +61,8 @@ def is_marked(link: Link) -> bool:
 class Ownership:
     """What belongs to the daemon that has or had these Networks.
 
-    The first Network is the present one.  Things of the others are leftovers of this daemon's earlier runs.  Without
-    any Network nothing belongs to it.
+    The first Network is the present one.  Things of the others are leftovers of this daemon's earlier runs, also of one
+    with another family.  Without any Network nothing belongs to it.
     """
 
     networks: tuple[IPNetwork, ...]
@@ -80,6 +80,10 @@ class Ownership:
     def aliases(self) -> tuple[str, ...]:
         """Of all that is this daemon's, leftovers included."""
         return tuple(map(alias_of, self.networks))
+
+    def with_leftovers(self, networks: Iterable[IPNetwork]) -> Ownership:
+        """What belongs to it where earlier runs had these Networks, too."""
+        return Ownership((*self.networks, *networks))
 
     def without_leftovers(self) -> Ownership:
         """What belongs to it once everything of its earlier runs is gone."""

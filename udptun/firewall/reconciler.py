@@ -211,8 +211,14 @@ class FirewallReconciler:
             kept_of_family, unwanted_of_family = self._choose_rules_of(ownership)
             kept += kept_of_family
             unwanted += unwanted_of_family
-        if len(self._ownerships) == 1:
-            unwanted.append(NftRules(DesiredRules(), [_ALL_IPV6], 6))
+        for version in {4, 6} - {ownership.network.version for ownership in self._ownerships}:
+            # A family that is not enabled, or no longer.
+            former = [it for ownership in self._ownerships for it in ownership.networks if it.version == version]
+            for program in self._installed if former else ():
+                of_version = program if version == 4 else program.for_ipv6
+                unwanted += iptables_rules(of_version, DesiredRules(), former)
+            if former or version == 6:
+                unwanted.append(NftRules(DesiredRules(), former or [_ALL_IPV6], version))
         if self._previous is not None:
             unwanted += [OldIptablesRules(program, *self._previous) for program in self._installed]
         return kept, unwanted
@@ -220,8 +226,9 @@ class FirewallReconciler:
     def _choose_rules_of(self, ownership: Ownership) -> tuple[list[Rules], list[Rules]]:
         """The same about one family, whose Networks are those of `ownership`; none to keep without a subnet of it."""
         assert self._subnets is not None
-        settings, network, networks = self._settings, ownership.network, ownership.networks
+        settings, network = self._settings, ownership.network
         version = network.version
+        networks = [it for it in ownership.networks if it.version == version]
         subnet = self._subnets.of(Family(version))
         installed = [it if version == 4 else it.for_ipv6 for it in self._installed]
         desired = DesiredRules()
