@@ -6,6 +6,7 @@ import asyncio
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from types import SimpleNamespace
 from typing import Any
@@ -256,6 +257,7 @@ async def test_counts_that_cannot_be_read_keep_no_programs(monkeypatch: pytest.M
 
 async def test_what_is_off_for_a_moment_only_is_said_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """With another MTU, address or device, the lease was written twice, and all peers changed twice what they do."""
+    monkeypatch.setattr(shortcut, "_RETRY_S", 0.0)
     it = Switched(monkeypatch)
     switched_on: Any = it.shortcut._on
     it.shortcut._on = None
@@ -284,6 +286,31 @@ async def test_what_is_off_for_a_moment_only_is_said_to_nobody(monkeypatch: pyte
         await it.shortcut._look()
         said.append((it.shortcut.takes, it.said.count("stop"), it.said.count("switched")))
     assert said == [(True, 0, 1), (True, 1, 0), (False, 1, 1), (True, 0, 1)]
+
+
+async def test_what_fails_is_tried_again_later_each_time_whatever_notices_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try makes devices, which brought a notice, and so the next try: six a second, for ever."""
+    it = Switched(monkeypatch)
+    settings: Any = it.shortcut._on.settings  # type: ignore[union-attr]
+    it.shortcut._on = None
+    now_s, tries = 1000.0, list[float]()
+
+    async def switch_on(_settings: object) -> None:
+        tries.append(now_s - 1000)
+        raise KernelError("cannot attach a BPF program", errno.EOPNOTSUPP)
+
+    monkeypatch.setattr(it.shortcut, "_switch_on", switch_on)
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    it.shortcut.want(settings)
+    for _ in range(2000):
+        await it.shortcut._look()
+        # It is asked for again each minute.
+        it.shortcut.want(settings)
+        now_s += 0.125
+    assert tries == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]
+    it.shortcut.want(replace(settings, mtu=1400))
+    await it.shortcut._look()
+    assert len(tries) == 11
 
 
 async def test_its_end_counts_once_more_and_nobody_follows_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,9 @@ _MAC_LEN = len("02:00:00:00:00:01")
 """Links without Ethernet headers, as those of other tunnels, have addresses of another length or none."""
 _DRAIN_S = 0.05
 """So long packets may be on the way from one program to the next."""
+_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
+"""What has failed is tried again after so long, and each time later, whatever notices come: each try makes devices and
+deletes them, which brings notices, and without tcx it may stop the underlay's sending for some milliseconds."""
 _LAST_S = 1.0
 """A shutdown waits so long for filters to be taken out."""
 
@@ -56,6 +59,7 @@ class Shortcut:
         self._wanted: ShortcutSettings | None = None
         self._on: _On | None = None
         self._reason = ""
+        self._retry_at_s, self._retry_s = 0.0, _RETRY_S
         self._objection: str | None = None
         """To the detour."""
         self.switched: Callable[[], None] = lambda: None
@@ -115,6 +119,8 @@ class Shortcut:
 
     def want(self, settings: ShortcutSettings | None, reason: str = "") -> None:
         """Switch it on soon, with these settings, or off, for this reason."""
+        if settings != self._wanted:
+            self._retry_at_s, self._retry_s = 0.0, _RETRY_S
         self._wanted = settings
         if settings is None:
             self._reason = reason
@@ -155,8 +161,9 @@ class Shortcut:
         try:
             if self._on is not None and (self._on.settings != self._wanted or not await self._is_in_place(self._on)):
                 await self._switch_off()
-            if self._on is None and self._wanted is not None:
+            if self._on is None and self._wanted is not None and time.monotonic() >= self._retry_at_s:
                 await self._switch_on(self._wanted)
+                self._retry_s = _RETRY_S
             if self._on is not None:
                 self._on.programs.keep_on()
                 await self._follow_detour(self._on)
@@ -166,6 +173,8 @@ class Shortcut:
             if self._reason != str(exc):
                 log.warning("the shortcut is off, the workers carry all packets: %s", exc)
             self._reason = str(exc)
+            self._retry_at_s = time.monotonic() + self._retry_s
+            self._retry_s = min(2 * self._retry_s, _MAX_RETRY_S)
             return False
         return True
 
