@@ -57,6 +57,7 @@ STRANGER = str(UNDERLAY[99])
 ELSEWHERE = {4: "198.51.100.7", 6: "2001:db8::7"}
 UNLEASED = {4: "10.244.177.5", 6: "fd00:244:0:177::5"}
 MARTIAN = {4: "127.0.0.5", 6: "::5"}
+GROUP = {4: "239.1.2.3", 6: "ff05::1:3"}
 TRIES = 5
 _HDRINCL = {4: (socket.AF_INET, socket.IPPROTO_RAW), 6: (socket.AF_INET6, socket.IPPROTO_RAW)}
 _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT = 10, 0
@@ -90,6 +91,7 @@ OUT = [
     Row("host", "own", "their_pod", "encap_drop_ttl", ttl=1),
     Row("pod", "pod", "their_pod", None, ttl=1),
     Row("pod", "pod", "elsewhere", None),
+    Row("pod", "pod", "group", None),
 ]
 IN = [
     Row("peer", "their_pod", "pod", "decap_delivered"),
@@ -138,6 +140,7 @@ class Net:
             "unleased": UNLEASED,
             "elsewhere": ELSEWHERE,
             "martian": MARTIAN,
+            "group": GROUP,
         }[name][version]
 
     def request(self, row: Row, version: int) -> TraceRequest:

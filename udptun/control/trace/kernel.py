@@ -126,6 +126,8 @@ class KernelView:
 
     async def _way(self, packet: TraceRequest, source: IPAddress | None, from_link: int) -> Way:
         from_device = self._names.get(from_link)
+        if from_link and packet.destination.is_multicast:
+            return Way(packet, from_device, refusal="it forwards no multicast packets")
         try:
             route = await self._netlink.route_get(packet.destination, source, from_link)
         except KernelError as exc:
@@ -133,7 +135,11 @@ class KernelView:
         if route.type in _NOWHERE:
             return Way(packet, from_device, route, refusal=_NOWHERE[RouteType(route.type)])
         link = None if route.oif is None else self._links.get(route.oif)
-        configured = await self._netlink.route_get(packet.destination, source, from_link, as_configured=True)
+        try:
+            configured = await self._netlink.route_get(packet.destination, source, from_link, as_configured=True)
+        except KernelError:
+            # Multicast of IPv4 has no entry in a table.
+            configured = route
         way = Way(
             packet,
             from_device,
