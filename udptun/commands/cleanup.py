@@ -101,7 +101,7 @@ async def _release(options: Options) -> None:
                     print(f"left the reservation {lease.subnet} in {store.name}; `udptun lease release` deletes it")
                     continue
                 await store.release(lease)
-                print(f"released the lease {lease.subnet} in {store.name}")
+                print(f"released the lease {lease.subnets} in {store.name}")
     finally:
         await store.aclose()
 

@@ -100,6 +100,10 @@ class Subnets:
             key = f"{key}{'&' if key else ''}{self.ipv6.network_address}-{self.ipv6.prefixlen}"
         object.__setattr__(self, "key", key)
 
+    def __str__(self) -> str:
+        """All of it, for the log: `10.244.3.0/24,fd00:1::/64`."""
+        return ",".join(map(str, filter(None, (self.ipv4, self.ipv6))))
+
     @property
     def first(self) -> IPNetwork:
         """That of IPv4, without one that of IPv6: what people call the lease by."""

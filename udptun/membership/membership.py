@@ -171,9 +171,9 @@ class Membership:
             log.warning("lease of the last run in use, the store will be asked subnet=%s", lease.subnet)
         else:
             where = self._store.name
-            log.info("lease acquired subnet=%s public_ip=%s store=%s", lease.subnet, attrs.host_address, where)
+            log.info("lease acquired subnet=%s public_ip=%s store=%s", lease.subnets, attrs.host_address, where)
             for other in dropped:
-                log.info("lease given up subnet=%s instead=%s", other.subnet, lease.subnet)
+                log.info("lease given up subnet=%s instead=%s", other.subnets, lease.subnets)
             for line in left_reservations(self._conf, self._doubles.me, seen, lease):
                 log.warning("%s", line)
             if former is not None and (line := former.left_alone(seen, lease)):
