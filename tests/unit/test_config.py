@@ -40,6 +40,12 @@ IPV4_PODS: dict[str, object] = {"Network": "10.3.0.0/16"}
 IPV6_PODS: dict[str, object] = {"EnableIPv4": False, "EnableIPv6": True, "IPv6Network": "fd00:3::/48"}
 
 
+@pytest.fixture(autouse=True)
+def _ipv6_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine's own eth0 has."""
+    monkeypatch.setattr("udptun.control.settings.read_sysctl", lambda path: "0")
+
+
 def parse(text: str) -> NetConf:
     return parse_net_conf(text, "net-conf.json")
 
@@ -414,6 +420,20 @@ BOTH_ADDRESSES = Underlay(
     ipv6=IPv6Address("2001:db8::1"),
     public_ipv6=IPv6Address("2001:db8::1"),
 )
+
+
+def test_a_link_that_has_ipv6_switched_off_is_named_and_not_its_want_of_an_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`give it one` was the advice, and the kernel refuses one there."""
+    monkeypatch.setattr("udptun.control.settings.read_sysctl", lambda path: "1" if "/eth0/" in path else "0")
+    conf = parse('{"EnableIPv6":true,"Network":"10.3.0.0/16","IPv6Network":"fc00::/48","Backend":{"Type":"vxlan"}}')
+    here = replace(BOTH_ADDRESSES, **WITHOUT[Family.IPV6])
+    said = lack_of(parse_daemon_flags([], {}), conf, here, backend(conf.backend), None, Family.IPV6)
+    assert said == (
+        "net/ipv6/conf/eth0/disable_ipv6 is 1, so eth0 has no IPv6 address; `sysctl -w "
+        "net/ipv6/conf/eth0/disable_ipv6=0`, and give it one"
+    )
 
 
 def test_a_kernel_without_ipv6_is_named_as_what_ipv6_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

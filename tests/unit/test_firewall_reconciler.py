@@ -12,6 +12,7 @@ from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler, FirewallSettings
 from udptun.firewall.rules import DesiredRules, Repair
 from udptun.firewall.ruleset_notices import RulesetNotice
+from udptun.firewall.tool import AbsentError
 
 NETWORK = IPv4Network("10.244.0.0/16")
 
@@ -49,3 +50,35 @@ async def test_what_changes_between_two_readings_of_one_look_is_repaired_at_once
     assert await firewall._look()
     (line,) = [record.getMessage() for record in caplog.records if "repaired" in record.getMessage()]
     assert line == "firewall rules repaired found='nat was flushed; filter was flushed'"
+
+
+class OfVersion(Table):
+    """Rules to masquerade of one IP version; without its program they cannot be set."""
+
+    desired = DesiredRules(masquerade=("a rule",))
+
+    def __init__(self, version: int, *, has_program: bool) -> None:
+        super().__init__()
+        self.version = version
+        self._has_program = has_program
+
+    async def compare(self) -> Repair:
+        if not self._has_program:
+            raise AbsentError("ip6tables is not installed (or not in PATH)")
+        return await super().compare()
+
+
+async def test_what_ipv6_lacks_is_said_and_what_stands_of_ipv4_is_not_denied() -> None:
+    """A host with iptables and no ip6tables had no rules at all by its status, and IPv4 was masqueraded."""
+    settings = FirewallSettings(masquerade=True, forward=None, random_fully=True, nftables=False, resync_s=5)
+    firewall = FirewallReconciler(settings, [Ownership((NETWORK,))], Obstacles(list, list))
+    firewall._kept = [OfVersion(4, has_program=True), OfVersion(6, has_program=False)]
+    firewall._is_settled = True
+    assert not await firewall._look()
+    assert (firewall.document()["form"], firewall.document()["masquerade"]) == ("iptables", True)
+    (line,) = firewall._lines.lines
+    assert line.startswith("firewall rules: ip6tables is not installed (or not in PATH); it needs root and iptables ")
+    firewall._kept = [OfVersion(6, has_program=False)]
+    firewall._standing.clear()
+    assert not await firewall._look()
+    assert (firewall.document()["form"], firewall.document()["masquerade"]) == (None, False)

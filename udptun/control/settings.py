@@ -112,6 +112,12 @@ def lack(
     if family is Family.IPV6 and read_sysctl("net/ipv6/conf/all/disable_ipv6") is None:
         return "this kernel has no IPv6; boot it without ipv6.disable=1"
     if backend.needs_same_family and underlay.address_of(family) is None:
+        link = underlay.link_name
+        if family is Family.IPV6 and read_sysctl(f"net/ipv6/conf/{link}/disable_ipv6") == "1":
+            return (
+                f"net/ipv6/conf/{link}/disable_ipv6 is 1, so {link} has no IPv6 address; `sysctl -w "
+                f"net/ipv6/conf/{link}/disable_ipv6=0`, and give it one"
+            )
         return underlay.problem_of(family)
     if family is Family.IPV6 and (why := _ipv6_lack(options, conf, underlay, backend)):
         return why

@@ -89,8 +89,8 @@ class FirewallReconciler:
         self._kept: list[Rules] = []
         self._is_settled = False
         """Whether all that a start has to do has been done.  From then on only `_kept` is looked at."""
-        self._standing: set[str] = set()
-        """Which kinds of rules have been in place since the start: `masquerade`, `forward`."""
+        self._standing: set[tuple[str, int]] = set()
+        """Which rules have been in place since the start: `masquerade` or `forward`, and of which IP version."""
         self._is_new = False
         self.n_repairs = 0
         """Differences that were repaired since `set_up`."""
@@ -124,8 +124,8 @@ class FirewallReconciler:
                 "firewall rules in place form=%s program=%s masquerade=%s forward=%s found=%r",
                 self._settings.form,
                 self._program,
-                "masquerade" in self._standing,
-                "forward" in self._standing,
+                self._stands("masquerade"),
+                self._stands("forward"),
                 "; ".join(attempt.found) or "nothing to change",
             )
 
@@ -172,7 +172,7 @@ class FirewallReconciler:
         await attempt.repair(compared)
         # A tool that hung has refused nothing.
         refused = [it for it in attempt.failures if it.is_repair and not it.may_pass and it.rules in self._masquerading]
-        if refused and self._random_fully and "masquerade" not in self._standing:
+        if refused and self._random_fully and not self._stands("masquerade"):
             await self._do_without_random_ports(attempt, refused[0])
         self._note_standing(attempt)
         return compared
@@ -200,8 +200,17 @@ class FirewallReconciler:
         failing = [failure.rules for failure in attempt.failures]
         forwarding = [rules for rules in self._kept if rules.desired.forward]
         for rules_of_kind, name in ((self._masquerading, "masquerade"), (forwarding, "forward")):
-            if rules_of_kind and not any(rules in failing for rules in rules_of_kind):
-                self._standing.add(name)
+            failed = {rules.version for rules in rules_of_kind if rules in failing}
+            self._standing |= {(name, rules.version) for rules in rules_of_kind if rules.version not in failed}
+
+    def _stands(self, kind: str) -> bool:
+        """Whether the rules of that kind have been in place, of either IP version: what fails has a line of its own."""
+        return any(name == kind for name, _ in self._standing)
+
+    def _has_stood(self, failure: Failure) -> bool:
+        """Whether any rules of that IP version have been in place."""
+        version = None if failure.rules is None else failure.rules.version
+        return any(version in (it, None) for _, it in self._standing)
 
     def _choose_rules(self) -> tuple[list[Rules], list[Rules]]:
         """The rules to keep, and those that must not exist.  Raises FirewallError when the tool is missing."""
@@ -276,14 +285,14 @@ class FirewallReconciler:
 
     def _is_done_without(self, failure: Failure) -> bool:
         """Whether the host has never had these rules, cannot have them, and nobody asked."""
-        return isinstance(failure.error, AbsentError) and not (self._is_asked_for(failure) or self._standing)
+        return isinstance(failure.error, AbsentError) and not (self._is_asked_for(failure) or self._has_stood(failure))
 
     def _describe(self, failures: Iterable[Failure]) -> Iterator[str]:
         """The problem lines about these failures."""
         for failure in failures:
             if failure.rules is not None and not failure.rules.desired:
                 yield f"leftover firewall rules may stay: {failure.error}"
-            elif isinstance(failure.error, TimedOutError | UnreadableError) or self._standing:
+            elif isinstance(failure.error, TimedOutError | UnreadableError) or self._has_stood(failure):
                 yield f"firewall rules: {failure.error}"
             elif not self._is_done_without(failure):
                 yield f"firewall rules: {failure.error}; {_advice(self._settings)}"
@@ -292,8 +301,8 @@ class FirewallReconciler:
         """The key `firewall` of docs/status.md."""
         return {
             "form": self._settings.form if self._standing else None,
-            "masquerade": "masquerade" in self._standing,
-            "forward": "forward" in self._standing,
+            "masquerade": self._stands("masquerade"),
+            "forward": self._stands("forward"),
             "repairs": self.n_repairs,
         }
 
