@@ -103,7 +103,7 @@ class Ground:
         self.done.append("delete")
         self.device = None
 
-    async def is_in_order(self, _name: str, index: int, _mtu: int) -> bool:
+    def is_in_order(self, _name: str, index: int, _mtu: int) -> bool:
         return self.device == index
 
     async def look(self, objection: str | None = "", **grown: int) -> str:

@@ -115,7 +115,7 @@ class Detour:
         if on is not None:
             if objection:
                 await self._switch_off(objection)
-            elif not await is_in_order(on.name, on.index, self._mtu):
+            elif not is_in_order(on.name, on.index, self._mtu):
                 await self._switch_off(f"{on.name} is gone, or somebody has changed it")
             elif why := self._judge(on):
                 await self._give_up(why)

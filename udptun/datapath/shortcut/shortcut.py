@@ -292,8 +292,8 @@ class Shortcut:
         return (
             not on.is_broken
             and (_index(on.settings.underlay), _index(device)) == (links.underlay, links.device)
-            and await is_in_order(near, links.near, on.settings.mtu)
-            and await is_in_order(far, links.far, on.settings.mtu)
+            and is_in_order(near, links.near, on.settings.mtu)
+            and is_in_order(far, links.far, on.settings.mtu)
             and self._tunnel.table.top < on.programs.peer_counts.n
             and self._tunnel.n_workers <= MAX_WORKERS_BESIDE
             and await on.programs.are_attached(self._alias)
