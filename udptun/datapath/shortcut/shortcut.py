@@ -159,13 +159,15 @@ class Shortcut:
 
     async def _keep_as_wanted(self) -> bool:
         try:
+            if self._on is not None:
+                # First: filters are looked at by netlink, which may have to wait.
+                self._on.programs.keep_on()
             if self._on is not None and (self._on.settings != self._wanted or not await self._is_in_place(self._on)):
                 await self._switch_off()
             if self._on is None and self._wanted is not None and time.monotonic() >= self._retry_at_s:
                 await self._switch_on(self._wanted)
                 self._retry_s = _RETRY_S
             if self._on is not None:
-                self._on.programs.keep_on()
                 await self._follow_detour(self._on)
         except (UdptunError, OSError) as exc:
             if self._on is not None:
