@@ -467,6 +467,24 @@ def test_ipv6_alone_without_an_address_or_a_default_route_says_so() -> None:
         pick(asked, LINKS, [GLOBAL], IPV6_ROUTES[:2], family=Family.IPV6)
 
 
+def test_an_address_of_the_overlay_is_not_taken_for_that_of_the_default_route() -> None:
+    """The kernel takes one of another link where eth0 has lost its own.  That of flannel0, or of the pods' bridge, was
+    chosen then, and the advice was to choose another IPv6Network.
+    """
+    overlay = IPv6Network("fd00:244:0:1::/64")
+    options: dict[str, object] = {"leasable": (overlay,), "families": (Family.IPV6,)}
+    asked, bridge = UnderlayOptions(**options), ip6(str(overlay[1]), 3)  # type: ignore[arg-type]  # of two fields
+    beyond = Route(IPv6Network("2001:db8:9::9/128"), oif=2, prefsrc=overlay[1])
+    there = [replace(GLOBAL, is_deprecated=True), bridge]
+    with pytest.raises(NoAddressError, match=r"IPv6 address for interface eth0 \(2001:db8::1 is deprecated\)"):
+        pick(asked, LINKS, there, IPV6_ROUTES, beyond=beyond, family=Family.IPV6)
+    found = pick(asked, LINKS, [GLOBAL, bridge], IPV6_ROUTES, beyond=beyond, family=Family.IPV6)
+    assert (found.link_name, found.ipv6) == ("eth0", GLOBAL.ip)
+    # A host's own address there is refused later, with a line that says why.
+    own = pick(asked, LINKS, [ip6(str(overlay[1]), 2)], IPV6_ROUTES, beyond=beyond, family=Family.IPV6)
+    assert own.ipv6 == overlay[1]
+
+
 def test_an_interface_chosen_by_ipv6_has_its_ipv4_address_too() -> None:
     """A host whose IPv4 has no default route."""
     asked = UnderlayOptions(families=tuple(Family))

@@ -183,6 +183,7 @@ def underlay_options(options: Options, conf: NetConf) -> UnderlayOptions:
         options.public_ip,
         options.public_ipv6,
         tuple(family for family in Family if family in wanted),
+        tuple(network for family in conf.families for network in conf.pool(family).leasable),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
 
@@ -40,8 +40,16 @@ class Found:
 class Interfaces:
     """The links of this host and the ways to find one, by addresses of `family`."""
 
-    def __init__(self, links: Sequence[Link], addresses: Sequence[Address], family: Family) -> None:
+    def __init__(
+        self,
+        links: Sequence[Link],
+        addresses: Sequence[Address],
+        family: Family,
+        leasable: Collection[IPNetwork] = (),
+    ) -> None:
+        """`leasable`: where hosts lease their subnets.  An address there is our device's, or that of the pods' bridge."""
         self.family = family
+        self._leasable = leasable
         self._links = links
         self._addresses = addresses
         self._by_index = {link.index: link for link in links}
@@ -129,10 +137,15 @@ class Interfaces:
         return f" ({', '.join(whys)})" if whys else ""
 
     def _source(self, link: Link, route: Route, name: str) -> Found | None:
-        """The source address that the kernel gives to packets on this route; None when it is none for us."""
+        """The source address that the kernel gives to packets on this route; None when it is none for us.
+
+        Where the link has none the kernel takes one of another link, also of the overlay.
+        """
         ip = route.prefsrc
         owner = None if ip is None else self.owner_of(ip)
         if ip is None or owner is None or ip not in self.addresses_of(owner):
+            return None
+        if owner.index != link.index and any(ip in it for it in self._leasable):
             return None
         return Found(link, owner, ip, f"the source of {name}")
 

@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv6Address
 from udptun.config.go_regex import compile_go
 from udptun.core.errors import UsageError
 from udptun.core.family import Family
-from udptun.core.network_state import Address, IPAddress, Link, Route
+from udptun.core.network_state import Address, IPAddress, IPNetwork, Link, Route
 from udptun.kernel.interfaces import (
     EVERYWHERE,
     Found,
@@ -39,7 +39,8 @@ them."""
 class UnderlayOptions:
     """What --iface, --iface-regex, --iface-can-reach, --public-ip and --public-ipv6 say.
 
-    `families`: an address of which ones is looked for on the interface, IPv4 first.
+    `families`: an address of which ones is looked for on the interface, IPv4 first.  `leasable`: where hosts lease
+    their subnets, see `Interfaces`.
     """
 
     ifaces: tuple[str, ...] = ()
@@ -48,6 +49,7 @@ class UnderlayOptions:
     public_ip: IPv4Address | None = None
     public_ipv6: IPv6Address | None = None
     families: tuple[Family, ...] = (Family.IPV4,)
+    leasable: tuple[IPNetwork, ...] = ()
 
     def public(self, family: Family) -> IPAddress | None:
         """--public-ip or --public-ipv6."""
@@ -144,7 +146,7 @@ def pick(
     Raises UnderlayError, which names everything that was tried: NoAddressError where the family lacks what it takes.
     UsageError for a regular expression that is none.
     """
-    interfaces = Interfaces(links, addresses, family)
+    interfaces = Interfaces(links, addresses, family, options.leasable)
     ways = Ways(interfaces, routes, [way for way in (reach, beyond) if way is not None])
     public = options.public(family)
     if not (options.ifaces or options.iface_regexes or options.can_reach):
