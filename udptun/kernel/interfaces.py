@@ -47,7 +47,7 @@ class Interfaces:
         family: Family,
         leasable: Collection[IPNetwork] = (),
     ) -> None:
-        """`leasable`: where hosts lease their subnets.  An address there is our device's, or that of the pods' bridge."""
+        """`leasable`: where hosts lease their subnets.  An address there is our device's or the pods' bridge's."""
         self.family = family
         self._leasable = leasable
         self._links = links
