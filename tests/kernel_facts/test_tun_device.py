@@ -120,7 +120,8 @@ def test_a_persistent_device_that_nobody_reads_drops_in_silence(ns: Namespace, u
     sock = udp_socket(ns, undo)
     for _ in range(5):
         sock.sendto(b"x", (THERE, 9))
-    assert dropped(ns) == before + 5
+    # Linux 5.10 does not count them.
+    assert dropped(ns) == before + (5 if KERNEL > (5, 10) else 0)
 
 
 def test_packets_wait_in_a_queue_that_is_held_and_not_read(ns: Namespace, undo: ExitStack) -> None:
@@ -313,23 +314,28 @@ def test_a_device_that_is_down_refuses_a_good_super_packet_with_eio_and_a_bad_on
 def test_a_super_packet_of_ipv6_is_cut_behind_options_but_not_behind_fragment_or_authentication_headers(
     ns: Namespace, undo: ExitStack, protocol: int
 ) -> None:
-    """ipv6_gso_pull_exthdrs.  It is taken in any case, and what cannot be cut is lost on its way."""
+    """ipv6_gso_pull_exthdrs.  It is taken in any case, and what cannot be cut is lost on its way.
+
+    TCP behind destination options or a routing header is cut by Linux 6.1 and 6.18.44, and lost by 6.12.118 and 7.3.4.
+    """
     fd = queue(ns, undo)
     ns.ip("link set t0 up mtu 1400")
     ns.call(lambda: Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1"))
     ns.ip("-6 route add default dev t0")
     # Each goes back out through the device that it came from.
     source, destination = "fd00:a::1", "fd00:b::1"
-    chains: dict[str, tuple[int, tuple[tuple[int, bytes], ...]]] = {
-        "nothing": (3, ()),
-        "options": (3, (options_header(HOP_BY_HOP), options_header(DESTINATION_OPTIONS))),
-        "routing": (3, (routing_header(4, 0),)),
-        "fragment": (0, (fragment_header(),)),
-        "authentication": (0, (authentication_header(),)),
+    differs = {0, 3} if protocol == 6 else {3}
+    chains: dict[str, tuple[set[int], tuple[tuple[int, bytes], ...]]] = {
+        "nothing": ({3}, ()),
+        "hop-by-hop": ({3}, (options_header(HOP_BY_HOP),)),
+        "destination": (differs, (options_header(HOP_BY_HOP), options_header(DESTINATION_OPTIONS))),
+        "routing": (differs, (routing_header(4, 0),)),
+        "fragment": ({0}, (fragment_header(),)),
+        "authentication": ({0}, (authentication_header(),)),
     }
     make, offset, kind = (tcp_segment, 16, GSO_TCPV6) if protocol == 6 else (udp_segment, 6, GSO_UDP_L4)
     segment = make(source, destination, bytes(3000), check=PARTIAL)
-    for n_segments, headers in chains.values():
+    for name, (n_segments, headers) in chains.items():
         packet = ipv6(source, destination, segment, protocol=protocol, headers=headers)
         start = len(packet) - len(segment)
         header = vnet_hdr(
@@ -337,7 +343,8 @@ def test_a_super_packet_of_ipv6_is_cut_behind_options_but_not_behind_fragment_or
         )
         os.write(fd, header + packet)
         sent = [read[HEADER:] for read in read_packets(fd) if destination_of(read[HEADER:]) == destination]
-        assert [len(one) for one in sent] == [len(packet) - 2000] * n_segments, headers
+        assert len(sent) in n_segments, name
+        assert {len(one) for one in sent} <= {len(packet) - 2000}, name
 
 
 def test_a_kernel_that_encapsulates_hands_a_super_packet_over_whole_with_an_unfinished_checksum(
