@@ -284,6 +284,39 @@ def test_a_host_that_loses_its_ipv6_address_goes_on_with_ipv4_and_takes_ipv6_up_
         assert one.run(["ip", "-6", "route", "show", "proto", "158"]).stdout == ""
 
 
+def test_direct_routes_and_nftables_have_ipv6_as_they_have_ipv4(slack: int) -> None:
+    """A plain route to a peer on the link, the tunnel to one behind a router, and a table that comes back."""
+    backend = {"Type": "vxlan", "DirectRouting": True}
+    conf = {"Network": NETWORK, "EnableIPv6": True, "IPv6Network": IPV6_NETWORK, "EnableNFTables": True}
+    with Lab(f"dn{os.getpid()}", net_conf=conf | {"Backend": backend}, ipv6=True) as lab:
+        lab.daemon_command.append("--ip-masq")
+        lab.start()
+        wait_for_peers(lab)
+        one, other = lab.hosts
+        subnet = ipv6_gateway(other).network
+
+        def leads(way: str) -> bool:
+            return one.run(["ip", "-6", "route", "show", str(subnet)]).stdout.startswith(f"{subnet} via {way} ")
+
+        direct, tunnelled = f"{other.underlay_ipv6} dev eth0", f"{subnet.network_address} dev {DEVICE}"
+        wait_until("a direct route", lambda: leads(direct), 5 * slack)
+        wait_for_both(lab)
+        router = f"route {{}} {other.underlay_ipv6}/128 via {UNDERLAY_IPV6[1]}"
+        one.machine.at().ip(router.format("add"))
+        wait_until("the tunnel", lambda: leads(tunnelled), 5 * slack)
+        wait_for_both(lab)
+        one.machine.at().ip(router.format("del"))
+        wait_until("a direct route again", lambda: leads(direct), 5 * slack)
+        table = ["nft", "list", "table", "ip6", "flannel-ipv6"]
+        before = one.run(table).stdout
+        assert f"ip6 saddr {IPV6_NETWORK} ip6 daddr != ff00::/8 masquerade fully-random" in before
+        for damage in ("delete table", "flush table"):
+            one.run(["nft", *damage.split(), "ip6", "flannel-ipv6"])
+            wait_until("the table", lambda: one.run(table, check=False).stdout == before, 5 * slack)
+        assert is_answered(one.pod(1), UNDERLAY_IPV6[1])
+        assert problems(one) == []
+
+
 @pytest.mark.parametrize("given", Family, ids=str)
 def test_a_node_with_one_podcidr_carries_that_family_and_says_what_the_other_lacks(given: Family, slack: int) -> None:
     """The store gives the subnets: a daemon that insisted on two would end, and pods had no network at all.
