@@ -301,8 +301,8 @@ _FAR_S = 60
 
 def used(value: bytes, *, n_out: int = 0, super_ns: int = 0, detour_ns: int = 0, out_ns: int = 0) -> bytes:
     """A peer's entry as it is once packets have come."""
-    remote, port, flags, index, *_ = PEER.unpack(value)
-    return PEER.pack(remote, port, flags, index, n_out, super_ns, detour_ns, out_ns)
+    *told, _, _, _, _ = PEER.unpack(value)
+    return PEER.pack(*told, n_out, super_ns, detour_ns, out_ns)
 
 
 @contextmanager
@@ -447,6 +447,28 @@ def test_a_peer_in_whose_subnet_this_host_has_an_address_is_left_to_the_worker()
     assert IPv4Address("10.244.2.0") not in keys
 
 
+def test_an_entry_that_has_just_become_another_peers_lets_nothing_in() -> None:
+    """The kernel gives the place of a replaced entry to the next one at once, while a program may look at it.
+
+    Then the packets of one peer were held against the address of another one.
+    """
+    table = of_the_shortcut(overlay())
+    values = {IPv4Address(key): value for key, value in known_peers(table).changes() if value is not None}
+    near, other = (next(it for it in table.peers if IPv4Address(of) in it.subnet) for of in (NEAR_POD, "10.244.3.1"))
+    key = near.subnet.network_address
+    programs = loaded(settings(table), LinkIndexes(1, 1, 1, 1), KernelPeers(table.own_subnet, table.mtu))
+    kernel = Kernel(table, programs)
+    from_other, from_near = frame(_GOOD, str(other.remote[0])), frame(_GOOD)
+    programs.set_peer(key.packed, values[other.subnet.network_address])
+    answers = [kernel.decap(it) for it in (from_other, from_near)]
+    n_passed = kernel.n_counted("decap_source")
+    programs.set_peer(key.packed, values[key])
+    answer, _ = kernel.decap(from_near)
+    programs.close()
+    assert answers == [(PASS, from_other), (PASS, from_near)]
+    assert (n_passed, answer) == (2, REDIRECT)
+
+
 def test_after_a_thousand_changes_of_ten_thousand_peers_the_kernel_has_what_the_table_has() -> None:
     """Nothing stale, nothing missing: each entry is read back."""
     random = Random(1)
@@ -472,7 +494,7 @@ def test_after_a_thousand_changes_of_ten_thousand_peers_the_kernel_has_what_the_
         key, value = int.from_bytes(subnet.network_address.packed, sys.byteorder), b""
         with suppress(KernelError):
             value = programs.peers.read(key)
-        assert int.from_bytes(value[:4]) == (0xC0000000 | host if host else 0)
+        assert int.from_bytes(value[4:8]) == (0xC0000000 | host if host else 0)
     programs.close()
 
 

@@ -44,13 +44,13 @@ def kernel_peers(**peers: tuple[str, PeerEntry]) -> KernelPeers:
 
 def test_a_peer_is_told_once_and_again_when_it_has_changed() -> None:
     peers = kernel_peers(two=("10.244.2.0/24", entry()))
-    value = PEER.pack(bytes([192, 0, 2, 2]), b"\x20\x5d", 3, 7, 0, 0, 0, 0)
+    value = PEER.pack(KEY, bytes([192, 0, 2, 2]), b"\x20\x5d", 3, 7, 0, 0, 0, 0)
     assert list(peers.changes()) == [(KEY, value)]
     assert list(peers.changes()) == []
     peers.set_peer(SUBNET, entry())
     assert list(peers.changes()) == []
     peers.set_peer(SUBNET, entry(Remote(IPv4Address("192.0.2.3"), 8286, False)))
-    assert list(peers.changes()) == [(KEY, PEER.pack(bytes([192, 0, 2, 3]), b"\x20\x5e", 0, 7, 0, 0, 0, 0))]
+    assert list(peers.changes()) == [(KEY, PEER.pack(KEY, bytes([192, 0, 2, 3]), b"\x20\x5e", 0, 7, 0, 0, 0, 0))]
     peers.set_peer(SUBNET, None)
     assert list(peers.changes()) == [(KEY, None)]
     assert list(peers.changes()) == []
@@ -86,7 +86,7 @@ def test_a_subnet_that_holds_a_public_ip_or_our_own_address_is_left_to_the_worke
     assert {key for key, _ in peers.changes()} == {bytes([10, 244, 3, 0])}
     peers.set_peer(ip_network("10.244.3.0/24"), None)
     assert dict(peers.changes()) == {bytes([10, 244, 3, 0]): None, KEY: PEER.pack(
-        bytes([192, 0, 2, 2]), b"\x20\x5d", 3, 7, 0, 0, 0, 0
+        KEY, bytes([192, 0, 2, 2]), b"\x20\x5d", 3, 7, 0, 0, 0, 0
     )}  # fmt: skip
     peers.set_local([IPv4Address("10.244.2.200"), IPv6Address("fd00::1")])
     assert dict(peers.changes()) == {KEY: None}

@@ -17,8 +17,8 @@ from ipaddress import IPv4Address, IPv4Network
 from udptun.core.network_state import IPAddress, IPNetwork
 from udptun.datapath.peer_entries import PeerEntry
 
-PEER = struct.Struct("=4s2sHIIQQQ")
-"""struct peer of shortcut.bpf.c: remote and port (network byte order), flags, index, and what is the kernel's."""
+PEER = struct.Struct("=4s4s2sHIIxxxxQQQ")
+"""struct peer of shortcut.bpf.c: key, remote and port (network byte order), flags, index, and what is the kernel's."""
 _EGRESS, _ECN = 1, 2
 
 
@@ -78,7 +78,7 @@ class KernelPeers:
         if not isinstance(subnet, IPv4Network) or subnet.prefixlen != self._length:
             return False
         value = self._known.get(int(subnet.network_address))
-        return value is not None and bool(PEER.unpack(value)[2] & _EGRESS)
+        return value is not None and bool(PEER.unpack(value)[3] & _EGRESS)
 
     def _value(self, key: int) -> bytes | None:
         entry = self._entries.get(key)
@@ -88,7 +88,8 @@ class KernelPeers:
         if remote.address.version != 4:
             return None
         flags = _EGRESS * (remote.takes_shortcut and entry.mtu >= self._mtu) | _ECN * remote.carries_ecn
-        return PEER.pack(remote.address.packed, remote.port.to_bytes(2), flags, entry.index, 0, 0, 0, 0)
+        there = (remote.address.packed, remote.port.to_bytes(2))
+        return PEER.pack(key.to_bytes(4), *there, flags, entry.index, 0, 0, 0, 0)
 
     def _unblock(self, subnet: IPNetwork) -> None:
         key = self._remote_keys.pop(subnet, None)

@@ -82,15 +82,24 @@ struct config {
 #define PEER_EGRESS 1 /* packets to it may leave here */
 #define PEER_ECN 2    /* it carries on marks of congestion */
 struct peer {
+    __u32 subnet; /* the key, network byte order; first, see `read_peer` */
     __u32 remote; /* network byte order */
     __u16 port;   /* likewise */
     __u16 flags;
     __u32 index; /* in the peer table */
     /* The kernel's alone: */
     __u32 n_out;      /* of its packets in the detour, since one has last come out */
+    __u32 unused;
     __u64 super_ns;   /* when the worker has last got a super-packet of it */
     __u64 detour_ns;  /* when one has last taken the detour */
     __u64 out_ns;     /* when the first of those that are out went in */
+};
+
+/* Of a peer what the daemon says, as of one moment. */
+struct told {
+    __u32 remote;
+    __u16 port, flags;
+    __u32 index;
 };
 
 /* By MAC addresses and sign `arrive` knows what `decap` has sent.  They are chosen at random.  An ICMP error may quote
@@ -228,6 +237,22 @@ INLINE struct peer *leasing(const struct config *c, __u32 address)
     return map_lookup(&peers, &key);
 }
 
+/* With what the daemon says of it.
+ *
+ * When an entry is replaced or deleted, its place is that of the next one that is written, at once, and while programs
+ * look at it (alloc_htab_elem in kernel/bpf/hashtab.c).  The key is written first, so what was read before a key that is
+ * still the right one belongs to it.
+ */
+INLINE struct peer *read_peer(const struct config *c, __u32 address, struct told *told)
+{
+    struct peer *p = leasing(c, address);
+    if (!p)
+        return p;
+    *told = (struct told){.remote = p->remote, .port = p->port, .flags = p->flags, .index = p->index};
+    __asm__ volatile("" ::: "memory");
+    return p->subnet == (address & c->key_mask) ? p : 0;
+}
+
 INLINE struct flow *flow_of(const struct iphdr *ip)
 {
     /* Addresses differ in their last bits first, and a product is mixed best in its first ones. */
@@ -323,8 +348,8 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
         if (!n)
             return pass_in_order(ip, PASS_ENCAP_SHAPE);
     }
-    struct peer *p = leasing(c, ip->daddr);
-    if (!p || !(p->flags & PEER_EGRESS))
+    struct told peer;
+    if (!read_peer(c, ip->daddr, &peer) || !(peer.flags & PEER_EGRESS))
         return pass(PASS_ENCAP_PEER);
     if (ip->ttl <= 1)
         return pass(PASS_ENCAP_TTL);
@@ -344,11 +369,11 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
         .family = AF_INET,
         .l4_protocol = IPPROTO_UDP,
         .sport = c->port,
-        .dport = p->port,
+        .dport = peer.port,
         .tot_len = longest + OUTER_LEN,
         .ifindex = LOOPBACK,
         .ipv4_src = c->self,
-        .ipv4_dst = p->remote,
+        .ipv4_dst = peer.remote,
     };
     if (fib_lookup(skb, &s->way, sizeof(s->way), 0) != BPF_FIB_LKUP_RET_SUCCESS || s->way.family != AF_INET
         || s->way.ifindex != c->underlay)
@@ -357,22 +382,22 @@ SECTION("tc/encap") int encap(struct __sk_buff *skb)
     s->ip = (struct iphdr){
         .version = 4,
         .ihl = 5,
-        .tos = p->flags & PEER_ECN && c->carries_ecn ? ip->tos & ECN_MASK : 0,
+        .tos = peer.flags & PEER_ECN && c->carries_ecn ? ip->tos & ECN_MASK : 0,
         .tot_len = be16(len + OUTER_LEN),
         .id = be16(ID_OF_KERNEL),
         .frag_off = be16(DONT_FRAGMENT),
         .ttl = 64,
         .protocol = IPPROTO_UDP,
         .saddr = c->self,
-        .daddr = p->remote,
+        .daddr = peer.remote,
     };
     s->ip.check = ~sum_header(&s->ip);
     s->eth.h_proto = be16(ETH_P_IP);
-    s->udp = (struct udphdr){.source = c->port, .dest = p->port, .len = be16(len + sizeof(struct udphdr))};
+    s->udp = (struct udphdr){.source = c->port, .dest = peer.port, .len = be16(len + sizeof(struct udphdr))};
     s->neighbour.nh_family = AF_INET;
     s->neighbour.ipv4_nh = s->way.ipv4_dst;
     __u32 underlay = c->underlay;
-    map_key index = p->index;
+    map_key index = peer.index;
     if (adjust_room(skb, OUTER_LEN, BPF_ADJ_ROOM_MAC,
                     BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | BPF_F_ADJ_ROOM_FIXED_GSO))
         return pass(PASS_ENCAP_SHAPE);
@@ -444,10 +469,10 @@ INLINE enum way way_of(struct peer *p, const struct detour *by, __u32 is_super, 
     return BY_DETOUR;
 }
 
-/* What every packet that is taken gets, once its headers are where they shall be. */
-INLINE void receive(struct iphdr *in, struct peer *p, __u32 len, __u8 ecn, __u8 mark)
+/* What every packet that is taken gets, once its headers are where they shall be.  `of`: its peer's index. */
+INLINE void receive(struct iphdr *in, __u32 of, __u32 len, __u8 ecn, __u8 mark)
 {
-    map_key index = p->index;
+    map_key index = of;
     struct peer_counts *of_peer = map_lookup(&peer_counts, &index);
     step_ttl(in);
     if (mark != ecn)
@@ -458,7 +483,7 @@ INLINE void receive(struct iphdr *in, struct peer *p, __u32 len, __u8 ecn, __u8 
     }
 }
 
-INLINE int into_pair(struct __sk_buff *skb, const struct config *c, struct peer *p, __u32 len, __u8 ecn, __u8 mark)
+INLINE int into_pair(struct __sk_buff *skb, const struct config *c, __u32 of, __u32 len, __u8 ecn, __u8 mark)
 {
     if (adjust_room(skb, -OUTER_LEN, BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO))
         return pass(PASS_DECAP_SHAPE);
@@ -478,15 +503,15 @@ INLINE int into_pair(struct __sk_buff *skb, const struct config *c, struct peer 
     eth->h_dest[4] = eth->h_source[4] = 0;
     eth->h_dest[5] = 2;
     eth->h_source[5] = 1;
-    receive(in, p, len, ecn, mark);
+    receive(in, of, len, ecn, mark);
     return redirect(c->pair, 0);
 }
 
 /* The kernel goes on with it as with a VXLAN packet that has come by the underlay.  With marks of congestion on the
  * outer header it would mark the inner one again.
  */
-INLINE int into_detour(struct __sk_buff *skb, const struct detour *by, struct peer *p, const struct iphdr *ip, __u32 len,
-                       __u8 ecn, __u8 mark)
+INLINE int into_detour(struct __sk_buff *skb, const struct detour *by, struct peer *p, __u32 of, const struct iphdr *ip,
+                       __u32 len, __u8 ecn, __u8 mark)
 {
     map_key first = 0;
     struct scratch *s = map_lookup(&scratch, &first);
@@ -511,7 +536,7 @@ INLINE int into_detour(struct __sk_buff *skb, const struct detour *by, struct pe
     struct iphdr *in = d + ETH_HLEN + DETOUR_LEN;
     if ((void *)(in + 1) > end)
         goto failed;
-    receive(in, p, len, ecn, mark);
+    receive(in, of, len, ecn, mark);
     if (!p->n_out)
         p->out_ns = ktime_ns();
     p->n_out++;
@@ -588,8 +613,9 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
      */
     if (udp->check || (ip->id & be16(ID_MASK)) != be16(ID_OF_KERNEL))
         return pass(PASS_DECAP_SENDER);
-    struct peer *p = leasing(c, in->saddr);
-    if (!p || p->remote != ip->saddr)
+    struct told peer;
+    struct peer *p = read_peer(c, in->saddr, &peer);
+    if (!p || peer.remote != ip->saddr)
         return pass(PASS_DECAP_SOURCE);
     longest = len;
     if (skb->gso_size) {
@@ -617,8 +643,8 @@ SECTION("tc/decap") int decap(struct __sk_buff *skb)
     if (inner && (outer == CE || (outer == ECT_1 && inner == ECT_0)))
         mark = outer;
 
-    return way == BY_DETOUR ? into_detour(skb, by, p, ip, len, inner, mark)
-                            : into_pair(skb, c, p, len, inner, mark);
+    return way == BY_DETOUR ? into_detour(skb, by, p, peer.index, ip, len, inner, mark)
+                            : into_pair(skb, c, peer.index, len, inner, mark);
 }
 
 SECTION("tc/deliver") int deliver(struct __sk_buff *skb)
