@@ -45,6 +45,9 @@ class FakeShortcut:
     def want(self, settings: object, why: str) -> None:
         self.wanted.append((settings, why))
 
+    def try_soon(self) -> None:
+        """It is not tried at all."""
+
     def allow_detour(self, objection: str | None) -> None:
         self.objections.append(objection)
 
@@ -311,6 +314,10 @@ async def test_what_fails_is_tried_again_later_each_time_whatever_notices_come(m
     it.shortcut.want(replace(settings, mtu=1400))
     await it.shortcut._look()
     assert len(tries) == 11
+    # SIGHUP, with what was wanted before.
+    it.shortcut.try_soon()
+    await it.shortcut._look()
+    assert len(tries) == 12
 
 
 async def test_its_end_counts_once_more_and_nobody_follows_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:

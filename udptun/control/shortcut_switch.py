@@ -53,6 +53,8 @@ class ShortcutSwitch:
     def use(self, mode: ShortcutMode, underlay: str, packets: PacketSettings) -> None:
         """From now on.  `underlay` is the name of the link that datagrams leave by."""
         self._mode, self._underlay, self._packets = mode, underlay, packets
+        if self._shortcut is not None:
+            self._shortcut.try_soon()
         self._changed.set()
 
     async def run(self) -> None:

@@ -120,11 +120,15 @@ class Shortcut:
     def want(self, settings: ShortcutSettings | None, reason: str = "") -> None:
         """Switch it on soon, with these settings, or off, for this reason."""
         if settings != self._wanted:
-            self._retry_at_s, self._retry_s = 0.0, _RETRY_S
+            self.try_soon()
         self._wanted = settings
         if settings is None:
             self._reason = reason
         self._loop.wake()
+
+    def try_soon(self) -> None:
+        """Not later each time: somebody may have mended what was wrong."""
+        self._retry_at_s, self._retry_s = 0.0, _RETRY_S
 
     def allow_detour(self, objection: str | None) -> None:
         """What the host's firewall has against the detour, from now on: nothing (empty), or it is not known (None)."""
