@@ -67,6 +67,8 @@ _STARTER = """\
 """
 
 _KEYS = {name.lower(): name for name in ("Subnet", "PublicIP", "IPv6Subnet", "PublicIPv6", "Port", "Node")}
+_TWINS = {"Subnet": "IPv6Subnet", "PublicIP": "PublicIPv6"}
+"""What may stand in the place of a key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +151,22 @@ def _entry(number: int, item: Json) -> Entry:
 
 
 def _value(fields: dict[str, Json], key: str, kind: Callable[[str], T], *, is_required: bool = False) -> T | None:
-    return kind(_text(fields, key)) if is_required or fields.get(key) is not None else None
+    if fields.get(key) is None:
+        if is_required:
+            raise ValueError(f"{key} is missing, and so is {_TWINS[key]}")
+        return None
+    text = _text(fields, key)
+    try:
+        return kind(text)
+    except ValueError as exc:
+        # Python names what is wrong with a part of the value, and not the value.
+        raise ValueError(f"{key} {shown(text)}: {exc}") from None
 
 
 def _text(fields: dict[str, Json], key: str) -> str:
-    value = fields.get(key)
+    value = fields[key]
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{key} is missing" if value is None else f"{key} {shown(value)} is not a text")
+        raise ValueError(f"{key} {shown(value)} is not a text" if value != "" else f"{key} is empty")
     return value
 
 
