@@ -452,17 +452,23 @@ def test_cleanup_leaves_nothing(lab: Lab) -> None:
     one.run(CLEANUP)
     assert is_clean(one)
     assert not has_clsact(one)
+    one.start_daemon()
+    one.wait_ready()
+    wait_until_on(lab)
 
 
 def test_without_the_right_to_load_programs_auto_is_off_and_require_does_not_start(lab: Lab) -> None:
-    one = lab.hosts[0]
+    one, two = lab.hosts
     no_right = ["setpriv", "--bounding-set=-bpf,-sys_admin", "--inh-caps=-bpf,-sys_admin", *lab.daemon_command]
+    one.stop_daemon()
     one.start_daemon(command=no_right)
     one.wait_ready()
     wait_until("it to say why", lambda: "CAP_BPF" in state(one), LIMIT_S)
+    # The daemon before has said in the lease that it has it.
+    wait_until("its lease to say so", lambda: not read_status(two)["peers"][0]["shortcut"], LIMIT_S)
     assert state(one).startswith("off: ")
     assert not [line for line in read_status(one)["problems"] if "shortcut" in line]
-    ping(one.pods[0], lab.hosts[1].pods[0].address)
+    ping(one.pods[0], two.pods[0].address)
     one.stop_daemon()
     one.start_daemon(["--shortcut=require"], no_right)
     assert one.daemon is not None
