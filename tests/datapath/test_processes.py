@@ -647,7 +647,8 @@ def test_a_stopped_process_holds_nobody_up_and_is_named(rig: Rig, n_earlier: int
         while not looking.done():
             await asyncio.sleep(0.01)
             longest_s, before_s = max(longest_s, time.monotonic() - before_s), time.monotonic()
-        assert longest_s < 3
+        # One that does not answer would have held it up for as long as it is asked, which is 5 s.
+        assert longest_s < 4.5
         with pytest.raises(DatapathError) as caught:
             await looking
         for pid in pids:

@@ -219,13 +219,13 @@ def test_a_host_with_both_families_spreads_flows_over_ports_of_each(lab: Lab, tm
             restart()
     assert [flow.report.lost for flow in running] == [[], []]
     assert found[0] == found[1]
-    assert [len(ports - {PORT}) for ports in found[0].values()] == [4, 4]
+    assert [len(ports) for ports in found[0].values()] == [4, 4]
 
 
 def outer_ports(path: Path) -> dict[int, set[int]]:
-    """From which the datagrams of each outer version of IP come."""
+    """From which the datagrams of each outer version of IP come, but for our own, from which probes leave."""
     found: dict[int, set[int]] = {4: set(), 6: set()}
     for frame in rdpcap(str(path)):
-        if UDP in frame:
+        if UDP in frame and frame[UDP].sport != PORT:
             found[6 if IPv6 in frame else 4].add(frame[UDP].sport)
     return found

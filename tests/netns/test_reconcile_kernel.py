@@ -56,7 +56,7 @@ def udp(network: IPv4Network, subnet: IPv4Network, mtu: int) -> DesiredState:
 
 WANTED = udp(NETWORK, SUBNET, 1472)
 OURS = Ownership((NETWORK,))
-REPAIR_LIMIT_S = 1.0
+REPAIR_LIMIT_S = 5.0
 IP_RECVERR = 11
 ACCEPT_LOCAL = Path(f"/proc/sys/net/ipv4/conf/{TUN_NAME}/accept_local")
 
