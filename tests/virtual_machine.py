@@ -10,6 +10,7 @@ The machine has no network but loopback.  Without a KVM that works it is emulate
 from __future__ import annotations
 
 import contextlib
+import lzma
 import os
 import re
 import shutil
@@ -18,10 +19,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 TOOLS = ("qemu-system-x86_64", "busybox", "modprobe", "apt-get", "dpkg-deb")
 _BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 _BEGUN, _ENDED = "machine: begun", "machine: ended with "
 _BOOT_LIMIT_S = {"kvm": 10.0, "tcg": 120.0}
+
+_APT_CONF = """\
+Dir::Etc::SourceList "{0}/sources.list";
+Dir::Etc::SourceParts "/dev/null";
+Dir::State "{0}";
+Dir::State::status "/dev/null";
+Dir::Cache "{0}";
+APT::Architecture "amd64";
+APT::Architectures "amd64";
+APT::Sandbox::User "root";
+Acquire::Languages "none";
+"""
 
 _INIT = """#!/bin/busybox sh
 set -e
@@ -65,18 +79,33 @@ class Kernel:
     release: str
 
     @classmethod
-    def unpack(cls, package: str, folder: Path) -> Kernel:
-        """Of a Debian package that depends on that of the kernel, as linux-image-amd64.  Raises CalledProcessError."""
-        named = subprocess.run(["apt-cache", "depends", package], check=True, capture_output=True, text=True).stdout
-        (exact,) = re.findall(r"Depends: (linux-image-\S+)", named)
-        # As root apt-get would become another user, who may not write here.
-        sandbox = ["-o", "APT::Sandbox::User=root"]
-        subprocess.run(["apt-get", "download", "-qq", *sandbox, exact], check=True, cwd=folder, capture_output=True)
-        (file,) = folder.glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", file, folder], check=True)
-        file.unlink()
+    def unpack(cls, suite: str, folder: Path) -> Kernel:
+        """The one that a suite of Debian's has now, as `debian-security bookworm-security`.  Raises CalledProcessError.
+
+        apt-get knows that suite and nothing of this machine's, and checks what it fetches by Debian's signatures.
+        """
+        for sub in ("lists/partial", "archives/partial"):
+            (folder / "apt" / sub).mkdir(parents=True)
+        (folder / "apt/sources.list").write_text(f"deb [signed-by={KEYRING}] http://deb.debian.org/{suite} main\n")
+        conf = folder / "apt/apt.conf"
+        conf.write_text(_APT_CONF.format(folder / "apt"))
+        environ = {**os.environ, "APT_CONFIG": str(conf)}
+
+        def output(*argv: str) -> str:
+            return subprocess.run(argv, check=True, cwd=folder, env=environ, capture_output=True, text=True).stdout
+
+        output("apt-get", "-qq", "-o", "APT::Update::Error-Mode=any", "update")
+        (exact,) = re.findall(r"Depends: (linux-image-\S+)", output("apt-cache", "depends", "linux-image-amd64"))
         release = exact.removeprefix("linux-image-")
-        subprocess.run(["depmod", "-b", folder, release], check=True)
+        # Of some it is a package of packages.
+        parts = re.findall(rf"Depends: (linux-\w+-{re.escape(release)})", output("apt-cache", "depends", exact))
+        output("apt-get", "-qq", "download", exact, *parts)
+        for file in folder.glob("*.deb"):
+            output("dpkg-deb", "-x", str(file), ".")
+            file.unlink()
+        if not (folder / "lib").exists():
+            (folder / "lib").symlink_to("usr/lib")
+        output("depmod", "-b", ".", release)
         return cls(folder, release)
 
     def run(self, command: str, directory: Path, limit_s: float) -> tuple[int, str]:
@@ -97,7 +126,9 @@ class Kernel:
         log = self.folder / "console"
         machine = ["qemu-system-x86_64", "-accel", accelerator, "-cpu", "max", "-smp", "2", "-m", "3G"]
         machine += ["-nographic", "-no-reboot", "-net", "none", "-append", "console=ttyS0 panic=-1 quiet"]
-        machine += ["-kernel", str(self.folder / "boot" / f"vmlinuz-{self.release}"), "-initrd", str(initramfs)]
+        # Where packages have it, and those that are packages of packages.
+        (kernel,) = [*self.folder.glob("boot/vmlinuz-*"), *self.folder.glob("usr/lib/modules/*/vmlinuz")]
+        machine += ["-kernel", str(kernel), "-initrd", str(initramfs)]
         machine += ["-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"]
         with log.open("wb") as console, subprocess.Popen(
             machine, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT
@@ -126,7 +157,10 @@ class Kernel:
             for path in re.findall(r"^insmod (\S+)", shown, re.MULTILINE):
                 if Path(path).name not in modules:
                     modules.append(Path(path).name)
-                    shutil.copy(path, root / "modules")
+                    # Some releases compress them.
+                    content = Path(path).read_bytes()
+                    content = lzma.decompress(content) if path.endswith(".xz") else content
+                    (root / "modules" / Path(path).name).write_bytes(content)
         init = root / "init"
         init.write_text(
             _INIT.format(
