@@ -130,6 +130,8 @@ def test_cleanup_of_one_leaves_the_others_alone(crowd: Crowd, gone: Network, sta
     assert not singles.report.n_spoilt
     assert other.status()["problems"] == []
     assert detour(other)["lost"] == 0
+    there = crowd.on(2, gone)
+    n = int(str(detour(there)["packets"]))
     with tcp_flow(*pods_of(crowd, gone), FAST) as again:
-        wait_until("the detour of the one that is back", lambda: has_taken(crowd.on(2, gone), 1), LIMIT_S)
+        wait_until("the detour of the one that is back", lambda: has_taken(there, n + 1), LIMIT_S)
     again.report.assert_exact()
