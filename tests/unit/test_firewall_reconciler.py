@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from dataclasses import replace
 from ipaddress import IPv4Network
 
 import pytest
 
 from udptun.core.ownership import Ownership
+from udptun.firewall import reconciler
 from udptun.firewall.obstacles.watch import Obstacles
 from udptun.firewall.reconciler import FirewallReconciler, FirewallSettings
 from udptun.firewall.rules import DesiredRules, Repair
@@ -82,3 +85,46 @@ async def test_what_ipv6_lacks_is_said_and_what_stands_of_ipv4_is_not_denied() -
     firewall._standing.clear()
     assert not await firewall._look()
     assert (firewall.document()["form"], firewall.document()["masquerade"]) == (None, False)
+
+
+class New(Table):
+    """Rules of which the host has none yet; setting them takes for ever once they are set."""
+
+    def __init__(self) -> None:
+        super().__init__("everything is missing")
+        self.is_set = asyncio.Event()
+
+    async def compare(self) -> Repair:
+        return replace(await super().compare(), is_new=True)
+
+    async def apply(self, script: str) -> None:
+        self.is_set.set()
+        await asyncio.sleep(1000)
+
+
+async def test_a_start_that_is_interrupted_while_it_sets_its_rules_takes_them_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a program had set before the signal came stayed, as it was not known yet that the rules are new."""
+    removed: list[object] = []
+
+    async def find_programs() -> list[object]:
+        return []
+
+    async def remove(networks: object, previous: object) -> tuple[list[str], list[str]]:
+        removed.append(networks)
+        return [], []
+
+    settings = FirewallSettings(masquerade=True, forward=True, random_fully=True, nftables=False, resync_s=5)
+    firewall = FirewallReconciler(settings, [Ownership((NETWORK,))], Obstacles(list, list))
+    rules = New()
+    monkeypatch.setattr(reconciler, "programs", find_programs)
+    monkeypatch.setattr(reconciler, "remove_rules", remove)
+    monkeypatch.setattr(firewall, "_choose_rules", lambda: ([rules], []))
+    start = asyncio.create_task(firewall._set_rules())
+    await rules.is_set.wait()
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    await firewall.undo_failed_start()
+    assert removed == [[NETWORK]]

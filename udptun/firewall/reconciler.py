@@ -151,8 +151,10 @@ class FirewallReconciler:
         except FirewallError as exc:
             attempt.failures.append(Failure(None, exc))
             return attempt
-        compared = await self._set_kept(attempt, self._kept)
+        compared = await attempt.compare(self._kept)
+        # Before anything is set: the start may be interrupted between two programs.
         self._is_new = any(repair for _, repair in compared) and all(repair.is_new for _, repair in compared)
+        await self._set_kept(attempt, compared)
         if any(self._is_asked_for(failure) for failure in attempt.failures):
             # Until the new rules are in place the old ones are better than none.
             return attempt
@@ -166,16 +168,14 @@ class FirewallReconciler:
             self._kept, _ = self._choose_rules()
         return attempt
 
-    async def _set_kept(self, attempt: Attempt, every: Sequence[Rules]) -> list[tuple[Rules, Repair]]:
-        """Set these of the kept rules.  Returns what they differed in before."""
-        compared = await attempt.compare(every)
+    async def _set_kept(self, attempt: Attempt, compared: Sequence[tuple[Rules, Repair]]) -> None:
+        """Set what has been found to differ from the kept rules."""
         await attempt.repair(compared)
         # A tool that hung has refused nothing.
         refused = [it for it in attempt.failures if it.is_repair and not it.may_pass and it.rules in self._masquerading]
         if refused and self._random_fully and not self._stands("masquerade"):
             await self._do_without_random_ports(attempt, refused[0])
         self._note_standing(attempt)
-        return compared
 
     async def _do_without_random_ports(self, attempt: Attempt, refused: Failure) -> None:
         """Masquerade with guessable source ports, if random ones are all that is in the way."""
@@ -356,7 +356,7 @@ class FirewallReconciler:
             # Again all of them, not just what differs: a program that changes several tables commits one after the
             # other, and the first look may have come in between.
             async with locked(_LOCK, _PATIENCE_S):
-                await self._set_kept(attempt, [rules for rules, _ in compared])
+                await self._set_kept(attempt, await attempt.compare(rules for rules, _ in compared))
         else:
             self._note_standing(attempt)
         return attempt
