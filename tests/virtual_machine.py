@@ -25,17 +25,8 @@ _BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 _BEGUN, _ENDED = "machine: begun", "machine: ended with "
 _BOOT_LIMIT_S = {"kvm": 10.0, "tcg": 120.0}
 
-_APT_CONF = """\
-Dir::Etc::SourceList "{0}/sources.list";
-Dir::Etc::SourceParts "/dev/null";
-Dir::State "{0}";
-Dir::State::status "/dev/null";
-Dir::Cache "{0}";
-APT::Architecture "amd64";
-APT::Architectures "amd64";
-APT::Sandbox::User "root";
-Acquire::Languages "none";
-"""
+_APT_CONF = (Path(__file__).parents[1] / "deploy/image/apt.conf").read_text()
+"""That of the image's build, which knows nothing of this machine's either."""
 
 _INIT = """#!/bin/busybox sh
 set -e
@@ -88,7 +79,7 @@ class Kernel:
             (folder / "apt" / sub).mkdir(parents=True)
         (folder / "apt/sources.list").write_text(f"deb [signed-by={KEYRING}] http://deb.debian.org/{suite} main\n")
         conf = folder / "apt/apt.conf"
-        conf.write_text(_APT_CONF.format(folder / "apt"))
+        conf.write_text(_APT_CONF.format(directory=folder / "apt", arch="amd64"))
         environ = {**os.environ, "APT_CONFIG": str(conf)}
 
         def output(*argv: str) -> str:

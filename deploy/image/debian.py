@@ -15,17 +15,7 @@ _SOURCES = """\
 deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian {0} main
 deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian-security {0}-security main
 """
-_APT_CONF = """\
-Dir::Etc::SourceList "{directory}/sources.list";
-Dir::Etc::SourceParts "/dev/null";
-Dir::State "{directory}";
-Dir::State::status "/dev/null";
-Dir::Cache "{directory}";
-APT::Architecture "{arch}";
-APT::Architectures "{arch}";
-APT::Sandbox::User "root";
-Acquire::Languages "none";
-"""
+_APT_CONF = (HERE / "apt.conf").read_text()
 
 _SHARE, _STDLIB = "./usr/share", f"./usr/lib/{PYTHON}"
 _NOT_UNPACKED = (

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from namespace import HAS_TCX
@@ -34,8 +35,7 @@ def started_lab(prefix: str, by: str, offload: Offload) -> Iterator[Lab]:
     """Of two hosts that have it on.  The lab's name begins with `prefix`."""
     with Lab(f"{prefix}{os.getpid()}{by[0]}", net_conf=_net_conf("auto")) as lab:
         if by == "clsact":
-            at = lab.daemon_command.index("-m")
-            lab.daemon_command[at : at + 2] = [str(WITHOUT_TCX)]
+            run_in_its_place(lab, WITHOUT_TCX)
         lab.daemon_command[:0] = [*REAL_TIME, *AS_CONFIGURED]
         lab.set_offload(offload)
         lab.start()
@@ -46,11 +46,17 @@ def started_lab(prefix: str, by: str, offload: Offload) -> Iterator[Lab]:
 
 def wait_until_on(lab: Lab) -> None:
     """Until each host's kernel takes and sends."""
-    wait_until("the shortcut at all hosts", lambda: all(map(_takes_and_sends, lab.hosts)), _LIMIT_S)
+    wait_until("the shortcut at all hosts", lambda: all(map(takes_and_sends, map(read_status, lab.hosts))), _LIMIT_S)
 
 
-def _takes_and_sends(host: Host) -> bool:
-    document = read_status(host)
+def run_in_its_place(lab: Lab, script: Path) -> None:
+    """Have the lab's daemons be this script, where they would be `-m udptun`."""
+    at = lab.daemon_command.index("-m")
+    lab.daemon_command[at : at + 2] = [str(script)]
+
+
+def takes_and_sends(document: Mapping[str, Any]) -> bool:
+    """Whether the host of this status has it on, and toward every peer."""
     return document["datapath"]["shortcut"] == "on" and all(it["shortcut"] for it in document["peers"])
 
 

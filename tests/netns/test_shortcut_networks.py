@@ -13,9 +13,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from ipaddress import IPv4Address
+from typing import Any
 
 import pytest
-from shortcut_labs import ATTACHED_BY, WITHOUT_TCX
+from shortcut_labs import ATTACHED_BY, WITHOUT_TCX, takes_and_sends
 from test_networks import UDPTUN, Crowd, Daemon, Network, crowd_of
 from traffic import AS_CONFIGURED, REAL_TIME, tcp_flow, udp_flow
 
@@ -40,7 +41,7 @@ def crowd(request: pytest.FixtureRequest) -> Iterator[Crowd]:
         crowd.lab.set_offload(Offload.FULL)
         for host in crowd.lab.hosts:
             add_pod(host, [it for it in crowd.daemons if it.host is host])
-        wait_until("the shortcut everywhere", lambda: all(map(takes_and_sends, crowd.daemons)), LIMIT_S)
+        wait_until("the shortcut everywhere", lambda: are_on(*crowd.daemons), LIMIT_S)
         yield crowd
 
 
@@ -62,19 +63,19 @@ def pods_of(crowd: Crowd, network: Network) -> tuple[Pod, Pod]:
     return pod_of(crowd.on(1, network)), pod_of(crowd.on(2, network))
 
 
-def takes_and_sends(daemon: Daemon) -> bool:
-    document = daemon.status()
-    return document["datapath"]["shortcut"] == "on" and all(it["shortcut"] for it in document["peers"])
+def are_on(*daemons: Daemon) -> bool:
+    return all(takes_and_sends(it.status()) for it in daemons)
 
 
-def detour(daemon: Daemon) -> dict[str, object]:
-    found: dict[str, object] = daemon.status()["datapath"]["shortcut_detour"]
+def detour(daemon: Daemon) -> dict[str, Any]:
+    found: dict[str, Any] = daemon.status()["datapath"]["shortcut_detour"]
     return found
 
 
 def has_taken(daemon: Daemon, n: int) -> bool:
+    """Whether so many super-packets have come by its detour since the programs were loaded."""
     found = detour(daemon)
-    return found["state"] == "on" and int(str(found["packets"])) >= n
+    return bool(found["state"] == "on" and found["packets"] >= n)
 
 
 def of_shortcut(host: Host, network: Network) -> set[str]:
@@ -91,7 +92,7 @@ def test_both_carry_super_packets_at_once_and_every_byte_arrives(crowd: Crowd) -
         for n, network in enumerate((A, B)):
             one, two = pods_of(crowd, network)
             flows += [ending.enter_context(tcp_flow(*it, FAST, 5010 + n)) for it in ((one, two), (two, one))]
-        before = [int(str(detour(it)["packets"])) for it in crowd.daemons]
+        before = [detour(it)["packets"] for it in crowd.daemons]
         wait_until(
             "super-packets by all detours",
             lambda: all(has_taken(it, n + 200) for it, n in zip(crowd.daemons, before, strict=True)),
@@ -112,7 +113,7 @@ def test_cleanup_of_one_leaves_the_others_alone(crowd: Crowd, gone: Network, sta
     host, pods = daemon.host, pods_of(crowd, stays)
     with tcp_flow(*reversed(pods), FAST) as supers, udp_flow(*pods, 500) as singles:
         wait_until("the detour", lambda: has_taken(other, 1), LIMIT_S)
-        before, of_other, n = of_shortcut(host, gone), of_shortcut(host, stays), int(str(detour(other)["packets"]))
+        before, of_other, n = of_shortcut(host, gone), of_shortcut(host, stays), detour(other)["packets"]
         assert {f"{gone.device}-in", f"{gone.device}-gro"} <= before
         assert f"{stays.device}-gso" in of_other
         daemon.stop(signal.SIGKILL)
@@ -121,17 +122,17 @@ def test_cleanup_of_one_leaves_the_others_alone(crowd: Crowd, gone: Network, sta
         assert of_shortcut(host, stays) == of_other
         singles.wait_for_more()
         wait_until("super-packets by the other's detour", lambda: has_taken(other, n + 200), LIMIT_S)
-        assert takes_and_sends(other)
+        assert are_on(other)
         daemon.start()
         daemon.wait_ready()
-        wait_until("the shortcut again", lambda: all(map(takes_and_sends, crowd.daemons)), LIMIT_S)
+        wait_until("the shortcut again", lambda: are_on(*crowd.daemons), LIMIT_S)
     supers.report.assert_exact()
     assert not singles.report.lost
     assert not singles.report.n_spoilt
     assert other.status()["problems"] == []
     assert detour(other)["lost"] == 0
     there = crowd.on(2, gone)
-    n = int(str(detour(there)["packets"]))
+    n = detour(there)["packets"]
     with tcp_flow(*pods_of(crowd, gone), FAST) as again:
         wait_until("the detour of the one that is back", lambda: has_taken(there, n + 1), LIMIT_S)
     again.report.assert_exact()

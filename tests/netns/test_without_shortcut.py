@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from namespace import KERNEL
+from shortcut_labs import run_in_its_place
 from traffic import AS_CONFIGURED, datapath_pids, kill, ping, read_status, tcp_flow, udp_flow, wait_for_peers
 
 from udptun.lab.machine import wait_until
@@ -33,8 +33,7 @@ def lab() -> Iterator[Lab]:
     net_conf = {**DEFAULT_NET_CONF, "Backend": {"Type": "udp", "Shortcut": "auto"}}
     with Lab(f"o{os.getpid()}", net_conf=net_conf) as lab:
         if not IS_OLD:
-            assert lab.daemon_command[:3] == [sys.executable, "-m", "udptun"]
-            lab.daemon_command[1:3] = [str(Path(__file__).with_name("old_kernel.py"))]
+            run_in_its_place(lab, Path(__file__).with_name("old_kernel.py"))
         lab.daemon_command[:0] = AS_CONFIGURED
         lab.start()
         wait_for_peers(lab)

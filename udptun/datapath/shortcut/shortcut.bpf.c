@@ -241,7 +241,8 @@ INLINE struct peer *leasing(const struct config *c, __u32 address)
  *
  * When an entry is replaced or deleted, its place is that of the next one that is written, at once, and while programs
  * look at it (alloc_htab_elem in kernel/bpf/hashtab.c).  The key is written first, so what was read before a key that is
- * still the right one belongs to it.
+ * still the right one belongs to it, where processors keep the order of writes and of reads, as x86 does.  BPF has no
+ * barrier to ask the others for that.
  */
 INLINE struct peer *read_peer(const struct config *c, __u32 address, struct told *told)
 {
